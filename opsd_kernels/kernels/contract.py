@@ -1,0 +1,101 @@
+"""What a row backend promises. Three sweeps over a chunk of logit rows, and their fusion when the row factors are already known.
+
+Notation of math.md: per row, student logits s, teacher logits t (after the transform), q = softmax(s), p = softmax(t), d = t - s,
+L = lse(t) - lse(s), delta = log p - log q = d - L.
+
+A backend is a module or object with
+
+    row_stats(S, T, spec, bias_s, bias_t, metrics)            -> stats
+    row_dot(S, T, stats, spec, bias_s, bias_t)                -> (loss, A)
+    row_grad_(S, T, stats, A, factor, spec, bias_s, bias_t, G) -> None
+    row_fused_(S, T, factor, spec, bias_s, bias_t, metrics, G) -> (stats, loss, A)
+
+S, T        (n, V) raw student logits, and raw teacher logits or, with `spec.difference`, raw teacher minus raw student logits. Same dtype:
+            float64, float32, bfloat16 or float16. Unit column stride; any row stride >= V; any storage offset. n, V >= 1. S and T never overlap.
+bias_s/_t   (V,) contiguous, of the dtype of the statistics, or None. -inf in a bias masks that entry: probability zero.
+stats       (n, len(Column)) in float64 for float64 logits, else float32. Columns up to SPREAD and the divergence's own value
+            (REVERSE_KL / FORWARD_KL) are always right; the others only with `metrics`, else 0.
+loss, A     (n,) of the dtype of stats: the divergence in nats, and the row scalar A of math.md. For the two plain KLs `row_dot` reads both from
+            stats (A = D for reverse, -1 for forward) and touches no logits.
+factor      (n,) of the dtype of stats: multiplies the row's gradient.
+G           (n, V) output: factor * dD/d(raw student logit), that is (u - q * A) through 1/temperature, the softcap's slope and the scale.
+            Either S itself, or a buffer that shares nothing with S and T, or the *narrowed view* of S: S's memory seen as the 16-bit type, each row
+            starting where S's row starts (`narrowed`). A sweep therefore reads entry v of S and T before it writes entry v of G, and in
+            a narrowed view it writes no byte that it still has to read.
+
+Promises, each checked by tests/unit/test_rows.py against float64:
+
+* One rounding. Arithmetic in fp32 (fp64 for fp64 buffers); the result differs from exact arithmetic on the same rounded inputs by one rounding of the
+  output type plus 2e-6. Row maximum and log-sum stay apart: s - (max + logsum) costs a factor ten. delta comes from d, not from log p - log q.
+* Zero factor: that row of G is exactly 0 whatever the row holds, inf and NaN included.
+* -inf: an entry with t = -inf has p = 0, with s = -inf has q = 0. A term whose probability is 0 is 0. KL terms with q > 0 = p are +inf. No NaN where
+  the divergence is finite. A row whose student (or teacher) entries are all -inf has no distribution: NaN.
+* Deterministic, and independent of the other rows: a row alone gives the same bits as in a batch, whatever the number of threads. No atomics.
+* int64 addresses.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..spec import RowSpec
+
+# Up to this |d| a row is summed relative to the student's maximum alone: exp(-87 + 2 * 24) * 152k entries stays under 1e-11, and
+# L = log1p(sum q * expm1(d)) keeps its relative accuracy however close the teacher is. Rows beyond it carry both maxima.
+SPREAD_LIMIT = 24.0
+
+
+class Column(IntEnum):
+    """Columns of the statistics. Entropies and divergences in nats."""
+
+    STUDENT_MAX = 0
+    STUDENT_LOGSUM = 1  # log sum exp(s - max)
+    TEACHER_MAX = 2  # rows within SPREAD_LIMIT may store STUDENT_MAX here: only the sum with TEACHER_LOGSUM has a meaning
+    TEACHER_LOGSUM = 3
+    GAP = 4  # L
+    SPREAD = 5  # max |d|; +inf where d is inf or NaN
+    REVERSE_KL = 6
+    FORWARD_KL = 7
+    STUDENT_ENTROPY = 8
+    TEACHER_ENTROPY = 9
+    STUDENT_MAX_PROB = 10
+    TEACHER_MAX_PROB = 11
+    STUDENT_ARGMAX = 12  # lowest index of the maximum, as a float (exact below 2**24)
+    TEACHER_ARGMAX = 13
+
+
+class RowBackend(Protocol):
+    def row_stats(self, S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool) -> Tensor: ...
+
+    def row_dot(self, S: Tensor, T: Tensor, stats: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> tuple[Tensor, Tensor]: ...
+
+    def row_grad_(
+        self, S: Tensor, T: Tensor, stats: Tensor, A: Tensor, factor: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, G: Tensor
+    ) -> None: ...
+
+    def row_fused_(
+        self, S: Tensor, T: Tensor, factor: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool, G: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def stats_dtype(logits_dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if logits_dtype == torch.float64 else torch.float32
+
+
+def narrowed(S: Tensor, dtype: torch.dtype) -> Tensor:
+    """The front of each row of S, (n, V) with row stride r, seen as `dtype`: (n, V) with row stride r * S.itemsize / dtype.itemsize."""
+    ratio = S.element_size() // dtype.itemsize
+    flat = S.as_strided((S.stride(0) * (S.shape[0] - 1) + S.shape[1],), (1,)).view(dtype)
+    return flat.as_strided((S.shape[0], S.shape[1]), (S.stride(0) * ratio, 1))
+
+
+def plain_kl(stats: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor]:
+    """(loss, A) of the two divergences that the statistics sweep already values."""
+    if spec.divergence.name == "reverse_kl":
+        loss = stats[:, Column.REVERSE_KL].clone()
+        return loss, loss
+    return stats[:, Column.FORWARD_KL].clone(), torch.full_like(stats[:, 0], -1.0)

@@ -1,0 +1,117 @@
+"""Row sweeps in plain torch: any device, any dtype, the oracle of the other backends. What a sweep must honour: contract.py. The formulas: divergences.py."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..divergences import entry, transform, transform_slope
+from ..spec import RowSpec
+from .contract import SPREAD_LIMIT, Column, plain_kl, stats_dtype
+
+# Rows are walked in blocks of about this many entries, so that the dozen temporaries of a sweep stay small beside the chunk's own buffers.
+BLOCK_ENTRIES = 1 << 19
+
+
+class _Logits(NamedTuple):
+    """Transformed logits of a block of rows, in the dtype of the statistics."""
+
+    s: Tensor
+    t: Tensor
+    d: Tensor
+
+
+def _blocks(S: Tensor) -> list[slice]:
+    rows = max(1, BLOCK_ENTRIES // S.shape[1])
+    return [slice(start, start + rows) for start in range(0, S.shape[0], rows)]
+
+
+def _logits(S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> _Logits:
+    wide = stats_dtype(S.dtype)
+    z, other = S.to(wide), T.to(wide)
+    s = transform(z, spec.student, bias_s)
+    if spec.linear_difference(bias_s is bias_t):
+        d = spec.student.factor * other
+        return _Logits(s, s + d, d)
+    t = transform(z + other if spec.difference else other, spec.teacher, bias_t)
+    return _Logits(s, t, t - s)
+
+
+def _expected(probability: Tensor, value: Tensor) -> Tensor:
+    """sum p * value over the vocabulary, where an entry of probability 0 counts nothing whatever its value."""
+    return torch.where(probability > 0, probability * value, torch.zeros_like(value)).sum(-1)
+
+
+def _log_sum(x: Tensor) -> tuple[Tensor, Tensor]:
+    top = x.amax(-1)
+    return top, torch.log(torch.exp(x - top[:, None]).sum(-1))
+
+
+def _distributions(logits: _Logits, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, p and delta of a block. Near rows take p = q * exp(delta), so that p - q keeps delta's digits."""
+    s, t, d = logits
+    column = {c: stats[:, c, None] for c in Column}
+    q = torch.exp(s - column[Column.STUDENT_MAX] - column[Column.STUDENT_LOGSUM])
+    delta = d - column[Column.GAP]
+    near = column[Column.SPREAD] <= SPREAD_LIMIT
+    far_p = torch.exp(t - column[Column.TEACHER_MAX] - column[Column.TEACHER_LOGSUM])
+    return q, torch.where(near, q * torch.exp(delta), far_p), delta
+
+
+def _block_stats(logits: _Logits, metrics: bool) -> Tensor:
+    s, t, d = logits
+    stats = s.new_zeros(s.shape[0], len(Column))
+    max_s, logsum_s = _log_sum(s)
+    max_t, logsum_t = _log_sum(t)
+    spread = torch.nan_to_num(d.abs().amax(-1), nan=torch.inf, posinf=torch.inf)
+    q = torch.exp(s - max_s[:, None] - logsum_s[:, None])
+    near_gap = torch.log1p((q * torch.expm1(d)).sum(-1))
+    gap = torch.where(spread <= SPREAD_LIMIT, near_gap, (max_t - max_s) + (logsum_t - logsum_s))
+    for c, value in zip(Column, (max_s, logsum_s, max_t, logsum_t, gap, spread), strict=False):
+        stats[:, c] = value
+    q, p, delta = _distributions(logits, stats)
+    stats[:, Column.REVERSE_KL] = gap - _expected(q, d)
+    stats[:, Column.FORWARD_KL] = _expected(p, d) - gap
+    if metrics:
+        stats[:, Column.STUDENT_ENTROPY] = logsum_s - _expected(q, s - max_s[:, None])
+        stats[:, Column.TEACHER_ENTROPY] = logsum_t - _expected(p, t - max_t[:, None])
+        stats[:, Column.STUDENT_MAX_PROB] = torch.exp(-logsum_s)
+        stats[:, Column.TEACHER_MAX_PROB] = torch.exp(-logsum_t)
+        stats[:, Column.STUDENT_ARGMAX] = s.argmax(-1).to(s.dtype)
+        stats[:, Column.TEACHER_ARGMAX] = t.argmax(-1).to(s.dtype)
+    return stats
+
+
+def row_stats(S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool) -> Tensor:
+    return torch.cat([_block_stats(_logits(S[b], T[b], spec, bias_s, bias_t), metrics) for b in _blocks(S)])
+
+
+def row_dot(S: Tensor, T: Tensor, stats: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> tuple[Tensor, Tensor]:
+    if spec.divergence.one_sweep:
+        return plain_kl(stats, spec)
+    loss, A = torch.empty_like(stats[:, 0]), torch.empty_like(stats[:, 0])
+    for b in _blocks(S):
+        f, u = entry(spec.divergence, *_distributions(_logits(S[b], T[b], spec, bias_s, bias_t), stats[b]))
+        loss[b], A[b] = f.sum(-1), u.sum(-1)
+    return loss, A
+
+
+def row_grad_(
+    S: Tensor, T: Tensor, stats: Tensor, A: Tensor, factor: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, G: Tensor
+) -> None:
+    for b in _blocks(S):
+        q, p, delta = _distributions(_logits(S[b], T[b], spec, bias_s, bias_t), stats[b])
+        _, u = entry(spec.divergence, q, p, delta)
+        grad = (u - q * A[b, None]) * transform_slope(S[b].to(q.dtype), spec.student, bias_s) * factor[b, None]
+        G[b].copy_(torch.where(factor[b, None] == 0, torch.zeros_like(grad), grad))
+
+
+def row_fused_(
+    S: Tensor, T: Tensor, factor: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool, G: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    stats = row_stats(S, T, spec, bias_s, bias_t, metrics)
+    loss, A = row_dot(S, T, stats, spec, bias_s, bias_t)
+    row_grad_(S, T, stats, A, factor, spec, bias_s, bias_t, G)
+    return stats, loss, A

@@ -1,0 +1,114 @@
+"""What a caller may ask for, as frozen values: divergence, logit transform, reduction. Validation lives here, and so do its error texts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class Kind(IntEnum):
+    """Divergences by the number that the kernels branch on; csrc/divergence.h and triton_math.py use the same order."""
+
+    REVERSE_KL = 0
+    FORWARD_KL = 1
+    JSD = 2
+    SKEW_REVERSE_KL = 3
+    SKEW_FORWARD_KL = 4
+    TVD = 5
+
+
+KIND_NAMES = {kind.name.lower(): kind for kind in Kind}
+REDUCTIONS = ("mean", "sum", "none", "sequence_mean")
+BACKWARDS = ("auto", "in_forward", "recompute")
+
+
+def expect(condition: bool, argument: str, expected: str, got: object, error: type[Exception] = ValueError) -> None:
+    """The one form of an argument error: who, what was expected, what came."""
+    if not condition:
+        raise error(f"{argument}: expected {expected}, got {got}")
+
+
+def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
+    expect(isinstance(value, str) and value in choices, argument, "one of " + ", ".join(repr(c) for c in choices), repr(value))
+
+
+def check_number(argument: str, value: object, *, positive: bool = False) -> float:
+    """`value` as a float; finite, and above zero where asked."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    expect(number, argument, "a number", f"{value!r} of type {type(value).__name__}", TypeError)
+    kind = "a positive finite number" if positive else "a finite number"
+    expect(math.isfinite(value) and (value > 0 or not positive), argument, kind, repr(value))
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence between teacher p and student q. `beta` is the mixture's weight on the teacher."""
+
+    kind: Kind
+    beta: float = 0.5
+
+    @classmethod
+    def parse(cls, name: str, beta: float = 0.5) -> Divergence:
+        check_choice("divergence", name, tuple(KIND_NAMES))
+        kind = KIND_NAMES[name]
+        beta = check_number("beta", beta)
+        if kind == Kind.JSD:
+            hint = {0.0: "; for beta=0 use divergence='forward_kl'", 1.0: "; for beta=1 use divergence='reverse_kl'"}.get(beta, "")
+            expect(0 < beta < 1, "beta", "a number strictly between 0 and 1 for divergence='jsd'" + hint, repr(beta))
+        elif cls(kind).mixes:
+            expect(0 < beta < 1, "beta", f"a number strictly between 0 and 1 for divergence={name!r}", repr(beta))
+        return cls(kind, beta)
+
+    @property
+    def name(self) -> str:
+        return self.kind.name.lower()
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the mixture m = beta*p + (1-beta)*q enters."""
+        return self.kind in (Kind.JSD, Kind.SKEW_REVERSE_KL, Kind.SKEW_FORWARD_KL)
+
+    @property
+    def one_sweep(self) -> bool:
+        """Whether the statistics sweep alone yields the value: the two plain KLs."""
+        return self.kind in (Kind.REVERSE_KL, Kind.FORWARD_KL)
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """Raw logit z -> softcap(scale * (z + bias)) / temperature, with softcap(y) = c * tanh(y / c)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    @classmethod
+    def parse(cls, side: str, scale: float, softcap: float | None, temperature: float, temperature_name: str) -> LogitTransform:
+        scale = check_number(f"{side}_logit_scale", scale)
+        if softcap is not None:
+            softcap = check_number(f"{side}_softcap", softcap, positive=True)
+        return cls(scale, softcap, check_number(temperature_name, temperature, positive=True))
+
+    @property
+    def factor(self) -> float:
+        """What a raw logit is multiplied by where no softcap bends it."""
+        return self.scale / self.temperature
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """Everything a row sweep needs beside its tensors.
+
+    With `difference`, the teacher buffer holds raw teacher logits minus raw student logits (math.md: the difference GEMM).
+    """
+
+    divergence: Divergence
+    student: LogitTransform = LogitTransform()
+    teacher: LogitTransform = LogitTransform()
+    difference: bool = False
+
+    def linear_difference(self, same_bias: bool) -> bool:
+        """Whether the difference of the *transformed* logits is `factor` times the difference buffer, so that it never meets the logits."""
+        return self.difference and same_bias and self.student == self.teacher and self.student.softcap is None
