@@ -1,0 +1,98 @@
+# `make train` and `make test` do everything on a fresh machine with Python 3.10+: create .venv, install, build the extension, run.
+# Both can be repeated: a step runs again only when what it depends on has changed (stamps in .venv/.done).
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+OUT    ?=
+PYTEST_ARGS ?=
+
+PY   := $(VENV)/bin/python
+PIP  := $(PY) -m pip install -qq
+DONE := $(VENV)/.done
+PINS := $(DONE)/pins.txt
+EXT_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
+
+# torch comes first and pinned on a machine without an NVIDIA GPU: triton, liger-kernel and trl all pull a torch of their own choice,
+# and the newest one in the registry brings gigabytes of CUDA packages. `make TORCH=...` overrides it.
+ifeq ($(shell nvidia-smi -L >/dev/null 2>&1 && echo yes),yes)
+TORCH  ?= torch>=2.10
+TRITON ?= triton
+else
+TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.9.0
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test lint docs bench-cpu clean distclean
+
+help:
+	@echo "make train      set up, then 'opsd train' on this machine (ARGS='--set steps=50', OUT=runs/name)"
+	@echo "make test       set up, then the test suite (PYTEST_ARGS='-k chunk')"
+	@echo "make install    set up only: .venv, dependencies, compiled extension"
+	@echo "make lint       ruff"
+	@echo "make docs       regenerate the generated tables in docs/"
+	@echo "make bench-cpu  CPU time of the fused op against bare matrix products, plain PyTorch and other libraries"
+	@echo "make clean      remove build outputs and caches; 'make distclean' removes .venv too. Runs are never removed."
+
+install: $(DONE)/package
+
+train: install
+	@echo "==> opsd train"
+	@$(VENV)/bin/opsd train $(if $(OUT),--out $(OUT)) $(ARGS)
+
+test: install $(DONE)/dev
+	@echo "==> pytest"
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(DONE)/ruff
+	@echo "==> ruff check"
+	@$(VENV)/bin/ruff check .
+
+docs: install
+	@echo "==> docs/environment.md"
+	@$(PY) -m opsd_kernels.env > docs/environment.md
+
+bench-cpu: install $(DONE)/dev
+	@echo "==> benchmarks/cpu_ratios.py"
+	@$(PY) benchmarks/cpu_ratios.py $(ARGS)
+
+$(DONE)/venv:
+	@echo "==> virtual environment in $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "python >= 3.10 is needed, $(PYTHON) is " + sys.version.split()[0])'
+	@$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(DONE) && touch $@
+
+# From here on pip may not replace torch: every later call carries its exact version as a constraint.
+$(DONE)/torch: $(DONE)/venv
+	@echo "==> $(TORCH)"
+	@$(PIP) setuptools wheel ninja numpy "$(TORCH)"
+	@(cat constraints.txt; $(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))') > $(PINS)
+	@touch $@
+
+# The extension is built by a call of its own because pip would hide what setup.py says: which compiler, or that there is none.
+$(DONE)/package: pyproject.toml constraints.txt $(EXT_SOURCES) | $(DONE)/torch
+	@echo "==> C++ extension"
+	@$(PY) setup.py --quiet build_ext --inplace
+	@echo "==> the package (editable) and what its trainer needs"
+	@$(PIP) -c $(PINS) --no-build-isolation -e '.[train]'
+	@touch $@
+
+$(DONE)/dev: pyproject.toml constraints.txt | $(DONE)/package
+	@echo "==> test tools, $(TRITON), and the libraries that the tests compare with"
+	@$(PIP) -c $(PINS) "$(TRITON)"
+	@$(PIP) -c $(PINS) --no-build-isolation -e '.[dev,bench]'
+	@touch $@
+
+$(DONE)/ruff: constraints.txt | $(DONE)/venv
+	@echo "==> ruff"
+	@$(PIP) "$$(grep '^ruff==' constraints.txt)"
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .benchmarks $(DONE)/package
+	find opsd_kernels csrc -name '*.so' -delete
+	find opsd_kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
