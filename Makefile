@@ -51,7 +51,7 @@ lint: $(DONE)/ruff
 
 docs: install
 	@echo "==> docs/environment.md"
-	@$(PY) -m opsd_kernels.env > docs/environment.md
+	@$(PY) -c 'from opsd_kernels import env; print(env.markdown(), end="")' > docs/environment.md
 
 bench-cpu: install $(DONE)/dev
 	@echo "==> benchmarks/cpu_ratios.py"

@@ -37,7 +37,7 @@ CPU_CAPABILITY = Variable(
     "Limits the instruction set that the C++ kernels choose. Read once, when the extension is loaded.",
     ("avx512", "avx2", "default"),
 )
-CACHE = Variable("OPSD_CACHE", "~/.cache/opsd_kernels", "Directory of the trainer's warm-started base models. Safe to delete.")
+CACHE = Variable("OPSD_CACHE", "opsd_kernels in XDG_CACHE_HOME, or in ~/.cache", "Directory of the trainer's warm-started base models. Safe to delete.")
 
 VARIABLES = (BACKEND, WORKSPACE_BYTES, CPU_CAPABILITY, CACHE)
 
@@ -67,9 +67,5 @@ def cache_dir() -> Path:
 def markdown() -> str:
     """docs/environment.md."""
     rows = [f"| `{v.name}` | {', '.join(f'`{c}`' for c in v.choices) or 'any'} | {v.default} | {v.meaning} |" for v in VARIABLES]
-    head = ["# Environment variables", "", "Printed by `python -m opsd_kernels.env`; `make docs` renews this page.", ""]
+    head = ["# Environment variables", "", "Generated from `opsd_kernels/env.py` by `make docs`.", ""]
     return "\n".join([*head, "| name | values | default | meaning |", "| --- | --- | --- | --- |", *rows, ""])
-
-
-if __name__ == "__main__":
-    print(markdown(), end="")

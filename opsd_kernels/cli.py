@@ -1,0 +1,236 @@
+"""The `opsd` command, one function per subcommand. torch and transformers are imported inside them, so that `opsd --help` stays quick."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+try:
+    import typer
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"opsd: the command line needs {missing.name}: pip install 'opsd_kernels[cli]' (or [train] for opsd train)") from None
+
+from . import __version__, env
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+console = Console(highlight=False)
+
+BYTE_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+PACKAGES = ("torch", "triton", "numpy", "transformers", "safetensors", "liger-kernel", "trl")
+
+
+def main() -> None:
+    app(prog_name="opsd")
+
+
+def fail(message: object, code: int = 2) -> NoReturn:
+    """Ends the command with one line on stderr."""
+    typer.echo(f"opsd: error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def one_line(*errors: type[Exception]) -> Iterator[None]:
+    """The user's own mistakes end in one line; anything else keeps its traceback."""
+    try:
+        yield
+    except errors as error:
+        fail(error)
+
+
+def print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"opsd_kernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")] = False) -> None:
+    """Fused loss head for on-policy self-distillation: the trainer, the planner and a check of this machine."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------- train
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="JSON or YAML file; without it, the defaults.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting. Repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run directory; without it, a new one under runs/.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+) -> None:
+    """Train a model on its own answers, judged by itself with feedback in view."""
+    if resume and out is None:
+        fail("--resume: expected --out DIR, the run to continue, got none")
+    with one_line(ModuleNotFoundError):
+        needs_extra("train", "transformers", "safetensors", "yaml", "matplotlib")
+    from .train import config as settings
+    from .train import loop
+
+    with one_line(ValueError, TypeError, OSError):
+        parsed = settings.load_config(config, overrides or [])
+    out = out or new_run_directory(parsed.env)
+    try:
+        with one_line(FileExistsError, FileNotFoundError):
+            loop.train(parsed, out, resume)
+    except KeyboardInterrupt:
+        typer.echo(f"\nStopped. Continue with: {resume_command(config, overrides or [], out)}", err=True)
+        raise typer.Exit(130) from None
+
+
+def needs_extra(extra: str, *modules: str) -> None:
+    from importlib.util import find_spec
+
+    for module in modules:
+        if find_spec(module) is None:
+            raise ModuleNotFoundError(f"{module} is not installed: pip install 'opsd_kernels[{extra}]'")
+
+
+def new_run_directory(env_name: str) -> Path:
+    """runs/<environment>-<time>; a second run in the same second gets a number."""
+    stem = Path("runs") / f"{env_name}-{datetime.now():%Y%m%d-%H%M%S}"
+    candidates = [stem, *(stem.with_name(f"{stem.name}-{i}") for i in range(2, 100))]
+    return next(path for path in candidates if not path.exists())
+
+
+def resume_command(config: Path | None, overrides: list[str], out: Path) -> str:
+    """What to type to go on; the program as it was called, since .venv/bin need not be on the PATH."""
+    program = "opsd" if shutil.which("opsd") else sys.argv[0]
+    settings = [str(config)] if config else []
+    settings += [word for override in overrides for word in ("--set", override)]
+    return shlex.join([program, "train", *settings, "--out", str(out), "--resume"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------- plan
+
+
+@app.command()
+def plan(
+    tokens: Annotated[int, typer.Option("--tokens", "-N", help="Valid tokens in one call.")] = 8192,
+    vocab: Annotated[int, typer.Option("--vocab", "-V", help="Rows of the LM head.")] = 151936,
+    hidden: Annotated[int, typer.Option("--hidden", help="Hidden size of the student.")] = 4096,
+    teacher_hidden: Annotated[int | None, typer.Option("--teacher-hidden", help="Hidden size of the teacher, if another.")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16, float32 or float64.")] = "bfloat16",
+    shared_head: Annotated[bool, typer.Option("--shared-head/--two-heads", help="Do both sides project with the same head?")] = True,
+    frozen: Annotated[bool, typer.Option("--frozen", help="The head gets no gradient.")] = False,
+    workspace: Annotated[str | None, typer.Option("--workspace", help="Byte budget, such as 256MiB.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Predict chunks, buffers, peak memory and work of one call of linear_divergence. Runs nothing."""
+    from .planner import plan as make_plan
+
+    with one_line(ValueError, TypeError):
+        budget = None if workspace is None else parse_bytes(workspace)
+        options = {"shared_head": shared_head, "trainable_head": not frozen, "workspace_bytes": budget, "device_type": parse_device(device)}
+        fields = make_plan(tokens, vocab, hidden, teacher_hidden, parse_dtype(dtype), **options).as_dict()
+    if as_json:
+        typer.echo(json.dumps(fields, indent=2))
+        return
+    table = new_table("linear_divergence, predicted", "", "")
+    for name, value in fields.items():
+        table.add_row(name.removesuffix("_bytes").replace("_", " "), readable(name, value))
+    console.print(table)
+
+
+def parse_bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if not match or match[2] not in BYTE_UNITS:
+        raise ValueError(f"--workspace: expected a number of bytes such as 268435456, 256MiB or 1.5GiB, got {text!r}")
+    return int(float(match[1]) * BYTE_UNITS[match[2]])
+
+
+def parse_dtype(text: str) -> Any:
+    import torch
+
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+    name = names.get(text, text)
+    if name not in names.values():
+        raise ValueError(f"--dtype: expected one of {', '.join(names.values())}, got {text!r}")
+    return getattr(torch, name)
+
+
+def parse_device(text: str) -> str:
+    if text not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {text!r}")
+    return text
+
+
+def readable(name: str, value: object) -> str:
+    if name.endswith("_bytes") and isinstance(value, int):
+        unit, size = next(((u, s) for u, s in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)) if value >= s), ("B", 1))
+        return f"{value / size:.4g} {unit}"
+    if name == "flops" and isinstance(value, int):
+        return f"{value / 1e12:.4g} TFLOP"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+# --------------------------------------------------------------------------------------------------------------------------------- doctor
+
+
+@app.command()
+def doctor() -> None:
+    """Tell versions, devices, and which backends can be used here; for the others, why not."""
+    import torch
+
+    from . import backends
+
+    table = new_table("This machine", "", "")
+    table.add_row("opsd_kernels", __version__)
+    table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
+    for package in PACKAGES:
+        table.add_row(package, installed_version(package))
+    capability = torch.backends.cpu.get_cpu_capability()
+    table.add_row("CPU", f"{torch.get_num_threads()} threads, torch uses {capability}")
+    devices = [f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB" for i in range(torch.cuda.device_count())]
+    table.add_row("CUDA", "; ".join(devices) or f"no device (torch is built {'with CUDA ' + torch.version.cuda if torch.version.cuda else 'without CUDA'})")
+    console.print(table)
+
+    kinds = ["cpu", *(["cuda"] if devices else [])]
+    reasons = {kind: backends.explain(kind) for kind in kinds}
+    table = new_table("Row backends, in order of preference", "backend", *kinds)
+    for name in backends.NAMES:
+        table.add_row(name, *(reasons[kind][name] or "usable" for kind in kinds))
+    console.print(table)
+
+    table = new_table("Environment", "variable", "value")
+    for variable in env.VARIABLES:
+        table.add_row(variable.name, environment_value(variable))
+    console.print(table)
+
+
+def installed_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def environment_value(variable: env.Variable) -> str:
+    try:
+        value = variable.get()
+    except ValueError as error:
+        return str(error)
+    return value if value is not None else f"not set ({variable.default})"
+
+
+def new_table(title: str, *headers: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=any(headers))
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    return table
