@@ -12,7 +12,7 @@ A backend is a module or object with
 
 S, T        (n, V) raw student logits, and raw teacher logits or, with `spec.difference`, raw teacher minus raw student logits. Same dtype:
             float64, float32, bfloat16 or float16. Unit column stride; any row stride >= V; any storage offset. n, V >= 1. S and T never overlap.
-bias_s/_t   (V,) contiguous, of the dtype of the statistics, or None. -inf in a bias masks that entry: probability zero.
+bias_s/_t   (V,) contiguous, of the dtype of the statistics, or None. -inf in a bias masks that entry: probability zero (not under a softcap, which maps it to -c).
 stats       (n, len(Column)) in float64 for float64 logits, else float32. Columns up to SPREAD and the divergence's own value
             (REVERSE_KL / FORWARD_KL) are always right; the others only with `metrics`, else 0.
 loss, A     (n,) of the dtype of stats: the divergence in nats, and the row scalar A of math.md. For the two plain KLs `row_dot` reads both from
@@ -44,9 +44,11 @@ from torch import Tensor
 
 from ..spec import RowSpec
 
-# Up to this |d| a row is summed relative to the student's maximum alone: exp(-87 + 2 * 24) * 152k entries stays under 1e-11, and
-# L = log1p(sum q * expm1(d)) keeps its relative accuracy however close the teacher is. Rows beyond it carry both maxima.
+# Up to this |d| a row may be summed relative to the student's maximum alone: exp(-87 + 2 * 24) * 152k entries stays under 1e-11. Rows beyond it carry both maxima.
 SPREAD_LIMIT = 24.0
+# With x = sum q * expm1(d): L = log1p(x) inside these bounds, which keeps L's digits however close the teacher is; outside, log(sum q * exp(d)), with exp(d) of full
+# relative accuracy (1 + expm1(d) is not), or the difference of the two log-sums: near x = -1 log1p(x) has none left (student peak where the teacher has no mass).
+GAP_BOUNDS = (-0.5, 1.0)
 
 
 class Column(IntEnum):

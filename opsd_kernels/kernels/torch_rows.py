@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..divergences import entry, transform, transform_slope
 from ..spec import RowSpec
-from .contract import SPREAD_LIMIT, Column, plain_kl, stats_dtype
+from .contract import GAP_BOUNDS, SPREAD_LIMIT, Column, plain_kl, stats_dtype
 
 # Rows are walked in blocks of about this many entries, so that the dozen temporaries of a sweep stay small beside the chunk's own buffers.
 BLOCK_ENTRIES = 1 << 19
@@ -67,8 +67,9 @@ def _block_stats(logits: _Logits, metrics: bool) -> Tensor:
     max_t, logsum_t = _log_sum(t)
     spread = torch.nan_to_num(d.abs().amax(-1), nan=torch.inf, posinf=torch.inf)
     q = torch.exp(s - max_s[:, None] - logsum_s[:, None])
-    near_gap = torch.log1p((q * torch.expm1(d)).sum(-1))
-    gap = torch.where(spread <= SPREAD_LIMIT, near_gap, (max_t - max_s) + (logsum_t - logsum_s))
+    x = (q * torch.expm1(d)).sum(-1)
+    close = (spread <= SPREAD_LIMIT) & (x > GAP_BOUNDS[0]) & (x < GAP_BOUNDS[1])
+    gap = torch.where(close, torch.log1p(x), (max_t - max_s) + (logsum_t - logsum_s))
     for c, value in zip(Column, (max_s, logsum_s, max_t, logsum_t, gap, spread), strict=False):
         stats[:, c] = value
     q, p, delta = _distributions(logits, stats)

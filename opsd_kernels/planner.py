@@ -1,0 +1,137 @@
+"""How many rows a chunk takes, which buffers that needs, and the peak it leads to. Pure arithmetic: the op follows it, `opsd plan` prints it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from . import env
+from .kernels.contract import Column
+from .spec import BACKWARDS, check_choice, expect
+
+DEFAULT_WORKSPACE_BYTES = 1 << 30
+ROW_MULTIPLE = 16
+# Rows beyond which a chunk gains nothing. On a CPU, GEMMs of 256 rows in bf16 (AMX) run as fast as longer ones and the fresh buffers cost less to touch. On CUDA a
+# trainable head reads and writes the fp32 dW once per chunk: 25 % of the floor at 1024 rows, 6 % at 4096 (H = 4096).
+ROW_LIMITS = {("cpu", True): 256, ("cpu", False): 256, ("cuda", True): 4096, ("cuda", False): 1024}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LOGITS_DTYPES = ("auto", "float32", "input")
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """What one call does. Bytes are of the whole call, predicted; `flops` counts multiply and add."""
+
+    tokens: int
+    rows: int  # per chunk
+    chunks: int
+    logits_dtype: torch.dtype
+    difference: bool  # teacher buffer holds t - s from the stacked GEMM
+    passes: int  # GEMM passes of 2 * tokens * hidden * vocabulary operations each
+    flops: int
+    workspace_bytes: int  # logits buffers and packed rows, freed before the call returns
+    accumulator_bytes: int  # fp32 dW beside a 16-bit gradient, likewise
+    gradient_bytes: int  # dh, dW, dbias
+    vector_bytes: int  # losses and statistics, N-sized
+    peak_bytes: int  # above the inputs, at the worst moment of forward and backward
+
+    def as_dict(self) -> dict[str, object]:
+        return {**asdict(self), "logits_dtype": str(self.logits_dtype).removeprefix("torch.")}
+
+
+def resolve_logits(dtype: torch.dtype, logits_dtype: str, shared_head: bool) -> tuple[torch.dtype, bool]:
+    """(buffer dtype, difference form). `auto`: 16-bit buffers for a shared head, where the difference GEMM loses nothing; else fp32.
+
+    In fp32 buffers of 16-bit inputs both sides are projected whole: rounding h_t - h_s to 16 bits would cost more than the subtraction does.
+    """
+    check_choice("logits_dtype", logits_dtype, LOGITS_DTYPES)
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    if narrow and (logits_dtype == "float32" or (logits_dtype == "auto" and not shared_head)):
+        return torch.float32, False
+    return dtype, shared_head
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _balanced_rows(tokens: int, most: int) -> int:
+    """Rows of equal chunks, none above `most`."""
+    if tokens <= most:
+        return max(tokens, 1)
+    even = -(-tokens // -(-tokens // most))
+    rounded = _round_up(even, ROW_MULTIPLE)
+    return rounded if rounded <= most else even
+
+
+def row_bytes(V: int, H_student: int, H_teacher: int, dtype: torch.dtype, buffer: torch.dtype) -> int:
+    """Workspace of one row: the logits pair, its packed hidden rows, and the hidden gradient before it is scattered."""
+    return 2 * V * buffer.itemsize + (2 * H_student + H_teacher) * dtype.itemsize
+
+
+def workspace_budget(workspace_bytes: int | None) -> int:
+    """The byte budget of a call: its own, else OPSD_WORKSPACE_BYTES, else 1 GiB."""
+    if workspace_bytes is None:
+        return env.workspace_bytes() or DEFAULT_WORKSPACE_BYTES
+    expect(isinstance(workspace_bytes, int) and not isinstance(workspace_bytes, bool), "workspace_bytes", "an int", type(workspace_bytes).__name__, TypeError)
+    expect(workspace_bytes > 0, "workspace_bytes", "a positive number of bytes", workspace_bytes)
+    return workspace_bytes
+
+
+def plan(
+    N: int,
+    V: int,
+    H_student: int,
+    H_teacher: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    shared_head: bool = True,
+    trainable_head: bool = True,
+    grad: bool = True,
+    backward: str = "in_forward",
+    logits_dtype: str = "auto",
+    bias_grad: bool = False,
+    workspace_bytes: int | None = None,
+    device_type: str = "cpu",
+) -> ChunkPlan:
+    """Plan `linear_divergence` for N valid tokens, a vocabulary of V and hidden sizes H_student and H_teacher (default: the same).
+
+    `workspace_bytes` is the budget (default OPSD_WORKSPACE_BYTES or 1 GiB) for logits buffers, packed rows and the fp32 dW that stands beside a 16-bit gradient;
+    the last claims at most half of it, since its size is the head's. Raises ValueError if the budget does not hold one row.
+    """
+    H_teacher = H_student if H_teacher is None else H_teacher
+    for name, value in (("N", N), ("V", V), ("H_student", H_student), ("H_teacher", H_teacher)):
+        expect(isinstance(value, int) and value >= (name == "V"), name, "a size", repr(value))
+    expect(dtype in DTYPES, "dtype", "float64, float32, bfloat16 or float16", dtype, TypeError)
+    check_choice("backward", backward, BACKWARDS)
+    budget = workspace_budget(workspace_bytes)
+    buffer, difference = resolve_logits(dtype, logits_dtype, shared_head)
+    trainable = trainable_head and grad
+    per_row = row_bytes(V, H_student, H_teacher, dtype, buffer)
+    most = min(ROW_LIMITS["cuda" if device_type == "cuda" else "cpu", trainable], budget // per_row)
+    accumulator = 0
+    if trainable and dtype.itemsize == 2 and N > most:  # a single chunk's GEMM writes the gradient itself
+        accumulator = 4 * V * H_student
+        most = min(most, (budget - min(accumulator // 2, budget // 2)) // per_row)
+    expect(most >= 1, "workspace_bytes", f"at least {2 * per_row} bytes, for a row of logits pairs", budget)
+    rows = _balanced_rows(N, most)
+
+    gradient = {"dh": N * H_student * dtype.itemsize * grad, "dW": V * H_student * dtype.itemsize * trainable, "dbias": 4 * V * bias_grad}
+    workspace = min(rows, N) * per_row
+    vectors = N * 4 * (len(Column) + 4)
+    passes = 2 + grad + trainable + (2 if backward == "recompute" and grad else 0)
+    return ChunkPlan(
+        tokens=N,
+        rows=rows,
+        chunks=-(-N // rows),
+        logits_dtype=buffer,
+        difference=difference,
+        passes=passes,
+        flops=2 * N * V * (H_student * (passes - (2 if backward == "recompute" and grad else 1)) + H_teacher * (2 if backward == "recompute" and grad else 1)),
+        workspace_bytes=workspace,
+        accumulator_bytes=accumulator,
+        gradient_bytes=sum(gradient.values()),
+        vector_bytes=vectors,
+        peak_bytes=accumulator + max(workspace, gradient["dW"] if accumulator else workspace + gradient["dW"]) + gradient["dh"] + gradient["dbias"] + vectors,
+    )
