@@ -1,0 +1,392 @@
+"""Hard inputs, the numeric gates with every tolerance of the project, and the memory of one call. For users' own tests as much as for ours.
+
+    case = hard_case(67, 1003, 48, torch.float32)
+    truth, peer = evaluate(linear_divergence_reference, case.double()), evaluate(linear_divergence_reference, case)
+    assert_no_worse(evaluate(linear_divergence, case), peer, truth)
+
+`case` draws from a generator of its own: it leaves torch's random state alone.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from .reference import reference_divergence
+from .spec import Divergence, expect
+
+# The tolerances. A test that needs another number argues for it here.
+FP32_ARITHMETIC = 2e-6  # of the largest number that a row's sums pass through, or of 1
+FP64_ARITHMETIC = 1e-13  # the same for float64 buffers; the truth itself carries about this much
+TIMES_PLAIN = 2.0
+OF_LARGEST = 1e-5
+GROWTH = 1.5
+# Relative Frobenius error against float64, at any distance between teacher and student; "loss" is a relative error of the mean.
+TARGETS = {"default": 2e-2, "fp32_logits": 3e-3, "loss": 5e-3}
+
+LEAVES = ("student_hidden", "student_weight", "student_bias")
+
+
+@dataclass(frozen=True)
+class Case:
+    """The tensors of one call. `trainable` names those that get a gradient; `upstream` is the gradient that arrives from above."""
+
+    student_hidden: Tensor  # (..., H_s)
+    student_weight: Tensor  # (V_s, H_s)
+    teacher_hidden: Tensor  # (..., H_t)
+    teacher_weight: Tensor  # (V_t, H_t)
+    student_bias: Tensor | None = None
+    teacher_bias: Tensor | None = None
+    mask: Tensor | None = None
+    labels: Tensor | None = None
+    token_weights: Tensor | None = None
+    vocab_size: int | None = None
+    upstream: float = 3.0
+    trainable: tuple[str, ...] = LEAVES
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Case:
+        done: dict[int, Tensor] = {}  # a shared head stays shared
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
+        return replace(self, **{name: done.setdefault(id(t), change(t)) for name, t in tensors.items()})
+
+    def double(self) -> Case:
+        """The same numbers in float64."""
+        return self._map(lambda t: t.double() if t.is_floating_point() else t)
+
+    def to(self, device: torch.device | str) -> Case:
+        return self._map(lambda t: t.to(device))
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.student_hidden, self.student_weight, self.teacher_hidden, self.teacher_weight
+
+    def options(self) -> dict[str, object]:
+        """The keyword arguments that are set."""
+        names = ("student_bias", "teacher_bias", "mask", "labels", "token_weights", "vocab_size")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def leaves(self) -> Case:
+        """The same case over fresh leaves: same storage and strides, those in `trainable` requiring a gradient."""
+        names = [name for name in self.trainable if getattr(self, name) is not None]
+        return replace(self, **{name: getattr(self, name).detach().requires_grad_() for name in names})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A loss and the gradients under the case's upstream gradient; None where nothing was asked."""
+
+    loss: Tensor
+    student_hidden: Tensor | None = None
+    student_weight: Tensor | None = None
+    student_bias: Tensor | None = None
+    stats: object = None
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        for name in ("loss", *LEAVES):
+            value = getattr(self, name)
+            if value is not None:
+                yield name if name == "loss" else f"gradient of {name}", value
+
+
+def evaluate(op: Callable, case: Case, **options: object) -> Outcome:
+    """Run `op` forward and backward on `case`. Per-token losses get upstream gradients that differ from token to token."""
+    live = case.leaves()
+    result = op(*live.inputs(), **{**live.options(), **options})
+    loss, stats = result if isinstance(result, tuple) else (result, None)
+    upstream = torch.full_like(loss, case.upstream)
+    if loss.dim():
+        upstream = upstream * torch.linspace(0.25, 1.0, loss.numel(), dtype=loss.dtype, device=loss.device).view(loss.shape)
+    names = [name for name in case.trainable if getattr(live, name) is not None]
+    grads = torch.autograd.grad(loss, [getattr(live, name) for name in names], upstream) if names else ()
+    return Outcome(loss.detach(), **dict(zip(names, grads, strict=True)), stats=stats)
+
+
+# ---------------------------------------------------------------- the hard case
+
+
+def _head(V: int, H: int, padding: int, gen: torch.Generator) -> Tensor:
+    """(V + padding, H) float64. Padded rows would take nearly all probability, were they counted."""
+    weight = torch.randn(V + padding, H, generator=gen, dtype=torch.float64) / math.sqrt(H)
+    weight[V:] *= 50
+    return weight
+
+
+def _hidden(weight: Tensor, widths: Tensor, gen: torch.Generator) -> Tensor:
+    """(N, H) such that row i's largest |logit| is widths[i]; every third row points at one token and is peaked."""
+    N, (V, H) = widths.numel(), weight.shape
+    hidden = torch.randn(N, H, generator=gen, dtype=torch.float64)
+    targets = torch.randint(V, (N,), generator=gen)
+    hidden[1::3] = weight[targets[1::3]]
+    return hidden * (widths / (hidden @ weight.T).abs().amax(-1).clamp(min=1e-3))[:, None]
+
+
+def _near_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | float, target: float, gen: torch.Generator) -> Tensor:
+    """Teacher hidden states at forward KL `target` nats from the student's, row by row; KL grows with the square of the step."""
+    noise = torch.randn(hidden.shape, generator=gen, dtype=torch.float64)
+    student, step = hidden @ weight.T + bias, torch.full((hidden.shape[0], 1), 0.1, dtype=torch.float64)
+    for _ in range(8):
+        gap = reference_divergence(student, (hidden + step * noise) @ weight.T + bias, Divergence.parse("forward_kl"))
+        step *= (target / gap.clamp(min=1e-12))[:, None].sqrt().clamp(0.1, 10)
+    return hidden + step * noise
+
+
+def _as_view(tensor: Tensor, column_stride: int) -> Tensor:
+    """The same numbers as a view into a larger storage: odd offset, rows apart, columns `column_stride` apart; NaN in between."""
+    rows, columns = tensor.shape
+    storage = tensor.new_full((rows + 1, column_stride * columns + 3), math.nan)
+    view = storage[1:, 1 : 1 + column_stride * columns : column_stride]
+    return view.copy_(tensor)
+
+
+def _biases(V: int, padding: tuple[int, int], same: bool, masked_entry: str | None, gen: torch.Generator) -> tuple[Tensor, Tensor]:
+    student, teacher = (torch.randn(V + extra, generator=gen, dtype=torch.float64) / 2 for extra in padding)
+    if same:
+        teacher[:V] = student[:V]
+    if masked_entry == "both" and V > 2:
+        student[V // 2] = -math.inf
+    if masked_entry is not None and V > 2:
+        teacher[V // 2] = -math.inf
+    return student, teacher
+
+
+def _spoil(case: Case) -> Case:
+    """An ignored row by mask and one by label, both full of inf and NaN, and a zero weight: as far as N leaves a row untouched."""
+    flat_s, flat_t = case.student_hidden, case.teacher_hidden
+    N = flat_s.shape[0]
+    mask, labels, weights = case.mask.clone(), case.labels.clone(), case.token_weights.clone()
+    ignored = ([N // 3] if N > 2 else []) + ([N // 2] if N > 4 else [])
+    for row in ignored:
+        flat_s[row], flat_t[row], weights[row] = math.inf, math.nan, math.nan
+    if N > 2:
+        mask[N // 3] = False
+    if N > 4:
+        labels[N // 2] = -100
+    if N > 1:
+        weights[N - 1] = 0
+    return replace(case, mask=mask, labels=labels, token_weights=weights)
+
+
+def hard_case(
+    N: int,
+    V: int,
+    H: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    teacher_width: int | None = None,
+    shared_head: bool = False,
+    near: float | None = None,
+    largest_logit: float = 40.0,
+    bias: bool = True,
+    masked_entry: str | None = "both",
+    padding: int = 0,
+    views: bool = True,
+    frozen_head: bool = False,
+    batch: int | None = None,
+    seed: int = 0,
+) -> Case:
+    """Inputs on which planted bugs show.
+
+    Rows of largest |logit| `largest_logit`, 0.4 and 0.1 of it, every third one peaked; an ignored row that holds inf and NaN; a zero weight; biases with
+    a -inf entry (`masked_entry`: "both" sides, "teacher" alone, None); `padding` columns that would take all probability; tensors that are
+    offset, strided views of storages with NaN in the gaps; upstream gradient 3. With `near` the teacher stands at that forward KL (nats) from the student:
+    over the very same head, over an equal one, or with `teacher_width` > H over a wider one. `batch` gives hidden states (batch, N / batch, H).
+    """
+    expect(masked_entry in ("both", "teacher", None), "masked_entry", "'both', 'teacher' or None", repr(masked_entry))
+    H_t = teacher_width or H
+    expect(H_t == H or not shared_head, "teacher_width", f"H = {H} for a shared head", H_t)
+    expect(H_t >= H or near is None, "teacher_width", f"at least H = {H} for a near teacher", H_t)
+    gen = torch.Generator().manual_seed(seed)
+    extra = (padding, padding if shared_head or not padding else padding + 2)
+    widths = largest_logit * torch.tensor([1.0, 0.4, 0.1], dtype=torch.float64).repeat(N // 3 + 1)[:N]
+    W_s = _head(V, H, extra[0], gen)
+    h_s = _hidden(W_s[:V], widths, gen)
+    W_t = W_s if shared_head else _head(V, H_t, extra[1], gen)
+    b_s, b_t = _biases(V, extra, shared_head or near is not None, masked_entry, gen)
+    if near is None:
+        h_t = _hidden(W_t[:V], widths.roll(1), gen)
+    else:
+        if not shared_head:
+            W_t[:V, :H] = W_s[:V]
+        h_t = _near_hidden(torch.cat([h_s, h_s.new_zeros(N, H_t - H)], 1), W_t[:V], b_s[:V] if bias else 0.0, near, gen)
+
+    cast = (lambda t, stride: _as_view(t.to(dtype), stride)) if views else (lambda t, stride: t.to(dtype))
+    student_weight, student_bias = cast(W_s, 1), b_s.to(dtype)
+    case = Case(
+        student_hidden=cast(h_s, 2),
+        student_weight=student_weight,
+        teacher_hidden=cast(h_t, 1),
+        teacher_weight=student_weight if shared_head else cast(W_t, 1),
+        student_bias=student_bias if bias else None,
+        teacher_bias=(student_bias if shared_head and masked_entry != "teacher" else b_t.to(dtype)) if bias else None,
+        mask=torch.ones(N, dtype=torch.bool),
+        labels=torch.randint(max(1, V // 2), (N,), generator=gen),
+        token_weights=torch.rand(N, generator=gen) + 0.5,
+        vocab_size=V if padding else None,
+        trainable=("student_hidden",) if frozen_head else LEAVES,
+    )
+    case = _spoil(case)
+    if batch is None:
+        return case
+    per_token = ("student_hidden", "teacher_hidden", "mask", "labels", "token_weights")
+    return replace(case, **{name: getattr(case, name).unflatten(0, (batch, N // batch)) for name in per_token})
+
+
+# ---------------------------------------------------------------- the gates
+
+Checkable = Tensor | Outcome
+
+
+def _named(*checked: Checkable) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+    """(name, the tensors of that name), for tensors and outcomes alike."""
+    if isinstance(checked[0], Tensor):
+        yield "tensor", checked
+        return
+    columns = [dict(outcome.named()) for outcome in checked]
+    for column in columns[1:]:
+        assert column.keys() == columns[0].keys(), f"one side has {sorted(columns[0])}, another {sorted(column)}"
+    for name in columns[0]:
+        yield name, tuple(column[name] for column in columns)
+
+
+def _where(excess: Tensor) -> tuple[int, ...]:
+    return tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape)) if excess.dim() else ()
+
+
+def _error(actual: Tensor, truth: Tensor, name: str) -> Tensor:
+    """|actual - truth| in float64. Entries that are not finite must be the same ones."""
+    assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    actual, truth = actual.detach().double().cpu(), truth.detach().double().cpu()
+    same = (actual == truth) | (actual.isnan() & truth.isnan())
+    wrong = ~same & ~(actual.isfinite() & truth.isfinite())
+    if wrong.any():
+        at = _where(wrong.double())
+        raise AssertionError(f"{name}: {int(wrong.sum())} of {wrong.numel()} entries differ in being finite; at {at} got {actual[at]}, truth {truth[at]}")
+    return torch.where(same, 0.0, (actual - truth).abs())
+
+
+def assert_one_rounding(
+    actual: Tensor, truth: Tensor, dtype: torch.dtype, interpreter: bool = False, *, magnitude: Tensor | float | None = None, name: str = "output"
+) -> None:
+    """A row kernel's output is the float64 result of the same rounded inputs, rounded once to `dtype`, plus the error of its own arithmetic.
+
+    That is half an ulp (a whole one for bf16 under Triton's interpreter, which truncates) plus 2e-6 of `magnitude`, the size of the numbers that cancel
+    in the output. Default: the largest magnitude of truth's row (last dimension of a matrix; the entry itself of a vector), at least 1.
+    """
+    info = torch.finfo(dtype)
+    error, exact = _error(actual, truth, name), truth.detach().double().cpu()
+    size = torch.where(exact.isfinite(), exact.abs(), 0.0)
+    if magnitude is None:
+        magnitude = (size.amax(-1, keepdim=True) if size.dim() > 1 else size).clamp(min=1)
+    ulps = 1.0 if interpreter and dtype == torch.bfloat16 else 0.5
+    arithmetic = FP64_ARITHMETIC if dtype == torch.float64 else FP32_ARITHMETIC
+    bound = ulps * (info.eps * size + info.tiny * info.eps) + arithmetic * torch.as_tensor(magnitude).double().cpu()
+    excess = error - bound
+    if (excess > 0).any():
+        at = _where(excess)
+        got, limit = actual.detach().double().cpu()[at], bound.expand_as(error)[at]
+        raise AssertionError(
+            f"{name}: {int((excess > 0).sum())} of {excess.numel()} entries are further than one rounding of {dtype} from the truth; worst at "
+            f"{at}: got {got:.9g}, truth {exact[at]:.9g}, error {error[at]:.2e}, bound {limit:.2e}"
+        )
+
+
+def assert_no_worse(actual: Checkable, peer: Checkable, truth: Checkable) -> None:
+    """Largest error against float64 `truth` at most twice that of `peer`, plain PyTorch at the same dtype with fp32 logits, plus 1e-5 of the largest value."""
+    for name, (a, p, t) in _named(actual, peer, truth):
+        error, plain = _error(a, t, name), _error(p, t, f"plain PyTorch's {name}")
+        if error.numel() == 0:
+            continue
+        largest = torch.where(t.isfinite(), t.abs(), 0.0).max().item()
+        bound = TIMES_PLAIN * plain.max().item() + OF_LARGEST * largest
+        at = _where(error)
+        assert error[at] <= bound, (
+            f"{name}: error {error[at]:.3e} at {at} (truth {t[at]:.6g}), bound {bound:.3e} = {TIMES_PLAIN} x plain PyTorch's {plain.max():.3e} "
+            f"+ {OF_LARGEST} x {largest:.3g}"
+        )
+
+
+def assert_same_bits(actual: Checkable, expected: Checkable) -> None:
+    """Equal bit for bit, NaN included."""
+    for name, (a, e) in _named(actual, expected):
+        assert a.dtype == e.dtype and a.shape == e.shape, f"{name}: {a.dtype} {tuple(a.shape)}, expected {e.dtype} {tuple(e.shape)}"
+        a, e = a.detach().cpu().contiguous(), e.detach().cpu().contiguous()
+        differ = (a.view(-1).view(torch.uint8) != e.view(-1).view(torch.uint8)).view(*a.shape, a.element_size()).any(-1)
+        if differ.any():
+            at = _where(differ.double())
+            raise AssertionError(f"{name}: {int(differ.sum())} of {differ.numel()} entries differ in their bits; at {at}: {a[at]!r} against {e[at]!r}")
+
+
+def _relative(actual: Tensor, truth: Tensor, name: str) -> float:
+    return (_error(actual, truth, name).norm() / truth.detach().double().cpu().norm().clamp(min=1e-300)).item()
+
+
+def assert_no_growth(many: Checkable, one: Checkable, truth: Checkable) -> None:
+    """Relative error with many chunks at most 1.5 times that with one. Half a unit of the type passes in any case: one chunk may be right by luck."""
+    for name, (m, o, t) in _named(many, one, truth):
+        grown, base = _relative(m, t, name), _relative(o, t, f"{name} with one chunk")
+        bound = max(GROWTH * base, torch.finfo(m.dtype).eps / 2)
+        assert grown <= bound, f"{name}: relative error {grown:.3e} with many chunks against {base:.3e} with one; bound {bound:.3e}"
+
+
+def assert_on_target(actual: Checkable, truth: Checkable, target: str) -> None:
+    """Relative error within TARGETS: gradients within `target` ("default" or "fp32_logits"), the loss within "loss"."""
+    for name, (a, t) in _named(actual, truth):
+        bound = TARGETS["loss" if name == "loss" else target]
+        error = _relative(a, t, name)
+        assert error <= bound, f"{name}: relative error {error:.3%}, target {bound:.2%}"
+
+
+# ---------------------------------------------------------------- memory
+
+_CHILD = """
+import ctypes, gc, pickle, sys
+sys.path[:] = {path!r}
+{source}
+import torch
+torch.set_num_threads({threads})
+call = make(*pickle.loads(bytes.fromhex({args!r})))
+gc.collect()
+if {cuda}:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+else:
+    def status(field):
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as handle:
+        handle.write("5")
+    before = status("VmRSS")
+    kept = call()
+    peak = status("VmHWM")
+print("peak", peak - before)
+"""
+
+
+def peak_bytes(make: Callable | str, *args: object, device: str = "cpu", threads: int = 2) -> int:
+    """Peak memory of one call above what was live before it, in bytes, outputs included; measured in a process of its own.
+
+    `make` is a function of an importable module, or source text that defines a function `make`. It is called with `args` (picklable), and returns
+    the call to measure, of no arguments; let it run a small call of the same kind first, so that libraries are loaded. On the CPU this is the
+    high-water mark of resident memory (Linux only), on CUDA the caching allocator's.
+    """
+    expect(device in ("cpu", "cuda"), "device", "'cpu' or 'cuda'", repr(device))
+    expect(device == "cuda" or sys.platform == "linux", "device", "'cuda', or Linux, whose /proc tells a process its own peak", f"'cpu' on {sys.platform}")
+    if callable(make):
+        make = f"from {make.__module__} import {make.__qualname__} as make"
+    program = _CHILD.format(path=sys.path, source=make, threads=threads, args=pickle.dumps(args).hex(), cuda=device == "cuda")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    if done.returncode or not done.stdout.startswith("peak"):
+        raise RuntimeError(f"the measured process ended with status {done.returncode}:\n{done.stdout}{done.stderr}")
+    return int(done.stdout.split()[1])
