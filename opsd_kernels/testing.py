@@ -128,13 +128,15 @@ def _hidden(weight: Tensor, widths: Tensor, gen: torch.Generator) -> Tensor:
 
 
 def _near_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | float, target: float, gen: torch.Generator) -> Tensor:
-    """Teacher hidden states at forward KL `target` nats from the student's, row by row; KL grows with the square of the step."""
+    """Teacher hidden states at forward KL `target` nats from the student's, row by row: bisection on the logarithm of the step."""
     noise = torch.randn(hidden.shape, generator=gen, dtype=torch.float64)
-    student, step = hidden @ weight.T + bias, torch.full((hidden.shape[0], 1), 0.1, dtype=torch.float64)
-    for _ in range(8):
-        gap = reference_divergence(student, (hidden + step * noise) @ weight.T + bias, Divergence.parse("forward_kl"))
-        step *= (target / gap.clamp(min=1e-12))[:, None].sqrt().clamp(0.1, 10)
-    return hidden + step * noise
+    student, divergence = hidden @ weight.T + bias, Divergence.parse("forward_kl")
+    low, high = (torch.full((hidden.shape[0], 1), exponent, dtype=torch.float64) for exponent in (-8.0, 2.0))
+    for _ in range(20):
+        middle = (low + high) / 2
+        too_far = reference_divergence(student, (hidden + 10**middle * noise) @ weight.T + bias, divergence)[:, None] > target
+        low, high = torch.where(too_far, low, middle), torch.where(too_far, middle, high)
+    return hidden + 10**low * noise
 
 
 def _as_view(tensor: Tensor, column_stride: int) -> Tensor:
