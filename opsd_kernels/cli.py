@@ -21,7 +21,7 @@ try:
     from rich.console import Console
     from rich.table import Table
 except ModuleNotFoundError as missing:
-    raise SystemExit(f"opsd: the command line needs {missing.name}: pip install 'opsd_kernels[cli]' (or [train] for opsd train)") from None
+    raise SystemExit(f"opsd: error: the command line needs {missing.name}: pip install 'opsd_kernels[cli]' (or [train] for opsd train)") from None
 
 from . import __version__, env
 

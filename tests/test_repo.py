@@ -243,8 +243,8 @@ def versions(root: Path) -> set[str]:
     return {match[1] if (match := re.search(p, (root / f).read_text(), re.MULTILINE)) else f"none in {f}" for f, p in patterns.items()}
 
 
-def readme_example(root: Path) -> str:
-    return re.search(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)[1]
+def examples(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 # ---------------------------------------------------------------------------------------------------------------- on this repository
@@ -282,12 +282,16 @@ def run_python(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
-def test_readme_example_runs_as_pasted():
-    code = readme_example(ROOT)
-    assert len(code.strip().splitlines()) <= 14
-    result = run_python(code)
+@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
+def test_examples_run_as_pasted(page):
+    """The blocks of a page, one after the other in one session."""
+    result = run_python("\n".join(examples(ROOT / page)))
     assert result.returncode == 0, result.stderr
-    assert result.stdout
+    assert result.stdout and not result.stderr
+
+
+def test_readme_example_is_short():
+    assert len(examples(ROOT / "README.md")[0].strip().splitlines()) <= 12
 
 
 BLOCKED_IMPORT = """

@@ -1,0 +1,118 @@
+"""The `opsd` command as a user meets it: output, exit codes, and one clean line for each mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import opsd_kernels
+from opsd_kernels import backends, cli, env, planner
+
+
+def opsd(*arguments: str):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+def run_opsd(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "opsd_kernels", *arguments]
+    package = str(Path(opsd_kernels.__file__).parent.parent)
+    environment = {**os.environ, **variables, "PYTHONPATH": package}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120)
+
+
+def test_version():
+    result = opsd("--version")
+    assert (result.exit_code, result.stdout) == (0, f"opsd_kernels {opsd_kernels.__version__}\n")
+
+
+def test_help_lists_the_commands_that_exist_and_imports_no_torch(tmp_path):
+    code = "import sys\nfrom opsd_kernels.cli import main\ntry:\n    main()\nfinally:\n    sys.stderr.write(str('torch' in sys.modules))"
+    package = str(Path(opsd_kernels.__file__).parent.parent)
+    result = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, cwd=package, timeout=120)
+    assert result.returncode == 0 and result.stderr == "False"
+    assert all(name in result.stdout for name in ("train", "plan", "doctor"))
+
+
+@pytest.mark.parametrize(
+    "arguments, names",
+    [
+        (["trian"], ["trian", "train"]),
+        (["plan", "--vocap", "10"], ["--vocap", "--vocab"]),
+        (["plan", "--dtype", "int8"], ["--dtype", "bfloat16", "'int8'"]),
+        (["plan", "--workspace", "lots"], ["--workspace", "256MiB", "'lots'"]),
+        (["plan", "--workspace", "1KiB"], ["workspace_bytes", "1024"]),
+        (["plan", "-N", "-3"], ["N", "-3"]),
+        (["plan", "--device", "tpu"], ["--device", "'tpu'"]),
+        (["train", "--set", "lerning_rate=1"], ["lerning_rate", "learning_rate"]),
+        (["train", "--set", "steps=many"], ["steps", "many"]),
+        (["train", "--set", "steps"], ["key=value", "steps"]),
+        (["train", "gone.yaml"], ["gone.yaml"]),
+        (["train", "--resume"], ["--out"]),
+    ],
+)
+def test_a_mistake_gets_a_line_that_names_it_and_exit_code_2(tmp_path, arguments, names):
+    result = run_opsd(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr and all(name in result.stderr for name in names), result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_prints_the_planners_numbers():
+    options = ["-N", 2048, "-V", 32000, "--hidden", 512, "--teacher-hidden", 256, "--dtype", "fp32", "--two-heads", "--frozen", "--workspace", "64MiB"]
+    result = opsd("plan", *options, "--json")
+    fields = {"shared_head": False, "trainable_head": False, "workspace_bytes": 64 << 20}
+    expected = planner.plan(2048, 32000, 512, 256, cli.parse_dtype("float32"), **fields).as_dict()
+    assert json.loads(result.stdout) == expected
+    table = opsd("plan", *options).stdout
+    assert str(expected["rows"]) in table and cli.readable("peak_bytes", expected["peak_bytes"]) in table
+
+
+@pytest.mark.parametrize("text, value", [("1024", 1024), ("256MiB", 256 << 20), ("1.5 GiB", 3 << 29), ("2kb", 2000)])
+def test_byte_sizes(text, value):
+    assert cli.parse_bytes(text) == value
+
+
+def test_doctor_tells_every_backend_with_its_reason(monkeypatch):
+    monkeypatch.setenv("OPSD_BACKEND", "tirton")
+    result = opsd("doctor")
+    words = " ".join(result.stdout.split())
+    assert result.exit_code == 0
+    for name, reason in backends.explain("cpu").items():
+        assert name in words and (reason or "usable").split()[0] in words
+    assert all(variable.name in words for variable in env.VARIABLES) and "'tirton'" in words
+
+
+@pytest.mark.parametrize("variable, value, getter", [("OPSD_BACKEND", "tirton", env.backend), ("OPSD_WORKSPACE_BYTES", "1GiB", env.workspace_bytes)])
+def test_environment_errors_name_the_variable(monkeypatch, variable, value, getter):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=f"{variable}: expected .*'{value}'"):
+        getter()
+    monkeypatch.setenv(variable, "")
+    assert getter() is None
+
+
+def test_without_typer_the_command_names_the_extra(tmp_path):
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError(\"No module named 'typer'\", name='typer')")
+    package = str(Path(opsd_kernels.__file__).parent.parent)
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {package!r}]; from opsd_kernels.cli import main"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr == "opsd: error: the command line needs typer: pip install 'opsd_kernels[cli]' (or [train] for opsd train)\n"
+
+
+def test_resume_command_can_be_typed(monkeypatch):
+    monkeypatch.setattr(cli.shutil, "which", lambda name: None)
+    monkeypatch.setattr(sys, "argv", [".venv/bin/opsd"])
+    line = cli.resume_command(Path("my run.yaml"), ["steps=3"], Path("runs/a"))
+    assert line == ".venv/bin/opsd train 'my run.yaml' --set steps=3 --out runs/a --resume"
+
+
+def test_run_directories_do_not_collide(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = cli.new_run_directory("secret_op")
+    first.mkdir(parents=True)
+    assert cli.new_run_directory("secret_op") != first and first.parent == Path("runs")
