@@ -27,6 +27,7 @@ class Heads:
     teacher_hidden: Tensor  # (N, H_t)
     teacher_weight: Tensor  # (V, H_t)
     teacher_bias: Tensor | None  # (V,)
+    padded_vocab: int  # rows of the student's whole head; its gradient beyond V is zero
 
 
 @dataclass
@@ -38,8 +39,8 @@ class Outputs:
     stats: Tensor  # (N, len(Column))
     logprobs: Tensor | None  # (N, 2) student's and teacher's log-prob of the label
     dh: Tensor | None  # (N, H_s)
-    dW: Tensor | None  # (V, H_s), in the accumulator's dtype unless one chunk did all
-    dbias: Tensor | None  # (V,)
+    dW: Tensor | None  # (padded_vocab, H_s)
+    dbias: Tensor | None  # (padded_vocab,)
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,6 @@ class Wanted:
     weight: bool = False
     bias: bool = False
     metrics: bool = False
-    wide_weight: bool = False  # keep dW in the accumulator's dtype (fp16: a later factor must not meet rounded numbers)
 
     @property
     def gradient(self) -> bool:
@@ -99,16 +99,14 @@ def run(
     """Losses, statistics and gradients of all chunks. `index` has plan.tokens rows."""
     out = _allocate(heads, plan, wanted, labels, saved)
     if plan.tokens == 0:
-        _zero(out)
         return out
     space = Workspace(heads, spec, plan)
     for start in range(0, plan.tokens, plan.rows):
         rows = slice(start, min(start + plan.rows, plan.tokens))
         _chunk(heads, spec, backend, wanted, space, out, rows if index is None else index[rows], factor, labels, saved, first=start == 0)
     del space  # before dW is cast: the two never stand together
-    if wanted.weight and not wanted.wide_weight and out.dW.dtype != heads.student_weight.dtype:
-        cast = projection.empty(tuple(out.dW.shape), heads.student_weight.dtype, out.dW.device)
-        out.dW = cast.copy_(out.dW)
+    if wanted.weight and out.dW.dtype != plan.gradient_dtype:
+        out.dW = projection.empty(tuple(out.dW.shape), plan.gradient_dtype, out.dW.device).copy_(out.dW)
     return out
 
 
@@ -121,23 +119,24 @@ def _allocate(heads: Heads, plan: ChunkPlan, wanted: Wanted, labels: Tensor | No
         return hidden.new_empty(N, *shape, dtype=dtype) if all_valid else hidden.new_zeros(N, *shape, dtype=dtype)
 
     stats, A = saved or (rows(len(Column)), rows())
-    accumulate = wanted.wide_weight or plan.chunks > 1
-    dW_dtype = projection.accumulator_dtype(weight.dtype) if accumulate else weight.dtype
     return Outputs(
         loss=rows(),
         A=A,
         stats=stats,
         logprobs=rows(2) if labels is not None and wanted.metrics else None,
-        dh=rows(hidden.shape[1], dtype=hidden.dtype) if wanted.hidden else None,
-        dW=projection.empty(tuple(weight.shape), dW_dtype, weight.device) if wanted.weight else None,
-        dbias=hidden.new_zeros(weight.shape[0], dtype=wide) if wanted.bias else None,
+        dh=rows(hidden.shape[1], dtype=plan.gradient_dtype) if wanted.hidden else None,
+        dW=_weight_grad(heads, plan) if wanted.weight else None,
+        dbias=hidden.new_zeros(heads.padded_vocab, dtype=wide) if wanted.bias else None,
     )
 
 
-def _zero(out: Outputs) -> None:
-    for tensor in (out.dh, out.dW):
-        if tensor is not None:
-            tensor.zero_()
+def _weight_grad(heads: Heads, plan: ChunkPlan) -> Tensor:
+    """Room for dW. A single chunk's GEMM may write the gradient's own dtype; several add up in the accumulator's."""
+    weight = heads.student_weight
+    dtype = projection.accumulator_dtype(weight.dtype) if plan.chunks > 1 else plan.gradient_dtype
+    dW = projection.empty((heads.padded_vocab, weight.shape[1]), dtype, weight.device)
+    dW[weight.shape[0] if plan.tokens else 0 :].zero_()
+    return dW
 
 
 def _chunk(heads, spec, backend, wanted, space, out, rows, factor, labels, saved, *, first) -> None:  # noqa: ANN001 - the types stand at `run`
@@ -161,16 +160,16 @@ def _chunk(heads, spec, backend, wanted, space, out, rows, factor, labels, saved
     if wanted.hidden:
         _hidden_grad(G, heads.student_weight, out.dh, rows)
     if wanted.weight:
-        projection.accumulate_weight_grad(G, student, out.dW, first)
+        projection.accumulate_weight_grad(G, student, out.dW[: G.shape[1]], first)
     if wanted.bias:
-        out.dbias += G.sum(0, dtype=out.dbias.dtype)
+        out.dbias[: G.shape[1]] += G.sum(0, dtype=out.dbias.dtype)
 
 
 def _hidden_grad(G: Tensor, weight: Tensor, dh: Tensor, rows: slice | Tensor) -> None:
-    if isinstance(rows, slice):
-        torch.mm(G, weight, out=dh[rows])
-    else:
-        dh[rows] = G @ weight
+    packed = dh[rows] if isinstance(rows, slice) else dh.new_empty(G.shape[0], dh.shape[1])
+    projection.project(G, weight.t(), packed)
+    if not isinstance(rows, slice):
+        dh[rows] = packed
 
 
 def _label_logits(S: Tensor, T: Tensor, labels: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,7 @@ class LogitTransform:
     temperature: float = 1.0
 
     @classmethod
-    def parse(cls, side: str, scale: float, softcap: float | None, temperature: float, temperature_name: str) -> LogitTransform:
+    def parse(cls, side: str, scale: float, softcap: float | None, temperature_name: str, temperature: float) -> LogitTransform:
         scale = check_number(f"{side}_logit_scale", scale)
         if softcap is not None:
             softcap = check_number(f"{side}_softcap", softcap, positive=True)
