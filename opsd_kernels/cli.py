@@ -29,6 +29,17 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 console = Console(highlight=False)
 
 BYTE_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+PLAN_LABELS = {
+    "rows": "rows per chunk",
+    "difference": "difference GEMM",
+    "passes": "GEMM passes",
+    "flops": "work",
+    "workspace_bytes": "logit buffers, packed rows",
+    "accumulator_bytes": "fp32 gradient of the head",
+    "gradient_bytes": "gradients returned",
+    "vector_bytes": "losses and statistics",
+    "peak_bytes": "peak above the inputs",
+}
 PACKAGES = ("torch", "triton", "numpy", "transformers", "safetensors", "liger-kernel", "trl")
 
 
@@ -72,16 +83,20 @@ def train(
     out: Annotated[Path | None, typer.Option("--out", help="Run directory; without it, a new one under runs/.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
 ) -> None:
-    """Train a model on its own answers, judged by itself with feedback in view."""
+    """Train a model on its own answers.
+
+    The teacher is the model itself, with feedback on the answer in view. Without CONFIG and --set, the defaults learn on a CPU in minutes.
+    """
     if resume and out is None:
         fail("--resume: expected --out DIR, the run to continue, got none")
     with one_line(ModuleNotFoundError):
         needs_extra("train", "transformers", "safetensors", "yaml", "matplotlib")
-    from .train import config as settings
-    from .train import loop
+    from .train.config import load_config
 
     with one_line(ValueError, TypeError, OSError):
-        parsed = settings.load_config(config, overrides or [])
+        parsed = load_config(config, overrides or [])
+    from .train import loop  # after the settings: a typo in a key need not wait for transformers
+
     out = out or new_run_directory(parsed.env)
     try:
         with one_line(FileExistsError, FileNotFoundError):
@@ -130,7 +145,10 @@ def plan(
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Predict chunks, buffers, peak memory and work of one call of linear_divergence. Runs nothing."""
+    """Predict memory and work of one call.
+
+    Chunks, buffers, peak and floating-point operations of linear_divergence at the given sizes. Runs nothing.
+    """
     from .planner import plan as make_plan
 
     with one_line(ValueError, TypeError):
@@ -142,7 +160,7 @@ def plan(
         return
     table = new_table("linear_divergence, predicted", "", "")
     for name, value in fields.items():
-        table.add_row(name.removesuffix("_bytes").replace("_", " "), readable(name, value))
+        table.add_row(PLAN_LABELS.get(name, name.replace("_", " ")), readable(name, value))
     console.print(table)
 
 
@@ -185,7 +203,10 @@ def readable(name: str, value: object) -> str:
 
 @app.command()
 def doctor() -> None:
-    """Tell versions, devices, and which backends can be used here; for the others, why not."""
+    """Tell what is usable on this machine.
+
+    Versions, devices, row backends and, where one cannot serve, why not; environment variables in force.
+    """
     import torch
 
     from . import backends

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,12 +30,13 @@ def test_version():
     assert (result.exit_code, result.stdout) == (0, f"opsd_kernels {opsd_kernels.__version__}\n")
 
 
-def test_help_lists_the_commands_that_exist_and_imports_no_torch(tmp_path):
-    code = "import sys\nfrom opsd_kernels.cli import main\ntry:\n    main()\nfinally:\n    sys.stderr.write(str('torch' in sys.modules))"
+def test_help_lists_the_commands_that_exist_and_leaves_slow_libraries_alone():
+    slow = ("transformers", "matplotlib", "triton", "tensorboard")
+    code = f"import sys\nfrom opsd_kernels.cli import main\ntry:\n    main()\nfinally:\n    print([m for m in {slow} if m in sys.modules], file=sys.stderr)"
     package = str(Path(opsd_kernels.__file__).parent.parent)
     result = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, cwd=package, timeout=120)
-    assert result.returncode == 0 and result.stderr == "False"
-    assert all(name in result.stdout for name in ("train", "plan", "doctor"))
+    assert (result.returncode, result.stderr) == (0, "[]\n")
+    assert re.findall(r"^  (\w+)  +[A-Z]", result.stdout, re.MULTILINE) == ["train", "plan", "doctor"]
 
 
 @pytest.mark.parametrize(
