@@ -13,6 +13,7 @@ from .contract import GAP_BOUNDS, SPREAD_LIMIT, Column, plain_kl, stats_dtype
 
 # Rows are walked in blocks of about this many entries, so that the dozen temporaries of a sweep stay small beside the chunk's own buffers.
 BLOCK_ENTRIES = 1 << 19
+NEAR_SPREAD = 1.0
 
 
 class _Logits(NamedTuple):
@@ -50,12 +51,12 @@ def _log_sum(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _distributions(logits: _Logits, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, p and delta of a block. Near rows take p = q * exp(delta), so that p - q keeps delta's digits."""
+    """q, p and delta of a block. Near rows take p = q * exp(delta), so that p - q keeps delta's digits; farther, that would add eps * |L| to p."""
     s, t, d = logits
     column = {c: stats[:, c, None] for c in Column}
     q = torch.exp(s - column[Column.STUDENT_MAX] - column[Column.STUDENT_LOGSUM])
     delta = d - column[Column.GAP]
-    near = column[Column.SPREAD] <= SPREAD_LIMIT
+    near = column[Column.SPREAD] <= NEAR_SPREAD
     far_p = torch.exp(t - column[Column.TEACHER_MAX] - column[Column.TEACHER_LOGSUM])
     return q, torch.where(near, q * torch.exp(delta), far_p), delta
 
@@ -73,8 +74,8 @@ def _block_stats(logits: _Logits, metrics: bool) -> Tensor:
     for c, value in zip(Column, (max_s, logsum_s, max_t, logsum_t, gap, spread), strict=False):
         stats[:, c] = value
     q, p, delta = _distributions(logits, stats)
-    stats[:, Column.REVERSE_KL] = gap - _expected(q, d)
-    stats[:, Column.FORWARD_KL] = _expected(p, d) - gap
+    stats[:, Column.REVERSE_KL] = _expected(q, -delta)
+    stats[:, Column.FORWARD_KL] = _expected(p, delta)
     if metrics:
         stats[:, Column.STUDENT_ENTROPY] = logsum_s - _expected(q, s - max_s[:, None])
         stats[:, Column.TEACHER_ENTROPY] = logsum_t - _expected(p, t - max_t[:, None])
