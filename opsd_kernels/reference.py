@@ -143,9 +143,9 @@ def linear_divergence_reference(
     expect(not unknown, ", ".join(sorted(unknown)), "an argument of linear_divergence", "an unknown name", TypeError)
     check_choice("reduction", reduction, REDUCTIONS)
     spec = Divergence.parse(divergence, beta)
-    student = LogitTransform.parse("student", student_logit_scale, student_softcap, temperature, "temperature")
+    student = LogitTransform.parse("student", student_logit_scale, student_softcap, "temperature", temperature)
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    teacher = LogitTransform.parse("teacher", teacher_logit_scale, teacher_softcap, teacher_temperature, "teacher_temperature")
+    teacher = LogitTransform.parse("teacher", teacher_logit_scale, teacher_softcap, "teacher_temperature", teacher_temperature)
     wide = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
 
     valid = _valid(student_hidden.shape[:-1], student_hidden.device, mask, labels, ignore_index)
@@ -158,7 +158,8 @@ def linear_divergence_reference(
         return values.new_zeros(valid.numel()).index_put((rows,), values).view(valid.shape)
 
     per_token = reference_divergence(s, t, spec)
-    weighted = per_token if token_weights is None else per_token * token_weights.detach().flatten()[rows].to(wide)
+    weights = torch.ones_like(per_token) if token_weights is None else token_weights.detach().flatten()[rows].to(wide)
+    weighted = torch.where(weights == 0, 0.0, per_token) * weights  # a token of weight zero may be infinitely far
     loss = _reduce(unpack(weighted), valid, reduction, normalizer)
     if not return_stats:
         return loss

@@ -5,10 +5,10 @@ import os
 # Before torch is loaded: threads that spin between small kernels made this suite 13 times slower on two busy cores (62 s against 4.6 s for the row tests).
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from opsd_kernels import backends  # noqa: E402
+from opsd_kernels import backends
 
 
 @pytest.fixture(scope="session", autouse=True)

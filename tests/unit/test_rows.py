@@ -53,7 +53,7 @@ class Rows:
 class Truth:
     loss: Tensor
     gradient: Tensor
-    magnitude: Tensor  # (n,) size of the numbers that a row's sums pass through
+    rounding: Tensor  # (n,) what rounding the transformed logits to fp32 alone may cost, in units of FP32_ARITHMETIC
     spread: Tensor  # (n,) max |d|
     gap: Tensor  # (n,) |L|
     student: Tensor
@@ -122,13 +122,21 @@ def truth_of(rows: Rows) -> Truth:
     factor = rows.factor.double()[:, None]
     gradient = torch.where(factor == 0, 0.0, gradient)
     loss, s = loss.detach(), s.detach()
-    magnitude = torch.where(loss.isfinite(), loss, 0.0).clamp(min=1)
-    if LogitTransform() not in (spec.student, spec.teacher):  # transformed logits are themselves rounded to fp32
+    rounding = torch.zeros_like(loss)
+    if LogitTransform() not in (spec.student, spec.teacher):
         largest = sum(torch.where(x.isfinite(), x.abs(), 0.0).amax(-1) for x in (s, t))
-        magnitude = magnitude + largest * torch.finfo(torch.float32).eps / 2 / FP32_ARITHMETIC
+        rounding = largest * torch.finfo(torch.float32).eps / 2 / FP32_ARITHMETIC
     spread = torch.where(s == t, 0.0, (t - s).abs()).amax(-1)
     gap = (t.logsumexp(-1) - s.logsumexp(-1)).abs()
-    return Truth(loss, gradient, magnitude, spread, gap, s, t)
+    return Truth(loss, gradient, rounding, spread, gap, s, t)
+
+
+def size(truth: Truth, loss: Tensor, *others: Tensor) -> Tensor:
+    """(n,) the largest number that the sums of a row pass through."""
+    largest = torch.where(loss.isfinite(), loss, 0.0).clamp(min=1)
+    for other in others:
+        largest = torch.maximum(largest, other)
+    return largest + truth.rounding
 
 
 @functools.cache
@@ -162,16 +170,15 @@ def live(rows: Rows) -> Tensor:
 
 def check_gradient(rows: Rows, gradient: Tensor, truth: Truth, name: str = "gradient") -> None:
     scale = rows.factor.double().abs() * max(1, abs(rows.spec.student.factor))
-    assert_one_rounding(gradient, truth.gradient, gradient.dtype, magnitude=(scale * truth.magnitude)[:, None], name=name)
+    assert_one_rounding(gradient, truth.gradient, gradient.dtype, magnitude=(scale * size(truth, truth.loss))[:, None], name=name)
 
 
 def check_loss(rows: Rows, loss: Tensor, truth: Truth) -> None:
     """The plain KLs are L minus a sum of the size of L. In the linear difference form the loss is exact relative to the gap d, not only to 1."""
-    keep, magnitude = live(rows), truth.magnitude
+    keep = live(rows)
+    magnitude = size(truth, truth.loss, truth.gap) if rows.spec.divergence.one_sweep else size(truth, truth.loss)
     if rows.spec.linear_difference(rows.bias_s is rows.bias_t) and loss.dtype == torch.float32:
-        magnitude = torch.maximum(truth.loss, truth.spread.clamp(min=1e-6))
-    if rows.spec.divergence.one_sweep:
-        magnitude = torch.maximum(magnitude, truth.gap)
+        magnitude = torch.maximum(truth.loss, truth.spread.clamp(min=1e-6)) + truth.rounding * truth.spread.clamp(max=1)
     assert_one_rounding(loss[keep], truth.loss[keep], loss.dtype, magnitude=magnitude[keep], name="loss")
 
 
@@ -203,14 +210,14 @@ def test_statistics(rows_of, form, dtype):
         got = stats[keep]
         expected = reference_statistics(s, t)
         assert_one_rounding(got[:, Column.STUDENT_MAX], s.amax(-1), stats.dtype, name="student's maximum")
-        floor, size = truth.magnitude[keep], t.abs().amax(-1).clamp(min=1)
-        assert_one_rounding(got[:, Column.STUDENT_LOGSUM], s.logsumexp(-1) - s.amax(-1), stats.dtype, magnitude=floor, name="student's log-sum")
+        whole, largest = size(truth, truth.loss), t.abs().amax(-1).clamp(min=1)
+        assert_one_rounding(got[:, Column.STUDENT_LOGSUM], s.logsumexp(-1) - s.amax(-1), stats.dtype, magnitude=whole[keep], name="student's log-sum")
         sums = got[:, Column.TEACHER_MAX].double() + got[:, Column.TEACHER_LOGSUM].double()
-        assert_one_rounding(sums, t.logsumexp(-1), stats.dtype, magnitude=size, name="teacher's normaliser")
-        assert_one_rounding(got[:, Column.GAP], t.logsumexp(-1) - s.logsumexp(-1), stats.dtype, magnitude=size, name="gap")
+        assert_one_rounding(sums, t.logsumexp(-1), stats.dtype, magnitude=largest, name="teacher's normaliser")
+        assert_one_rounding(got[:, Column.GAP], t.logsumexp(-1) - s.logsumexp(-1), stats.dtype, magnitude=largest, name="gap")
         for column, name in ((Column.REVERSE_KL, "reverse_kl"), (Column.FORWARD_KL, "forward_kl")):
-            kl = reference_divergence(s, t, Divergence.parse(name))
-            assert_one_rounding(got[:, column], kl, stats.dtype, magnitude=torch.maximum(kl, torch.maximum(floor, truth.gap[keep])), name=name)
+            kl = reference_divergence(truth.student, truth.teacher, Divergence.parse(name))
+            assert_one_rounding(got[:, column], kl[keep], stats.dtype, magnitude=size(truth, kl, truth.gap)[keep], name=name)
         for side in ("student", "teacher"):
             entropy, top = (Column[f"{side}_{what}".upper()] for what in ("entropy", "max_prob"))
             magnitude = expected[f"{side}_entropy"].clamp(min=1)
