@@ -1,0 +1,134 @@
+"""The Triton home of the formulas (Python: divergences.py, C++: csrc/divergence.h): entry, logit transform, and the functions that Triton lacks.
+
+Everything is written in what both the compiler and the interpreter know. Triton's own fp32 exp is the hardware's `ex2.approx`, good to 2 ulp of exp(x): its
+difference from 1 has no digits near 0, hence `exp_pair`. In float64 exp and log are the device library's.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..spec import Kind
+
+REVERSE_KL = tl.constexpr(int(Kind.REVERSE_KL))
+FORWARD_KL = tl.constexpr(int(Kind.FORWARD_KL))
+JSD = tl.constexpr(int(Kind.JSD))
+SKEW_REVERSE_KL = tl.constexpr(int(Kind.SKEW_REVERSE_KL))
+SKEW_FORWARD_KL = tl.constexpr(int(Kind.SKEW_FORWARD_KL))
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# ln 2 in two parts; the first has zeros in its low bits, so that a whole number below 2**15 times it is exact in fp32.
+LN2_HIGH = tl.constexpr(0.693145751953125)
+LN2_LOW = tl.constexpr(1.4286068203094172e-06)
+ROUND_TO_INT = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it to an fp32 leaves the nearest whole number in the low bits
+
+
+@triton.jit
+def _exp_pair_fp32(x):
+    whole = tl.fma(x, LOG2_E, ROUND_TO_INT) - ROUND_TO_INT
+    r = tl.fma(whole, -LN2_LOW, tl.fma(whole, -LN2_HIGH, x))  # |r| <= ln(2) / 2: Taylor to r**7 leaves 2e-8 of r
+    c = tl.fma(r, 1.0 / 5040, 1.0 / 720)
+    c = tl.fma(c, r, 1.0 / 120)
+    c = tl.fma(c, r, 1.0 / 24)
+    c = tl.fma(c, r, 1.0 / 6)
+    c = tl.fma(c, r, 0.5)
+    m = tl.fma(c * r, r, r)
+    power = tl.exp2(whole)
+    return tl.fma(power, m, power), tl.fma(power, m, power - 1.0)
+
+
+@triton.jit
+def _exp_pair_fp64(x):
+    e = tl.exp(x)
+    kahan = (e - 1.0) * x / tl.where(e == 1.0, 1.0, tl.log(e))
+    return e, tl.where(e == 1.0, x, tl.where(tl.abs(x) < 0.5, kahan, e - 1.0))
+
+
+@triton.jit
+def exp_pair(x):
+    """exp(x) and expm1(x), both to about 1e-7 of themselves (fp64: 1e-15), for x <= 80. NaN stays NaN."""
+    x = tl.where(x < -100.0, -100.0, x)
+    if x.dtype == tl.float64:
+        e, m = _exp_pair_fp64(x)
+    else:
+        e, m = _exp_pair_fp32(x)
+    return e, m
+
+
+@triton.jit
+def expm1(x):
+    _, m = exp_pair(x)
+    return m
+
+
+@triton.jit
+def log1p(y):
+    """log(1 + y) for y > -1: the logarithm of the rounded sum, plus what the rounding dropped."""
+    w = 1.0 + y
+    return tl.log(w) + (y - (w - 1.0)) / w
+
+
+@triton.jit
+def tanh(x):
+    m = expm1(-2.0 * tl.abs(x))
+    t = m / (2.0 + m)
+    return tl.where(x < 0, t, -t)
+
+
+@triton.jit
+def transform(z, inner, outer, CAPPED: tl.constexpr):
+    """Raw logit plus bias -> logit: z * inner, or outer * tanh(z * inner) under a softcap."""
+    y = z * inner
+    if CAPPED:
+        y = outer * tanh(y)
+    return y
+
+
+@triton.jit
+def transform_slope(z, inner, outer, CAPPED: tl.constexpr):
+    """d(logit) / d(raw logit)."""
+    slope = inner
+    if CAPPED:
+        t = tanh(z * inner)
+        slope = inner * outer * (1.0 - t) * (1.0 + t)
+    return slope
+
+
+@triton.jit
+def guarded(probability, term):
+    return tl.where(probability == 0, 0.0, term)
+
+
+@triton.jit
+def entry(q, p, delta, beta, KIND: tl.constexpr):
+    """(f, u) of divergences.py for entries with delta = log p - log q."""
+    if KIND == REVERSE_KL:
+        f = guarded(q, -q * delta)
+        u = f
+    elif KIND == FORWARD_KL:
+        f = guarded(p, p * delta)
+        u = -p
+    else:
+        a = expm1(-tl.abs(delta))
+        below = delta <= 0
+        if KIND == JSD or KIND == SKEW_REVERSE_KL or KIND == SKEW_FORWARD_KL:
+            share = tl.where(below, beta, 1.0 - beta) * a
+            log = log1p(share)
+            log_m_q = tl.where(below, log, log + delta)
+            log_m_p = tl.where(below, log - delta, log)
+            p_over_m = tl.where(below, 1.0 + a, 1.0) / (1.0 + share)
+            if KIND == JSD:
+                u = guarded(q, (beta - 1.0) * q * log_m_q)
+                f = u - beta * guarded(p, p * log_m_p)
+            elif KIND == SKEW_REVERSE_KL:
+                f = guarded(q, -q * log_m_q)
+                u = guarded(q, q * (beta * p_over_m - log_m_q))
+            else:
+                f = guarded(p, -p * log_m_p)
+                u = guarded(q, (beta - 1.0) * q * p_over_m)
+        else:
+            sign = tl.where(delta > 0, 1.0, tl.where(delta < 0, -1.0, delta))
+            f = tl.where((p == 0) & (q == 0), 0.0, -0.5 * a * tl.where(below, q, p))
+            u = guarded(q, -0.5 * q * sign)
+    return f, u
