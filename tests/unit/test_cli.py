@@ -109,8 +109,7 @@ def test_without_typer_the_command_names_the_extra(tmp_path):
 def test_resume_command_can_be_typed(monkeypatch):
     monkeypatch.setattr(cli.shutil, "which", lambda name: None)
     monkeypatch.setattr(sys, "argv", [".venv/bin/opsd"])
-    line = cli.resume_command(Path("my run.yaml"), ["steps=3"], Path("runs/a"))
-    assert line == ".venv/bin/opsd train 'my run.yaml' --set steps=3 --out runs/a --resume"
+    assert cli.resume_command(Path("runs/my run")) == ".venv/bin/opsd train --out 'runs/my run' --resume"
 
 
 def test_run_directories_do_not_collide(tmp_path, monkeypatch):

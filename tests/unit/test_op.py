@@ -11,14 +11,8 @@ from opsd_kernels.spec import KIND_NAMES
 from opsd_kernels.testing import assert_no_growth, assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case
 
 DIVERGENCES = tuple(KIND_NAMES)
-TRANSFORM = {
-    "temperature": 0.7,
-    "teacher_temperature": 1.4,
-    "student_logit_scale": 1.2,
-    "teacher_logit_scale": 0.8,
-    "student_softcap": 25.0,
-    "teacher_softcap": 30.0,
-}
+TRANSFORM = {"temperature": 0.7, "teacher_temperature": 1.4, "student_logit_scale": 1.2, "teacher_logit_scale": 0.8}
+TRANSFORM |= {"student_softcap": 25.0, "teacher_softcap": 30.0}
 # name: what makes the case, what the op is told
 SITUATIONS = {
     "two heads": ({}, {}),

@@ -1,0 +1,174 @@
+"""Bad input gets an error that names the argument, what was expected and what came; no wrong number and no crash deeper down."""
+
+import re
+
+import pytest
+import torch
+
+from opsd_kernels import linear_divergence, plan
+from opsd_kernels.testing import hard_case
+
+N, V, H = 5, 11, 4
+
+
+def call(*, drop=(), **changes):
+    """linear_divergence on good tensors, with some arguments changed."""
+    gen = torch.Generator().manual_seed(0)
+    arguments = {
+        "student_hidden": torch.randn(N, H, generator=gen),
+        "student_weight": torch.randn(V, H, generator=gen),
+        "teacher_hidden": torch.randn(N, H, generator=gen),
+        "teacher_weight": torch.randn(V, H, generator=gen),
+    }
+    arguments.update(changes)
+    tensors = [arguments.pop(name) for name in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")]
+    return linear_divergence(*tensors, **arguments)
+
+
+def ids(cases):
+    return [f"{next(iter(changes))}-{index}" for index, (changes, *_) in enumerate(cases)]
+
+
+LABELS = torch.zeros(N, dtype=torch.int64)
+# (changed arguments, type of the error, what its message contains)
+BAD = [
+    ({"student_hidden": [1.0]}, TypeError, ["student_hidden", "tensor", "list"]),
+    ({"teacher_weight": None}, TypeError, ["teacher_weight", "tensor", "NoneType"]),
+    ({"student_hidden": torch.zeros(N, H + 1)}, ValueError, ["student_hidden", str(H), str((N, H + 1))]),
+    ({"student_weight": torch.zeros(V, H, 1)}, ValueError, ["student_weight", "(V, H)", str((V, H, 1))]),
+    ({"student_weight": torch.zeros(0, H)}, ValueError, ["student_weight", str((0, H))]),
+    ({"student_hidden": torch.zeros(())}, ValueError, ["student_hidden", "()"]),
+    ({"teacher_hidden": torch.zeros(N + 1, H)}, ValueError, ["teacher_hidden", str((N,)), str((N + 1,))]),
+    ({"teacher_hidden": torch.zeros(N, H + 2)}, ValueError, ["teacher_hidden", str(H), str((N, H + 2))]),
+    ({"student_bias": torch.zeros(V + 1)}, ValueError, ["student_bias", str((V,)), str((V + 1,))]),
+    ({"teacher_bias": torch.zeros(V, 1)}, ValueError, ["teacher_bias", str((V,)), str((V, 1))]),
+    ({"teacher_weight": torch.zeros(V + 1, H)}, ValueError, ["vocab_size", str(V), str(V + 1)]),
+    ({"vocab_size": V + 1}, ValueError, ["vocab_size", str(V), str(V + 1)]),
+    ({"vocab_size": 0}, ValueError, ["vocab_size", "0"]),
+    ({"vocab_size": 3.5}, TypeError, ["vocab_size", "int", "float"]),
+    ({"student_hidden": torch.zeros(N, H, dtype=torch.int64)}, TypeError, ["student_hidden", "float32", "int64"]),
+    ({"student_weight": torch.zeros(V, H, dtype=torch.float64)}, TypeError, ["student_weight", "float32", "float64"]),
+    ({"teacher_hidden": torch.zeros(N, H, dtype=torch.bfloat16)}, TypeError, ["teacher_hidden", "float32", "bfloat16"]),
+    ({"teacher_weight": torch.zeros(V, H, device="meta")}, ValueError, ["teacher_weight", "cpu", "meta"]),
+    ({"mask": torch.ones(N, device="meta")}, ValueError, ["mask", "cpu", "meta"]),
+    ({"student_bias": torch.zeros(V, dtype=torch.int32)}, TypeError, ["student_bias", "int32"]),
+    ({"labels": LABELS[:2]}, ValueError, ["labels", str((N,)), str((2,))]),
+    ({"labels": LABELS.int()}, TypeError, ["labels", "int64", "int32"]),
+    ({"labels": [0] * N}, TypeError, ["labels", "tensor", "list"]),
+    ({"labels": LABELS + V}, ValueError, ["labels", f"[0, {V})", str(V)]),
+    ({"labels": LABELS - 1}, ValueError, ["labels", f"[0, {V})", "-1"]),
+    ({"labels": LABELS + 9, "vocab_size": 9}, ValueError, ["labels", "[0, 9)", "9"]),
+    ({"ignore_index": 0.5, "labels": LABELS}, TypeError, ["ignore_index", "int", "float"]),
+    ({"mask": torch.ones(N, 1)}, ValueError, ["mask", str((N,)), str((N, 1))]),
+    ({"token_weights": torch.ones(N + 2)}, ValueError, ["token_weights", str((N,)), str((N + 2,))]),
+    ({"token_weights": torch.ones(N, dtype=torch.int64)}, TypeError, ["token_weights", "float", "int64"]),
+    ({"token_weights": 0.5}, TypeError, ["token_weights", "tensor", "float"]),
+    ({"divergence": "kl"}, ValueError, ["divergence", "'reverse_kl'", "'tvd'", "'kl'"]),
+    ({"divergence": 3}, ValueError, ["divergence", "'forward_kl'", "3"]),
+    ({"reduction": "batchmean"}, ValueError, ["reduction", "'mean'", "'sequence_mean'", "'batchmean'"]),
+    ({"reduction": "sequence_mean"}, ValueError, ["sequence_mean", "(B, T, H)", str((N, H))]),
+    ({"backward": "twice"}, ValueError, ["backward", "'recompute'", "'twice'"]),
+    ({"logits_dtype": torch.float64}, ValueError, ["logits_dtype", "float32", "float64"]),
+    ({"logits_dtype": "fp8"}, ValueError, ["logits_dtype", "'auto'", "'fp8'"]),
+    ({"temperature": -1.0}, ValueError, ["temperature", "positive", "-1.0"]),
+    ({"temperature": 0.0}, ValueError, ["temperature", "positive", "0.0"]),
+    ({"temperature": "hot"}, TypeError, ["temperature", "number", "'hot'"]),
+    ({"teacher_temperature": -2}, ValueError, ["teacher_temperature", "positive", "-2"]),
+    ({"teacher_temperature": float("nan")}, ValueError, ["teacher_temperature", "positive", "nan"]),
+    ({"student_softcap": 0.0}, ValueError, ["student_softcap", "positive", "0.0"]),
+    ({"teacher_softcap": float("inf")}, ValueError, ["teacher_softcap", "finite", "inf"]),
+    ({"student_logit_scale": float("inf")}, ValueError, ["student_logit_scale", "finite", "inf"]),
+    ({"teacher_logit_scale": None}, TypeError, ["teacher_logit_scale", "number", "None"]),
+    ({"divergence": "jsd", "beta": 0.0}, ValueError, ["beta", "between 0 and 1", "forward_kl", "0.0"]),
+    ({"divergence": "jsd", "beta": 1.0}, ValueError, ["beta", "between 0 and 1", "reverse_kl", "1.0"]),
+    ({"divergence": "jsd", "beta": -0.1}, ValueError, ["beta", "between 0 and 1", "-0.1"]),
+    ({"divergence": "skew_forward_kl", "beta": 1.0}, ValueError, ["beta", "skew_forward_kl", "1.0"]),
+    ({"divergence": "skew_reverse_kl", "beta": 1.5}, ValueError, ["beta", "skew_reverse_kl", "1.5"]),
+    ({"normalizer": -3.0}, ValueError, ["normalizer", "positive", "-3.0"]),
+    ({"normalizer": torch.ones(2)}, ValueError, ["normalizer", "0-dim", "(2,)"]),
+    ({"normalizer": "all"}, TypeError, ["normalizer", "number", "'all'"]),
+    ({"normalizer": 4.0, "reduction": "sum"}, ValueError, ["normalizer", "mean", "sum"]),
+    ({"workspace_bytes": 10}, ValueError, ["workspace_bytes", "10"]),
+    ({"workspace_bytes": 0}, ValueError, ["workspace_bytes", "positive", "0"]),
+    ({"workspace_bytes": 1e9}, TypeError, ["workspace_bytes", "int", "float"]),
+    ({"backend": "numpy"}, ValueError, ["backend", "'torch'", "'triton'", "'numpy'"]),
+    ({"backend": "cuda"}, ValueError, ["backend", "cuda"]),
+]
+
+
+@pytest.mark.parametrize("changes, error, parts", BAD, ids=ids(BAD))
+def test_bad_arguments(changes, error, parts):
+    with pytest.raises(error) as caught:
+        call(**changes)
+    for part in parts:
+        assert part in str(caught.value), f"{part!r} is not in: {caught.value}"
+
+
+ABSENT = [
+    ({"entry_clip": 0.1}, "entry_clip"),
+    ({"token_clip": 1.0}, "token_clip"),
+    ({"teacher_mix": 0.5}, "teacher_mix"),
+    ({"topk": 8}, "topk"),
+    ({"topk_support": "teacher"}, "topk_support"),
+    ({"topk_tail": "none"}, "topk_tail"),
+    ({"group": object()}, "group"),
+    ({"token_weights": lambda stats, mask: mask}, "token_weights"),
+]
+
+
+@pytest.mark.parametrize("changes, name", ABSENT, ids=[name for _, name in ABSENT])
+def test_what_this_version_lacks_says_so(changes, name):
+    with pytest.raises(NotImplementedError, match=re.escape(name)):
+        call(**changes)
+
+
+def test_in_forward_cannot_know_a_later_gradient():
+    head = torch.randn(V, H, requires_grad=True)
+    with pytest.raises(ValueError, match="backward.*recompute"):
+        call(student_weight=head, reduction="none", backward="in_forward")
+
+
+def test_an_absent_backend_says_why(monkeypatch):
+    from opsd_kernels import backends
+
+    broken = tuple(backends.Backend(b.name, b.module, lambda device: "no compiler was there") if b.name == "cpp" else b for b in backends.BACKENDS)
+    monkeypatch.setattr(backends, "BACKENDS", broken)
+    with pytest.raises(ValueError, match=r"backend.*'cpp'.*no compiler was there"):
+        call(backend="cpp")
+    assert backends.explain("cpu")["cpp"] == "no compiler was there"
+    assert call().isfinite(), "without a name the next backend serves"
+
+
+def test_ignored_labels_may_hold_anything_outside_the_vocabulary():
+    labels = torch.tensor([0, -100, 3, V + 50, 1])
+    mask = torch.tensor([1, 1, 1, 0, 1])
+    assert call(labels=labels, mask=mask).isfinite()
+    with pytest.raises(ValueError, match="labels"):
+        call(labels=labels)
+
+
+@pytest.mark.parametrize(
+    "changes, error, parts",
+    [
+        ({"N": -1}, ValueError, ["N", "-1"]),
+        ({"V": 0}, ValueError, ["V", "0"]),
+        ({"H_student": 2.5}, ValueError, ["H_student", "2.5"]),
+        ({"dtype": torch.int8}, TypeError, ["dtype", "bfloat16", "int8"]),
+        ({"backward": "none"}, ValueError, ["backward", "'none'"]),
+        ({"logits_dtype": "fp8"}, ValueError, ["logits_dtype", "'fp8'"]),
+        ({"workspace_bytes": 100}, ValueError, ["workspace_bytes", "100"]),
+    ],
+    ids=str,
+)
+def test_plan_refuses_what_no_call_could_be(changes, error, parts):
+    arguments = {"N": 8, "V": 1000, "H_student": 16, **changes}
+    with pytest.raises(error) as caught:
+        plan(**arguments)
+    for part in parts:
+        assert part in str(caught.value), f"{part!r} is not in: {caught.value}"
+
+
+@pytest.mark.parametrize("options, expected", [({"masked_entry": "student"}, "masked_entry"), ({"shared_head": True, "teacher_width": 9}, "teacher_width")])
+def test_hard_case_refuses_what_it_cannot_make(options, expected):
+    with pytest.raises(ValueError, match=expected):
+        hard_case(4, 7, 3, **options)
