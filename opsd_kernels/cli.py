@@ -90,19 +90,21 @@ def train(
     if resume and out is None:
         fail("--resume: expected --out DIR, the run to continue, got none")
     with one_line(ModuleNotFoundError):
-        needs_extra("train", "transformers", "safetensors", "yaml", "matplotlib")
+        needs_extra("train", "transformers", "safetensors", "matplotlib")
     from .train.config import load_config
+    from .train.types import NonFiniteLoss
 
     with one_line(ValueError, TypeError, OSError):
-        parsed = load_config(config, overrides or [])
+        recorded = out / "config.json" if resume and (out / "config.json").is_file() else None
+        parsed = load_config(config or recorded, overrides or [])
     from .train import loop  # after the settings: a typo in a key need not wait for transformers
 
     out = out or new_run_directory(parsed.env)
     try:
-        with one_line(FileExistsError, FileNotFoundError):
+        with one_line(FileExistsError, FileNotFoundError, NonFiniteLoss):
             loop.train(parsed, out, resume)
-    except KeyboardInterrupt:
-        typer.echo(f"\nStopped. Continue with: {resume_command(config, overrides or [], out)}", err=True)
+    except KeyboardInterrupt as interrupt:
+        typer.echo(f"\n{interrupt or 'stopped at once; the last checkpoint counts'}\n    {resume_command(out)}", err=True)
         raise typer.Exit(130) from None
 
 
@@ -121,12 +123,10 @@ def new_run_directory(env_name: str) -> Path:
     return next(path for path in candidates if not path.exists())
 
 
-def resume_command(config: Path | None, overrides: list[str], out: Path) -> str:
+def resume_command(out: Path) -> str:
     """What to type to go on; the program as it was called, since .venv/bin need not be on the PATH."""
     program = "opsd" if shutil.which("opsd") else sys.argv[0]
-    settings = [str(config)] if config else []
-    settings += [word for override in overrides for word in ("--set", override)]
-    return shlex.join([program, "train", *settings, "--out", str(out), "--resume"])
+    return shlex.join([program, "train", "--out", str(out), "--resume"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------- plan
@@ -216,8 +216,8 @@ def doctor() -> None:
     table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
         table.add_row(package, installed_version(package))
-    capability = torch.backends.cpu.get_cpu_capability()
-    table.add_row("CPU", f"{torch.get_num_threads()} threads, torch uses {capability}")
+    table.add_row("CPU", f"{torch.get_num_threads()} threads, torch uses {torch.backends.cpu.get_cpu_capability()}")
+    table.add_row("C++ kernels", extension_state())
     devices = [f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB" for i in range(torch.cuda.device_count())]
     table.add_row("CUDA", "; ".join(devices) or f"no device (torch is built {'with CUDA ' + torch.version.cuda if torch.version.cuda else 'without CUDA'})")
     console.print(table)
@@ -233,6 +233,16 @@ def doctor() -> None:
     for variable in env.VARIABLES:
         table.add_row(variable.name, environment_value(variable))
     console.print(table)
+
+
+def extension_state() -> str:
+    """The instruction set that the compiled kernels chose, or why there are none."""
+    from .kernels import ext_rows
+
+    try:
+        return ext_rows.load() or f"built, use {ext_rows.capability()}"
+    except RuntimeError as error:  # OPSD_CPU_CAPABILITY names no instruction set
+        return str(error).splitlines()[0]
 
 
 def installed_version(package: str) -> str:
