@@ -1,0 +1,76 @@
+// The sweeps after the statistics, over the scratch rows: value and u of the divergences that need normalised probabilities, and the gradient.
+#pragma once
+
+#include "statistics.h"
+
+namespace opsd::OPSD_CAPABILITY {
+
+// The gap as a multiple of a stored row: the difference buffer itself, or the scratch row of a general source.
+template <class X, class T>
+struct GapRow {
+  const T* D;
+  double factor;
+  OPSD_INLINE X at(int64_t v, int64_t count) const { return load_as<X>(D + v, count) * X(factor); }
+};
+
+struct Value {
+  double loss, A;
+};
+
+// f and u over a row; u replaces p in the scratch.
+template <Kind KIND, bool FAR, class X, class T>
+OPSD_SWEEP Value entry_sums(const GapRow<X, T>& gap, int64_t V, const RowState& row, double beta, const Scratch<X>& w) {
+  Total<X> loss, A;
+  auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
+    const X q = load(w.e + v) * X(row.inverse_z), delta = lanes(gap.at(v, lanes.count), 0) - X(row.gap);
+    const Ratio<X> r = ratio(delta);
+    X p;
+    if constexpr (FAR) p = load(w.p + v) * X(row.inverse_zt);
+    else p = teacher_probability(q, r);
+    const Terms<X> terms = entry<KIND, FAR>(q, p, r, X(beta));
+    store(w.p + v, terms.u);
+    loss.block = loss.block + terms.f;
+    A.block = A.block + terms.u;
+  };
+  auto flush = [&]() __attribute__((always_inline)) { loss.flush(), A.flush(); };
+  walk<X>(V, step, flush);
+  return {loss.sum, A.sum};
+}
+
+// Writes one vector of the gradient through the softcap's slope.
+template <class X, class Out>
+OPSD_INLINE void put(Out* G, const Scratch<X>& w, bool bent, int64_t v, int64_t count, X g) {
+  if (bent) g = g * load(w.slope + v);
+  store_as(G + v, g, count);
+}
+
+// factor * (u - q * A) from the scratch rows e and u.
+template <class X, class Out>
+OPSD_SWEEP void combine(Out* G, int64_t V, const RowState& row, double A, double factor, bool bent, const Scratch<X>& w) {
+  const X share(-factor * A * row.inverse_z), scale(factor);
+  auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
+    put(G, w, bent, v, lanes.count, fma(load(w.p + v), scale, load(w.e + v) * share));
+  };
+  walk<X>(V, step, [] {});
+}
+
+// The gradient of the two plain KLs. Near rows fold the row's factor into q.
+template <Kind KIND, bool FAR, class X, class T, class Out>
+OPSD_SWEEP void kl_gradient(const GapRow<X, T>& gap, Out* G, int64_t V, const RowState& row, double A, double factor, bool bent, const Scratch<X>& w) {
+  const X scale_q(FAR ? row.inverse_z : row.inverse_z * factor), scale_p(row.inverse_zt), after(factor), dot(A), L(row.gap);
+  auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
+    const X q = load(w.e + v) * scale_q;
+    X g;
+    if constexpr (FAR && KIND == Kind::FORWARD_KL) g = (q - load(w.p + v) * scale_p) * after;
+    else {
+      const X delta = lanes(gap.at(v, lanes.count), 0) - L;
+      if constexpr (KIND == Kind::FORWARD_KL) g = forward_kl_grad(q, delta);
+      else g = reverse_kl<FAR>(q, delta).u - q * dot;
+      if constexpr (FAR) g = g * after;
+    }
+    put(G, w, bent, v, lanes.count, g);
+  };
+  walk<X>(V, step, [] {});
+}
+
+}  // namespace opsd::OPSD_CAPABILITY

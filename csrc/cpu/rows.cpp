@@ -1,0 +1,202 @@
+// Drives the sweeps row by row. Compiled once per instruction set, with OPSD_CAPABILITY naming its namespace; see vec.h.
+#include "rows.h"
+
+#include <cstdlib>
+#include <new>
+
+#include "gradient.h"
+
+namespace opsd::OPSD_CAPABILITY {
+namespace {
+
+// Subnormal operands and results cost a hundred cycles each on x86 and matter to nothing here (1e-38): read and written as 0.
+class FlushSubnormals {
+#if defined(__AVX2__)
+  unsigned saved_ = _mm_getcsr();
+
+ public:
+  FlushSubnormals() { _mm_setcsr(saved_ | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(saved_); }
+#endif
+};
+
+// One thread's scratch: four rows of whole vectors. Pages that no sweep touches are never mapped.
+template <class X>
+class Workspace {
+  using E = ElementOf<X>;
+  static constexpr int64_t ALIGNMENT = 64;
+  E* memory_;
+
+ public:
+  Scratch<X> rows;
+  explicit Workspace(int64_t V) {
+    const int64_t row = (V * static_cast<int64_t>(sizeof(E)) / ALIGNMENT + 2) * ALIGNMENT;
+    memory_ = static_cast<E*>(std::aligned_alloc(ALIGNMENT, 4 * row));
+    if (!memory_) throw std::bad_alloc();
+    const int64_t step = row / sizeof(E);
+    rows = {memory_, memory_ + step, memory_ + 2 * step, memory_ + 3 * step};
+  }
+  Workspace(const Workspace&) = delete;
+  ~Workspace() { std::free(memory_); }
+};
+
+template <class X, class In, template <class, class> class SourceOf>
+class Rows {
+  using E = ElementOf<X>;
+  using Source = SourceOf<X, In>;
+  const RowArgs& a_;
+  const Scratch<X> w_;
+  const bool one_sweep_ = a_.kind == Kind::REVERSE_KL || a_.kind == Kind::FORWARD_KL;
+
+  E* stats(int64_t i) const { return static_cast<E*>(a_.stats) + i * COLUMNS; }
+
+  RowState measure(const Source& source, const Scratch<X>& w) const {
+    if (a_.metrics) return row_statistics<Mode::METRICS, X>(source, a_.V, a_.spread_limit, w);
+    if (a_.kind == Kind::FORWARD_KL) return row_statistics<Mode::FORWARD, X>(source, a_.V, a_.spread_limit, w);
+    return row_statistics<Mode::REVERSE, X>(source, a_.V, a_.spread_limit, w);
+  }
+
+  void write_stats(int64_t i, const RowState& row) const {
+    const bool m = a_.metrics;
+    const double values[COLUMNS] = {row.max_s,
+                                    row.logsum_s,
+                                    row.max_t,
+                                    row.logsum_t,
+                                    row.gap,
+                                    row.spread,
+                                    m || a_.kind != Kind::FORWARD_KL ? row.reverse_kl : 0,
+                                    m || a_.kind == Kind::FORWARD_KL ? row.forward_kl : 0,
+                                    m ? row.entropy_s : 0,
+                                    m ? row.entropy_t : 0,
+                                    m ? row.prob_s : 0,
+                                    m ? row.prob_t : 0,
+                                    row.argmax_s,
+                                    row.argmax_t};
+    for (int c = 0; c < COLUMNS; ++c) stats(i)[c] = static_cast<E>(values[c]);
+  }
+
+  // A row's state from its statistics, with the scratch filled.
+  RowState resume(const Source& source, int64_t i) const {
+    const E* from = stats(i);
+    RowState row;
+    row.max_s = from[STUDENT_MAX], row.logsum_s = from[STUDENT_LOGSUM], row.max_t = from[TEACHER_MAX], row.logsum_t = from[TEACHER_LOGSUM];
+    row.gap = from[GAP], row.spread = from[SPREAD], row.reverse_kl = from[Column::REVERSE_KL], row.forward_kl = from[Column::FORWARD_KL];
+    row.inverse_z = ::exp(-row.logsum_s), row.inverse_zt = ::exp(-row.logsum_t);
+    row.far = !(row.spread <= a_.spread_limit);
+    refill<X>(source, a_.V, row, w_);
+    return row;
+  }
+
+  template <Kind KIND>
+  Value value(const Source& source, const RowState& row) const {
+    return with_gap(source, [&](auto gap) {
+      return row.far ? entry_sums<KIND, true>(gap, a_.V, row, a_.beta, w_) : entry_sums<KIND, false>(gap, a_.V, row, a_.beta, w_);
+    });
+  }
+
+  // loss and A; of a two-sweep divergence, u too.
+  Value dot(const Source& source, const RowState& row) const {
+    switch (a_.kind) {
+      case Kind::REVERSE_KL: return {row.reverse_kl, row.reverse_kl};
+      case Kind::FORWARD_KL: return {row.forward_kl, -1.0};
+      case Kind::JSD: return value<Kind::JSD>(source, row);
+      case Kind::SKEW_REVERSE_KL: return value<Kind::SKEW_REVERSE_KL>(source, row);
+      case Kind::SKEW_FORWARD_KL: return value<Kind::SKEW_FORWARD_KL>(source, row);
+      case Kind::TVD: return value<Kind::TVD>(source, row);
+    }
+    return {0, 0};
+  }
+
+  template <class Use>
+  auto with_gap(const Source& source, Use use) const {
+    if constexpr (Source::LINEAR) return use(GapRow<X, In>{source.D, source.factor});
+    else return use(GapRow<X, E>{w_.d, 1.0});
+  }
+
+  template <class Out>
+  void gradient(const Source& source, int64_t i, const RowState& row, double A) const {
+    Out* G = static_cast<Out*>(a_.G) + i * a_.stride_g;
+    const double factor = static_cast<const E*>(a_.factor)[i] * a_.student.scale / a_.student.temperature;
+    const bool bent = source.bent();
+    if (!one_sweep_) return combine(G, a_.V, row, A, factor, bent, w_);
+    with_gap(source, [&](auto gap) {
+      const bool reverse = a_.kind == Kind::REVERSE_KL;
+      if (reverse && row.far) kl_gradient<Kind::REVERSE_KL, true>(gap, G, a_.V, row, A, factor, bent, w_);
+      else if (reverse) kl_gradient<Kind::REVERSE_KL, false>(gap, G, a_.V, row, A, factor, bent, w_);
+      else if (row.far) kl_gradient<Kind::FORWARD_KL, true>(gap, G, a_.V, row, A, factor, bent, w_);
+      else kl_gradient<Kind::FORWARD_KL, false>(gap, G, a_.V, row, A, factor, bent, w_);
+    });
+  }
+
+  template <class Out>
+  void grad_row(Sweep sweep, int64_t i) const {
+    const Source source(a_, i);
+    const bool ignored = static_cast<const E*>(a_.factor)[i] == 0;
+    RowState row;
+    if (sweep == Sweep::FUSED) {
+      row = measure(source, w_);
+      write_stats(i, row);
+      const Value v = dot(source, row);
+      static_cast<E*>(a_.loss)[i] = static_cast<E>(v.loss), static_cast<E*>(a_.A)[i] = static_cast<E>(v.A);
+      if (!ignored) return gradient<Out>(source, i, row, v.A);
+    } else if (!ignored) {
+      row = resume(source, i);
+      if (!one_sweep_) dot(source, row);
+      return gradient<Out>(source, i, row, static_cast<const E*>(a_.A)[i]);
+    }
+    std::memset(static_cast<Out*>(a_.G) + i * a_.stride_g, 0, a_.V * sizeof(Out));
+  }
+
+ public:
+  Rows(const RowArgs& a, const Scratch<X>& w) : a_(a), w_(w) {}
+
+  void stats_row(int64_t i) const { write_stats(i, measure(Source(a_, i), Scratch<X>{})); }
+
+  void dot_row(int64_t i) const {
+    const Source source(a_, i);
+    const Value v = dot(source, resume(source, i));
+    static_cast<E*>(a_.loss)[i] = static_cast<E>(v.loss), static_cast<E*>(a_.A)[i] = static_cast<E>(v.A);
+  }
+
+  void run(Sweep sweep, int64_t i) const {
+    if (sweep == Sweep::STATS) return stats_row(i);
+    if (sweep == Sweep::DOT) return dot_row(i);
+    if constexpr (LANES<X> == 1) return grad_row<double>(sweep, i);
+    else {
+      if (a_.out == Dtype::FLOAT32) return grad_row<float>(sweep, i);
+      if (a_.out == Dtype::BFLOAT16) return grad_row<BFloat16>(sweep, i);
+      return grad_row<Half>(sweep, i);
+    }
+  }
+};
+
+template <class X, class In>
+void run_dtype(const RowArgs& a, Sweep sweep, int64_t begin, int64_t end) {
+  const Workspace<X> space(a.V);
+  const Scratch<X>& w = space.rows;
+  if (a.linear && !a.bias_s && !a.bias_t) {
+    const Rows<X, In, LinearSource> rows(a, w);
+    for (int64_t i = begin; i < end; ++i) rows.run(sweep, i);
+  } else {
+    const Rows<X, In, GeneralSource> rows(a, w);
+    for (int64_t i = begin; i < end; ++i) rows.run(sweep, i);
+  }
+}
+
+}  // namespace
+
+void run_rows(const RowArgs& a, Sweep sweep, int64_t begin, int64_t end) {
+  [[maybe_unused]] const FlushSubnormals flush;
+  switch (a.dtype) {
+#if defined(OPSD_BASELINE)
+    case Dtype::FLOAT64: return run_dtype<double, double>(a, sweep, begin, end);
+#else
+    case Dtype::FLOAT64: return;  // dispatch.cpp sends doubles to the baseline build
+#endif
+    case Dtype::FLOAT32: return run_dtype<Vec, float>(a, sweep, begin, end);
+    case Dtype::BFLOAT16: return run_dtype<Vec, BFloat16>(a, sweep, begin, end);
+    case Dtype::FLOAT16: return run_dtype<Vec, Half>(a, sweep, begin, end);
+  }
+}
+
+}  // namespace opsd::OPSD_CAPABILITY

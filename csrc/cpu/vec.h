@@ -1,0 +1,217 @@
+// One SIMD vector of floats, as wide as the flags of this translation unit allow, and the same few operations for a plain double.
+//
+// Everything lives in namespace opsd::OPSD_CAPABILITY and is inlined, so that no function compiled for a newer processor can be
+// picked by the linker for an older one.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../row_args.h"
+
+#define OPSD_INLINE inline __attribute__((always_inline))
+#define OPSD_SWEEP __attribute__((noinline))  // one copy of each sweep, however many drivers call it
+
+namespace opsd::OPSD_CAPABILITY {
+
+#if defined(__AVX512F__)
+constexpr int VEC_LANES = 16;
+#elif defined(__AVX2__)
+constexpr int VEC_LANES = 8;
+#else
+constexpr int VEC_LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * VEC_LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * VEC_LANES)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * VEC_LANES)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+#if defined(__AVX512F__)
+struct Mask {
+  __mmask16 m;
+};
+#else
+struct Mask {
+  Ints m;
+};
+#endif
+
+struct Vec {
+  Floats v;
+  OPSD_INLINE Vec() : v{} {}
+  OPSD_INLINE explicit Vec(Floats raw) : v(raw) {}
+  OPSD_INLINE explicit Vec(double a) : v(Floats{} + static_cast<float>(a)) {}
+};
+
+template <class X>
+constexpr int LANES = 1;
+template <>
+inline constexpr int LANES<Vec> = VEC_LANES;
+
+// The type of a scratch element and of the statistics.
+template <class X>
+struct Element {
+  using type = X;
+};
+template <>
+struct Element<Vec> {
+  using type = float;
+};
+template <class X>
+using ElementOf = typename Element<X>::type;
+
+OPSD_INLINE Vec operator+(Vec a, Vec b) { return Vec(a.v + b.v); }
+OPSD_INLINE Vec operator-(Vec a, Vec b) { return Vec(a.v - b.v); }
+OPSD_INLINE Vec operator*(Vec a, Vec b) { return Vec(a.v * b.v); }
+OPSD_INLINE Vec operator/(Vec a, Vec b) { return Vec(a.v / b.v); }
+OPSD_INLINE Vec operator-(Vec a) { return Vec(-a.v); }
+
+#if defined(__AVX512F__)
+constexpr __mmask16 ALL = 0xffff;  // the unmasked forms make GCC 12 warn about its own header
+OPSD_INLINE Vec fma(Vec a, Vec b, Vec c) { return Vec(_mm512_fmadd_ps(a.v, b.v, c.v)); }
+OPSD_INLINE Vec max(Vec a, Vec b) { return Vec(_mm512_maskz_max_ps(ALL, a.v, b.v)); }
+OPSD_INLINE Vec abs(Vec a) { return Vec(_mm512_abs_ps(a.v)); }
+OPSD_INLINE Mask operator>(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
+OPSD_INLINE Mask operator<(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+OPSD_INLINE Mask operator<=(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
+OPSD_INLINE Mask operator==(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+OPSD_INLINE Vec select(Mask m, Vec yes, Vec no) { return Vec(_mm512_mask_blend_ps(m.m, no.v, yes.v)); }
+OPSD_INLINE Mask first_lanes(int count) { return {static_cast<__mmask16>((1u << count) - 1)}; }
+OPSD_INLINE int lowest_lane(Mask m) { return m.m ? __builtin_ctz(m.m) : -1; }
+#else
+#if defined(__AVX2__)
+OPSD_INLINE Vec fma(Vec a, Vec b, Vec c) { return Vec(_mm256_fmadd_ps(a.v, b.v, c.v)); }
+OPSD_INLINE Vec max(Vec a, Vec b) { return Vec(_mm256_max_ps(a.v, b.v)); }
+#else
+OPSD_INLINE Vec fma(Vec a, Vec b, Vec c) { return Vec(a.v * b.v + c.v); }
+OPSD_INLINE Vec max(Vec a, Vec b) { return Vec(a.v > b.v ? a.v : b.v); }
+#endif
+OPSD_INLINE Vec abs(Vec a) { return Vec((Floats)((Ints)a.v & 0x7fffffff)); }
+OPSD_INLINE Mask operator>(Vec a, Vec b) { return {a.v > b.v}; }
+OPSD_INLINE Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
+OPSD_INLINE Mask operator<=(Vec a, Vec b) { return {a.v <= b.v}; }
+OPSD_INLINE Mask operator==(Vec a, Vec b) { return {a.v == b.v}; }
+OPSD_INLINE Vec select(Mask m, Vec yes, Vec no) { return Vec((Floats)((m.m & (Ints)yes.v) | (~m.m & (Ints)no.v))); }
+OPSD_INLINE Mask first_lanes(int count) {
+  Mask mask{};
+  for (int i = 0; i < count; ++i) mask.m[i] = -1;
+  return mask;
+}
+OPSD_INLINE int lowest_lane(Mask m) {
+  for (int i = 0; i < VEC_LANES; ++i)
+    if (m.m[i]) return i;
+  return -1;
+}
+#endif
+
+// Left to right over a fixed tree, in double: the same bits on every call.
+OPSD_INLINE double reduce_add(Vec a) {
+  double sums[VEC_LANES];
+  for (int i = 0; i < VEC_LANES; ++i) sums[i] = static_cast<double>(a.v[i]);
+  for (int width = VEC_LANES / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+  return sums[0];
+}
+OPSD_INLINE double reduce_max(Vec a) {
+  float top = a.v[0];
+  for (int i = 1; i < VEC_LANES; ++i) top = a.v[i] > top ? a.v[i] : top;
+  return static_cast<double>(top);
+}
+
+OPSD_INLINE Ints bits(Vec a) { return (Ints)a.v; }
+OPSD_INLINE Vec from_bits(Ints a) { return Vec((Floats)a); }
+OPSD_INLINE Vec to_float(Ints a) { return Vec(__builtin_convertvector(a, Floats)); }
+OPSD_INLINE Ints to_int(Vec a) { return __builtin_convertvector(a.v, Ints); }
+
+// y * 2^n for integer n <= 127; 0 where n < -126.
+OPSD_INLINE Vec scale_by_power(Vec y, Vec n) {
+#if defined(__AVX512F__)
+  return Vec(_mm512_maskz_scalef_ps(ALL, y.v, n.v));
+#else
+  return y * from_bits((to_int(max(n, Vec(-127.0))) + 127) << 23);
+#endif
+}
+
+// ---- memory: 16-bit floats widen to exact floats, and narrow to the nearest, ties to even ----
+
+OPSD_INLINE Vec load(const float* p) {
+  Vec a;
+  std::memcpy(&a.v, p, sizeof(a.v));
+  return a;
+}
+OPSD_INLINE Vec load(const BFloat16* p) {
+  Shorts raw;
+  std::memcpy(&raw, p, sizeof(raw));
+  return from_bits(__builtin_convertvector(raw, Ints) << 16);
+}
+OPSD_INLINE void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof(a.v)); }
+
+OPSD_INLINE void store(BFloat16* p, Vec a) {
+#if defined(__AVX512BF16__)
+  const __m256bh narrow = _mm512_cvtneps_pbh(a.v);
+  std::memcpy(p, &narrow, sizeof(narrow));
+#else
+  const Ints raw = bits(a);
+  const Ints rounded = raw + 0x7fff + ((raw >> 16) & 1);
+  const Vec kept = select(a == a, from_bits(rounded), from_bits(raw | 0x400000));  // a NaN must not be rounded into a number
+  const Shorts narrow = __builtin_convertvector(bits(kept) >> 16, Shorts);
+  std::memcpy(p, &narrow, sizeof(narrow));
+#endif
+}
+
+#if defined(__AVX512F__)
+OPSD_INLINE Vec load(const Half* p) { return Vec(_mm512_maskz_cvtph_ps(ALL, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))); }
+OPSD_INLINE void store(Half* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(ALL, a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__AVX2__)
+OPSD_INLINE Vec load(const Half* p) { return Vec(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
+OPSD_INLINE void store(Half* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+OPSD_INLINE Ints select_ints(Ints m, Ints yes, Ints no) { return (m & yes) | (~m & no); }
+OPSD_INLINE Vec load(const Half* p) {
+  Shorts raw;
+  std::memcpy(&raw, p, sizeof(raw));
+  const Ints wide = __builtin_convertvector(raw, Ints);
+  const Ints magnitude = wide & 0x7fff, sign = (wide & 0x8000) << 16;
+  const Vec normal = from_bits((magnitude << 13) + (112 << 23));
+  const Vec special = from_bits((magnitude << 13) | 0x7f800000);
+  const Vec tiny = to_float(magnitude) * Vec(0x1p-24);
+  const Vec value = select({magnitude < 0x400}, tiny, select({magnitude >= 0x7c00}, special, normal));
+  return from_bits(bits(value) | sign);
+}
+OPSD_INLINE void store(Half* p, Vec a) {
+  const Ints raw = bits(a), magnitude = raw & 0x7fffffff, sign = (raw >> 16) & 0x8000;
+  const Ints normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112 << 23)) >> 13;
+  const Ints tiny = bits(from_bits(magnitude) + Vec(0.5)) - 0x3f000000;  // 0.5 has the spacing of a subnormal half: the addition rounds
+  const Ints special = select_ints(magnitude > 0x7f800000, Ints{} + 0x7e00, Ints{} + 0x7c00);
+  const Ints finite = select_ints(magnitude < 0x38800000, tiny, normal);
+  const Ints value = select_ints(magnitude >= 0x477ff000, special, finite) | sign;  // from 65520 up: infinity
+  const Shorts narrow = __builtin_convertvector(value, Shorts);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+#endif
+
+// ---- the same for a double, one lane wide ----
+
+OPSD_INLINE double fma(double a, double b, double c) { return a * b + c; }
+OPSD_INLINE double reduce_add(double a) { return a; }
+OPSD_INLINE double reduce_max(double a) { return a; }
+OPSD_INLINE double load(const double* p) { return *p; }
+OPSD_INLINE void store(double* p, double a) { *p = a; }
+OPSD_INLINE int lowest_lane(bool m) { return m ? 0 : -1; }
+
+}  // namespace opsd::OPSD_CAPABILITY

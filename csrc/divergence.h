@@ -1,0 +1,134 @@
+// (f, u) of one vocabulary entry for every divergence: the C++ home of the formulas, host and device, torch-free.
+// What they mean and why they are written in delta = log p - log q: opsd_kernels/divergences.py.
+//
+// X is a number: float, double, or a SIMD vector of floats that brings its own select, abs, max, expm1, exp_pair and log1p.
+// All of f and u are homogeneous of degree one in (q, p) at fixed delta, so a caller may fold a row's factor into both.
+// GUARDED: a term is 0 where its probability is 0, whatever delta is. Rows whose delta is finite do without.
+#pragma once
+
+#include <cmath>
+
+#include "row_args.h"
+
+#if defined(__CUDACC__)
+#define OPSD_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define OPSD_HOST_DEVICE inline __attribute__((always_inline))
+#endif
+
+namespace opsd {
+
+template <class X>
+struct Terms {
+  X f, u;
+};
+
+// exp(x) and expm1(x), each to its own relative accuracy.
+template <class X>
+struct ExpPair {
+  X exp, expm1;
+};
+
+OPSD_HOST_DEVICE float select(bool condition, float yes, float no) { return condition ? yes : no; }
+OPSD_HOST_DEVICE double select(bool condition, double yes, double no) { return condition ? yes : no; }
+OPSD_HOST_DEVICE float max(float a, float b) { return a > b ? a : b; }
+OPSD_HOST_DEVICE double max(double a, double b) { return a > b ? a : b; }
+OPSD_HOST_DEVICE float abs(float x) { return x < 0 ? -x : x; }
+OPSD_HOST_DEVICE double abs(double x) { return x < 0 ? -x : x; }
+OPSD_HOST_DEVICE ExpPair<float> exp_pair(float x) { return {expf(x), expm1f(x)}; }
+OPSD_HOST_DEVICE ExpPair<double> exp_pair(double x) { return {::exp(x), ::expm1(x)}; }
+OPSD_HOST_DEVICE float log1p(float x) { return ::log1pf(x); }
+OPSD_HOST_DEVICE double log1p(double x) { return ::log1p(x); }
+
+template <bool GUARDED, class X>
+OPSD_HOST_DEVICE X guard(X probability, X term) {
+  if constexpr (GUARDED) return select(probability > X(0), term, X(0));
+  return term;
+}
+
+// delta with exp(-|delta|) and a = expm1(-|delta|).
+template <class X>
+struct Ratio {
+  X delta, decay, a;
+};
+
+template <class X>
+OPSD_HOST_DEVICE Ratio<X> ratio(X delta) {
+  const ExpPair<X> pair = exp_pair(-abs(delta));
+  return {delta, pair.exp, pair.expm1};
+}
+
+// p = q * exp(delta); |delta| must stay where exp(-|delta|) is a normal number.
+template <class X>
+OPSD_HOST_DEVICE X teacher_probability(X q, const Ratio<X>& r) {
+  return select(r.delta <= X(0), q * r.decay, q / r.decay);
+}
+
+template <class X>
+struct Mixture {
+  X log_m_q, log_m_p, p_over_m;
+};
+
+template <class X>
+OPSD_HOST_DEVICE Mixture<X> mixture(const Ratio<X>& r, X beta) {
+  const auto below = r.delta <= X(0);
+  const X part = select(below, beta, X(1) - beta) * r.a;  // m/q - 1 where below, m/p - 1 elsewhere
+  const X log = log1p(part);
+  return {select(below, log, log + r.delta), select(below, log - r.delta, log), select(below, r.decay, X(1)) / (X(1) + part)};
+}
+
+template <bool GUARDED, class X>
+OPSD_HOST_DEVICE Terms<X> reverse_kl(X q, X delta) {
+  const X f = guard<GUARDED>(q, -(q * delta));
+  return {f, f};
+}
+
+template <bool GUARDED, class X>
+OPSD_HOST_DEVICE Terms<X> forward_kl(X p, X delta) {
+  return {guard<GUARDED>(p, p * delta), -p};
+}
+
+// u - q * A of forward KL, A = -1, where delta is finite: q - p without the cancellation.
+template <class X>
+OPSD_HOST_DEVICE X forward_kl_grad(X q, X delta) {
+  return -(q * expm1(delta));
+}
+
+template <bool GUARDED, class X>
+OPSD_HOST_DEVICE Terms<X> jsd(X q, X p, const Ratio<X>& r, X beta) {
+  const Mixture<X> m = mixture(r, beta);
+  const X u = guard<GUARDED>(q, (beta - X(1)) * q * m.log_m_q);
+  return {u - beta * guard<GUARDED>(p, p * m.log_m_p), u};
+}
+
+template <bool GUARDED, class X>
+OPSD_HOST_DEVICE Terms<X> skew_reverse_kl(X q, const Ratio<X>& r, X beta) {
+  const Mixture<X> m = mixture(r, beta);
+  return {guard<GUARDED>(q, -(q * m.log_m_q)), guard<GUARDED>(q, q * (beta * m.p_over_m - m.log_m_q))};
+}
+
+template <bool GUARDED, class X>
+OPSD_HOST_DEVICE Terms<X> skew_forward_kl(X q, X p, const Ratio<X>& r, X beta) {
+  const Mixture<X> m = mixture(r, beta);
+  return {guard<GUARDED>(p, -(p * m.log_m_p)), guard<GUARDED>(q, (beta - X(1)) * q * m.p_over_m)};
+}
+
+template <bool GUARDED, class X>
+OPSD_HOST_DEVICE Terms<X> tvd(X q, X p, const Ratio<X>& r) {
+  const X larger = max(p, q);
+  const X half = X(0.5) * q;
+  const X sign_term = select(r.delta > X(0), -half, select(r.delta < X(0), half, X(0)));
+  return {guard<GUARDED>(larger, X(-0.5) * r.a * larger), guard<GUARDED>(q, sign_term)};
+}
+
+template <Kind KIND, bool GUARDED, class X>
+OPSD_HOST_DEVICE Terms<X> entry(X q, X p, const Ratio<X>& r, X beta) {
+  if constexpr (KIND == Kind::REVERSE_KL) return reverse_kl<GUARDED>(q, r.delta);
+  if constexpr (KIND == Kind::FORWARD_KL) return forward_kl<GUARDED>(p, r.delta);
+  if constexpr (KIND == Kind::JSD) return jsd<GUARDED>(q, p, r, beta);
+  if constexpr (KIND == Kind::SKEW_REVERSE_KL) return skew_reverse_kl<GUARDED>(q, r, beta);
+  if constexpr (KIND == Kind::SKEW_FORWARD_KL) return skew_forward_kl<GUARDED>(q, p, r, beta);
+  if constexpr (KIND == Kind::TVD) return tvd<GUARDED>(q, p, r);
+}
+
+}  // namespace opsd

@@ -1,0 +1,30 @@
+// The operators of the row sweeps: the only file that names them. What they do: opsd_kernels/kernels/contract.py.
+//
+// A fragment, because Python defines further operators in the same namespace. G may share memory with S, as the contract says; the schema
+// marks it alone as written. These run inside an opaque operator, so they carry neither autograd nor a fake implementation.
+#include <torch/csrc/stable/library.h>
+
+#include "ops.h"
+
+#define OPSD_SPEC_SCHEMA                                                                                                         \
+  "int kind, float beta, float student_scale, float student_softcap, float student_temperature, "                               \
+  "float teacher_scale, float teacher_softcap, float teacher_temperature, bool difference, bool linear, float spread_limit"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(opsd_kernels, m) {
+  m.def("row_stats(Tensor S, Tensor T, Tensor? bias_s, Tensor? bias_t, bool metrics, " OPSD_SPEC_SCHEMA ") -> Tensor");
+  m.def("row_dot(Tensor S, Tensor T, Tensor stats, Tensor? bias_s, Tensor? bias_t, " OPSD_SPEC_SCHEMA ") -> (Tensor, Tensor)");
+  m.def("row_grad_(Tensor S, Tensor T, Tensor stats, Tensor A, Tensor factor, Tensor? bias_s, Tensor? bias_t, Tensor(a!) G, " OPSD_SPEC_SCHEMA
+        ") -> ()");
+  m.def("row_fused_(Tensor S, Tensor T, Tensor factor, Tensor? bias_s, Tensor? bias_t, bool metrics, Tensor(a!) G, " OPSD_SPEC_SCHEMA
+        ") -> (Tensor, Tensor, Tensor)");
+  m.def("cpu_capability() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CPU, m) {
+  m.impl("row_stats", TORCH_BOX(&opsd::cpu::row_stats));
+  m.impl("row_dot", TORCH_BOX(&opsd::cpu::row_dot));
+  m.impl("row_grad_", TORCH_BOX(&opsd::cpu::row_grad_));
+  m.impl("row_fused_", TORCH_BOX(&opsd::cpu::row_fused_));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CompositeExplicitAutograd, m) { m.impl("cpu_capability", TORCH_BOX(&opsd::cpu::capability)); }

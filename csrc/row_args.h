@@ -1,0 +1,61 @@
+// The plain argument struct between the torch binding and the sweeps, shared by every device. Knows no torch.
+#pragma once
+
+#include <cstdint>
+
+namespace opsd {
+
+enum class Kind : int { REVERSE_KL = 0, FORWARD_KL, JSD, SKEW_REVERSE_KL, SKEW_FORWARD_KL, TVD };  // spec.Kind
+constexpr int KINDS = 6;
+
+enum class Dtype : int { FLOAT64, FLOAT32, BFLOAT16, FLOAT16 };
+
+// Columns of the statistics: contract.Column.
+enum Column : int {
+  STUDENT_MAX = 0,
+  STUDENT_LOGSUM,
+  TEACHER_MAX,
+  TEACHER_LOGSUM,
+  GAP,
+  SPREAD,
+  REVERSE_KL,
+  FORWARD_KL,
+  STUDENT_ENTROPY,
+  TEACHER_ENTROPY,
+  STUDENT_MAX_PROB,
+  TEACHER_MAX_PROB,
+  STUDENT_ARGMAX,
+  TEACHER_ARGMAX,
+  COLUMNS
+};
+
+enum class Sweep : int { STATS, DOT, GRAD, FUSED };
+
+// Raw logit z -> softcap(scale * (z + bias)) / temperature. softcap 0: none.
+struct Transform {
+  double scale, softcap, temperature;
+};
+
+struct RowArgs {
+  int64_t n, V;
+  const void* S;  // (n, V) of dtype
+  const void* T;  // (n, V) of dtype
+  void* G;        // (n, V) of out, written by GRAD and FUSED
+  int64_t stride_s, stride_t, stride_g;
+  Dtype dtype, out;
+  const void* bias_s;  // (V,) of the statistics' type (double for FLOAT64, else float), or null
+  const void* bias_t;
+  void* stats;  // (n, COLUMNS) of the statistics' type, as loss, A and factor
+  void* loss;   // (n,)
+  void* A;      // (n,)
+  const void* factor;  // (n,)
+  Transform student, teacher;
+  bool difference;  // T holds raw teacher minus raw student logits
+  bool linear;      // and the transformed difference is a multiple of it: RowSpec.linear_difference
+  bool metrics;
+  Kind kind;
+  double beta;
+  double spread_limit;  // contract.SPREAD_LIMIT
+};
+
+}  // namespace opsd
