@@ -1,0 +1,59 @@
+"""Writes that a crash at any moment leaves either undone or whole: a temporary sibling, fsync, rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+PENDING = ".pending-"
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Replaces `path`."""
+    pending = path.with_name(f"{PENDING}{path.name}-{uuid.uuid4().hex[:8]}")
+    pending.write_bytes(content.encode() if isinstance(content, str) else content)
+    _sync(pending)
+    os.replace(pending, path)
+    _sync(path.parent)
+
+
+def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
+    """`fill` writes into an empty directory, which then becomes `path`. Leaves a `path` that exists already as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pending = path.with_name(f"{PENDING}{path.name}-{uuid.uuid4().hex[:8]}")
+    pending.mkdir()
+    try:
+        fill(pending)
+        for file in pending.rglob("*"):
+            _sync(file)
+        _sync(pending)
+        if not path.exists():
+            _rename_unless_taken(pending, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(pending, ignore_errors=True)
+
+
+def remove_pending(folder: Path) -> None:
+    """Clears what a crash left behind. Only for a folder that no other process writes."""
+    for leftover in folder.glob(f"{PENDING}*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def _rename_unless_taken(pending: Path, path: Path) -> None:
+    try:
+        os.rename(pending, path)
+    except OSError:
+        if not path.exists():  # another process that wrote the same thing first is no failure
+            raise
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,122 @@
+"""Where a run writes: a live bar on a terminal and plain lines otherwise, metrics.jsonl, TensorBoard if it is installed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from opsd_kernels.train.types import StepMetrics
+
+LINE_EVERY_SECONDS = 10.0
+
+
+class Progress:
+    """Speaks to the user. On a terminal a bar follows the work; elsewhere a line every ten seconds."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(highlight=False)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def bar(self, title: str, total: int, start: int = 0) -> Iterator[Bar]:
+        if not self.console.is_terminal:
+            yield Bar(self, title, total)
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[values]}"), TimeRemainingColumn())
+        with RichProgress(*columns, console=self.console) as live:
+            yield LiveBar(self, live, live.add_task(title, total=total, completed=start, values=""))
+
+
+class Bar:
+    """Plain lines."""
+
+    def __init__(self, progress: Progress, title: str, total: int):
+        self.progress, self.title, self.total = progress, title, total
+        self._last = -math.inf
+
+    def update(self, done: int, **values: float | None) -> None:
+        now = time.monotonic()
+        if now - self._last >= LINE_EVERY_SECONDS or done == self.total:
+            self._last = now
+            self.progress.say(f"{self.title} {done}/{self.total}  {describe(values)}")
+
+
+class LiveBar(Bar):
+    """A bar with the latest values behind it."""
+
+    def __init__(self, progress: Progress, live: RichProgress, task: int):
+        self.progress, self._live, self._task = progress, live, task
+
+    def update(self, done: int, **values: float | None) -> None:
+        self._live.update(self._task, completed=done, values=describe(values))
+
+
+def describe(values: dict[str, float | None]) -> str:
+    return "  ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in values.items())
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
+
+
+class MetricsLog:
+    """metrics.jsonl, one object a step. `offset` is where a checkpoint ends: what a killed run wrote after it is cut off."""
+
+    def __init__(self, path: Path, offset: int = 0):
+        path.touch()
+        os.truncate(path, min(offset, path.stat().st_size))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, metrics: StepMetrics) -> None:
+        self._file.write(json.dumps(metrics, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Puts every line on the disk; returns the file's length in bytes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Scalars:
+    """The numbers of each step for TensorBoard; nothing where it is switched off or not installed."""
+
+    def __init__(self, folder: Path, wanted: bool, first_step: int):
+        self._writer = None
+        if not wanted:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+
+    def write(self, metrics: StepMetrics) -> None:
+        if self._writer is not None:
+            for name, value in metrics.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._writer.add_scalar(name, value, metrics["step"])
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(path: Path) -> list[StepMetrics]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

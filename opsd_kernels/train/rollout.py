@@ -1,0 +1,115 @@
+"""Batched sampling through transformers' generate and its KV cache.
+
+Each token is drawn by inverting the cumulative distribution at a number that depends on (key, group, sample, position) only, so a rollout does not
+depend on what else is in its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
+
+from opsd_kernels.train import seeds
+from opsd_kernels.train.envs.base import Task
+from opsd_kernels.train.prompts import PromptEncoder
+from opsd_kernels.train.types import Context, Prompt, Rollout
+
+ROLLOUT, FEEDBACK = 1, 2  # streams of random numbers
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to sample: its place decides its random numbers."""
+
+    prompt: Prompt
+    group: int
+    sample: int
+    context: Context | None = None
+
+
+class PlacedSampler(LogitsProcessor):
+    """Draws the next token itself and leaves generate a row with one finite entry. `uniforms_BT` holds the numbers to draw at."""
+
+    def __init__(self, uniforms_BT: Tensor, temperature: float):
+        self.uniforms_BT, self.temperature, self.position = uniforms_BT, temperature, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, L), (B, V) -> (B, V)
+        cumulative = (scores.double() / self.temperature).softmax(-1).cumsum(-1)
+        at = self.uniforms_BT[:, self.position, None] * cumulative[:, -1:]
+        self.position += 1
+        return torch.full_like(scores, -torch.inf).scatter_(1, torch.searchsorted(cumulative, at, right=True), 0.0)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What sampling needs besides the model: encoder, lengths, temperature, batch size."""
+
+    encoder: PromptEncoder
+    max_new_tokens: int
+    temperature: float
+    batch: int
+
+    def sample(self, model: PreTrainedModel, task: Task, requests: Sequence[Request], *key: int) -> list[Rollout]:
+        """One verified rollout per request, in their order. `key` (seed, step) opens the stream of random numbers."""
+        model.eval()
+        rollouts: list[Rollout] = []
+        for chunk in _chunks(requests, self.batch):
+            prompts = self.encoder.encode([r.prompt for r in chunk], [r.context for r in chunk])
+            for request, prompt, tokens in zip(chunk, prompts, self._generate(model, prompts, chunk, key), strict=True):
+                rollouts.append(self._verified(task, request, prompt, tokens, key))
+        return rollouts
+
+    @torch.no_grad()
+    def _generate(self, model: PreTrainedModel, prompts: list[tuple[int, ...]], requests: Sequence[Request], key: tuple[int, ...]) -> list[tuple[int, ...]]:
+        places = np.array([(request.group, request.sample) for request in requests], dtype=np.uint64)
+        uniforms = seeds.uniforms(*key, ROLLOUT, places[:, :1], places[:, 1:], np.arange(self.max_new_tokens))  # (B, T)
+        pad = self.pad_token
+        length = max(map(len, prompts))
+        padded = torch.tensor([[pad] * (length - len(p)) + list(p) for p in prompts], device=model.device)
+        present = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+        out = model.generate(
+            padded,
+            attention_mask=present,
+            generation_config=GenerationConfig(
+                max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=sorted(self.stops(model))
+            ),
+            logits_processor=[PlacedSampler(torch.from_numpy(uniforms).to(model.device), self.temperature)],
+        )
+        return [_until_stop(row, self.stops(model)) for row in out[:, length:].tolist()]
+
+    def _verified(self, task: Task, request: Request, prompt: tuple[int, ...], tokens: tuple[int, ...], key: tuple[int, ...]) -> Rollout:
+        body = tokens[:-1] if tokens[-1] == self.encoder.tokenizer.eos_token_id else tokens
+        text = self.encoder.tokenizer.decode(body, skip_special_tokens=False)  # a marker inside an answer is part of what it said
+        env = task.env(request.prompt.problem, int(seeds.mix(*key, FEEDBACK, request.group, request.sample)))
+        return Rollout(request.prompt, request.group, request.sample, prompt, tokens, text, env.verify(text))
+
+    @property
+    def pad_token(self) -> int:
+        tokenizer = self.encoder.tokenizer
+        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def stops(self, model: PreTrainedModel) -> set[int]:
+        """End-of-sequence tokens: the tokenizer's, and those that the model's generation config adds."""
+        extra = model.generation_config.eos_token_id
+        listed = extra if isinstance(extra, list) else [] if extra is None else [extra]
+        return {self.encoder.tokenizer.eos_token_id, *listed}
+
+
+def _until_stop(tokens: list[int], stops: set[int]) -> tuple[int, ...]:
+    end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
+    return tuple(tokens[:end])
+
+
+def _chunks(items: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def requests(prompts: Sequence[Prompt], samples: int) -> list[Request]:
+    """`samples` answers to each prompt."""
+    return [Request(prompt, group, sample) for group, prompt in enumerate(prompts) for sample in range(samples)]
