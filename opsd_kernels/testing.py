@@ -185,6 +185,7 @@ def hard_case(
     shared_head: bool = False,
     near: float | None = None,
     largest_logit: float = 40.0,
+    widths: tuple[float, ...] = (1.0, 0.4, 0.1),
     bias: bool = True,
     masked_entry: str | None = "both",
     padding: int = 0,
@@ -195,10 +196,10 @@ def hard_case(
 ) -> Case:
     """Inputs on which planted bugs show.
 
-    Rows of largest |logit| `largest_logit`, 0.4 and 0.1 of it, every third one peaked; an ignored row that holds inf and NaN; a zero weight; biases with
-    a -inf entry (`masked_entry`: "both" sides, "teacher" alone, None); `padding` columns that would take all probability; tensors that are
-    offset, strided views of storages with NaN in the gaps; upstream gradient 3. With `near` the teacher stands at that forward KL (nats) from the student:
-    over the very same head, over an equal one, or with `teacher_width` > H over a wider one. `batch` gives hidden states (batch, N / batch, H).
+    Rows whose largest |logit| is `largest_logit` times each of `widths` in turn, every third one peaked; an ignored row that holds inf and NaN; a zero
+    weight; biases with a -inf entry (`masked_entry`: "both" sides, "teacher" alone, None); `padding` columns that would take all probability; tensors that
+    are offset, strided views of storages with NaN in the gaps; upstream gradient 3. With `near` the teacher stands at that forward KL (nats) from the
+    student: over the very same head, over an equal one, or with `teacher_width` > H over a wider one. `batch` gives hidden states (batch, N / batch, H).
     """
     expect(masked_entry in ("both", "teacher", None), "masked_entry", "'both', 'teacher' or None", repr(masked_entry))
     H_t = teacher_width or H
@@ -206,13 +207,13 @@ def hard_case(
     expect(H_t >= H or near is None, "teacher_width", f"at least H = {H} for a near teacher", H_t)
     gen = torch.Generator().manual_seed(seed)
     extra = (padding, padding if shared_head or not padding else padding + 2)
-    widths = largest_logit * torch.tensor([1.0, 0.4, 0.1], dtype=torch.float64).repeat(N // 3 + 1)[:N]
+    largest = largest_logit * torch.tensor(widths, dtype=torch.float64).repeat(N // len(widths) + 1)[:N]
     W_s = _head(V, H, extra[0], gen)
-    h_s = _hidden(W_s[:V], widths, gen)
+    h_s = _hidden(W_s[:V], largest, gen)
     W_t = W_s if shared_head else _head(V, H_t, extra[1], gen)
     b_s, b_t = _biases(V, extra, shared_head or near is not None, masked_entry, gen)
     if near is None:
-        h_t = _hidden(W_t[:V], widths.roll(1), gen)
+        h_t = _hidden(W_t[:V], largest.roll(1), gen)
     else:
         if not shared_head:
             W_t[:V, :H] = W_s[:V]

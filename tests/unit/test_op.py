@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opsd_kernels import linear_divergence
+from opsd_kernels import linear_divergence, plan
 from opsd_kernels.reference import linear_divergence_reference
 from opsd_kernels.spec import KIND_NAMES
 from opsd_kernels.testing import assert_no_growth, assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case
@@ -44,10 +44,14 @@ def test_matches_truth(backend, divergence, situation, dtype):
         pytest.skip("infinite: test_an_entry_that_only_the_student_has")
     case = hard_case(29, 211, 48, dtype, **made)
     budget = 2 * 211 * dtype.itemsize * 9  # rows of about eight tokens: several chunks, the last one ragged
-    assert_no_worse(*three(case, {"backend": backend, "workspace_bytes": budget}, divergence=divergence, reduction="sum", **options))
+    results = three(case, {"backend": backend, "workspace_bytes": budget}, divergence=divergence, reduction="sum", **options)
+    if divergence == "tvd" and "near" in made:  # entries at the kink p = q: their gradient is anyone's, and carries little
+        assert_on_target(results[0], results[2], "default")
+        results = [replace(outcome, student_hidden=None, student_weight=None, student_bias=None) for outcome in results]
+    assert_no_worse(*results)
 
 
-@pytest.mark.parametrize("N, V, H", [(1, 1, 1), (1, 7, 3), (2, 1, 5), (67, 1003, 48), (5, 4099, 7), (301, 17, 1)])
+@pytest.mark.parametrize("N, V, H", [(1, 2, 1), (1, 7, 3), (2, 3, 5), (67, 1003, 48), (5, 4099, 7), (301, 17, 1)])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_ragged_shapes(backend, divergence, N, V, H):
     for made in ({}, {"shared_head": True}, {"views": False}):
@@ -128,6 +132,14 @@ def test_statistics_without_labels(backend):
     assert stats.student_entropy[1] == 0 and stats.student_entropy[0] > 0
 
 
+def budget_for(chunks: int, N: int, V: int, H: int, dtype: torch.dtype, logits_dtype: torch.dtype | str) -> int:
+    """The largest budget (to 1 %) that still makes a shared head's call take `chunks` chunks."""
+    name, budget = "float32" if logits_dtype is torch.float32 else logits_dtype, 1 << 24
+    while plan(N, V, H, dtype=dtype, logits_dtype=name, workspace_bytes=budget).chunks < chunks:
+        budget = budget * 99 // 100
+    return budget
+
+
 @pytest.mark.parametrize("dtype, logits_dtype", [(torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.bfloat16, torch.float32)], ids=str)
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
 def test_256_chunks_are_as_exact_as_one(backend, dtype, logits_dtype, divergence):
@@ -135,11 +147,7 @@ def test_256_chunks_are_as_exact_as_one(backend, dtype, logits_dtype, divergence
     options = {"divergence": divergence, "reduction": "sum", "backend": backend, "logits_dtype": logits_dtype}
     truth = evaluate(linear_divergence_reference, case.double(), divergence=divergence, reduction="sum")
     one = evaluate(linear_divergence, case, **options, workspace_bytes=1 << 28)
-    row = 2 * 257 * (4 if logits_dtype is torch.float32 else dtype.itemsize) + 3 * 16 * dtype.itemsize
-    accumulator = 4 * 257 * 16 if dtype.itemsize == 2 else 0
-    many = evaluate(
-        linear_divergence, case, **options, workspace_bytes=2 * max(accumulator // 2, 4 * row) if accumulator > 8 * row else 4 * row + accumulator // 2
-    )
+    many = evaluate(linear_divergence, case, **options, workspace_bytes=budget_for(256, 1023, 257, 16, dtype, logits_dtype))
     assert_no_growth(many, one, truth)
 
 

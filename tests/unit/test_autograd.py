@@ -1,0 +1,166 @@
+"""The op inside PyTorch: backward twice, equal bits, autocast, compile, opcheck."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import opsd_kernels.ops  # noqa: F401 - registers the ops
+from opsd_kernels import linear_divergence
+from opsd_kernels.reference import linear_divergence_reference
+from opsd_kernels.testing import assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case
+
+ROUTES = [{"reduction": "mean"}, {"reduction": "mean", "backward": "recompute"}, {"reduction": "none"}]
+
+
+def leaves_of(case):
+    return [getattr(case, name) for name in case.trainable if getattr(case, name) is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("frozen_head", [True, False], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("options", ROUTES, ids=str)
+def test_backward_twice_gives_the_same_gradients(backend, dtype, frozen_head, options):
+    live = hard_case(29, 211, 24, dtype, shared_head=True, near=1e-2, frozen_head=frozen_head).leaves()
+    loss = linear_divergence(*live.inputs(), **live.options(), **options, backend=backend)
+    first, second, last = (torch.autograd.grad(loss, leaves_of(live), torch.full_like(loss, 3.0), retain_graph=keep) for keep in (True, True, False))
+    for one, two, three in zip(first, second, last, strict=True):
+        assert_same_bits(two, one)
+        assert_same_bits(three, one)
+
+
+@pytest.mark.parametrize("options", ROUTES, ids=str)
+def test_gradients_accumulate_and_own_their_memory(backend, options):
+    """Two backward calls add up in .grad, and changing .grad in place reaches nothing that a later backward reads."""
+    live = hard_case(13, 67, 8).leaves()
+    loss = linear_divergence(*live.inputs(), **live.options(), **options, backend=backend).sum()
+    loss.backward(retain_graph=True)
+    once = [leaf.grad.clone() for leaf in leaves_of(live)]
+    for leaf in leaves_of(live):
+        leaf.grad.mul_(7).zero_()
+    loss.backward()
+    for leaf, expected in zip(leaves_of(live), once, strict=True):
+        assert_same_bits(leaf.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", ROUTES, ids=str)
+def test_two_runs_give_the_same_bits(backend, dtype, options):
+    case = hard_case(67, 1003, 48, dtype)
+    assert_same_bits(*(evaluate(linear_divergence, case, backend=backend, divergence="jsd", **options) for _ in range(2)))
+
+
+def test_inputs_are_left_alone(backend):
+    case = hard_case(29, 211, 24)
+    before = {name: getattr(case, name).clone() for name in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight", "mask", "labels")}
+    evaluate(linear_divergence, case, backend=backend)
+    for name, value in before.items():
+        assert_same_bits(getattr(case, name), value)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "every second"])
+def test_layouts_of_the_inputs(backend, layout):
+    case = replace(hard_case(12, 67, 8, views=False), mask=None, labels=None, token_weights=None)
+    case = replace(case, student_hidden=torch.randn(12, 8), teacher_hidden=torch.randn(12, 8))
+    change = {
+        "transposed": lambda x: x.t().contiguous().t(),
+        "expanded": lambda x: x[:1].expand_as(x),
+        "every second": lambda x: torch.stack([x, x], 1).flatten(0, 1)[::2],
+    }[layout]
+    names = ("student_hidden", "teacher_hidden") if layout == "expanded" else ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
+    odd = replace(case, **{name: change(getattr(case, name)) for name in names})
+    truth, plain = (evaluate(linear_divergence_reference, c) for c in (odd.double(), odd))
+    assert_no_worse(evaluate(linear_divergence, odd, backend=backend), plain, truth)
+
+
+@pytest.mark.parametrize("shared_head", [True, False], ids=["shared head", "two heads"])
+def test_autocast_computes_in_its_dtype(backend, shared_head):
+    """fp32 parameters, bf16 arithmetic, fp32 gradients: what autocast does to a matrix product."""
+    case = hard_case(67, 1003, 32, torch.float32, shared_head=shared_head, near=1e-2, largest_logit=8.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = evaluate(linear_divergence, case, backend=backend)
+    rounded = case._map(lambda t: t.bfloat16() if t.dim() == 2 and t.is_floating_point() else t)
+    truth = evaluate(linear_divergence_reference, rounded.double())
+    assert all(value.dtype == torch.float32 for _, value in ours.named())
+    assert_on_target(ours, truth, "default")
+
+
+def test_disabled_autocast_is_no_autocast(backend):
+    case = hard_case(12, 67, 8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        inside = evaluate(linear_divergence, case, backend=backend)
+    assert_same_bits(inside, evaluate(linear_divergence, case, backend=backend))
+
+
+def test_a_missing_upstream_gradient_is_no_gradient(backend):
+    """Only the statistics are used: nothing flows, nothing fails."""
+    live = hard_case(12, 67, 8).leaves()
+    loss, stats = linear_divergence(*live.inputs(), **live.options(), return_stats=True, backend=backend)
+    assert loss.requires_grad and not stats.divergence.requires_grad
+    other = (live.student_hidden.nan_to_num(0, 0, 0) * stats.divergence[:, None]).sum()
+    other.backward()
+    assert live.student_weight.grad is None
+
+
+def test_double_backward_is_an_error_not_a_zero(backend):
+    live = hard_case(12, 67, 8).leaves()
+    loss = linear_divergence(*live.inputs(), **live.options(), backend=backend)
+    (grad,) = torch.autograd.grad(loss, live.student_hidden, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+# ---------------------------------------------------------------- registration
+
+
+def recorded_calls(monkeypatch, run):
+    """The arguments with which `run` calls the two ops."""
+    from opsd_kernels import autograd
+
+    calls = []
+    for name in ("_op", "_op_backward"):
+        op = getattr(autograd, name)
+        monkeypatch.setattr(autograd, name, lambda *args, op=op: calls.append((op, args)) or op(*args))
+    run()
+    return calls
+
+
+@pytest.mark.parametrize("options", ROUTES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_opcheck(backend, monkeypatch, options, dtype):
+    case = replace(hard_case(13, 67, 8, dtype, padding=3, views=False), mask=None, labels=None, token_weights=None)
+    case = replace(case, student_hidden=torch.randn(13, 8).to(dtype), teacher_hidden=torch.randn(13, 8).to(dtype))
+    calls = recorded_calls(monkeypatch, lambda: evaluate(linear_divergence, case, backend=backend, return_stats=True, **options))
+    assert calls
+    for op, args in calls:
+        plain = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args)
+        torch.library.opcheck(op.default, plain, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ROUTES, ids=str)
+def test_compile_fullgraph(backend, options):
+    """Per-token results have the bits of eager; what is summed over tokens is held to the gate."""
+    torch._dynamo.reset()
+    case = hard_case(13, 67, 8)
+
+    def loss_of(*tensors, **named):
+        return linear_divergence(*tensors, **named, **options, divergence="jsd", backend=backend) * 2.0
+
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    ours, eager = evaluate(compiled, case), evaluate(loss_of, case)
+    reference = {name: value for name, value in options.items() if name == "reduction"}
+    truth, plain = (evaluate(lambda *t, **n: 2 * linear_divergence_reference(*t, **n, **reference, divergence="jsd"), c) for c in (case.double(), case))
+    assert_no_worse(ours, plain, truth)
+    if options["reduction"] == "none":
+        assert_same_bits(ours.loss, eager.loss)
+
+
+@pytest.mark.slow
+def test_compile_takes_another_token_count(backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_divergence, fullgraph=True, backend="aot_eager", dynamic=True)
+    for N in (13, 20, 7):
+        case = hard_case(N, 67, 8)
+        truth, plain = (evaluate(linear_divergence_reference, c) for c in (case.double(), case))
+        assert_no_worse(evaluate(compiled, case, backend=backend), plain, truth)

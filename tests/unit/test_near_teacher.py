@@ -1,0 +1,71 @@
+"""Accuracy against float64 as the teacher comes nearer: KL from 2 to 1e-4, where most tokens of a self-distillation run live."""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from opsd_kernels import linear_divergence
+from opsd_kernels.reference import linear_divergence_reference
+from opsd_kernels.spec import KIND_NAMES
+from opsd_kernels.testing import Case, Outcome, assert_no_worse, assert_on_target, evaluate, hard_case
+
+KLS = (2.0, 1e-1, 1e-2, 1e-3, 1e-4)
+WIDTHS = {"normal": 4.0, "wide": 16.0}
+
+
+@functools.cache
+def curve_case(kl: float, width: str, dtype: torch.dtype, shared_head: bool) -> Case:
+    """A case whose float64 KL is what it says: rounding hidden states to 16 bits moves the teacher, too."""
+    case = hard_case(48, 2048, 64, dtype, shared_head=shared_head, near=kl, largest_logit=WIDTHS[width], widths=(1.0,), bias=False)
+    case = replace(case, token_weights=None)
+    actual = evaluate(linear_divergence_reference, case.double(), divergence="forward_kl").loss.item()
+    assert kl / 2 < actual < 2 * kl, f"the case stands at KL {actual}, not {kl}"
+    return case
+
+
+@functools.cache
+def truth_of(kl: float, width: str, dtype: torch.dtype, shared_head: bool, divergence: str) -> Outcome:
+    return evaluate(linear_divergence_reference, curve_case(kl, width, dtype, shared_head).double(), divergence=divergence)
+
+
+@pytest.mark.parametrize("divergence", KIND_NAMES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("kl", KLS)
+def test_bf16_shared_head(backend, kl, width, divergence):
+    case, truth = curve_case(kl, width, torch.bfloat16, True), truth_of(kl, width, torch.bfloat16, True, divergence)
+    for options, target in (({}, "default"), ({"logits_dtype": torch.float32}, "fp32_logits")):
+        assert_on_target(evaluate(linear_divergence, case, divergence=divergence, backend=backend, **options), truth, target)
+
+
+@pytest.mark.parametrize("divergence", KIND_NAMES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("kl", KLS)
+def test_bf16_two_heads(backend, kl, width, divergence):
+    """Equal heads that the op cannot know to be equal: the default keeps fp32 logits, and meets their target."""
+    case, truth = curve_case(kl, width, torch.bfloat16, False), truth_of(kl, width, torch.bfloat16, False, divergence)
+    assert_on_target(evaluate(linear_divergence, case, divergence=divergence, backend=backend), truth, "fp32_logits")
+
+
+@pytest.mark.parametrize("divergence", KIND_NAMES)
+@pytest.mark.parametrize("shared_head", [True, False], ids=["shared head", "two heads"])
+@pytest.mark.parametrize("kl", KLS)
+def test_fp32(backend, kl, shared_head, divergence):
+    for width in WIDTHS:
+        case, truth = curve_case(kl, width, torch.float32, shared_head), truth_of(kl, width, torch.float32, shared_head, divergence)
+        plain = evaluate(linear_divergence_reference, case, divergence=divergence)
+        assert_no_worse(evaluate(linear_divergence, case, divergence=divergence, backend=backend), plain, truth)
+
+
+def test_the_curve_can_fail():
+    """Both logits rounded to bf16, as older fused losses do, miss the target by far where the teacher is near."""
+    case, truth = curve_case(1e-3, "wide", torch.bfloat16, True), truth_of(1e-3, "wide", torch.bfloat16, True, "reverse_kl")
+
+    def rounded_pair(student_hidden, student_weight, teacher_hidden, teacher_weight, **options):
+        identity = torch.eye(student_weight.shape[0], dtype=torch.float32)
+        s, t = ((h @ w.T).float() for h, w in ((student_hidden, student_weight), (teacher_hidden, teacher_weight)))
+        return linear_divergence_reference(s, identity, t, identity, **options)
+
+    with pytest.raises(AssertionError, match="gradient of student_hidden: relative error"):
+        assert_on_target(replace(evaluate(rounded_pair, case), loss=truth.loss), truth, "default")
