@@ -50,7 +50,7 @@ def build_contexts(rollouts: Sequence[Rollout], siblings: bool, *key: int) -> li
     The demonstration is drawn at random among the successes of the rollout's group; `key` (seed, step) and the rollout's place decide the draw.
     """
     successes: dict[int, list[Rollout]] = {}
-    for rollout in rollouts:
+    for rollout in sorted(rollouts, key=lambda rollout: rollout.sample):
         if rollout.verdict.success:
             successes.setdefault(rollout.group, []).append(rollout)
     contexts: list[Context | None] = []

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from opsd_kernels.train import checkpoint, evaluate, models, report, seeds, warmstart
 from opsd_kernels.train import step as steps
@@ -124,6 +125,7 @@ def run_steps(run: Run) -> None:
             if state.step % config.checkpoint_every == 0 or state.step == config.steps or interrupted.is_set():
                 run.save()
             if interrupted.is_set() and state.step < config.steps:
+                run.progress.say(f"saved after step {state.step}: {run.out / 'checkpoint'}")
                 raise TrainingInterrupted(f"stopped after step {state.step} of {config.steps}, saved; continue with --resume --out {run.out}")
 
 
@@ -214,12 +216,16 @@ def reproducible(config: TrainConfig) -> Iterator[None]:
     torch.manual_seed(config.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over every new tensor
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # one bar for every checkpoint would cut the run's own to pieces
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(strict, warn_only=warn)
         torch.utils.deterministic.fill_uninitialized_memory = fill
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

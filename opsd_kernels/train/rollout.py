@@ -42,7 +42,8 @@ class PlacedSampler(LogitsProcessor):
         cumulative = (scores.double() / self.temperature).softmax(-1).cumsum(-1)
         at = self.uniforms_BT[:, self.position, None] * cumulative[:, -1:]
         self.position += 1
-        return torch.full_like(scores, -torch.inf).scatter_(1, torch.searchsorted(cumulative, at, right=True), 0.0)
+        drawn = torch.searchsorted(cumulative, at, right=True).clamp(max=scores.shape[-1] - 1)  # past the end only if scores are NaN: the loss will tell
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,73 @@
+"""The configuration: every mistake is an error that names the key, what was expected and what came."""
+
+import json
+
+import pytest
+
+from opsd_kernels.train.config import ConfigError, TrainConfig, load_config
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("learning_rat=1e-3", "unknown config key 'learning_rat'; did you mean 'learning_rate'?"),
+        ("xyzzy=1", "unknown config key 'xyzzy'; the keys are env, model"),
+        ("steps=many", "steps: expected a whole number, got 'many'"),
+        ("steps=1.5", "steps: expected a whole number, got '1.5'"),
+        ("steps=0", "steps: expected a number above 0, got 0"),
+        ("siblings=maybe", "siblings: expected true or false, got 'maybe'"),
+        ("learning_rate=nan", "learning_rate: expected a finite number, got nan"),
+        ("teacher=emma", "teacher: expected one of ema, frozen, got 'emma'; did you mean 'ema'?"),
+        ("divergence=reverse", "divergence: expected one of reverse_kl"),
+        ("beta=1", "beta: expected a number strictly between 0 and 1, got 1"),
+        ("ema_rate=2", r"ema_rate: expected null or a number in \(0, 1\], got 2"),
+        ("tiny_hidden=50", "tiny_hidden: expected a multiple of 2"),
+        ("steps", "override: expected key=value, got 'steps'"),
+    ],
+)
+def test_mistakes_are_named(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [override])
+
+
+def test_overrides_take_the_keys_own_type():
+    config = load_config(None, ["model=7", "steps=12", "learning_rate=1", "siblings=false", "ema_rate=none", "ema_rate=0.5", "cache_dir=null"])
+    assert (config.model, config.steps, config.learning_rate, config.siblings, config.ema_rate, config.cache_dir) == ("7", 12, 1, False, 0.5, None)
+
+
+def test_a_context_there_must_be():
+    with pytest.raises(ConfigError, match="siblings: expected true when feedback is 'none'"):
+        load_config(None, ["feedback=none", "siblings=false"])
+
+
+@pytest.mark.parametrize("suffix", [".json", ".yaml"])
+def test_files_go_in_and_out(tmp_path, suffix):
+    written = load_config(None, ["steps=3", "feedback=marks"])
+    path = tmp_path / f"config{suffix}"
+    path.write_text(written.to_json())  # JSON is YAML
+    assert load_config(path) == written
+    assert load_config(path, ["steps=4"]).steps == 4
+
+
+@pytest.mark.parametrize("text, message", [("[1]", "a mapping"), ("{", "valid JSON"), (json.dumps({"step": 1}), "did you mean 'steps'"), ('{"steps": true}', "steps: expected a whole")])
+def test_bad_files_are_named(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="config: expected an existing JSON or YAML file"):
+        load_config(tmp_path / "none.json")
+
+
+def test_teacher_rate_follows_the_feedback():
+    assert TrainConfig().teacher_rate == 0.01
+    assert TrainConfig(feedback="none").teacher_rate == 0.05
+    assert TrainConfig(ema_rate=0.2).teacher_rate == 0.2
+
+
+def test_differences_ignore_where_a_run_keeps_its_things():
+    assert TrainConfig(cache_dir="a").differences(TrainConfig(cache_dir="b", tensorboard=False)) == []
+    assert TrainConfig(seed=1).differences(TrainConfig()) == ["seed: 1 here, 0 there"]

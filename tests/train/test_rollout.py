@@ -1,0 +1,65 @@
+"""Sampling: a rollout belongs to its place, and follows the model's distribution."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from opsd_kernels.train import seeds
+from opsd_kernels.train.rollout import PlacedSampler, Request, requests
+from opsd_kernels.train.types import Context
+
+
+@pytest.fixture
+def asked(task):
+    prompts = [task.env(problem, 0).prompt() for problem in task.train[:6]]
+    contexts = [None, Context("123", None), Context(None, "wrong")]
+    return [dataclasses.replace(request, context=contexts[request.group % 3]) for request in requests(prompts, 3)]
+
+
+def test_rollouts_do_not_depend_on_their_batch(sampler, model, task, asked):
+    together = sampler.sample(model, task, asked, 0, 1)
+    assert len({rollout.tokens for rollout in together}) > 10
+    assert dataclasses.replace(sampler, batch=4).sample(model, task, asked, 0, 1) == together
+    assert sampler.sample(model, task, asked[::-1], 0, 1)[::-1] == together
+    assert sampler.sample(model, task, asked, 0, 2) != together
+
+
+def test_rollouts_keep_the_models_own_tokens(sampler, model, task, asked, encoder):
+    for rollout in sampler.sample(model, task, asked, 0, 1):
+        assert 1 <= len(rollout.tokens) <= sampler.max_new_tokens
+        assert encoder.tokenizer.eos_token_id not in rollout.tokens[:-1]
+        assert rollout.text == encoder.tokenizer.decode([t for t in rollout.tokens if t != encoder.tokenizer.eos_token_id])
+
+
+def test_generation_follows_the_full_forward(sampler, model, task, asked):
+    """Each token is the one that the same draw picks from a plain forward over the sequence so far: no cache, no padding."""
+    for rollout, request in zip(sampler.sample(model, task, asked, 5), asked, strict=True):
+        sequence = torch.tensor([rollout.prompt_tokens + rollout.tokens])
+        probs = model(sequence).logits[0, len(rollout.prompt_tokens) - 1 : -1].double().softmax(-1).cumsum(-1)
+        at = torch.from_numpy(seeds.uniforms(5, 1, request.group, request.sample, np.arange(len(rollout.tokens))))[:, None]
+        assert torch.searchsorted(probs, at, right=True)[:, 0].tolist() == list(rollout.tokens)
+
+
+def test_placed_sampler_draws_the_distribution():
+    """40000 draws: a share may leave its probability by five standard deviations."""
+    draws, logits = 40_000, torch.tensor([1.0, 0.0, -torch.inf, 2.0])
+    uniforms = torch.from_numpy(seeds.uniforms(1, np.arange(draws)[:, None], np.arange(1)))
+    chosen = PlacedSampler(uniforms, 0.7)(torch.empty(draws, 0), logits.expand(draws, 4)).argmax(-1)
+    share, probability = chosen.bincount(minlength=4) / draws, (logits / 0.7).softmax(-1)
+    assert share[2] == 0
+    assert ((share - probability).abs() <= 5 * (probability * (1 - probability) / draws).sqrt()).all()
+
+
+def test_places_are_independent():
+    keys = seeds.mix(np.arange(50)[:, None, None], np.arange(50)[:, None], np.arange(50)).ravel()
+    assert len(set(keys.tolist())) == keys.size
+    assert seeds.shuffled(range(100), 1) != seeds.shuffled(range(100), 2)
+    assert sorted(seeds.shuffled(range(100), 1)) == list(range(100))
+
+
+def test_a_model_that_is_broken_does_not_break_sampling(sampler, model, task):
+    model.lm_head.weight.data.fill_(torch.nan)
+    rollouts = sampler.sample(model, task, [Request(task.env(1, 0).prompt(), 0, 0)], 0)
+    assert len(rollouts[0].tokens) == sampler.max_new_tokens

@@ -1,0 +1,124 @@
+"""One optimisation step: the loss is the divergence it says, micro-batches do not matter, the teacher follows, a loss that is not finite stops."""
+
+import copy
+
+import pytest
+import torch
+
+from opsd_kernels.testing import assert_no_worse, assert_same_bits
+from opsd_kernels.train import step as steps
+from opsd_kernels.train.batch import make_batch
+from opsd_kernels.train.config import TrainConfig
+from opsd_kernels.train.contexts import build_contexts
+from opsd_kernels.train.objective import Head, hidden_states
+from opsd_kernels.train.rollout import requests
+from opsd_kernels.train.teacher import Teacher
+from opsd_kernels.train.types import NonFiniteLoss
+
+
+@pytest.fixture
+def rollouts(sampler, model, task):
+    return sampler.sample(model, task, requests([task.env(problem, 0).prompt() for problem in task.train[:5]], 3), 0)
+
+
+@pytest.fixture
+def batch(rollouts, encoder):
+    views = encoder.encode([rollout.prompt for rollout in rollouts], build_contexts(rollouts, True, 0))
+    return make_batch(rollouts, views, 0)
+
+
+def settings(**changes):
+    return TrainConfig(micro_batch=100, **changes)
+
+
+def loss_and_gradients(student, teacher, batch, config):
+    student = copy.deepcopy(student)
+    loss, _ = steps.gradients(student, teacher, batch, config)
+    return [loss, *(p.grad for p in student.parameters())]
+
+
+def check_against(actual, peer, truth):
+    for a, p, t in zip(actual, peer, truth, strict=True):
+        assert_no_worse(a, p, t)
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+@pytest.mark.parametrize("micro", [1, 4, 15])
+def test_micro_batches_do_not_change_the_step(model, batch, reduction, micro):
+    assert len({len(rollout.tokens) for rollout in batch.rollouts}) > 1, "equal lengths would hide a wrong normaliser"
+    whole = loss_and_gradients(model, model, batch, settings(reduction=reduction))
+    exact = copy.deepcopy(model).double()
+    truth = loss_and_gradients(exact, exact, batch, settings(reduction=reduction))
+    config = TrainConfig(micro_batch=micro, reduction=reduction)
+    check_against(loss_and_gradients(model, model, batch, config), whole, truth)
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_loss_is_the_reverse_kl_of_the_two_views(model, batch, reduction):
+    def dense(model):
+        model = copy.deepcopy(model)
+        log_q = model.lm_head(hidden_states(model, batch.student)).log_softmax(-1)
+        log_p = model.lm_head(hidden_states(model, batch.teacher)).detach().log_softmax(-1)
+        kl_BT = (log_q.exp() * (log_q - log_p)).sum(-1) * batch.mask_BT
+        loss = kl_BT.sum() / batch.num_tokens if reduction == "token_mean" else (kl_BT.sum(1) / batch.mask_BT.sum(1)).mean()
+        loss.backward()
+        return [loss, *(p.grad for p in model.parameters())]
+
+    actual = loss_and_gradients(model, model, batch, settings(reduction=reduction))
+    check_against(actual, dense(model), dense(copy.deepcopy(model).double()))
+
+
+def test_ema_teacher_follows_and_frozen_does_not(model, batch):
+    config = settings(learning_rate=1e-2, lr_warmup_steps=0)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for rate in (0.25, 0.0):
+        student = copy.deepcopy(model)
+        teacher = Teacher(student, rate)
+        steps.optimisation_step(student, teacher, steps.make_optimizer(student, config), batch, config, 0)
+        moved = dict(student.named_parameters())
+        assert not moved["lm_head.weight"].equal(before["lm_head.weight"])
+        for name, parameter in teacher.model.named_parameters():
+            assert_same_bits(parameter, torch.lerp(before[name], moved[name].detach(), rate))
+
+
+def test_bf16_teacher_keeps_small_steps(model):
+    """A hundred steps of .01 towards 1.01 from 1 arrive in fp32; in bf16 each is lost."""
+    student = copy.deepcopy(model).to(torch.bfloat16)
+    student.lm_head.weight.data.fill_(1.0)
+    teacher = Teacher(student, 0.01)
+    student.lm_head.weight.data.fill_(1.0078125)
+    for _ in range(300):
+        teacher.update(student)
+    assert teacher.model.lm_head.weight.eq(1.0078125).all()
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rows_and_changes_nothing(model, batch):
+    config = settings()
+    teacher = Teacher(model, 0.1)
+    token = batch.rollouts[7].tokens[0]
+    teacher.model.model.embed_tokens.weight.data[token] = torch.nan  # seen after the token, and wherever else it stands
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(NonFiniteLoss, match=rf"step 41: expected a finite loss .*prompt \d+, sample \d+, token \d+"):
+        steps.optimisation_step(model, teacher, steps.make_optimizer(model, config), batch, config, 41)
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        assert_same_bits(parameter.detach(), old.detach())
+
+
+def test_metrics_count_what_entered_the_loss(rollouts):
+    contexts = [None if rollout.sample == 0 else context for rollout, context in zip(rollouts, build_contexts(rollouts, True, 0), strict=True)]
+    metrics = steps.rollout_metrics(rollouts, contexts)
+    tokens = [len(rollout.tokens) for rollout in rollouts]
+    assert metrics["samples_in_loss"] == 10 / 15
+    assert metrics["tokens_in_loss"] == sum(n for n, rollout in zip(tokens, rollouts, strict=True) if rollout.sample) / sum(tokens)
+    assert metrics["completion_tokens"] == sum(tokens)
+
+
+def test_a_step_without_a_context_has_null_divergences():
+    assert set(steps.update_metrics(None, None).values()) == {None}
+
+
+@pytest.mark.parametrize("attribute, value, field, expected", [("logit_scale", 0.25, "logit_scale", 0.25), ("logits_scaling", 8.0, "logit_scale", 0.125), ("final_logit_softcapping", 30.0, "softcap", 30.0)])
+def test_head_reads_scale_and_softcap(model, attribute, value, field, expected):
+    assert (Head.of(model).logit_scale, Head.of(model).softcap) == (1.0, None)
+    setattr(model.config, attribute, value)
+    assert getattr(Head.of(model), field) == expected
