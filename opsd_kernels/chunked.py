@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import projection
 from .divergences import transform
-from .kernels.contract import Column, RowBackend, narrowed, stats_dtype
+from .kernels.contract import Column, RowBackend, narrowed, offset, stats_dtype
 from .planner import ChunkPlan
 from .spec import RowSpec
 
@@ -40,7 +40,7 @@ class Outputs:
     logprobs: Tensor | None  # (N, 2) student's and teacher's log-prob of the label
     dh: Tensor | None  # (N, H_s)
     dW: Tensor | None  # (padded_vocab, H_s)
-    dbias: Tensor | None  # (padded_vocab,)
+    dbias: Tensor | None  # (padded_vocab,) float64 while chunks add up, then of the dtype of the statistics
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,6 @@ def run(
 ) -> Outputs:
     """Losses, statistics and gradients of all chunks. `index` has plan.tokens rows."""
     out = _allocate(heads, plan, wanted, labels, saved)
-    if plan.tokens == 0:
-        return out
     space = Workspace(heads, spec, plan)
     for start in range(0, plan.tokens, plan.rows):
         rows = slice(start, min(start + plan.rows, plan.tokens))
@@ -107,6 +105,8 @@ def run(
     del space  # before dW is cast: the two never stand together
     if wanted.weight and out.dW.dtype != plan.gradient_dtype:
         out.dW = projection.empty(tuple(out.dW.shape), plan.gradient_dtype, out.dW.device).copy_(out.dW)
+    if wanted.bias:
+        out.dbias = out.dbias.to(stats_dtype(heads.student_hidden.dtype))
     return out
 
 
@@ -126,7 +126,7 @@ def _allocate(heads: Heads, plan: ChunkPlan, wanted: Wanted, labels: Tensor | No
         logprobs=rows(2) if labels is not None and wanted.metrics else None,
         dh=rows(hidden.shape[1], dtype=plan.gradient_dtype) if wanted.hidden else None,
         dW=_weight_grad(heads, plan) if wanted.weight else None,
-        dbias=hidden.new_zeros(heads.padded_vocab, dtype=wide) if wanted.bias else None,
+        dbias=hidden.new_zeros(heads.padded_vocab, dtype=torch.float64) if wanted.bias else None,
     )
 
 
@@ -156,13 +156,13 @@ def _chunk(heads, spec, backend, wanted, space, out, rows, factor, labels, saved
             loss, A = backend.row_dot(S, T, stats, spec, bias_s, bias_t)
         out.stats[rows], out.loss[rows], out.A[rows] = stats, loss, A
         if at_label is not None:
-            out.logprobs[rows] = _label_logprobs(at_label, stats)
+            out.logprobs[rows] = _label_logprobs(at_label, stats, spec.linear_difference(bias_s is bias_t))
     if wanted.hidden:
         _hidden_grad(G, heads.student_weight, out.dh, rows)
     if wanted.weight:
         projection.accumulate_weight_grad(G, student, out.dW[: G.shape[1]], first)
     if wanted.bias:
-        out.dbias[: G.shape[1]] += G.sum(0, dtype=out.dbias.dtype)
+        out.dbias[: G.shape[1]] += G.sum(0, dtype=stats_dtype(G.dtype))
 
 
 def _hidden_grad(G: Tensor, weight: Tensor, dh: Tensor, rows: slice | Tensor) -> None:
@@ -172,8 +172,8 @@ def _hidden_grad(G: Tensor, weight: Tensor, dh: Tensor, rows: slice | Tensor) ->
         dh[rows] = packed
 
 
-def _label_logits(S: Tensor, T: Tensor, labels: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> tuple[Tensor, Tensor]:
-    """s and d = t - s at each row's label, before the gradient overwrites S."""
+def _label_logits(S: Tensor, T: Tensor, labels: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """s, t and d = t - s at each row's label, before the gradient overwrites S."""
     column = labels[:, None]
     wide = stats_dtype(S.dtype)
     z, other = S.gather(1, column).to(wide), T.gather(1, column).to(wide)
@@ -183,12 +183,16 @@ def _label_logits(S: Tensor, T: Tensor, labels: Tensor, spec: RowSpec, bias_s: T
 
     s = transform(z, spec.student, at(bias_s))
     if spec.linear_difference(bias_s is bias_t):
-        return s, spec.student.factor * other
-    return s, transform(z + other if spec.difference else other, spec.teacher, at(bias_t)) - s
+        return s, s + spec.student.factor * other, spec.student.factor * other
+    t = transform(z + other if spec.difference else other, spec.teacher, at(bias_t))
+    return s, t, t - s
 
 
-def _label_logprobs(at_label: tuple[Tensor, Tensor], stats: Tensor) -> Tensor:
-    s, d = at_label
+def _label_logprobs(at_label: tuple[Tensor, Tensor, Tensor], stats: Tensor, linear: bool) -> Tensor:
+    """(n, 2) log q and log p of the label."""
+    s, t, d = at_label
     column = stats[:, :, None]
-    log_q = s - column[:, Column.STUDENT_MAX] - column[:, Column.STUDENT_LOGSUM]
-    return torch.cat([log_q, log_q + (d - column[:, Column.GAP])], dim=1)
+    references = column[:, Column.STUDENT_MAX], column[:, Column.TEACHER_MAX]
+    x = s - references[0]
+    y = x + offset(s, t, d, *references, linear) if linear else t - references[1]
+    return torch.cat([x - column[:, Column.STUDENT_LOGSUM], y - column[:, Column.TEACHER_LOGSUM]], dim=1)

@@ -1,7 +1,9 @@
 """What a row backend promises. Three sweeps over a chunk of logit rows, and their fusion when the row factors are already known.
 
-Notation of math.md: per row, student logits s, teacher logits t (after the transform), q = softmax(s), p = softmax(t), d = t - s,
-L = lse(t) - lse(s), delta = log p - log q = d - L.
+Notation: per row, student logits s, teacher logits t (after the transform), q = softmax(s), p = softmax(t), d = t - s, and delta = log p - log q = d - L with
+L = lse(t) - lse(s). A teacher may be shifted against the student by far more than it differs from it, so both are taken relative to a pair of reference logits:
+delta = o - (L - c), c = TEACHER_MAX - STUDENT_MAX, with the offset o = d - c where the difference buffer gives d itself, else o = (t - TEACHER_MAX) - (s - STUDENT_MAX).
+Near rows take the teacher's logit at the student's first maximum, where a peaked row has all its weight; other rows each side's own maximum.
 
 A backend is a module or object with
 
@@ -26,7 +28,7 @@ G           (n, V) output: factor * dD/d(raw student logit), that is (u - q * A)
 Promises, each checked by tests/unit/test_rows.py against float64:
 
 * One rounding. Arithmetic in fp32 (fp64 for fp64 buffers); the result differs from exact arithmetic on the same rounded inputs by one rounding of the
-  output type plus 2e-6. Row maximum and log-sum stay apart: s - (max + logsum) costs a factor ten. delta comes from d, not from log p - log q.
+  output type plus 2e-6. Row maximum and log-sum stay apart: s - (max + logsum) costs a factor ten. delta comes from o, not from log p - log q.
 * Zero factor: that row of G is exactly 0 whatever the row holds, inf and NaN included.
 * -inf: an entry with t = -inf has p = 0, with s = -inf has q = 0. A term whose probability is 0 is 0. KL terms with q > 0 = p are +inf. No NaN where
   the divergence is finite. A row whose student (or teacher) entries are all -inf has no distribution: NaN.
@@ -44,10 +46,10 @@ from torch import Tensor
 
 from ..spec import RowSpec
 
-# Up to this |d| a row may be summed relative to the student's maximum alone: exp(-87 + 2 * 24) * 152k entries stays under 1e-11. Rows beyond it carry both maxima.
+# Near rows: |o| up to here. They may be summed relative to the student's maximum alone, exp(-87 + 2 * 24) * 152k entries stays under 1e-11.
 SPREAD_LIMIT = 24.0
-# With x = sum q * expm1(d): L = log1p(x) inside these bounds, which keeps L's digits however close the teacher is; outside, log(sum q * exp(d)), with exp(d) of full
-# relative accuracy (1 + expm1(d) is not), or the difference of the two log-sums: near x = -1 log1p(x) has none left (student peak where the teacher has no mass).
+# With x = sum q * expm1(o): L - c = log1p(x) inside these bounds, which keeps its digits however close the teacher is; outside, log(sum q * exp(o)), with an exp of
+# full relative accuracy (1 + expm1 is not): near x = -1 log1p(x) has no digits left (a student's peak where the teacher has no mass).
 GAP_BOUNDS = (-0.5, 1.0)
 
 
@@ -56,10 +58,10 @@ class Column(IntEnum):
 
     STUDENT_MAX = 0
     STUDENT_LOGSUM = 1  # log sum exp(s - max)
-    TEACHER_MAX = 2  # rows within SPREAD_LIMIT may store STUDENT_MAX here: only the sum with TEACHER_LOGSUM has a meaning
-    TEACHER_LOGSUM = 3
-    GAP = 4  # L
-    SPREAD = 5  # max |d|; +inf where d is inf or NaN
+    TEACHER_MAX = 2  # t at the student's first maximum in near rows, max t in others; c is this minus STUDENT_MAX, rounded
+    TEACHER_LOGSUM = 3  # log sum exp(t - TEACHER_MAX)
+    GAP = 4  # L - c = TEACHER_LOGSUM - STUDENT_LOGSUM, but to its own relative accuracy
+    SPREAD = 5  # max |o| with the near references; +inf where it is inf or NaN
     REVERSE_KL = 6
     FORWARD_KL = 7
     STUDENT_ENTROPY = 8
@@ -93,6 +95,11 @@ def narrowed(S: Tensor, dtype: torch.dtype) -> Tensor:
     ratio = S.element_size() // dtype.itemsize
     flat = S.as_strided((S.stride(0) * (S.shape[0] - 1) + S.shape[1],), (1,)).view(dtype)
     return flat.as_strided((S.shape[0], S.shape[1]), (S.stride(0) * ratio, 1))
+
+
+def offset(s: Tensor, t: Tensor, d: Tensor, max_s: Tensor, max_t: Tensor, linear: bool) -> Tensor:
+    """o; `linear`: d is exact, from the difference buffer."""
+    return d - (max_t - max_s) if linear else (t - max_t) - (s - max_s)
 
 
 def plain_kl(stats: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from ..divergences import entry, transform, transform_slope
 from ..spec import RowSpec
-from .contract import GAP_BOUNDS, SPREAD_LIMIT, Column, plain_kl, stats_dtype
+from .contract import GAP_BOUNDS, SPREAD_LIMIT, Column, offset, plain_kl, stats_dtype
 
 # Rows are walked in blocks of about this many entries, so that the dozen temporaries of a sweep stay small beside the chunk's own buffers.
 BLOCK_ENTRIES = 1 << 19
-NEAR_SPREAD = 1.0
 
 
 class _Logits(NamedTuple):
@@ -22,6 +21,14 @@ class _Logits(NamedTuple):
     s: Tensor
     t: Tensor
     d: Tensor
+    linear: bool  # d is exact, from the difference buffer
+
+    def offset(self, max_s: Tensor, max_t: Tensor) -> Tensor:
+        return offset(self.s, self.t, self.d, max_s, max_t, self.linear)
+
+    def teacher_above(self, max_s: Tensor, max_t: Tensor) -> Tensor:
+        """t - max_t, without the rounding of t = s + d where d is exact."""
+        return (self.s - max_s) + self.offset(max_s, max_t) if self.linear else self.t - max_t
 
 
 def _blocks(S: Tensor) -> list[slice]:
@@ -35,9 +42,9 @@ def _logits(S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: 
     s = transform(z, spec.student, bias_s)
     if spec.linear_difference(bias_s is bias_t):
         d = spec.student.factor * other
-        return _Logits(s, s + d, d)
+        return _Logits(s, s + d, d, linear=True)
     t = transform(z + other if spec.difference else other, spec.teacher, bias_t)
-    return _Logits(s, t, t - s)
+    return _Logits(s, t, t - s, linear=False)
 
 
 def _expected(probability: Tensor, value: Tensor) -> Tensor:
@@ -45,42 +52,47 @@ def _expected(probability: Tensor, value: Tensor) -> Tensor:
     return torch.where(probability > 0, probability * value, torch.zeros_like(value)).sum(-1)
 
 
-def _log_sum(x: Tensor) -> tuple[Tensor, Tensor]:
-    top = x.amax(-1)
-    return top, torch.log(torch.exp(x - top[:, None]).sum(-1))
-
-
 def _distributions(logits: _Logits, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, p and delta of a block. Near rows take p = q * exp(delta), so that p - q keeps delta's digits; farther, that would add eps * |L| to p."""
-    s, t, d = logits
+    """q, p and delta of a block. Near rows take p = q * exp(delta), so that p - q keeps delta's digits."""
     column = {c: stats[:, c, None] for c in Column}
-    q = torch.exp(s - column[Column.STUDENT_MAX] - column[Column.STUDENT_LOGSUM])
-    delta = d - column[Column.GAP]
-    near = column[Column.SPREAD] <= NEAR_SPREAD
-    far_p = torch.exp(t - column[Column.TEACHER_MAX] - column[Column.TEACHER_LOGSUM])
-    return q, torch.where(near, q * torch.exp(delta), far_p), delta
+    references = column[Column.STUDENT_MAX], column[Column.TEACHER_MAX]
+    q = torch.exp(logits.s - references[0] - column[Column.STUDENT_LOGSUM])
+    delta = logits.offset(*references) - column[Column.GAP]
+    far_p = torch.exp(logits.teacher_above(*references) - column[Column.TEACHER_LOGSUM])
+    return q, torch.where(column[Column.SPREAD] <= SPREAD_LIMIT, q * torch.exp(delta), far_p), delta
+
+
+def _normalisers(logits: _Logits) -> tuple[Tensor, ...]:
+    """The columns up to SPREAD, (n, 1) each."""
+    s, t, *_ = logits
+    peak = s.argmax(-1, keepdim=True)
+    max_s, at_peak = s.gather(-1, peak), t.gather(-1, peak)
+    o = logits.offset(max_s, at_peak)
+    spread = torch.nan_to_num(o.abs().amax(-1, keepdim=True), nan=torch.inf, posinf=torch.inf)
+    near = spread <= SPREAD_LIMIT
+    max_t = torch.where(near, at_peak, t.amax(-1, keepdim=True))
+    e = torch.exp(s - max_s)
+    Z = e.sum(-1, keepdim=True)
+    logsum_s, logsum_t = torch.log(Z), torch.log(torch.exp(logits.teacher_above(max_s, max_t)).sum(-1, keepdim=True))
+    x = (e * torch.expm1(o)).sum(-1, keepdim=True) / Z  # of one e: a q whose sum is 1 + eps would put eps into L, and L into the KL at first order
+    close = near & (x > GAP_BOUNDS[0]) & (x < GAP_BOUNDS[1])
+    return max_s, logsum_s, max_t, logsum_t, torch.where(close, torch.log1p(x), logsum_t - logsum_s), spread
 
 
 def _block_stats(logits: _Logits, metrics: bool) -> Tensor:
-    s, t, d = logits
+    s, t, *_ = logits
     stats = s.new_zeros(s.shape[0], len(Column))
-    max_s, logsum_s = _log_sum(s)
-    max_t, logsum_t = _log_sum(t)
-    spread = torch.nan_to_num(d.abs().amax(-1), nan=torch.inf, posinf=torch.inf)
-    q = torch.exp(s - max_s[:, None] - logsum_s[:, None])
-    x = (q * torch.expm1(d)).sum(-1)
-    close = (spread <= SPREAD_LIMIT) & (x > GAP_BOUNDS[0]) & (x < GAP_BOUNDS[1])
-    gap = torch.where(close, torch.log1p(x), (max_t - max_s) + (logsum_t - logsum_s))
-    for c, value in zip(Column, (max_s, logsum_s, max_t, logsum_t, gap, spread), strict=False):
-        stats[:, c] = value
+    max_s, logsum_s, max_t, logsum_t, *_ = columns = _normalisers(logits)
+    stats[:, : len(columns)] = torch.cat(columns, dim=-1)
     q, p, delta = _distributions(logits, stats)
     stats[:, Column.REVERSE_KL] = _expected(q, -delta)
     stats[:, Column.FORWARD_KL] = _expected(p, delta)
     if metrics:
-        stats[:, Column.STUDENT_ENTROPY] = logsum_s - _expected(q, s - max_s[:, None])
-        stats[:, Column.TEACHER_ENTROPY] = logsum_t - _expected(p, t - max_t[:, None])
-        stats[:, Column.STUDENT_MAX_PROB] = torch.exp(-logsum_s)
-        stats[:, Column.TEACHER_MAX_PROB] = torch.exp(-logsum_t)
+        above = logits.teacher_above(max_s, max_t)
+        stats[:, Column.STUDENT_ENTROPY] = logsum_s[:, 0] - _expected(q, s - max_s)
+        stats[:, Column.TEACHER_ENTROPY] = logsum_t[:, 0] - _expected(p, above)
+        stats[:, Column.STUDENT_MAX_PROB] = torch.exp(-logsum_s[:, 0])
+        stats[:, Column.TEACHER_MAX_PROB] = torch.exp(above.amax(-1) - logsum_t[:, 0])
         stats[:, Column.STUDENT_ARGMAX] = s.argmax(-1).to(s.dtype)
         stats[:, Column.TEACHER_ARGMAX] = t.argmax(-1).to(s.dtype)
     return stats
