@@ -96,6 +96,7 @@ class Rows {
 
   // loss and A; of a two-sweep divergence, u too.
   Value dot(const Source& source, const RowState& row) const {
+    if (std::isnan(row.gap)) return {row.gap, row.gap};  // a side without a distribution: the guards would make 0 of it
     switch (a_.kind) {
       case Kind::REVERSE_KL: return {row.reverse_kl, row.reverse_kl};
       case Kind::FORWARD_KL: return {row.forward_kl, -1.0};

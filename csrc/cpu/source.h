@@ -85,7 +85,8 @@ struct LinearSource {
   bool bent() const { return false; }
 };
 
-// Anything: two heads, biases, softcaps, different temperatures, with or without the difference buffer.
+// Anything: two heads, biases, softcaps, different temperatures, with or without the difference buffer. The gap is taken with what rounding lost of
+// its two sides, as long as no softcap bends them: at |z| = 40 each rounding is worth 2e-6.
 template <class X, class T>
 struct GeneralSource {
   using Number = X;
@@ -116,7 +117,8 @@ struct GeneralSource {
   bool difference, linear, same_factor;
 
   struct Entry {
-    X s, t;  // t is the raw difference where the gap is a multiple of it
+    X s, t;    // t is the raw difference where the gap is a multiple of it
+    X t_rest;  // what rounding student plus difference lost
   };
   GeneralSource(const RowArgs& a, int64_t row)
       : S(static_cast<const T*>(a.S) + row * a.stride_s),
@@ -130,16 +132,19 @@ struct GeneralSource {
   OPSD_INLINE Entry at(int64_t v, int64_t count) const {
     const X z = load_as<X>(S + v, count), other = load_as<X>(T_ + v, count);
     const X s = student_side(z, v, count);
-    if (linear) return {s, other};
-    return {s, teacher_side(difference ? z + other : other, v, count)};
+    if (linear) return {s, other, X(0.0)};
+    if (!difference) return {s, teacher_side(other, v, count), X(0.0)};
+    const X t = z + other, kept = t - z;
+    return {s, teacher_side(t, v, count), teacher_side.bent ? X(0.0) : (z - (t - kept)) + (other - kept)};
   }
   OPSD_INLINE X student(const Entry& e) const { return e.s * X(student_side.outer); }
   OPSD_INLINE X student_above(const Entry& e, double level) const { return fma(e.s, X(student_side.outer), X(-level)); }
   OPSD_INLINE X gap(const Entry& e) const {
     if (linear) return e.t * X(student_side.outer);
     if (same_factor) return (e.t - e.s) * X(student_side.outer);
-    const X s = student(e), lost = fma(e.s, X(student_side.outer), -s);  // what rounding s lost; NaN where s is infinite
-    return fma(e.t, X(teacher_side.outer), -s) - select(lost == lost, lost, X(0.0));
+    const X s = student(e), ft(teacher_side.outer);
+    const X lost = fma(e.t_rest, ft, -fma(e.s, X(student_side.outer), -s));  // NaN where a side is infinite
+    return fma(e.t, ft, -s) + select(lost == lost, lost, X(0.0));
   }
   OPSD_INLINE X teacher(const Entry& e) const {
     if (linear) return student(e) + gap(e);
@@ -147,7 +152,8 @@ struct GeneralSource {
   }
   OPSD_INLINE X teacher_above(const Entry& e, double level) const {
     if (linear) return student_above(e, level) + gap(e);
-    return fma(e.t, X(teacher_side.outer), X(-level));
+    const X above = fma(e.t, X(teacher_side.outer), X(-level)), rest = e.t_rest * X(teacher_side.outer);
+    return above + select(rest == rest, rest, X(0.0));
   }
   // d(logit)/d(raw logit) over scale / temperature
   OPSD_INLINE X slope(const Entry& e) const { return fma(-e.s, e.s, X(1.0)); }

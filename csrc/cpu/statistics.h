@@ -97,18 +97,19 @@ OPSD_INLINE void keep(const Scratch<X>& w, const Source& source, const typename 
 }
 
 struct Sums {
-  double z, zt, ed, second, pd, ex, px, spread;
+  double z, zt, ed, second, pd, ex, py, spread;
+  double top_e, top_p, top_y;  // largest term of z and of zt, and largest y: not quite 1, 1 and 0, for a maximum is rounded
 };
 
 // Sums of q against functions of d. `second` is sum e * (expm1(d) - d), a sum of terms >= 0: near the teacher the KLs come from it
 // without the cancellation of L - sum q d. `pd` is the forward KL's own second order, sum e * (d exp(d) - expm1(d)).
 template <Mode MODE, class X, class Source>
-OPSD_SWEEP Sums near_sums(const Source& source, int64_t V, double level, const Scratch<X>& w) {
-  Total<X> z, ed, second, pd, ex, px;
-  X spread(0.0);
+OPSD_SWEEP Sums near_sums(const Source& source, int64_t V, const Extrema& top, const Scratch<X>& w) {
+  Total<X> z, ed, second, pd, ex, py;
+  X spread(0.0), top_e(0.0), top_p(0.0), top_y(-INF);
   auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
     const auto entry = source.at(v, lanes.count);
-    const X x = lanes(source.student_above(entry, level), -INF), d = lanes(source.gap(entry), 0);
+    const X x = lanes(source.student_above(entry, top.student), -INF), d = lanes(source.gap(entry), 0);
     const X e = exp(x), c = exp_second_order(d);
     keep(w, source, entry, v, e, d);
     z.block = z.block + e;
@@ -117,23 +118,27 @@ OPSD_SWEEP Sums near_sums(const Source& source, int64_t V, double level, const S
     spread = max(abs(d), spread);
     if constexpr (MODE != Mode::REVERSE) pd.block = fma(e, fma(d, c + d, -c), pd.block);
     if constexpr (MODE == Mode::METRICS) {
-      const X finite = max(x, X(2 * EXP_FLOOR)), p = fma(e, c + d, e);
-      ex.block = fma(e, finite, ex.block);
-      px.block = fma(p, finite + d, px.block);
+      const X p = fma(e, c + d, e), y = lanes(source.teacher_above(entry, top.teacher), -INF);
+      ex.block = fma(e, max(x, X(2 * EXP_FLOOR)), ex.block);
+      py.block = fma(p, max(y, X(2 * EXP_FLOOR)), py.block);
+      top_e = max(e, top_e), top_p = max(p, top_p), top_y = max(y, top_y);
     }
   };
   auto flush = [&]() __attribute__((always_inline)) {
     z.flush(), ed.flush(), second.flush();
     if constexpr (MODE != Mode::REVERSE) pd.flush();
-    if constexpr (MODE == Mode::METRICS) ex.flush(), px.flush();
+    if constexpr (MODE == Mode::METRICS) ex.flush(), py.flush();
   };
   walk<X>(V, step, flush);
-  return {z.sum, 0, ed.sum, second.sum, pd.sum, ex.sum, px.sum, reduce_max(spread)};
+  const double zt = z.sum + ed.sum + second.sum;
+  const double tops[3] = {reduce_max(top_e), reduce_max(top_p), reduce_max(top_y)};
+  return {z.sum, zt, ed.sum, second.sum, pd.sum, ex.sum, py.sum, reduce_max(spread), tops[0], tops[1], tops[2]};
 }
 
 template <Mode MODE, class X, class Source>
 OPSD_SWEEP Sums far_sums(const Source& source, int64_t V, const Extrema& top, const Scratch<X>& w) {
-  Total<X> z, zt, ed, pd, ex, px;
+  Total<X> z, zt, ed, pd, ex, py;
+  X top_e(0.0), top_p(0.0), top_y(-INF);
   auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
     const auto entry = source.at(v, lanes.count);
     const X x = lanes(source.student_above(entry, top.student), -INF), y = lanes(source.teacher_above(entry, top.teacher), -INF);
@@ -146,16 +151,18 @@ OPSD_SWEEP Sums far_sums(const Source& source, int64_t V, const Extrema& top, co
     if constexpr (MODE != Mode::REVERSE) pd.block = pd.block + guard<true>(p, p * d);
     if constexpr (MODE == Mode::METRICS) {
       ex.block = fma(e, max(x, X(2 * EXP_FLOOR)), ex.block);
-      px.block = fma(p, max(y, X(2 * EXP_FLOOR)), px.block);
+      py.block = fma(p, max(y, X(2 * EXP_FLOOR)), py.block);
+      top_e = max(e, top_e), top_p = max(p, top_p), top_y = max(y, top_y);
     }
   };
   auto flush = [&]() __attribute__((always_inline)) {
     z.flush(), zt.flush(), ed.flush();
     if constexpr (MODE != Mode::REVERSE) pd.flush();
-    if constexpr (MODE == Mode::METRICS) ex.flush(), px.flush();
+    if constexpr (MODE == Mode::METRICS) ex.flush(), py.flush();
   };
   walk<X>(V, step, flush);
-  return {z.sum, zt.sum, ed.sum, 0, pd.sum, ex.sum, px.sum, top.spread};
+  const double tops[3] = {reduce_max(top_e), reduce_max(top_p), reduce_max(top_y)};
+  return {z.sum, zt.sum, ed.sum, 0, pd.sum, ex.sum, py.sum, top.spread, tops[0], tops[1], tops[2]};
 }
 
 // The scratch rows alone, for a sweep that starts from given statistics.
@@ -169,29 +176,33 @@ OPSD_SWEEP void refill(const Source& source, int64_t V, const RowState& row, con
   walk<X>(V, step, [] {});
 }
 
-inline void finish_near(RowState& row, const Sums& sums) {
-  const double tilt = (sums.ed + sums.second) / sums.z;  // exp(L) - 1
-  row.inverse_z = 1 / sums.z;
-  row.logsum_s = ::log(sums.z);
-  row.gap = ::log1p(tilt);
-  row.max_t = row.max_s;
-  row.logsum_t = row.logsum_s + row.gap;
-  row.reverse_kl = sums.second / sums.z - (tilt - row.gap);
-  row.forward_kl = sums.pd / sums.z / (1 + tilt) + (tilt / (1 + tilt) - row.gap);
-  row.entropy_s = row.logsum_s - sums.ex / sums.z;
-  row.entropy_t = row.logsum_t - sums.px / sums.z / (1 + tilt);
-}
-
-inline void finish_far(RowState& row, const Sums& sums) {
+// What both ways share. Each entropy is measured from its own side's peak, so that a peaked row's small one keeps its digits.
+inline void finish(RowState& row, const Sums& sums) {
   row.inverse_z = 1 / sums.z;
   row.inverse_zt = 1 / sums.zt;
   row.logsum_s = ::log(sums.z);
+  row.prob_s = sums.top_e / sums.z;
+  row.prob_t = sums.top_p / sums.zt;
+  row.entropy_s = row.logsum_s - sums.ex / sums.z;
+  row.entropy_t = ::log(sums.zt / sums.top_p) - (sums.py / sums.zt - sums.top_y);
+}
+
+inline void finish_near(RowState& row, const Sums& sums) {
+  finish(row, sums);
+  const double tilt = (sums.ed + sums.second) / sums.z;  // exp(L) - 1
+  row.gap = ::log1p(tilt);
+  row.max_t = row.max_s;
+  row.logsum_t = row.logsum_s + row.gap;
+  row.reverse_kl = tilt < 0.5 ? sums.second / sums.z - (tilt - row.gap) : row.gap - sums.ed / sums.z;
+  row.forward_kl = sums.pd / sums.z / (1 + tilt) + (tilt / (1 + tilt) - row.gap);
+}
+
+inline void finish_far(RowState& row, const Sums& sums) {
+  finish(row, sums);
   row.logsum_t = ::log(sums.zt);
   row.gap = (row.max_t - row.max_s) + (row.logsum_t - row.logsum_s);
   row.reverse_kl = row.gap - sums.ed / sums.z;
   row.forward_kl = sums.pd / sums.zt - row.gap;
-  row.entropy_s = row.logsum_s - sums.ex / sums.z;
-  row.entropy_t = row.logsum_t - sums.px / sums.zt;
 }
 
 // exp(L) below which sum q * expm1(d) has lost too much beside 1: a row like that is summed with both maxima.
@@ -207,7 +218,7 @@ RowState row_statistics(const Source& source, int64_t V, double spread_limit, co
   row.max_s = top.student;
   bool summed = false;
   if (!both || top.spread <= spread_limit) {
-    const Sums sums = near_sums<MODE, X>(source, V, row.max_s, w);
+    const Sums sums = near_sums<MODE, X>(source, V, top, w);
     row.spread = sums.spread;
     finish_near(row, sums);
     summed = sums.spread <= spread_limit && (sums.ed + sums.second) / sums.z > LEAST_TILT - 1;
@@ -220,8 +231,6 @@ RowState row_statistics(const Source& source, int64_t V, double spread_limit, co
   }
   row.far = !(row.spread <= spread_limit);
   if constexpr (MODE == Mode::METRICS) {
-    row.prob_s = row.inverse_z;
-    row.prob_t = ::exp(top.teacher - row.max_t - row.logsum_t);
     row.argmax_s = first_index<X>(source, V, top.student, [&](const auto& entry) { return source.student(entry); });
     row.argmax_t = first_index<X>(source, V, top.teacher, [&](const auto& entry) { return source.teacher(entry); });
   }

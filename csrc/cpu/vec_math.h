@@ -80,8 +80,12 @@ OPSD_INLINE Vec log1p(Vec x) {
   return fma(k, Vec(0.693359375), fma(k, Vec(-2.12194440054690583e-4), mantissa));
 }
 
+// (1 - u) / (1 + u) with u = exp(-2|x|); from 1/2 on as 1 - 2u / (1 + u), where a softcap of 30 would magnify the quotient's last digit.
 OPSD_INLINE Vec tanh(Vec x) {
-  const Vec a = expm1(Vec(-2.0) * abs(x)), magnitude = -a / (Vec(2.0) + a);
+  const ExpPair<Vec> u = exp_pair(Vec(-2.0) * abs(x));
+  const Mask large = abs(x) > Vec(0.5);
+  const Vec part = select(large, u.exp + u.exp, -u.expm1) / (Vec(1.0) + u.exp);
+  const Vec magnitude = select(large, Vec(1.0) - part, part);
   return select(x < Vec(0.0), -magnitude, magnitude);
 }
 
