@@ -104,7 +104,7 @@ def train(
         with one_line(FileExistsError, FileNotFoundError, NonFiniteLoss):
             loop.train(parsed, out, resume)
     except KeyboardInterrupt as interrupt:
-        typer.echo(f"\n{interrupt or 'stopped at once; the last checkpoint counts'}\n    {resume_command(out)}", err=True)
+        typer.echo(f"\n{str(interrupt) or 'stopped at once; the last checkpoint counts'}\n    {resume_command(out)}", err=True)
         raise typer.Exit(130) from None
 
 

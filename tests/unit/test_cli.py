@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 import opsd_kernels
 from opsd_kernels import backends, cli, env, planner
+from opsd_kernels.train import loop
+from opsd_kernels.train.types import NonFiniteLoss, RunDirectoryError, TrainingInterrupted
 
 
 def opsd(*arguments: str):
@@ -117,3 +119,35 @@ def test_run_directories_do_not_collide(tmp_path, monkeypatch):
     first = cli.new_run_directory("secret_op")
     first.mkdir(parents=True)
     assert cli.new_run_directory("secret_op") != first and first.parent == Path("runs")
+
+
+@pytest.mark.parametrize(
+    "error, code, words",
+    [
+        (TrainingInterrupted("stopped after step 3"), 130, ["stopped after step 3", "--out runs/a --resume"]),
+        (KeyboardInterrupt(), 130, ["the last checkpoint counts", "--out runs/a --resume"]),
+        (NonFiniteLoss("step 4, rows 1 and 2"), 2, ["opsd: error: step 4, rows 1 and 2"]),
+        (RunDirectoryError("out: not empty"), 2, ["opsd: error: out: not empty"]),
+    ],
+)
+def test_a_run_that_ends_early_says_how_and_what_to_do(monkeypatch, tmp_path, error, code, words):
+    def stop(config, out, resume):
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "train", stop)
+    result = opsd("train", "--out", "runs/a")
+    assert result.exit_code == code
+    assert all(word in result.stderr for word in words)
+
+
+def test_settings_come_from_file_then_overrides_and_on_resume_from_the_run(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop, "train", lambda config, out, resume: seen.append((config.steps, config.seed, out, resume)))
+    Path("my.yaml").write_text("steps: 7\nseed: 1\n")
+    Path("run").mkdir()
+    Path("run/config.json").write_text('{"steps": 9, "seed": 2}')
+    assert opsd("train", "my.yaml", "--set", "seed=5", "--out", "a").exit_code == 0
+    assert opsd("train", "--out", "run", "--resume").exit_code == 0
+    assert seen == [(7, 5, Path("a"), False), (9, 2, Path("run"), True)]
