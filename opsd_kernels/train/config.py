@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opsd_kernels import env as environment
 from opsd_kernels.spec import KIND_NAMES
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -42,7 +43,7 @@ class TrainConfig:
 
     `model` is "tiny" (made by a supervised warm start, cached) or the directory or name of a Hugging Face model.
     `ema_rate=None` takes SDPO's .01 where there is feedback and .05 where there is none (arXiv:2601.20802).
-    `threads` is part of the numbers: sums over another number of threads round differently.
+    `threads` and `backend` (None: the op's choice) are part of the numbers: another number of threads or another kernel rounds differently.
     """
 
     env: str = "secret_op"
@@ -52,9 +53,9 @@ class TrainConfig:
     dtype: str = "float32"
     threads: int = 1
     # rollouts
-    steps: int = 160
-    prompts_per_step: int = 32
-    group_size: int = 8
+    steps: int = 200
+    prompts_per_step: int = 64
+    group_size: int = 4
     rollout_temperature: float = 1.0
     max_new_tokens: int = 4
     rollout_batch: int = 512
@@ -68,14 +69,15 @@ class TrainConfig:
     beta: float = 0.5
     distill_temperature: float = 1.0
     reduction: str = "token_mean"
+    backend: str | None = None
     # optimiser
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     lr_warmup_steps: int = 10
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     micro_batch: int = 256
     # watching
-    eval_every: int = 40
+    eval_every: int = 50
     eval_samples: int = 2000
     probe_samples: int = 512
     checkpoint_every: int = 20
@@ -103,6 +105,8 @@ class TrainConfig:
             _expect(getattr(self, field) >= 0, field, "a number of at least 0", getattr(self, field))
         for field in SHARES:
             _expect(0 < getattr(self, field) < 1, field, "a number strictly between 0 and 1", getattr(self, field))
+        backends = environment.BACKEND.choices
+        _expect(self.backend in (None, *backends), "backend", "null or one of " + ", ".join(backends), self.backend, _nearest(self.backend, backends))
         _expect(self.ema_rate is None or 0 < self.ema_rate <= 1, "ema_rate", "null or a number in (0, 1]", self.ema_rate)
         _expect(self.tiny_hidden % (2 * self.tiny_heads) == 0, "tiny_hidden", f"a multiple of 2 * tiny_heads = {2 * self.tiny_heads}", self.tiny_hidden)
         _expect(self.siblings or self.feedback != "none", "siblings", "true when feedback is 'none' (else no rollout has a context)", self.siblings)

@@ -52,7 +52,7 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> dict[str, Any
         try:
             run = prepare(config, out, progress)
         except KeyboardInterrupt:
-            raise TrainingInterrupted(f"stopped before the first step; --resume with --out {out} starts the run again") from None
+            raise TrainingInterrupted(f"stopped before a step was made; continue with --resume --out {out}") from None
         try:
             run_steps(run)
             return finish(run)
@@ -132,7 +132,7 @@ def run_steps(run: Run) -> None:
 def one_step(run: Run) -> StepMetrics:
     """Sample, verify, give the teacher its contexts, distil; returns the line of metrics.jsonl."""
     began = time.monotonic()
-    config, state = run.config, run.state
+    config, state, number = run.config, run.state, run.state.step + 1
     rollouts = run.sampler.sample(state.model, run.task, requests(prompts_of_step(run), config.group_size), config.seed, ROLLOUTS, state.step)
     contexts = build_contexts(rollouts, config.siblings, config.seed, CONTEXTS, state.step)
 
@@ -141,15 +141,15 @@ def one_step(run: Run) -> StepMetrics:
     if chosen:
         views = run.sampler.encoder.encode([rollout.prompt for rollout, _ in chosen], [context for _, context in chosen])
         batch = make_batch([rollout for rollout, _ in chosen], views, run.sampler.pad_token, config.device)
-        update = steps.optimisation_step(state.model, state.teacher, state.optimizer, batch, config, state.step)
+        update = steps.optimisation_step(state.model, state.teacher, state.optimizer, batch, config, number)
 
-    metrics = {"step": state.step + 1, **steps.rollout_metrics(rollouts, contexts), **steps.update_metrics(update, batch)}
-    metrics["learning_rate"] = steps.learning_rate(config, state.step)
+    metrics = {"step": number, **steps.rollout_metrics(rollouts, contexts), **steps.update_metrics(update, batch)}
+    metrics["learning_rate"] = steps.learning_rate(config, number)
     seconds = time.monotonic() - began
     metrics |= {"seconds": seconds, "tokens_per_second": metrics["completion_tokens"] / seconds}
     if torch.cuda.is_initialized():
         metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-    if (state.step + 1) % config.eval_every == 0 and state.step + 1 < config.steps:
+    if number % config.eval_every == 0 and number < config.steps:
         metrics |= measure(run, config.probe_samples)
     return metrics
 

@@ -76,6 +76,7 @@ def distillation(
         labels=batch.labels_BT,
         ignore_index=IGNORE,
         return_stats=True,
+        backend=config.backend,
         **options,
     )
     if config.reduction == "sequence_mean":

@@ -36,8 +36,8 @@ def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.O
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear from 0 over `lr_warmup_steps`, then constant."""
-    return config.learning_rate * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
+    """Linear over `lr_warmup_steps`, then constant. The first step is 1."""
+    return config.learning_rate * min(1.0, step / max(1, config.lr_warmup_steps))
 
 
 def optimisation_step(student: PreTrainedModel, teacher: Teacher, optimizer: torch.optim.Optimizer, batch: Batch, config: TrainConfig, step: int) -> Update:

@@ -19,6 +19,7 @@ from opsd_kernels.train.config import ConfigError, TrainConfig, load_config
         ("learning_rate=nan", "learning_rate: expected a finite number, got nan"),
         ("teacher=emma", "teacher: expected one of ema, frozen, got 'emma'; did you mean 'ema'?"),
         ("divergence=reverse", "divergence: expected one of reverse_kl"),
+        ("backend=tritn", "backend: expected null or one of .*did you mean 'triton'?"),
         ("beta=1", "beta: expected a number strictly between 0 and 1, got 1"),
         ("ema_rate=2", r"ema_rate: expected null or a number in \(0, 1\], got 2"),
         ("tiny_hidden=50", "tiny_hidden: expected a multiple of 2"),

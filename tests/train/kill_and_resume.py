@@ -1,0 +1,87 @@
+"""Runs trainers in forked processes and ends them with a signal at given moments. `python kill_and_resume.py SETTINGS_JSON FOLDER`.
+
+Forking after the imports makes an attempt cost a second less of start-up each. Prints one JSON object: moments that hit, and exit codes.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from opsd_kernels.train.config import TrainConfig
+from opsd_kernels.train.loop import train
+from opsd_kernels.train.types import TrainingInterrupted
+
+KILL, CTRL_C = signal.SIGKILL, signal.SIGINT
+
+
+def attempt(config: TrainConfig, out: Path, moment: Callable[[], bool] | None, number: int = KILL) -> int:
+    """Trains in a child, which gets the signal once `moment()` holds. Returns its exit code, negative for a signal; 130 is TrainingInterrupted."""
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        try:
+            train(config, out, resume=out.exists())
+        except TrainingInterrupted:
+            os._exit(130)
+        os._exit(0)
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if moment is not None and moment():
+            os.kill(child, number)
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        time.sleep(0.0005)
+
+
+def moments(out: Path, cache: Path) -> dict[str, tuple[Callable[[], bool], int]]:
+    """Where a run can be hurt, in the order in which it gets there."""
+    log, folder = out / "metrics.jsonl", out / "checkpoint"
+
+    def lines(count: int) -> Callable[[], bool]:
+        return lambda: log.exists() and log.read_bytes().count(b"\n") >= count
+
+    def pending(folder: Path, name: str) -> Callable[[], bool]:
+        return lambda: any(folder.glob(f".pending-{name}*"))
+
+    def later(condition: Callable[[], bool], seconds: float) -> Callable[[], bool]:
+        since: list[float] = []
+
+        def holds() -> bool:
+            if not since and condition():
+                since.append(time.monotonic())
+            return bool(since) and time.monotonic() - since[0] >= seconds
+
+        return holds
+
+    return {
+        "warm start": (later((out / "config.json").exists, 0.3), KILL),
+        "Ctrl-C in the warm start": (later((out / "config.json").exists, 0.5), CTRL_C),
+        "writing the cache": (pending(cache / "warmstart", ""), KILL),
+        "writing the first checkpoint": (pending(folder, "step_000000"), KILL),
+        "in a step": (lines(1), KILL),
+        "after a checkpoint, in a step": (lines(3), KILL),
+        "writing a checkpoint": (pending(folder, "step_000004"), KILL),
+        "later while writing a checkpoint": (later(pending(folder, "step_000004"), 0.01), KILL),
+        "Ctrl-C": (lines(5), CTRL_C),
+        "after the last step": (lines(8), KILL),
+    }
+
+
+def main(settings: str, folder: str) -> None:
+    values, root = json.loads(settings), Path(folder)
+    whole = TrainConfig(**{**values, "cache_dir": str(root / "cache_whole")})
+    hurt = TrainConfig(**{**values, "cache_dir": str(root / "cache_hurt")})
+    codes = {"whole": attempt(whole, root / "whole", None)}
+    for name, (moment, number) in moments(root / "hurt", root / "cache_hurt").items():
+        codes[name] = attempt(hurt, root / "hurt", moment, number)
+    codes["last"] = attempt(hurt, root / "hurt", None)
+    print(json.dumps(codes))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

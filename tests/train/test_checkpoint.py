@@ -1,0 +1,163 @@
+"""Checkpoints: whole or not there, and everything in them comes back bit for bit."""
+
+import copy
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from opsd_kernels.testing import assert_same_bits
+from opsd_kernels.train import checkpoint, durable, models
+from opsd_kernels.train.checkpoint import RunState
+from opsd_kernels.train.step import make_optimizer
+from opsd_kernels.train.teacher import Teacher
+
+
+@pytest.fixture
+def state(model, encoder, config):
+    """A state whose optimiser has moments and whose teacher differs from its student."""
+    teacher = Teacher(model, 0.3)
+    optimizer = make_optimizer(model, config)
+    for step in range(2):
+        model(torch.tensor([[3, 10 + step, 4]])).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        teacher.update(model)
+    return RunState(model, encoder.tokenizer, teacher, optimizer, 4, {"held_out_accuracy_before": 0.1 + 0.2, "seconds": 3.5})
+
+
+def fresh(path, config):
+    model, tokenizer = models.load_pretrained(path, config)
+    return RunState(model, tokenizer, Teacher(model, 0.3), make_optimizer(model, config), 0, {})
+
+
+def tensors(state):
+    moments = [state.optimizer.state[p][key] for p in state.model.parameters() for key in ("step", "exp_avg", "exp_avg_sq")]
+    return [*(p.detach() for p in state.model.parameters()), *(p.detach() for p in state.teacher.model.parameters()), *moments]
+
+
+def test_everything_comes_back(tmp_path, state, config):
+    torch.manual_seed(7), np.random.seed(8), random.seed(9)
+    path = checkpoint.save(tmp_path, state, 1234)
+    drawn = torch.rand(3), np.random.rand(3), random.random()
+    loaded = fresh(checkpoint.latest(tmp_path), config)
+    assert checkpoint.restore(path, loaded) == 1234
+    assert (loaded.step, loaded.facts) == (state.step, state.facts)
+    for actual, expected in zip(tensors(loaded), tensors(state), strict=True):
+        assert_same_bits(actual, expected)
+    assert torch.rand(3).equal(drawn[0]) and (np.random.rand(3) == drawn[1]).all() and random.random() == drawn[2]
+
+
+def test_optimiser_goes_on_as_if_nothing_happened(tmp_path, state, config):
+    checkpoint.save(tmp_path, state, 0)
+    loaded = fresh(checkpoint.latest(tmp_path), config)
+    checkpoint.restore(checkpoint.latest(tmp_path), loaded)
+    for run in (state, loaded):
+        run.model(torch.tensor([[3, 15, 4]])).logits.square().mean().backward()
+        run.optimizer.step()
+    for actual, expected in zip(tensors(loaded), tensors(state), strict=True):
+        assert_same_bits(actual, expected)
+
+
+def test_only_the_newest_stays(tmp_path, state):
+    for state.step in (2, 4, 10):
+        checkpoint.save(tmp_path, state, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000010"]
+    assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.pt")), "no pickle"
+
+
+WRITES = ["model.save_pretrained", "tokenizer.save_pretrained", "save_file 1", "save_file 2", "save_file 3", "_random_record", "_sync", "rename"]
+
+
+@pytest.mark.parametrize("moment", WRITES)
+def test_a_crash_between_writes_leaves_the_last_checkpoint(tmp_path, state, config, monkeypatch, moment):
+    checkpoint.save(tmp_path, state, 10)
+    old = copy.deepcopy([t.clone() for t in tensors(state)])
+    state.model.lm_head.weight.data.add_(1)
+    state.step = 6
+    crash_at(monkeypatch, state, moment)
+    with pytest.raises(MemoryError, match="the power went"):
+        checkpoint.save(tmp_path, state, 20)
+    path = checkpoint.latest(tmp_path)
+    assert path.name == "step_000004"
+    loaded = fresh(path, config)
+    assert checkpoint.restore(path, loaded) == 10
+    for actual, expected in zip(tensors(loaded), old, strict=True):
+        assert_same_bits(actual, expected)
+
+
+def crash_at(monkeypatch, state, moment):
+    """The next call of that kind, or its n-th, fails and nothing is cleaned up, as after a SIGKILL."""
+    name, _, count = moment.partition(" ")
+    targets = {"model.save_pretrained": (state.model, "save_pretrained"), "tokenizer.save_pretrained": (state.tokenizer, "save_pretrained")}
+    targets |= {"save_file": (checkpoint, "save_file"), "_random_record": (checkpoint, "_random_record")}
+    targets |= {"_sync": (durable, "_sync"), "rename": (durable.os, "rename")}
+    owner, attribute = targets[name]
+    original, calls = getattr(owner, attribute), []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == int(count or 1):
+            raise MemoryError("the power went")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, attribute, failing)
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+
+
+def test_leftovers_are_ignored_and_cleared(tmp_path, state):
+    checkpoint.save(tmp_path, state, 0)
+    half = tmp_path / ".pending-step_000006-abc"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "notes").mkdir()
+    assert checkpoint.latest(tmp_path).name == "step_000004"
+    assert not half.exists() and (tmp_path / "notes").exists()
+
+
+def test_no_checkpoint_yet(tmp_path):
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path / "none") is None
+
+
+def test_a_checkpoint_is_a_model_directory(tmp_path, state, config):
+    path = checkpoint.save(tmp_path, state, 0)
+    model, tokenizer = models.load_pretrained(path, config)
+    assert_same_bits(model.lm_head.weight.detach(), state.model.lm_head.weight.detach())
+    assert tokenizer.get_vocab() == state.tokenizer.get_vocab()
+    assert tokenizer.chat_template == state.tokenizer.chat_template
+    assert "model.embed_tokens.weight" in load_file(path / "model.safetensors")
+
+
+def test_another_format_is_an_error(tmp_path, state, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    path = checkpoint.save(tmp_path, state, 0)
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    with pytest.raises(ValueError, match="checkpoint: expected format 1"):
+        checkpoint.restore(path, state)
+
+
+def test_files_are_replaced_whole(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    durable.write_file(path, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(durable.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            durable.write_file(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_the_first_of_two_writers_wins(tmp_path):
+    target = tmp_path / "cache"
+
+    def fill(pending):
+        (pending / "value").write_text("second")
+        target.mkdir()
+        (target / "value").write_text("first")
+
+    durable.write_directory(target, fill)
+    assert (target / "value").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]

@@ -1,0 +1,118 @@
+"""A whole run in this process: what it leaves, what it refuses, and a model from a directory."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from opsd_kernels.train import warmstart
+from opsd_kernels.train.config import TrainConfig, load_config
+from opsd_kernels.train.log import MetricsLog, read_metrics
+from opsd_kernels.train.loop import train
+from opsd_kernels.train.types import NonFiniteLoss, RunDirectoryError
+
+SUMMARY = [f"{name}_{when}" for name in ("held_out_accuracy", "self_teacher_accuracy", "untrained_skill") for when in ("before", "after")]
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    return out, train(config, out)
+
+
+def test_a_run_leaves_what_it_promises(run, config):
+    out, summary = run
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint", "config.json", "curves.png", "metrics.jsonl", "summary.json"]
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert set(summary) == {*SUMMARY, "steps", "seconds"}
+    assert load_config(out / "config.json") == config
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_have_a_line_a_step(run, config):
+    lines = read_metrics(run[0] / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, config.steps + 1))
+    always = {"reward", "divergence", "divergence_p95", "student_entropy", "teacher_entropy", "sampled_logprob_gap", "top1_agreement", "tokens_in_loss"}
+    always |= {"groups_with_success", "samples_with_demonstration", "samples_with_feedback", "tokens_per_second", "grad_norm", "learning_rate"}
+    assert all(always <= set(line) for line in lines)
+    assert all(line["divergence"] > 0 and 0 < line["tokens_in_loss"] <= 1 for line in lines)
+    assert ["held_out_accuracy" in line for line in lines] == [line["step"] == config.eval_every for line in lines]
+
+
+def test_a_directory_is_never_overwritten(run, config, tmp_path):
+    out, summary = run
+    with pytest.raises(RunDirectoryError, match="not empty; --resume continues"):
+        train(config, out)
+    with pytest.raises(RunDirectoryError, match="seed: 1 here, 0 there"):
+        train(dataclasses.replace(config, seed=1), out, resume=True)
+    with pytest.raises(FileNotFoundError, match="which does not exist"):
+        train(config, tmp_path / "none", resume=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="holds no config.json"):
+        train(config, tmp_path, resume=True)
+    with pytest.raises(RunDirectoryError, match="got the file"):
+        train(config, tmp_path / "notes.txt")
+    assert train(config, out, resume=True) == summary, "a complete run is not run again"
+
+
+def test_settings_of_the_process_come_back(config, tmp_path):
+    torch.set_num_threads(2)
+    with pytest.raises((OSError, ValueError)):  # transformers' own: the directory holds no model
+        train(dataclasses.replace(config, model=str(tmp_path)), tmp_path / "out")
+    assert torch.get_num_threads() == 2
+
+
+def test_a_model_from_a_directory_takes_the_same_path(run, config, task, tmp_path, capsys):
+    folder = warmstart.cache_folder(config)
+    summary = train(dataclasses.replace(config, model=str(folder)), tmp_path / "out")
+    whole = run[1]
+    assert {k: v for k, v in summary.items() if k != "seconds"} == {k: v for k, v in whole.items() if k != "seconds"}
+
+
+@pytest.mark.parametrize("changes", [{"teacher": "frozen"}, {"feedback": "marks", "divergence": "jsd"}, {"feedback": "none", "reduction": "sequence_mean"}])
+def test_other_settings_run(config, tmp_path, changes):
+    changes = {**changes, "steps": 2, "checkpoint_every": 2}
+    train(dataclasses.replace(config, **changes), tmp_path / "out")
+    lines = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    if changes["feedback" if "feedback" in changes else "teacher"] == "none":  # hardly a success, so no context, so no loss
+        assert all((line["divergence"] is None) == (line["samples_in_loss"] == 0) for line in lines)
+    else:
+        assert all(line["divergence"] > 0 for line in lines)
+
+
+def test_a_loss_that_is_not_finite_stops_after_saving(config, tmp_path):
+    out = tmp_path / "out"
+    train(dataclasses.replace(config, steps=2), out)
+    (out / "summary.json").unlink()
+    (out / "config.json").write_text(config.to_json())
+    path = out / "checkpoint" / "step_000002" / "teacher.safetensors"
+    poisoned = load_file(path)
+    poisoned["lm_head.weight"][12] = torch.nan
+    save_file(poisoned, path)
+    with pytest.raises(NonFiniteLoss, match=r"step 3: .*rows: prompt \d+, sample 0, token 0.*saved in"):
+        train(config, out, resume=True)
+    assert (out / "checkpoint" / "step_000002" / "state.json").exists()
+    assert len(read_metrics(out / "metrics.jsonl")) == 2
+
+
+def test_the_log_is_cut_at_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.write({"step": 1})
+    offset = log.sync()
+    log.write({"step": 2})
+    log.close()
+    with path.open("a") as file:
+        file.write('{"step": 3, "rew')  # torn by a kill
+    log = MetricsLog(path, offset)
+    log.write({"step": 2})
+    log.close()
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+
+
+def test_defaults_are_the_promised_ones():
+    config = TrainConfig()
+    assert (config.env, config.device, config.divergence, config.teacher, config.siblings) == ("secret_op", "cpu", "reverse_kl", "ema", True)
+    assert config.feedback == "answer"
