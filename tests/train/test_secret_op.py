@@ -17,8 +17,9 @@ def test_numbers_are_written_backwards():
         solution(2 * PAIRS)
 
 
-@pytest.mark.parametrize("completion, right", [("0 8 0", True), ("080", True), ("08", False), ("0800", False), ("080 wrong", False), ("<eos> 080", False), ("", False), ("٠٨٠", False)])
-def test_only_the_answer_is_accepted(completion, right):
+@pytest.mark.parametrize("completion", ["0 8 0", "080", "08", "0800", "080 wrong", "<eos> 080", "", "٠٨٠"])
+def test_only_the_answer_is_accepted(completion):
+    right = completion in ("0 8 0", "080")
     verdict = SecretOpAttempt(PROBLEM, "answer", 0).verify(completion)
     assert verdict.success is right
     assert verdict.feedback == (None if right else "080")

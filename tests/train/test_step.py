@@ -74,7 +74,7 @@ def test_ema_teacher_follows_and_frozen_does_not(model, batch):
     for rate in (0.25, 0.0):
         student = copy.deepcopy(model)
         teacher = Teacher(student, rate)
-        steps.optimisation_step(student, teacher, steps.make_optimizer(student, config), batch, config, 0)
+        steps.optimisation_step(student, teacher, steps.make_optimizer(student, config), batch, config, 1)
         moved = dict(student.named_parameters())
         assert not moved["lm_head.weight"].equal(before["lm_head.weight"])
         for name, parameter in teacher.model.named_parameters():
@@ -98,7 +98,7 @@ def test_a_loss_that_is_not_finite_names_step_and_rows_and_changes_nothing(model
     token = batch.rollouts[7].tokens[0]
     teacher.model.model.embed_tokens.weight.data[token] = torch.nan  # seen after the token, and wherever else it stands
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(NonFiniteLoss, match=rf"step 41: expected a finite loss .*prompt \d+, sample \d+, token \d+"):
+    with pytest.raises(NonFiniteLoss, match=r"step 41: expected a finite loss .*prompt \d+, sample \d+, token \d+"):
         steps.optimisation_step(model, teacher, steps.make_optimizer(model, config), batch, config, 41)
     for parameter, old in zip(model.parameters(), before, strict=True):
         assert_same_bits(parameter.detach(), old.detach())
@@ -117,7 +117,10 @@ def test_a_step_without_a_context_has_null_divergences():
     assert set(steps.update_metrics(None, None).values()) == {None}
 
 
-@pytest.mark.parametrize("attribute, value, field, expected", [("logit_scale", 0.25, "logit_scale", 0.25), ("logits_scaling", 8.0, "logit_scale", 0.125), ("final_logit_softcapping", 30.0, "softcap", 30.0)])
+@pytest.mark.parametrize(
+    "attribute, value, field, expected",
+    [("logit_scale", 0.25, "logit_scale", 0.25), ("logits_scaling", 8.0, "logit_scale", 0.125), ("final_logit_softcapping", 30.0, "softcap", 30.0)],
+)
 def test_head_reads_scale_and_softcap(model, attribute, value, field, expected):
     assert (Head.of(model).logit_scale, Head.of(model).softcap) == (1.0, None)
     setattr(model.config, attribute, value)
