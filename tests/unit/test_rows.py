@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import backends
-from opsd_kernels.kernels.contract import Column, RowBackend, narrowed, stats_dtype
+from opsd_kernels.kernels.contract import SPREAD_LIMIT, Column, RowBackend, narrowed, stats_dtype
 from opsd_kernels.reference import reference_divergence, reference_logits, reference_statistics
 from opsd_kernels.spec import Divergence, Kind, LogitTransform, RowSpec
 from opsd_kernels.testing import FP32_ARITHMETIC, assert_one_rounding, assert_same_bits
@@ -54,8 +54,7 @@ class Truth:
     loss: Tensor
     gradient: Tensor
     rounding: Tensor  # (n,) what rounding the transformed logits to fp32 alone may cost, in units of FP32_ARITHMETIC
-    spread: Tensor  # (n,) max |d|
-    gap: Tensor  # (n,) |L|
+    spread: Tensor  # (n,) max |o|, relative to the student's first maximum
     student: Tensor
     teacher: Tensor
 
@@ -111,7 +110,7 @@ def off_kinks(rows: Rows) -> Rows:
 def truth_of(rows: Rows) -> Truth:
     """Textbook and autograd in float64, with the gradient 0 where the factor is."""
     spec = rows.spec
-    S, T = rows.S.double(), rows.T.double()
+    S, T = rows.S.double().clone(), rows.T.double()
     bias_s, bias_t = (None if b is None else b.double() for b in rows.biases)
     with torch.no_grad():
         t = reference_logits(S + T if spec.difference else T, spec.teacher, bias_t)
@@ -126,17 +125,14 @@ def truth_of(rows: Rows) -> Truth:
     if LogitTransform() not in (spec.student, spec.teacher):
         largest = sum(torch.where(x.isfinite(), x.abs(), 0.0).amax(-1) for x in (s, t))
         rounding = largest * torch.finfo(torch.float32).eps / 2 / FP32_ARITHMETIC
-    spread = torch.where(s == t, 0.0, (t - s).abs()).amax(-1)
-    gap = (t.logsumexp(-1) - s.logsumexp(-1)).abs()
-    return Truth(loss, gradient, rounding, spread, gap, s, t)
+    d = torch.where(s == t, 0.0, t - s)
+    c = d.gather(-1, s.argmax(-1, keepdim=True))
+    return Truth(loss, gradient, rounding, (d - c).abs().amax(-1), s, t)
 
 
-def size(truth: Truth, loss: Tensor, *others: Tensor) -> Tensor:
+def size(truth: Truth, loss: Tensor) -> Tensor:
     """(n,) the largest number that the sums of a row pass through."""
-    largest = torch.where(loss.isfinite(), loss, 0.0).clamp(min=1)
-    for other in others:
-        largest = torch.maximum(largest, other)
-    return largest + truth.rounding
+    return torch.where(loss.isfinite(), loss, 0.0).clamp(min=1) + truth.rounding
 
 
 @functools.cache
@@ -168,15 +164,20 @@ def live(rows: Rows) -> Tensor:
     return rows.factor != 0
 
 
+def gap_of(stats: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """L - c in float64, for the c that the backend chose: the difference of two columns, rounded to their type."""
+    return t.logsumexp(-1) - s.logsumexp(-1) - (stats[:, Column.TEACHER_MAX] - stats[:, Column.STUDENT_MAX]).double()
+
+
 def check_gradient(rows: Rows, gradient: Tensor, truth: Truth, name: str = "gradient") -> None:
     scale = rows.factor.double().abs() * max(1, abs(rows.spec.student.factor))
     assert_one_rounding(gradient, truth.gradient, gradient.dtype, magnitude=(scale * size(truth, truth.loss))[:, None], name=name)
 
 
 def check_loss(rows: Rows, loss: Tensor, truth: Truth) -> None:
-    """The plain KLs are L minus a sum of the size of L. In the linear difference form the loss is exact relative to the gap d, not only to 1."""
+    """In the linear difference form the loss is exact relative to the spread, not only to 1."""
     keep = live(rows)
-    magnitude = size(truth, truth.loss, truth.gap) if rows.spec.divergence.one_sweep else size(truth, truth.loss)
+    magnitude = size(truth, truth.loss)
     if rows.spec.linear_difference(rows.bias_s is rows.bias_t) and loss.dtype == torch.float32:
         magnitude = torch.maximum(truth.loss, truth.spread.clamp(min=1e-6)) + truth.rounding * truth.spread.clamp(max=1)
     assert_one_rounding(loss[keep], truth.loss[keep], loss.dtype, magnitude=magnitude[keep], name="loss")
@@ -214,10 +215,12 @@ def test_statistics(rows_of, form, dtype):
         assert_one_rounding(got[:, Column.STUDENT_LOGSUM], s.logsumexp(-1) - s.amax(-1), stats.dtype, magnitude=whole[keep], name="student's log-sum")
         sums = got[:, Column.TEACHER_MAX].double() + got[:, Column.TEACHER_LOGSUM].double()
         assert_one_rounding(sums, t.logsumexp(-1), stats.dtype, magnitude=largest, name="teacher's normaliser")
-        assert_one_rounding(got[:, Column.GAP], t.logsumexp(-1) - s.logsumexp(-1), stats.dtype, magnitude=largest, name="gap")
+        assert_one_rounding(got[:, Column.GAP], gap_of(got, s, t), stats.dtype, magnitude=largest, name="gap")
+        far = got[:, Column.SPREAD] > SPREAD_LIMIT
+        assert_one_rounding(got[far, Column.TEACHER_MAX], t[far].amax(-1), stats.dtype, magnitude=largest[far], name="teacher's maximum")
         for column, name in ((Column.REVERSE_KL, "reverse_kl"), (Column.FORWARD_KL, "forward_kl")):
             kl = reference_divergence(truth.student, truth.teacher, Divergence.parse(name))
-            assert_one_rounding(got[:, column], kl[keep], stats.dtype, magnitude=size(truth, kl, truth.gap)[keep], name=name)
+            assert_one_rounding(got[:, column], kl[keep], stats.dtype, magnitude=size(truth, kl)[keep], name=name)
         for side in ("student", "teacher"):
             entropy, top = (Column[f"{side}_{what}".upper()] for what in ("entropy", "max_prob"))
             magnitude = expected[f"{side}_entropy"].clamp(min=1)
@@ -257,9 +260,26 @@ def test_a_near_teacher_keeps_its_digits(rows_of, dtype):
         truth = truth_of(rows)
         digits = truth.spread if dtype != torch.float64 else 1.0  # the truth is float64 itself
         stats = rows_of.row_stats(rows.S, rows.T, rows.spec, None, None, False)
-        assert_one_rounding(stats[:, Column.GAP], truth.teacher.logsumexp(-1) - truth.student.logsumexp(-1), stats.dtype, magnitude=digits, name="gap")
+        assert_one_rounding(stats[:, Column.GAP], gap_of(stats, truth.student, truth.teacher), stats.dtype, magnitude=digits, name="gap")
         loss, _ = rows_of.row_dot(rows.S, rows.T, stats, rows.spec, None, None)
         assert_one_rounding(loss, truth.loss, stats.dtype, magnitude=digits, name=kind.name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", list(Kind), ids=lambda kind: kind.name.lower())
+def test_a_shifted_teacher_costs_no_digits(rows_of, kind, dtype):
+    """Peaked rows at KL 1e-5, all teacher logits 32 higher: the bound stays relative to the spread of 0.02."""
+    gen = torch.Generator().manual_seed(5)
+    S = torch.randn(6, 257, generator=gen, dtype=torch.float64)
+    S[:, 100] += torch.tensor([0.0, 2, 5, 9, 12, 16])
+    S = (S * 64).round() / 64  # so that S + gap + 32 is exact in fp32
+    T = S + 32 + (torch.randn(6, 257, generator=gen, dtype=torch.float64).clamp(-2, 2) * 1e-2 * 2**14).round() / 2**14
+    rows = Rows(S.to(dtype), T.to(dtype), torch.ones(6, dtype=dtype), RowSpec(Divergence(kind)))
+    assert_same_bits(rows.T.double(), T)
+    truth = truth_of(off_kinks(rows) if kind == Kind.TVD else rows)
+    _, loss, _ = run_rows(rows_of, rows, "fused")
+    digits = truth.spread if dtype == torch.float32 else 1.0
+    assert_one_rounding(loss, truth.loss, loss.dtype, magnitude=digits, name="loss")
 
 
 # ---------------------------------------------------------------- where the gradient goes
