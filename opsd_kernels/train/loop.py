@@ -52,7 +52,7 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> dict[str, Any
         try:
             run = prepare(config, out, progress)
         except KeyboardInterrupt:
-            raise TrainingInterrupted(f"stopped before a step was made; continue with --resume --out {out}") from None
+            raise TrainingInterrupted("stopped before a step was made; --resume continues") from None
         try:
             run_steps(run)
             return finish(run)
@@ -125,8 +125,7 @@ def run_steps(run: Run) -> None:
             if state.step % config.checkpoint_every == 0 or state.step == config.steps or interrupted.is_set():
                 run.save()
             if interrupted.is_set() and state.step < config.steps:
-                run.progress.say(f"saved after step {state.step}: {run.out / 'checkpoint'}")
-                raise TrainingInterrupted(f"stopped after step {state.step} of {config.steps}, saved; continue with --resume --out {run.out}")
+                raise TrainingInterrupted(f"stopped after step {state.step} of {config.steps}; the state is saved, --resume continues")
 
 
 def one_step(run: Run) -> StepMetrics:

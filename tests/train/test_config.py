@@ -1,5 +1,7 @@
 """The configuration: every mistake is an error that names the key, what was expected and what came."""
 
+from pathlib import Path
+
 import pytest
 
 from opsd_kernels.train.config import ConfigError, TrainConfig, load_config
@@ -73,3 +75,9 @@ def test_teacher_rate_follows_the_feedback():
 def test_differences_ignore_where_a_run_keeps_its_things():
     assert TrainConfig(cache_dir="a").differences(TrainConfig(cache_dir="b", tensorboard=False)) == []
     assert TrainConfig(seed=1).differences(TrainConfig()) == ["seed: 1 here, 0 there"]
+
+
+def test_every_key_is_documented():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "trainer.md").read_text()
+    settings = page[page.index("## Settings") :]
+    assert [name for name in TrainConfig.__dataclass_fields__ if f"`{name}`" not in settings] == []
