@@ -82,17 +82,19 @@ def _normalisers(logits: _Logits) -> tuple[Tensor, ...]:
 def _block_stats(logits: _Logits, metrics: bool) -> Tensor:
     s, t, *_ = logits
     stats = s.new_zeros(s.shape[0], len(Column))
-    max_s, logsum_s, max_t, logsum_t, *_ = columns = _normalisers(logits)
+    max_s, logsum_s, max_t, *_ = columns = _normalisers(logits)
     stats[:, : len(columns)] = torch.cat(columns, dim=-1)
     q, p, delta = _distributions(logits, stats)
     stats[:, Column.REVERSE_KL] = _expected(q, -delta)
     stats[:, Column.FORWARD_KL] = _expected(p, delta)
     if metrics:
         above = logits.teacher_above(max_s, max_t)
+        above = above - above.amax(-1, keepdim=True)  # a near row's reference may lie 20 below the teacher's own maximum
+        teacher_sum = torch.exp(above).sum(-1)
         stats[:, Column.STUDENT_ENTROPY] = logsum_s[:, 0] - _expected(q, s - max_s)
-        stats[:, Column.TEACHER_ENTROPY] = logsum_t[:, 0] - _expected(p, above)
+        stats[:, Column.TEACHER_ENTROPY] = torch.log(teacher_sum) - _expected(p, above)
         stats[:, Column.STUDENT_MAX_PROB] = torch.exp(-logsum_s[:, 0])
-        stats[:, Column.TEACHER_MAX_PROB] = torch.exp(above.amax(-1) - logsum_t[:, 0])
+        stats[:, Column.TEACHER_MAX_PROB] = 1 / teacher_sum
         stats[:, Column.STUDENT_ARGMAX] = s.argmax(-1).to(s.dtype)
         stats[:, Column.TEACHER_ARGMAX] = t.argmax(-1).to(s.dtype)
     return stats
