@@ -1,0 +1,241 @@
+"""Planted bugs. Each must be killed by the quick check named beside it, which passes without the bug: so these checks can fail, and for the right reason.
+
+The bugs are planted in the torch backend, the loop and the reductions; the same checks hold for the other backends in tests/unit and tests/interp.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from opsd_kernels import autograd, chunked, divergences, functional, linear_divergence, projection
+from opsd_kernels.kernels import torch_rows
+from opsd_kernels.kernels.contract import Column
+from opsd_kernels.reference import linear_divergence_reference
+from opsd_kernels.spec import Kind
+from opsd_kernels.testing import assert_no_growth, assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case
+
+# ---------------------------------------------------------------- quick checks
+
+
+def against_truth(divergence="jsd", made=None, **options):
+    """A hard case in fp32, several chunks."""
+    case = hard_case(29, 211, 24, seed=1, **(made or {}))
+    options = {"divergence": divergence, "beta": 0.3, "reduction": "mean", **options}
+    truth, plain = (evaluate(linear_divergence_reference, c, **options) for c in (case.double(), case))
+    assert_no_worse(evaluate(linear_divergence, case, **options, backend="torch", workspace_bytes=20_000), plain, truth)
+
+
+def near_bf16(target="default", **options):
+    case = hard_case(64, 1003, 48, torch.bfloat16, shared_head=True, near=1e-3, largest_logit=16.0, widths=(1.0,), bias=False)
+    truth = evaluate(linear_divergence_reference, case.double())
+    assert_on_target(evaluate(linear_divergence, case, backend="torch", **options), truth, target)
+
+
+def near_fp32(divergence):
+    case = hard_case(48, 1003, 48, torch.float32, shared_head=True, near=1e-4, largest_logit=8.0, bias=False)
+    truth, plain = (evaluate(linear_divergence_reference, c, divergence=divergence) for c in (case.double(), case))
+    assert_no_worse(evaluate(linear_divergence, case, divergence=divergence, backend="torch"), plain, truth)
+
+
+def many_chunks():
+    case = hard_case(1023, 97, 16, torch.bfloat16, shared_head=True, largest_logit=6.0)
+    truth = evaluate(linear_divergence_reference, case.double(), reduction="sum")
+    one, many = (evaluate(linear_divergence, case, reduction="sum", backend="torch", workspace_bytes=size) for size in (1 << 26, 8_000))
+    assert_no_growth(many, one, truth)
+
+
+def statistics():
+    case = hard_case(29, 211, 24)
+    truth, plain = (evaluate(linear_divergence_reference, c, return_stats=True).stats for c in (case.double(), case))
+    stats = evaluate(linear_divergence, case, return_stats=True, backend="torch").stats
+    for name, exact in truth.items():
+        assert_no_worse(getattr(stats, name), plain[name], exact)
+
+
+def twice():
+    live = hard_case(13, 67, 8).leaves()
+    loss = linear_divergence(*live.inputs(), **live.options(), backend="torch")
+    one, two = (torch.autograd.grad(loss, [live.student_hidden, live.student_weight], torch.tensor(3.0), retain_graph=True) for _ in range(2))
+    for first, second in zip(one, two, strict=True):
+        assert_same_bits(first, second)
+
+
+def check(function, *args, **kwargs):
+    return functools.partial(function, *args, **kwargs)
+
+
+# ---------------------------------------------------------------- planted bugs
+
+
+@dataclass(frozen=True)
+class Mutant:
+    where: object  # the module or dict that holds the name
+    name: object
+    change: object  # original -> mutant
+    killer: functools.partial
+
+    def plant(self, monkeypatch) -> None:
+        if isinstance(self.where, dict):
+            monkeypatch.setitem(self.where, self.name, self.change(self.where[self.name]))
+        else:
+            monkeypatch.setattr(self.where, self.name, self.change(getattr(self.where, self.name)))
+
+
+def result(transform):
+    """A mutant that changes what the original returns."""
+    return lambda original: lambda *args, **kwargs: transform(original(*args, **kwargs), *args)
+
+
+def arguments(transform):
+    """A mutant that changes what the original is given."""
+    return lambda original: lambda *args, **kwargs: original(*transform(*args), **kwargs)
+
+
+def only_u(transform):
+    return result(lambda fu, q, p, delta, beta: (fu[0], transform(fu[1], q, p, delta, beta)))
+
+
+def only_f(transform):
+    return result(lambda fu, q, p, delta, beta: (transform(fu[0], q, p, delta, beta), fu[1]))
+
+
+def bf16_accumulator(original):
+    def mutant(G, hidden, dW, first):
+        original(G, hidden, dW, first)
+        dW.copy_(dW.bfloat16())
+
+    return mutant
+
+
+def one_normaliser(original):
+    """q and p as exp(s - lse) with the maximum and the log-sum added up first."""
+
+    def mutant(logits, stats):
+        q, p, delta = original(logits, stats)
+        lse = (stats[:, Column.STUDENT_MAX] + stats[:, Column.STUDENT_LOGSUM])[:, None]
+        return torch.exp(logits.s.bfloat16().float() - lse), p, delta
+
+    return mutant
+
+
+def pair_in_bf16(original):
+    """The difference buffer as the difference of two rounded logits."""
+
+    def mutant(heads_hidden, weight, out):
+        original(heads_hidden, weight, out)
+        rows = heads_hidden.shape[0] // 2
+        teacher = (heads_hidden[:rows].float() + heads_hidden[rows:].float()) @ weight.float().T
+        out[rows:] = teacher.to(out.dtype) - out[:rows]
+
+    return mutant
+
+
+def no_maximum(original):
+    def mutant(logits):
+        max_s, logsum_s, *rest = original(logits)
+        return max_s, torch.log(torch.exp(logits.s).sum(-1, keepdim=True)) - max_s, *rest
+
+    return mutant
+
+
+def forget_tail(original):
+    def mutant(S, T, factor, spec, bias_s, bias_t, metrics, G):
+        V = S.shape[1] // 64 * 64
+        cut = [None if b is None else b[:V] for b in (bias_s, bias_t)]
+        G[:, V:] = 0
+        return original(S[:, :V], T[:, :V], factor, spec, *cut, metrics, G[:, :V])
+
+    return mutant
+
+
+def last_chunk_lost(original):
+    def mutant(heads, spec, plan, *args, **kwargs):
+        index = kwargs["index"] if kwargs["index"] is not None else torch.arange(plan.tokens)
+        keep = (plan.tokens - 1) // plan.rows * plan.rows
+        out = original(heads, spec, replace(plan, tokens=keep), *args, **{**kwargs, "index": index[:keep]})
+        return out
+
+    return mutant
+
+
+FLAT = {"bias": False, "masked_entry": None}
+MUTANTS = {
+    "A dropped from the gradient": Mutant(torch_rows, "row_dot", result(lambda r, *_: (r[0], torch.zeros_like(r[1]))), check(against_truth, "reverse_kl")),
+    "A of forward KL is its value": Mutant(torch_rows, "plain_kl", result(lambda r, *_: (r[0], r[0])), check(against_truth, "forward_kl")),
+    "beta on the student": Mutant(divergences.ENTRIES, Kind.JSD, arguments(lambda q, p, d, b: (q, p, d, 1 - b)), check(against_truth, "jsd")),
+    "directions swapped": Mutant(divergences.ENTRIES, Kind.SKEW_REVERSE_KL, lambda _: divergences.skew_forward_kl, check(against_truth, "skew_reverse_kl")),
+    "p / m forgotten": Mutant(
+        divergences.ENTRIES,
+        Kind.SKEW_REVERSE_KL,
+        only_u(lambda u, q, p, d, b: u - q * b / (b + (1 - b) * torch.exp(-d))),
+        check(against_truth, "skew_reverse_kl"),
+    ),
+    "1 - beta forgotten": Mutant(divergences.ENTRIES, Kind.SKEW_FORWARD_KL, only_u(lambda u, q, p, d, b: u / (1 - b)), check(against_truth, "skew_forward_kl")),
+    "TVD without its half": Mutant(divergences.ENTRIES, Kind.TVD, only_f(lambda f, *_: 2 * f), check(against_truth, "tvd")),
+    "TVD gradient of the wrong sign": Mutant(divergences.ENTRIES, Kind.TVD, only_u(lambda u, *_: -u), check(against_truth, "tvd")),
+    "1 / T missing in the gradient": Mutant(
+        torch_rows, "transform_slope", result(lambda r, z, t, b: r * t.temperature), check(against_truth, "jsd", temperature=1.5)
+    ),
+    "logit scale missing in the gradient": Mutant(
+        torch_rows, "transform_slope", result(lambda r, z, t, b: r / t.scale), check(against_truth, "jsd", student_logit_scale=1.2)
+    ),
+    "softcap's slope forgotten": Mutant(torch_rows, "transform_slope", lambda _: lambda z, t, b: t.factor, check(against_truth, "jsd", student_softcap=20.0)),
+    "softcap after the temperature": Mutant(
+        torch_rows,
+        "transform",
+        lambda _: lambda z, t, b: divergences.transform(z, replace(t, scale=t.scale / t.temperature, temperature=1.0), b),
+        check(against_truth, "jsd", FLAT, student_softcap=20.0, teacher_softcap=20.0, temperature=2.0),
+    ),
+    "teacher takes the student's temperature": Mutant(
+        functional, "RowSpec", arguments(lambda d, s, t: (d, s, replace(t, temperature=s.temperature))), check(against_truth, teacher_temperature=2.0)
+    ),
+    "T squared": Mutant(torch_rows, "row_dot", result(lambda r, *a: (r[0] * a[3].student.temperature ** 2, r[1])), check(against_truth, temperature=1.5)),
+    "row maximum not subtracted": Mutant(torch_rows, "_normalisers", no_maximum, check(against_truth, "reverse_kl", {**FLAT, "largest_logit": 95.0})),
+    "vector tail dropped": Mutant(torch_rows, "row_fused_", forget_tail, check(against_truth, "jsd")),
+    "last chunk dropped": Mutant(chunked, "run", last_chunk_lost, check(against_truth, "jsd")),
+    "probabilities from rounded logits": Mutant(torch_rows, "_distributions", one_normaliser, check(against_truth, "jsd")),
+    "difference of two rounded logits": Mutant(projection, "project", pair_in_bf16, check(near_bf16)),
+    "hidden difference in bf16 of fp32 inputs": Mutant(
+        projection, "stack_difference", lambda f: lambda s, t, out: (f(s, t, out), out.copy_(out.bfloat16()))[0], check(near_fp32, "reverse_kl")
+    ),
+    "dW accumulated in bf16": Mutant(projection, "accumulate_weight_grad", bf16_accumulator, check(many_chunks)),
+    "dW of the last chunk only": Mutant(projection, "accumulate_weight_grad", arguments(lambda G, h, dW, first: (G, h, dW, True)), check(against_truth)),
+    "dW not cleared": Mutant(projection, "accumulate_weight_grad", arguments(lambda G, h, dW, first: (G, h, dW, False)), check(against_truth)),
+    "masked rows not skipped": Mutant(functional, "_valid_tokens", result(lambda r, *_: (None, r[1].clamp(min=0))), check(against_truth)),
+    "labels do not mask": Mutant(functional, "_valid_tokens", result(lambda r, h, labels, i, mask: (mask, r[1].clamp(min=0))), check(against_truth)),
+    "masked rows counted": Mutant(functional, "_denominator", lambda _: lambda n, hidden, valid: hidden.shape[0], check(against_truth)),
+    "weights in the denominator": Mutant(functional, "_row_scale", result(lambda r, *_: r * 0.93), check(against_truth)),
+    "weights applied twice": Mutant(functional, "_weights", result(lambda w, *_: w * w), check(against_truth)),
+    "weights forgotten": Mutant(functional, "_weights", result(lambda w, *_: (w != 0).to(w.dtype)), check(against_truth)),
+    "padded columns given probability": Mutant(
+        functional, "_vocabulary", lambda _: lambda V_s, V_t, size: min(V_s, V_t), check(against_truth, "jsd", {"padding": 4})
+    ),
+    "teacher's bias is the student's": Mutant(
+        torch_rows, "row_fused_", arguments(lambda S, T, f, sp, bs, bt, m, G: (S, T, f, sp, bs, bs, m, G)), check(against_truth)
+    ),
+    "guard by nothing": Mutant(divergences, "_guard", lambda _: lambda probability, term: term, check(against_truth, "jsd", {"masked_entry": "both"})),
+    "upstream gradient forgotten": Mutant(autograd, "_scaled", lambda _: lambda grad, scale, dtype: grad.to(dtype), check(against_truth)),
+    "upstream gradient in place": Mutant(autograd, "_scaled", lambda _: lambda grad, scale, dtype: grad.data.mul_(scale).clone(), check(twice)),
+    "entropy of the wrong side": Mutant(functional, "_token_stats", result(lambda s, *_: replace(s, student_entropy=s.teacher_entropy)), check(statistics)),
+    "label's log-prob of the wrong row": Mutant(chunked, "_label_logprobs", result(lambda r, *_: r.roll(1, 0)), check(statistics)),
+}
+
+
+def freeze(killer: functools.partial):
+    return killer.func, repr(killer.args), repr(sorted(killer.keywords.items()))
+
+
+PASSED = set()
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bug_is_killed(monkeypatch, name):
+    mutant = MUTANTS[name]
+    if freeze(mutant.killer) not in PASSED:
+        mutant.killer()
+        PASSED.add(freeze(mutant.killer))
+    mutant.plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        mutant.killer()
