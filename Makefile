@@ -24,6 +24,7 @@ TRITON ?= triton==3.9.0
 endif
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL:   # one pip at a time in one environment
 .PHONY: help install train test lint docs bench-cpu clean distclean
 
 help:
