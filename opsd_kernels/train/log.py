@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from opsd_kernels.train.types import StepMetrics
@@ -29,34 +29,36 @@ class Progress:
         self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
-    def bar(self, title: str, total: int, start: int = 0) -> Iterator[Bar]:
+    def bar(self, title: str, total: int | None, start: int = 0) -> Iterator[PlainBar | LiveBar]:
+        """Work of `total` steps; None where nobody knows how many it will be."""
         if not self.console.is_terminal:
-            yield Bar(self, title, total)
+            yield PlainBar(self, title, total)
             return
         columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[values]}"), TimeRemainingColumn())
         with RichProgress(*columns, console=self.console) as live:
-            yield LiveBar(self, live, live.add_task(title, total=total, completed=start, values=""))
+            yield LiveBar(live, live.add_task(title, total=total, completed=start, values=""))
 
 
-class Bar:
-    """Plain lines."""
+class PlainBar:
+    """A line every ten seconds, and one at the end: a log file should not grow by a line a step."""
 
-    def __init__(self, progress: Progress, title: str, total: int):
-        self.progress, self.title, self.total = progress, title, total
+    def __init__(self, progress: Progress, title: str, total: int | None):
+        self._progress, self._title, self._total = progress, title, total
         self._last = -math.inf
 
     def update(self, done: int, **values: float | None) -> None:
         now = time.monotonic()
-        if now - self._last >= LINE_EVERY_SECONDS or done == self.total:
+        if now - self._last >= LINE_EVERY_SECONDS or done == self._total:
             self._last = now
-            self.progress.say(f"{self.title} {done}/{self.total}  {describe(values)}")
+            of = "" if self._total is None else f"/{self._total}"
+            self._progress.say(f"{self._title} {done}{of}  {describe(values)}")
 
 
-class LiveBar(Bar):
+class LiveBar:
     """A bar with the latest values behind it."""
 
-    def __init__(self, progress: Progress, live: RichProgress, task: int):
-        self.progress, self._live, self._task = progress, live, task
+    def __init__(self, live: RichProgress, task: TaskID):
+        self._live, self._task = live, task
 
     def update(self, done: int, **values: float | None) -> None:
         self._live.update(self._task, completed=done, values=describe(values))

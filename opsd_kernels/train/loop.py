@@ -41,9 +41,11 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> dict[str, Any
     """Trains, or continues the run in `out`; returns what summary.json holds.
 
     Raises RunDirectoryError (a FileExistsError) if `out` holds another run, FileNotFoundError if there is nothing to resume, TrainingInterrupted
-    (a KeyboardInterrupt) on Ctrl-C and NonFiniteLoss on a loss that is inf or NaN; after the last two a checkpoint lies in `out`.
+    (a KeyboardInterrupt) on Ctrl-C, NonFiniteLoss on a loss that is inf or NaN (a checkpoint lies in `out` then), and ConfigError for a model or a
+    device that is not there.
     """
     out, progress = Path(out), Progress()
+    models.check_device(config)
     open_run_directory(config, out, resume)
     if (out / "summary.json").exists():
         progress.say(f"{out}: this run is complete")

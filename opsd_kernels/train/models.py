@@ -7,12 +7,22 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from opsd_kernels.train.config import TrainConfig
+from opsd_kernels.train.config import ConfigError, TrainConfig
 
 
 def load_pretrained(source: str | Path, config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Weights from safetensors only, no remote code. Errors are transformers' own, and name the source."""
+    """Weights from safetensors only, no remote code. Raises ConfigError where transformers finds no model it can load so."""
     dtype = getattr(torch, config.dtype)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"model: expected 'tiny' or a Hugging Face model with safetensors weights, got {str(source)!r}: {reason}") from error
     return model.to(config.device), tokenizer
+
+
+def check_device(config: TrainConfig) -> None:
+    """Raises ConfigError for a device that this machine lacks."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: expected 'cpu', as torch finds no CUDA device, got 'cuda'")

@@ -7,6 +7,7 @@ depend on what else is in its batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +58,7 @@ class Sampler:
 
     def sample(self, model: PreTrainedModel, task: Task, requests: Sequence[Request], *key: int) -> list[Rollout]:
         """One verified rollout per request, in their order. `key` (seed, step) opens the stream of random numbers."""
-        model.eval()
+        model.eval()  # no dropout in an answer
         rollouts: list[Rollout] = []
         for chunk in _chunks(requests, self.batch):
             prompts = self.encoder.encode([r.prompt for r in chunk], [r.context for r in chunk])
@@ -71,17 +72,15 @@ class Sampler:
         uniforms = seeds.uniforms(*key, ROLLOUT, places[:, :1], places[:, 1:], np.arange(self.max_new_tokens))  # (B, T)
         pad = self.pad_token
         length = max(map(len, prompts))
+        # Padding lies on the left here, so that every row's next token is the last column.
         padded = torch.tensor([[pad] * (length - len(p)) + list(p) for p in prompts], device=model.device)
         present = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-        out = model.generate(
-            padded,
-            attention_mask=present,
-            generation_config=GenerationConfig(
-                max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad, eos_token_id=sorted(self.stops(model))
-            ),
-            logits_processor=[PlacedSampler(torch.from_numpy(uniforms).to(model.device), self.temperature)],
-        )
-        return [_until_stop(row, self.stops(model)) for row in out[:, length:].tolist()]
+        stops = self.stops(model)
+        draw = PlacedSampler(torch.from_numpy(uniforms).to(model.device), self.temperature)
+        greedy = GenerationConfig(max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=sorted(stops))  # `draw` has chosen
+        with generating_as(model, greedy):
+            out = model.generate(padded, attention_mask=present, generation_config=greedy, logits_processor=[draw])
+        return [_until_stop(row, stops) for row in out[:, length:].tolist()]
 
     def _verified(self, task: Task, request: Request, prompt: tuple[int, ...], tokens: tuple[int, ...], key: tuple[int, ...]) -> Rollout:
         body = tokens[:-1] if tokens[-1] == self.encoder.tokenizer.eos_token_id else tokens
@@ -99,6 +98,16 @@ class Sampler:
         extra = model.generation_config.eos_token_id
         listed = extra if isinstance(extra, list) else [] if extra is None else [extra]
         return {self.encoder.tokenizer.eos_token_id, *listed}
+
+
+@contextmanager
+def generating_as(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Puts the model's own generation config aside: generate fills in from it, and a penalty in there would sample another distribution."""
+    own, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _until_stop(tokens: list[int], stops: set[int]) -> tuple[int, ...]:

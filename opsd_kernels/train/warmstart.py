@@ -77,7 +77,7 @@ class WarmStart:
         rng = np.random.default_rng(config.warm_seed)
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.warm_learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
         accuracy = 0.0
-        with progress.bar("warm start", config.warm_max_steps) as bar:
+        with progress.bar("warm start", None) as bar:
             for step in range(1, config.warm_max_steps + 1):
                 optimizer.param_groups[0]["lr"] = config.warm_learning_rate * min(1.0, step / LR_WARMUP)
                 self._step(optimizer, rng)

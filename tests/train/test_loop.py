@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from opsd_kernels.train import warmstart
-from opsd_kernels.train.config import TrainConfig, load_config
+from opsd_kernels.train.config import ConfigError, TrainConfig, load_config
 from opsd_kernels.train.log import MetricsLog, read_metrics
 from opsd_kernels.train.loop import train
 from opsd_kernels.train.types import NonFiniteLoss, RunDirectoryError
@@ -59,9 +59,16 @@ def test_a_directory_is_never_overwritten(run, config, tmp_path):
 
 def test_settings_of_the_process_come_back(config, tmp_path):
     torch.set_num_threads(2)
-    with pytest.raises((OSError, ValueError)):  # transformers' own: the directory holds no model
+    with pytest.raises(ConfigError, match="model: expected 'tiny' or a Hugging Face model"):
         train(dataclasses.replace(config, model=str(tmp_path)), tmp_path / "out")
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_claims_no_directory(config, tmp_path):
+    with pytest.raises(ConfigError, match="device: expected 'cpu'"):
+        train(dataclasses.replace(config, device="cuda"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_from_a_directory_takes_the_same_path(run, config, task, tmp_path, capsys):

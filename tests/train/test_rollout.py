@@ -42,6 +42,15 @@ def test_generation_follows_the_full_forward(sampler, model, task, asked):
         assert torch.searchsorted(probs, at, right=True)[:, 0].tolist() == list(rollout.tokens)
 
 
+def test_the_models_own_generation_settings_stay_out(sampler, model, task, asked):
+    plain = sampler.sample(model, task, asked, 0, 1)
+    model.generation_config.repetition_penalty, model.generation_config.min_length = 9.0, 20
+    assert sampler.sample(model, task, asked, 0, 1) == plain
+    assert model.generation_config.repetition_penalty == 9.0
+    model.generation_config.eos_token_id = [1, plain[0].tokens[0]]  # a second end of a turn counts
+    assert sampler.sample(model, task, asked, 0, 1)[0].tokens == plain[0].tokens[:1]
+
+
 def test_placed_sampler_draws_the_distribution():
     """40000 draws: a share may leave its probability by five standard deviations."""
     draws, logits = 40_000, torch.tensor([1.0, 0.0, -torch.inf, 2.0])
