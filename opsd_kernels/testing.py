@@ -130,11 +130,17 @@ def _hidden(weight: Tensor, widths: Tensor, gen: torch.Generator) -> Tensor:
 def _near_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | float, target: float, gen: torch.Generator) -> Tensor:
     """Teacher hidden states at forward KL `target` nats from the student's, row by row: bisection on the logarithm of the step."""
     noise = torch.randn(hidden.shape, generator=gen, dtype=torch.float64)
-    student, divergence = hidden @ weight.T + bias, Divergence.parse("forward_kl")
+    student = hidden @ weight.T + bias
+
+    def gap(step: Tensor) -> Tensor:
+        return reference_divergence(student, (hidden + step * noise) @ weight.T + bias, Divergence.parse("forward_kl"))[:, None]
+
+    one = torch.ones(hidden.shape[0], 1, dtype=torch.float64)
+    noise = torch.where(gap(100 * one) > gap(-100 * one), noise, -noise)  # the other way a peaked row may only sharpen, and never be `target` away
     low, high = (torch.full((hidden.shape[0], 1), exponent, dtype=torch.float64) for exponent in (-8.0, 2.0))
     for _ in range(20):
         middle = (low + high) / 2
-        too_far = reference_divergence(student, (hidden + 10**middle * noise) @ weight.T + bias, divergence)[:, None] > target
+        too_far = gap(10**middle) > target
         low, high = torch.where(too_far, low, middle), torch.where(too_far, middle, high)
     return hidden + 10**low * noise
 
