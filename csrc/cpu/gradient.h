@@ -5,12 +5,12 @@
 
 namespace opsd::OPSD_CAPABILITY {
 
-// The gap as a multiple of a stored row: the difference buffer itself, or the scratch row of a general source.
+// delta off a stored row: the difference buffer itself, or the offsets that a general source left in the scratch.
 template <class X, class T>
 struct GapRow {
   const T* D;
-  double factor;
-  OPSD_INLINE X at(int64_t v, int64_t count) const { return load_as<X>(D + v, count) * X(factor); }
+  double factor, shift, gap;
+  OPSD_INLINE X delta(int64_t v, int64_t count) const { return fma(load_as<X>(D + v, count), X(factor), X(-shift)) - X(gap); }
 };
 
 struct Value {
@@ -22,7 +22,7 @@ template <Kind KIND, bool FAR, class X, class T>
 OPSD_SWEEP Value entry_sums(const GapRow<X, T>& gap, int64_t V, const RowState& row, double beta, const Scratch<X>& w) {
   Total<X> loss, A;
   auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
-    const X q = load(w.e + v) * X(row.inverse_z), delta = lanes(gap.at(v, lanes.count), 0) - X(row.gap);
+    const X q = load(w.e + v) * X(row.inverse_z), delta = lanes(gap.delta(v, lanes.count), 0);
     const Ratio<X> r = ratio(delta);
     X p;
     if constexpr (FAR) p = load(w.p + v) * X(row.inverse_zt);
@@ -57,13 +57,13 @@ OPSD_SWEEP void combine(Out* G, int64_t V, const RowState& row, double A, double
 // The gradient of the two plain KLs. Near rows fold the row's factor into q.
 template <Kind KIND, bool FAR, class X, class T, class Out>
 OPSD_SWEEP void kl_gradient(const GapRow<X, T>& gap, Out* G, int64_t V, const RowState& row, double A, double factor, bool bent, const Scratch<X>& w) {
-  const X scale_q(FAR ? row.inverse_z : row.inverse_z * factor), scale_p(row.inverse_zt), after(factor), dot(A), L(row.gap);
+  const X scale_q(FAR ? row.inverse_z : row.inverse_z * factor), scale_p(row.inverse_zt), after(factor), dot(A);
   auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
     const X q = load(w.e + v) * scale_q;
     X g;
     if constexpr (FAR && KIND == Kind::FORWARD_KL) g = (q - load(w.p + v) * scale_p) * after;
     else {
-      const X delta = lanes(gap.at(v, lanes.count), 0) - L;
+      const X delta = lanes(gap.delta(v, lanes.count), 0);
       if constexpr (KIND == Kind::FORWARD_KL) g = forward_kl_grad(q, delta);
       else g = reverse_kl<FAR>(q, delta).u - q * dot;
       if constexpr (FAR) g = g * after;

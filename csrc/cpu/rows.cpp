@@ -89,7 +89,7 @@ class Rows {
 
   template <Kind KIND>
   Value value(const Source& source, const RowState& row) const {
-    return with_gap(source, [&](auto gap) {
+    return with_gap(source, row, [&](auto gap) {
       return row.far ? entry_sums<KIND, true>(gap, a_.V, row, a_.beta, w_) : entry_sums<KIND, false>(gap, a_.V, row, a_.beta, w_);
     });
   }
@@ -109,9 +109,9 @@ class Rows {
   }
 
   template <class Use>
-  auto with_gap(const Source& source, Use use) const {
-    if constexpr (Source::LINEAR) return use(GapRow<X, In>{source.D, source.factor});
-    else return use(GapRow<X, E>{w_.d, 1.0});
+  auto with_gap(const Source& source, const RowState& row, Use use) const {
+    if constexpr (Source::LINEAR) return use(GapRow<X, In>{source.D, source.factor, References<X>(row.max_s, row.max_t).shift, row.gap});
+    else return use(GapRow<X, E>{w_.o, 1.0, 0.0, row.gap});
   }
 
   template <class Out>
@@ -120,7 +120,7 @@ class Rows {
     const double factor = static_cast<const E*>(a_.factor)[i] * a_.student.scale / a_.student.temperature;
     const bool bent = source.bent();
     if (!one_sweep_) return combine(G, a_.V, row, A, factor, bent, w_);
-    with_gap(source, [&](auto gap) {
+    with_gap(source, row, [&](auto gap) {
       const bool reverse = a_.kind == Kind::REVERSE_KL;
       if (reverse && row.far) kl_gradient<Kind::REVERSE_KL, true>(gap, G, a_.V, row, A, factor, bent, w_);
       else if (reverse) kl_gradient<Kind::REVERSE_KL, false>(gap, G, a_.V, row, A, factor, bent, w_);

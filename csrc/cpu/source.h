@@ -1,7 +1,7 @@
 // Where a row's logits come from: raw buffers of any dtype, through the transform, as numbers X of the sweep's precision.
 //
-// A source hands out the entries of a vector (`at`, or `tail` for the ragged end) and reads student, teacher and gap off them. Logits are kept
-// as multiples y * factor, so that s - max is one fused step: rounding s = 1.3 * z at |z| = 40 first would cost 2e-6 of every probability.
+// A source hands out the entries of a vector and reads student and teacher off them. Logits are kept as multiples y * factor, so that s - max is one
+// fused step: rounding s = 1.3 * z at |z| = 40 first would cost 2e-6 of every probability.
 #pragma once
 
 #include "vec_math.h"
@@ -57,11 +57,22 @@ OPSD_INLINE void walk(int64_t V, Step step, Flush flush) {
   }
 }
 
-// The difference buffer holds what the gap is a multiple of; nothing bends or shifts the student. One load and one product per side.
+// The pair of logits that a row is taken relative to (contract.py); shift is the rounded difference.
+template <class X>
+struct References {
+  double student, teacher, shift;
+  References(double s, double t) : student(s), teacher(t), shift(static_cast<ElementOf<X>>(t - s)) {}
+};
+
+// An entry relative to them: x = s - reference, y = t - reference, and the offset o = y - x.
+template <class X>
+struct Relative {
+  X x, y, o;
+};
+
+// The difference buffer holds what the gap d is a multiple of, and nothing bends or shifts the student: one load and one product per side.
 template <class X, class T>
 struct LinearSource {
-  using Number = X;
-  using Raw = T;
   static constexpr bool LINEAR = true;
   const T* S;
   const T* D;
@@ -77,20 +88,18 @@ struct LinearSource {
 
   OPSD_INLINE Entry at(int64_t v, int64_t count) const { return {load_as<X>(S + v, count), load_as<X>(D + v, count)}; }
   OPSD_INLINE X student(const Entry& e) const { return e.s * X(factor); }
-  OPSD_INLINE X student_above(const Entry& e, double level) const { return fma(e.s, X(factor), X(-level)); }
-  OPSD_INLINE X gap(const Entry& e) const { return e.d * X(factor); }
-  OPSD_INLINE X teacher(const Entry& e) const { return student(e) + gap(e); }
-  OPSD_INLINE X teacher_above(const Entry& e, double level) const { return student_above(e, level) + gap(e); }
+  OPSD_INLINE X teacher(const Entry& e) const { return student(e) + e.d * X(factor); }
+  OPSD_INLINE Relative<X> relative(const Entry& e, const References<X>& r) const {
+    const X x = fma(e.s, X(factor), X(-r.student)), o = fma(e.d, X(factor), X(-r.shift));
+    return {x, x + o, o};
+  }
   OPSD_INLINE X slope(const Entry&) const { return X(1.0); }
   bool bent() const { return false; }
 };
 
-// Anything: two heads, biases, softcaps, different temperatures, with or without the difference buffer. The gap is taken with what rounding lost of
-// its two sides, as long as no softcap bends them: at |z| = 40 each rounding is worth 2e-6.
+// Anything: two heads, biases, softcaps, different temperatures, with or without the difference buffer.
 template <class X, class T>
 struct GeneralSource {
-  using Number = X;
-  using Raw = T;
   using Bias = ElementOf<X>;
   static constexpr bool LINEAR = false;
 
@@ -106,7 +115,7 @@ struct GeneralSource {
           outer(bent ? t.softcap / t.temperature : t.scale / t.temperature) {}
     OPSD_INLINE X operator()(X z, int64_t v, int64_t count) const {
       if (bias) z = z + load_as<X>(bias + v, count);
-      if (bent) z = tanh(z * X(inner));
+      if (bent) z = scaled_tanh(z, inner);
       return z;
     }
   };
@@ -114,11 +123,11 @@ struct GeneralSource {
   const T* S;
   const T* T_;
   Side student_side, teacher_side;
-  bool difference, linear, same_factor;
+  bool difference, linear;
 
   struct Entry {
     X s, t;    // t is the raw difference where the gap is a multiple of it
-    X t_rest;  // what rounding student plus difference lost
+    X t_rest;  // what rounding student plus difference lost: at |z| = 40, 2e-6 times the factor
   };
   GeneralSource(const RowArgs& a, int64_t row)
       : S(static_cast<const T*>(a.S) + row * a.stride_s),
@@ -126,34 +135,29 @@ struct GeneralSource {
         student_side(a.student, a.bias_s),
         teacher_side(a.teacher, a.bias_t),
         difference(a.difference),
-        linear(a.linear),
-        same_factor(student_side.outer == teacher_side.outer) {}
+        linear(a.linear) {}
 
   OPSD_INLINE Entry at(int64_t v, int64_t count) const {
     const X z = load_as<X>(S + v, count), other = load_as<X>(T_ + v, count);
     const X s = student_side(z, v, count);
     if (linear) return {s, other, X(0.0)};
     if (!difference) return {s, teacher_side(other, v, count), X(0.0)};
-    const X t = z + other, kept = t - z;
-    return {s, teacher_side(t, v, count), teacher_side.bent ? X(0.0) : (z - (t - kept)) + (other - kept)};
+    const X t = z + other, kept = t - z, rest = (z - (t - kept)) + (other - kept);
+    return {s, teacher_side(t, v, count), teacher_side.bent ? X(0.0) : select(rest == rest, rest, X(0.0))};  // rest: NaN where a side is infinite
   }
   OPSD_INLINE X student(const Entry& e) const { return e.s * X(student_side.outer); }
-  OPSD_INLINE X student_above(const Entry& e, double level) const { return fma(e.s, X(student_side.outer), X(-level)); }
-  OPSD_INLINE X gap(const Entry& e) const {
-    if (linear) return e.t * X(student_side.outer);
-    if (same_factor) return (e.t - e.s) * X(student_side.outer);
-    const X s = student(e), ft(teacher_side.outer);
-    const X lost = fma(e.t_rest, ft, -fma(e.s, X(student_side.outer), -s));  // NaN where a side is infinite
-    return fma(e.t, ft, -s) + select(lost == lost, lost, X(0.0));
-  }
   OPSD_INLINE X teacher(const Entry& e) const {
-    if (linear) return student(e) + gap(e);
+    if (linear) return student(e) + e.t * X(student_side.outer);
     return e.t * X(teacher_side.outer);
   }
-  OPSD_INLINE X teacher_above(const Entry& e, double level) const {
-    if (linear) return student_above(e, level) + gap(e);
-    const X above = fma(e.t, X(teacher_side.outer), X(-level)), rest = e.t_rest * X(teacher_side.outer);
-    return above + select(rest == rest, rest, X(0.0));
+  OPSD_INLINE Relative<X> relative(const Entry& e, const References<X>& r) const {
+    const X x = fma(e.s, X(student_side.outer), X(-r.student));
+    if (linear) {
+      const X o = fma(e.t, X(student_side.outer), X(-r.shift));
+      return {x, x + o, o};
+    }
+    const X ft(teacher_side.outer), y = fma(e.t_rest, ft, fma(e.t, ft, X(-r.teacher)));
+    return {x, y, select(x == y, X(0.0), y - x)};  // both -inf: masked, and no reason to call the row far
   }
   // d(logit)/d(raw logit) over scale / temperature
   OPSD_INLINE X slope(const Entry& e) const { return fma(-e.s, e.s, X(1.0)); }

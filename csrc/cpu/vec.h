@@ -129,6 +129,8 @@ OPSD_INLINE double reduce_max(Vec a) {
   return static_cast<double>(top);
 }
 
+OPSD_INLINE double first_lane(Vec a) { return static_cast<double>(a.v[0]); }
+
 OPSD_INLINE Ints bits(Vec a) { return (Ints)a.v; }
 OPSD_INLINE Vec from_bits(Ints a) { return Vec((Floats)a); }
 OPSD_INLINE Vec to_float(Ints a) { return Vec(__builtin_convertvector(a, Floats)); }
@@ -210,6 +212,7 @@ OPSD_INLINE void store(Half* p, Vec a) {
 OPSD_INLINE double fma(double a, double b, double c) { return a * b + c; }
 OPSD_INLINE double reduce_add(double a) { return a; }
 OPSD_INLINE double reduce_max(double a) { return a; }
+OPSD_INLINE double first_lane(double a) { return a; }
 OPSD_INLINE double load(const double* p) { return *p; }
 OPSD_INLINE void store(double* p, double a) { *p = a; }
 OPSD_INLINE int lowest_lane(bool m) { return m ? 0 : -1; }

@@ -13,7 +13,7 @@ using opsd::log1p;
 using opsd::max;
 using opsd::select;
 OPSD_INLINE double exp(double x) { return ::exp(x); }
-OPSD_INLINE double tanh(double x) { return ::tanh(x); }
+OPSD_INLINE double scaled_tanh(double x, double c) { return ::tanh(x * c); }
 
 // x = n * ln 2 + r with |r| <= ln(2)/2, for |x| < 2^21. The high part of ln 2 has 9 bits: n times it is exact without fma, too.
 struct Reduced {
@@ -45,22 +45,19 @@ OPSD_INLINE Vec exp(Vec x) {
   return scale_by_power(Vec(1.0) + (a.r + exp_rest(a.r)), a.n);
 }
 
-// x <= 88
-OPSD_INLINE ExpPair<Vec> exp_pair(Vec x) {
-  const Reduced a = reduce(max(Vec(EXP_FLOOR), x));
+OPSD_INLINE ExpPair<Vec> exp_pair(const Reduced& a) {
   const Vec power = scale_by_power(Vec(1.0), a.n), h = a.r + exp_rest(a.r);
   return {fma(power, h, power), fma(power, h, power - Vec(1.0))};
 }
 
-OPSD_INLINE Vec expm1(Vec x) { return exp_pair(x).expm1; }
+// x <= 88
+OPSD_INLINE ExpPair<Vec> exp_pair(Vec x) { return exp_pair(reduce(max(Vec(EXP_FLOOR), x))); }
 
-// expm1(d) - d, to its own relative accuracy near 0; for |d| <= 87, elsewhere anything.
-OPSD_INLINE Vec exp_second_order(Vec d) {
-  const Reduced a = reduce(d);
-  const Vec power = scale_by_power(Vec(1.0), a.n);
-  const Vec first_order = fma(power, a.r, power - Vec(1.0));  // d itself where n = 0
-  return fma(power, exp_rest(a.r), first_order - d);
-}
+// The same for |x| <= 80 alone; beyond, anything.
+OPSD_INLINE ExpPair<Vec> bounded_exp_pair(Vec x) { return exp_pair(reduce(x)); }
+OPSD_INLINE ExpPair<double> bounded_exp_pair(double x) { return exp_pair(x); }
+
+OPSD_INLINE Vec expm1(Vec x) { return exp_pair(x).expm1; }
 
 // x in (-1, 1e30); near -1 as exact as 1 + x.
 OPSD_INLINE Vec log1p(Vec x) {
@@ -80,19 +77,18 @@ OPSD_INLINE Vec log1p(Vec x) {
   return fma(k, Vec(0.693359375), fma(k, Vec(-2.12194440054690583e-4), mantissa));
 }
 
-// (1 - u) / (1 + u) with u = exp(-2|x|); from 1/2 on as 1 - 2u / (1 + u), where a softcap of 30 would magnify the quotient's last digit.
-OPSD_INLINE Vec tanh(Vec x) {
-  const ExpPair<Vec> u = exp_pair(Vec(-2.0) * abs(x));
-  const Mask large = abs(x) > Vec(0.5);
+// tanh(c * x) = (1 - u) / (1 + u) with u = exp(-2c|x|). A softcap of 30 magnifies every last digit, so the product is never rounded,
+// and large arguments go by 1 - 2u / (1 + u).
+OPSD_INLINE Vec scaled_tanh(Vec x, double c) {
+  const Vec y = Vec(c < 0 ? 2.0 : -2.0) * abs(x), high(c), low(c - static_cast<double>(static_cast<float>(c)));
+  const Vec product = y * high, rest = fma(y, low, fma(y, high, -product));  // rest: NaN where x is infinite
+  Reduced a = reduce(max(Vec(EXP_FLOOR), product));
+  a.r = a.r + select(rest == rest, rest, Vec(0.0));
+  const ExpPair<Vec> u = exp_pair(a);
+  const Mask large = product < Vec(-1.0);
   const Vec part = select(large, u.exp + u.exp, -u.expm1) / (Vec(1.0) + u.exp);
   const Vec magnitude = select(large, Vec(1.0) - part, part);
-  return select(x < Vec(0.0), -magnitude, magnitude);
-}
-
-OPSD_INLINE double exp_second_order(double d) {
-  // Cancellation in expm1(d) - d costs d * 1e-16 / (d^2 / 2): below 0.01 the series is better.
-  if (d > -0.01 && d < 0.01) return d * d * (0.5 + d * (1.0 / 6 + d * (1.0 / 24 + d * (1.0 / 120 + d * (1.0 / 720 + d / 5040)))));
-  return ::expm1(d) - d;
+  return select(x * high < Vec(0.0), -magnitude, magnitude);
 }
 
 }  // namespace opsd::OPSD_CAPABILITY
