@@ -87,7 +87,7 @@ def linear_divergence(
     labels, mask: a token with `labels == ignore_index` or `mask == 0` is not valid: it costs nothing, influences nothing, may hold inf or NaN.
     reduction: `none` weighted divergence per token; `sum`; `mean` = sum / `normalizer` (default: number of valid tokens); `sequence_mean` for (B, T, H).
     backward: `in_forward` (four GEMM passes, three with a frozen head), `recompute` (six; any upstream gradient per token), `auto`.
-    logits_dtype: `auto` (the inputs' for a shared head, by the difference GEMM; else fp32), `torch.float32`, `"input"`.
+    logits_dtype: `auto` (the inputs' for a shared head, by the difference GEMM; else, and for tvd, fp32), `torch.float32`, `"input"`.
 
     Returns the loss, 0-dim or (...) for `none`, in fp32 (fp64 for fp64 inputs); with `return_stats` also TokenStats. Raises ValueError or TypeError naming argument, expected and
     got; NotImplementedError for entry_clip, token_clip, teacher_mix, topk*, group and callable token_weights, which this version does not have.
@@ -222,7 +222,7 @@ def _call(spec, student, teacher, shared_head, valid, labels, vocab_size, logits
         teacher_transform=pack_transform(spec.teacher),
         shared_head=shared_head,
         vocab=_vocabulary(student.weight.shape[0], teacher.weight.shape[0], vocab_size),
-        logits_dtype=logits_dtype,
+        logits_dtype="float32" if logits_dtype == "auto" and spec.divergence.kinked else logits_dtype,
         workspace_bytes=workspace_bytes,
         backend=backend,
         grad_hidden=wants[0],

@@ -12,7 +12,7 @@ from ..spec import RowSpec
 from .contract import GAP_BOUNDS, SPREAD_LIMIT, Column, offset, plain_kl, stats_dtype
 
 # Rows are walked in blocks of about this many entries, so that the dozen temporaries of a sweep stay small beside the chunk's own buffers.
-BLOCK_ENTRIES = 1 << 19
+BLOCK_ENTRIES = 1 << 17
 
 
 class _Logits(NamedTuple):
