@@ -18,23 +18,36 @@ WIDTHS = {"normal": 4.0, "wide": 16.0}
 @functools.cache
 def curve_case(kl: float, width: str, dtype: torch.dtype, shared_head: bool) -> Case:
     """A case whose float64 KL is what it says: rounding hidden states to 16 bits moves the teacher, too."""
-    case = hard_case(48, 2048, 64, dtype, shared_head=shared_head, near=kl, largest_logit=WIDTHS[width], widths=(1.0,), bias=False)
+    case = hard_case(48, 2048, 64, dtype, shared_head=shared_head, near=kl, largest_logit=WIDTHS[width], widths=(1.0,), bias=False, seed=1)
     case = replace(case, token_weights=None)
     actual = evaluate(linear_divergence_reference, case.double(), divergence="forward_kl").loss.item()
     assert kl / 2 < actual < 2 * kl, f"the case stands at KL {actual}, not {kl}"
     return case
 
 
+def off_kinks(case: Case) -> Case:
+    """TVD's gradient jumps where p = q: leave out tokens that have a probable entry there, whose gradient is anyone's."""
+    s, t = (h.double() @ w.double().T for h, w in ((case.student_hidden, case.student_weight), (case.teacher_hidden, case.teacher_weight)))
+    delta, q = t.log_softmax(-1) - s.log_softmax(-1), s.softmax(-1)
+    jump = (q * (delta.abs() < 0.05 * (q * delta**2).sum(-1, keepdim=True).sqrt())).amax(-1)
+    keep = jump < 0.01
+    assert keep.sum() >= 8
+    return replace(case, mask=case.mask & keep)
+
+
 @functools.cache
-def truth_of(kl: float, width: str, dtype: torch.dtype, shared_head: bool, divergence: str) -> Outcome:
-    return evaluate(linear_divergence_reference, curve_case(kl, width, dtype, shared_head).double(), divergence=divergence)
+def judged(kl: float, width: str, dtype: torch.dtype, shared_head: bool, divergence: str) -> tuple[Case, Outcome]:
+    """(case, truth)."""
+    case = curve_case(kl, width, dtype, shared_head)
+    case = off_kinks(case) if divergence == "tvd" else case
+    return case, evaluate(linear_divergence_reference, case.double(), divergence=divergence)
 
 
 @pytest.mark.parametrize("divergence", KIND_NAMES)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("kl", KLS)
 def test_bf16_shared_head(backend, kl, width, divergence):
-    case, truth = curve_case(kl, width, torch.bfloat16, True), truth_of(kl, width, torch.bfloat16, True, divergence)
+    case, truth = judged(kl, width, torch.bfloat16, True, divergence)
     for options, target in (({}, "default"), ({"logits_dtype": torch.float32}, "fp32_logits")):
         assert_on_target(evaluate(linear_divergence, case, divergence=divergence, backend=backend, **options), truth, target)
 
@@ -44,7 +57,7 @@ def test_bf16_shared_head(backend, kl, width, divergence):
 @pytest.mark.parametrize("kl", KLS)
 def test_bf16_two_heads(backend, kl, width, divergence):
     """Equal heads that the op cannot know to be equal: the default keeps fp32 logits, and meets their target."""
-    case, truth = curve_case(kl, width, torch.bfloat16, False), truth_of(kl, width, torch.bfloat16, False, divergence)
+    case, truth = judged(kl, width, torch.bfloat16, False, divergence)
     assert_on_target(evaluate(linear_divergence, case, divergence=divergence, backend=backend), truth, "fp32_logits")
 
 
@@ -53,14 +66,14 @@ def test_bf16_two_heads(backend, kl, width, divergence):
 @pytest.mark.parametrize("kl", KLS)
 def test_fp32(backend, kl, shared_head, divergence):
     for width in WIDTHS:
-        case, truth = curve_case(kl, width, torch.float32, shared_head), truth_of(kl, width, torch.float32, shared_head, divergence)
+        case, truth = judged(kl, width, torch.float32, shared_head, divergence)
         plain = evaluate(linear_divergence_reference, case, divergence=divergence)
         assert_no_worse(evaluate(linear_divergence, case, divergence=divergence, backend=backend), plain, truth)
 
 
 def test_the_curve_can_fail():
     """Both logits rounded to bf16, as older fused losses do, miss the target by far where the teacher is near."""
-    case, truth = curve_case(1e-3, "wide", torch.bfloat16, True), truth_of(1e-3, "wide", torch.bfloat16, True, "reverse_kl")
+    case, truth = judged(1e-3, "wide", torch.bfloat16, True, "reverse_kl")
 
     def rounded_pair(student_hidden, student_weight, teacher_hidden, teacher_weight, **options):
         identity = torch.eye(student_weight.shape[0], dtype=torch.float32)

@@ -55,7 +55,7 @@ def test_matches_truth(backend, divergence, situation, dtype):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_ragged_shapes(backend, divergence, N, V, H):
     for made in ({}, {"shared_head": True}, {"views": False}):
-        case = hard_case(N, V, H, torch.float32, **made)
+        case = hard_case(N, V, H, torch.float32, largest_logit=40.0 if V > 10 else 4.0, **made)  # a few entries at 40 have a gradient of 1e-18
         assert_no_worse(*three(case, {"backend": backend}, divergence=divergence, beta=0.25))
 
 
