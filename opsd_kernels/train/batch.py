@@ -36,6 +36,7 @@ def align(prompts: Sequence[tuple[int, ...]], completions: Sequence[tuple[int, .
     tokens_BL = _padded([prompt + completion for prompt, completion in zip(prompts, completions, strict=True)], pad)
     first_B1 = torch.tensor([len(prompt) - 1 for prompt in prompts])[:, None]
     mask_BT = completion_labels(completions) != IGNORE
+    # The last prompt token predicts the first completion token, hence len - 1. Masked rows point at 0, a row that exists.
     rows_BT = (first_B1 + torch.arange(mask_BT.shape[1])) * mask_BT
     return Sequences(tokens_BL[:, :-1].contiguous(), rows_BT)  # nothing follows the last token
 

@@ -42,6 +42,7 @@ def save(folder: Path, state: RunState, log_offset: int) -> Path:
     """Writes `folder/step_N` and removes the older ones. A step that is there already is not written again."""
     path = folder / f"step_{state.step:06d}"
     write_directory(path, lambda pending: _fill(pending, state, log_offset))
+    # The new one is on the disk by now; a kill between these lines leaves two, and the newer one counts.
     for step, old in _complete(folder):
         if step < state.step:
             shutil.rmtree(old)
@@ -70,6 +71,7 @@ def restore(path: Path, state: RunState) -> int:
 
 
 def _fill(pending: Path, state: RunState, log_offset: int) -> None:
+    # Tied weights are stored once here, and tied again by from_pretrained.
     state.model.save_pretrained(pending)
     state.tokenizer.save_pretrained(pending)
     save_file({name: tensor.contiguous() for name, tensor in state.teacher.state().items()}, pending / "teacher.safetensors")
@@ -94,9 +96,11 @@ def _load_optimizer(state: RunState, tensors: dict[str, Tensor]) -> None:
     for entry, value in tensors.items():
         key, _, name = entry.partition("/")
         parameter = parameters[name]
+        # AdamW keeps its step count on the CPU whatever the device.
         state.optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
 
 
+# The trainer draws from seeds.py, which has no state; the generators are saved for models with dropout and for code that bends it.
 def _random_tensors() -> dict[str, Tensor]:
     tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.random.get_state()[1].astype(np.int64))}
     if torch.cuda.is_initialized():

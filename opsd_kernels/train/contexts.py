@@ -50,6 +50,7 @@ def build_contexts(rollouts: Sequence[Rollout], siblings: bool, *key: int) -> li
     The demonstration is drawn at random among the successes of the rollout's group; `key` (seed, step) and the rollout's place decide the draw.
     """
     successes: dict[int, list[Rollout]] = {}
+    # Sorted, so that the draw below means the same rollout in whatever order they come.
     for rollout in sorted(rollouts, key=lambda rollout: rollout.sample):
         if rollout.verdict.success:
             successes.setdefault(rollout.group, []).append(rollout)
@@ -79,4 +80,5 @@ def forbidden_markers(tokenizer: PreTrainedTokenizerBase, template: ContextTempl
     frame = tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], tokenize=False, add_generation_prompt=True)
     pieces = [piece.strip() for piece in frame.split(PROBE)]
     candidates = [*added, *tokenizer.all_special_tokens, *pieces, *template.markers()]
+    # A single character cannot be broken in two, and ends no block.
     return tuple(sorted({marker for marker in candidates if len(marker) > 1}))

@@ -27,6 +27,7 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
     pending.mkdir()
     try:
         fill(pending)
+        # Contents before names: a rename may reach the disk ahead of data that was never flushed.
         for file in pending.rglob("*"):
             _sync(file)
         _sync(pending)

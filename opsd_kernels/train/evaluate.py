@@ -28,6 +28,7 @@ def self_teacher_accuracy(
 
     A rollout without a context counts as it is: there the teacher has nothing to add.
     """
+    # Whole groups, since a demonstration comes from a sibling.
     groups = max(1, samples // config.group_size)
     problems = [task.held_out[i % len(task.held_out)] for i in range(groups)]
     prompts = [task.env(problem, 0).prompt() for problem in problems]

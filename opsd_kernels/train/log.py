@@ -79,6 +79,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, offset: int = 0):
         path.touch()
+        # A kill may have left lines of steps that will be made again, or half a line.
         os.truncate(path, min(offset, path.stat().st_size))
         self._file = path.open("a", encoding="utf-8")
 

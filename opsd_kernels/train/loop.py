@@ -103,6 +103,7 @@ def prepare(config: TrainConfig, out: Path, progress: Progress) -> Run:
     log = MetricsLog(out / "metrics.jsonl", offset)
     run = Run(config, out, progress, task, sampler, state, log, Scalars(out / "tensorboard", config.tensorboard, state.step), started)
     if saved is None:
+        # The gap between the two first numbers predicts what training will bring (arXiv:2605.30070).
         state.facts |= {f"{name}_before": value for name, value in measure(run, config.eval_samples).items()}
         progress.say("before: " + ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in measured(state.facts, "_before").items()))
         run.save()
@@ -124,6 +125,7 @@ def run_steps(run: Run) -> None:
             state.step += 1
             shown = {"reward": metrics["reward"], "divergence": metrics["divergence"], "gap": metrics["sampled_logprob_gap"]}
             bar.update(state.step, **shown, tokens_per_second=metrics["tokens_per_second"])
+            # After the log, so that the checkpoint's offset covers the line of this step.
             if state.step % config.checkpoint_every == 0 or state.step == config.steps or interrupted.is_set():
                 run.save()
             if interrupted.is_set() and state.step < config.steps:
@@ -134,9 +136,11 @@ def one_step(run: Run) -> StepMetrics:
     """Sample, verify, give the teacher its contexts, distil; returns the line of metrics.jsonl."""
     began = time.monotonic()
     config, state, number = run.config, run.state, run.state.step + 1
+    # The student answers, the world judges; the teacher's view of each answer follows from the judgement.
     rollouts = run.sampler.sample(state.model, run.task, requests(prompts_of_step(run), config.group_size), config.seed, ROLLOUTS, state.step)
     contexts = build_contexts(rollouts, config.siblings, config.seed, CONTEXTS, state.step)
 
+    # Both sides score the student's own tokens; the teacher with its context in front of them.
     chosen = [(rollout, context) for rollout, context in zip(rollouts, contexts, strict=True) if context is not None]
     batch = update = None
     if chosen:
@@ -147,6 +151,7 @@ def one_step(run: Run) -> StepMetrics:
     metrics = {"step": number, **steps.rollout_metrics(rollouts, contexts), **steps.update_metrics(update, batch)}
     metrics["learning_rate"] = steps.learning_rate(config, number)
     seconds = time.monotonic() - began
+    # Only these two may differ between a run and its repetition.
     metrics |= {"seconds": seconds, "tokens_per_second": metrics["completion_tokens"] / seconds}
     if torch.cuda.is_initialized():
         metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
@@ -182,6 +187,7 @@ def finish(run: Run) -> dict[str, Any]:
     facts = run.state.facts
     after = {f"{name}_after": value for name, value in measure(run, run.config.eval_samples).items()}
     summary = {**facts, **after, "steps": run.state.step, "seconds": time.monotonic() - run.started}
+    # summary.json comes last: it marks a run as complete, and a run that was killed here is finished again on resume.
     report.draw_curves(run.out / "curves.png", read_metrics(run.out / "metrics.jsonl"))
     write_file(run.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     report.print_table(run.progress.console, summary, run.out)
@@ -199,7 +205,7 @@ def open_run_directory(config: TrainConfig, out: Path, resume: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     remove_pending(out)
     record = out / "config.json"
-    if not record.exists():
+    if not record.exists():  # killed before it had written anything, or no run at all
         if any(out.iterdir()):
             raise RunDirectoryError(f"out: expected the directory of a run, got {out}, which holds no config.json")
         write_file(record, config.to_json())
@@ -233,7 +239,7 @@ def reproducible(config: TrainConfig) -> Iterator[None]:
 def graceful_interrupt(progress: Progress) -> Iterator[threading.Event]:
     """The first Ctrl-C sets the event, so that a step can end and be saved; the second interrupts at once."""
     event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():  # Python hands signals to the main thread alone
         yield event
         return
 

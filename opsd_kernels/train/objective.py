@@ -52,6 +52,7 @@ def distillation(
 
     `tokens` and `sequences` count the whole optimisation step, so that the parts add up to what one batch would give.
     """
+    # base_model is the trunk without its head: no logits are made, here or in the student's forward.
     with torch.no_grad():
         teacher_hidden = hidden_states(teacher, batch.teacher)
     student_hidden = hidden_states(student, batch.student)
@@ -80,5 +81,6 @@ def distillation(
         **options,
     )
     if config.reduction == "sequence_mean":
+        # `sequence_mean` knows this micro-batch only; every rollout has a token, so sizes are counts of sequences.
         loss = loss * (batch.size / sequences)
     return loss, stats

@@ -30,10 +30,12 @@ def pick(count: int, *parts: int) -> int:
 
 def shuffled(items: Sequence[int], *parts: int) -> list[int]:
     """The items in an order that the key decides."""
+    # A stable sort of 64-bit keys: the same order on every platform, which numpy's generators promise only per version.
     order = np.argsort(mix(*parts, np.arange(len(items))), kind="stable")
     return [items[i] for i in order]
 
 
+# The constants of SplitMix64 (Steele, Lea and Flood, 2014).
 def _finalise(z: np.ndarray) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -42,16 +42,16 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def optimisation_step(student: PreTrainedModel, teacher: Teacher, optimizer: torch.optim.Optimizer, batch: Batch, config: TrainConfig, step: int) -> Update:
     """Updates student and teacher. Raises NonFiniteLoss before any weight has changed."""
-    student.train()
+    student.train()  # gradient checkpointing of transformers works in this mode only
     loss, stats = gradients(student, teacher.model, batch, config)
     grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
     if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # a caller that catches this must not find the bad gradient
         raise NonFiniteLoss(describe_bad_rows(step, float(loss), float(grad_norm), batch, stats))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # to None: the next step's first micro-batch writes, it does not add
     teacher.update(student)
     return Update(float(loss), float(grad_norm), stats)
 
@@ -111,6 +111,7 @@ def update_metrics(update: Update | None, batch: Batch | None) -> StepMetrics:
         "grad_norm": update.grad_norm,
         "divergence": divergence_BT[mask_BT].mean().item(),
         "divergence_p95": divergence_BT[mask_BT].quantile(0.95).item(),
+        # Position 0 is the answer's first token; every column has a token, since the longest answer made it.
         "divergence_by_position": ((divergence_BT * mask_BT).sum(0) / mask_BT.sum(0)).tolist(),
         "student_entropy": tokens("student_entropy")[mask_BT].mean().item(),
         "teacher_entropy": tokens("teacher_entropy")[mask_BT].mean().item(),

@@ -52,6 +52,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Llam
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    # Forked, so that building the model leaves the run's own generator where it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.warm_seed)
         return LlamaForCausalLM(shape)

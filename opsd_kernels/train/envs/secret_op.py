@@ -100,6 +100,7 @@ class SecretOp(Task):
         return solution(problem)
 
     def warm_examples(self, rng: np.random.Generator, count: int, operator_share: float) -> tuple[list[WarmExample], list[WarmExample]]:
+        # Contexts are learned within 500 steps, the two operators take over a thousand: these get the larger share.
         bare_count = round(count * NO_CONTEXT_SHARE)
         bare = [self._bare_example(rng, operator_share) for _ in range(bare_count)]
         return bare, [self._privileged_example(rng) for _ in range(count - bare_count)]
@@ -119,6 +120,7 @@ class SecretOp(Task):
         form = (solved, None if solved and silent else kind)
         if rng.random() < PRIVILEGED_PLUS_SHARE:
             return self._example(rng, self._problem(rng, PLUS), random_answer=False, form=form)
+        # Without `*` among these the teacher follows its own half-knowledge against a full answer: 38 % right instead of 98 %.
         whole = solved or kind == "answer"
         operator = int(rng.integers(PLUS, len(OPERATORS))) if whole else int(rng.integers(PLUS + 1, len(OPERATORS)))
         return self._example(rng, self._problem(rng, STAR if operator == PLUS else operator), random_answer=True, form=form)
