@@ -10,7 +10,7 @@ template <class X, class T>
 struct GapRow {
   const T* D;
   double factor, shift, gap;
-  OPSD_INLINE X delta(int64_t v, int64_t count) const { return fma(load_as<X>(D + v, count), X(factor), X(-shift)) - X(gap); }
+  OPSD_INLINE X delta(int64_t v, int64_t count) const { return exact_fma(load_as<X>(D + v, count), X(factor), X(-shift)) - X(gap); }
 };
 
 struct Value {

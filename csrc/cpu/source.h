@@ -39,15 +39,16 @@ struct FirstLanes {
   }
 };
 
-// Entries per step of the accumulation: sums run in X within a block, in double over blocks.
-constexpr int64_t BLOCK = 4096;
+// Entries per step of the accumulation: 256 additions to a lane in X, then over blocks in double.
+template <class X>
+constexpr int64_t BLOCK = 256 * LANES<X>;
 
 // step(v, lanes) for each vector of a row, flush() after each block.
 template <class X, class Step, class Flush>
 OPSD_INLINE void walk(int64_t V, Step step, Flush flush) {
   const int64_t whole = V - V % LANES<X>;
-  for (int64_t start = 0; start < whole; start += BLOCK) {
-    const int64_t end = start + BLOCK < whole ? start + BLOCK : whole;
+  for (int64_t start = 0; start < whole; start += BLOCK<X>) {
+    const int64_t end = start + BLOCK<X> < whole ? start + BLOCK<X> : whole;
     for (int64_t v = start; v < end; v += LANES<X>) step(v, EveryLane<X>{});
     flush();
   }
@@ -90,12 +91,23 @@ struct LinearSource {
   OPSD_INLINE X student(const Entry& e) const { return e.s * X(factor); }
   OPSD_INLINE X teacher(const Entry& e) const { return student(e) + e.d * X(factor); }
   OPSD_INLINE Relative<X> relative(const Entry& e, const References<X>& r) const {
-    const X x = fma(e.s, X(factor), X(-r.student)), o = fma(e.d, X(factor), X(-r.shift));
+    const X x = exact_fma(e.s, X(factor), X(-r.student)), o = exact_fma(e.d, X(factor), X(-r.shift));
     return {x, x + o, o};
   }
   OPSD_INLINE X slope(const Entry&) const { return X(1.0); }
   bool bent() const { return false; }
 };
+
+// A sum and what rounding it lost: at |z| = 40 that is 2e-6, times the factor.
+template <class X>
+struct Exact {
+  X sum, rest;
+};
+template <class X>
+OPSD_INLINE Exact<X> add_exactly(const Exact<X>& a, X b) {
+  const X sum = a.sum + b, kept = sum - a.sum, rest = (a.sum - (sum - kept)) + (b - kept);
+  return {sum, a.rest + select(rest == rest, rest, X(0.0))};  // NaN where a side is infinite
+}
 
 // Anything: two heads, biases, softcaps, different temperatures, with or without the difference buffer.
 template <class X, class T>
@@ -113,11 +125,12 @@ struct GeneralSource {
           bent(t.softcap > 0),
           inner(bent ? t.scale / t.softcap : 1),
           outer(bent ? t.softcap / t.temperature : t.scale / t.temperature) {}
-    OPSD_INLINE X operator()(X z, int64_t v, int64_t count) const {
-      if (bias) z = z + load_as<X>(bias + v, count);
-      if (bent) z = scaled_tanh(z, inner);
+    OPSD_INLINE Exact<X> operator()(Exact<X> z, int64_t v, int64_t count) const {
+      if (bias) z = add_exactly(z, load_as<X>(bias + v, count));
+      if (bent) z = {scaled_tanh(z.sum, inner), X(0.0)};
       return z;
     }
+    OPSD_INLINE X above(const Exact<X>& y, double level) const { return fma(y.rest, X(outer), exact_fma(y.sum, X(outer), X(-level))); }
   };
 
   const T* S;
@@ -126,8 +139,7 @@ struct GeneralSource {
   bool difference, linear;
 
   struct Entry {
-    X s, t;    // t is the raw difference where the gap is a multiple of it
-    X t_rest;  // what rounding student plus difference lost: at |z| = 40, 2e-6 times the factor
+    Exact<X> s, t;  // t is the raw difference where the gap is a multiple of it
   };
   GeneralSource(const RowArgs& a, int64_t row)
       : S(static_cast<const T*>(a.S) + row * a.stride_s),
@@ -139,28 +151,27 @@ struct GeneralSource {
 
   OPSD_INLINE Entry at(int64_t v, int64_t count) const {
     const X z = load_as<X>(S + v, count), other = load_as<X>(T_ + v, count);
-    const X s = student_side(z, v, count);
-    if (linear) return {s, other, X(0.0)};
-    if (!difference) return {s, teacher_side(other, v, count), X(0.0)};
-    const X t = z + other, kept = t - z, rest = (z - (t - kept)) + (other - kept);
-    return {s, teacher_side(t, v, count), teacher_side.bent ? X(0.0) : select(rest == rest, rest, X(0.0))};  // rest: NaN where a side is infinite
+    const Exact<X> s = student_side({z, X(0.0)}, v, count);
+    if (linear) return {s, {other, X(0.0)}};
+    const Exact<X> t = difference ? add_exactly({z, X(0.0)}, other) : Exact<X>{other, X(0.0)};
+    return {s, teacher_side(t, v, count)};
   }
-  OPSD_INLINE X student(const Entry& e) const { return e.s * X(student_side.outer); }
+  OPSD_INLINE X student(const Entry& e) const { return e.s.sum * X(student_side.outer); }
   OPSD_INLINE X teacher(const Entry& e) const {
-    if (linear) return student(e) + e.t * X(student_side.outer);
-    return e.t * X(teacher_side.outer);
+    if (linear) return student(e) + e.t.sum * X(student_side.outer);
+    return e.t.sum * X(teacher_side.outer);
   }
   OPSD_INLINE Relative<X> relative(const Entry& e, const References<X>& r) const {
-    const X x = fma(e.s, X(student_side.outer), X(-r.student));
+    const X x = student_side.above(e.s, r.student);
     if (linear) {
-      const X o = fma(e.t, X(student_side.outer), X(-r.shift));
+      const X o = exact_fma(e.t.sum, X(student_side.outer), X(-r.shift));
       return {x, x + o, o};
     }
-    const X ft(teacher_side.outer), y = fma(e.t_rest, ft, fma(e.t, ft, X(-r.teacher)));
+    const X y = teacher_side.above(e.t, r.teacher);
     return {x, y, select(x == y, X(0.0), y - x)};  // both -inf: masked, and no reason to call the row far
   }
   // d(logit)/d(raw logit) over scale / temperature
-  OPSD_INLINE X slope(const Entry& e) const { return fma(-e.s, e.s, X(1.0)); }
+  OPSD_INLINE X slope(const Entry& e) const { return fma(-e.s.sum, e.s.sum, X(1.0)); }
   bool bent() const { return student_side.bent; }
 };
 

@@ -38,8 +38,8 @@ template <class X, class Source, class Read>
 OPSD_SWEEP Peak maximum(const Source& source, int64_t V, Read read) {
   constexpr int64_t N = LANES<X>;
   Peak peak{-INF, 0};
-  for (int64_t start = 0; start < V; start += BLOCK) {
-    const int64_t end = start + BLOCK < V ? start + BLOCK : V;
+  for (int64_t start = 0; start < V; start += BLOCK<X>) {
+    const int64_t end = start + BLOCK<X> < V ? start + BLOCK<X> : V;
     // Four chains: one maximum every four cycles would be slower than the loads. max() leaves NaN out.
     X top[4] = {X(-INF), X(-INF), X(-INF), X(-INF)};
     int64_t v = start;
@@ -53,7 +53,7 @@ OPSD_SWEEP Peak maximum(const Source& source, int64_t V, Read read) {
     const double value = reduce_max(max(max(top[0], top[1]), max(top[2], top[3])));
     if (value > peak.value) peak = {value, start};
   }
-  for (int64_t v = peak.index; v < V && v < peak.index + BLOCK; v += N) {
+  for (int64_t v = peak.index; v < V && v < peak.index + BLOCK<X>; v += N) {
     const int64_t count = V - v < N ? V - v : N;
     const int lane = lowest_lane(read(source.at(v, count)) == X(peak.value));
     if (lane >= 0 && lane < count) return {peak.value, v + lane};
@@ -85,31 +85,33 @@ OPSD_INLINE void keep(const Scratch<X>& w, const Source& source, const typename 
 
 // Sums over e = exp(x) and p = exp(y).
 struct Sums {
-  double z, zt, eo, ew, po, ex, py, spread;
-  double top_e, top_p, top_y;  // largest e, p and y: not quite 1, 1 and 0, for a maximum is rounded
+  double z, zt, eo, ew, po, spread;
+  double ex = 0, py = 0, p = 1, top_e = 1, top_p = 1;  // of METRICS; the largest e and p are not quite 1, for a maximum is rounded
 };
 
-// The sums that only METRICS asks for.
+// The sums that only METRICS asks for, each side relative to its own maximum in near rows, too: an entropy sees the rounding of 20 * exp(20).
 template <class X>
 struct MetricSums {
-  Total<X> ex, py;
-  X top_e{0.0}, top_p{0.0}, top_y{-INF};
-  OPSD_INLINE void add(X x, X y, X e, X p) {
+  Total<X> ex, py, p;
+  X top_e{0.0}, top_p{0.0};
+  OPSD_INLINE void add(X x, X y, X e) {
+    const X term = exp(y);
     ex.block = fma(e, max(x, X(2 * EXP_FLOOR)), ex.block);  // 0 * -inf is no entropy
-    py.block = fma(p, max(y, X(2 * EXP_FLOOR)), py.block);
-    top_e = max(e, top_e), top_p = max(p, top_p), top_y = max(y, top_y);
+    py.block = fma(term, max(y, X(2 * EXP_FLOOR)), py.block);
+    p.block = p.block + term;
+    top_e = max(e, top_e), top_p = max(term, top_p);
   }
-  OPSD_INLINE void flush() { ex.flush(), py.flush(); }
+  OPSD_INLINE void flush() { ex.flush(), py.flush(), p.flush(); }
   OPSD_INLINE void report(Sums& sums) const {
-    sums.ex = ex.sum, sums.py = py.sum;
-    sums.top_e = reduce_max(top_e), sums.top_p = reduce_max(top_p), sums.top_y = reduce_max(top_y);
+    sums.ex = ex.sum, sums.py = py.sum, sums.p = p.sum;
+    sums.top_e = reduce_max(top_e), sums.top_p = reduce_max(top_p);
   }
 };
 
 // The teacher's terms are p = e * exp(o). sum e * expm1(o) keeps the gap's digits however near the teacher is; sum p, which the forward KL
 // needs anyway, keeps them where most of the student's probability is gone from the teacher.
 template <Mode MODE, class X, class Source>
-OPSD_SWEEP Sums near_sums(const Source& source, int64_t V, const References<X>& references, const Scratch<X>& w) {
+OPSD_SWEEP Sums near_sums(const Source& source, int64_t V, const References<X>& references, const References<X>& maxima, const Scratch<X>& w) {
   Total<X> z, zt, eo, ew, po;
   MetricSums<X> metrics;
   X spread(0.0);
@@ -127,7 +129,7 @@ OPSD_SWEEP Sums near_sums(const Source& source, int64_t V, const References<X>& 
       const X p = e * ratio.exp;
       zt.block = zt.block + p;
       po.block = fma(p, o, po.block);
-      if constexpr (MODE == Mode::METRICS) metrics.add(x, lanes(r.y, -INF), e, p);
+      if constexpr (MODE == Mode::METRICS) metrics.add(x, lanes(source.relative(entry, maxima).y, -INF), e);
     }
   };
   auto flush = [&]() __attribute__((always_inline)) {
@@ -136,7 +138,7 @@ OPSD_SWEEP Sums near_sums(const Source& source, int64_t V, const References<X>& 
     if constexpr (MODE == Mode::METRICS) metrics.flush();
   };
   walk<X>(V, step, flush);
-  Sums sums{z.sum, MODE == Mode::REVERSE ? z.sum + ew.sum : zt.sum, eo.sum, ew.sum, po.sum, 0, 0, reduce_max(spread), 1, 1, 0};
+  Sums sums{z.sum, MODE == Mode::REVERSE ? z.sum + ew.sum : zt.sum, eo.sum, ew.sum, po.sum, reduce_max(spread)};
   if (!std::isfinite(sums.eo)) sums.spread = INF;  // a NaN among the offsets: max() left it out
   if constexpr (MODE == Mode::METRICS) metrics.report(sums);
   return sums;
@@ -156,7 +158,7 @@ OPSD_SWEEP Sums far_sums(const Source& source, int64_t V, const References<X>& r
     zt.block = zt.block + p;
     eo.block = eo.block + guard<true>(e, e * o);
     if constexpr (MODE != Mode::REVERSE) po.block = po.block + guard<true>(p, p * o);
-    if constexpr (MODE == Mode::METRICS) metrics.add(x, y, e, p);
+    if constexpr (MODE == Mode::METRICS) metrics.add(x, y, e);
   };
   auto flush = [&]() __attribute__((always_inline)) {
     z.flush(), zt.flush(), eo.flush();
@@ -164,7 +166,7 @@ OPSD_SWEEP Sums far_sums(const Source& source, int64_t V, const References<X>& r
     if constexpr (MODE == Mode::METRICS) metrics.flush();
   };
   walk<X>(V, step, flush);
-  Sums sums{z.sum, zt.sum, eo.sum, 0, po.sum, 0, 0, 0, 1, 1, 0};
+  Sums sums{z.sum, zt.sum, eo.sum, 0, po.sum, 0};
   if constexpr (MODE == Mode::METRICS) metrics.report(sums);
   return sums;
 }
@@ -182,7 +184,6 @@ OPSD_SWEEP void refill(const Source& source, int64_t V, const RowState& row, con
   walk<X>(V, step, [] {});
 }
 
-// Each entropy is measured from its own side's peak, so that a peaked row's small one keeps its digits.
 inline void finish(RowState& row, const Sums& sums) {
   row.inverse_z = 1 / sums.z;
   row.inverse_zt = 1 / sums.zt;
@@ -193,9 +194,9 @@ inline void finish(RowState& row, const Sums& sums) {
   row.reverse_kl = row.gap - sums.eo / sums.z;
   row.forward_kl = sums.po / sums.zt - row.gap;
   row.entropy_s = row.logsum_s - sums.ex / sums.z;
-  row.entropy_t = ::log(sums.zt / sums.top_p) - (sums.py / sums.zt - sums.top_y);
+  row.entropy_t = ::log(sums.p) - sums.py / sums.p;
   row.prob_s = sums.top_e / sums.z;
-  row.prob_t = sums.top_p / sums.zt;
+  row.prob_t = sums.top_p / sums.p;
 }
 
 // zt / z below which sum e * expm1(o) has lost too much beside sum e.
@@ -206,13 +207,13 @@ RowState row_statistics(const Source& source, int64_t V, double spread_limit, co
   auto student = [&](const auto& entry) __attribute__((always_inline)) { return source.student(entry); };
   auto teacher = [&](const auto& entry) __attribute__((always_inline)) { return source.teacher(entry); };
   const Peak peak = maximum<X>(source, V, student);
-  Peak top;
+  Peak top = peak;
   if constexpr (MODE == Mode::METRICS) top = maximum<X>(source, V, teacher);
   RowState row;
   row.max_s = peak.value;
   row.max_t = first_lane(source.teacher(source.at(peak.index, 1)));
-  const References<X> at_peak(row.max_s, row.max_t);
-  Sums sums = near_sums<MODE>(source, V, at_peak, w);
+  const References<X> at_peak(row.max_s, row.max_t), maxima(row.max_s, top.value);
+  Sums sums = near_sums<MODE>(source, V, at_peak, maxima, w);
   row.spread = sums.spread;
   row.far = !(row.spread <= spread_limit);
   if (row.far) {
@@ -220,7 +221,7 @@ RowState row_statistics(const Source& source, int64_t V, double spread_limit, co
     row.max_t = top.value;
     sums = far_sums<MODE>(source, V, References<X>(row.max_s, row.max_t), w);
   } else if (MODE == Mode::REVERSE && !(sums.zt / sums.z > LEAST_RATIO)) {
-    sums = near_sums<Mode::FORWARD>(source, V, at_peak, w);
+    sums = near_sums<Mode::FORWARD>(source, V, at_peak, maxima, w);
   }
   finish(row, sums);
   if constexpr (MODE == Mode::METRICS) row.argmax_s = static_cast<double>(peak.index), row.argmax_t = static_cast<double>(top.index);

@@ -94,8 +94,23 @@ OPSD_INLINE int lowest_lane(Mask m) { return m.m ? __builtin_ctz(m.m) : -1; }
 OPSD_INLINE Vec fma(Vec a, Vec b, Vec c) { return Vec(_mm256_fmadd_ps(a.v, b.v, c.v)); }
 OPSD_INLINE Vec max(Vec a, Vec b) { return Vec(_mm256_max_ps(a.v, b.v)); }
 #else
-OPSD_INLINE Vec fma(Vec a, Vec b, Vec c) { return Vec(a.v * b.v + c.v); }
+OPSD_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__FP_FAST_FMAF)
+  for (int i = 0; i < VEC_LANES; ++i) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+  return c;
+#else
+  return Vec(a.v * b.v + c.v);
+#endif
+}
 OPSD_INLINE Vec max(Vec a, Vec b) { return Vec(a.v > b.v ? a.v : b.v); }
+#endif
+#if !defined(__AVX2__) && !defined(__FP_FAST_FMAF)
+// The product unrounded, where the rounding of a logit would be too much.
+OPSD_INLINE Vec exact_fma(Vec a, Vec b, Vec c) {
+  typedef double Doubles __attribute__((vector_size(8 * VEC_LANES)));
+  const Doubles x = __builtin_convertvector(a.v, Doubles), y = __builtin_convertvector(b.v, Doubles), z = __builtin_convertvector(c.v, Doubles);
+  return Vec(__builtin_convertvector(x * y + z, Floats));
+}
 #endif
 OPSD_INLINE Vec abs(Vec a) { return Vec((Floats)((Ints)a.v & 0x7fffffff)); }
 OPSD_INLINE Mask operator>(Vec a, Vec b) { return {a.v > b.v}; }
@@ -113,6 +128,10 @@ OPSD_INLINE int lowest_lane(Mask m) {
     if (m.m[i]) return i;
   return -1;
 }
+#endif
+
+#if defined(__AVX2__) || defined(__FP_FAST_FMAF)
+OPSD_INLINE Vec exact_fma(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 #endif
 
 // Left to right over a fixed tree, in double: the same bits on every call.
@@ -210,6 +229,7 @@ OPSD_INLINE void store(Half* p, Vec a) {
 // ---- the same for a double, one lane wide ----
 
 OPSD_INLINE double fma(double a, double b, double c) { return a * b + c; }
+OPSD_INLINE double exact_fma(double a, double b, double c) { return a * b + c; }
 OPSD_INLINE double reduce_add(double a) { return a; }
 OPSD_INLINE double reduce_max(double a) { return a; }
 OPSD_INLINE double first_lane(double a) { return a; }

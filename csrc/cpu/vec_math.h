@@ -81,7 +81,7 @@ OPSD_INLINE Vec log1p(Vec x) {
 // and large arguments go by 1 - 2u / (1 + u).
 OPSD_INLINE Vec scaled_tanh(Vec x, double c) {
   const Vec y = Vec(c < 0 ? 2.0 : -2.0) * abs(x), high(c), low(c - static_cast<double>(static_cast<float>(c)));
-  const Vec product = y * high, rest = fma(y, low, fma(y, high, -product));  // rest: NaN where x is infinite
+  const Vec product = y * high, rest = fma(y, low, exact_fma(y, high, -product));  // rest: NaN where x is infinite
   Reduced a = reduce(max(Vec(EXP_FLOOR), product));
   a.r = a.r + select(rest == rest, rest, Vec(0.0));
   const ExpPair<Vec> u = exp_pair(a);
