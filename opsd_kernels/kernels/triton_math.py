@@ -77,21 +77,20 @@ def tanh(x):
 
 
 @triton.jit
-def transform(z, inner, outer, CAPPED: tl.constexpr):
-    """Raw logit plus bias -> logit: z * inner, or outer * tanh(z * inner) under a softcap."""
-    y = z * inner
+def bend(z, inner, CAPPED: tl.constexpr):
+    """The logit transform but for its last factor: raw logit plus bias -> y, where the logit is y * outer. Under a softcap y = tanh(z * inner)."""
     if CAPPED:
-        y = outer * tanh(y)
-    return y
+        z = tanh(z * inner)
+    return z
 
 
 @triton.jit
-def transform_slope(z, inner, outer, CAPPED: tl.constexpr):
-    """d(logit) / d(raw logit)."""
-    slope = inner
+def bend_slope(y, inner, CAPPED: tl.constexpr):
+    """dy / dz, from y."""
     if CAPPED:
-        t = tanh(z * inner)
-        slope = inner * outer * (1.0 - t) * (1.0 + t)
+        slope = inner * (1.0 - y) * (1.0 + y)
+    else:
+        slope = 1.0
     return slope
 
 

@@ -1,7 +1,8 @@
 """Triton row sweeps: one program per row. What a sweep must honour: contract.py. The formulas: triton_math.py.
 
-A program walks its row in tiles of BLOCK_V entries and keeps each sum as a tile of partial sums, so that a tile costs one reduction over the threads, its
-maximum. Loops are `while` loops: under the interpreter of Triton 3.5 and 3.6, `range` with a run-time bound fails with numpy >= 2.3.
+A program walks its row in tiles of BLOCK_V entries. Each sum is kept as BLOCK_V / PACK partial sums, PACK being the 16 bytes that a thread loads at once: the
+threads meet once per tile, for its maximum, and once per sum at the end. Loops are `while` loops: under the interpreter of Triton 3.5 and 3.6, `range` with a
+run-time bound fails with numpy >= 2.3.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from torch import Tensor
 
 from ..spec import LogitTransform, RowSpec
 from .contract import GAP_BOUNDS, SPREAD_LIMIT, Column, plain_kl, stats_dtype
-from .triton_math import FORWARD_KL, REVERSE_KL, entry, exp_pair, guarded, log1p, transform, transform_slope
+from .triton_math import FORWARD_KL, REVERSE_KL, bend, bend_slope, entry, exp_pair, guarded, log1p
 
 LIMIT = tl.constexpr(SPREAD_LIMIT)
 GAP_LOW, GAP_HIGH = tl.constexpr(GAP_BOUNDS[0]), tl.constexpr(GAP_BOUNDS[1])
 COLUMNS = tl.constexpr(len(Column))
 # Below every logit but -inf: a maximum that starts here never makes -inf - -inf.
-LOWEST = tl.constexpr(-3.0e38)
+LOWEST = tl.constexpr(-1.0e38)
 
 # MODE: what T holds.
 PLAIN, DIFFERENCE, LINEAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -43,22 +44,50 @@ def _raw(Z, Bias, v, V, ACC: tl.constexpr):
 
 
 @triton.jit
-def _logits(row, v, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr):
-    """Logits s and t of a tile, their difference d, and the student's raw logits with bias. Past the end of the row: -inf, -inf, 0."""
+def _bent(row, v, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr):
+    """A tile of both sides, each without its last factor (`bend`); in place of the teacher the raw difference where the gap is a multiple of it."""
     S, T, BiasS, BiasT, V, student, teacher = row
     ACC: tl.constexpr = student[0].dtype
-    z = _raw(S, BiasS, v, V, ACC)
-    s = tl.where(v < V, transform(z, student[0], student[1], CAP_S), -float("inf"))
+    y_s = bend(_raw(S, BiasS, v, V, ACC), student[0], CAP_S)
     if MODE == LINEAR:
-        d = tl.load(T + v, mask=v < V, other=0.0).to(ACC) * student[0]
-        t = s + d
+        y_t = tl.load(T + v, mask=v < V, other=0.0).to(ACC)
     else:
-        other = _raw(T, BiasT, v, V, ACC)
+        z = _raw(T, BiasT, v, V, ACC)
         if MODE == DIFFERENCE:
-            other += tl.load(S + v, mask=v < V, other=0.0).to(ACC)
-        t = tl.where(v < V, transform(other, teacher[0], teacher[1], CAP_T), -float("inf"))
-        d = tl.where(v < V, t - s, 0.0)
-    return s, t, d, z
+            z += tl.load(S + v, mask=v < V, other=0.0).to(ACC)
+        y_t = bend(z, teacher[0], CAP_T)
+    return y_s, y_t
+
+
+@triton.jit
+def _logits(row, v, y_s, y_t, MODE: tl.constexpr):
+    """Logits s and t of a tile; -inf past the end of the row."""
+    s = y_s * row[5][1]
+    if MODE == LINEAR:
+        t = s + y_t * row[5][1]
+    else:
+        t = y_t * row[6][1]
+    return tl.where(v < row[4], s, -float("inf")), tl.where(v < row[4], t, -float("inf"))
+
+
+@triton.jit
+def _relative(row, v, y_s, y_t, m, m_t, MODE: tl.constexpr):
+    """s - m, t - m_t and the offset o of contract.py. In one step from y: rounding s = 1.3 * z at |z| = 40 first would cost 2e-6 of every probability."""
+    V, student, teacher = row[4], row[5], row[6]
+    x = tl.where(v < V, tl.fma(y_s, student[1], -m), -float("inf"))
+    if MODE == LINEAR:
+        o = tl.where(v < V, tl.fma(y_t, student[1], m - m_t), 0.0)
+        y = x + o
+    else:
+        y = tl.where(v < V, tl.fma(y_t, teacher[1], -m_t), -float("inf"))
+        o = tl.where(x == y, 0.0, y - x)  # both -inf: masked, and no reason to call the row far
+    return x, y, o
+
+
+@triton.jit
+def _fold(x, BLOCK_V: tl.constexpr, PACK: tl.constexpr):
+    """Sums of PACK neighbours, which one thread holds. Whole tiles as accumulators spilled: 8 sums x 8 entries per thread, sm_80 and up."""
+    return tl.sum(tl.reshape(x, [BLOCK_V // PACK, PACK]), 1)
 
 
 @triton.jit
@@ -67,85 +96,104 @@ def _first(x, top, v, V):
 
 
 @triton.jit
-def _student_sums(
+def _near_sums(
     row, REVERSE: tl.constexpr, FORWARD: tl.constexpr, METRICS: tl.constexpr,
     MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One sweep relative to the student's maximum m, with e = exp(s - m) and g = e * exp(d), rescaled whenever m rises:
+    """One sweep relative to the student's first maximum m and the teacher's logit m_t there, with e = exp(s - m) and g = e * exp(o), moved along when m rises:
 
-    m, (sum e, sum e * d, sum e * expm1(d), sum g, sum g * d, max |d|), and with METRICS (sum e * (s - m), sum g * (s - m), arg max s, max t, arg max t).
+    m, m_t, (sum e, sum e * o, sum e * expm1(o), sum g, sum g * o, max |o|), and
+    with METRICS (sum e * (s - m), sum g * (t - max t), arg max s, max t, arg max t).
     """
     V = row[4]
     ACC: tl.constexpr = row[5][0].dtype
-    m, m_t = tl.full((), LOWEST, ACC), tl.full((), LOWEST, ACC)
+    PACK: tl.constexpr = 128 // row[0].dtype.element_ty.primitive_bitwidth
+    m = tl.full((), LOWEST, ACC)
+    m_t, top_t = m, m
     at_s, at_t = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
-    e_sum = tl.zeros([BLOCK_V], ACC)
-    ed, em, g_sum, gd, es, gs, spread = e_sum, e_sum, e_sum, e_sum, e_sum, e_sum, e_sum
+    e_sum = tl.zeros([BLOCK_V // PACK], ACC)
+    eo, em, g_sum, go, es, gt, high, low = e_sum, e_sum, e_sum, e_sum, e_sum, e_sum, e_sum, e_sum
     v0 = 0
     while v0 < V:
         v = v0 + tl.arange(0, BLOCK_V)
-        s, t, d, _ = _logits(row, v, MODE, CAP_S, CAP_T)
+        y_s, y_t = _bent(row, v, MODE, CAP_S, CAP_T)
+        s, t = _logits(row, v, y_s, y_t, MODE)
         top = tl.max(s, 0)
         if top > m:
-            shrink = tl.exp(m - top)
-            if METRICS:
-                es = (es + (m - top) * e_sum) * shrink
-                gs = (gs + (m - top) * g_sum) * shrink
-                at_s = _first(s, top, v, V)
-            e_sum, ed, em, g_sum, gd = e_sum * shrink, ed * shrink, em * shrink, g_sum * shrink, gd * shrink
-            m = top
-        e = tl.exp(s - m)
-        exp_d, expm1_d = exp_pair(d)
-        g = e * exp_d
-        e_sum += e
-        em += e * expm1_d
-        g_sum += g
-        if REVERSE:
-            ed += e * d
-        if FORWARD:
-            gd += g * d
-        spread = tl.maximum(spread, tl.abs(d), propagate_nan=tl.PropagateNan.ALL)
+            at_s = _first(s, top, v, V)
+            t_there = tl.sum(tl.where(v == at_s, t, 0.0), 0)
+            shrink, shift = tl.exp(m - top), (m_t - m) - (t_there - top)
+            exp_shift, expm1_shift = exp_pair(shift)
+            grow = shrink * exp_shift
+            em = shrink * (exp_shift * em + expm1_shift * e_sum)
+            eo = shrink * (eo + shift * e_sum)
+            go = grow * (go + shift * g_sum)
+            es = shrink * (es + (m - top) * e_sum)
+            e_sum, g_sum, gt = shrink * e_sum, grow * g_sum, grow * gt
+            high, low = high + shift, low + shift
+            m, m_t = top, t_there
         if METRICS:
-            es += guarded(e, e * (s - m))
-            gs += guarded(g, g * (s - m))
             top = tl.max(t, 0)
-            if top > m_t:
+            if top > top_t:
                 at_t = _first(t, top, v, V)
-                m_t = top
+                gt += (top_t - top) * g_sum
+                top_t = top
+        x, _, o = _relative(row, v, y_s, y_t, m, m_t, MODE)
+        e = tl.exp(x)
+        exp_o, expm1_o = exp_pair(o)
+        g = e * exp_o
+        e_sum += _fold(e, BLOCK_V, PACK)
+        em += _fold(e * expm1_o, BLOCK_V, PACK)
+        g_sum += _fold(g, BLOCK_V, PACK)
+        if REVERSE:
+            eo += _fold(e * o, BLOCK_V, PACK)
+        if FORWARD:
+            go += _fold(g * o, BLOCK_V, PACK)
+        if METRICS:
+            es += _fold(guarded(e, e * x), BLOCK_V, PACK)
+            gt += _fold(guarded(g, g * (t - top_t)), BLOCK_V, PACK)
+        o = tl.reshape(o, [BLOCK_V // PACK, PACK])
+        high, low = tl.maximum(high, tl.max(o, 1)), tl.minimum(low, tl.min(o, 1))
         v0 += BLOCK_V
-    widest = tl.max(tl.where(spread == spread, spread, float("inf")), 0)
-    sums = (tl.sum(e_sum, 0), tl.sum(ed, 0), tl.sum(em, 0), tl.sum(g_sum, 0), tl.sum(gd, 0), widest)
-    return m, sums, (tl.sum(es, 0), tl.sum(gs, 0), at_s, m_t, at_t)
+    em_sum = tl.sum(em, 0)
+    spread = tl.maximum(tl.max(high, 0), -tl.min(low, 0))
+    spread = tl.where(em_sum == em_sum, spread, float("inf"))  # a maximum passes over NaN, the sum does not
+    return m, m_t, (tl.sum(e_sum, 0), tl.sum(eo, 0), em_sum, tl.sum(g_sum, 0), tl.sum(go, 0), spread), (tl.sum(es, 0), tl.sum(gt, 0), at_s, top_t, at_t)
 
 
 @triton.jit
-def _both_sums(row, m, METRICS: tl.constexpr, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr):
-    """The sums of a row whose teacher is far: relative to both maxima, every term guarded by its probability.
+def _far_sums(row, m, METRICS: tl.constexpr, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The sums of a row whose teacher is far: relative to each side's own maximum, every term guarded by its probability.
 
-    With e = exp(s - m), r = exp(t - m_t): m_t, sum e * d, sum r, sum r * d, sum r * (t - m_t).
+    With e = exp(s - m), r = exp(t - m_t): m_t, sum e * o, sum r, sum r * o, sum r * (t - m_t).
     """
     V = row[4]
     ACC: tl.constexpr = row[5][0].dtype
+    PACK: tl.constexpr = 128 // row[0].dtype.element_ty.primitive_bitwidth
     tops = tl.full([BLOCK_V], LOWEST, ACC)
     v0 = 0
     while v0 < V:
-        _, t, _, _ = _logits(row, v0 + tl.arange(0, BLOCK_V), MODE, CAP_S, CAP_T)
+        v = v0 + tl.arange(0, BLOCK_V)
+        y_s, y_t = _bent(row, v, MODE, CAP_S, CAP_T)
+        _, t = _logits(row, v, y_s, y_t, MODE)
         tops = tl.maximum(tops, t)
         v0 += BLOCK_V
     m_t = tl.max(tops, 0)
-    ed = tl.zeros([BLOCK_V], ACC)
-    r_sum, rd, rt = ed, ed, ed
+    eo = tl.zeros([BLOCK_V // PACK], ACC)
+    r_sum, ro, rt = eo, eo, eo
     v0 = 0
     while v0 < V:
-        s, t, d, _ = _logits(row, v0 + tl.arange(0, BLOCK_V), MODE, CAP_S, CAP_T)
-        e, r = tl.exp(s - m), tl.exp(t - m_t)
-        ed += guarded(e, e * d)
-        r_sum += r
-        rd += guarded(r, r * d)
+        v = v0 + tl.arange(0, BLOCK_V)
+        y_s, y_t = _bent(row, v, MODE, CAP_S, CAP_T)
+        x, y, o = _relative(row, v, y_s, y_t, m, m_t, MODE)
+        e, r = tl.exp(x), tl.exp(y)
+        eo += _fold(guarded(e, e * o), BLOCK_V, PACK)
+        r_sum += _fold(r, BLOCK_V, PACK)
+        ro += _fold(guarded(r, r * o), BLOCK_V, PACK)
         if METRICS:
-            rt += guarded(r, r * (t - m_t))
+            rt += _fold(guarded(r, r * y), BLOCK_V, PACK)
         v0 += BLOCK_V
-    return m_t, tl.sum(ed, 0), tl.sum(r_sum, 0), tl.sum(rd, 0), tl.sum(rt, 0)
+    return m_t, tl.sum(eo, 0), tl.sum(r_sum, 0), tl.sum(ro, 0), tl.sum(rt, 0)
 
 
 @triton.jit
@@ -153,30 +201,32 @@ def _row_stats(row, KIND: tl.constexpr, METRICS: tl.constexpr, MODE: tl.constexp
     """The columns of the statistics, in order."""
     REVERSE: tl.constexpr = METRICS or KIND == REVERSE_KL
     FORWARD: tl.constexpr = METRICS or KIND == FORWARD_KL
-    m, sums, more = _student_sums(row, REVERSE, FORWARD, METRICS, MODE, CAP_S, CAP_T, BLOCK_V)
-    e_sum, ed, em, g_sum, gd, spread = sums
-    es, gs, at_s, top_t, at_t = more
+    m, m_t, sums, more = _near_sums(row, REVERSE, FORWARD, METRICS, MODE, CAP_S, CAP_T, BLOCK_V)
+    e_sum, eo, em, g_sum, go, spread = sums
+    es, gt, at_s, top_t, at_t = more
     logsum = tl.log(e_sum)
     x = em / e_sum
-    m_t = m
-    logsum_t = tl.log(g_sum)
     gap = tl.where((x > GAP_LOW) & (x < GAP_HIGH), log1p(x), tl.log(g_sum / e_sum))
-    mean_t = (gs + gd) / g_sum  # of t - m_t under the teacher
-    forward = gd / g_sum - gap
+    logsum_t = tl.log(g_sum)
+    forward = go / g_sum - gap
+    above, _ = exp_pair(m_t - top_t)
+    teacher_sum, mean_t = g_sum * above, gt / g_sum  # relative to the teacher's own maximum, which may lie 20 above m_t
     if (spread <= LIMIT) == 0:
-        m_t, ed, r_sum, rd, rt = _both_sums(row, m, METRICS, MODE, CAP_S, CAP_T, BLOCK_V)
+        m_t, eo, r_sum, ro, rt = _far_sums(row, m, METRICS, MODE, CAP_S, CAP_T, BLOCK_V)
         logsum_t = tl.log(r_sum)
-        gap = (m_t - m) + (logsum_t - logsum)
-        mean_t = rt / r_sum
-        forward = rd / r_sum - gap
-    zero = m * 0.0
-    reverse = gap - ed / e_sum if REVERSE else zero
+        gap = logsum_t - logsum
+        forward = ro / r_sum - gap
+        teacher_sum, mean_t = r_sum, rt / r_sum
+    zero = tl.full((), 0.0, m.dtype)
+    reverse = gap - eo / e_sum if REVERSE else zero
     if not FORWARD:
         forward = zero
     h_s, h_t, top_q, top_p = zero, zero, zero, zero
     if METRICS:
-        h_s, h_t = logsum - es / e_sum, logsum_t - mean_t
-        top_q, top_p = tl.exp(-logsum), tl.exp(top_t - m_t - logsum_t)
+        h_s, h_t = logsum - es / e_sum, tl.log(teacher_sum) - mean_t
+        top_q, top_p = 1.0 / e_sum, 1.0 / teacher_sum
+    else:
+        at_s, at_t = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
     return m, logsum, m_t, logsum_t, gap, spread, reverse, forward, h_s, h_t, top_q, top_p, at_s, at_t
 
 
@@ -195,29 +245,32 @@ def _load_stats(Stats):
 
 
 @triton.jit
-def _distributions(s, t, d, stats):
+def _distributions(row, v, y_s, y_t, stats, MODE: tl.constexpr):
     """q, p and delta. Near rows take p = q * exp(delta), so that p - q keeps delta's digits."""
     m, logsum, m_t, logsum_t, gap, spread = stats
-    q = tl.exp(s - m - logsum)
-    delta = d - gap
+    x, y, o = _relative(row, v, y_s, y_t, m, m_t, MODE)
+    q = tl.exp(x - logsum)
+    delta = o - gap
     near = spread <= LIMIT
-    p = tl.where(near, q, 1.0) * tl.exp(tl.where(near, delta, t - m_t - logsum_t))
+    p = tl.where(near, q, 1.0) * tl.exp(tl.where(near, delta, y - logsum_t))
     return q, p, delta
 
 
 @triton.jit
 def _row_dot(row, stats, beta, KIND: tl.constexpr, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr):
+    """sum f and sum u."""
     V = row[4]
-    f_sum = tl.zeros([BLOCK_V], beta.dtype)
+    PACK: tl.constexpr = 128 // row[0].dtype.element_ty.primitive_bitwidth
+    f_sum = tl.zeros([BLOCK_V // PACK], beta.dtype)
     u_sum = f_sum
     v0 = 0
     while v0 < V:
         v = v0 + tl.arange(0, BLOCK_V)
-        s, t, d, _ = _logits(row, v, MODE, CAP_S, CAP_T)
-        q, p, delta = _distributions(s, t, d, stats)
+        y_s, y_t = _bent(row, v, MODE, CAP_S, CAP_T)
+        q, p, delta = _distributions(row, v, y_s, y_t, stats, MODE)
         f, u = entry(q, p, delta, beta, KIND)
-        f_sum += tl.where(v < V, f, 0.0)
-        u_sum += tl.where(v < V, u, 0.0)
+        f_sum += _fold(tl.where(v < V, f, 0.0), BLOCK_V, PACK)
+        u_sum += _fold(tl.where(v < V, u, 0.0), BLOCK_V, PACK)
         v0 += BLOCK_V
     return tl.sum(f_sum, 0), tl.sum(u_sum, 0)
 
@@ -231,12 +284,12 @@ def _row_grad(
     v0 = 0
     while v0 < V:
         v = v0 + tl.arange(0, BLOCK_V)
-        s, t, d, z = _logits(row, v, MODE, CAP_S, CAP_T)
+        y_s, y_t = _bent(row, v, MODE, CAP_S, CAP_T)
         if NARROWED:
             tl.debug_barrier()  # the first tile's gradient lies over logits that another thread loads
-        q, p, delta = _distributions(s, t, d, stats)
+        q, p, delta = _distributions(row, v, y_s, y_t, stats, MODE)
         _, u = entry(q, p, delta, beta, KIND)
-        g = (u - q * a) * (transform_slope(z, student[0], student[1], CAP_S) * factor)
+        g = (u - q * a) * bend_slope(y_s, student[0], CAP_S) * (student[1] * factor)
         g = tl.where(factor == 0, 0.0, g)  # an ignored row may hold inf
         tl.store(G + v, g.to(G.dtype.element_ty), mask=v < V)
         v0 += BLOCK_V
@@ -290,6 +343,7 @@ def _row_fused_kernel(
     row = _row(S, T, BiasS, BiasT, stride_s, stride_t, V, inner_s, outer_s, inner_t, outer_t, ACC)
     factor, beta = tl.load(Factor + n), tl.full((), beta, ACC)
     columns = _row_stats(row, KIND, METRICS, MODE, CAP_S, CAP_T, BLOCK_V)
+    _store_stats(Stats, columns)
     stats = (columns[0], columns[1], columns[2], columns[3], columns[4], columns[5])
     if KIND == REVERSE_KL:
         loss, a = columns[6], columns[6]
@@ -297,7 +351,6 @@ def _row_fused_kernel(
         loss, a = columns[7], tl.full((), -1.0, ACC)
     else:
         loss, a = _row_dot(row, stats, beta, KIND, MODE, CAP_S, CAP_T, BLOCK_V)
-    _store_stats(Stats, columns)
     tl.store(Loss + n, loss)
     tl.store(A + n, a)
     _row_grad(row, stats, a, factor, beta, G + n * stride_g, KIND, MODE, CAP_S, CAP_T, NARROWED, BLOCK_V)
@@ -307,12 +360,15 @@ KERNELS = {"stats": _row_stats_kernel, "dot": _row_dot_kernel, "grad": _row_grad
 
 
 def config(V: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(BLOCK_V, num_warps) for rows of V logits of `dtype`: eight entries per thread (float64: four), so that the tiles of partial sums stay in registers."""
+    """(BLOCK_V, num_warps) for rows of V logits of `dtype`: eight entries per thread (float64: four), two 16-byte loads of each buffer at most."""
     if dtype == torch.float64:
-        return (512, 4)
-    if V <= 1024:
-        return (1024, 4)
-    return (2048, 8) if V <= 1 << 15 else (4096, 16)
+        return 512, 4
+    return (1024, 4) if V <= 1024 else (2048, 8)
+
+
+# Left to itself, ptxas spills up to 48 bytes per thread to reach the next step of occupancy (64 or 80 registers), in one fused kernel of six. A
+# limit of our own turns that off; with this one no kernel spills.
+COMPILER_OPTIONS = {"maxnreg": 255, "enable_fp_fusion": True}  # fusion: its default changes in Triton 3.10
 
 
 def interpreted() -> bool:
@@ -330,9 +386,9 @@ def usable(device_type: str) -> str | None:
 
 
 def _scalars(transform: LogitTransform) -> tuple[float, float]:
-    """(inner, outer) of triton_math.transform."""
+    """(inner, outer): a logit is y * outer, with y of triton_math.bend."""
     if transform.softcap is None:
-        return transform.factor, 1.0
+        return 1.0, transform.factor
     return transform.scale / transform.softcap, transform.softcap / transform.temperature
 
 
@@ -346,7 +402,7 @@ def _launch(name: str, S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | Non
     inner_s, outer_s = _scalars(spec.student)
     inner_t, outer_t = _scalars(spec.teacher)
     BLOCK_V, num_warps = config(S.shape[1], S.dtype)
-    options = {} if interpreted() else {"num_warps": num_warps, "enable_fp_fusion": True}  # the fusion's default changes in Triton 3.10
+    options = {} if interpreted() else {"num_warps": num_warps, **COMPILER_OPTIONS}
     with torch.cuda.device_of(S):
         KERNELS[name][(S.shape[0],)](
             S=S, T=T, BiasS=bias_s, BiasT=bias_t, stride_s=S.stride(0), stride_t=T.stride(0), V=S.shape[1],
