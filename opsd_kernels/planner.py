@@ -140,7 +140,7 @@ def plan(
     gradient = {"dh": N * H_student * dtype.itemsize * grad, "dW": V * H_student * dtype.itemsize * trainable, "dbias": 4 * V * bias_grad}
     gradient["dh"] *= 3 if held != dtype else 1  # the fp32 one, and the 16-bit one beside it
     workspace = min(rows, N) * per_row
-    vectors = N * 4 * (len(Column) + 4)
+    vectors = N * 4 * (len(Column) + 8)  # statistics; loss, A, weights, factors and what multiplies them
     walking = workspace + scratch + (accumulator or gradient["dW"])
     again = backward == "recompute" and grad
     passes = 2 + grad + trainable + 2 * again

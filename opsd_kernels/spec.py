@@ -35,11 +35,17 @@ def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None
 
 def check_number(argument: str, value: object, *, positive: bool = False) -> float:
     """`value` as a float; finite, and above zero where asked."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    expect(number, argument, "a number", f"{value!r} of type {type(value).__name__}", TypeError)
-    kind = "a positive finite number" if positive else "a finite number"
-    expect(math.isfinite(value) and (value > 0 or not positive), argument, kind, repr(value))
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{argument}: expected a number, got {value!r} of type {type(value).__name__}")
+    if not abs(value) < math.inf or (positive and value <= 0):  # a traced number (SymFloat) knows neither isfinite nor, in a text, its value
+        raise ValueError(f"{argument}: expected a {'positive ' * positive}finite number, got {value!r}")
     return float(value)
+
+
+def _mixture_weight(name: str, beta: float, hints: dict[float, str]) -> float:
+    if not 0 < beta < 1:
+        raise ValueError(f"beta: expected a number strictly between 0 and 1 for divergence={name!r}{hints.get(beta, '')}, got {beta!r}")
+    return beta
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,8 @@ class Divergence:
         kind = KIND_NAMES[name]
         beta = check_number("beta", beta)
         if kind == Kind.JSD:
-            hint = {0.0: "; for beta=0 use divergence='forward_kl'", 1.0: "; for beta=1 use divergence='reverse_kl'"}.get(beta, "")
-            expect(0 < beta < 1, "beta", "a number strictly between 0 and 1 for divergence='jsd'" + hint, repr(beta))
-        elif cls(kind).mixes:
-            expect(0 < beta < 1, "beta", f"a number strictly between 0 and 1 for divergence={name!r}", repr(beta))
-        return cls(kind, beta)
+            return cls(kind, _mixture_weight(name, beta, {0.0: "; for beta=0 use divergence='forward_kl'", 1.0: "; for beta=1 use divergence='reverse_kl'"}))
+        return cls(kind, _mixture_weight(name, beta, {}) if cls(kind).mixes else beta)
 
     @property
     def name(self) -> str:

@@ -79,14 +79,19 @@ def _normalisers(logits: _Logits) -> tuple[Tensor, ...]:
     return max_s, logsum_s, max_t, logsum_t, torch.where(close, torch.log1p(x), logsum_t - logsum_s), spread
 
 
+def _missing(stats: Tensor) -> Tensor:
+    """NaN where a side has no distribution, which the guards by probability would hide; else 0."""
+    return 0 * stats[:, Column.GAP]
+
+
 def _block_stats(logits: _Logits, metrics: bool) -> Tensor:
     s, t, *_ = logits
     stats = s.new_zeros(s.shape[0], len(Column))
     max_s, logsum_s, max_t, *_ = columns = _normalisers(logits)
     stats[:, : len(columns)] = torch.cat(columns, dim=-1)
     q, p, delta = _distributions(logits, stats)
-    stats[:, Column.REVERSE_KL] = _expected(q, -delta)
-    stats[:, Column.FORWARD_KL] = _expected(p, delta)
+    stats[:, Column.REVERSE_KL] = _expected(q, -delta) + _missing(stats)
+    stats[:, Column.FORWARD_KL] = _expected(p, delta) + _missing(stats)
     if metrics:
         above = logits.teacher_above(max_s, max_t)
         above = above - above.amax(-1, keepdim=True)  # a near row's reference may lie 20 below the teacher's own maximum
@@ -110,7 +115,7 @@ def row_dot(S: Tensor, T: Tensor, stats: Tensor, spec: RowSpec, bias_s: Tensor |
     loss, A = torch.empty_like(stats[:, 0]), torch.empty_like(stats[:, 0])
     for b in _blocks(S):
         f, u = entry(spec.divergence, *_distributions(_logits(S[b], T[b], spec, bias_s, bias_t), stats[b]))
-        loss[b], A[b] = f.sum(-1), u.sum(-1)
+        loss[b], A[b] = f.sum(-1) + _missing(stats[b]), u.sum(-1) + _missing(stats[b])
     return loss, A
 
 
