@@ -9,8 +9,8 @@ namespace opsd::OPSD_CAPABILITY {
 template <class X, class T>
 struct GapRow {
   const T* D;
-  double factor, shift, gap;
-  OPSD_INLINE X delta(int64_t v, int64_t count) const { return exact_fma(load_as<X>(D + v, count), X(factor), X(-shift)) - X(gap); }
+  X factor, shift, gap;
+  OPSD_INLINE X delta(int64_t v, int64_t count) const { return exact_fma(load_as<X>(D + v, count), factor, -shift) - gap; }
 };
 
 struct Value {
@@ -19,15 +19,16 @@ struct Value {
 
 // f and u over a row; u replaces p in the scratch.
 template <Kind KIND, bool FAR, class X, class T>
-OPSD_SWEEP Value entry_sums(const GapRow<X, T>& gap, int64_t V, const RowState& row, double beta, const Scratch<X>& w) {
+OPSD_SWEEP Value entry_sums(const GapRow<X, T> gap, int64_t V, double inverse_z, double inverse_zt, double beta_value, const Scratch<X> w) {
+  const X scale_q(inverse_z), scale_p(inverse_zt), beta(beta_value);
   Total<X> loss, A;
   auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
-    const X q = load(w.e + v) * X(row.inverse_z), delta = lanes(gap.delta(v, lanes.count), 0);
+    const X q = load(w.e + v) * scale_q, delta = lanes(gap.delta(v, lanes.count), 0);
     const Ratio<X> r = ratio(delta);
     X p;
-    if constexpr (FAR) p = load(w.p + v) * X(row.inverse_zt);
+    if constexpr (FAR) p = load(w.p + v) * scale_p;
     else p = teacher_probability(q, r);
-    const Terms<X> terms = entry<KIND, FAR>(q, p, r, X(beta));
+    const Terms<X> terms = entry<KIND, FAR>(q, p, r, beta);
     store(w.p + v, terms.u);
     loss.block = loss.block + terms.f;
     A.block = A.block + terms.u;
@@ -46,8 +47,8 @@ OPSD_INLINE void put(Out* G, const Scratch<X>& w, bool bent, int64_t v, int64_t 
 
 // factor * (u - q * A) from the scratch rows e and u.
 template <class X, class Out>
-OPSD_SWEEP void combine(Out* G, int64_t V, const RowState& row, double A, double factor, bool bent, const Scratch<X>& w) {
-  const X share(-factor * A * row.inverse_z), scale(factor);
+OPSD_SWEEP void combine(Out* G, int64_t V, double inverse_z, double A, double factor, bool bent, const Scratch<X> w) {
+  const X share(-factor * A * inverse_z), scale(factor);
   auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
     put(G, w, bent, v, lanes.count, fma(load(w.p + v), scale, load(w.e + v) * share));
   };
@@ -56,8 +57,8 @@ OPSD_SWEEP void combine(Out* G, int64_t V, const RowState& row, double A, double
 
 // The gradient of the two plain KLs. Near rows fold the row's factor into q.
 template <Kind KIND, bool FAR, class X, class T, class Out>
-OPSD_SWEEP void kl_gradient(const GapRow<X, T>& gap, Out* G, int64_t V, const RowState& row, double A, double factor, bool bent, const Scratch<X>& w) {
-  const X scale_q(FAR ? row.inverse_z : row.inverse_z * factor), scale_p(row.inverse_zt), after(factor), dot(A);
+OPSD_SWEEP void kl_gradient(const GapRow<X, T> gap, Out* G, int64_t V, double inverse_z, double inverse_zt, double A, double factor, bool bent, const Scratch<X> w) {
+  const X scale_q(FAR ? inverse_z : inverse_z * factor), scale_p(inverse_zt), after(factor), dot(A);
   auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
     const X q = load(w.e + v) * scale_q;
     X g;

@@ -83,14 +83,15 @@ class Rows {
     row.gap = from[GAP], row.spread = from[SPREAD], row.reverse_kl = from[Column::REVERSE_KL], row.forward_kl = from[Column::FORWARD_KL];
     row.inverse_z = ::exp(-row.logsum_s), row.inverse_zt = ::exp(-row.logsum_t);
     row.far = !(row.spread <= a_.spread_limit);
-    refill<X>(source, a_.V, row, w_);
+    refill<X>(source, a_.V, References<X>(row.max_s, row.max_t), row.far, w_);
     return row;
   }
 
   template <Kind KIND>
   Value value(const Source& source, const RowState& row) const {
     return with_gap(source, row, [&](auto gap) {
-      return row.far ? entry_sums<KIND, true>(gap, a_.V, row, a_.beta, w_) : entry_sums<KIND, false>(gap, a_.V, row, a_.beta, w_);
+      if (row.far) return entry_sums<KIND, true>(gap, a_.V, row.inverse_z, row.inverse_zt, a_.beta, w_);
+      return entry_sums<KIND, false>(gap, a_.V, row.inverse_z, row.inverse_zt, a_.beta, w_);
     });
   }
 
@@ -110,8 +111,8 @@ class Rows {
 
   template <class Use>
   auto with_gap(const Source& source, const RowState& row, Use use) const {
-    if constexpr (Source::LINEAR) return use(GapRow<X, In>{source.D, source.factor, References<X>(row.max_s, row.max_t).shift, row.gap});
-    else return use(GapRow<X, E>{w_.o, 1.0, 0.0, row.gap});
+    if constexpr (Source::LINEAR) return use(GapRow<X, In>{source.D, source.factor, References<X>(row.max_s, row.max_t).shift, X(row.gap)});
+    else return use(GapRow<X, E>{w_.o, X(1.0), X(0.0), X(row.gap)});
   }
 
   template <class Out>
@@ -119,13 +120,13 @@ class Rows {
     Out* G = static_cast<Out*>(a_.G) + i * a_.stride_g;
     const double factor = static_cast<const E*>(a_.factor)[i] * a_.student.scale / a_.student.temperature;
     const bool bent = source.bent();
-    if (!one_sweep_) return combine(G, a_.V, row, A, factor, bent, w_);
+    if (!one_sweep_) return combine(G, a_.V, row.inverse_z, A, factor, bent, w_);
     with_gap(source, row, [&](auto gap) {
       const bool reverse = a_.kind == Kind::REVERSE_KL;
-      if (reverse && row.far) kl_gradient<Kind::REVERSE_KL, true>(gap, G, a_.V, row, A, factor, bent, w_);
-      else if (reverse) kl_gradient<Kind::REVERSE_KL, false>(gap, G, a_.V, row, A, factor, bent, w_);
-      else if (row.far) kl_gradient<Kind::FORWARD_KL, true>(gap, G, a_.V, row, A, factor, bent, w_);
-      else kl_gradient<Kind::FORWARD_KL, false>(gap, G, a_.V, row, A, factor, bent, w_);
+      if (reverse && row.far) kl_gradient<Kind::REVERSE_KL, true>(gap, G, a_.V, row.inverse_z, row.inverse_zt, A, factor, bent, w_);
+      else if (reverse) kl_gradient<Kind::REVERSE_KL, false>(gap, G, a_.V, row.inverse_z, row.inverse_zt, A, factor, bent, w_);
+      else if (row.far) kl_gradient<Kind::FORWARD_KL, true>(gap, G, a_.V, row.inverse_z, row.inverse_zt, A, factor, bent, w_);
+      else kl_gradient<Kind::FORWARD_KL, false>(gap, G, a_.V, row.inverse_z, row.inverse_zt, A, factor, bent, w_);
     });
   }
 

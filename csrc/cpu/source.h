@@ -58,11 +58,18 @@ OPSD_INLINE void walk(int64_t V, Step step, Flush flush) {
   }
 }
 
+// A number that no float holds, as a sum of two.
+template <class X>
+struct Split {
+  X high, low;
+  explicit Split(double value) : high(value), low(value - static_cast<double>(static_cast<ElementOf<X>>(value))) {}
+};
+
 // The pair of logits that a row is taken relative to (contract.py); shift is the rounded difference.
 template <class X>
 struct References {
-  double student, teacher, shift;
-  References(double s, double t) : student(s), teacher(t), shift(static_cast<ElementOf<X>>(t - s)) {}
+  X student, teacher, shift;
+  References(double s, double t) : student(s), teacher(t), shift(t - s) {}
 };
 
 // An entry relative to them: x = s - reference, y = t - reference, and the offset o = y - x.
@@ -77,7 +84,7 @@ struct LinearSource {
   static constexpr bool LINEAR = true;
   const T* S;
   const T* D;
-  double factor;
+  X factor;
 
   struct Entry {
     X s, d;
@@ -88,10 +95,10 @@ struct LinearSource {
         factor(a.student.scale / a.student.temperature) {}
 
   OPSD_INLINE Entry at(int64_t v, int64_t count) const { return {load_as<X>(S + v, count), load_as<X>(D + v, count)}; }
-  OPSD_INLINE X student(const Entry& e) const { return e.s * X(factor); }
-  OPSD_INLINE X teacher(const Entry& e) const { return student(e) + e.d * X(factor); }
+  OPSD_INLINE X student(const Entry& e) const { return e.s * factor; }
+  OPSD_INLINE X teacher(const Entry& e) const { return student(e) + e.d * factor; }
   OPSD_INLINE Relative<X> relative(const Entry& e, const References<X>& r) const {
-    const X x = exact_fma(e.s, X(factor), X(-r.student)), o = exact_fma(e.d, X(factor), X(-r.shift));
+    const X x = exact_fma(e.s, factor, -r.student), o = exact_fma(e.d, factor, -r.shift);
     return {x, x + o, o};
   }
   OPSD_INLINE X slope(const Entry&) const { return X(1.0); }
@@ -119,18 +126,19 @@ struct GeneralSource {
   struct Side {
     const Bias* bias;
     bool bent;
-    double inner, outer;
+    Split<X> inner;
+    X outer;
     Side(const Transform& t, const void* b)
         : bias(static_cast<const Bias*>(b)),
           bent(t.softcap > 0),
-          inner(bent ? t.scale / t.softcap : 1),
+          inner(t.scale / (bent ? t.softcap : 1)),
           outer(bent ? t.softcap / t.temperature : t.scale / t.temperature) {}
     OPSD_INLINE Exact<X> operator()(Exact<X> z, int64_t v, int64_t count) const {
       if (bias) z = add_exactly(z, load_as<X>(bias + v, count));
-      if (bent) z = {scaled_tanh(z.sum, inner), X(0.0)};
+      if (bent) z = {scaled_tanh(z.sum, inner.high, inner.low), X(0.0)};
       return z;
     }
-    OPSD_INLINE X above(const Exact<X>& y, double level) const { return fma(y.rest, X(outer), exact_fma(y.sum, X(outer), X(-level))); }
+    OPSD_INLINE X above(const Exact<X>& y, X level) const { return fma(y.rest, outer, exact_fma(y.sum, outer, -level)); }
   };
 
   const T* S;
@@ -156,15 +164,15 @@ struct GeneralSource {
     const Exact<X> t = difference ? add_exactly({z, X(0.0)}, other) : Exact<X>{other, X(0.0)};
     return {s, teacher_side(t, v, count)};
   }
-  OPSD_INLINE X student(const Entry& e) const { return e.s.sum * X(student_side.outer); }
+  OPSD_INLINE X student(const Entry& e) const { return e.s.sum * student_side.outer; }
   OPSD_INLINE X teacher(const Entry& e) const {
-    if (linear) return student(e) + e.t.sum * X(student_side.outer);
-    return e.t.sum * X(teacher_side.outer);
+    if (linear) return student(e) + e.t.sum * student_side.outer;
+    return e.t.sum * teacher_side.outer;
   }
   OPSD_INLINE Relative<X> relative(const Entry& e, const References<X>& r) const {
     const X x = student_side.above(e.s, r.student);
     if (linear) {
-      const X o = exact_fma(e.t.sum, X(student_side.outer), X(-r.shift));
+      const X o = exact_fma(e.t.sum, student_side.outer, -r.shift);
       return {x, x + o, o};
     }
     const X y = teacher_side.above(e.t, r.teacher);

@@ -27,6 +27,8 @@ struct RowState {
   bool far = false;
 };
 
+// The sweeps take everything by value: what a store might alias would be loaded again for every vector.
+
 enum class Mode { REVERSE, FORWARD, METRICS };  // what the sums must hold beside the student's normaliser, the gap and the reverse KL
 
 struct Peak {
@@ -35,7 +37,7 @@ struct Peak {
 };
 
 template <class X, class Source, class Read>
-OPSD_SWEEP Peak maximum(const Source& source, int64_t V, Read read) {
+OPSD_SWEEP Peak maximum(const Source source, int64_t V, Read read) {
   constexpr int64_t N = LANES<X>;
   Peak peak{-INF, 0};
   for (int64_t start = 0; start < V; start += BLOCK<X>) {
@@ -44,10 +46,10 @@ OPSD_SWEEP Peak maximum(const Source& source, int64_t V, Read read) {
     X top[4] = {X(-INF), X(-INF), X(-INF), X(-INF)};
     int64_t v = start;
     for (; v + 4 * N <= end; v += 4 * N)
-      for (int i = 0; i < 4; ++i) top[i] = max(read(source.at(v + i * N, N)), top[i]);
+      for (int i = 0; i < 4; ++i) top[i] = max(read(source, source.at(v + i * N, N)), top[i]);
     for (; v < end; v += N) {
       const int64_t count = end - v < N ? end - v : N;
-      const X value = read(source.at(v, count));
+      const X value = read(source, source.at(v, count));
       top[0] = max(count == N ? value : FirstLanes<X>{count}(value, -INF), top[0]);
     }
     const double value = reduce_max(max(max(top[0], top[1]), max(top[2], top[3])));
@@ -55,7 +57,7 @@ OPSD_SWEEP Peak maximum(const Source& source, int64_t V, Read read) {
   }
   for (int64_t v = peak.index; v < V && v < peak.index + BLOCK<X>; v += N) {
     const int64_t count = V - v < N ? V - v : N;
-    const int lane = lowest_lane(read(source.at(v, count)) == X(peak.value));
+    const int lane = lowest_lane(read(source, source.at(v, count)) == X(peak.value));
     if (lane >= 0 && lane < count) return {peak.value, v + lane};
   }
   return peak;
@@ -111,7 +113,7 @@ struct MetricSums {
 // The teacher's terms are p = e * exp(o). sum e * expm1(o) keeps the gap's digits however near the teacher is; sum p, which the forward KL
 // needs anyway, keeps them where most of the student's probability is gone from the teacher.
 template <Mode MODE, class X, class Source>
-OPSD_SWEEP Sums near_sums(const Source& source, int64_t V, const References<X>& references, const References<X>& maxima, const Scratch<X>& w) {
+OPSD_SWEEP Sums near_sums(const Source source, int64_t V, const References<X> references, const References<X> maxima, const Scratch<X> w) {
   Total<X> z, zt, eo, ew, po;
   MetricSums<X> metrics;
   X spread(0.0);
@@ -145,7 +147,7 @@ OPSD_SWEEP Sums near_sums(const Source& source, int64_t V, const References<X>& 
 }
 
 template <Mode MODE, class X, class Source>
-OPSD_SWEEP Sums far_sums(const Source& source, int64_t V, const References<X>& references, const Scratch<X>& w) {
+OPSD_SWEEP Sums far_sums(const Source source, int64_t V, const References<X> references, const Scratch<X> w) {
   Total<X> z, zt, eo, po;
   MetricSums<X> metrics;
   auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
@@ -173,13 +175,12 @@ OPSD_SWEEP Sums far_sums(const Source& source, int64_t V, const References<X>& r
 
 // The scratch rows alone, for a sweep that starts from given statistics.
 template <class X, class Source>
-OPSD_SWEEP void refill(const Source& source, int64_t V, const RowState& row, const Scratch<X>& w) {
-  const References<X> references(row.max_s, row.max_t);
+OPSD_SWEEP void refill(const Source source, int64_t V, const References<X> references, bool far, const Scratch<X> w) {
   auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
     const auto entry = source.at(v, lanes.count);
     const Relative<X> r = source.relative(entry, references);
     keep(w, source, entry, v, exp(lanes(r.x, -INF)), lanes(r.o, 0));
-    if (row.far) store(w.p + v, exp(lanes(r.y, -INF)));
+    if (far) store(w.p + v, exp(lanes(r.y, -INF)));
   };
   walk<X>(V, step, [] {});
 }
@@ -204,8 +205,8 @@ constexpr double LEAST_RATIO = 0.25;
 
 template <Mode MODE, class X, class Source>
 RowState row_statistics(const Source& source, int64_t V, double spread_limit, const Scratch<X>& w) {
-  auto student = [&](const auto& entry) __attribute__((always_inline)) { return source.student(entry); };
-  auto teacher = [&](const auto& entry) __attribute__((always_inline)) { return source.teacher(entry); };
+  auto student = [](const Source& from, const auto& entry) __attribute__((always_inline)) { return from.student(entry); };
+  auto teacher = [](const Source& from, const auto& entry) __attribute__((always_inline)) { return from.teacher(entry); };
   const Peak peak = maximum<X>(source, V, student);
   Peak top = peak;
   if constexpr (MODE == Mode::METRICS) top = maximum<X>(source, V, teacher);

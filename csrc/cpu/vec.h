@@ -134,13 +134,20 @@ OPSD_INLINE int lowest_lane(Mask m) {
 OPSD_INLINE Vec exact_fma(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 #endif
 
-// Left to right over a fixed tree, in double: the same bits on every call.
+// In double over a fixed tree: the same bits on every call.
 OPSD_INLINE double reduce_add(Vec a) {
+#if defined(__AVX512F__)
+  const __m256 low = _mm512_maskz_extractf32x8_ps(0xff, a.v, 0), high = _mm512_maskz_extractf32x8_ps(0xff, a.v, 1);
+  const __m512d pairs = _mm512_maskz_cvtps_pd(0xff, low) + _mm512_maskz_cvtps_pd(0xff, high);
+  const __m256d fours = _mm512_maskz_extractf64x4_pd(0xf, pairs, 0) + _mm512_maskz_extractf64x4_pd(0xf, pairs, 1);
+  return (fours[0] + fours[2]) + (fours[1] + fours[3]);
+#else
   double sums[VEC_LANES];
   for (int i = 0; i < VEC_LANES; ++i) sums[i] = static_cast<double>(a.v[i]);
   for (int width = VEC_LANES / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
   return sums[0];
+#endif
 }
 OPSD_INLINE double reduce_max(Vec a) {
   float top = a.v[0];
@@ -171,12 +178,29 @@ OPSD_INLINE Vec load(const float* p) {
   std::memcpy(&a.v, p, sizeof(a.v));
   return a;
 }
-OPSD_INLINE Vec load(const BFloat16* p) {
+// Four uops of __builtin_convertvector against one: GCC splits it into halves.
+OPSD_INLINE Ints widen(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_maskz_cvtepu16_epi32(ALL, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
   Shorts raw;
   std::memcpy(&raw, p, sizeof(raw));
-  return from_bits(__builtin_convertvector(raw, Ints) << 16);
+  return __builtin_convertvector(raw, Ints);
+#endif
 }
+OPSD_INLINE Vec load(const BFloat16* p) { return from_bits(widen(&p->bits) << 16); }
 OPSD_INLINE void store(float* p, Vec a) { std::memcpy(p, &a.v, sizeof(a.v)); }
+
+OPSD_INLINE void narrow(uint16_t* p, Ints a) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(ALL, (__m512i)a));
+#else
+  const Shorts low = __builtin_convertvector(a, Shorts);
+  std::memcpy(p, &low, sizeof(low));
+#endif
+}
 
 OPSD_INLINE void store(BFloat16* p, Vec a) {
 #if defined(__AVX512BF16__)
@@ -186,8 +210,7 @@ OPSD_INLINE void store(BFloat16* p, Vec a) {
   const Ints raw = bits(a);
   const Ints rounded = raw + 0x7fff + ((raw >> 16) & 1);
   const Vec kept = select(a == a, from_bits(rounded), from_bits(raw | 0x400000));  // a NaN must not be rounded into a number
-  const Shorts narrow = __builtin_convertvector(bits(kept) >> 16, Shorts);
-  std::memcpy(p, &narrow, sizeof(narrow));
+  narrow(&p->bits, bits(kept) >> 16);
 #endif
 }
 
@@ -204,9 +227,7 @@ OPSD_INLINE void store(Half* p, Vec a) {
 #else
 OPSD_INLINE Ints select_ints(Ints m, Ints yes, Ints no) { return (m & yes) | (~m & no); }
 OPSD_INLINE Vec load(const Half* p) {
-  Shorts raw;
-  std::memcpy(&raw, p, sizeof(raw));
-  const Ints wide = __builtin_convertvector(raw, Ints);
+  const Ints wide = widen(&p->bits);
   const Ints magnitude = wide & 0x7fff, sign = (wide & 0x8000) << 16;
   const Vec normal = from_bits((magnitude << 13) + (112 << 23));
   const Vec special = from_bits((magnitude << 13) | 0x7f800000);
@@ -221,8 +242,7 @@ OPSD_INLINE void store(Half* p, Vec a) {
   const Ints special = select_ints(magnitude > 0x7f800000, Ints{} + 0x7e00, Ints{} + 0x7c00);
   const Ints finite = select_ints(magnitude < 0x38800000, tiny, normal);
   const Ints value = select_ints(magnitude >= 0x477ff000, special, finite) | sign;  // from 65520 up: infinity
-  const Shorts narrow = __builtin_convertvector(value, Shorts);
-  std::memcpy(p, &narrow, sizeof(narrow));
+  narrow(&p->bits, value);
 }
 #endif
 

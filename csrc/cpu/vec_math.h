@@ -13,7 +13,7 @@ using opsd::log1p;
 using opsd::max;
 using opsd::select;
 OPSD_INLINE double exp(double x) { return ::exp(x); }
-OPSD_INLINE double scaled_tanh(double x, double c) { return ::tanh(x * c); }
+OPSD_INLINE double scaled_tanh(double x, double c, double) { return ::tanh(x * c); }
 
 // x = n * ln 2 + r with |r| <= ln(2)/2, for |x| < 2^21. The high part of ln 2 has 9 bits: n times it is exact without fma, too.
 struct Reduced {
@@ -77,18 +77,18 @@ OPSD_INLINE Vec log1p(Vec x) {
   return fma(k, Vec(0.693359375), fma(k, Vec(-2.12194440054690583e-4), mantissa));
 }
 
-// tanh(c * x) = (1 - u) / (1 + u) with u = exp(-2c|x|). A softcap of 30 magnifies every last digit, so the product is never rounded,
+// tanh((c + c_rest) * x) = (1 - u) / (1 + u) with u = exp(-2c|x|). A softcap of 30 magnifies every last digit, so the product is never rounded,
 // and large arguments go by 1 - 2u / (1 + u).
-OPSD_INLINE Vec scaled_tanh(Vec x, double c) {
-  const Vec y = Vec(c < 0 ? 2.0 : -2.0) * abs(x), high(c), low(c - static_cast<double>(static_cast<float>(c)));
-  const Vec product = y * high, rest = fma(y, low, exact_fma(y, high, -product));  // rest: NaN where x is infinite
+OPSD_INLINE Vec scaled_tanh(Vec x, Vec c, Vec c_rest) {
+  const Vec y = select(c < Vec(0.0), Vec(2.0), Vec(-2.0)) * abs(x);
+  const Vec product = y * c, rest = fma(y, c_rest, exact_fma(y, c, -product));  // rest: NaN where x is infinite
   Reduced a = reduce(max(Vec(EXP_FLOOR), product));
   a.r = a.r + select(rest == rest, rest, Vec(0.0));
   const ExpPair<Vec> u = exp_pair(a);
   const Mask large = product < Vec(-1.0);
   const Vec part = select(large, u.exp + u.exp, -u.expm1) / (Vec(1.0) + u.exp);
   const Vec magnitude = select(large, Vec(1.0) - part, part);
-  return select(x * high < Vec(0.0), -magnitude, magnitude);
+  return select(x * c < Vec(0.0), -magnitude, magnitude);
 }
 
 }  // namespace opsd::OPSD_CAPABILITY
