@@ -42,7 +42,9 @@ class TrainConfig:
     """Everything that decides what a run computes. The defaults learn on two CPU cores in minutes.
 
     `model` is "tiny" (made by a supervised warm start, cached) or the directory or name of a Hugging Face model.
-    `ema_rate=None` takes SDPO's .01 where there is feedback and .05 where there is none (arXiv:2601.20802).
+    `ema_rate=None` takes SDPO's .01 where there is feedback and .05 where there is none (arXiv:2601.20802). The tiny model moves
+    further in a step than a large one: with .01 its teacher forgot to read the context within 200 steps (accuracy .999 to .78, the student's .24 to .66;
+    with .003 .995 and .74).
     `threads` and `backend` (None: the op's choice) are part of the numbers: another number of threads or another kernel rounds differently.
     """
 
@@ -63,7 +65,7 @@ class TrainConfig:
     feedback: str = "answer"
     siblings: bool = True
     teacher: str = "ema"
-    ema_rate: float | None = None
+    ema_rate: float | None = 0.003
     # objective
     divergence: str = "reverse_kl"
     beta: float = 0.5

@@ -45,7 +45,7 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> dict[str, Any
     device that is not there.
     """
     out, progress = Path(out), Progress()
-    models.check_device(config)
+    models.check_machine(config)
     open_run_directory(config, out, resume)
     if (out / "summary.json").exists():
         progress.say(f"{out}: this run is complete")

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from opsd_kernels import linear_divergence
 from opsd_kernels.train.config import ConfigError, TrainConfig
 
 
@@ -22,7 +23,12 @@ def load_pretrained(source: str | Path, config: TrainConfig) -> tuple[PreTrained
     return model.to(config.device), tokenizer
 
 
-def check_device(config: TrainConfig) -> None:
-    """Raises ConfigError for a device that this machine lacks."""
+def check_machine(config: TrainConfig) -> None:
+    """Raises ConfigError for a device or a row backend that this machine lacks."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: expected 'cpu', as torch finds no CUDA device, got 'cuda'")
+    row = torch.zeros(1, 1, device=config.device)
+    try:
+        linear_divergence(row, row, row, row, backend=config.backend)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -67,8 +67,8 @@ def test_a_file_that_is_not_there(tmp_path):
 
 
 def test_teacher_rate_follows_the_feedback():
-    assert TrainConfig().teacher_rate == 0.01
-    assert TrainConfig(feedback="none").teacher_rate == 0.05
+    assert TrainConfig(ema_rate=None).teacher_rate == 0.01
+    assert TrainConfig(ema_rate=None, feedback="none").teacher_rate == 0.05
     assert TrainConfig(ema_rate=0.2).teacher_rate == 0.2
 
 

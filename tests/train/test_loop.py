@@ -65,9 +65,10 @@ def test_settings_of_the_process_come_back(config, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there_claims_no_directory(config, tmp_path):
-    with pytest.raises(ConfigError, match="device: expected 'cpu'"):
-        train(dataclasses.replace(config, device="cuda"), tmp_path / "out")
+@pytest.mark.parametrize("changes, message", [({"device": "cuda"}, "device: expected 'cpu'"), ({"backend": "cuda"}, "backend: expected one that is usable")])
+def test_what_the_machine_lacks_claims_no_directory(config, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        train(dataclasses.replace(config, **changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
