@@ -58,6 +58,24 @@ OPSD_INLINE void walk(int64_t V, Step step, Flush flush) {
   }
 }
 
+// Brings the next row into the second-level cache while this one is computed on; a prefetch past the last row does nothing.
+template <class T>
+struct NextRow {
+  const T* S;
+  const T* D;
+  NextRow(const RowArgs& a, int64_t row) {
+    // Two pairs of rows and the scratch must fit; longer rows are left to the hardware.
+    const bool fits = a.V * static_cast<int64_t>(4 * sizeof(T) + 8) < (5 << 18);
+    const int64_t next = row + fits;
+    S = static_cast<const T*>(a.S) + next * a.stride_s;
+    D = static_cast<const T*>(a.T) + next * a.stride_t;
+  }
+  OPSD_INLINE void fetch(int64_t v) const {
+    __builtin_prefetch(S + v, 0, 2);
+    __builtin_prefetch(D + v, 0, 2);
+  }
+};
+
 // A number that no float holds, as a sum of two.
 template <class X>
 struct Split {
@@ -85,6 +103,7 @@ struct LinearSource {
   const T* S;
   const T* D;
   X factor;
+  NextRow<T> next;
 
   struct Entry {
     X s, d;
@@ -92,7 +111,8 @@ struct LinearSource {
   LinearSource(const RowArgs& a, int64_t row)
       : S(static_cast<const T*>(a.S) + row * a.stride_s),
         D(static_cast<const T*>(a.T) + row * a.stride_t),
-        factor(a.student.scale / a.student.temperature) {}
+        factor(a.student.scale / a.student.temperature),
+        next(a, row) {}
 
   OPSD_INLINE Entry at(int64_t v, int64_t count) const { return {load_as<X>(S + v, count), load_as<X>(D + v, count)}; }
   OPSD_INLINE X student(const Entry& e) const { return e.s * factor; }
@@ -145,6 +165,7 @@ struct GeneralSource {
   const T* T_;
   Side student_side, teacher_side;
   bool difference, linear;
+  NextRow<T> next;
 
   struct Entry {
     Exact<X> s, t;  // t is the raw difference where the gap is a multiple of it
@@ -155,7 +176,8 @@ struct GeneralSource {
         student_side(a.student, a.bias_s),
         teacher_side(a.teacher, a.bias_t),
         difference(a.difference),
-        linear(a.linear) {}
+        linear(a.linear),
+        next(a, row) {}
 
   OPSD_INLINE Entry at(int64_t v, int64_t count) const {
     const X z = load_as<X>(S + v, count), other = load_as<X>(T_ + v, count);

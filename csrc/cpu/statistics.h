@@ -118,6 +118,7 @@ OPSD_SWEEP Sums near_sums(const Source source, int64_t V, const References<X> re
   MetricSums<X> metrics;
   X spread(0.0);
   auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
+    source.next.fetch(v);
     const auto entry = source.at(v, lanes.count);
     const Relative<X> r = source.relative(entry, references);
     const X x = lanes(r.x, -INF), o = lanes(r.o, 0), e = exp(x);
