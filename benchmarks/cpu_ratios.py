@@ -1,7 +1,7 @@
 """Forward+backward on a CPU as a ratio to the bare GEMMs, and beside the peers. Behind the correctness gate; variants interleaved in one process; medians.
 
-    python benchmarks/cpu_ratios.py                      # the table of the README: N=1024, H=1024, V=32000, trainable head, two threads
-    python benchmarks/cpu_ratios.py --frozen --json out.json
+python benchmarks/cpu_ratios.py                      # the table of the README: N=1024, H=1024, V=32000, trainable head, two threads
+python benchmarks/cpu_ratios.py --frozen --json out.json
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TARGETS = {("float32", "shared"): 1.10, ("bfloat16", "shared"): 1.22, ("bfloat16
 
 @dataclass
 class Problem:
-    """Student and teacher of one call. Logits have a standard deviation of about 4, so that rows are peaked; the teacher is the student, moved by its context."""
+    """Student and teacher of one call. Logits have a standard deviation of about 4, so rows are peaked; the teacher is the student, moved by its context."""
 
     N: int
     H: int
@@ -187,7 +187,8 @@ def show(row: dict[str, object]) -> None:
     fastest = min((value for name, value in row["ratio"].items() if name not in ("bare GEMMs", "opsd_kernels")), default=float("inf"))
     mine = row["ratio"]["opsd_kernels"]
     verdict = "ok" if mine <= row["target"] and mine < fastest else "MISSED"
-    print(f"{row['dtype']:9s} {row['head']:10s} {row['divergence']:11s} bare {row['ms']['bare GEMMs']:6.0f} ms  {cells}  target {row['target']:.2f} {verdict}", flush=True)
+    what = f"{row['dtype']:9s} {row['head']:10s} {row['divergence']:11s} bare {row['ms']['bare GEMMs']:6.0f} ms"
+    print(f"{what}  {cells}  target {row['target']:.2f} {verdict}", flush=True)
 
 
 def machine() -> dict[str, object]:

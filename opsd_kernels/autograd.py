@@ -42,7 +42,7 @@ class WeightedSum(torch.autograd.Function):
     """sum_i factor_i * D_i, with the per-row D and statistics beside it, detached."""
 
     @staticmethod
-    def forward(ctx, *args):  # noqa: ANN001, ANN002, ANN205 - Call, metrics
+    def forward(ctx, *args):
         *call, metrics = args
         call = Call(*call)
         factor, unit = _row_factor(call)
@@ -57,7 +57,7 @@ class WeightedSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream, *_):  # noqa: ANN001, ANN002, ANN205
+    def backward(ctx, upstream, *_):
         if upstream is None:
             return (None,) * (len(Call._fields) + 1)
         *grads, unit = ctx.saved_tensors
@@ -70,7 +70,7 @@ class PerRow(torch.autograd.Function):
     """(N,) D_i, differentiable, with statistics beside it. A frozen head's `factor` is 0 or 1: rows that no gradient will reach."""
 
     @staticmethod
-    def forward(ctx, *args):  # noqa: ANN001, ANN002, ANN205 - Call, metrics, recompute
+    def forward(ctx, *args):
         *call, metrics, recompute = args
         call = Call(*call)
         factor, unit = (None, None) if recompute else _row_factor(call)
@@ -85,7 +85,7 @@ class PerRow(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream, *_):  # noqa: ANN001, ANN002, ANN205
+    def backward(ctx, upstream, *_):
         none = (None,) * (len(Call._fields) - 1)
         if upstream is None:
             return None, *none, None, None

@@ -111,7 +111,7 @@ def run(
 
 
 def _allocate(heads: Heads, plan: ChunkPlan, wanted: Wanted, labels: Tensor | None, saved: tuple[Tensor, Tensor] | None) -> Outputs:
-    hidden, weight = heads.student_hidden, heads.student_weight
+    hidden = heads.student_hidden
     N, wide = hidden.shape[0], stats_dtype(hidden.dtype)
     all_valid = plan.tokens == N
 
@@ -139,7 +139,7 @@ def _weight_grad(heads: Heads, plan: ChunkPlan) -> Tensor:
     return dW
 
 
-def _chunk(heads, spec, backend, wanted, space, out, rows, factor, labels, saved, *, first) -> None:  # noqa: ANN001 - the types stand at `run`
+def _chunk(heads, spec, backend, wanted, space, out, rows, factor, labels, saved, *, first) -> None:
     student, teacher = heads.student_hidden[rows], heads.teacher_hidden[rows]
     bias_s, bias_t = heads.student_bias, heads.teacher_bias
     S, T = space.project(heads, student, teacher)

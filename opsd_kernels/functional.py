@@ -19,7 +19,7 @@ from .spec import BACKWARDS, REDUCTIONS, Divergence, LogitTransform, RowSpec, ch
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Detached fp32 statistics of each token, of the leading shape of the hidden states; 0 where a token is not valid. Entropies, log-probs, divergence in nats."""
+    """Detached fp32 statistics of each token, of the leading shape of the hidden states; 0 where a token is not valid. In nats."""
 
     divergence: Tensor  # unweighted
     student_entropy: Tensor
@@ -77,20 +77,20 @@ def linear_divergence(
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Divergence in nats between a teacher's and a student's next-token distributions, straight from hidden states and LM heads.
 
-    Equals projecting both sides (`hidden @ weight.T`, then `+ bias`, `* logit_scale`, softcap `c * tanh(z / c)`, `/ temperature`), two softmaxes and a comparison
+    Equals projecting both sides (`hidden @ weight.T`, `+ bias`, `* logit_scale`, softcap `c * tanh(z / c)`, `/ temperature`), two softmaxes and a comparison
     token by token, but never holds more than `workspace_bytes` of logits. Gradients flow to `student_hidden`, `student_weight` and `student_bias`, never to the
-    teacher. No temperature**2 factor. The table of divergences and the meaning of every option: docs/api.md. In short, with teacher p, student q, m = beta * p + (1 - beta) * q:
+    teacher. No temperature**2 factor. Every option in full: docs/api.md. With teacher p, student q, m = beta * p + (1 - beta) * q:
 
     divergence: `forward_kl` KL(p || q), `reverse_kl` KL(q || p), `jsd` beta * KL(p || m) + (1 - beta) * KL(q || m) (arXiv:2306.13649, eq. 1),
-        `skew_forward_kl` KL(p || m), `skew_reverse_kl` KL(q || m) (arXiv:2402.03898, eq. 2-3), `tvd` sum |p - q| / 2. SDPO (arXiv:2601.20802, eq. 1): one head on both sides.
+        `skew_forward_kl` KL(p || m), `skew_reverse_kl` KL(q || m) (arXiv:2402.03898, eq. 2-3), `tvd` sum |p - q| / 2. SDPO is arXiv:2601.20802, eq. 1.
     vocab_size: columns from here on have probability zero on both sides; required where the heads differ in rows.
     labels, mask: a token with `labels == ignore_index` or `mask == 0` is not valid: it costs nothing, influences nothing, may hold inf or NaN.
     reduction: `none` weighted divergence per token; `sum`; `mean` = sum / `normalizer` (default: number of valid tokens); `sequence_mean` for (B, T, H).
     backward: `in_forward` (four GEMM passes, three with a frozen head), `recompute` (six; any upstream gradient per token), `auto`.
     logits_dtype: `auto` (the inputs' for a shared head, by the difference GEMM; else, and for tvd, fp32), `torch.float32`, `"input"`.
 
-    Returns the loss, 0-dim or (...) for `none`, in fp32 (fp64 for fp64 inputs); with `return_stats` also TokenStats. Raises ValueError or TypeError naming argument, expected and
-    got; NotImplementedError for entry_clip, token_clip, teacher_mix, topk*, group and callable token_weights, which this version does not have.
+    Returns the loss, 0-dim or (...) for `none`, in fp32 (fp64 for fp64 inputs); with `return_stats` also TokenStats. Raises ValueError or TypeError naming
+    argument, expected and got; NotImplementedError for entry_clip, token_clip, teacher_mix, topk*, group and callable token_weights: not in this version.
     """
     _refuse_absent(token_weights, teacher_mix, entry_clip, token_clip, topk, topk_support, topk_tail, group)
     t_temperature = ("temperature", temperature) if teacher_temperature is None else ("teacher_temperature", teacher_temperature)
@@ -109,7 +109,7 @@ def linear_divergence(
     return (loss, _token_stats(rows, stats, logprobs, call, student_hidden.shape[:-1])) if return_stats else loss
 
 
-def _refuse_absent(token_weights, teacher_mix, entry_clip, token_clip, topk, topk_support, topk_tail, group) -> None:  # noqa: ANN001
+def _refuse_absent(token_weights, teacher_mix, entry_clip, token_clip, topk, topk_support, topk_tail, group) -> None:
     absent = {
         "token_weights": callable(token_weights),
         "teacher_mix": teacher_mix != 0.0,
@@ -122,8 +122,8 @@ def _refuse_absent(token_weights, teacher_mix, entry_clip, token_clip, topk, top
     }
     for name, asked in absent.items():
         if asked:
-            kind = "a callable " if name == "token_weights" else ""
-            raise NotImplementedError(f"{name}: {kind}is not part of this version; leave it at its default" if not kind else f"{name}: expected a tensor or None, got a callable, which this version does not have")
+            got = "a callable" if name == "token_weights" else "another value"
+            raise NotImplementedError(f"{name}: expected its default{' or a tensor' * callable(token_weights)}, got {got}, which this version does not have")
 
 
 def _sides(*tensors: Tensor | None) -> tuple[_Head, _Head, bool]:
@@ -205,7 +205,7 @@ def _valid_tokens(hidden: Tensor, labels: Tensor | None, ignore_index: int, mask
     return valid, labels
 
 
-def _call(spec, student, teacher, shared_head, valid, labels, vocab_size, logits_dtype, workspace_bytes, backend) -> Call:  # noqa: ANN001
+def _call(spec, student, teacher, shared_head, valid, labels, vocab_size, logits_dtype, workspace_bytes, backend) -> Call:
     backends.check_name(backend)
     workspace_budget(workspace_bytes)
     grad = torch.is_grad_enabled()

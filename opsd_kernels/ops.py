@@ -126,7 +126,7 @@ def _gradients(call: Call, out: chunked.Outputs) -> tuple[Tensor, ...]:
     return tuple(call.student_hidden.new_empty(0) if grad is None else grad for grad in (out.dh, out.dW, out.dbias))
 
 
-def _forward(*args) -> tuple[Tensor, ...]:  # noqa: ANN002 - Call, metrics, recompute
+def _forward(*args) -> tuple[Tensor, ...]:
     *call, metrics, recompute = args
     call = Call(*call)
     out = _run(call, gradients=not recompute, metrics=metrics)
@@ -134,7 +134,7 @@ def _forward(*args) -> tuple[Tensor, ...]:  # noqa: ANN002 - Call, metrics, reco
     return out.loss, out.A, out.stats, logprobs, *_gradients(call, out)
 
 
-def _backward(*args) -> tuple[Tensor, ...]:  # noqa: ANN002 - Call, stats, A
+def _backward(*args) -> tuple[Tensor, ...]:
     *call, stats, A = args
     call = Call(*call)._replace(labels=None)
     return _gradients(call, _run(call, gradients=True, saved=(stats, A)))
@@ -150,7 +150,7 @@ def _fake_gradients(call: Call) -> tuple[Tensor, ...]:
     )
 
 
-def _forward_fake(*args) -> tuple[Tensor, ...]:  # noqa: ANN002
+def _forward_fake(*args) -> tuple[Tensor, ...]:
     *call, metrics, recompute = args
     call = Call(*call)
     N, wide = call.student_hidden.shape[0], stats_dtype(call.student_hidden.dtype)
@@ -164,7 +164,7 @@ def _forward_fake(*args) -> tuple[Tensor, ...]:  # noqa: ANN002
     return vector(N), vector(N), vector(N, len(Column)), vector(N if labelled else 0, 2), *_fake_gradients(call)
 
 
-def _backward_fake(*args) -> tuple[Tensor, ...]:  # noqa: ANN002
+def _backward_fake(*args) -> tuple[Tensor, ...]:
     return _fake_gradients(Call(*args[:-2]))
 
 

@@ -12,10 +12,11 @@ from .spec import BACKWARDS, check_choice, expect
 
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 ROW_MULTIPLE = 16
-# What a CPU's math library packs and the sweeps keep beside the buffers: 13 to 20 MiB measured, fp32 and bf16, V = 151936, two threads. Small budgets give it an eighth.
+# What a CPU's math library packs and the sweeps keep beside the buffers: 13 to 20 MiB measured in fp32 and bf16 at V = 151936 on two threads.
+# A small budget gives it an eighth.
 CPU_SCRATCH_BYTES = 20 << 20
-# Rows beyond which a chunk gains nothing. On a CPU, GEMMs of 256 rows in bf16 (AMX) run as fast as longer ones and the fresh buffers cost less to touch. On CUDA a
-# trainable head reads and writes the fp32 dW once per chunk: 25 % of the floor at 1024 rows, 6 % at 4096 (H = 4096).
+# Rows beyond which a chunk gains nothing. On a CPU, GEMMs of 256 rows in bf16 (AMX) run as fast as longer ones and the fresh buffers cost less to touch. On
+# CUDA a trainable head reads and writes the fp32 dW once per chunk: 25 % of the floor at 1024 rows, 6 % at 4096 (H = 4096).
 ROW_LIMITS = {("cpu", True): 256, ("cpu", False): 256, ("cuda", True): 4096, ("cuda", False): 1024}
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -114,8 +115,8 @@ def plan(
 ) -> ChunkPlan:
     """Plan `linear_divergence` for N valid tokens, a vocabulary of V and hidden sizes H_student and H_teacher (default: the same).
 
-    `workspace_bytes` is the budget (default OPSD_WORKSPACE_BYTES or 1 GiB) for logits buffers, packed rows and the fp32 dW that stands beside a 16-bit gradient;
-    the last claims at most half of it, since its size is the head's. Raises ValueError if the budget does not hold one row.
+    `workspace_bytes` is the budget (default OPSD_WORKSPACE_BYTES or 1 GiB) for logits buffers, packed rows, the math library's scratch, and the fp32 dW that
+    stands beside a 16-bit gradient; the last claims at most half of it, since its size is the head's. Raises ValueError if the budget does not hold one row.
     """
     H_teacher = H_student if H_teacher is None else H_teacher
     for name, value in (("N", N), ("V", V), ("H_student", H_student), ("H_teacher", H_teacher)):

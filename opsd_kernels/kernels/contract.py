@@ -1,9 +1,10 @@
 """What a row backend promises. Three sweeps over a chunk of logit rows, and their fusion when the row factors are already known.
 
-Notation: per row, student logits s, teacher logits t (after the transform), q = softmax(s), p = softmax(t), d = t - s, and delta = log p - log q = d - L with
-L = lse(t) - lse(s). A teacher may be shifted against the student by far more than it differs from it, so both are taken relative to a pair of reference logits:
-delta = o - (L - c), c = TEACHER_MAX - STUDENT_MAX, with the offset o = d - c where the difference buffer gives d itself, else o = (t - TEACHER_MAX) - (s - STUDENT_MAX).
-Near rows take the teacher's logit at the student's first maximum, where a peaked row has all its weight; other rows each side's own maximum.
+Notation: per row, student logits s, teacher logits t (after the transform), q = softmax(s), p = softmax(t), d = t - s, and delta = log p - log q = d - L
+with L = lse(t) - lse(s). A teacher may be shifted against the student by far more than it differs from it, so both are taken relative to a pair of
+reference logits: delta = o - (L - c), c = TEACHER_MAX - STUDENT_MAX, with the offset o = d - c where the difference buffer gives d itself, else
+o = (t - TEACHER_MAX) - (s - STUDENT_MAX). Near rows take the teacher's logit at the student's first maximum, where a peaked row has all its weight; other
+rows each side's own maximum.
 
 A backend is a module or object with
 
@@ -14,7 +15,8 @@ A backend is a module or object with
 
 S, T        (n, V) raw student logits, and raw teacher logits or, with `spec.difference`, raw teacher minus raw student logits. Same dtype:
             float64, float32, bfloat16 or float16. Unit column stride; any row stride >= V; any storage offset. n, V >= 1. S and T never overlap.
-bias_s/_t   (V,) contiguous, of the dtype of the statistics, or None. -inf in a bias masks that entry: probability zero (not under a softcap, which maps it to -c).
+bias_s/_t   (V,) contiguous, of the dtype of the statistics, or None. -inf in a bias masks that entry: probability zero
+            (not under a softcap, which maps it to -c).
 stats       (n, len(Column)) in float64 for float64 logits, else float32. Columns up to SPREAD and the divergence's own value
             (REVERSE_KL / FORWARD_KL) are always right; the others only with `metrics`, else 0.
 loss, A     (n,) of the dtype of stats: the divergence in nats, and the row scalar A of math.md. For the two plain KLs `row_dot` reads both from
@@ -48,8 +50,8 @@ from ..spec import RowSpec
 
 # Near rows: |o| up to here. They may be summed relative to the student's maximum alone, exp(-87 + 2 * 24) * 152k entries stays under 1e-11.
 SPREAD_LIMIT = 24.0
-# With x = sum q * expm1(o): L - c = log1p(x) inside these bounds, which keeps its digits however close the teacher is; outside, log(sum q * exp(o)), with an exp of
-# full relative accuracy (1 + expm1 is not): near x = -1 log1p(x) has no digits left (a student's peak where the teacher has no mass).
+# With x = sum q * expm1(o): L - c = log1p(x) inside these bounds, which keeps its digits however close the teacher is; outside, log(sum q * exp(o)), with an
+# exp of full relative accuracy (1 + expm1 is not): near x = -1 log1p(x) has no digits left (a student's peak where the teacher has no mass).
 GAP_BOUNDS = (-0.5, 1.0)
 
 

@@ -119,9 +119,7 @@ def row_dot(S: Tensor, T: Tensor, stats: Tensor, spec: RowSpec, bias_s: Tensor |
     return loss, A
 
 
-def row_grad_(
-    S: Tensor, T: Tensor, stats: Tensor, A: Tensor, factor: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, G: Tensor
-) -> None:
+def row_grad_(S: Tensor, T: Tensor, stats: Tensor, A: Tensor, factor: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, G: Tensor) -> None:
     for b in _blocks(S):
         q, p, delta = _distributions(_logits(S[b], T[b], spec, bias_s, bias_t), stats[b])
         _, u = entry(spec.divergence, q, p, delta)
