@@ -1,7 +1,7 @@
 // (f, u) of one vocabulary entry for every divergence: the C++ home of the formulas, host and device, torch-free.
 // What they mean and why they are written in delta = log p - log q: opsd_kernels/divergences.py.
 //
-// X is a number: float, double, or a SIMD vector of floats that brings its own select, abs, max, expm1, exp_pair and log1p.
+// X is a number: float, double, or a SIMD vector of floats that brings its own select, abs, max, reciprocal, exp_pair and log1p.
 // All of f and u are homogeneous of degree one in (q, p) at fixed delta, so a caller may fold a row's factor into both.
 // GUARDED: a term is 0 where its probability is 0, whatever delta is. Rows whose delta is finite do without.
 #pragma once
@@ -37,6 +37,8 @@ OPSD_HOST_DEVICE float abs(float x) { return x < 0 ? -x : x; }
 OPSD_HOST_DEVICE double abs(double x) { return x < 0 ? -x : x; }
 OPSD_HOST_DEVICE ExpPair<float> exp_pair(float x) { return {expf(x), expm1f(x)}; }
 OPSD_HOST_DEVICE ExpPair<double> exp_pair(double x) { return {::exp(x), ::expm1(x)}; }
+OPSD_HOST_DEVICE float reciprocal(float x) { return 1 / x; }
+OPSD_HOST_DEVICE double reciprocal(double x) { return 1 / x; }
 OPSD_HOST_DEVICE float log1p(float x) { return ::log1pf(x); }
 OPSD_HOST_DEVICE double log1p(double x) { return ::log1p(x); }
 
@@ -58,10 +60,12 @@ OPSD_HOST_DEVICE Ratio<X> ratio(X delta) {
   return {delta, pair.exp, pair.expm1};
 }
 
-// p = q * exp(delta); |delta| must stay where exp(-|delta|) is a normal number.
+// The same where expm1(delta) is known, and a normal number: exp(-|delta|) is its sum with 1, or one over that.
 template <class X>
-OPSD_HOST_DEVICE X teacher_probability(X q, const Ratio<X>& r) {
-  return select(r.delta <= X(0), q * r.decay, q / r.decay);
+OPSD_HOST_DEVICE Ratio<X> ratio(X delta, X expm1_delta) {
+  const auto below = delta <= X(0);
+  const X whole = X(1) + expm1_delta, inverse = reciprocal(whole);
+  return {delta, select(below, whole, inverse), select(below, expm1_delta, -expm1_delta * inverse)};
 }
 
 template <class X>
@@ -74,7 +78,7 @@ OPSD_HOST_DEVICE Mixture<X> mixture(const Ratio<X>& r, X beta) {
   const auto below = r.delta <= X(0);
   const X part = select(below, beta, X(1) - beta) * r.a;  // m/q - 1 where below, m/p - 1 elsewhere
   const X log = log1p(part);
-  return {select(below, log, log + r.delta), select(below, log - r.delta, log), select(below, r.decay, X(1)) / (X(1) + part)};
+  return {select(below, log, log + r.delta), select(below, log - r.delta, log), select(below, r.decay, X(1)) * reciprocal(X(1) + part)};
 }
 
 template <bool GUARDED, class X>
@@ -90,8 +94,8 @@ OPSD_HOST_DEVICE Terms<X> forward_kl(X p, X delta) {
 
 // u - q * A of forward KL, A = -1, where delta is finite: q - p without the cancellation.
 template <class X>
-OPSD_HOST_DEVICE X forward_kl_grad(X q, X delta) {
-  return -(q * expm1(delta));
+OPSD_HOST_DEVICE X forward_kl_grad(X q, X expm1_delta) {
+  return -(q * expm1_delta);
 }
 
 template <bool GUARDED, class X>

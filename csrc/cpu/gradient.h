@@ -13,22 +13,34 @@ struct GapRow {
   OPSD_INLINE X delta(int64_t v, int64_t count) const { return exact_fma(load_as<X>(D + v, count), factor, -shift) - gap; }
 };
 
+// expm1(delta) of a near row from the scratch row expm1(o): (expm1(o) - expm1(gap)) / exp(gap).
+template <class X>
+struct RatioRow {
+  const ElementOf<X>* w;
+  X scale, shift;
+  RatioRow(const ElementOf<X>* row, double gap) : w(row), scale(::exp(-gap)), shift(::expm1(-gap)) {}
+  OPSD_INLINE X at(int64_t v) const { return fma(load(w + v), scale, shift); }
+};
+
 struct Value {
   double loss, A;
 };
 
-// f and u over a row; u replaces p in the scratch.
+// f and u over a row; u replaces the teacher in the scratch.
 template <Kind KIND, bool FAR, class X, class T>
-OPSD_SWEEP Value entry_sums(const GapRow<X, T> gap, int64_t V, double inverse_z, double inverse_zt, double beta_value, const Scratch<X> w) {
-  const X scale_q(inverse_z), scale_p(inverse_zt), beta(beta_value);
+OPSD_SWEEP Value entry_sums(const GapRow<X, T> gap, int64_t V, const RowState row, double beta_value, const Scratch<X> w) {
+  const X scale_q(row.inverse_z), scale_p(row.inverse_zt), beta(beta_value);
+  const RatioRow<X> ratios(w.p, row.gap);
   Total<X> loss, A;
   auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
     const X q = load(w.e + v) * scale_q, delta = lanes(gap.delta(v, lanes.count), 0);
-    const Ratio<X> r = ratio(delta);
-    X p;
-    if constexpr (FAR) p = load(w.p + v) * scale_p;
-    else p = teacher_probability(q, r);
-    const Terms<X> terms = entry<KIND, FAR>(q, p, r, beta);
+    Terms<X> terms;
+    if constexpr (FAR) {
+      terms = entry<KIND, true>(q, load(w.p + v) * scale_p, ratio(delta), beta);
+    } else {
+      const X excess = lanes(ratios.at(v), 0);
+      terms = entry<KIND, false>(q, fma(q, excess, q), ratio(delta, excess), beta);
+    }
     store(w.p + v, terms.u);
     loss.block = loss.block + terms.f;
     A.block = A.block + terms.u;
@@ -57,16 +69,17 @@ OPSD_SWEEP void combine(Out* G, int64_t V, double inverse_z, double A, double fa
 
 // The gradient of the two plain KLs. Near rows fold the row's factor into q.
 template <Kind KIND, bool FAR, class X, class T, class Out>
-OPSD_SWEEP void kl_gradient(const GapRow<X, T> gap, Out* G, int64_t V, double inverse_z, double inverse_zt, double A, double factor, bool bent, const Scratch<X> w) {
-  const X scale_q(FAR ? inverse_z : inverse_z * factor), scale_p(inverse_zt), after(factor), dot(A);
+OPSD_SWEEP void kl_gradient(const GapRow<X, T> gap, Out* G, int64_t V, const RowState row, double A, double factor, bool bent, const Scratch<X> w) {
+  const X scale_q(FAR ? row.inverse_z : row.inverse_z * factor), scale_p(row.inverse_zt), after(factor), dot(A);
+  const RatioRow<X> ratios(w.p, row.gap);
   auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
     const X q = load(w.e + v) * scale_q;
     X g;
-    if constexpr (FAR && KIND == Kind::FORWARD_KL) g = (q - load(w.p + v) * scale_p) * after;
-    else {
-      const X delta = lanes(gap.delta(v, lanes.count), 0);
-      if constexpr (KIND == Kind::FORWARD_KL) g = forward_kl_grad(q, delta);
-      else g = reverse_kl<FAR>(q, delta).u - q * dot;
+    if constexpr (KIND == Kind::FORWARD_KL) {
+      if constexpr (FAR) g = (q - load(w.p + v) * scale_p) * after;
+      else g = forward_kl_grad(q, ratios.at(v));
+    } else {
+      g = reverse_kl<FAR>(q, lanes(gap.delta(v, lanes.count), 0)).u - q * dot;
       if constexpr (FAR) g = g * after;
     }
     put(G, w, bent, v, lanes.count, g);

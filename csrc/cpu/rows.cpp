@@ -90,8 +90,8 @@ class Rows {
   template <Kind KIND>
   Value value(const Source& source, const RowState& row) const {
     return with_gap(source, row, [&](auto gap) {
-      if (row.far) return entry_sums<KIND, true>(gap, a_.V, row.inverse_z, row.inverse_zt, a_.beta, w_);
-      return entry_sums<KIND, false>(gap, a_.V, row.inverse_z, row.inverse_zt, a_.beta, w_);
+      if (row.far) return entry_sums<KIND, true>(gap, a_.V, row, a_.beta, w_);
+      return entry_sums<KIND, false>(gap, a_.V, row, a_.beta, w_);
     });
   }
 
@@ -123,10 +123,10 @@ class Rows {
     if (!one_sweep_) return combine(G, a_.V, row.inverse_z, A, factor, bent, w_);
     with_gap(source, row, [&](auto gap) {
       const bool reverse = a_.kind == Kind::REVERSE_KL;
-      if (reverse && row.far) kl_gradient<Kind::REVERSE_KL, true>(gap, G, a_.V, row.inverse_z, row.inverse_zt, A, factor, bent, w_);
-      else if (reverse) kl_gradient<Kind::REVERSE_KL, false>(gap, G, a_.V, row.inverse_z, row.inverse_zt, A, factor, bent, w_);
-      else if (row.far) kl_gradient<Kind::FORWARD_KL, true>(gap, G, a_.V, row.inverse_z, row.inverse_zt, A, factor, bent, w_);
-      else kl_gradient<Kind::FORWARD_KL, false>(gap, G, a_.V, row.inverse_z, row.inverse_zt, A, factor, bent, w_);
+      if (reverse && row.far) kl_gradient<Kind::REVERSE_KL, true>(gap, G, a_.V, row, A, factor, bent, w_);
+      else if (reverse) kl_gradient<Kind::REVERSE_KL, false>(gap, G, a_.V, row, A, factor, bent, w_);
+      else if (row.far) kl_gradient<Kind::FORWARD_KL, true>(gap, G, a_.V, row, A, factor, bent, w_);
+      else kl_gradient<Kind::FORWARD_KL, false>(gap, G, a_.V, row, A, factor, bent, w_);
     });
   }
 
@@ -175,7 +175,8 @@ class Rows {
 template <class X, class In>
 void run_dtype(const RowArgs& a, Sweep sweep, int64_t begin, int64_t end) {
   const Workspace<X> space(a.V);
-  const Scratch<X>& w = space.rows;
+  Scratch<X> w = space.rows;
+  if (a.kind == Kind::REVERSE_KL) w.p = nullptr;  // its gradient needs q and delta alone
   if (a.linear && !a.bias_s && !a.bias_t) {
     const Rows<X, In, LinearSource> rows(a, w);
     for (int64_t i = begin; i < end; ++i) rows.run(sweep, i);

@@ -14,7 +14,7 @@ template <class X>
 struct Scratch {
   using E = ElementOf<X>;
   E* e = nullptr;      // exp(x)
-  E* p = nullptr;      // exp(y) of a far row; then u
+  E* p = nullptr;      // of the teacher: expm1(o) in a near row, exp(y) in a far one; then u
   E* o = nullptr;      // the offset, of a general source
   E* slope = nullptr;  // of a softcap
 };
@@ -124,10 +124,11 @@ OPSD_SWEEP Sums near_sums(const Source source, int64_t V, const References<X> re
     const X x = lanes(r.x, -INF), o = lanes(r.o, 0), e = exp(x);
     const ExpPair<X> ratio = bounded_exp_pair(o);
     keep(w, source, entry, v, e, o);
+    if (w.p) store(w.p + v, ratio.expm1);
     z.block = z.block + e;
     eo.block = fma(e, o, eo.block);
     ew.block = fma(e, ratio.expm1, ew.block);
-    spread = max(abs(o), spread);
+    spread = max_abs(spread, o);
     if constexpr (MODE != Mode::REVERSE) {
       const X p = e * ratio.exp;
       zt.block = zt.block + p;
@@ -156,7 +157,7 @@ OPSD_SWEEP Sums far_sums(const Source source, int64_t V, const References<X> ref
     const Relative<X> r = source.relative(entry, references);
     const X x = lanes(r.x, -INF), y = lanes(r.y, -INF), o = lanes(r.o, 0), e = exp(x), p = exp(y);
     keep(w, source, entry, v, e, o);
-    if (w.e) store(w.p + v, p);
+    if (w.p) store(w.p + v, p);
     z.block = z.block + e;
     zt.block = zt.block + p;
     eo.block = eo.block + guard<true>(e, e * o);
@@ -181,7 +182,7 @@ OPSD_SWEEP void refill(const Source source, int64_t V, const References<X> refer
     const auto entry = source.at(v, lanes.count);
     const Relative<X> r = source.relative(entry, references);
     keep(w, source, entry, v, exp(lanes(r.x, -INF)), lanes(r.o, 0));
-    if (far) store(w.p + v, exp(lanes(r.y, -INF)));
+    if (w.p) store(w.p + v, far ? exp(lanes(r.y, -INF)) : bounded_exp_pair(lanes(r.o, 0)).expm1);
   };
   walk<X>(V, step, [] {});
 }

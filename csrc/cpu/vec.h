@@ -82,6 +82,11 @@ constexpr __mmask16 ALL = 0xffff;  // the unmasked forms make GCC 12 warn about 
 OPSD_INLINE Vec fma(Vec a, Vec b, Vec c) { return Vec(_mm512_fmadd_ps(a.v, b.v, c.v)); }
 OPSD_INLINE Vec max(Vec a, Vec b) { return Vec(_mm512_maskz_max_ps(ALL, a.v, b.v)); }
 OPSD_INLINE Vec abs(Vec a) { return Vec(_mm512_abs_ps(a.v)); }
+OPSD_INLINE Vec max_abs(Vec a, Vec b) { return Vec(_mm512_maskz_range_ps(ALL, a.v, b.v, 0b1011)); }
+OPSD_INLINE Vec reciprocal(Vec a) {
+  const __m512 guess = _mm512_maskz_rcp14_ps(ALL, a.v);
+  return Vec(_mm512_fmadd_ps(guess, _mm512_fnmadd_ps(a.v, guess, Floats{} + 1.0f), guess));
+}
 OPSD_INLINE Mask operator>(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}; }
 OPSD_INLINE Mask operator<(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 OPSD_INLINE Mask operator<=(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
@@ -113,6 +118,8 @@ OPSD_INLINE Vec exact_fma(Vec a, Vec b, Vec c) {
 }
 #endif
 OPSD_INLINE Vec abs(Vec a) { return Vec((Floats)((Ints)a.v & 0x7fffffff)); }
+OPSD_INLINE Vec max_abs(Vec a, Vec b) { return max(abs(b), a); }
+OPSD_INLINE Vec reciprocal(Vec a) { return Vec(1.0) / a; }
 OPSD_INLINE Mask operator>(Vec a, Vec b) { return {a.v > b.v}; }
 OPSD_INLINE Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
 OPSD_INLINE Mask operator<=(Vec a, Vec b) { return {a.v <= b.v}; }
@@ -202,16 +209,23 @@ OPSD_INLINE void narrow(uint16_t* p, Ints a) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// One instruction for the rounding below, where the processor has it; asked at run time, so that one AVX-512 build serves all of them.
+static const bool HAS_BF16 = __builtin_cpu_supports("avx512bf16");
+#endif
+
 OPSD_INLINE void store(BFloat16* p, Vec a) {
-#if defined(__AVX512BF16__)
-  const __m256bh narrow = _mm512_cvtneps_pbh(a.v);
-  std::memcpy(p, &narrow, sizeof(narrow));
-#else
+#if defined(__AVX512F__)
+  if (HAS_BF16) {
+    __m256i rounded;
+    __asm__("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(a.v));
+    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded);
+  }
+#endif
   const Ints raw = bits(a);
   const Ints rounded = raw + 0x7fff + ((raw >> 16) & 1);
   const Vec kept = select(a == a, from_bits(rounded), from_bits(raw | 0x400000));  // a NaN must not be rounded into a number
   narrow(&p->bits, bits(kept) >> 16);
-#endif
 }
 
 #if defined(__AVX512F__)
@@ -250,6 +264,7 @@ OPSD_INLINE void store(Half* p, Vec a) {
 
 OPSD_INLINE double fma(double a, double b, double c) { return a * b + c; }
 OPSD_INLINE double exact_fma(double a, double b, double c) { return a * b + c; }
+OPSD_INLINE double max_abs(double a, double b) { return b < 0 ? (-b > a ? -b : a) : (b > a ? b : a); }
 OPSD_INLINE double reduce_add(double a) { return a; }
 OPSD_INLINE double reduce_max(double a) { return a; }
 OPSD_INLINE double first_lane(double a) { return a; }
