@@ -63,13 +63,8 @@ template <class T>
 struct NextRow {
   const T* S;
   const T* D;
-  NextRow(const RowArgs& a, int64_t row) {
-    // Two pairs of rows and the scratch must fit; longer rows are left to the hardware.
-    const bool fits = a.V * static_cast<int64_t>(4 * sizeof(T) + 8) < (5 << 18);
-    const int64_t next = row + fits;
-    S = static_cast<const T*>(a.S) + next * a.stride_s;
-    D = static_cast<const T*>(a.T) + next * a.stride_t;
-  }
+  NextRow(const RowArgs& a, int64_t next)
+      : S(static_cast<const T*>(a.S) + next * a.stride_s), D(static_cast<const T*>(a.T) + next * a.stride_t) {}
   OPSD_INLINE void fetch(int64_t v) const {
     __builtin_prefetch(S + v, 0, 2);
     __builtin_prefetch(D + v, 0, 2);
@@ -108,11 +103,11 @@ struct LinearSource {
   struct Entry {
     X s, d;
   };
-  LinearSource(const RowArgs& a, int64_t row)
+  LinearSource(const RowArgs& a, int64_t row, int64_t next_row)
       : S(static_cast<const T*>(a.S) + row * a.stride_s),
         D(static_cast<const T*>(a.T) + row * a.stride_t),
         factor(a.student.scale / a.student.temperature),
-        next(a, row) {}
+        next(a, next_row) {}
 
   OPSD_INLINE Entry at(int64_t v, int64_t count) const { return {load_as<X>(S + v, count), load_as<X>(D + v, count)}; }
   OPSD_INLINE X student(const Entry& e) const { return e.s * factor; }
@@ -170,14 +165,14 @@ struct GeneralSource {
   struct Entry {
     Exact<X> s, t;  // t is the raw difference where the gap is a multiple of it
   };
-  GeneralSource(const RowArgs& a, int64_t row)
+  GeneralSource(const RowArgs& a, int64_t row, int64_t next_row)
       : S(static_cast<const T*>(a.S) + row * a.stride_s),
         T_(static_cast<const T*>(a.T) + row * a.stride_t),
         student_side(a.student, a.bias_s),
         teacher_side(a.teacher, a.bias_t),
         difference(a.difference),
         linear(a.linear),
-        next(a, row) {}
+        next(a, next_row) {}
 
   OPSD_INLINE Entry at(int64_t v, int64_t count) const {
     const X z = load_as<X>(S + v, count), other = load_as<X>(T_ + v, count);

@@ -179,6 +179,7 @@ OPSD_SWEEP Sums far_sums(const Source source, int64_t V, const References<X> ref
 template <class X, class Source>
 OPSD_SWEEP void refill(const Source source, int64_t V, const References<X> references, bool far, const Scratch<X> w) {
   auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
+    source.next.fetch(v);
     const auto entry = source.at(v, lanes.count);
     const Relative<X> r = source.relative(entry, references);
     keep(w, source, entry, v, exp(lanes(r.x, -INF)), lanes(r.o, 0));
