@@ -1,6 +1,7 @@
 """One optimisation step: the loss is the divergence it says, micro-batches do not matter, the teacher follows, a loss that is not finite stops."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from opsd_kernels.train.types import NonFiniteLoss
 
 @pytest.fixture
 def rollouts(sampler, model, task):
-    return sampler.sample(model, task, requests([task.env(problem, 0).prompt() for problem in task.train[:5]], 3), 0)
+    """Cut to lengths from 1 to 4: equal ones would hide a wrong normaliser."""
+    sampled = sampler.sample(model, task, requests([task.env(problem, 0).prompt() for problem in task.train[:5]], 3), 0)
+    return [replace(rollout, tokens=rollout.tokens[: 1 + index % 4]) for index, rollout in enumerate(sampled)]
 
 
 @pytest.fixture
@@ -45,7 +48,6 @@ def check_against(actual, peer, truth):
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
 @pytest.mark.parametrize("micro", [1, 4, 15])
 def test_micro_batches_do_not_change_the_step(model, batch, reduction, micro):
-    assert len({len(rollout.tokens) for rollout in batch.rollouts}) > 1, "equal lengths would hide a wrong normaliser"
     whole = loss_and_gradients(model, model, batch, settings(reduction=reduction))
     exact = copy.deepcopy(model).double()
     truth = loss_and_gradients(exact, exact, batch, settings(reduction=reduction))
