@@ -92,7 +92,7 @@ def train(
         fail("--resume: expected --out DIR, the run to continue, got none")
     with one_line(ModuleNotFoundError):
         needs_extra("train", "transformers", "safetensors", "matplotlib")
-    from .train.config import load_config
+    from .train.config import ConfigError, load_config
     from .train.types import NonFiniteLoss
 
     with one_line(ValueError, TypeError, OSError):
@@ -102,7 +102,7 @@ def train(
 
     out = out or new_run_directory(parsed.env)
     try:
-        with one_line(FileExistsError, FileNotFoundError, NonFiniteLoss):
+        with one_line(FileExistsError, FileNotFoundError, ConfigError, NonFiniteLoss):
             loop.train(parsed, out, resume)
     except KeyboardInterrupt as interrupt:
         typer.echo(f"\n{str(interrupt) or 'stopped at once; the last checkpoint counts'}\n    {resume_command(out)}", err=True)
