@@ -40,15 +40,16 @@ def newest_source() -> float:
     return max(path.stat().st_mtime for path in [ROOT / "setup.py", *CSRC.rglob("*")] if path.is_file())
 
 
-def unsupported() -> str | None:
+def unsupported(compiler: str) -> str | None:
     if os.name == "nt":
         return "it needs GCC or Clang"
     try:
         import torch
     except ImportError:
         return "torch is not installed in this environment (pip install --no-build-isolation)"
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    return None if version >= (2, 10) else f"torch >= 2.10 is needed, got {torch.__version__}"
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
+        return f"torch >= 2.10 is needed, got {torch.__version__}"
+    return None if shutil.which(compiler) else f"no C++ compiler, {compiler!r} is not there (CXX names one)"
 
 
 class BuildExtension(build_ext):
@@ -61,22 +62,17 @@ class BuildExtension(build_ext):
             if target != built:
                 shutil.copy2(built, target)
             return
-        built.unlink(missing_ok=True)
-        reason = unsupported()
+        for stale in (built, target):
+            stale.unlink(missing_ok=True)
+        compiler = self.compiler.compiler_so_cxx[0]
+        reason = unsupported(compiler)
         try:
             if reason is None:
                 self.compile_and_link(target)
-        except Exception:  # distutils raises a different class for each way in which a compiler can be missing or fail
-            reason = self.complaint()
+        except Exception as error:  # distutils raises a different class for each way in which a compiler can fail; the compiler has said more above
+            reason = f"{compiler!r} failed ({type(error).__name__}); `python setup.py build_ext --inplace` shows how"
         if reason is not None:
             print(f"opsd_kernels: installed without its C++ extension (slower on CPU): {reason}", file=sys.stderr)
-
-    def complaint(self) -> str:
-        compiler = self.compiler.executables.get("compiler_so_cxx") or self.compiler.compiler_so_cxx
-        name = compiler[0]
-        if shutil.which(name) is None:
-            return f"no C++ compiler, {name!r} is not there (CXX names one)"
-        return f"{name!r} failed; `python setup.py build_ext --inplace` shows how"
 
     def compile_and_link(self, target: Path) -> None:
         from torch.utils.cpp_extension import include_paths, library_paths
@@ -98,8 +94,11 @@ class BuildExtension(build_ext):
         return str(done)
 
 
+FILES = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*") if path.is_file())
+
 setup(
-    ext_modules=[Extension("opsd_kernels._C", sources=[], py_limited_api=True, optional=True)],
+    # `depends` puts the headers into source distributions; what is compiled how is said by jobs().
+    ext_modules=[Extension("opsd_kernels._C", sources=[f for f in FILES if f.endswith(".cpp")], depends=FILES, py_limited_api=True, optional=True)],
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )
