@@ -1,0 +1,55 @@
+"""The Triton kernels compile for sm_80, sm_90 and sm_100 without a GPU, none spills, and aligned rows are read 16 bytes at a time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).resolve().parent / "compile_kernels.py"
+ROOT = SCRIPT.parent.parent.parent
+SHARDS = 2
+
+pytestmark = [pytest.mark.build, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+    started = [
+        subprocess.Popen([sys.executable, SCRIPT, str(shard), str(SHARDS)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for shard in range(SHARDS)
+    ]
+    rows = []
+    for process in started:
+        output, errors = process.communicate(timeout=900)
+        assert process.returncode == 0, errors[-6000:]
+        rows += [json.loads(line) for line in output.splitlines()]
+    return rows
+
+
+def test_every_kernel_kind_and_architecture_is_there(compiled):
+    seen = {(row["arch"], row["kernel"], row["kind"]) for row in compiled}
+    assert {(arch, "fused", kind) for arch in (80, 90, 100) for kind in range(6)} <= seen
+    assert {(90, "grad", kind) for kind in range(6)} | {(90, "dot", kind) for kind in range(2, 6)} | {(90, "stats", kind) for kind in range(3)} <= seen
+
+
+def test_no_kernel_spills(compiled):
+    spilled = [row for row in compiled if row["STACK"] or row["LOCAL"]]
+    assert not spilled, "\n".join(map(str, spilled))
+
+
+def test_two_blocks_fit_on_a_multiprocessor(compiled):
+    """65536 registers, blocks of at most 256 threads."""
+    greedy = [row for row in compiled if row["REG"] > 128 and row["dtype"] != "fp64"]
+    assert not greedy, "\n".join(map(str, greedy))
+
+
+def test_aligned_rows_are_read_in_vectors(compiled):
+    narrow = [row for row in compiled if row["aligned"] and row["dtype"] != "fp64" and not row["vector_loads"]]
+    assert not narrow, "\n".join(map(str, narrow))
+    assert not any(row["vector_loads"] for row in compiled if not row["aligned"])

@@ -1,0 +1,75 @@
+"""The Triton kernels under Triton's interpreter, in processes of their own: TRITON_INTERPRET is read when Triton is imported."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+# Two processes of about equal length, side by side.
+PARTS = {"values": "test_loss_and_gradient", "the rest": "not test_loss_and_gradient"}
+AT_LEAST = {"values": 45, "the rest": 70}  # tests that passed: a selection that came to nothing must not look green
+
+pytestmark = [pytest.mark.interp, pytest.mark.slow]
+
+
+def interpreted(*arguments: str) -> subprocess.Popen:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}  # numpy's, for every inf and NaN on the way
+    environment.pop("OPSD_BACKEND", None)
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def runs():
+    command = ("-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", str(HERE / "rows_interpreted.py"), "-k")
+    started = {part: interpreted(*command, selected) for part, selected in PARTS.items()}
+    yield started
+    for process in started.values():
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_row_contract(runs, part):
+    output, _ = runs[part].communicate(timeout=900)
+    assert runs[part].returncode == 0, output[-6000:]
+    passed = re.search(r"(\d+) passed", output)
+    assert passed and int(passed[1]) >= AT_LEAST[part], output[-2000:]
+
+
+LOSS = """
+import torch
+import opsd_kernels
+from opsd_kernels.testing import assert_no_worse, evaluate, hard_case
+from opsd_kernels.reference import linear_divergence_reference as reference
+for options in (dict(shared_head=True, near=1e-2), dict()):
+    case = hard_case(9, 1003, 8, torch.float32, **options)
+    got = evaluate(opsd_kernels.linear_divergence, case, divergence="jsd", backend="triton")
+    assert_no_worse(got, evaluate(reference, case, divergence="jsd"), evaluate(reference, case.double(), divergence="jsd"))
+print("through the op")
+"""
+
+
+def test_through_the_public_op():
+    output, _ = interpreted("-c", LOSS).communicate(timeout=300)
+    assert "through the op" in output, output[-4000:]
+
+
+def test_without_the_interpreter_a_cpu_is_refused_with_the_reason():
+    code = (
+        "import torch, opsd_kernels.backends as b\n"
+        "assert 'cuda' in b.explain('cpu')['triton']\n"
+        "try: b.select('triton', torch.device('cpu'))\n"
+        "except ValueError as e: assert 'TRITON_INTERPRET' in str(e)\n"
+        "else: raise SystemExit('no error')\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
