@@ -23,7 +23,7 @@ def load() -> str | None:
     try:
         torch.ops.load_library(libraries[0])
     except OSError as error:
-        return f"the C++ extension {libraries[0].name} does not load: {error}"
+        return f"the C++ extension {libraries[0].name} does not load: {error.__cause__ or error}"  # torch's own text names the file alone
     return None
 
 
