@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .ops import Call
+from .projection import empty
 
 _op = torch.ops.opsd_kernels.linear_divergence
 _op_backward = torch.ops.opsd_kernels.linear_divergence_backward
@@ -31,11 +32,11 @@ def _row_factor(call: Call) -> tuple[Tensor, Tensor | None]:
 
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * scale in `dtype`. Where the graph is freed after this backward, over the saved memory: a fresh dW costs a CPU more than the product does."""
-    if grad.dtype != dtype or torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
         return (grad * scale.to(torch.promote_types(grad.dtype, torch.float32))).to(dtype)
-    if scale.numel() == 1 and scale.device.type == "cpu" and scale.item() == 1:
-        return grad
-    return grad.mul_(scale)
+    unchanged = scale.numel() == 1 and scale.device.type == "cpu" and scale.item() == 1
+    scaled = grad if unchanged else grad.mul_(scale)
+    return scaled if scaled.dtype == dtype else empty(tuple(scaled.shape), dtype, scaled.device).copy_(scaled)
 
 
 class WeightedSum(torch.autograd.Function):
