@@ -27,12 +27,9 @@ PLAIN, DIFFERENCE, LINEAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def _row(S, T, BiasS, BiasT, stride_s, stride_t, V, inner_s, outer_s, inner_t, outer_t, ACC: tl.constexpr):
-    """What the loops need to know of this program's row, scalars in the type of the arithmetic."""
-    n = tl.program_id(0).to(tl.int64)  # n * V passes 2**31 at 16k rows x 152k columns
-    student = (tl.full((), inner_s, ACC), tl.full((), outer_s, ACC))
-    teacher = (tl.full((), inner_t, ACC), tl.full((), outer_t, ACC))
-    return S + n * stride_s, T + n * stride_t, BiasS, BiasT, V, student, teacher
+def _side(inner, outer, ACC: tl.constexpr):
+    """A side's transform in the type of the arithmetic."""
+    return tl.full((), inner, ACC), tl.full((), outer, ACC)
 
 
 @triton.jit
@@ -239,7 +236,7 @@ def _row_stats(
     forward = go / g_sum - gap
     exp_peak, _ = exp_pair(-peak_t)
     h_t, top_p = tl.log(g_sum * exp_peak) - gt / g_sum, 1.0 / (g_sum * exp_peak)  # relative to max t, which may lie 20 above m_t
-    if (spread <= LIMIT) == 0:
+    if spread > LIMIT:
         m_t, eo, r_sum, ro, rt, peak_t = _far_sums(row, m, METRICS, MODE, CAP_S, CAP_T, BLOCK_V, PACK)
         logsum_t = tl.log(r_sum)
         gap = logsum_t - logsum
@@ -325,7 +322,9 @@ def _row_stats_kernel(
     inner_s: tl.float64, outer_s: tl.float64, inner_t: tl.float64, outer_t: tl.float64,
     KIND: tl.constexpr, METRICS: tl.constexpr, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    row = _row(S, T, BiasS, BiasT, stride_s, stride_t, V, inner_s, outer_s, inner_t, outer_t, Stats.dtype.element_ty)
+    n = tl.program_id(0).to(tl.int64)  # n * V passes 2**31 at 16k rows x 152k columns
+    ACC: tl.constexpr = Stats.dtype.element_ty
+    row = (S + n * stride_s, T + n * stride_t, BiasS, BiasT, V, _side(inner_s, outer_s, ACC), _side(inner_t, outer_t, ACC))
     _store_stats(Stats, _row_stats(row, KIND, METRICS, MODE, CAP_S, CAP_T, BLOCK_V, PACK))
 
 
@@ -335,9 +334,9 @@ def _row_dot_kernel(
     inner_s: tl.float64, outer_s: tl.float64, inner_t: tl.float64, outer_t: tl.float64, beta: tl.float64,
     KIND: tl.constexpr, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0)
+    n = tl.program_id(0).to(tl.int64)
     ACC: tl.constexpr = Stats.dtype.element_ty
-    row = _row(S, T, BiasS, BiasT, stride_s, stride_t, V, inner_s, outer_s, inner_t, outer_t, ACC)
+    row = (S + n * stride_s, T + n * stride_t, BiasS, BiasT, V, _side(inner_s, outer_s, ACC), _side(inner_t, outer_t, ACC))
     loss, a = _row_dot(row, _load_stats(Stats), tl.full((), beta, ACC), KIND, MODE, CAP_S, CAP_T, BLOCK_V, PACK)
     tl.store(Loss + n, loss)
     tl.store(A + n, a)
@@ -351,7 +350,7 @@ def _row_grad_kernel(
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     ACC: tl.constexpr = Stats.dtype.element_ty
-    row = _row(S, T, BiasS, BiasT, stride_s, stride_t, V, inner_s, outer_s, inner_t, outer_t, ACC)
+    row = (S + n * stride_s, T + n * stride_t, BiasS, BiasT, V, _side(inner_s, outer_s, ACC), _side(inner_t, outer_t, ACC))
     a, factor, beta = tl.load(A + n), tl.load(Factor + n), tl.full((), beta, ACC)
     _row_grad(row, _load_stats(Stats), a, factor, beta, G + n * stride_g, KIND, MODE, CAP_S, CAP_T, NARROWED, BLOCK_V)
 
@@ -365,7 +364,7 @@ def _row_fused_kernel(
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     ACC: tl.constexpr = Stats.dtype.element_ty
-    row = _row(S, T, BiasS, BiasT, stride_s, stride_t, V, inner_s, outer_s, inner_t, outer_t, ACC)
+    row = (S + n * stride_s, T + n * stride_t, BiasS, BiasT, V, _side(inner_s, outer_s, ACC), _side(inner_t, outer_t, ACC))
     factor, beta = tl.load(Factor + n), tl.full((), beta, ACC)
     columns = _row_stats(row, KIND, METRICS, MODE, CAP_S, CAP_T, BLOCK_V, PACK)
     _store_stats(Stats, columns)

@@ -16,14 +16,15 @@ SHARDS = 2
 pytestmark = [pytest.mark.build, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module")
-def compiled():
+def start(*command: object) -> subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    started = [
-        subprocess.Popen([sys.executable, SCRIPT, str(shard), str(SHARDS)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for shard in range(SHARDS)
-    ]
+    return subprocess.Popen([sys.executable, *map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    started = [start(SCRIPT, shard, SHARDS) for shard in range(SHARDS)]
     rows = []
     for process in started:
         output, errors = process.communicate(timeout=900)
@@ -53,3 +54,11 @@ def test_aligned_rows_are_read_in_vectors(compiled):
     narrow = [row for row in compiled if row["aligned"] and row["dtype"] != "fp64" and not row["vector_loads"]]
     assert not narrow, "\n".join(map(str, narrow))
     assert not any(row["vector_loads"] for row in compiled if not row["aligned"])
+
+
+def test_the_launches_bind_their_arguments():
+    process = start(SCRIPT.with_name("bind_kernels.py"))
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors[-6000:]
+    names = [line.split()[0] for line in output.splitlines()]
+    assert names == ["_row_fused_kernel", "_row_stats_kernel", "_row_dot_kernel", "_row_grad_kernel"] * 2
