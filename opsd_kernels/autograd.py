@@ -39,6 +39,11 @@ def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scaled if scaled.dtype == dtype else empty(tuple(scaled.shape), dtype, scaled.device).copy_(scaled)
 
 
+def weighted(factor: Tensor, D: Tensor) -> Tensor:
+    """factor * D; a row of factor zero may be infinite."""
+    return torch.where(factor == 0, torch.zeros_like(factor), factor * D)
+
+
 class WeightedSum(torch.autograd.Function):
     """sum_i factor_i * D_i, with the per-row D and statistics beside it, detached."""
 
@@ -53,8 +58,7 @@ class WeightedSum(torch.autograd.Function):
         ctx.dtypes = call.student_hidden.dtype, call.student_weight.dtype, None if call.student_bias is None else call.student_bias.dtype
         ctx.mark_non_differentiable(loss, stats, logprobs)
         ctx.set_materialize_grads(False)
-        weighted = torch.where(call.factor == 0, 0, call.factor * loss)  # a row of weight zero may be infinite
-        return weighted.sum(), loss, stats, logprobs
+        return weighted(call.factor, loss).sum(), loss, stats, logprobs
 
     @staticmethod
     @once_differentiable

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .autograd import PerRow, WeightedSum
+from .autograd import PerRow, WeightedSum, weighted
 from .kernels.contract import Column, stats_dtype
 from .ops import Call, pack_transform
 from .planner import DTYPES, parse_logits_dtype, workspace_budget
@@ -291,8 +291,8 @@ def _evaluate(call: Call, weights: Tensor, scale: Tensor | float | None, backwar
     else:
         recompute = trainable or backward == "recompute"
         D, stats, logprobs = PerRow.apply(*call._replace(factor=(factor != 0).to(factor.dtype)), metrics, recompute)
-    weighted = torch.where(factor == 0, torch.zeros_like(factor), factor * D)  # a row of weight zero may be infinite
-    return (weighted if scale is None else weighted.sum()), D, stats, logprobs
+    losses = weighted(factor, D)
+    return (losses if scale is None else losses.sum()), D, stats, logprobs
 
 
 def _token_stats(D: Tensor, stats: Tensor, logprobs: Tensor, call: Call, leading: torch.Size) -> TokenStats:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import Library, register_fake
 
 from . import backends, chunked
 from .chunked import Heads, Wanted
@@ -168,8 +169,8 @@ def _backward_fake(*args) -> tuple[Tensor, ...]:
     return _fake_gradients(Call(*args[:-2]))
 
 
-library = torch.library.Library("opsd_kernels", "FRAGMENT")
+library = Library("opsd_kernels", "FRAGMENT")
 for _schema, _impl, _fake in zip(_SCHEMAS, (_forward, _backward), (_forward_fake, _backward_fake), strict=True):
     _name = library.define(_schema)
     library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"opsd_kernels::{_name}", _fake, lib=library)
+    register_fake(f"opsd_kernels::{_name}", _fake, lib=library)

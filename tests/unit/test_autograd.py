@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.library import opcheck
 
 import opsd_kernels.ops  # noqa: F401 - registers the ops
 from opsd_kernels import linear_divergence
@@ -134,7 +135,7 @@ def test_opcheck(backend, monkeypatch, options, dtype):
     assert calls
     for op, args in calls:
         plain = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args)
-        torch.library.opcheck(op.default, plain, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+        opcheck(op.default, plain, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 
 
 @pytest.mark.slow
