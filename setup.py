@@ -32,8 +32,11 @@ def jobs() -> list[tuple[str, str, list[str]]]:
     if X86:
         levels = {"avx512": AVX512, "avx2": AVX2, **levels}
     kernels = [("cpu/rows.cpp", f"rows_{name}", [*KERNEL_FLAGS, f"-DOPSD_CAPABILITY={name}", *flags]) for name, flags in levels.items()]
-    plain = [(source, Path(source).stem, []) for source in ("cpu/binding.cpp", "registration.cpp")]
-    return [*kernels, *plain, ("cpu/dispatch.cpp", "dispatch", ["-DOPSD_X86"] if X86 else [])]
+    x86 = ["-DOPSD_X86"] if X86 else []
+    if X86:
+        kernels.append(("cpu/gemm.cpp", "gemm", AVX512))
+    plain = [(source, Path(source).stem, x86) for source in ("cpu/binding.cpp", "cpu/gemm_binding.cpp", "cpu/dispatch.cpp", "registration.cpp")]
+    return [*kernels, *plain]
 
 
 def newest_source() -> float:

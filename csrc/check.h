@@ -37,11 +37,13 @@ inline void check_dtype(const torch::stable::Tensor& x, const char* argument, to
   expect(x.scalar_type() == expected, argument, torch::headeronly::toString(expected), torch::headeronly::toString(x.scalar_type()));
 }
 
-// (n, V) with unit column stride and rows that do not overlap. Strides of dimensions of size one mean nothing.
-inline void check_rows(const torch::stable::Tensor& x, const char* argument, int64_t n, int64_t V) {
+// (n, V) with unit column stride and rows that do not overlap or, where `repeated` allows it, are all the same one.
+// Strides of dimensions of size one mean nothing.
+inline void check_rows(const torch::stable::Tensor& x, const char* argument, int64_t n, int64_t V, bool repeated = false) {
   check_shape(x, argument, {n, V});
   expect(V == 1 || x.stride(1) == 1, argument, "a column stride of 1", x.stride(1));
-  expect(n == 1 || x.stride(0) >= V, argument, "a row stride of at least " + std::to_string(V), x.stride(0));
+  expect(n == 1 || x.stride(0) >= V || (repeated && x.stride(0) == 0), argument,
+         "a row stride of at least " + std::to_string(V) + (repeated ? ", or 0" : ""), x.stride(0));
 }
 
 // Contiguous, of the dtype of the statistics.

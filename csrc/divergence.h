@@ -135,4 +135,18 @@ OPSD_HOST_DEVICE Terms<X> entry(X q, X p, const Ratio<X>& r, X beta) {
   if constexpr (KIND == Kind::TVD) return tvd<GUARDED>(q, p, r);
 }
 
+// A term under the entry clip; taken: 1 where the clip took it, else 0. Reverse KL's u = f leaves out a constant times q: the q that A
+// then lacks is taken here.
+template <class X>
+struct ClippedTerms {
+  X f, u, taken;
+};
+
+template <Kind KIND, class X>
+OPSD_HOST_DEVICE ClippedTerms<X> clip_terms(const Terms<X>& terms, X q, X clip) {
+  const auto above = terms.f > clip;
+  const X u = KIND == Kind::REVERSE_KL ? -q : X(0);
+  return {select(above, clip, terms.f), select(above, u, terms.u), select(above, X(1), X(0))};
+}
+
 }  // namespace opsd

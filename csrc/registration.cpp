@@ -1,4 +1,4 @@
-// The operators of the row sweeps: the only file that names them. What they do: opsd_kernels/kernels/contract.py.
+// The compiled operators: the only file that names them. What the sweeps do: opsd_kernels/kernels/contract.py.
 //
 // A fragment, because Python defines further operators in the same namespace. G may share memory with S, as the contract says; the schema
 // marks it alone as written. These run inside an opaque operator, so they carry neither autograd nor a fake implementation.
@@ -8,16 +8,19 @@
 
 #define OPSD_SPEC_SCHEMA                                                                                                         \
   "int kind, float beta, float student_scale, float student_softcap, float student_temperature, "                               \
-  "float teacher_scale, float teacher_softcap, float teacher_temperature, bool difference, bool linear, float spread_limit"
+  "float teacher_scale, float teacher_softcap, float teacher_temperature, bool difference, bool linear, float teacher_mix, "            \
+  "float entry_clip, float token_clip, float spread_limit"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(opsd_kernels, m) {
   m.def("row_stats(Tensor S, Tensor T, Tensor? bias_s, Tensor? bias_t, bool metrics, " OPSD_SPEC_SCHEMA ") -> Tensor");
-  m.def("row_dot(Tensor S, Tensor T, Tensor stats, Tensor? bias_s, Tensor? bias_t, " OPSD_SPEC_SCHEMA ") -> (Tensor, Tensor)");
-  m.def("row_grad_(Tensor S, Tensor T, Tensor stats, Tensor A, Tensor factor, Tensor? bias_s, Tensor? bias_t, Tensor(a!) G, " OPSD_SPEC_SCHEMA
-        ") -> ()");
-  m.def("row_fused_(Tensor S, Tensor T, Tensor factor, Tensor? bias_s, Tensor? bias_t, bool metrics, Tensor(a!) G, " OPSD_SPEC_SCHEMA
-        ") -> (Tensor, Tensor, Tensor)");
+  m.def("row_dot(Tensor S, Tensor T, Tensor(a!) stats, Tensor? bias_s, Tensor? bias_t, " OPSD_SPEC_SCHEMA ") -> (Tensor, Tensor)");
+  m.def("row_grad_(Tensor S, Tensor T, Tensor stats, Tensor A, Tensor factor, Tensor? policy, Tensor? labels, "
+        "Tensor? bias_s, Tensor? bias_t, Tensor(a!) G, " OPSD_SPEC_SCHEMA ") -> ()");
+  m.def("row_fused_(Tensor S, Tensor T, Tensor factor, Tensor? policy, Tensor? labels, Tensor? bias_s, Tensor? bias_t, bool metrics, "
+        "Tensor(a!) G, " OPSD_SPEC_SCHEMA ") -> (Tensor, Tensor, Tensor)");
   m.def("cpu_capability() -> str");
+  m.def("gemm_bf16_(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()");
+  m.def("gemm_unavailable() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CPU, m) {
@@ -25,6 +28,10 @@ STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CPU, m) {
   m.impl("row_dot", TORCH_BOX(&opsd::cpu::row_dot));
   m.impl("row_grad_", TORCH_BOX(&opsd::cpu::row_grad_));
   m.impl("row_fused_", TORCH_BOX(&opsd::cpu::row_fused_));
+  m.impl("gemm_bf16_", TORCH_BOX(&opsd::cpu::gemm_bf16_));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CompositeExplicitAutograd, m) { m.impl("cpu_capability", TORCH_BOX(&opsd::cpu::capability)); }
+STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&opsd::cpu::capability));
+  m.impl("gemm_unavailable", TORCH_BOX(&opsd::cpu::gemm_unavailable));
+}

@@ -26,6 +26,7 @@ enum Column : int {
   TEACHER_MAX_PROB,
   STUDENT_ARGMAX,
   TEACHER_ARGMAX,
+  CLIPPED,
   COLUMNS
 };
 
@@ -41,7 +42,7 @@ struct RowArgs {
   const void* S;  // (n, V) of dtype
   const void* T;  // (n, V) of dtype
   void* G;        // (n, V) of out, written by GRAD and FUSED
-  int64_t stride_s, stride_t, stride_g;
+  int64_t stride_s, stride_t, stride_g;  // stride_t may be 0
   Dtype dtype, out;
   const void* bias_s;  // (V,) of the statistics' type (double for FLOAT64, else float), or null
   const void* bias_t;
@@ -49,12 +50,16 @@ struct RowArgs {
   void* loss;   // (n,)
   void* A;      // (n,)
   const void* factor;  // (n,)
+  const void* policy;  // (n,), or null for zeros
+  const int64_t* labels;  // (n,) with policy; no label outside [0, V)
   Transform student, teacher;
   bool difference;  // T holds raw teacher minus raw student logits
   bool linear;      // and the transformed difference is a multiple of it: RowSpec.linear_difference
   bool metrics;
   Kind kind;
   double beta;
+  double teacher_mix;  // a: the teacher's logits are (1 - a) * t + a * s
+  double entry_clip, token_clip;  // infinity: none
   double spread_limit;  // contract.SPREAD_LIMIT
 };
 

@@ -1,7 +1,23 @@
 """The loss head of on-policy self-distillation: LM head, log-softmax and token divergence between a teacher and a student, fused, chunk by chunk."""
 
-from .functional import TokenStats, linear_divergence
+from . import objectives, weights
+from .evaluation import TokenStats
+from .functional import linear_divergence
+from .logprobs import linear_logprobs
+from .modules import DistillationHead, LinearDivergenceLoss
 from .planner import ChunkPlan, plan
+from .topk import linear_topk_divergence
 
-__all__ = ["ChunkPlan", "TokenStats", "linear_divergence", "plan"]
+__all__ = [
+    "ChunkPlan",
+    "DistillationHead",
+    "LinearDivergenceLoss",
+    "TokenStats",
+    "linear_divergence",
+    "linear_logprobs",
+    "linear_topk_divergence",
+    "objectives",
+    "plan",
+    "weights",
+]
 __version__ = "0.1.0"

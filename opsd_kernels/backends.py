@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import env
+from . import env, extension
 from .kernels.contract import RowBackend
 from .spec import check_choice, expect
 
@@ -39,7 +39,7 @@ def _no_triton(device_type: str) -> str | None:
 def _no_extension(device_type: str) -> str | None:
     if device_type != "cpu":
         return f"the C++ kernels run on cpu, not on {device_type}"
-    return importlib.import_module(f"{__package__}.kernels.ext_rows").load()
+    return extension.load()
 
 
 BACKENDS = (

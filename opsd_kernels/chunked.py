@@ -1,33 +1,48 @@
 """The one loop: walk the rows in chunks, project, sweep, and turn logit gradients into dh, dW and dbias. Every tensor with a vocabulary axis dies here.
 
-The same loop computes gradients during the forward pass, statistics only, and, given saved statistics, the gradients of recompute mode.
+The same loop computes gradients during the forward pass, statistics only, and, given saved statistics, the gradients of recompute mode; on the whole
+vocabulary or on a support; with row factors known beforehand or found from the chunk's own statistics.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from . import projection
-from .divergences import transform
-from .kernels.contract import Column, RowBackend, narrowed, offset, stats_dtype
+from . import projection, support
+from .kernels import torch_rows
+from .kernels.contract import Column, RowBackend, narrowed, stats_dtype
 from .planner import ChunkPlan
-from .spec import RowSpec
+from .spec import RowSpec, Support
+from .support import Entries, Restricted, Rows
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Inputs of a call. Weights are cut to the vocabulary in use; biases are of the dtype of the statistics."""
+    """Inputs of a call. Weights are cut to the vocabulary in use; biases are of the dtype of the statistics. Without a teacher all its logits are 0."""
 
     student_hidden: Tensor  # (N, H_s)
     student_weight: Tensor  # (V, H_s)
     student_bias: Tensor | None  # (V,)
-    teacher_hidden: Tensor  # (N, H_t)
-    teacher_weight: Tensor  # (V, H_t)
+    teacher_hidden: Tensor | None  # (N, H_t)
+    teacher_weight: Tensor | None  # (V, H_t)
     teacher_bias: Tensor | None  # (V,)
     padded_vocab: int  # rows of the student's whole head; its gradient beyond V is zero
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a call knows of its rows, each (N,) or (N, K), or None."""
+
+    index: Tensor | None = None  # (n_valid,) int64 rows that count; None: all
+    factor: Tensor | None = None  # of the divergence's gradient
+    policy: Tensor | None = None  # of the gradient of -log q(label)
+    labels: Tensor | None = None
+    topk_ids: Tensor | None = None  # (N, K) a teacher's support, see support.entries
+    topk_logprobs: Tensor | None = None  # (N, K)
 
 
 @dataclass
@@ -57,16 +72,26 @@ class Wanted:
         return self.hidden or self.weight or self.bias
 
 
+class Weigh(Protocol):
+    """From the outputs so far and a chunk's rows to their factors and policies, (n,) each."""
+
+    has_policy: bool  # else the second is None
+
+    def __call__(self, out: Outputs, rows: slice | Tensor) -> tuple[Tensor, Tensor | None]: ...
+
+
 class Workspace:
-    """The reused buffers of a call: a pair of logits buffers, the packed rows that feed them, and the narrowed gradient."""
+    """The reused buffers of a call: a pair of logits buffers (one without a teacher), and the packed rows that feed them."""
 
     def __init__(self, heads: Heads, spec: RowSpec, plan: ChunkPlan) -> None:
         hidden, V = heads.student_hidden, heads.student_weight.shape[0]
-        self.pair = projection.empty((2 * plan.rows, V), plan.logits_dtype, hidden.device)
+        sides = 1 if heads.teacher_hidden is None else 2
+        self.pair = projection.empty((sides * plan.rows, V), plan.logits_dtype, hidden.device)
+        self.zeros = self.pair.new_zeros(1, V) if sides == 1 else None
         self.stack = hidden.new_empty(2 * plan.rows, hidden.shape[1]) if spec.difference else None
         self.narrow = hidden.dtype
 
-    def project(self, heads: Heads, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, heads: Heads, student: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
         """Raw logits S and T (or T - S) of a chunk, (C, V) each."""
         rows = student.shape[0]
         pair = self.pair[: 2 * rows]
@@ -74,14 +99,130 @@ class Workspace:
             stack = self.stack[: 2 * rows]
             projection.stack_difference(student, teacher, stack)
             projection.project(stack, heads.student_weight, pair)
-        else:
-            projection.project(student, heads.student_weight, pair[:rows])
-            projection.project(teacher, heads.teacher_weight, pair[rows:])
+            return pair[:rows], pair[rows:]
+        projection.project(student, heads.student_weight, pair[:rows])
+        if teacher is None:
+            return pair[:rows], self.zeros.expand(rows, -1)
+        projection.project(teacher, heads.teacher_weight, pair[rows:])
         return pair[:rows], pair[rows:]
 
     def gradient(self, S: Tensor) -> Tensor:
         """Where the gradient of S goes: over S, and in front of each row where the GEMMs want a narrower type."""
         return S if S.dtype == self.narrow else narrowed(S, self.narrow)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A call: its inputs, what it wants and where that goes."""
+
+    heads: Heads
+    spec: RowSpec
+    plan: ChunkPlan
+    backend: RowBackend
+    wanted: Wanted
+    tokens: Tokens
+    restriction: Support | None
+    saved: bool  # stats and A in `out` are those of an earlier call: only the gradients are computed
+    weigh: Weigh | None
+    out: Outputs
+    space: Workspace
+
+    def chunk(self, rows: slice | Tensor, first: bool) -> None:
+        heads, out = self.heads, self.out
+        student = heads.student_hidden[rows]
+        chunk = Rows(
+            *self.space.project(heads, student, None if heads.teacher_hidden is None else heads.teacher_hidden[rows]), heads.student_bias, heads.teacher_bias
+        )
+        scale = self._sweep(chunk, rows)
+        if not self.wanted.gradient:
+            return
+        G = self.space.gradient(chunk.S)
+        if self.wanted.hidden:
+            self._hidden_grad(G, rows, scale)
+        if self.wanted.weight:
+            scaled = student if scale is None else (student * scale[:, None]).to(student.dtype)
+            projection.accumulate_weight_grad(G, scaled, out.dW[: G.shape[1]], first)
+        if self.wanted.bias:
+            out.dbias[: G.shape[1]] += G.sum(0, dtype=stats_dtype(G.dtype)) if scale is None else _weighted_sum(G, scale)
+
+    def _sweep(self, chunk: Rows, rows: slice | Tensor) -> Tensor | None:
+        """Results of the rows, and the gradient over S. What comes back is still to multiply each row of the gradient."""
+        if self.saved and self.restriction is None:
+            self._gradient(chunk, rows, self.out.stats[rows], self.out.A[rows], self._known("factor", rows), self._known("policy", rows))
+            return None
+        if self.restriction is not None:
+            return self._restricted(chunk, rows)
+        known = self.weigh is None
+        deferred = not known and chunk.S.device.type == "cpu" and not self.weigh.has_policy
+        if self.wanted.gradient and (known or deferred):
+            return self._fused(chunk, rows, deferred)
+        stats = self.backend.row_stats(chunk.S, chunk.T, self.spec, chunk.bias_s, chunk.bias_t, self.wanted.metrics)
+        loss, A = self.backend.row_dot(chunk.S, chunk.T, stats, self.spec, chunk.bias_s, chunk.bias_t)
+        self._keep(rows, stats, loss, A, self._label_logits(chunk, rows))
+        if self.wanted.gradient:
+            self._gradient(chunk, rows, stats, A, *self.weigh(self.out, rows))
+        return None
+
+    def _fused(self, chunk: Rows, rows: slice | Tensor, deferred: bool) -> Tensor | None:
+        """One pass over the logits. Factors that only the statistics tell are applied to the products of the gradient: G.T @ (w * h), w * (G @ W)."""
+        at_label = self._label_logits(chunk, rows)
+        factor = torch.ones_like(self.out.loss[rows]) if deferred else self._known("factor", rows)
+        G = self.space.gradient(chunk.S)
+        policy, labels = self._known("policy", rows), self._known("labels", rows)
+        biases = chunk.bias_s, chunk.bias_t
+        stats, loss, A = self.backend.row_fused_(
+            chunk.S, chunk.T, factor, self.spec, *biases, self.wanted.metrics, G, policy, labels if policy is not None else None
+        )
+        self._keep(rows, stats, loss, A, at_label)
+        if not deferred:
+            return None
+        scale, _ = self.weigh(self.out, rows)
+        G[scale == 0] = 0  # a row of weight zero may be infinite
+        return scale
+
+    def _restricted(self, chunk: Rows, rows: slice | Tensor) -> None:
+        at_label = self._label_logits(chunk, rows)
+        stats = self.out.stats[rows] if self.saved else self.backend.row_stats(chunk.S, chunk.T, self.spec, chunk.bias_s, chunk.bias_t, self.wanted.metrics)
+        listed = self._known("topk_ids", rows), self._known("topk_logprobs", rows)
+        at: Entries = support.entries(chunk, stats, self.spec, self.restriction, *listed)
+        result: Restricted = support.restricted(at, stats, self.spec, self.restriction.tail)
+        if not self.saved:
+            self._keep(rows, stats, result.loss, result.A, at_label)
+        if self.wanted.gradient:
+            factor, policy = (self._known("factor", rows), self._known("policy", rows)) if self.weigh is None else self.weigh(self.out, rows)
+            labels = self._known("labels", rows)
+            support.write_gradient_(self.backend, chunk, stats, self.spec, at, result, factor, policy, labels, self.space.gradient(chunk.S))
+
+    def _gradient(self, chunk: Rows, rows: slice | Tensor, stats: Tensor, A: Tensor, factor: Tensor, policy: Tensor | None) -> None:
+        labels = None if policy is None else self._known("labels", rows)
+        G = self.space.gradient(chunk.S)
+        self.backend.row_grad_(chunk.S, chunk.T, stats, A, factor, self.spec, chunk.bias_s, chunk.bias_t, G, policy, labels)
+
+    def _known(self, name: str, rows: slice | Tensor) -> Tensor | None:
+        value = getattr(self.tokens, name)
+        return None if value is None else value[rows]
+
+    def _keep(self, rows: slice | Tensor, stats: Tensor, loss: Tensor, A: Tensor, at_label: torch_rows.Logits | None) -> None:
+        out = self.out
+        out.stats[rows], out.loss[rows], out.A[rows] = stats, loss, A
+        if at_label is not None:
+            out.logprobs[rows] = _label_logprobs(at_label, stats)
+
+    def _label_logits(self, chunk: Rows, rows: slice | Tensor) -> torch_rows.Logits | None:
+        """Logits at each row's label, (n, 1), before the gradient overwrites S."""
+        if self.out.logprobs is None or self.saved:
+            return None
+        raw = chunk.at(self.tokens.labels[rows][:, None])
+        return torch_rows.logits(*raw[:2], self.spec, *raw[2:])
+
+    def _hidden_grad(self, G: Tensor, rows: slice | Tensor, scale: Tensor | None) -> None:
+        dh = self.out.dh
+        packed = dh[rows] if isinstance(rows, slice) else dh.new_empty(G.shape[0], dh.shape[1])
+        projection.project(G, self.heads.student_weight.t(), packed)
+        if scale is not None:
+            packed.mul_(scale[:, None])
+        if not isinstance(rows, slice):
+            dh[rows] = packed
 
 
 def run(
@@ -90,19 +231,20 @@ def run(
     plan: ChunkPlan,
     backend: RowBackend,
     wanted: Wanted,
+    tokens: Tokens,
     *,
-    index: Tensor | None = None,  # (n_valid,) int64 rows that count; None: all
-    factor: Tensor | None = None,  # (N,) row factors of the gradient
-    labels: Tensor | None = None,  # (N,)
+    restriction: Support | None = None,
     saved: tuple[Tensor, Tensor] | None = None,  # (stats, A) of an earlier call: only the gradients are computed
+    weigh: Weigh | None = None,  # the factors, where they depend on statistics
+    bounds: list[slice] | None = None,  # chunks other than the plan's, none longer
 ) -> Outputs:
-    """Losses, statistics and gradients of all chunks. `index` has plan.tokens rows."""
-    out = _allocate(heads, plan, wanted, labels, saved)
+    """Losses, statistics and gradients of all chunks. `tokens.index` has plan.tokens rows."""
+    out = _allocate(heads, plan, wanted, tokens.labels, saved)
     space = Workspace(heads, spec, plan)
-    for start in range(0, plan.tokens, plan.rows):
-        rows = slice(start, min(start + plan.rows, plan.tokens))
-        _chunk(heads, spec, backend, wanted, space, out, rows if index is None else index[rows], factor, labels, saved, first=start == 0)
-    del space  # before dW is cast: the two never stand together
+    loop = Loop(heads, spec, plan, backend, wanted, tokens, restriction, saved is not None, weigh, out, space)
+    for position, rows in enumerate(plan.bounds() if bounds is None else bounds):
+        loop.chunk(rows if tokens.index is None else tokens.index[rows], first=position == 0)
+    del loop, space  # before dW is cast: the two never stand together
     if wanted.weight and out.dW.dtype != plan.gradient_dtype:
         out.dW = projection.empty(tuple(out.dW.shape), plan.gradient_dtype, out.dW.device).copy_(out.dW)
     if wanted.bias:
@@ -123,7 +265,7 @@ def _allocate(heads: Heads, plan: ChunkPlan, wanted: Wanted, labels: Tensor | No
         loss=rows(),
         A=A,
         stats=stats,
-        logprobs=rows(2) if labels is not None and wanted.metrics else None,
+        logprobs=rows(2) if labels is not None and saved is None else None,
         dh=rows(hidden.shape[1], dtype=plan.gradient_dtype) if wanted.hidden else None,
         dW=_weight_grad(heads, plan) if wanted.weight else None,
         dbias=hidden.new_zeros(heads.padded_vocab, dtype=torch.float64) if wanted.bias else None,
@@ -139,60 +281,14 @@ def _weight_grad(heads: Heads, plan: ChunkPlan) -> Tensor:
     return dW
 
 
-def _chunk(heads, spec, backend, wanted, space, out, rows, factor, labels, saved, *, first) -> None:
-    student, teacher = heads.student_hidden[rows], heads.teacher_hidden[rows]
-    bias_s, bias_t = heads.student_bias, heads.teacher_bias
-    S, T = space.project(heads, student, teacher)
-    at_label = _label_logits(S, T, labels[rows], spec, bias_s, bias_t) if out.logprobs is not None else None
-    if saved is not None:
-        G = space.gradient(S)
-        backend.row_grad_(S, T, out.stats[rows], out.A[rows], factor[rows], spec, bias_s, bias_t, G)
-    else:
-        if wanted.gradient:
-            G = space.gradient(S)
-            stats, loss, A = backend.row_fused_(S, T, factor[rows], spec, bias_s, bias_t, wanted.metrics, G)
-        else:
-            stats = backend.row_stats(S, T, spec, bias_s, bias_t, wanted.metrics)
-            loss, A = backend.row_dot(S, T, stats, spec, bias_s, bias_t)
-        out.stats[rows], out.loss[rows], out.A[rows] = stats, loss, A
-        if at_label is not None:
-            out.logprobs[rows] = _label_logprobs(at_label, stats, spec.linear_difference(bias_s is bias_t))
-    if wanted.hidden:
-        _hidden_grad(G, heads.student_weight, out.dh, rows)
-    if wanted.weight:
-        projection.accumulate_weight_grad(G, student, out.dW[: G.shape[1]], first)
-    if wanted.bias:
-        out.dbias[: G.shape[1]] += G.sum(0, dtype=stats_dtype(G.dtype))
+def _weighted_sum(G: Tensor, scale: Tensor) -> Tensor:
+    """scale @ G, (V,), with 16-bit rows widened a few at a time."""
+    step = 16 if projection.is_16_bit(G.dtype) else G.shape[0]
+    return sum(scale[start : start + step] @ G[start : start + step].to(scale.dtype) for start in range(0, G.shape[0], step))
 
 
-def _hidden_grad(G: Tensor, weight: Tensor, dh: Tensor, rows: slice | Tensor) -> None:
-    packed = dh[rows] if isinstance(rows, slice) else dh.new_empty(G.shape[0], dh.shape[1])
-    projection.project(G, weight.t(), packed)
-    if not isinstance(rows, slice):
-        dh[rows] = packed
-
-
-def _label_logits(S: Tensor, T: Tensor, labels: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """s, t and d = t - s at each row's label, before the gradient overwrites S."""
-    column = labels[:, None]
-    wide = stats_dtype(S.dtype)
-    z, other = S.gather(1, column).to(wide), T.gather(1, column).to(wide)
-
-    def at(bias: Tensor | None) -> Tensor | None:
-        return None if bias is None else bias[column]
-
-    s = transform(z, spec.student, at(bias_s))
-    if spec.linear_difference(bias_s is bias_t):
-        return s, s + spec.student.factor * other, spec.student.factor * other
-    t = transform(z + other if spec.difference else other, spec.teacher, at(bias_t))
-    return s, t, t - s
-
-
-def _label_logprobs(at_label: tuple[Tensor, Tensor, Tensor], stats: Tensor, linear: bool) -> Tensor:
+def _label_logprobs(at: torch_rows.Logits, stats: Tensor) -> Tensor:
     """(n, 2) log q and log p of the label."""
-    s, t, d = at_label
     column = stats[:, :, None]
     references = column[:, Column.STUDENT_MAX], column[:, Column.TEACHER_MAX]
-    x = s - references[0]
-    y = x + offset(s, t, d, *references, linear) if linear else t - references[1]
-    return torch.cat([x - column[:, Column.STUDENT_LOGSUM], y - column[:, Column.TEACHER_LOGSUM]], dim=1)
+    return torch.cat([at.s - references[0] - column[:, Column.STUDENT_LOGSUM], at.teacher_above(*references) - column[:, Column.TEACHER_LOGSUM]], dim=1)

@@ -210,7 +210,7 @@ def doctor() -> None:
     """
     import torch
 
-    from . import backends
+    from . import backends, projection
 
     table = new_table("This machine", "", "")
     table.add_row("opsd_kernels", __version__)
@@ -219,6 +219,7 @@ def doctor() -> None:
         table.add_row(package, installed_version(package))
     table.add_row("CPU", f"{torch.get_num_threads()} threads, torch uses {torch.backends.cpu.get_cpu_capability()}")
     table.add_row("C++ kernels", extension_state())
+    table.add_row("bf16 to fp32", projection.cpu_gemm_name(torch.bfloat16))
     devices = [f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB" for i in range(torch.cuda.device_count())]
     table.add_row("CUDA", "; ".join(devices) or f"no device (torch is built {'with CUDA ' + torch.version.cuda if torch.version.cuda else 'without CUDA'})")
     console.print(table)
@@ -238,10 +239,10 @@ def doctor() -> None:
 
 def extension_state() -> str:
     """The instruction set that the compiled kernels chose, or why there are none."""
-    from .kernels import ext_rows
+    from . import extension
 
     try:
-        return ext_rows.load() or f"built, use {ext_rows.capability()}"
+        return extension.load() or f"built, use {extension.capability()}"
     except RuntimeError as error:  # OPSD_CPU_CAPABILITY names no instruction set
         return str(error).splitlines()[0]
 

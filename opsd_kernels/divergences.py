@@ -80,6 +80,11 @@ def entry(divergence: Divergence, q: Tensor, p: Tensor, delta: Tensor) -> tuple[
     return ENTRIES[divergence.kind](q, p, delta, divergence.beta)
 
 
+def clipped_u(divergence: Divergence, q: Tensor) -> Tensor:
+    """u of an entry whose f the entry clip took: 0, less the constant times q that reverse KL's u = f leaves out."""
+    return -q if divergence.kind == Kind.REVERSE_KL else torch.zeros_like(q)
+
+
 def transform(z: Tensor, transform: LogitTransform, bias: Tensor | None) -> Tensor:
     """Raw logits -> logits."""
     y = (z if bias is None else z + bias) * transform.scale

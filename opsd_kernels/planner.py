@@ -8,16 +8,22 @@ import torch
 
 from . import env
 from .kernels.contract import Column
-from .spec import BACKWARDS, check_choice, expect
+from .spec import BACKWARDS, SCOPES, check_choice, expect
 
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 ROW_MULTIPLE = 16
-# What a CPU's math library packs and the sweeps keep beside the buffers: 13 to 20 MiB measured in fp32 and bf16 at V = 151936 on two threads.
+# What a CPU's math library packs and the sweeps keep beside the buffers: 6 to 10 MiB measured in fp32 and bf16 at V = 151936 on two threads, with MKL's bf16
+# GEMM up to 20.
 # A small budget gives it an eighth.
-CPU_SCRATCH_BYTES = 20 << 20
-# Rows beyond which a chunk gains nothing. On a CPU, GEMMs of 256 rows in bf16 (AMX) run as fast as longer ones and the fresh buffers cost less to touch. On
-# CUDA a trainable head reads and writes the fp32 dW once per chunk: 25 % of the floor at 1024 rows, 6 % at 4096 (H = 4096).
-ROW_LIMITS = {("cpu", True): 256, ("cpu", False): 256, ("cuda", True): 4096, ("cuda", False): 1024}
+CPU_SCRATCH_BYTES = 14 << 20
+# Rows beyond which a chunk gains nothing. A trainable head reads and writes the fp32 dW once per chunk. On two AVX-512 cores and bf16 inputs, 256, 512 and 1024
+# rows take 1.19, 1.13 and 1.05 of the bare GEMMs (H = 1024); fp32 inputs, whose GEMMs take four times as long, 1.00 at 256 and 1.11 at 1024, for fresh buffers
+# cost time as well. On CUDA 25 % of the floor goes into dW at 1024 rows and 6 % at 4096 (H = 4096).
+ROW_LIMITS = {("cpu", True): 1024, ("cpu", False): 256, ("cuda", True): 4096, ("cuda", False): 1024}
+WIDE_CPU_ROWS = 256  # of 32- and 64-bit inputs
+ALIGNED_ROWS = 1024  # to which a chunk may grow for the sake of a whole sequence
+SUPPORT_BYTES = 96  # of one entry of a support: a dozen numbers, each in a tensor of its own
+QUEUE_BYTES = 32  # of one column while torch.topk runs on two threads
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -39,6 +45,12 @@ class ChunkPlan:
     gradient_bytes: int  # dh, dW, dbias
     vector_bytes: int  # losses and statistics, N-sized
     peak_bytes: int  # above the inputs, at the worst moment of forward and backward
+    weighting: str = "before"  # when token weights are found: before the pass, after it, in each chunk, in chunks aligned with sequences, in a pass of its own
+    weighting_reason: str = ""
+
+    def bounds(self) -> list[slice]:
+        """The chunks, as slices of the valid rows."""
+        return [slice(start, min(start + self.rows, self.tokens)) for start in range(0, self.tokens, self.rows)]
 
     def as_dict(self) -> dict[str, object]:
         return {name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value for name, value in asdict(self).items()}
@@ -83,9 +95,43 @@ def _balanced_rows(tokens: int, most: int) -> int:
     return rounded if rounded <= most else even
 
 
-def row_bytes(V: int, H_student: int, H_teacher: int, dtype: torch.dtype, buffer: torch.dtype) -> int:
-    """Workspace of one row: the logits pair, its packed hidden rows, and the hidden gradient before it is scattered."""
-    return 2 * V * buffer.itemsize + (H_student + H_teacher) * dtype.itemsize + H_student * held_dtype(dtype, buffer).itemsize
+def row_bytes(V: int, H_student: int, H_teacher: int, dtype: torch.dtype, buffer: torch.dtype, topk: int = 0) -> int:
+    """Workspace of one row: the logits pair, its packed hidden rows, the hidden gradient before it is scattered, a support. H_teacher 0: no teacher."""
+    sides = 2 if H_teacher else 1
+    return SUPPORT_BYTES * topk + sides * V * buffer.itemsize + (H_student + H_teacher) * dtype.itemsize + H_student * held_dtype(dtype, buffer).itemsize
+
+
+def align(lengths: list[int], rows: int) -> list[slice]:
+    """Chunks of whole sequences, none above `rows` unless a sequence alone is; `lengths` count valid rows."""
+    bounds, start, stop = [], 0, 0
+    for length in lengths:
+        if stop > start and stop + length - start > rows:
+            bounds.append(slice(start, stop))
+            start = stop
+        stop += length
+    return [*bounds, slice(start, stop)] if stop > start else bounds
+
+
+def _weighting(scope: str, longest: int | None, most: int, in_loop: bool) -> tuple[str, str]:
+    """(when token weights are found, why then). `in_loop`: the gradients that need them are computed in the forward pass."""
+    if scope == "index":
+        return "before", "they need positions alone"
+    if not in_loop:
+        return "after", "the rows of the gradient are scaled then, or backward projects again"
+    if scope == "row":
+        return "chunk", "they need a token's own statistics"
+    if longest is None:
+        return "own pass", "the sequences have no known length"
+    fits = longest <= most
+    return "aligned" if fits else "own pass", f"the longest sequence has {longest} rows, a chunk {'holds' if fits else 'at most'} {most}"
+
+
+def _row_limit(dtype: torch.dtype, trainable: bool, device_type: str, longest_sequence: int) -> int:
+    on_cuda = device_type == "cuda"
+    limit = ROW_LIMITS["cuda" if on_cuda else "cpu", trainable]
+    if not on_cuda and dtype.itemsize > 2:
+        limit = min(limit, WIDE_CPU_ROWS)
+    return max(limit, longest_sequence) if longest_sequence <= ALIGNED_ROWS else limit
 
 
 def workspace_budget(workspace_bytes: int | None) -> int:
@@ -112,8 +158,16 @@ def plan(
     bias_grad: bool = False,
     workspace_bytes: int | None = None,
     device_type: str = "cpu",
+    weights_scope: str = "index",
+    longest_sequence: int | None = None,
+    policy: bool = False,
+    topk: int = 0,
 ) -> ChunkPlan:
-    """Plan `linear_divergence` for N valid tokens, a vocabulary of V and hidden sizes H_student and H_teacher (default: the same).
+    """Plan `linear_divergence` for N valid tokens, a vocabulary of V and hidden sizes H_student and H_teacher (default: the same; 0: no teacher's head).
+
+    `weights_scope` is that of the token weights. Those of scope `sequence` need all statistics of a sequence before its gradients: chunks end with
+    sequences where `longest_sequence` rows fit one (four passes), else a statistics pass goes first (six): `ChunkPlan.weighting` and `weighting_reason`.
+    With `policy`, a term of `objectives` is mixed in; with `topk`, a support has that many entries.
 
     `workspace_bytes` is the budget (default OPSD_WORKSPACE_BYTES or 1 GiB) for logits buffers, packed rows, the math library's scratch, and the fp32 dW that
     stands beside a 16-bit gradient; the last claims at most half of it, since its size is the head's. Raises ValueError if the budget does not hold one row.
@@ -121,22 +175,24 @@ def plan(
     H_teacher = H_student if H_teacher is None else H_teacher
     for name, value in (("N", N), ("V", V), ("H_student", H_student), ("H_teacher", H_teacher)):
         expect(isinstance(value, int) and value >= (name == "V"), name, "a size", repr(value))
+    check_choice("weights_scope", weights_scope, SCOPES)
     expect(dtype in DTYPES, "dtype", "float64, float32, bfloat16 or float16", dtype, TypeError)
     check_choice("backward", backward, BACKWARDS)
     budget = workspace_budget(workspace_bytes)
     buffer, difference = resolve_logits(dtype, logits_dtype, shared_head)
     trainable = trainable_head and grad
-    per_row = row_bytes(V, H_student, H_teacher, dtype, buffer)
-    scratch = min(CPU_SCRATCH_BYTES, budget // 8) if device_type == "cpu" else 0
+    per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V))
+    scratch = min(CPU_SCRATCH_BYTES + QUEUE_BYTES * V * (topk > 0), budget // 8) if device_type == "cpu" else 0
     budget -= scratch
-    most = min(ROW_LIMITS["cuda" if device_type == "cuda" else "cpu", trainable], budget // per_row)
+    most = min(_row_limit(dtype, trainable, device_type, longest_sequence or 0), budget // per_row)
     accumulator = 0
     held = held_dtype(dtype, buffer)
     if trainable and dtype.itemsize == 2 and (N > most or held != dtype):  # else a single chunk's GEMM writes the gradient itself
         accumulator = 4 * V * H_student
         most = min(most, (budget - min(accumulator // 2, budget // 2)) // per_row)
     expect(most >= 1, "workspace_bytes", f"at least {3 * per_row} bytes, for a row of logits pairs", budget + scratch)
-    rows = _balanced_rows(N, most)
+    weighting, reason = _weighting(weights_scope, longest_sequence, most, in_loop=(trainable or policy) and grad and backward != "recompute")
+    rows = max(min(N, most), 1) if weighting == "aligned" else _balanced_rows(N, most)
 
     gradient = {"dh": N * H_student * dtype.itemsize * grad, "dW": V * H_student * dtype.itemsize * trainable, "dbias": 4 * V * bias_grad}
     gradient["dh"] *= 3 if held != dtype else 1  # the fp32 one, and the 16-bit one beside it
@@ -144,7 +200,9 @@ def plan(
     vectors = N * 4 * (len(Column) + 8)  # statistics; loss, A, weights, factors and what multiplies them
     walking = workspace + scratch + (accumulator or gradient["dW"])
     again = backward == "recompute" and grad
-    passes = 2 + grad + trainable + 2 * again
+    projections = 1 + bool(H_teacher)
+    twice = again or weighting == "own pass"
+    passes = projections + grad + trainable + projections * twice
     return ChunkPlan(
         tokens=N,
         rows=rows,
@@ -153,11 +211,13 @@ def plan(
         difference=difference,
         gradient_dtype=held,
         passes=passes,
-        flops=2 * N * V * (H_student * (passes - 1 - again) + H_teacher * (1 + again)),
+        flops=2 * N * V * (H_student * (1 + twice + grad + trainable) + H_teacher * (1 + twice)),
         workspace_bytes=workspace,
         scratch_bytes=scratch,
         accumulator_bytes=accumulator,
         gradient_bytes=sum(gradient.values()),
         vector_bytes=vectors,
         peak_bytes=max(walking, accumulator + gradient["dW"]) + gradient["dh"] + gradient["dbias"] + vectors,
+        weighting=weighting,
+        weighting_reason=reason,
     )

@@ -1,7 +1,8 @@
 """The GEMMs of the loss head: logits (or logit differences) into reused buffers, the hidden gradient, and the head's gradient into an fp32 accumulator.
 
-The product of 16-bit matrices with an fp32 result has three homes: the library GEMM by `out_dtype` on CUDA; `cblas_gemm_bf16bf16f32` / `f16f16f32` of the
-math library inside torch on CPU, which torch itself does not call; and, where neither exists, fp32 GEMMs over slices of the vocabulary.
+The product of 16-bit matrices with an fp32 result has four homes. On CUDA: the library GEMM by `out_dtype`. On a CPU torch has no call for it, and we take
+the first there is of: the extension's `gemm_bf16_` on oneDNN's micro-kernel; `cblas_gemm_bf16bf16f32` / `f16f16f32` of the math library inside torch, which
+knows the bf16 units of Intel processors alone; fp32 GEMMs over slices of the vocabulary.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from . import extension
 
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112  # CBLAS
 _CBLAS_NAMES = {torch.bfloat16: "cblas_gemm_bf16bf16f32", torch.float16: "cblas_gemm_f16f16f32"}
@@ -93,15 +96,31 @@ def _slices(columns: int, rows: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, columns, step)]
 
 
+def cpu_gemm_name(dtype: torch.dtype) -> str:
+    """What multiplies 16-bit matrices into fp32 on this CPU."""
+    if dtype == torch.bfloat16 and extension.gemm_unavailable() is None:
+        return "oneDNN's micro-kernel"
+    return _CBLAS_NAMES[dtype] if cblas_gemm(dtype) else "fp32 GEMMs over slices"
+
+
+def _widening_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> bool:
+    """out (+)= a @ b of 16-bit matrices in fp32 on a CPU. False if no library here can."""
+    if a.dtype == torch.bfloat16 and extension.gemm_unavailable() is None:
+        torch.ops.opsd_kernels.gemm_bf16_(a, b, out, accumulate)
+    elif gemm := cblas_gemm(a.dtype):
+        _cblas_mm(gemm, a, b, out, beta=float(accumulate))
+    else:
+        return False
+    return True
+
+
 def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = hidden @ weight.T. (C, H), (V, H) -> (C, V); `out` may be fp32 where the inputs are 16-bit."""
     if out.dtype == hidden.dtype:
         torch.mm(hidden, weight.t(), out=out)
     elif out.device.type == "cuda":
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
-    elif gemm := cblas_gemm(hidden.dtype):
-        _cblas_mm(gemm, hidden, weight.t(), out, beta=0.0)
-    else:
+    elif not _widening_mm(hidden, weight.t(), out, accumulate=False):
         wide = hidden.to(out.dtype)
         for v in _slices(weight.shape[0], weight.shape[1]):
             torch.mm(wide, weight[v].to(out.dtype).t(), out=out[:, v])
@@ -114,9 +133,7 @@ def accumulate_weight_grad(G: Tensor, hidden: Tensor, dW: Tensor, first: bool) -
         torch.mm(Gt, hidden, out=dW) if first else dW.addmm_(Gt, hidden)
     elif dW.device.type == "cuda":
         _ = torch.mm(Gt, hidden, out_dtype=dW.dtype, out=dW) if first else torch.addmm(dW, Gt, hidden, out_dtype=dW.dtype, out=dW)
-    elif gemm := cblas_gemm(G.dtype):
-        _cblas_mm(gemm, Gt, hidden, dW, beta=0.0 if first else 1.0)
-    else:
+    elif not _widening_mm(Gt, hidden, dW, accumulate=not first):
         wide = hidden.to(dW.dtype)
         for v in _slices(dW.shape[0], max(G.shape[0], 1)):
             torch.addmm(dW[v], Gt[v].to(dW.dtype), wide, beta=0 if first else 1, out=dW[v])

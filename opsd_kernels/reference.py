@@ -2,29 +2,37 @@
 
 In float64 it is the truth; in fp32, and for 16-bit inputs with fp32 logits, it is what a careful user writes in plain PyTorch.
 It holds several (N, V) tensors: for tests, not for training.
+
+A divergence is a sum of terms f over the entries of the vocabulary, or of a support of K entries. What a clip takes, or a weight of zero, is cut out of
+the graph at the log-probs: a term may be infinite, and 0 times its gradient would be NaN.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .spec import REDUCTIONS, Divergence, Kind, LogitTransform, check_choice, expect
+from .spec import REDUCTIONS, Divergence, Kind, LogitTransform, check_choice, check_number, expect
+
+SMALLEST_TAIL = 1e-7  # minus the largest log of the mass that a support may have beside its bucket (SDPO's clamp)
+HOW = {"backend", "backward", "logits_dtype", "workspace_bytes"}  # arguments that only say how to compute
+
+# ---------------------------------------------------------------- the terms
 
 
-def _expectation(weight: Tensor, log_ratio_top: Tensor, log_ratio_bottom: Tensor) -> Tensor:
-    """sum_v weight * (top - bottom), where an entry of weight 0 counts nothing in value and gradient, even if both logs are -inf."""
-    counts = weight > 0
-    top = torch.where(counts, log_ratio_top, 0.0)
-    bottom = torch.where(counts, log_ratio_bottom, 0.0)
-    return torch.where(counts, weight * (top - bottom), 0.0).sum(-1)
-
-
-def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    return _expectation(log_a.exp(), log_a, log_b)
+def _ratio_terms(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """a * (log a - log b) per entry, where an entry of a = 0 counts nothing in value and gradient, even if both logs are -inf."""
+    a = log_a.exp()
+    counts = a > 0
+    top = torch.where(counts, log_a, 0.0)
+    bottom = torch.where(counts, log_b, 0.0)
+    return torch.where(counts, a * (top - bottom), 0.0)
 
 
 def _log_mixture(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
@@ -34,19 +42,132 @@ def _log_mixture(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
     return torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
 
 
-def _jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
+def _jsd_terms(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
     log_m = _log_mixture(log_q, log_p, beta)
-    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+    return beta * _ratio_terms(log_p, log_m) + (1 - beta) * _ratio_terms(log_q, log_m)
 
 
 TEXTBOOK: dict[Kind, Callable[[Tensor, Tensor, float], Tensor]] = {
-    Kind.REVERSE_KL: lambda log_q, log_p, beta: _kl(log_q, log_p),
-    Kind.FORWARD_KL: lambda log_q, log_p, beta: _kl(log_p, log_q),
-    Kind.JSD: _jsd,
-    Kind.SKEW_REVERSE_KL: lambda log_q, log_p, beta: _kl(log_q, _log_mixture(log_q, log_p, beta)),
-    Kind.SKEW_FORWARD_KL: lambda log_q, log_p, beta: _kl(log_p, _log_mixture(log_q, log_p, beta)),
-    Kind.TVD: lambda log_q, log_p, beta: (log_p.exp() - log_q.exp()).abs().sum(-1) / 2,
+    Kind.REVERSE_KL: lambda log_q, log_p, beta: _ratio_terms(log_q, log_p),
+    Kind.FORWARD_KL: lambda log_q, log_p, beta: _ratio_terms(log_p, log_q),
+    Kind.JSD: _jsd_terms,
+    Kind.SKEW_REVERSE_KL: lambda log_q, log_p, beta: _ratio_terms(log_q, _log_mixture(log_q, log_p, beta)),
+    Kind.SKEW_FORWARD_KL: lambda log_q, log_p, beta: _ratio_terms(log_p, _log_mixture(log_q, log_p, beta)),
+    Kind.TVD: lambda log_q, log_p, beta: (log_p.exp() - log_q.exp()).abs() / 2,
 }
+
+
+def reference_terms(log_q: Tensor, log_p: Tensor, divergence: Divergence) -> Tensor:
+    """f per entry, (n, E) in nats, from the log-probs of student and teacher; D is its sum. Differentiable in `log_q`."""
+    return TEXTBOOK[divergence.kind](log_q, log_p, divergence.beta)
+
+
+def reference_divergence(student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
+    """D per row, (n,) in nats, from transformed logits (n, V). Differentiable in `student`."""
+    return reference_terms(student.log_softmax(-1), teacher.log_softmax(-1), divergence).sum(-1)
+
+
+# ---------------------------------------------------------------- the entries that the sum runs over
+
+
+class Entries(NamedTuple):
+    """Log-probs of both sides, (n, E) each, -inf on both sides where an entry is padding; and how many are none, (n,)."""
+
+    log_q: Tensor
+    log_p: Tensor
+    count: Tensor
+
+
+def _log_mass(log_probs: Tensor) -> Tensor:
+    """log of the sum of probabilities, (n, 1); -inf, without a gradient, where all are 0."""
+    empty = (log_probs == -math.inf).all(-1, keepdim=True)
+    return torch.where(empty, -math.inf, torch.where(empty, 0.0, log_probs).logsumexp(-1, keepdim=True))
+
+
+def _with_bucket(log_probs: Tensor) -> Tensor:
+    """One more entry, which holds the mass that the others leave."""
+    mass = _log_mass(log_probs).clamp(max=-SMALLEST_TAIL)
+    return torch.cat([log_probs, torch.log(-torch.expm1(mass))], -1)
+
+
+def _renormalized(log_probs: Tensor) -> Tensor:
+    """Probabilities that sum to 1. A side without mass on the support stays at probability 0."""
+    mass = _log_mass(log_probs)
+    return log_probs - torch.where(mass == -math.inf, 0.0, mass)
+
+
+TAILS: dict[str, Callable[[Tensor], Tensor]] = {"bucket": _with_bucket, "renormalize": _renormalized, "none": lambda log_probs: log_probs}
+
+
+def _on_support(log_q: Tensor, log_p: Tensor, tail: str, count: Tensor) -> Entries:
+    return Entries(TAILS[tail](log_q), TAILS[tail](log_p), count + (tail == "bucket"))
+
+
+def _largest_entries(student: Tensor, teacher: Tensor, topk: int | None, side: str, tail: str) -> Entries:
+    """The whole vocabulary or, with `topk`, the entries of the largest transformed logits of one side: a constant for the gradient."""
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    n, V = student.shape
+    if topk is None:
+        return Entries(log_q, log_p, torch.full((n,), V, device=student.device))
+    k = min(topk, V)
+    support = (student if side == "student" else teacher).detach().topk(k, -1).indices
+    return _on_support(log_q.gather(-1, support), log_p.gather(-1, support), tail, torch.full((n,), k, device=student.device))
+
+
+def _listed_entries(student: Tensor, ids: Tensor, logprobs: Tensor, tail: str) -> Entries:
+    """The entries (n, K) that a teacher lists. One whose log-prob is -inf is padding; its id may be anything."""
+    listed = logprobs > -math.inf
+    log_q = student.log_softmax(-1).gather(-1, torch.where(listed, ids, 0))
+    return _on_support(torch.where(listed, log_q, -math.inf), logprobs, tail, listed.sum(-1))
+
+
+# ---------------------------------------------------------------- the divergence under its clips
+
+
+@dataclass(frozen=True)
+class Clips:
+    """min(f, entry) before the sum, min(D, token) after it; no gradient through what is clipped. inf clips nothing."""
+
+    entry: float = math.inf
+    token: float = math.inf
+
+    @classmethod
+    def parse(cls, entry: float | None, token: float | None) -> Clips:
+        given = {"entry_clip": entry, "token_clip": token}
+        return cls(*(math.inf if value is None else check_number(name, value, positive=True) for name, value in given.items()))
+
+    def __bool__(self) -> bool:
+        return min(self.entry, self.token) < math.inf
+
+
+class Judged(NamedTuple):
+    """Without a gradient: D per row under the clips, the clipped share of its terms, the terms (n, E) and rows (n,) that a clip took."""
+
+    divergence: Tensor
+    clipped_fraction: Tensor
+    terms: Tensor
+    rows: Tensor
+
+
+@torch.no_grad()
+def _judge(entries: Entries, divergence: Divergence, clips: Clips) -> Judged:
+    f = reference_terms(entries.log_q, entries.log_p, divergence)
+    terms = f > clips.entry
+    D = torch.where(terms, clips.entry, f).sum(-1)
+    rows = D > clips.token
+    share = terms.sum(-1) / entries.count.clamp(min=1).to(D.dtype)
+    return Judged(torch.where(rows, clips.token, D), torch.where(rows, 1.0, share), terms, rows)
+
+
+def _differentiable(entries: Entries, divergence: Divergence, clips: Clips, judged: Judged, unused: Tensor) -> Tensor:
+    """D per row once more, now with its gradient. `unused` rows (n,) have none."""
+    stopped = judged.rows | unused
+    log_q = torch.where(judged.terms | stopped[:, None], 0.0, entries.log_q)
+    f = torch.where(judged.terms, clips.entry, reference_terms(log_q, entries.log_p, divergence))
+    return torch.where(stopped, judged.divergence, f.sum(-1))
+
+
+# ---------------------------------------------------------------- logits and statistics
 
 
 def reference_logits(raw: Tensor, transform: LogitTransform, bias: Tensor | None) -> Tensor:
@@ -57,35 +178,82 @@ def reference_logits(raw: Tensor, transform: LogitTransform, bias: Tensor | None
     return y / transform.temperature
 
 
-def reference_divergence(student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
-    """D per row, (n,) in nats, from transformed logits (n, V). Differentiable in `student`."""
-    return TEXTBOOK[divergence.kind](student.log_softmax(-1), teacher.log_softmax(-1), divergence.beta)
+def reference_mix(student: Tensor, teacher: Tensor, teacher_mix: float) -> Tensor:
+    """The trust-region teacher's logits, (1 - a) t + a s with s held constant: a geometric mixture of the two distributions."""
+    return teacher if teacher_mix == 0 else (1 - teacher_mix) * teacher + teacher_mix * student.detach()
 
 
-def reference_statistics(student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-    """The fields of TokenStats, beside `divergence`, from transformed logits (n, V): each (n,)."""
-    log_q, log_p = student.detach().log_softmax(-1), teacher.detach().log_softmax(-1)
-    zero = torch.zeros_like(log_q)
-    stats = {
-        "student_entropy": -_kl(log_q, zero),
-        "teacher_entropy": -_kl(log_p, zero),
-        "student_max_prob": log_q.exp().amax(-1),
-        "teacher_max_prob": log_p.exp().amax(-1),
-        "top1_agreement": (log_q.argmax(-1) == log_p.argmax(-1)).to(log_q.dtype),
-    }
+def _wide(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _packed_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, vocab_size: int | None, transform: LogitTransform, wide: torch.dtype
+) -> Tensor:
+    """Transformed logits of the valid rows, (n, vocab_size): the others never enter the graph."""
+    packed = hidden.reshape(-1, hidden.shape[-1])[rows].to(wide)
+    raw = packed @ weight[:vocab_size].to(wide).T
+    return reference_logits(raw, transform, None if bias is None else bias[:vocab_size].to(wide))
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    return -_ratio_terms(log_probs, torch.zeros_like(log_probs)).sum(-1)
+
+
+def _of_labels(log_probs: Tensor, labels: Tensor) -> Tensor:
+    return log_probs.gather(-1, labels[:, None])[:, 0]
+
+
+def reference_statistics(student: Tensor, teacher: Tensor | None, labels: Tensor | None = None) -> dict[str, Tensor]:
+    """The fields of TokenStats, beside those of the divergence itself, from transformed logits (n, V): each (n,). Without a teacher, the student's."""
+    log_q = student.detach().log_softmax(-1)
+    stats = {"student_entropy": _entropy(log_q), "student_max_prob": log_q.exp().amax(-1)}
     if labels is not None:
-        stats["student_logprob"] = log_q.gather(-1, labels[:, None])[:, 0]
-        stats["teacher_logprob"] = log_p.gather(-1, labels[:, None])[:, 0]
+        stats["student_logprob"] = _of_labels(log_q, labels)
+    if teacher is None:
+        return stats
+    log_p = teacher.detach().log_softmax(-1)
+    stats |= {"teacher_entropy": _entropy(log_p), "teacher_max_prob": log_p.exp().amax(-1)}
+    stats["top1_agreement"] = (log_q.argmax(-1) == log_p.argmax(-1)).to(log_q.dtype)
+    if labels is not None:
+        stats["teacher_logprob"] = _of_labels(log_p, labels)
     return stats
 
 
-def _valid(shape: torch.Size, device: torch.device, mask: Tensor | None, labels: Tensor | None, ignore_index: int) -> Tensor:
-    valid = torch.ones(shape, dtype=torch.bool, device=device)
-    if mask is not None:
-        valid &= mask != 0
-    if labels is not None:
-        valid &= labels != ignore_index
-    return valid
+# ---------------------------------------------------------------- tokens, weights, reductions
+
+STATISTICS = ("divergence", "student_entropy", "teacher_entropy", "student_max_prob", "teacher_max_prob", "top1_agreement")
+STATISTICS += ("student_logprob", "teacher_logprob", "clipped_fraction")
+
+
+class _Tokens:
+    """Which tokens of the leading shape are valid, and the way from packed rows (n,) back to it."""
+
+    def __init__(self, hidden: Tensor, mask: Tensor | None, labels: Tensor | None, ignore_index: int) -> None:
+        self.valid = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
+        if mask is not None:
+            self.valid &= mask != 0
+        if labels is not None:
+            self.valid &= labels != ignore_index
+        self.rows = self.valid.flatten().nonzero()[:, 0]
+
+    def pack(self, values: Tensor) -> Tensor:
+        """(..., *rest) -> (n, *rest)"""
+        return values.flatten(end_dim=self.valid.dim() - 1)[self.rows] if self.valid.dim() else values[None][self.rows]
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """(n,) -> (...), zeros where not valid."""
+        return values.new_zeros(self.valid.numel()).index_put((self.rows,), values).view(self.valid.shape)
+
+    def weights(self, given: Any, stats: dict[str, Tensor]) -> Tensor:
+        """(n,), from a tensor (...) or from an object that is called with statistics and mask (B, T) of all sequences. No gradient flows."""
+        if given is None:
+            return torch.ones_like(stats["divergence"])
+        if not isinstance(given, Tensor):
+            shape = (self.valid.shape[:-1].numel(), self.valid.shape[-1]) if self.valid.dim() else (1, 1)
+            known = dict.fromkeys(STATISTICS) | {name: self.unpack(values).view(shape) for name, values in stats.items()}
+            given = given(None if given.scope == "index" else SimpleNamespace(**known), self.valid.view(shape)).view(self.valid.shape)
+        return self.pack(given.detach()).to(stats["divergence"].dtype)
 
 
 def _reduce(values: Tensor, valid: Tensor, reduction: str, normalizer: float | Tensor | None) -> Tensor:
@@ -100,13 +268,36 @@ def _reduce(values: Tensor, valid: Tensor, reduction: str, normalizer: float | T
     return (values.sum(-1) / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
 
 
-def _packed_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, vocab_size: int | None, transform: LogitTransform, wide: torch.dtype
-) -> Tensor:
-    """Transformed logits of the valid rows, (n, vocab_size): the others never enter the graph."""
-    packed = hidden.reshape(-1, hidden.shape[-1])[rows].to(wide)
-    raw = packed @ weight[:vocab_size].to(wide).T
-    return reference_logits(raw, transform, None if bias is None else bias[:vocab_size].to(wide))
+def _check_how(how: dict[str, object], op: str) -> None:
+    unknown = set(how) - HOW
+    expect(not unknown, ", ".join(sorted(unknown)), f"an argument of {op}", "an unknown name", TypeError)
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """What both ops do once their entries are known."""
+
+    divergence: Divergence
+    clips: Clips
+    token_weights: Any
+    reduction: str
+    normalizer: float | Tensor | None
+    return_stats: bool
+
+    def of(self, entries: Entries, statistics: dict[str, Tensor], tokens: _Tokens) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        check_choice("reduction", self.reduction, REDUCTIONS)
+        judged = _judge(entries, self.divergence, self.clips)
+        stats = {"divergence": judged.divergence, **statistics}
+        if self.clips:
+            stats["clipped_fraction"] = judged.clipped_fraction
+        weights = tokens.weights(self.token_weights, stats)
+        per_token = _differentiable(entries, self.divergence, self.clips, judged, weights == 0)
+        weighted = torch.where(weights == 0, 0.0, per_token) * weights  # a token of weight zero may be infinitely far
+        loss = _reduce(tokens.unpack(weighted), tokens.valid, self.reduction, self.normalizer)
+        return (loss, {name: tokens.unpack(values) for name, values in stats.items()}) if self.return_stats else loss
+
+
+# ---------------------------------------------------------------- the ops
 
 
 def linear_divergence_reference(
@@ -129,39 +320,98 @@ def linear_divergence_reference(
     labels: Tensor | None = None,
     ignore_index: int = -100,
     mask: Tensor | None = None,
-    token_weights: Tensor | None = None,
+    token_weights: Any = None,  # (...) tensor, or an object with `scope` that is called with statistics and mask
+    teacher_mix: float = 0.0,
+    entry_clip: float | None = None,
+    token_clip: float | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     return_stats: bool = False,
+    topk: int | None = None,
+    topk_support: str = "student",
+    topk_tail: str = "bucket",
     **how: object,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """`linear_divergence` by its definition. Same arguments; those that only say how to compute (`backend`, `backward`, ...) change nothing.
 
     Returns the reduced divergence in nats, float64 for float64 inputs and else float32, and with `return_stats` a dict of the fields of TokenStats.
     """
-    unknown = set(how) - {"backend", "backward", "logits_dtype", "workspace_bytes"}
-    expect(not unknown, ", ".join(sorted(unknown)), "an argument of linear_divergence", "an unknown name", TypeError)
-    check_choice("reduction", reduction, REDUCTIONS)
-    spec = Divergence.parse(divergence, beta)
+    _check_how(how, "linear_divergence")
+    check_choice("topk_support", topk_support, ("student", "teacher"))
+    check_choice("topk_tail", topk_tail, tuple(TAILS))
+    expect(0 <= check_number("teacher_mix", teacher_mix) < 1, "teacher_mix", "a number in [0, 1)", teacher_mix)
+    loss = _Loss(Divergence.parse(divergence, beta), Clips.parse(entry_clip, token_clip), token_weights, reduction, normalizer, return_stats)
     student = LogitTransform.parse("student", student_logit_scale, student_softcap, "temperature", temperature)
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
     teacher = LogitTransform.parse("teacher", teacher_logit_scale, teacher_softcap, "teacher_temperature", teacher_temperature)
-    wide = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
 
-    valid = _valid(student_hidden.shape[:-1], student_hidden.device, mask, labels, ignore_index)
-    rows = valid.flatten().nonzero()[:, 0]
-    s = _packed_logits(student_hidden, student_weight, student_bias, rows, vocab_size, student, wide)
+    tokens = _Tokens(student_hidden, mask, labels, ignore_index)
+    wide = _wide(student_hidden)
+    s = _packed_logits(student_hidden, student_weight, student_bias, tokens.rows, vocab_size, student, wide)
     with torch.no_grad():
-        t = _packed_logits(teacher_hidden, teacher_weight, teacher_bias, rows, vocab_size, teacher, wide)
+        t = _packed_logits(teacher_hidden, teacher_weight, teacher_bias, tokens.rows, vocab_size, teacher, wide)
+        t = reference_mix(s, t, teacher_mix)
+    statistics = reference_statistics(s, t, None if labels is None else tokens.pack(labels))
+    return loss.of(_largest_entries(s, t, topk, topk_support, topk_tail), statistics, tokens)
 
-    def unpack(values: Tensor) -> Tensor:
-        return values.new_zeros(valid.numel()).index_put((rows,), values).view(valid.shape)
 
-    per_token = reference_divergence(s, t, spec)
-    weights = torch.ones_like(per_token) if token_weights is None else token_weights.detach().flatten()[rows].to(wide)
-    weighted = torch.where(weights == 0, 0.0, per_token) * weights  # a token of weight zero may be infinitely far
-    loss = _reduce(unpack(weighted), valid, reduction, normalizer)
-    if not return_stats:
-        return loss
-    stats = {"divergence": per_token.detach(), **reference_statistics(s, t, None if labels is None else labels.flatten()[rows])}
-    return loss, {name: unpack(value) for name, value in stats.items()}
+def linear_topk_divergence_reference(
+    student_hidden: Tensor,  # (..., H)
+    student_weight: Tensor,  # (V, H)
+    teacher_topk_ids: Tensor,  # (..., K) int64
+    teacher_topk_logprobs: Tensor,  # (..., K), -inf is padding
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    tail: str = "bucket",
+    temperature: float = 1.0,
+    student_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    vocab_size: int | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    token_weights: Any = None,
+    entry_clip: float | None = None,
+    token_clip: float | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    return_stats: bool = False,
+    **how: object,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """`linear_topk_divergence` by its definition, as `linear_divergence_reference` is. The statistics are those of the student."""
+    _check_how(how, "linear_topk_divergence")
+    check_choice("tail", tail, tuple(TAILS))
+    loss = _Loss(Divergence.parse(divergence, beta), Clips.parse(entry_clip, token_clip), token_weights, reduction, normalizer, return_stats)
+    student = LogitTransform.parse("student", student_logit_scale, student_softcap, "temperature", temperature)
+
+    tokens = _Tokens(student_hidden, mask, labels, ignore_index)
+    s = _packed_logits(student_hidden, student_weight, student_bias, tokens.rows, vocab_size, student, _wide(student_hidden))
+    logprobs = tokens.pack(teacher_topk_logprobs.detach()).to(s.dtype)
+    statistics = reference_statistics(s, None, None if labels is None else tokens.pack(labels))
+    return loss.of(_listed_entries(s, tokens.pack(teacher_topk_ids), logprobs, tail), statistics, tokens)
+
+
+def linear_logprobs_reference(
+    hidden: Tensor,  # (..., H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (...) int64
+    *,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    return_entropy: bool = False,
+    **how: object,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`linear_logprobs` by its definition: log-probs (...) of the labels in nats, 0 where a token is not valid; with `return_entropy` the entropies too."""
+    _check_how(how, "linear_logprobs")
+    tokens = _Tokens(hidden, mask, labels, ignore_index)
+    transform = LogitTransform.parse("", logit_scale, softcap, "temperature", temperature)
+    log_q = _packed_logits(hidden, weight, bias, tokens.rows, vocab_size, transform, _wide(hidden)).log_softmax(-1)
+    logprobs = tokens.unpack(_of_labels(log_q, tokens.pack(labels)))
+    return (logprobs, tokens.unpack(_entropy(log_q))) if return_entropy else logprobs

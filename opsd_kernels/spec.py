@@ -19,6 +19,9 @@ class Kind(IntEnum):
 
 
 KIND_NAMES = {kind.name.lower(): kind for kind in Kind}
+SCOPES = ("index", "row", "sequence")  # what a token's weight depends on, the narrowest first
+SUPPORT_SIDES = ("student", "teacher")
+TAILS = ("bucket", "renormalize", "none")
 REDUCTIONS = ("mean", "sum", "none", "sequence_mean")
 BACKWARDS = ("auto", "in_forward", "recompute")
 
@@ -94,9 +97,10 @@ class LogitTransform:
 
     @classmethod
     def parse(cls, side: str, scale: float, softcap: float | None, temperature_name: str, temperature: float) -> LogitTransform:
-        scale = check_number(f"{side}_logit_scale", scale)
+        prefix = f"{side}_" if side else ""
+        scale = check_number(f"{prefix}logit_scale", scale)
         if softcap is not None:
-            softcap = check_number(f"{side}_softcap", softcap, positive=True)
+            softcap = check_number(f"{prefix}softcap", softcap, positive=True)
         return cls(scale, softcap, check_number(temperature_name, temperature, positive=True))
 
     @property
@@ -106,17 +110,54 @@ class LogitTransform:
 
 
 @dataclass(frozen=True)
+class Support:
+    """The K entries per token that a divergence is restricted to: the K largest logits of a side or, with `side` None, those that the call lists."""
+
+    k: int
+    side: str | None
+    tail: str  # what the remaining mass becomes: one more entry, nothing after renormalisation, nothing
+
+    @classmethod
+    def parse(cls, k: int | None, side: str, tail: str, tail_name: str = "topk_tail") -> Support | None:
+        check_choice("topk_support", side, SUPPORT_SIDES)
+        check_choice(tail_name, tail, TAILS)
+        if k is None:
+            return None
+        expect(isinstance(k, int) and not isinstance(k, bool), "topk", "an int or None", type(k).__name__, TypeError)
+        expect(k >= 1, "topk", "at least 1", k)
+        return cls(k, side, tail)
+
+
+@dataclass(frozen=True)
 class RowSpec:
     """Everything a row sweep needs beside its tensors.
 
-    With `difference`, the teacher buffer holds raw teacher logits minus raw student logits (math.md: the difference GEMM).
+    With `difference`, the teacher buffer holds raw teacher logits minus raw student logits (math.md: the difference GEMM). `teacher_mix` a makes the
+    teacher's transformed logits (1 - a) * t + a * s, s held constant. A clip of inf clips nothing.
     """
 
     divergence: Divergence
     student: LogitTransform = LogitTransform()
     teacher: LogitTransform = LogitTransform()
     difference: bool = False
+    teacher_mix: float = 0.0
+    entry_clip: float = math.inf  # of each term of the sum
+    token_clip: float = math.inf  # of the sum
 
     def linear_difference(self, same_bias: bool) -> bool:
         """Whether the difference of the *transformed* logits is `factor` times the difference buffer, so that it never meets the logits."""
         return self.difference and same_bias and self.student == self.teacher and self.student.softcap is None
+
+    @property
+    def one_sweep(self) -> bool:
+        """Whether the statistics sweep alone yields the value: a plain KL whose terms are not clipped."""
+        return self.divergence.one_sweep and self.entry_clip == math.inf
+
+    @property
+    def kinked(self) -> bool:
+        """Whether the gradient jumps where logits differ by little, at p = q or at the entry clip: fp32 logits then."""
+        return self.divergence.kinked or self.entry_clip < math.inf
+
+    @property
+    def clips(self) -> bool:
+        return min(self.entry_clip, self.token_clip) < math.inf

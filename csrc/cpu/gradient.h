@@ -24,14 +24,20 @@ struct RatioRow {
 
 struct Value {
   double loss, A;
+  double clipped = 0;  // share of the terms that the entry clip took; 1 where the token clip took their sum
+};
+
+// What the terms depend on beside the row.
+struct TermOptions {
+  double beta, clip;
 };
 
 // f and u over a row; u replaces the teacher in the scratch.
-template <Kind KIND, bool FAR, class X, class T>
-OPSD_SWEEP Value entry_sums(const GapRow<X, T> gap, int64_t V, const RowState row, double beta_value, const Scratch<X> w) {
-  const X scale_q(row.inverse_z), scale_p(row.inverse_zt), beta(beta_value);
+template <Kind KIND, bool FAR, bool CLIP, class X, class T>
+OPSD_SWEEP Value entry_sums(const GapRow<X, T> gap, int64_t V, const RowState row, const TermOptions options, const Scratch<X> w) {
+  const X scale_q(row.inverse_z), scale_p(row.inverse_zt), beta(options.beta), clip(options.clip);
   const RatioRow<X> ratios(w.p, row.gap);
-  Total<X> loss, A;
+  Total<X> loss, A, taken;
   auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
     const X q = load(w.e + v) * scale_q, delta = lanes(gap.delta(v, lanes.count), 0);
     Terms<X> terms;
@@ -41,13 +47,21 @@ OPSD_SWEEP Value entry_sums(const GapRow<X, T> gap, int64_t V, const RowState ro
       const X excess = lanes(ratios.at(v), 0);
       terms = entry<KIND, false>(q, fma(q, excess, q), ratio(delta, excess), beta);
     }
+    if constexpr (CLIP) {
+      const ClippedTerms<X> clipped = clip_terms<KIND>(terms, q, clip);
+      terms = {clipped.f, clipped.u};
+      taken.block = taken.block + lanes(clipped.taken, 0);
+    }
     store(w.p + v, terms.u);
     loss.block = loss.block + terms.f;
     A.block = A.block + terms.u;
   };
-  auto flush = [&]() __attribute__((always_inline)) { loss.flush(), A.flush(); };
+  auto flush = [&]() __attribute__((always_inline)) {
+    loss.flush(), A.flush();
+    if constexpr (CLIP) taken.flush();
+  };
   walk<X>(V, step, flush);
-  return {loss.sum, A.sum};
+  return {loss.sum, A.sum, taken.sum / static_cast<double>(V)};
 }
 
 // Writes one vector of the gradient through the softcap's slope.
@@ -57,17 +71,52 @@ OPSD_INLINE void put(Out* G, const Scratch<X>& w, bool bent, int64_t v, int64_t 
   store_as(G + v, g, count);
 }
 
-// factor * (u - q * A) from the scratch rows e and u.
-template <class X, class Out>
-OPSD_SWEEP void combine(Out* G, int64_t V, double inverse_z, double A, double factor, bool bent, const Scratch<X> w) {
-  const X share(-factor * A * inverse_z), scale(factor);
-  auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
-    put(G, w, bent, v, lanes.count, fma(load(w.p + v), scale, load(w.e + v) * share));
-  };
+// What multiplies a row's gradient, its A, and the term weight * (q - onehot(label)) beside it; weight 0 and label -1: none.
+struct Pull {
+  double factor, A, weight;
+  int64_t label;
+  double share() const { return weight - factor * A; }  // of q
+};
+
+// Writes value(v, lanes) for each vector of a row. value lacks the onehot: the label's entry is written again, less the weight, rounded once.
+template <class X, class Out, class Read>
+OPSD_INLINE void write_row(Out* G, int64_t V, const Pull& pull, bool bent, const Scratch<X>& w, Read value) {
+  auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) { put(G, w, bent, v, lanes.count, value(v, lanes)); };
   walk<X>(V, step, [] {});
+  if (pull.label >= 0) put(G, w, bent, pull.label, 1, value(pull.label, FirstLanes<X>{1}) - X(pull.weight));
 }
 
-// The gradient of the two plain KLs. Near rows fold the row's factor into q.
+// factor * (u - q * A) from the scratch rows e and u.
+template <class X, class Out>
+OPSD_SWEEP void combine(Out* G, int64_t V, double inverse_z, const Pull pull, bool bent, const Scratch<X> w) {
+  const X share(pull.share() * inverse_z), scale(pull.factor);
+  auto value = [&](int64_t v, auto) __attribute__((always_inline)) { return fma(load(w.p + v), scale, load(w.e + v) * share); };
+  write_row<X>(G, V, pull, bent, w, value);
+}
+
+// A row without a divergence: u may be infinite, and is not read.
+template <class X, class Out>
+OPSD_SWEEP void policy_gradient(Out* G, int64_t V, double inverse_z, const Pull pull, bool bent, const Scratch<X> w) {
+  const X share(pull.weight * inverse_z);
+  auto value = [&](int64_t v, auto) __attribute__((always_inline)) { return load(w.e + v) * share; };
+  write_row<X>(G, V, pull, bent, w, value);
+}
+
+// The gradient of a plain KL and a policy term. Of FAR and reverse KL only the guard is needed, which does near rows no harm.
+template <Kind KIND, bool FAR, class X, class T, class Out>
+OPSD_SWEEP void kl_policy_gradient(const GapRow<X, T> gap, Out* G, int64_t V, const RowState row, const Pull pull, bool bent, const Scratch<X> w) {
+  const X scale_q(row.inverse_z), scale_p(row.inverse_zt), factor(pull.factor), weight(pull.weight), share(pull.share());
+  const RatioRow<X> ratios(w.p, row.gap);
+  auto value = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
+    const X q = load(w.e + v) * scale_q;
+    if constexpr (KIND == Kind::REVERSE_KL) return fma(reverse_kl<FAR>(q, lanes(gap.delta(v, lanes.count), 0)).u, factor, q * share);
+    else if constexpr (FAR) return fma(load(w.p + v) * scale_p, -factor, q * share);
+    else return q * fma(ratios.at(v), -factor, weight);
+  };
+  write_row<X>(G, V, pull, bent, w, value);
+}
+
+// The gradient of the two plain KLs alone. Near rows fold the row's factor into q.
 template <Kind KIND, bool FAR, class X, class T, class Out>
 OPSD_SWEEP void kl_gradient(const GapRow<X, T> gap, Out* G, int64_t V, const RowState row, double A, double factor, bool bent, const Scratch<X> w) {
   const X scale_q(FAR ? row.inverse_z : row.inverse_z * factor), scale_p(row.inverse_zt), after(factor), dot(A);

@@ -56,7 +56,8 @@ class Rows {
   using Source = SourceOf<X, In>;
   const RowArgs& a_;
   const Scratch<X> w_;
-  const bool one_sweep_ = a_.kind == Kind::REVERSE_KL || a_.kind == Kind::FORWARD_KL;
+  const bool clip_entries_ = a_.entry_clip < INF;
+  const bool one_sweep_ = (a_.kind == Kind::REVERSE_KL || a_.kind == Kind::FORWARD_KL) && !clip_entries_;
   // 1 where two pairs of rows and the scratch fit the cache, so that a row may fetch the next; else 0. At V = 152k a bf16 row gains 40 %
   // by it, and a float32 row, which does not fit, would lose 20 %.
   const int64_t ahead_;
@@ -91,7 +92,8 @@ class Rows {
                                     m ? row.prob_s : 0,
                                     m ? row.prob_t : 0,
                                     row.argmax_s,
-                                    row.argmax_t};
+                                    row.argmax_t,
+                                    0};
     for (int c = 0; c < COLUMNS; ++c) stats(i)[c] = static_cast<E>(values[c]);
   }
 
@@ -103,70 +105,110 @@ class Rows {
     row.gap = from[GAP], row.spread = from[SPREAD], row.reverse_kl = from[Column::REVERSE_KL], row.forward_kl = from[Column::FORWARD_KL];
     row.inverse_z = ::exp(-row.logsum_s), row.inverse_zt = ::exp(-row.logsum_t);
     row.far = !(row.spread <= a_.spread_limit);
-    refill<X>(source, a_.V, References<X>(row.max_s, row.max_t), row.far, w_);
+    refill<X>(source, a_.V, source.references(row.max_s, row.max_t), row.far, w_);
     return row;
   }
 
-  template <Kind KIND>
+  template <Kind KIND, bool CLIP>
   Value value(const Source& source, const RowState& row) const {
+    const TermOptions options{a_.beta, a_.entry_clip};
     return with_gap(source, row, [&](auto gap) {
-      if (row.far) return entry_sums<KIND, true>(gap, a_.V, row, a_.beta, w_);
-      return entry_sums<KIND, false>(gap, a_.V, row, a_.beta, w_);
+      if (row.far) return entry_sums<KIND, true, CLIP>(gap, a_.V, row, options, w_);
+      return entry_sums<KIND, false, CLIP>(gap, a_.V, row, options, w_);
     });
   }
 
-  // loss and A; of a two-sweep divergence, u too.
-  Value dot(const Source& source, const RowState& row) const {
-    if (std::isnan(row.gap)) return {row.gap, row.gap};  // a side without a distribution: the guards would make 0 of it
+  template <bool CLIP>
+  Value two_sweep_value(const Source& source, const RowState& row) const {
     switch (a_.kind) {
-      case Kind::REVERSE_KL: return {row.reverse_kl, row.reverse_kl};
-      case Kind::FORWARD_KL: return {row.forward_kl, -1.0};
-      case Kind::JSD: return value<Kind::JSD>(source, row);
-      case Kind::SKEW_REVERSE_KL: return value<Kind::SKEW_REVERSE_KL>(source, row);
-      case Kind::SKEW_FORWARD_KL: return value<Kind::SKEW_FORWARD_KL>(source, row);
-      case Kind::TVD: return value<Kind::TVD>(source, row);
+      case Kind::REVERSE_KL:
+        if constexpr (CLIP) return value<Kind::REVERSE_KL, true>(source, row);
+        break;
+      case Kind::FORWARD_KL:
+        if constexpr (CLIP) return value<Kind::FORWARD_KL, true>(source, row);
+        break;
+      case Kind::JSD: return value<Kind::JSD, CLIP>(source, row);
+      case Kind::SKEW_REVERSE_KL: return value<Kind::SKEW_REVERSE_KL, CLIP>(source, row);
+      case Kind::SKEW_FORWARD_KL: return value<Kind::SKEW_FORWARD_KL, CLIP>(source, row);
+      case Kind::TVD: return value<Kind::TVD, CLIP>(source, row);
     }
     return {0, 0};
   }
 
+  // loss and A before the token clip; where the statistics do not hold them, u is in the scratch, too.
+  Value dot(const Source& source, const RowState& row) const {
+    if (std::isnan(row.gap)) return {row.gap, row.gap};  // a side without a distribution: the guards would make 0 of it
+    if (!one_sweep_) return clip_entries_ ? two_sweep_value<true>(source, row) : two_sweep_value<false>(source, row);
+    if (a_.kind == Kind::REVERSE_KL) return {row.reverse_kl, row.reverse_kl};
+    return {row.forward_kl, -1.0};
+  }
+
+  // Writes loss, A and the clipped share, and returns that. The token clip compares what is written: contract.clip_tokens does.
+  double write_value(int64_t i, const Value& v) const {
+    E loss = static_cast<E>(v.loss), clipped = static_cast<E>(v.clipped);
+    if (loss > static_cast<E>(a_.token_clip)) loss = static_cast<E>(a_.token_clip), clipped = 1;
+    static_cast<E*>(a_.loss)[i] = loss, static_cast<E*>(a_.A)[i] = static_cast<E>(v.A);
+    if (clip_entries_ || a_.token_clip < INF) stats(i)[CLIPPED] = clipped;
+    return clipped;
+  }
+
   template <class Use>
   auto with_gap(const Source& source, const RowState& row, Use use) const {
-    if constexpr (Source::LINEAR) return use(GapRow<X, In>{source.D, source.factor, References<X>(row.max_s, row.max_t).shift, X(row.gap)});
+    if constexpr (Source::LINEAR) return use(GapRow<X, In>{source.D, source.gap_factor, source.references(row.max_s, row.max_t).shift, X(row.gap)});
     else return use(GapRow<X, E>{w_.o, X(1.0), X(0.0), X(row.gap)});
   }
 
   template <class Out>
-  void gradient(const Source& source, int64_t i, const RowState& row, double A) const {
-    Out* G = static_cast<Out*>(a_.G) + i * a_.stride_g;
-    const double factor = static_cast<const E*>(a_.factor)[i] * a_.student.scale / a_.student.temperature;
+  void gradient(const Source& source, Out* G, const RowState& row, const Pull& pull) const {
     const bool bent = source.bent();
-    if (!one_sweep_) return combine(G, a_.V, row.inverse_z, A, factor, bent, w_);
+    if (pull.factor == 0) return policy_gradient(G, a_.V, row.inverse_z, pull, bent, w_);
+    if (!one_sweep_) return combine(G, a_.V, row.inverse_z, pull, bent, w_);
     with_gap(source, row, [&](auto gap) {
       const bool reverse = a_.kind == Kind::REVERSE_KL;
-      if (reverse && row.far) kl_gradient<Kind::REVERSE_KL, true>(gap, G, a_.V, row, A, factor, bent, w_);
-      else if (reverse) kl_gradient<Kind::REVERSE_KL, false>(gap, G, a_.V, row, A, factor, bent, w_);
-      else if (row.far) kl_gradient<Kind::FORWARD_KL, true>(gap, G, a_.V, row, A, factor, bent, w_);
-      else kl_gradient<Kind::FORWARD_KL, false>(gap, G, a_.V, row, A, factor, bent, w_);
+      if (pull.weight != 0) {
+        if (reverse) return kl_policy_gradient<Kind::REVERSE_KL, true>(gap, G, a_.V, row, pull, bent, w_);
+        if (row.far) return kl_policy_gradient<Kind::FORWARD_KL, true>(gap, G, a_.V, row, pull, bent, w_);
+        return kl_policy_gradient<Kind::FORWARD_KL, false>(gap, G, a_.V, row, pull, bent, w_);
+      }
+      if (reverse && row.far) kl_gradient<Kind::REVERSE_KL, true>(gap, G, a_.V, row, pull.A, pull.factor, bent, w_);
+      else if (reverse) kl_gradient<Kind::REVERSE_KL, false>(gap, G, a_.V, row, pull.A, pull.factor, bent, w_);
+      else if (row.far) kl_gradient<Kind::FORWARD_KL, true>(gap, G, a_.V, row, pull.A, pull.factor, bent, w_);
+      else kl_gradient<Kind::FORWARD_KL, false>(gap, G, a_.V, row, pull.A, pull.factor, bent, w_);
     });
+  }
+
+  // Row i's factor and policy through the transform's constants, without A.
+  Pull pull_of(int64_t i) const {
+    const double weight = a_.policy ? static_cast<const E*>(a_.policy)[i] * a_.student.scale / a_.student.temperature : 0;
+    const int64_t label = weight != 0 && a_.labels[i] >= 0 && a_.labels[i] < a_.V ? a_.labels[i] : -1;
+    return {static_cast<const E*>(a_.factor)[i] * a_.student.scale / a_.student.temperature, 0, weight, label};
   }
 
   template <class Out>
   void grad_row(Sweep sweep, int64_t i) const {
     const Source source = source_of(i);
-    const bool ignored = static_cast<const E*>(a_.factor)[i] == 0;
+    Out* G = static_cast<Out*>(a_.G) + i * a_.stride_g;
+    Pull pull = pull_of(i);
     RowState row;
     if (sweep == Sweep::FUSED) {
       row = measure(source, w_);
       write_stats(i, row);
       const Value v = dot(source, row);
-      static_cast<E*>(a_.loss)[i] = static_cast<E>(v.loss), static_cast<E*>(a_.A)[i] = static_cast<E>(v.A);
-      if (!ignored) return gradient<Out>(source, i, row, v.A);
-    } else if (!ignored) {
-      row = resume(source, i);
-      if (!one_sweep_) dot(source, row);
-      return gradient<Out>(source, i, row, static_cast<const E*>(a_.A)[i]);
+      if (write_value(i, v) == 1) pull.factor = 0;
+      pull.A = v.A;
+    } else {
+      if (stats(i)[CLIPPED] == 1) pull.factor = 0;
+      pull.A = static_cast<const E*>(a_.A)[i];
     }
-    std::memset(static_cast<Out*>(a_.G) + i * a_.stride_g, 0, a_.V * sizeof(Out));
+    if (pull.factor == 0 && pull.weight == 0) {
+      std::memset(G, 0, a_.V * sizeof(Out));
+      return;
+    }
+    if (sweep == Sweep::GRAD) {
+      row = resume(source, i);
+      if (!one_sweep_ && pull.factor != 0) dot(source, row);
+    }
+    gradient(source, G, row, pull);
   }
 
  public:
@@ -176,8 +218,7 @@ class Rows {
 
   void dot_row(int64_t i) const {
     const Source source = source_of(i);
-    const Value v = dot(source, resume(source, i));
-    static_cast<E*>(a_.loss)[i] = static_cast<E>(v.loss), static_cast<E*>(a_.A)[i] = static_cast<E>(v.A);
+    write_value(i, dot(source, resume(source, i)));
   }
 
   void run(Sweep sweep, int64_t i) const {
@@ -196,7 +237,7 @@ template <class X, class In>
 void run_dtype(const RowArgs& a, Sweep sweep, int64_t begin, int64_t end) {
   const Workspace<X> space(a.V);
   Scratch<X> w = space.rows;
-  if (a.kind == Kind::REVERSE_KL) w.p = nullptr;  // its gradient needs q and delta alone
+  if (a.kind == Kind::REVERSE_KL && a.entry_clip == INF) w.p = nullptr;  // its gradient needs q and delta alone
   if (a.linear && !a.bias_s && !a.bias_t) {
     const Rows<X, In, LinearSource> rows(a, w, sweep);
     for (int64_t i = begin; i < end; ++i) rows.run(sweep, i);

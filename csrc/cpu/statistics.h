@@ -38,10 +38,10 @@ struct Peak {
 
 template <class X, class Source, class Read>
 OPSD_SWEEP Peak maximum(const Source source, int64_t V, Read read) {
-  constexpr int64_t N = LANES<X>;
+  constexpr int64_t N = LANES<X>, STEP = 256 * N;
   Peak peak{-INF, 0};
-  for (int64_t start = 0; start < V; start += BLOCK<X>) {
-    const int64_t end = start + BLOCK<X> < V ? start + BLOCK<X> : V;
+  for (int64_t start = 0; start < V; start += STEP) {
+    const int64_t end = start + STEP < V ? start + STEP : V;
     // Four chains: one maximum every four cycles would be slower than the loads. max() leaves NaN out.
     X top[4] = {X(-INF), X(-INF), X(-INF), X(-INF)};
     int64_t v = start;
@@ -55,7 +55,7 @@ OPSD_SWEEP Peak maximum(const Source source, int64_t V, Read read) {
     const double value = reduce_max(max(max(top[0], top[1]), max(top[2], top[3])));
     if (value > peak.value) peak = {value, start};
   }
-  for (int64_t v = peak.index; v < V && v < peak.index + BLOCK<X>; v += N) {
+  for (int64_t v = peak.index; v < V && v < peak.index + STEP; v += N) {
     const int64_t count = V - v < N ? V - v : N;
     const int lane = lowest_lane(read(source, source.at(v, count)) == X(peak.value));
     if (lane >= 0 && lane < count) return {peak.value, v + lane};
@@ -216,14 +216,14 @@ RowState row_statistics(const Source& source, int64_t V, double spread_limit, co
   RowState row;
   row.max_s = peak.value;
   row.max_t = first_lane(source.teacher(source.at(peak.index, 1)));
-  const References<X> at_peak(row.max_s, row.max_t), maxima(row.max_s, top.value);
+  const References<X> at_peak = source.references(row.max_s, row.max_t), maxima = source.references(row.max_s, top.value);
   Sums sums = near_sums<MODE>(source, V, at_peak, maxima, w);
   row.spread = sums.spread;
   row.far = !(row.spread <= spread_limit);
   if (row.far) {
     if constexpr (MODE != Mode::METRICS) top = maximum<X>(source, V, teacher);
     row.max_t = top.value;
-    sums = far_sums<MODE>(source, V, References<X>(row.max_s, row.max_t), w);
+    sums = far_sums<MODE>(source, V, source.references(row.max_s, row.max_t), w);
   } else if (MODE == Mode::REVERSE && !(sums.zt / sums.z > LEAST_RATIO)) {
     sums = near_sums<Mode::FORWARD>(source, V, at_peak, maxima, w);
   }

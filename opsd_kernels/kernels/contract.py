@@ -10,19 +10,25 @@ A backend is a module or object with
 
     row_stats(S, T, spec, bias_s, bias_t, metrics)            -> stats
     row_dot(S, T, stats, spec, bias_s, bias_t)                -> (loss, A)
-    row_grad_(S, T, stats, A, factor, spec, bias_s, bias_t, G) -> None
-    row_fused_(S, T, factor, spec, bias_s, bias_t, metrics, G) -> (stats, loss, A)
+    row_grad_(S, T, stats, A, factor, spec, bias_s, bias_t, G, policy, labels)            -> None
+    row_fused_(S, T, factor, spec, bias_s, bias_t, metrics, G, policy, labels)            -> (stats, loss, A)
 
 S, T        (n, V) raw student logits, and raw teacher logits or, with `spec.difference`, raw teacher minus raw student logits. Same dtype:
-            float64, float32, bfloat16 or float16. Unit column stride; any row stride >= V; any storage offset. n, V >= 1. S and T never overlap.
+            float64, float32, bfloat16 or float16. Unit column stride; any row stride >= V, and for T also 0, one row for all; any storage offset.
+            n, V >= 1. S and T never overlap. With `spec.teacher_mix` a, t stands for (1 - a) * t + a * s everywhere below.
 bias_s/_t   (V,) contiguous, of the dtype of the statistics, or None. -inf in a bias masks that entry: probability zero
             (not under a softcap, which maps it to -c).
 stats       (n, len(Column)) in float64 for float64 logits, else float32. Columns up to SPREAD and the divergence's own value
             (REVERSE_KL / FORWARD_KL) are always right; the others only with `metrics`, else 0.
-loss, A     (n,) of the dtype of stats: the divergence in nats, and the row scalar A of math.md. For the two plain KLs `row_dot` reads both from
-            stats (A = D for reverse, -1 for forward) and touches no logits.
+loss, A     (n,) of the dtype of stats: the divergence in nats, and the row scalar A of math.md. For the two plain KLs without an entry clip `row_dot`
+            reads both from stats (A = D for reverse, -1 for forward) and touches no logits.
+clips       spec.entry_clip: a term f > clip counts as the clip and its u as 0; of reverse KL, whose u = f lacks a constant times q, as -q.
+            spec.token_clip: a sum above it counts as the clip. With either, `row_dot` and `row_fused_` write stats[CLIPPED]: the share of the row's V
+            terms that the entry clip took, and 1 where the token clip took the sum. At 1 the divergence has no gradient.
 factor      (n,) of the dtype of stats: multiplies the row's gradient.
-G           (n, V) output: factor * dD/d(raw student logit), that is (u - q * A) through 1/temperature, the softcap's slope and the scale.
+policy      (n,) of the dtype of stats, or None for zeros: adds policy * (q - onehot(label)), the gradient of -policy * log q(label).
+labels      (n,) int64 with `policy`; -1 stands for no label, so that policy * q alone is added.
+G           (n, V) output: factor * (u - q * A) + policy * (q - onehot(label)), through 1/temperature, the softcap's slope and the scale.
             Either S itself, or a buffer that shares nothing with S and T, or the *narrowed view* of S: S's memory seen as the 16-bit type, each row
             starting where S's row starts (`narrowed`). A sweep therefore reads entry v of S and T before it writes entry v of G, and in
             a narrowed view it writes no byte that it still has to read.
@@ -31,7 +37,7 @@ Promises, each checked by tests/unit/test_rows.py against float64:
 
 * One rounding. Arithmetic in fp32 (fp64 for fp64 buffers); the result differs from exact arithmetic on the same rounded inputs by one rounding of the
   output type plus 2e-6. Row maximum and log-sum stay apart: s - (max + logsum) costs a factor ten. delta comes from o, not from log p - log q.
-* Zero factor: that row of G is exactly 0 whatever the row holds, inf and NaN included.
+* Zero factor: the divergence adds exactly 0 to that row of G, whatever the row holds, inf and NaN included; with policy 0 the row is exactly 0.
 * -inf: an entry with t = -inf has p = 0, with s = -inf has q = 0. A term whose probability is 0 is 0. KL terms with q > 0 = p are +inf. No NaN where
   the divergence is finite. A row whose student (or teacher) entries are all -inf has no distribution: NaN.
 * Deterministic, and independent of the other rows: a row alone gives the same bits as in a batch, whatever the number of threads. No atomics.
@@ -40,6 +46,7 @@ Promises, each checked by tests/unit/test_rows.py against float64:
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 from typing import Protocol
 
@@ -72,6 +79,7 @@ class Column(IntEnum):
     TEACHER_MAX_PROB = 11
     STUDENT_ARGMAX = 12  # lowest index of the maximum, as a float (exact below 2**24)
     TEACHER_ARGMAX = 13
+    CLIPPED = 14  # 0 until row_dot has run
 
 
 class RowBackend(Protocol):
@@ -80,11 +88,32 @@ class RowBackend(Protocol):
     def row_dot(self, S: Tensor, T: Tensor, stats: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> tuple[Tensor, Tensor]: ...
 
     def row_grad_(
-        self, S: Tensor, T: Tensor, stats: Tensor, A: Tensor, factor: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, G: Tensor
+        self,
+        S: Tensor,
+        T: Tensor,
+        stats: Tensor,
+        A: Tensor,
+        factor: Tensor,
+        spec: RowSpec,
+        bias_s: Tensor | None,
+        bias_t: Tensor | None,
+        G: Tensor,
+        policy: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> None: ...
 
     def row_fused_(
-        self, S: Tensor, T: Tensor, factor: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool, G: Tensor
+        self,
+        S: Tensor,
+        T: Tensor,
+        factor: Tensor,
+        spec: RowSpec,
+        bias_s: Tensor | None,
+        bias_t: Tensor | None,
+        metrics: bool,
+        G: Tensor,
+        policy: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -107,6 +136,16 @@ def offset(s: Tensor, t: Tensor, d: Tensor, max_s: Tensor, max_t: Tensor, linear
 def plain_kl(stats: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor]:
     """(loss, A) of the two divergences that the statistics sweep already values."""
     if spec.divergence.name == "reverse_kl":
-        loss = stats[:, Column.REVERSE_KL].clone()
-        return loss, loss
-    return stats[:, Column.FORWARD_KL].clone(), torch.full_like(stats[:, 0], -1.0)
+        loss = A = stats[:, Column.REVERSE_KL].clone()
+    else:
+        loss, A = stats[:, Column.FORWARD_KL].clone(), torch.full_like(stats[:, 0], -1.0)
+    return clip_tokens(loss, stats, spec), A
+
+
+def clip_tokens(loss: Tensor, stats: Tensor, spec: RowSpec) -> Tensor:
+    """The loss under the token clip, which is noted in stats."""
+    if spec.token_clip == math.inf:
+        return loss
+    above = loss > spec.token_clip
+    stats[:, Column.CLIPPED] = torch.where(above, 1.0, stats[:, Column.CLIPPED])
+    return torch.where(above, spec.token_clip, loss)

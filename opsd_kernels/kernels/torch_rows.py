@@ -7,16 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..divergences import entry, transform, transform_slope
+from ..divergences import clipped_u, entry, transform, transform_slope
 from ..spec import RowSpec
-from .contract import GAP_BOUNDS, SPREAD_LIMIT, Column, offset, plain_kl, stats_dtype
+from .contract import GAP_BOUNDS, SPREAD_LIMIT, Column, clip_tokens, offset, plain_kl, stats_dtype
 
 # Rows are walked in blocks of about this many entries, so that the dozen temporaries of a sweep stay small beside the chunk's own buffers.
 BLOCK_ENTRIES = 1 << 17
 
 
-class _Logits(NamedTuple):
-    """Transformed logits of a block of rows, in the dtype of the statistics."""
+class Logits(NamedTuple):
+    """Transformed logits, in the dtype of the statistics."""
 
     s: Tensor
     t: Tensor
@@ -36,15 +36,18 @@ def _blocks(S: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, S.shape[0], rows)]
 
 
-def _logits(S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> _Logits:
+def logits(S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> Logits:
+    """From raw logits, (n, V) or some of their columns with those of the biases. One bias object on both sides says that it cancels."""
     wide = stats_dtype(S.dtype)
     z, other = S.to(wide), T.to(wide)
     s = transform(z, spec.student, bias_s)
     if spec.linear_difference(bias_s is bias_t):
-        d = spec.student.factor * other
-        return _Logits(s, s + d, d, linear=True)
+        d = (1 - spec.teacher_mix) * spec.student.factor * other
+        return Logits(s, s + d, d, linear=True)
     t = transform(z + other if spec.difference else other, spec.teacher, bias_t)
-    return _Logits(s, t, t - s, linear=False)
+    if spec.teacher_mix:
+        t = (1 - spec.teacher_mix) * t + spec.teacher_mix * s
+    return Logits(s, t, t - s, linear=False)
 
 
 def _expected(probability: Tensor, value: Tensor) -> Tensor:
@@ -52,17 +55,18 @@ def _expected(probability: Tensor, value: Tensor) -> Tensor:
     return torch.where(probability > 0, probability * value, torch.zeros_like(value)).sum(-1)
 
 
-def _distributions(logits: _Logits, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, p and delta of a block. Near rows take p = q * exp(delta), so that p - q keeps delta's digits."""
+def distributions(logits: Logits, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, p and delta of some entries. Near rows take p = q * exp(delta), so that p - q keeps delta's digits."""
     column = {c: stats[:, c, None] for c in Column}
     references = column[Column.STUDENT_MAX], column[Column.TEACHER_MAX]
     q = torch.exp(logits.s - references[0] - column[Column.STUDENT_LOGSUM])
     delta = logits.offset(*references) - column[Column.GAP]
     far_p = torch.exp(logits.teacher_above(*references) - column[Column.TEACHER_LOGSUM])
-    return q, torch.where(column[Column.SPREAD] <= SPREAD_LIMIT, q * torch.exp(delta), far_p), delta
+    near_p = torch.where(logits.t == -torch.inf, 0.0, q * torch.exp(delta))  # delta is NaN where neither side has the entry
+    return q, torch.where(column[Column.SPREAD] <= SPREAD_LIMIT, near_p, far_p), delta
 
 
-def _normalisers(logits: _Logits) -> tuple[Tensor, ...]:
+def _normalisers(logits: Logits) -> tuple[Tensor, ...]:
     """The columns up to SPREAD, (n, 1) each."""
     s, t, *_ = logits
     peak = s.argmax(-1, keepdim=True)
@@ -79,19 +83,19 @@ def _normalisers(logits: _Logits) -> tuple[Tensor, ...]:
     return max_s, logsum_s, max_t, logsum_t, torch.where(close, torch.log1p(x), logsum_t - logsum_s), spread
 
 
-def _missing(stats: Tensor) -> Tensor:
+def missing(stats: Tensor) -> Tensor:
     """NaN where a side has no distribution, which the guards by probability would hide; else 0."""
     return 0 * stats[:, Column.GAP]
 
 
-def _block_stats(logits: _Logits, metrics: bool) -> Tensor:
+def _block_stats(logits: Logits, metrics: bool) -> Tensor:
     s, t, *_ = logits
     stats = s.new_zeros(s.shape[0], len(Column))
     max_s, logsum_s, max_t, *_ = columns = _normalisers(logits)
     stats[:, : len(columns)] = torch.cat(columns, dim=-1)
-    q, p, delta = _distributions(logits, stats)
-    stats[:, Column.REVERSE_KL] = _expected(q, -delta) + _missing(stats)
-    stats[:, Column.FORWARD_KL] = _expected(p, delta) + _missing(stats)
+    q, p, delta = distributions(logits, stats)
+    stats[:, Column.REVERSE_KL] = _expected(q, -delta) + missing(stats)
+    stats[:, Column.FORWARD_KL] = _expected(p, delta) + missing(stats)
     if metrics:
         above = logits.teacher_above(max_s, max_t)
         above = above - above.amax(-1, keepdim=True)  # a near row's reference may lie 20 below the teacher's own maximum
@@ -106,31 +110,65 @@ def _block_stats(logits: _Logits, metrics: bool) -> Tensor:
 
 
 def row_stats(S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool) -> Tensor:
-    return torch.cat([_block_stats(_logits(S[b], T[b], spec, bias_s, bias_t), metrics) for b in _blocks(S)])
+    return torch.cat([_block_stats(logits(S[b], T[b], spec, bias_s, bias_t), metrics) for b in _blocks(S)])
+
+
+def terms(q: Tensor, p: Tensor, delta: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """(f, u, clipped) of every entry, under the entry clip."""
+    f, u = entry(spec.divergence, q, p, delta)
+    clipped = f > spec.entry_clip
+    return torch.where(clipped, spec.entry_clip, f), torch.where(clipped, clipped_u(spec.divergence, q), u), clipped
 
 
 def row_dot(S: Tensor, T: Tensor, stats: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> tuple[Tensor, Tensor]:
-    if spec.divergence.one_sweep:
+    if spec.one_sweep:
         return plain_kl(stats, spec)
     loss, A = torch.empty_like(stats[:, 0]), torch.empty_like(stats[:, 0])
     for b in _blocks(S):
-        f, u = entry(spec.divergence, *_distributions(_logits(S[b], T[b], spec, bias_s, bias_t), stats[b]))
-        loss[b], A[b] = f.sum(-1) + _missing(stats[b]), u.sum(-1) + _missing(stats[b])
-    return loss, A
+        f, u, clipped = terms(*distributions(logits(S[b], T[b], spec, bias_s, bias_t), stats[b]), spec)
+        loss[b], A[b] = f.sum(-1) + missing(stats[b]), u.sum(-1) + missing(stats[b])
+        stats[b, Column.CLIPPED] = clipped.to(stats.dtype).mean(-1)
+    return clip_tokens(loss, stats, spec), A
 
 
-def row_grad_(S: Tensor, T: Tensor, stats: Tensor, A: Tensor, factor: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, G: Tensor) -> None:
+def row_grad_(
+    S: Tensor,
+    T: Tensor,
+    stats: Tensor,
+    A: Tensor,
+    factor: Tensor,
+    spec: RowSpec,
+    bias_s: Tensor | None,
+    bias_t: Tensor | None,
+    G: Tensor,
+    policy: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> None:
+    factor = torch.where(stats[:, Column.CLIPPED] == 1, 0.0, factor)
     for b in _blocks(S):
-        q, p, delta = _distributions(_logits(S[b], T[b], spec, bias_s, bias_t), stats[b])
-        _, u = entry(spec.divergence, q, p, delta)
-        grad = (u - q * A[b, None]) * transform_slope(S[b].to(q.dtype), spec.student, bias_s) * factor[b, None]
-        G[b].copy_(torch.where(factor[b, None] == 0, torch.zeros_like(grad), grad))
+        q, p, delta = distributions(logits(S[b], T[b], spec, bias_s, bias_t), stats[b])
+        _, u, _ = terms(q, p, delta, spec)
+        grad = torch.where(factor[b, None] == 0, 0.0, (u - q * A[b, None]) * factor[b, None])
+        if policy is not None:
+            onehot = (torch.arange(S.shape[1], device=S.device) == labels[b, None]).to(q.dtype)
+            grad += torch.where(policy[b, None] == 0, 0.0, policy[b, None] * (q - onehot))
+        slope = transform_slope(S[b].to(q.dtype), spec.student, bias_s)
+        G[b].copy_(torch.where(grad == 0, 0.0, grad * slope))
 
 
 def row_fused_(
-    S: Tensor, T: Tensor, factor: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool, G: Tensor
+    S: Tensor,
+    T: Tensor,
+    factor: Tensor,
+    spec: RowSpec,
+    bias_s: Tensor | None,
+    bias_t: Tensor | None,
+    metrics: bool,
+    G: Tensor,
+    policy: Tensor | None = None,
+    labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     stats = row_stats(S, T, spec, bias_s, bias_t, metrics)
     loss, A = row_dot(S, T, stats, spec, bias_s, bias_t)
-    row_grad_(S, T, stats, A, factor, spec, bias_s, bias_t, G)
+    row_grad_(S, T, stats, A, factor, spec, bias_s, bias_t, G, policy, labels)
     return stats, loss, A

@@ -131,3 +131,14 @@ def entry(q, p, delta, beta, KIND: tl.constexpr):
             f = tl.where((p == 0) & (q == 0), 0.0, -0.5 * a * tl.where(below, q, p))
             u = guarded(q, -0.5 * q * sign)
     return f, u
+
+
+@triton.jit
+def clipped_entry(q, p, delta, beta, clip, KIND: tl.constexpr, CLIP: tl.constexpr):
+    """(f, u) under the entry clip, and where it took f. There u is 0, less the constant times q that reverse KL's u = f leaves out."""
+    f, u = entry(q, p, delta, beta, KIND)
+    over = f > clip
+    if CLIP:
+        f = tl.where(over, clip, f)
+        u = tl.where(over, -q if KIND == REVERSE_KL else 0.0, u)
+    return f, u, over

@@ -12,24 +12,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..spec import LogitTransform, RowSpec
-from .contract import GAP_BOUNDS, SPREAD_LIMIT, Column, plain_kl, stats_dtype
-from .triton_math import FORWARD_KL, REVERSE_KL, bend, bend_slope, entry, exp_pair, guarded, log1p
+from ..spec import RowSpec
+from .contract import GAP_BOUNDS, SPREAD_LIMIT, Column, clip_tokens, plain_kl, stats_dtype
+from .triton_launch import COMPILER_OPTIONS, DIFFERENCE, DIFFERENCE_MIXED, LINEAR, PLAIN_MIXED, aligned, config, is_narrowed, mode, pack, terms, transforms
+from .triton_math import FORWARD_KL, REVERSE_KL, bend, bend_slope, clipped_entry, exp_pair, guarded, log1p
 
 LIMIT = tl.constexpr(SPREAD_LIMIT)
 GAP_LOW, GAP_HIGH = tl.constexpr(GAP_BOUNDS[0]), tl.constexpr(GAP_BOUNDS[1])
-COLUMNS = tl.constexpr(len(Column))
+COLUMNS, CLIPPED = tl.constexpr(len(Column)), tl.constexpr(int(Column.CLIPPED))
 # Below every logit but -inf: a maximum that starts here never makes -inf - -inf.
 LOWEST = tl.constexpr(-1.0e38)
 
-# MODE: what T holds.
-PLAIN, DIFFERENCE, LINEAR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
 
 @triton.jit
-def _side(inner, outer, ACC: tl.constexpr):
-    """A side's transform in the type of the arithmetic."""
-    return tl.full((), inner, ACC), tl.full((), outer, ACC)
+def _side(inner, outer, mix, ACC: tl.constexpr):
+    """A side's transform in the type of the arithmetic; `mix`: the other side's weight in its logits."""
+    return tl.full((), inner, ACC), tl.full((), outer, ACC), tl.full((), mix, ACC)
 
 
 @triton.jit
@@ -50,7 +48,7 @@ def _bent(row, v, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr):
         y_t = tl.load(T + v, mask=v < V, other=0.0).to(ACC)
     else:
         z = _raw(T, BiasT, v, V, ACC)
-        if MODE == DIFFERENCE:
+        if MODE == DIFFERENCE or MODE == DIFFERENCE_MIXED:
             z += tl.load(S + v, mask=v < V, other=0.0).to(ACC)
         y_t = bend(z, teacher[0], CAP_T)
     return y_s, y_t
@@ -61,9 +59,11 @@ def _logits(row, v, y_s, y_t, MODE: tl.constexpr):
     """Logits s and t of a tile; -inf past the end of the row."""
     s = y_s * row[5][1]
     if MODE == LINEAR:
-        t = s + y_t * row[5][1]
+        t = s + y_t * row[6][1]
     else:
         t = y_t * row[6][1]
+        if MODE == PLAIN_MIXED or MODE == DIFFERENCE_MIXED:
+            t = tl.fma(s, row[6][2], t)
     return tl.where(v < row[4], s, -float("inf")), tl.where(v < row[4], t, -float("inf"))
 
 
@@ -73,10 +73,14 @@ def _relative(row, v, y_s, y_t, m, m_t, MODE: tl.constexpr):
     V, student, teacher = row[4], row[5], row[6]
     x = tl.where(v < V, tl.fma(y_s, student[1], -m), -float("inf"))
     if MODE == LINEAR:
-        o = tl.where(v < V, tl.fma(y_t, student[1], m - m_t), 0.0)
+        o = tl.where(v < V, tl.fma(y_t, teacher[1], m - m_t), 0.0)
         y = x + o
     else:
-        y = tl.where(v < V, tl.fma(y_t, teacher[1], -m_t), -float("inf"))
+        if MODE == PLAIN_MIXED or MODE == DIFFERENCE_MIXED:
+            y = tl.fma(x, teacher[2], tl.fma(y_t, teacher[1], tl.fma(m, teacher[2], -m_t)))
+        else:
+            y = tl.fma(y_t, teacher[1], -m_t)
+        y = tl.where(v < V, y, -float("inf"))
         o = tl.where(x == y, 0.0, y - x)  # both -inf: masked, and no reason to call the row far
     return x, y, o
 
@@ -223,7 +227,7 @@ def _row_stats(
     row, KIND: tl.constexpr, METRICS: tl.constexpr,
     MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """The columns of the statistics, in order."""
+    """The columns of the statistics up to CLIPPED, in order."""
     REVERSE: tl.constexpr = METRICS or KIND == REVERSE_KL
     FORWARD: tl.constexpr = METRICS or KIND == FORWARD_KL
     m, m_t, sums, more = _near_sums(row, REVERSE, FORWARD, METRICS, MODE, CAP_S, CAP_T, BLOCK_V, PACK)
@@ -255,8 +259,17 @@ def _row_stats(
 @triton.jit
 def _store_stats(Stats, stats):
     Stats += tl.program_id(0).to(tl.int64) * COLUMNS
-    for c in tl.static_range(COLUMNS):
+    for c in tl.static_range(CLIPPED):
         tl.store(Stats + c, stats[c])
+
+
+@triton.jit
+def _load_policy(Policy, Labels, HAS_POLICY: tl.constexpr, ACC: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64)
+    policy, label = tl.full((), 0.0, ACC), tl.full((), -1, tl.int32)
+    if HAS_POLICY:
+        policy, label = tl.load(Policy + n), tl.load(Labels + n).to(tl.int32)
+    return policy, label
 
 
 @triton.jit
@@ -279,27 +292,34 @@ def _distributions(row, v, y_s, y_t, stats, MODE: tl.constexpr):
 
 
 @triton.jit
-def _row_dot(row, stats, beta, KIND: tl.constexpr, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr, PACK: tl.constexpr):
-    """sum f and sum u."""
+def _row_dot(
+    row, stats, beta, clip,
+    KIND: tl.constexpr, CLIP: tl.constexpr, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    """sum f, sum u, and the share of the entries that the clip took."""
     V = row[4]
     f_sum = _lanes(0.0, BLOCK_V, PACK, beta.dtype)
-    u_sum = f_sum
+    u_sum, count = f_sum, f_sum
     v0 = 0
     while v0 < V:
         v = v0 + tl.arange(0, BLOCK_V)
         y_s, y_t = _bent(row, v, MODE, CAP_S, CAP_T)
         q, p, delta = _distributions(row, v, y_s, y_t, stats, MODE)
-        f, u = entry(q, p, delta, beta, KIND)
+        f, u, over = clipped_entry(q, p, delta, beta, clip, KIND, CLIP)
         f_sum += _fold(tl.where(v < V, f, 0.0), BLOCK_V, PACK)
         u_sum += _fold(tl.where(v < V, u, 0.0), BLOCK_V, PACK)
+        if CLIP:
+            count += _fold(tl.where(over & (v < V), 1.0, 0.0).to(beta.dtype), BLOCK_V, PACK)
         v0 += BLOCK_V
-    return tl.sum(f_sum, 0), tl.sum(u_sum, 0)
+    share = tl.sum(count, 0) / V if CLIP else tl.full((), 0.0, beta.dtype)
+    return tl.sum(f_sum, 0), tl.sum(u_sum, 0), share
 
 
 @triton.jit
 def _row_grad(
-    row, stats, a, factor, beta, G,
-    KIND: tl.constexpr, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, NARROWED: tl.constexpr, BLOCK_V: tl.constexpr,
+    row, stats, a, factor, policy, label, beta, clip, G,
+    KIND: tl.constexpr, CLIP: tl.constexpr, HAS_POLICY: tl.constexpr, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
+    NARROWED: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     V, student = row[4], row[5]
     v0 = 0
@@ -309,9 +329,13 @@ def _row_grad(
         if NARROWED:
             tl.debug_barrier()  # the first tile's gradient lies over logits that another thread loads
         q, p, delta = _distributions(row, v, y_s, y_t, stats, MODE)
-        _, u = entry(q, p, delta, beta, KIND)
-        g = (u - q * a) * bend_slope(y_s, student[0], CAP_S) * (student[1] * factor)
+        _, u, _ = clipped_entry(q, p, delta, beta, clip, KIND, CLIP)
+        slope = bend_slope(y_s, student[0], CAP_S)
+        g = (u - q * a) * slope * (student[1] * factor)
         g = tl.where(factor == 0, 0.0, g)  # an ignored row may hold inf
+        if HAS_POLICY:
+            pull = (q - tl.where(v == label, 1.0, 0.0)) * slope * (student[1] * policy)
+            g = tl.where(policy == 0, g, g + pull)
         tl.store(G + v, g.to(G.dtype.element_ty), mask=v < V)
         v0 += BLOCK_V
 
@@ -319,90 +343,82 @@ def _row_grad(
 @triton.jit
 def _row_stats_kernel(
     S, T, BiasS, BiasT, Stats, stride_s, stride_t, V,
-    inner_s: tl.float64, outer_s: tl.float64, inner_t: tl.float64, outer_t: tl.float64,
+    inner_s: tl.float64, outer_s: tl.float64, inner_t: tl.float64, outer_t: tl.float64, mix: tl.float64,
     KIND: tl.constexpr, METRICS: tl.constexpr, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)  # n * V passes 2**31 at 16k rows x 152k columns
     ACC: tl.constexpr = Stats.dtype.element_ty
-    row = (S + n * stride_s, T + n * stride_t, BiasS, BiasT, V, _side(inner_s, outer_s, ACC), _side(inner_t, outer_t, ACC))
+    row = (S + n * stride_s, T + n * stride_t, BiasS, BiasT, V, _side(inner_s, outer_s, 0.0, ACC), _side(inner_t, outer_t, mix, ACC))
     _store_stats(Stats, _row_stats(row, KIND, METRICS, MODE, CAP_S, CAP_T, BLOCK_V, PACK))
+    tl.store(Stats + n * COLUMNS + CLIPPED, 0.0)
 
 
 @triton.jit
 def _row_dot_kernel(
     S, T, BiasS, BiasT, Stats, Loss, A, stride_s, stride_t, V,
-    inner_s: tl.float64, outer_s: tl.float64, inner_t: tl.float64, outer_t: tl.float64, beta: tl.float64,
-    KIND: tl.constexpr, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr, PACK: tl.constexpr,
+    inner_s: tl.float64, outer_s: tl.float64, inner_t: tl.float64, outer_t: tl.float64, mix: tl.float64, beta: tl.float64, clip: tl.float64,
+    KIND: tl.constexpr, CLIP: tl.constexpr, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     ACC: tl.constexpr = Stats.dtype.element_ty
-    row = (S + n * stride_s, T + n * stride_t, BiasS, BiasT, V, _side(inner_s, outer_s, ACC), _side(inner_t, outer_t, ACC))
-    loss, a = _row_dot(row, _load_stats(Stats), tl.full((), beta, ACC), KIND, MODE, CAP_S, CAP_T, BLOCK_V, PACK)
+    row = (S + n * stride_s, T + n * stride_t, BiasS, BiasT, V, _side(inner_s, outer_s, 0.0, ACC), _side(inner_t, outer_t, mix, ACC))
+    beta, clip = tl.full((), beta, ACC), tl.full((), clip, ACC)
+    loss, a, share = _row_dot(row, _load_stats(Stats), beta, clip, KIND, CLIP, MODE, CAP_S, CAP_T, BLOCK_V, PACK)
     tl.store(Loss + n, loss)
     tl.store(A + n, a)
+    if CLIP:
+        tl.store(Stats + n * COLUMNS + CLIPPED, share)
 
 
 @triton.jit
 def _row_grad_kernel(
-    S, T, BiasS, BiasT, Stats, A, Factor, G, stride_s, stride_t, stride_g, V,
-    inner_s: tl.float64, outer_s: tl.float64, inner_t: tl.float64, outer_t: tl.float64, beta: tl.float64,
-    KIND: tl.constexpr, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, NARROWED: tl.constexpr, BLOCK_V: tl.constexpr, PACK: tl.constexpr,
+    S, T, BiasS, BiasT, Stats, A, Factor, Policy, Labels, G, stride_s, stride_t, stride_g, V,
+    inner_s: tl.float64, outer_s: tl.float64, inner_t: tl.float64, outer_t: tl.float64, mix: tl.float64, beta: tl.float64, clip: tl.float64,
+    KIND: tl.constexpr, CLIP: tl.constexpr, HAS_POLICY: tl.constexpr, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
+    NARROWED: tl.constexpr, BLOCK_V: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     ACC: tl.constexpr = Stats.dtype.element_ty
-    row = (S + n * stride_s, T + n * stride_t, BiasS, BiasT, V, _side(inner_s, outer_s, ACC), _side(inner_t, outer_t, ACC))
-    a, factor, beta = tl.load(A + n), tl.load(Factor + n), tl.full((), beta, ACC)
-    _row_grad(row, _load_stats(Stats), a, factor, beta, G + n * stride_g, KIND, MODE, CAP_S, CAP_T, NARROWED, BLOCK_V)
+    row = (S + n * stride_s, T + n * stride_t, BiasS, BiasT, V, _side(inner_s, outer_s, 0.0, ACC), _side(inner_t, outer_t, mix, ACC))
+    beta, clip, a = tl.full((), beta, ACC), tl.full((), clip, ACC), tl.load(A + n)
+    factor = tl.where(tl.load(Stats + n * COLUMNS + CLIPPED) == 1, 0.0, tl.load(Factor + n))
+    policy, label = _load_policy(Policy, Labels, HAS_POLICY, ACC)
+    _row_grad(row, _load_stats(Stats), a, factor, policy, label, beta, clip, G + n * stride_g, KIND, CLIP, HAS_POLICY, MODE, CAP_S, CAP_T, NARROWED, BLOCK_V)
 
 
 @triton.jit
 def _row_fused_kernel(
-    S, T, BiasS, BiasT, Stats, Loss, A, Factor, G, stride_s, stride_t, stride_g, V,
-    inner_s: tl.float64, outer_s: tl.float64, inner_t: tl.float64, outer_t: tl.float64, beta: tl.float64,
-    KIND: tl.constexpr, METRICS: tl.constexpr, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, NARROWED: tl.constexpr,
-    BLOCK_V: tl.constexpr, PACK: tl.constexpr,
+    S, T, BiasS, BiasT, Stats, Loss, A, Factor, Policy, Labels, G, stride_s, stride_t, stride_g, V,
+    inner_s: tl.float64, outer_s: tl.float64, inner_t: tl.float64, outer_t: tl.float64, mix: tl.float64,
+    beta: tl.float64, clip: tl.float64, token_clip: tl.float64,
+    KIND: tl.constexpr, METRICS: tl.constexpr, CLIP: tl.constexpr, HAS_POLICY: tl.constexpr, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
+    NARROWED: tl.constexpr, BLOCK_V: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     ACC: tl.constexpr = Stats.dtype.element_ty
-    row = (S + n * stride_s, T + n * stride_t, BiasS, BiasT, V, _side(inner_s, outer_s, ACC), _side(inner_t, outer_t, ACC))
-    factor, beta = tl.load(Factor + n), tl.full((), beta, ACC)
+    row = (S + n * stride_s, T + n * stride_t, BiasS, BiasT, V, _side(inner_s, outer_s, 0.0, ACC), _side(inner_t, outer_t, mix, ACC))
+    beta, clip, token_clip = tl.full((), beta, ACC), tl.full((), clip, ACC), tl.full((), token_clip, ACC)
     columns = _row_stats(row, KIND, METRICS, MODE, CAP_S, CAP_T, BLOCK_V, PACK)
     _store_stats(Stats, columns)
     stats = (columns[0], columns[1], columns[2], columns[3], columns[4], columns[5])
-    if KIND == REVERSE_KL:
+    share = tl.full((), 0.0, ACC)
+    if KIND == REVERSE_KL and not CLIP:
         loss, a = columns[6], columns[6]
-    elif KIND == FORWARD_KL:
+    elif KIND == FORWARD_KL and not CLIP:
         loss, a = columns[7], tl.full((), -1.0, ACC)
     else:
-        loss, a = _row_dot(row, stats, beta, KIND, MODE, CAP_S, CAP_T, BLOCK_V, PACK)
-    tl.store(Loss + n, loss)
+        loss, a, share = _row_dot(row, stats, beta, clip, KIND, CLIP, MODE, CAP_S, CAP_T, BLOCK_V, PACK)
+    above = loss > token_clip
+    tl.store(Loss + n, tl.where(above, token_clip, loss))
     tl.store(A + n, a)
-    _row_grad(row, stats, a, factor, beta, G + n * stride_g, KIND, MODE, CAP_S, CAP_T, NARROWED, BLOCK_V)
+    share = tl.where(above, 1.0, share)
+    tl.store(Stats + n * COLUMNS + CLIPPED, share)
+    factor = tl.where(share == 1, 0.0, tl.load(Factor + n))
+    policy, label = _load_policy(Policy, Labels, HAS_POLICY, ACC)
+    _row_grad(row, stats, a, factor, policy, label, beta, clip, G + n * stride_g, KIND, CLIP, HAS_POLICY, MODE, CAP_S, CAP_T, NARROWED, BLOCK_V)
 
 
 KERNELS = {"stats": _row_stats_kernel, "dot": _row_dot_kernel, "grad": _row_grad_kernel, "fused": _row_fused_kernel}
-
-
-def config(V: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(BLOCK_V, num_warps) for rows of V logits of `dtype`: eight entries per thread (float64: four), two 16-byte loads of each buffer at most."""
-    if dtype == torch.float64:
-        return 512, 4
-    return (1024, 4) if V <= 1024 else (2048, 8)
-
-
-def pack(aligned: bool, dtype: torch.dtype, BLOCK_V: int, num_warps: int) -> int:
-    """How the compiler hands out a tile: 16 bytes of neighbours to a thread where all rows are aligned (> 0), else entries far apart (< 0)."""
-    return 16 // dtype.itemsize if aligned else -(BLOCK_V // (32 * num_warps))
-
-
-def _aligned(S: Tensor, T: Tensor) -> bool:
-    """As Triton judges it: addresses in bytes and strides in entries, divisible by 16."""
-    return all(number % 16 == 0 for number in (S.data_ptr(), T.data_ptr(), S.stride(0), T.stride(0)))
-
-
-# Left to itself, ptxas spills up to 48 bytes per thread to reach the next step of occupancy (64 or 80 registers): 19 of 540 variants, most of them fused.
-# A limit of our own turns that off. With this one no variant spills, and all but float64 take at most 122 registers.
-COMPILER_OPTIONS = {"maxnreg": 255, "enable_fp_fusion": True}  # fusion: its default changes in Triton 3.10
 
 
 def interpreted() -> bool:
@@ -419,36 +435,15 @@ def usable(device_type: str) -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device is visible"
 
 
-def _scalars(transform: LogitTransform) -> tuple[float, float]:
-    """(inner, outer): a logit is y * outer, with y of triton_math.bend."""
-    if transform.softcap is None:
-        return 1.0, transform.factor
-    return transform.scale / transform.softcap, transform.softcap / transform.temperature
-
-
-def _mode(spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> int:
-    if spec.linear_difference(bias_s is bias_t):
-        return LINEAR.value
-    return DIFFERENCE.value if spec.difference else PLAIN.value
-
-
 def _launch(name: str, S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, **arguments: object) -> None:
-    inner_s, outer_s = _scalars(spec.student)
-    inner_t, outer_t = _scalars(spec.teacher)
     BLOCK_V, num_warps = config(S.shape[1], S.dtype)
-    PACK = pack(_aligned(S, T), S.dtype, BLOCK_V, num_warps)
+    PACK = pack(aligned(S, T), S.dtype, BLOCK_V, num_warps)
     options = {} if interpreted() else {"num_warps": num_warps, **COMPILER_OPTIONS}
     with torch.cuda.device_of(S):
         KERNELS[name][(S.shape[0],)](
             S=S, T=T, BiasS=bias_s, BiasT=bias_t, stride_s=S.stride(0), stride_t=T.stride(0), V=S.shape[1],
-            inner_s=inner_s, outer_s=outer_s, inner_t=inner_t, outer_t=outer_t,
-            KIND=int(spec.divergence.kind), MODE=_mode(spec, bias_s, bias_t),
-            CAP_S=spec.student.softcap is not None, CAP_T=spec.teacher.softcap is not None, BLOCK_V=BLOCK_V, PACK=PACK, **arguments, **options,
+            KIND=int(spec.divergence.kind), MODE=mode(spec, bias_s, bias_t), BLOCK_V=BLOCK_V, PACK=PACK, **transforms(spec), **arguments, **options,
         )  # fmt: skip
-
-
-def _is_narrowed(S: Tensor, G: Tensor) -> bool:
-    return G.dtype != S.dtype and G.data_ptr() == S.data_ptr()
 
 
 def row_stats(S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool) -> Tensor:
@@ -458,28 +453,31 @@ def row_stats(S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t
 
 
 def row_dot(S: Tensor, T: Tensor, stats: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> tuple[Tensor, Tensor]:
-    if spec.divergence.one_sweep:
+    if spec.one_sweep:
         return plain_kl(stats, spec)
     loss, A = stats.new_empty(S.shape[0]), stats.new_empty(S.shape[0])
-    _launch("dot", S, T, spec, bias_s, bias_t, Stats=stats, Loss=loss, A=A, beta=spec.divergence.beta)
-    return loss, A
+    _launch("dot", S, T, spec, bias_s, bias_t, Stats=stats, Loss=loss, A=A, **terms(spec))
+    return clip_tokens(loss, stats, spec), A
 
 
 def row_grad_(
-    S: Tensor, T: Tensor, stats: Tensor, A: Tensor, factor: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, G: Tensor
-) -> None:
+    S: Tensor, T: Tensor, stats: Tensor, A: Tensor, factor: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None,
+    G: Tensor, policy: Tensor | None = None, labels: Tensor | None = None,
+) -> None:  # fmt: skip
     _launch(
-        "grad", S, T, spec, bias_s, bias_t, Stats=stats, A=A, Factor=factor, G=G, stride_g=G.stride(0), beta=spec.divergence.beta, NARROWED=_is_narrowed(S, G)
-    )
+        "grad", S, T, spec, bias_s, bias_t, Stats=stats, A=A, Factor=factor, Policy=policy, Labels=labels, G=G, stride_g=G.stride(0),
+        HAS_POLICY=policy is not None, NARROWED=is_narrowed(S, G), **terms(spec),
+    )  # fmt: skip
 
 
 def row_fused_(
-    S: Tensor, T: Tensor, factor: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool, G: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    S: Tensor, T: Tensor, factor: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool,
+    G: Tensor, policy: Tensor | None = None, labels: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     stats = S.new_empty((S.shape[0], len(Column)), dtype=stats_dtype(S.dtype))
     loss, A = stats.new_empty(S.shape[0]), stats.new_empty(S.shape[0])
     _launch(
-        "fused", S, T, spec, bias_s, bias_t, Stats=stats, Loss=loss, A=A, Factor=factor, G=G, stride_g=G.stride(0), beta=spec.divergence.beta,
-        METRICS=metrics, NARROWED=_is_narrowed(S, G),
+        "fused", S, T, spec, bias_s, bias_t, Stats=stats, Loss=loss, A=A, Factor=factor, Policy=policy, Labels=labels, G=G, stride_g=G.stride(0),
+        token_clip=spec.token_clip, METRICS=metrics, HAS_POLICY=policy is not None, NARROWED=is_narrowed(S, G), **terms(spec),
     )  # fmt: skip
     return stats, loss, A

@@ -1,0 +1,41 @@
+// bf16 x bf16 -> fp32 GEMM on the micro-kernel of the oneDNN inside torch, which torch's own `mm` rounds to bf16. Torch-free; see gemm.cpp.
+#pragma once
+
+#include <cstdint>
+
+namespace opsd {
+
+// c (M, N) fp32 (+)= a (M, K) @ b (K, N), by tiles: a row-major, b in pairs of rows (k, k + 1) interleaved.
+using MicroKernel = void (*)(int64_t M, int64_t N, int64_t K, int64_t stride_a, int64_t stride_b, int64_t stride_c, bool accumulate,
+                             const uint16_t* a, const uint16_t* b, float* c, bool interleaved);
+
+// bf16, as bits. Columns are contiguous or, `transposed`, rows are; `stride` is the other one.
+struct GemmOperand {
+  const uint16_t* data;
+  int64_t stride;
+  bool transposed;
+};
+
+struct GemmArgs {
+  int64_t M, N, K;
+  GemmOperand a, b;  // (M, K), (K, N); not both transposed
+  float* c;          // (M, N), unit column stride
+  int64_t stride_c;
+  bool accumulate;
+  MicroKernel kernel;
+};
+
+// How the work is cut into independent items: panels of columns times splits of the rows or, where a is transposed, panels of rows.
+struct GemmCut {
+  int64_t panel, panels, splits;
+  int64_t items() const { return panels * splits; }
+};
+
+namespace avx512 {
+// Items [begin, end). `packed`: interleaved rows of b, (K + 1) / 2 by N pairs, where a is transposed; else unused.
+void run_gemm(const GemmArgs& args, const GemmCut& cut, const uint32_t* packed, int64_t begin, int64_t end);
+// Pairs of rows [begin, end) of b.
+void interleave_gemm(const GemmOperand& b, int64_t K, int64_t N, uint32_t* packed, int64_t begin, int64_t end);
+}  // namespace avx512
+
+}  // namespace opsd

@@ -1,0 +1,93 @@
+// From tensors to GemmArgs, the micro-kernel's address, and items over torch's own thread pool.
+#include <dlfcn.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "../check.h"
+#include "../ops.h"
+#include "gemm.h"
+#include "rows.h"
+
+namespace opsd::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// at::native::cpublas::brgemm(..., const BFloat16*, const BFloat16*, float*, bool) and brgemm_release(bool), which torch's attention calls. They are
+// not part of its public interface: where they are missing the caller takes another GEMM, and projection.py tries this one before it trusts it.
+constexpr const char* KERNEL = "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb";
+constexpr const char* RELEASE = "_ZN2at6native7cpublas14brgemm_releaseEb";
+
+void* symbol(const char* name) {
+  static void* const library = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
+  return library ? dlsym(library, name) : nullptr;
+}
+
+struct Kernel {
+  MicroKernel run = reinterpret_cast<MicroKernel>(symbol(KERNEL));
+  void (*release)(bool) = reinterpret_cast<void (*)(bool)>(symbol(RELEASE));  // gives the AMX tiles back
+};
+
+const Kernel& kernel() {
+  static const Kernel found;
+  return found;
+}
+
+GemmOperand operand(const Tensor& x, const char* argument) {
+  check_dtype(x, argument, ScalarType::BFloat16);
+  expect(x.dim() == 2, argument, "2 dimensions", x.dim());
+  const bool transposed = x.stride(1) != 1 && x.size(1) != 1;
+  expect(!transposed || x.stride(0) == 1 || x.size(0) == 1, argument, "one stride of 1", x.stride(0));
+  const int64_t length = transposed ? x.size(0) : x.size(1), stride = transposed ? x.stride(1) : x.stride(0);
+  return {static_cast<const uint16_t*>(x.const_data_ptr()), std::max(stride, length), transposed};
+}
+
+constexpr int64_t PANEL = 512;  // columns: 256 rows of c beside them are 512 KiB
+constexpr int64_t TILE = 64;
+
+GemmCut cut(const GemmArgs& g, int64_t threads) {
+  if (g.a.transposed) return {TILE, (g.M + TILE - 1) / TILE, 1};
+  const int64_t rounds = (g.N + threads * PANEL - 1) / (threads * PANEL), share = (g.N + threads * rounds - 1) / (threads * rounds);
+  const int64_t panel = (share + TILE - 1) / TILE * TILE, panels = (g.N + panel - 1) / panel;  // each thread gets as many
+  return {panel, panels, std::clamp<int64_t>(threads / panels, 1, (g.M + TILE - 1) / TILE)};
+}
+
+}  // namespace
+
+std::string gemm_unavailable() {
+#if defined(OPSD_X86)
+  if (std::strcmp(cpu_capability(), "avx512") || !__builtin_cpu_supports("avx512bf16")) return "the processor has no bf16 products (avx512_bf16), or OPSD_CPU_CAPABILITY forbids them";
+  if (!kernel().run || !kernel().release) return "this torch does not export oneDNN's micro-kernel";
+  return "";
+#else
+  return "not an x86 processor";
+#endif
+}
+
+void gemm_bf16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate) {
+  check_dtype(out, "out", ScalarType::Float);
+  GemmArgs g{a.size(0), b.size(1), a.size(1), operand(a, "a"), operand(b, "b"), static_cast<float*>(out.mutable_data_ptr()), 0, accumulate, kernel().run};
+  check_rows(out, "out", g.M, g.N);
+  g.stride_c = std::max(out.stride(0), g.N);
+  expect(b.size(0) == g.K, "b", std::to_string(g.K) + " rows", b.size(0));
+  expect(!g.a.transposed || !g.b.transposed, "b", "contiguous columns beside a transposed a", "a transposed one");
+  expect(gemm_unavailable().empty(), "gemm_bf16_", "a machine that can", gemm_unavailable());
+  if (g.M == 0 || g.N == 0) return;
+#if defined(OPSD_X86)
+  const GemmCut items = cut(g, torch::stable::get_num_threads());
+  const int64_t pairs = (g.K + 1) / 2;
+  std::vector<uint32_t> packed(g.a.transposed ? pairs * g.N : 0);
+  torch::stable::parallel_for(0, g.a.transposed ? pairs : 0, TILE, [&](int64_t begin, int64_t end) {
+    avx512::interleave_gemm(g.b, g.K, g.N, packed.data(), begin, end);
+  });
+  torch::stable::parallel_for(0, items.items(), 1, [&](int64_t begin, int64_t end) {
+    avx512::run_gemm(g, items, packed.data(), begin, end);
+    kernel().release(true);
+  });
+#endif
+}
+
+}  // namespace opsd::cpu

@@ -1,0 +1,48 @@
+"""The compiled extension: whether it is there, and what its processor can do."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+@cache
+def load() -> str | None:
+    """Registers the extension's operators, once. None if they are there, else the reason why they are not."""
+    libraries = sorted(PACKAGE.glob("_C.*so")) + sorted(PACKAGE.glob("_C*.pyd"))
+    if not libraries:
+        return "the C++ extension was not built (docs/build.md)"
+    try:
+        torch.ops.load_library(libraries[0])
+    except OSError as error:
+        return f"the C++ extension {libraries[0].name} does not load: {error.__cause__ or error}"  # torch's own text names the file alone
+    return None
+
+
+def capability() -> str:
+    """The instruction set of the CPU sweeps: 'avx512', 'avx2' or 'default'. OPSD_CPU_CAPABILITY limits it; RuntimeError if that names none."""
+    return torch.ops.opsd_kernels.cpu_capability()
+
+
+@cache
+def gemm_unavailable() -> str | None:
+    """None if `gemm_bf16_` (csrc/cpu/gemm.h) gives what it should here, else the reason why it is not used.
+
+    Its micro-kernel is not part of torch's public interface, so it is tried once on shapes with every kind of edge.
+    """
+    reason = load() or torch.ops.opsd_kernels.gemm_unavailable()
+    if reason:
+        return reason
+    generator = torch.Generator().manual_seed(0)
+    for M, N, K in ((1, 1, 1), (67, 83, 97)):
+        a, b = (torch.randn(shape, generator=generator).bfloat16() for shape in ((M, K), (K, N)))
+        for left, right in ((a, b), (a, b.t().contiguous().t()), (a.t().contiguous().t(), b)):
+            out = torch.ones(M, N)
+            torch.ops.opsd_kernels.gemm_bf16_(left, right, out, True)
+            if not torch.allclose(out, 1 + a.float() @ b.float(), rtol=1e-4, atol=1e-4):
+                return "the micro-kernel of this torch gave a wrong product"
+    return None

@@ -1,0 +1,68 @@
+"""What the host hands to the Triton sweeps (triton_rows.py) beside the tensors: tile, mode, scalars."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..spec import LogitTransform, RowSpec
+
+# MODE: what T holds. LINEAR takes the teacher mix into its factor; MIXED: the mix is made from both logits.
+PLAIN, DIFFERENCE, LINEAR, PLAIN_MIXED, DIFFERENCE_MIXED = (tl.constexpr(mode) for mode in range(5))
+
+# Left to itself, ptxas spills up to 48 bytes per thread to reach the next step of occupancy (64 or 80 registers): 19 of 540 variants, most of them fused.
+# A limit of our own turns that off. With this one no variant spills. Aligned rows take at most 128 registers but in float64; unaligned ones with softcaps,
+# biases and metrics up to 163, clips or none, so that one block fits on a multiprocessor.
+COMPILER_OPTIONS = {"maxnreg": 255, "enable_fp_fusion": True}  # fusion: its default changes in Triton 3.10
+
+
+def config(V: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(BLOCK_V, num_warps) for rows of V logits of `dtype`: eight entries per thread (float64: four), two 16-byte loads of each buffer at most."""
+    if dtype == torch.float64:
+        return 512, 4
+    return (1024, 4) if V <= 1024 else (2048, 8)
+
+
+def pack(aligned: bool, dtype: torch.dtype, BLOCK_V: int, num_warps: int) -> int:
+    """How the compiler hands out a tile: 16 bytes of neighbours to a thread where all rows are aligned (> 0), else entries far apart (< 0)."""
+    return 16 // dtype.itemsize if aligned else -(BLOCK_V // (32 * num_warps))
+
+
+def aligned(S: Tensor, T: Tensor) -> bool:
+    """As Triton judges it: addresses in bytes and strides in entries, divisible by 16."""
+    return all(number % 16 == 0 for number in (S.data_ptr(), T.data_ptr(), S.stride(0), T.stride(0)))
+
+
+def is_narrowed(S: Tensor, G: Tensor) -> bool:
+    return G.dtype != S.dtype and G.data_ptr() == S.data_ptr()
+
+
+def mode(spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> int:
+    if spec.linear_difference(bias_s is bias_t):
+        return LINEAR.value
+    if spec.teacher_mix:
+        return (DIFFERENCE_MIXED if spec.difference else PLAIN_MIXED).value
+    return (DIFFERENCE if spec.difference else PLAIN).value
+
+
+def _scalars(transform: LogitTransform) -> tuple[float, float]:
+    """(inner, outer): a logit is y * outer, with y of triton_math.bend."""
+    if transform.softcap is None:
+        return 1.0, transform.factor
+    return transform.scale / transform.softcap, transform.softcap / transform.temperature
+
+
+def transforms(spec: RowSpec) -> dict[str, object]:
+    """Both sides' transforms; the teacher's carries its weight in the mix."""
+    inner_s, outer_s = _scalars(spec.student)
+    inner_t, outer_t = _scalars(spec.teacher)
+    caps = {"CAP_S": spec.student.softcap is not None, "CAP_T": spec.teacher.softcap is not None}
+    return {"inner_s": inner_s, "outer_s": outer_s, "inner_t": inner_t, "outer_t": (1 - spec.teacher_mix) * outer_t, "mix": spec.teacher_mix, **caps}
+
+
+def terms(spec: RowSpec) -> dict[str, object]:
+    """What a term of the sum depends on beside its kind."""
+    return {"beta": spec.divergence.beta, "clip": spec.entry_clip, "CLIP": spec.entry_clip < math.inf}

@@ -1,0 +1,87 @@
+"""`linear_divergence` as modules: options held once, and a head that owns its weight."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor, nn
+
+from .evaluation import TokenStats
+from .functional import Options, linear_divergence
+from .inputs import row_scale
+from .spec import expect
+
+_OPTIONS = {field.name for field in fields(Options)}
+
+
+def _checked(options: dict[str, object]) -> dict[str, object]:
+    """The options, with every complaint that they alone can cause."""
+    unknown = sorted(set(options) - _OPTIONS)
+    expect(not unknown, "options", "arguments of linear_divergence", ", ".join(map(repr, unknown)), TypeError)
+    given = Options(**options)
+    given.spec()
+    row_scale(given.reduction, given.normalizer, torch.empty(1, 1, 1), None)
+    return options
+
+
+def _text(options: dict[str, object]) -> str:
+    return ", ".join(f"{name}={'...' if isinstance(value, Tensor) else repr(value)}" for name, value in options.items())
+
+
+class LinearDivergenceLoss(nn.Module):
+    """`linear_divergence` with options given once; holds no parameter and no state.
+
+        loss = LinearDivergenceLoss(divergence="jsd", beta=0.5, temperature=2.0)
+        loss(student_hidden, lm_head.weight, teacher_hidden, teacher_head.weight, labels=tokens)
+
+    Raises TypeError for an unknown option and ValueError for a bad value when made, not when called.
+    """
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.options = _checked(options)
+
+    def forward(
+        self, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, **tensors: object
+    ) -> Tensor | tuple[Tensor, TokenStats]:
+        """`tensors` are what changes from call to call (labels, mask, token_weights, normalizer, biases); they win over the options."""
+        return linear_divergence(student_hidden, student_weight, teacher_hidden, teacher_weight, **{**self.options, **tensors})
+
+    def extra_repr(self) -> str:
+        return _text(self.options)
+
+
+class DistillationHead(nn.Module):
+    """An LM head and its distillation loss in one module, so that what a parallel wrapper does around a module's forward is done around the fused call.
+
+        head = DistillationHead(model.lm_head, divergence="reverse_kl")
+        loss = head(student_hidden, teacher_hidden)                          # the teacher uses the same head: self-distillation
+        loss = head(student_hidden, teacher_hidden, teacher.lm_head)         # a head of its own
+
+    `lm_head` is a linear layer (`weight` (V, H), `bias` (V,) or None). Its weight gets the gradient; the teacher's never does.
+    """
+
+    def __init__(self, lm_head: nn.Module, **options: object) -> None:
+        super().__init__()
+        weight = getattr(lm_head, "weight", None)
+        linear = isinstance(weight, Tensor) and weight.dim() == 2
+        expect(
+            linear,
+            "lm_head",
+            "a linear layer with a weight (V, H)",
+            type(lm_head).__name__ if weight is None else f"a weight of shape {tuple(weight.shape)}",
+            TypeError,
+        )
+        self.lm_head = lm_head
+        self.options = _checked(options)
+
+    def forward(
+        self, student_hidden: Tensor, teacher_hidden: Tensor, teacher_head: nn.Module | None = None, **tensors: object
+    ) -> Tensor | tuple[Tensor, TokenStats]:
+        teacher = self.lm_head if teacher_head is None else teacher_head
+        options = {"student_bias": self.lm_head.bias, "teacher_bias": teacher.bias, **self.options, **tensors}
+        return linear_divergence(student_hidden, self.lm_head.weight, teacher_hidden, teacher.weight, **options)
+
+    def extra_repr(self) -> str:
+        return _text(self.options)

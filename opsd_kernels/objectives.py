@@ -1,0 +1,161 @@
+"""Sampled-token objectives, alone on log-probs or mixed with a divergence in one pass over the head.
+
+A policy term is a callable `(logprob, stats, mask) -> (B, T) losses`: `logprob` are the student's log-probs of the sampled tokens, through which the gradient
+goes; `stats` the TokenStats of the call, of which nothing gets a gradient; `mask` True where a token counts. Its `scope` says what the slope of the loss in
+`logprob` needs, as with token weights: "index", nothing but the term itself; "row", the token's statistics; "sequence", those of its sequence.
+
+    loss = linear_policy_divergence(h_s, W_s, h_t, W_t, labels=tokens, policy=PPOClip(advantages, old_logprobs), policy_weight=0.3)
+    loss = PPOClip(advantages, old_logprobs)(linear_logprobs(h_s, W_s, tokens), None, mask)[mask].mean()      # the same term without a teacher
+
+The mix costs no GEMM: the term adds `a_i * (q - onehot)` to the row gradient that the divergence has anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .evaluation import TokenStats
+from .functional import Options
+from .inputs import Head
+from .spec import check_number, expect
+
+
+def group_advantages(
+    rewards: Tensor,  # (..., G), rewards of the G rollouts of one prompt
+    *,
+    normalize_std: bool = False,
+) -> Tensor:  # (..., G)
+    """GRPO's advantages: reward less the group's mean (arXiv:2402.03300, section 4.1), divided by its standard deviation if asked.
+
+    A group of equal rewards has advantages of 0 either way. Without the division it is the unbiased form of arXiv:2503.20783.
+    """
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    if not normalize_std:
+        return centred
+    std = centred.square().mean(-1, keepdim=True).sqrt()
+    return torch.where(std > 0, centred / std, 0.0)
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """REINFORCE: `-advantages * logprob`. `advantages` broadcasts to (B, T)."""
+
+    advantages: Tensor
+    scope = "index"
+    needs_metrics = False
+
+    def __call__(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> Tensor:
+        return -self.advantages.detach() * logprob
+
+
+@dataclass(frozen=True)
+class PPOClip:
+    """GRPO / PPO: `-min(r * A, clamp(r, 1 - low, 1 + high) * A)`, r = exp(logprob - old) (arXiv:1707.06347, eq. 7; two bounds: arXiv:2503.14476).
+
+    `advantages` broadcasts to (B, T). `old_logprobs` (B, T) are those of the policy that sampled; None: this very policy, so r = 1 and nothing is clipped.
+    """
+
+    advantages: Tensor
+    old_logprobs: Tensor | None = None
+    low: float = 0.2
+    high: float = 0.2
+    needs_metrics = False
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            expect(check_number(name, getattr(self, name)) >= 0, name, "a number >= 0", getattr(self, name))
+
+    @property
+    def scope(self) -> str:
+        return "index" if self.old_logprobs is None else "row"
+
+    def __call__(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> Tensor:
+        old = logprob.detach() if self.old_logprobs is None else self.old_logprobs.detach().reshape(mask.shape)
+        advantages = self.advantages.detach()
+        ratio = torch.where(mask, logprob - old, 0.0).exp()
+        return -torch.minimum(ratio * advantages, ratio.clamp(1 - self.low, 1 + self.high) * advantages)
+
+
+REWARDS = ("log_ratio", "proximal", "power")
+
+
+@dataclass(frozen=True)
+class OnPolicyDistillation:
+    """OPD on sampled tokens: `-stopgrad(w * R) * logprob`, R a reward from the teacher's and the student's log-probs t and s of the token, in nats.
+
+    reward: `log_ratio` t - s, whose mean is -KL(student || teacher), the K1 form; `proximal` log(strength * exp(t - s) + 1 - strength), the proximal teacher of
+        TOP-D (arXiv:2607.04751), never below log(1 - strength); `power` (exp(strength * t) - exp(strength * s)) / strength, PowerOPD
+        (arXiv:2606.17199), within +-1/strength and, for small strengths, `log_ratio`.
+    clip: R is clamped to [-clip, clip].
+    weights: a weighting of `opsd_kernels.weights` for w; `PrefixDiscrepancy()` gives IW-OPD (arXiv:2606.22600). None: 1.
+    """
+
+    reward: str = "log_ratio"
+    strength: float = 0.5
+    clip: float | None = None
+    weights: object | None = None
+
+    def __post_init__(self) -> None:
+        expect(self.reward in REWARDS, "reward", "one of " + ", ".join(map(repr, REWARDS)), repr(self.reward))
+        below = 1.0 if self.reward == "proximal" else math.inf
+        expect(0 < check_number("strength", self.strength) < below, "strength", "a number above 0" + ", below 1 for 'proximal'" * (below == 1), self.strength)
+        if self.clip is not None:
+            check_number("clip", self.clip, positive=True)
+
+    @property
+    def scope(self) -> str:
+        return "sequence" if getattr(self.weights, "scope", "row") == "sequence" else "row"
+
+    @property
+    def needs_metrics(self) -> bool:
+        return self.weights is not None and getattr(self.weights, "needs_metrics", True)
+
+    def rewards(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """R, (B, T)."""
+        if self.reward == "log_ratio":
+            R = teacher - student
+        elif self.reward == "proximal":
+            R = torch.logaddexp(teacher - student + math.log(self.strength), torch.full_like(student, math.log1p(-self.strength)))
+        else:
+            R = (torch.exp(self.strength * teacher) - torch.exp(self.strength * student)) / self.strength
+        return R if self.clip is None else R.clamp(-self.clip, self.clip)
+
+    def __call__(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> Tensor:
+        expect(stats is not None and stats.teacher_logprob is not None, "stats", "TokenStats with the teacher's log-probs of the labels", stats)
+        R = self.rewards(logprob.detach(), stats.teacher_logprob)
+        weights = 1.0 if self.weights is None else self.weights(None if self.weights.scope == "index" else stats, mask).detach()
+        return -(weights * torch.where(mask, R, 0.0)) * logprob
+
+
+def linear_policy_divergence(
+    student_hidden: Tensor,  # (..., H_s)
+    student_weight: Tensor,  # (V_s, H_s)
+    teacher_hidden: Tensor,  # (..., H_t)
+    teacher_weight: Tensor,  # (V_t, H_t)
+    *,
+    labels: Tensor,  # (...) int64, the sampled tokens
+    policy: object,
+    policy_weight: float = 0.5,
+    **options: object,
+) -> Tensor | tuple[Tensor, TokenStats]:
+    """`(1 - policy_weight) * divergence + policy_weight * policy term` in one pass over the heads, both under the same mask and reduction, in nats.
+
+    The other options are those of `linear_divergence` (token weights belong to the divergence), without `reduction="none"` and `backward="recompute"`: the
+    gradient is made in the forward pass. Terms of scope "row" or "sequence" are evaluated on the op's own statistics, between the sweeps.
+    Raises ValueError for a `policy_weight` outside [0, 1].
+    """
+    share = check_number("policy_weight", policy_weight)
+    expect(0 <= share <= 1, "policy_weight", "a number in [0, 1]", share)
+    expect(callable(policy) and hasattr(policy, "scope"), "policy", "a policy term, a callable with a scope", type(policy).__name__, TypeError)
+    expect(isinstance(labels, Tensor), "labels", "a tensor", type(labels).__name__, TypeError)
+    unknown = sorted(set(options) - {field.name for field in fields(Options)})
+    expect(not unknown, "options", "arguments of linear_divergence", ", ".join(map(repr, unknown)), TypeError)
+    given = Options(labels=labels, **options)
+    expect(given.reduction != "none", "reduction", "'mean', 'sum' or 'sequence_mean' beside a policy term", repr(given.reduction))
+    expect(given.backward != "recompute", "backward", "'auto' or 'in_forward' beside a policy term", repr(given.backward))
+    student = Head(student_hidden, student_weight, given.student_bias)
+    return given.evaluate(student, Head(teacher_hidden, teacher_weight, given.teacher_bias), policy=policy, policy_weight=share)

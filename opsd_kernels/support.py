@@ -1,0 +1,176 @@
+"""Divergences restricted to K entries per token: the top-k dialects of SDPO, OPSD and verl.
+
+The support is small, so all that happens on it is plain torch on (n, K) tensors. Only two things are dense, and both are sweeps that exist: the statistics,
+and the gradient outside the support, which is a multiple of q and so a policy term without a label.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .divergences import transform_slope
+from .kernels import torch_rows
+from .kernels.contract import GAP_BOUNDS, Column, RowBackend, clip_tokens
+from .spec import Kind, RowSpec, Support
+
+LEAST_TAIL = 1e-7  # the remaining mass is never taken for less: -log of the support's mass
+
+
+class Rows(NamedTuple):
+    """A chunk's raw logits and biases, as the sweeps take them."""
+
+    S: Tensor
+    T: Tensor
+    bias_s: Tensor | None
+    bias_t: Tensor | None
+
+    def at(self, columns: Tensor) -> Rows:
+        """The same at (n, K) columns; one bias on both sides stays one object."""
+        bias_s = None if self.bias_s is None else self.bias_s[columns]
+        bias_t = bias_s if self.bias_t is self.bias_s else None if self.bias_t is None else self.bias_t[columns]
+        return Rows(self.S.gather(1, columns), self.T.gather(1, columns), bias_s, bias_t)
+
+
+class Entries(NamedTuple):
+    """The support of n rows: where it lies, the raw student logits there, full-vocabulary probabilities, delta = log p - log q; zeros where not live."""
+
+    columns: Tensor  # (n, K) int64
+    live: Tensor  # (n, K) bool
+    raw: Rows
+    whole_q: Tensor  # of the column, live or not
+    q: Tensor
+    p: Tensor
+    delta: Tensor
+
+
+class Restricted(NamedTuple):
+    """The divergence on a support, and its gradient over the logits (before their transform) at factor 1."""
+
+    loss: Tensor  # (n,) nats
+    A: Tensor  # (n,)
+    inside: Tensor  # (n, K) of the support's entries
+    outside: Tensor  # (n,) of all others, as a multiple of q
+
+
+def entries(rows: Rows, stats: Tensor, spec: RowSpec, support: Support, ids: Tensor | None, logprobs: Tensor | None) -> Entries:
+    """`ids` and `logprobs` (n, K) list a teacher's support; a log-prob of -inf is padding, whose id may be anything."""
+    columns = _largest(rows, spec, support) if ids is None else ids
+    live = torch.ones_like(columns, dtype=torch.bool) if ids is None else logprobs > -torch.inf
+    if ids is not None:  # padding repeats the first live entry of its row, so that whatever is written there twice is written alike
+        first = torch.where(live.any(1), columns.gather(1, live.to(torch.int8).argmax(1, keepdim=True))[:, 0], 0)
+        columns = torch.where(live, columns, first[:, None])
+    raw = rows.at(columns)
+    logits = torch_rows.logits(*raw[:2], spec, *raw[2:])
+    q, p, delta = torch_rows.distributions(logits, stats)
+    if ids is not None:
+        log_q = logits.s - stats[:, Column.STUDENT_MAX, None] - stats[:, Column.STUDENT_LOGSUM, None]
+        p, delta = logprobs.to(q.dtype).exp(), logprobs.to(q.dtype) - log_q
+    return Entries(columns, live, raw, q, *(torch.where(live, x, 0.0) for x in (q, p, delta)))
+
+
+def _largest(rows: Rows, spec: RowSpec, support: Support) -> Tensor:
+    """(n, K) columns of the largest transformed logits of a side; all of them where K reaches V."""
+    n, V = rows.S.shape
+    k = min(support.k, V)
+    if support.side == "student" and rows.bias_s is None and spec.student.factor > 0:
+        return rows.S.topk(k, dim=1, sorted=False).indices  # the transform keeps the order
+    step = max(1, 2 * torch_rows.BLOCK_ENTRIES // V)
+    columns = rows.S.new_empty(n, k, dtype=torch.int64)  # a list of small results would each pin a block of the heap: 114 MiB at V = 152k
+    for b in (slice(start, start + step) for start in range(0, n, step)):
+        logits = torch_rows.logits(rows.S[b], rows.T[b], spec, rows.bias_s, rows.bias_t)
+        columns[b] = (logits.s if support.side == "student" else logits.t).topk(k, dim=1, sorted=False).indices
+    return columns
+
+
+def _log_ratio(excess: Tensor, mass_p: Tensor, mass_q: Tensor) -> Tensor:
+    """log(mass_p / mass_q) where excess = mass_p - mass_q is known to its own accuracy."""
+    x = excess / mass_q
+    close = (x > GAP_BOUNDS[0]) & (x < GAP_BOUNDS[1])
+    return torch.where(close, torch.log1p(torch.where(close, x, 0.0)), mass_p.log() - mass_q.log())
+
+
+def _tail(mass: Tensor) -> Tensor:
+    """What the support leaves, (n, 1)."""
+    return -torch.expm1(mass.log().clamp(max=-LEAST_TAIL))
+
+
+def restricted(at: Entries, stats: Tensor, spec: RowSpec, tail: str) -> Restricted:
+    """Value and gradient on the support. Writes stats[CLIPPED]."""
+    q, p, delta = at.q, at.p, at.delta
+    mass_q, mass_p = q.sum(1, keepdim=True), p.sum(1, keepdim=True)
+    excess = torch.where(q > 0, q * torch.expm1(delta), p).sum(1, keepdim=True)
+    if tail == "renormalize":
+        q, p, delta = q / mass_q, p / mass_p, delta - _log_ratio(excess, mass_p, mass_q)
+    saturated = mass_q.log() > -LEAST_TAIL
+    if tail == "bucket":
+        tail_q, tail_p = _tail(mass_q), _tail(mass_p)
+        exact = ~saturated & ~(mass_p.log() > -LEAST_TAIL)
+        ratio = _log_ratio(torch.where(exact, -excess, tail_p - tail_q), tail_p, tail_q)
+        q, p, delta = (torch.cat(pair, 1) for pair in ((q, tail_q), (p, tail_p), (delta, ratio)))
+    f, u, clipped = torch_rows.terms(q, p, delta, spec)
+    live = at.live if tail != "bucket" else torch.cat([at.live, torch.ones_like(saturated)], 1)
+    f, u, clipped = torch.where(live, f, 0.0), torch.where(live, u, 0.0), clipped & live
+    if tail == "none" and spec.divergence.kind == Kind.REVERSE_KL:
+        u = torch.where(live, u + q, 0.0)  # q does not sum to 1 here: the constant times q that u = f leaves out counts
+    if tail == "bucket":
+        u[:, -1:] = torch.where(saturated, 0.0, u[:, -1:])
+    missing = torch_rows.missing(stats)
+    loss, A = f.sum(1) + missing, u.sum(1) + missing
+    stats[:, Column.CLIPPED] = clipped.sum(1) / live.sum(1).clamp(min=1)
+    loss = clip_tokens(loss, stats, spec)
+    K = at.q.shape[1]
+    inside = u[:, :K] - q[:, :K] * A[:, None]
+    outside = {"bucket": lambda: u[:, -1] / q[:, -1] - A, "none": lambda: -A, "renormalize": lambda: torch.zeros_like(A)}[tail]()
+    stopped = stats[:, Column.CLIPPED] == 1
+    return Restricted(loss, A, torch.where(stopped[:, None], 0.0, inside), torch.where(stopped, 0.0, outside))
+
+
+def _first(found: Tensor, values: Tensor, otherwise: Tensor) -> Tensor:
+    """(n, 1) the value at each row's first True, or `otherwise`."""
+    return torch.where(found.any(1, keepdim=True), values.gather(1, found.to(torch.int8).argmax(1, keepdim=True)), otherwise)
+
+
+def _values(
+    rows: Rows, stats: Tensor, spec: RowSpec, at: Entries, result: Restricted, factor: Tensor, policy: Tensor | None, labels: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(columns, gradient over the raw logit) of the support's entries and, with a policy, of the label. A column that is named twice has one value."""
+    ignored = (factor == 0)[:, None]
+    factor = factor[:, None]
+    inside = torch.where(ignored, 0.0, factor * result.inside)
+    outside = torch.where(ignored, 0.0, factor * result.outside[:, None])
+    columns, raw, q = at.columns, at.raw, at.whole_q
+    values = torch.where(at.live, inside, outside * q)
+    values = torch.where(at.live, values, _first(at.live, values, values[:, :1]))
+    if policy is not None:
+        label = labels.clamp(min=0)[:, None]
+        beside = rows.at(label)
+        q_label = torch_rows.distributions(torch_rows.logits(*beside[:2], spec, *beside[2:]), stats)[0]
+        of_label = _first((columns == label) & at.live, values, outside * q_label)
+        columns, q, values = torch.cat([columns, label], 1), torch.cat([q, q_label], 1), torch.cat([values, of_label], 1)
+        raw = rows.at(columns)
+        values = values + policy[:, None] * (q - (columns == labels[:, None]).to(q.dtype))
+    return columns, values * transform_slope(raw.S.to(values.dtype), spec.student, raw.bias_s)
+
+
+def write_gradient_(
+    backend: RowBackend,
+    rows: Rows,
+    stats: Tensor,
+    spec: RowSpec,
+    at: Entries,
+    result: Restricted,
+    factor: Tensor,  # (n,)
+    policy: Tensor | None,  # (n,)
+    labels: Tensor | None,  # (n,)
+    G: Tensor,
+) -> None:
+    """G = factor * dD/d(raw student logit) + policy * (q - onehot(label)). G may be S."""
+    columns, values = _values(rows, stats, spec, at, result, factor, policy, labels)
+    multiple_of_q = torch.where(factor == 0, 0.0, factor * result.outside) + (0 if policy is None else policy)
+    nothing = torch.zeros_like(factor)
+    nowhere = torch.full_like(columns[:, 0], -1)
+    backend.row_grad_(rows.S, rows.T, stats, nothing, nothing, spec, rows.bias_s, rows.bias_t, G, multiple_of_q, nowhere)
+    G.scatter_(1, columns, values.to(G.dtype))

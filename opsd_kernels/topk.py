@@ -1,0 +1,71 @@
+"""`linear_topk_divergence`: against a teacher of which only the top-k log-probs are known."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import inputs
+from .evaluation import TokenStats, evaluate, make_job
+from .functional import clip
+from .inputs import Head
+from .spec import TAILS, Divergence, LogitTransform, RowSpec, Support, check_choice
+
+
+def linear_topk_divergence(
+    student_hidden: Tensor,  # (..., H)
+    student_weight: Tensor,  # (V, H)
+    teacher_topk_ids: Tensor,  # (..., K) int64
+    teacher_topk_logprobs: Tensor,  # (..., K), nats
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    tail: str = "bucket",
+    temperature: float = 1.0,
+    student_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    vocab_size: int | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    token_weights: Tensor | object | None = None,
+    entry_clip: float | None = None,
+    token_clip: float | None = None,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    return_stats: bool = False,
+    backward: str = "auto",
+    logits_dtype: str | torch.dtype = "auto",
+    workspace_bytes: int | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, TokenStats]:
+    """Divergence in nats between a student and a teacher behind a server, which returns log-probs of its K likeliest tokens.
+
+    The log-probs are those of the teacher's whole distribution, at the temperature the student is to meet. An entry of -inf is padding, and its id does not
+    matter; an id may stand once per token. `tail` says what becomes of the mass outside the list:
+
+    bucket: one more entry for it, on both sides, log(1 - sum of the listed probabilities), never taken for less than 1e-7.
+    renormalize: none; both sides are normalised over the listed entries.
+    none: nothing; true log-probs, summed over the listed entries alone. With `forward_kl` this is verl's top-k loss before its clamps.
+
+    The other arguments, the reductions, the returned loss and its gradients are those of `linear_divergence`; three GEMM passes, four with
+    `backward="recompute"`. Statistics that need the whole teacher are None in TokenStats, so weightings that read them cannot be used.
+    Raises ValueError for an id outside the vocabulary whose log-prob is above -inf.
+    """
+    check_choice("tail", tail, TAILS)
+    student = Head(student_hidden, student_weight, student_bias)
+    spec = RowSpec(
+        Divergence.parse(divergence, beta),
+        LogitTransform.parse("student", student_logit_scale, student_softcap, "temperature", temperature),
+        LogitTransform(),  # of logits that are all 0; written out because torch.compile cannot trace it as a default
+        entry_clip=clip("entry_clip", entry_clip),
+        token_clip=clip("token_clip", token_clip),
+    )
+    flat, nobody, _ = inputs.heads(student=student)
+    valid, flat_labels = inputs.valid_tokens(student_hidden, labels, ignore_index, mask)
+    vocab = inputs.vocabulary(student_weight.shape[0], None, vocab_size)
+    listed = inputs.listed_support(teacher_topk_ids, teacher_topk_logprobs, student_hidden.shape[:-1], valid)
+    support = Support(listed[0].shape[1], None, tail)
+    call = inputs.make_call(spec, flat, nobody, False, valid, flat_labels, vocab, logits_dtype, workspace_bytes, backend, support, listed)
+    return evaluate(make_job(call, student_hidden, token_weights, reduction, normalizer), backward, return_stats)
