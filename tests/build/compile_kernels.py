@@ -1,6 +1,6 @@
 """Compiles the Triton row kernels for GPUs that need not be present, and prints a JSON line for each: what it is, its registers, its stack, its vector loads.
 
-    python tests/build/compile_kernels.py 0 1     # shard 0 of 1: all; add --table for a summary
+python tests/build/compile_kernels.py 0 1     # shard 0 of 1: all; add --table for a summary
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from opsd_kernels.kernels import triton_rows
+from opsd_kernels.kernels import triton_launch, triton_rows
 from opsd_kernels.spec import Kind
 
 TYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,9 +30,11 @@ class Variant:
     kernel: str
     dtype: str
     kind: int
-    form: str = "linear"  # "pair"; "linear": the linear difference; "capped": the other difference, with softcaps and biases
+    form: str = "linear"  # "pair"; "linear": the linear difference; "capped": the other difference, with softcaps and biases; "mixed": that with a mix
     metrics: bool = False
     narrowed: bool = False
+    clip: bool = False
+    policy: bool = False
     aligned: bool = True
     V: int = WIDE_V
 
@@ -51,17 +53,37 @@ def variants() -> list[Variant]:
         jsd = replace(base, kind=int(Kind.JSD))
         found += [replace(jsd, kernel="stats"), replace(jsd, kernel="stats", metrics=True), replace(jsd, V=1000)]
         found += [replace(jsd, arch=arch, form="pair", metrics=True, aligned=False) for arch in (80, 90, 100)]
+    found += options(base)
     found += [replace(jsd, kernel=kernel, narrowed=True) for kernel in ("grad", "fused")]
     found += [replace(jsd, dtype="fp16", form="pair", metrics=True), replace(jsd, dtype="fp64", form="pair", metrics=True)]
     return found
 
 
+def options(base: Variant) -> list[Variant]:
+    """Entry clip, policy and mix: all of them for every kind where the kernels hold most, and each by itself."""
+    found = []
+    for kind in range(len(Kind)):
+        every = replace(base, kind=kind, form="mixed", metrics=True, clip=True, policy=True)
+        found += [replace(every, arch=arch, dtype=dtype) for arch, dtype in ((80, "fp32"), (90, "bf16"), (100, "bf16" if kind % 2 else "fp32"))]
+        found += [replace(base, kind=kind, clip=True, kernel="dot"), replace(base, kind=kind, clip=True, policy=True, dtype="fp32", kernel="grad")]
+    jsd = replace(base, kind=int(Kind.JSD))
+    found += [replace(jsd, arch=arch, policy=True) for arch in (80, 90, 100)]
+    return [*found, replace(jsd, form="mixed", kernel="stats", metrics=True), replace(jsd, policy=True, narrowed=True), replace(jsd, clip=True, aligned=False)]
+
+
 def constants(variant: Variant, BLOCK_V: int, num_warps: int) -> dict[str, object]:
-    modes = {"pair": triton_rows.PLAIN, "capped": triton_rows.DIFFERENCE, "linear": triton_rows.LINEAR}
-    capped = variant.form == "capped"
+    modes = {
+        "pair": triton_launch.PLAIN,
+        "linear": triton_launch.LINEAR,
+        "capped": triton_launch.DIFFERENCE,
+        "mixed": triton_launch.DIFFERENCE_MIXED,
+    }
+    capped = variant.form in ("capped", "mixed")
     flags = {"KIND": variant.kind, "METRICS": variant.metrics, "MODE": modes[variant.form].value, "CAP_S": capped, "CAP_T": capped}
-    PACK = triton_rows.pack(variant.aligned, TYPES[variant.dtype], BLOCK_V, num_warps)
-    return {**flags, "NARROWED": variant.narrowed, "BLOCK_V": BLOCK_V, "PACK": PACK, **({} if capped else {"BiasS": None, "BiasT": None})}
+    flags |= {"CLIP": variant.clip, "HAS_POLICY": variant.policy, "NARROWED": variant.narrowed}
+    absent = ([] if capped else ["BiasS", "BiasT"]) + ([] if variant.policy else ["Policy", "Labels"])
+    PACK = triton_launch.pack(variant.aligned, TYPES[variant.dtype], BLOCK_V, num_warps)
+    return {**flags, "BLOCK_V": BLOCK_V, "PACK": PACK, **dict.fromkeys(absent)}
 
 
 def source(variant: Variant, BLOCK_V: int, num_warps: int) -> ASTSource:
@@ -69,7 +91,7 @@ def source(variant: Variant, BLOCK_V: int, num_warps: int) -> ASTSource:
     kernel = triton_rows.KERNELS[variant.kernel]
     given = constants(variant, BLOCK_V, num_warps)
     logits, wide = variant.dtype, "fp64" if variant.dtype == "fp64" else "fp32"
-    pointers = {"S": logits, "T": logits, "G": "bf16" if variant.narrowed else logits}
+    pointers = {"S": logits, "T": logits, "Labels": "i64", "G": "bf16" if variant.narrowed else logits}
     signature, constexprs, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in given:
@@ -93,8 +115,8 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def measure(variant: Variant) -> dict[str, object]:
-    BLOCK_V, num_warps = triton_rows.config(variant.V, TYPES[variant.dtype])
-    options = {"num_warps": num_warps, **triton_rows.COMPILER_OPTIONS}
+    BLOCK_V, num_warps = triton_launch.config(variant.V, TYPES[variant.dtype])
+    options = {"num_warps": num_warps, **triton_launch.COMPILER_OPTIONS}
     compiled = triton.compile(source(variant, BLOCK_V, num_warps), target=GPUTarget("cuda", variant.arch, 32), options=options)
     loads = len(re.findall(r"ld\.global(?:\.\w+)*\.v4", compiled.asm["ptx"]))
     return {**asdict(variant), **resources(compiled.asm["cubin"]), "vector_loads": loads}
@@ -103,7 +125,15 @@ def measure(variant: Variant) -> dict[str, object]:
 def print_table(rows: list[dict]) -> None:
     worst: dict[tuple, int] = {}
     for row in rows:
-        key = (row["arch"], row["dtype"], row["kernel"], "metrics" if row["metrics"] else "", "" if row["aligned"] else "unaligned")
+        key = (
+            row["arch"],
+            row["dtype"],
+            row["kernel"],
+            "metrics" if row["metrics"] else "",
+            "" if row["aligned"] else "unaligned",
+            "clip" * row["clip"],
+            "policy" * row["policy"],
+        )
         worst[key] = max(worst.get(key, 0), row["REG"])
     for key, registers in sorted(worst.items()):
         print(*key, registers)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opsd_kernels import extension
 from opsd_kernels.kernels import ext_rows
 from opsd_kernels.kernels.contract import Column, stats_dtype
 from opsd_kernels.spec import Divergence, Kind, LogitTransform, RowSpec
@@ -23,13 +24,12 @@ EPS = torch.finfo(torch.float32).eps
 
 
 @pytest.fixture
-def extension():
-    """The module, loaded. Only a machine without a compiler may lack it."""
-    reason = ext_rows.load()
+def built():
+    """The library is loaded. Only a machine without a compiler may lack it."""
+    reason = extension.load()
     if reason is not None and shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip(reason)
     assert reason is None, reason
-    return ext_rows
 
 
 def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
@@ -44,15 +44,15 @@ def capability(limit: str) -> str:
     return run_python(CAPABILITY, OPSD_CPU_CAPABILITY=limit).stdout.strip()
 
 
-CAPABILITY = "from opsd_kernels.kernels import ext_rows; assert ext_rows.load() is None; print(ext_rows.capability())"
+CAPABILITY = "from opsd_kernels import extension; assert extension.load() is None; print(extension.capability())"
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_environment_limits_the_instruction_set(extension, level):
+def test_the_environment_limits_the_instruction_set(built, level):
     assert capability(level) == min(level, capability(""), key=LEVELS.index)
 
 
-def test_an_unknown_instruction_set_is_an_error(extension):
+def test_an_unknown_instruction_set_is_an_error(built):
     outcome = run_python(CAPABILITY, OPSD_CPU_CAPABILITY="sse9")
     assert outcome.returncode != 0
     assert re.search("OPSD_CPU_CAPABILITY: expected one of .*'avx512'.*'avx2'.*'default'.*got .?sse9", outcome.stderr), outcome.stderr
@@ -60,23 +60,23 @@ def test_an_unknown_instruction_set_is_an_error(extension):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
-def test_narrower_instruction_sets_keep_the_row_contract(extension, level):
+def test_narrower_instruction_sets_keep_the_row_contract(built, level):
     """The contract's own test and the arithmetic below, in a process that is limited to `level`. The widest is what the suite itself runs."""
     env = {**os.environ, "OPSD_CPU_CAPABILITY": level}
     if LEVELS.index(level) >= LEVELS.index(extension.capability()):
         pytest.skip(f"this process runs {extension.capability()} itself")
-    tests = ["tests/unit/test_rows.py", "tests/build/test_extension.py"]
+    tests = ["tests/unit/test_rows.py", "tests/unit/test_rows_options.py", "tests/build/test_extension.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "cpp or arithmetic", *tests]
     outcome = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stdout[-3000:]
     assert int(re.search(r"(\d+) passed", outcome.stdout)[1]) > 100
 
 
-def test_the_library_needs_the_stable_interface_alone(extension):
+def test_the_library_needs_the_stable_interface_alone(built):
     """One binary serves every torch >= 2.10 and any Python: no C++ symbol of torch, none of Python."""
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")
-    (library,) = ext_rows.PACKAGE.glob("_C.*so")
+    (library,) = extension.PACKAGE.glob("_C.*so")
     listing = subprocess.run(["nm", "-DC", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
     names = [line.split(" U ")[-1].strip() for line in listing.splitlines() if " U " in line]
     assert any(name.startswith("torch_parallel_for") for name in names)
@@ -109,7 +109,7 @@ def worst_ulps(got: Tensor, truth: Tensor) -> float:
     return ((got.double() - truth).abs() / truth.abs() / EPS)[normal].max().item()
 
 
-def test_arithmetic_of_exp(extension):
+def test_arithmetic_of_exp(built):
     """One ulp near 0; ln 2 as a single float adds 3e-9 |x|."""
     x = -ladder(-8, 1.94).abs()
     got = gradient(x, torch.zeros_like(x), Kind.REVERSE_KL, -1.0)
@@ -122,14 +122,14 @@ def test_arithmetic_of_exp(extension):
     assert got[3].isnan()
 
 
-def test_arithmetic_of_expm1(extension):
+def test_arithmetic_of_expm1(built):
     d = ladder(-30, 1.3)
     got = gradient(torch.zeros_like(d), d, Kind.FORWARD_KL, -1.0)
     assert worst_ulps(-got, torch.expm1(d.double())) < 2
 
 
 @pytest.mark.parametrize("beta", [0.5, 0.03, 0.97])
-def test_arithmetic_of_log1p(extension, beta):
+def test_arithmetic_of_log1p(built, beta):
     """JSD's log(m/q) = log1p(beta * expm1(delta)) where delta < 0, with u = -(1 - beta) * q * log(m/q)."""
     d = -ladder(-30, 1.3).abs()
     got = gradient(torch.zeros_like(d), d, Kind.JSD, 0.0, beta=beta)
@@ -137,7 +137,7 @@ def test_arithmetic_of_log1p(extension, beta):
     assert worst_ulps(got, truth) < 4 + 2 * beta / (1 - beta)  # where m/q nears 1 - beta, the rounding of 1 - m/q counts for more
 
 
-def test_arithmetic_of_tanh(extension):
+def test_arithmetic_of_tanh(built):
     z = ladder(-30, 2.5)
     for cap, scale in ((30.0, 1.0), (50.0, -1.3)):
         spec = RowSpec(Divergence(Kind.TVD), LogitTransform(scale, cap), LogitTransform())
@@ -146,7 +146,7 @@ def test_arithmetic_of_tanh(extension):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_arithmetic_of_widening(extension, dtype):
+def test_arithmetic_of_widening(built, dtype):
     """Every 16-bit pattern that is a normal float or zero, exactly. Subnormal bfloat16 may be read as 0."""
     T = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
     got = gradient(torch.zeros_like(T), -T, Kind.REVERSE_KL, 0.0)
@@ -157,7 +157,7 @@ def test_arithmetic_of_widening(extension, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_arithmetic_of_narrowing(extension, dtype):
+def test_arithmetic_of_narrowing(built, dtype):
     """To the nearest, ties to even; overflow to infinity, subnormal halves, NaN."""
     gen = torch.Generator().manual_seed(0)
     patterns = torch.randint(0, 1 << 32, (200_003,), generator=gen).to(torch.int32).view(torch.float32)
@@ -177,7 +177,7 @@ def test_arithmetic_of_narrowing(extension, dtype):
 
 
 @pytest.mark.parametrize("kind", [Kind.REVERSE_KL, Kind.JSD], ids=lambda kind: kind.name.lower())
-def test_long_rows_have_the_same_bits_on_one_and_two_threads(extension, kind):
+def test_long_rows_have_the_same_bits_on_one_and_two_threads(built, kind):
     gen = torch.Generator().manual_seed(1)
     S, T = (scale * torch.randn(9, 40_003, generator=gen) for scale in (5.0, 0.3))
     spec, threads, results = RowSpec(Divergence(kind), difference=True), torch.get_num_threads(), []
@@ -192,7 +192,7 @@ def test_long_rows_have_the_same_bits_on_one_and_two_threads(extension, kind):
         assert_same_bits(one, two)
 
 
-def test_errors_name_the_argument(extension):
+def test_errors_name_the_argument(built):
     S, T, one, spec = torch.zeros(2, 5), torch.zeros(2, 5), torch.ones(2), RowSpec(Divergence(Kind.JSD))
     fused = ext_rows.row_fused_
     cases = [
@@ -204,7 +204,7 @@ def test_errors_name_the_argument(extension):
         (lambda: fused(S, T, one[:1], spec, None, None, False, S), r"factor: expected shape \(2\), got shape \(1\)"),
         (lambda: fused(S, T, one, spec, torch.zeros(4), None, False, S), r"bias_s: expected shape \(5\), got shape \(4\)"),
         (lambda: fused(S, T, one, spec, None, None, False, S.double()), "G: expected float32 or a 16-bit type, got Double"),
-        (lambda: ext_rows.row_dot(S, T, torch.zeros(2, 3), spec, None, None), r"stats: expected shape \(2, 14\), got shape \(2, 3\)"),
+        (lambda: ext_rows.row_dot(S, T, torch.zeros(2, 3), spec, None, None), r"stats: expected shape \(2, 15\), got shape \(2, 3\)"),
     ]
     for call, text in cases:
         with pytest.raises(RuntimeError, match=text):
@@ -232,7 +232,7 @@ def build(checkout: Path, **env: str) -> str:
 
 
 def reason_in(checkout: Path) -> str:
-    code = "import opsd_kernels; from opsd_kernels.kernels import ext_rows; print(opsd_kernels.__file__, ext_rows.load(), sep='\\n')"
+    code = "import opsd_kernels; from opsd_kernels import extension; print(opsd_kernels.__file__, extension.load(), sep='\\n')"
     env = {**os.environ, "PYTHONPATH": str(checkout)}
     outcome = subprocess.run([sys.executable, "-c", code], cwd=checkout, env=env, capture_output=True, text=True, check=True)
     path, reason = outcome.stdout.splitlines()
@@ -256,9 +256,9 @@ def test_a_compiler_that_fails_is_no_failed_installation(checkout):
     assert "not built" in reason_in(checkout)
 
 
-def test_it_is_built_again_only_when_a_source_changed(extension, checkout):
+def test_it_is_built_again_only_when_a_source_changed(built, checkout):
     """Without a compiler: what is up to date is kept, what is not goes, for it would be code of yesterday."""
-    (library,) = ext_rows.PACKAGE.glob("_C.*so")
+    (library,) = extension.PACKAGE.glob("_C.*so")
     shutil.copy(library, checkout / "opsd_kernels")
     assert build(checkout, CXX="/nonexistent/c++") == ""
     assert reason_in(checkout) == "None"

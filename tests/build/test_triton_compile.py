@@ -37,6 +37,8 @@ def test_every_kernel_kind_and_architecture_is_there(compiled):
     seen = {(row["arch"], row["kernel"], row["kind"]) for row in compiled}
     assert {(arch, "fused", kind) for arch in (80, 90, 100) for kind in range(6)} <= seen
     assert {(90, "grad", kind) for kind in range(6)} | {(90, "dot", kind) for kind in range(2, 6)} | {(90, "stats", kind) for kind in range(3)} <= seen
+    options = {(row["arch"], row["kind"]) for row in compiled if row["kernel"] == "fused" and row["clip"] and row["policy"] and row["form"] == "mixed"}
+    assert options == {(arch, kind) for arch in (80, 90, 100) for kind in range(6)}
 
 
 def test_no_kernel_spills(compiled):
@@ -61,4 +63,4 @@ def test_the_launches_bind_their_arguments():
     output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors[-6000:]
     names = [line.split()[0] for line in output.splitlines()]
-    assert names == ["_row_fused_kernel", "_row_stats_kernel", "_row_dot_kernel", "_row_grad_kernel"] * 2
+    assert names == ["_row_fused_kernel", "_row_stats_kernel", "_row_dot_kernel", "_row_grad_kernel"] * 3

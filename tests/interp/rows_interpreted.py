@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "unit"))
 import test_rows
 from test_rows import *  # noqa: F403
 
-from opsd_kernels.kernels import triton_rows
+from opsd_kernels.kernels.triton_launch import aligned as begins_on_16_bytes
 from opsd_kernels.spec import Kind
 
 test_rows.assert_one_rounding = functools.partial(test_rows.assert_one_rounding, interpreter=True)
@@ -59,7 +59,7 @@ def test_aligned_rows(rows_of, dtype, kind):
     """A tile is added up in another order where rows begin on 16 bytes; the other tests' views never do."""
     rows, truth = test_rows.hard_rows(6, 2080, dtype, "pair", kind)
     aligned = dataclasses.replace(rows, S=rows.S.contiguous(), T=rows.T.contiguous())
-    assert triton_rows._aligned(aligned.S, aligned.T) and not triton_rows._aligned(rows.S, rows.T)
+    assert begins_on_16_bytes(aligned.S, aligned.T) and not begins_on_16_bytes(rows.S, rows.T)
     _, loss, gradient = test_rows.run_rows(rows_of, aligned, "fused")
     test_rows.check_loss(rows, loss, truth)
     test_rows.check_gradient(rows, gradient, truth)

@@ -11,9 +11,13 @@ import pytest
 pytest.importorskip("triton")
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-# Two processes of about equal length, side by side.
-PARTS = {"values": "test_loss_and_gradient", "the rest": "not test_loss_and_gradient"}
-AT_LEAST = {"values": 45, "the rest": 70}  # tests that passed: a selection that came to nothing must not look green
+# Processes side by side: a file, and which of its tests.
+PARTS = {
+    "values": ("rows_interpreted.py", "test_loss_and_gradient"),
+    "the rest": ("rows_interpreted.py", "not test_loss_and_gradient"),
+    "options": ("options_interpreted.py", "test"),
+}
+AT_LEAST = {"values": 45, "the rest": 70, "options": 75}  # tests that passed: a selection that came to nothing must not look green
 
 pytestmark = [pytest.mark.interp, pytest.mark.slow]
 
@@ -26,8 +30,8 @@ def interpreted(*arguments: str) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def runs():
-    command = ("-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", str(HERE / "rows_interpreted.py"), "-k")
-    started = {part: interpreted(*command, selected) for part, selected in PARTS.items()}
+    command = ("-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider")
+    started = {part: interpreted(*command, str(HERE / file), "-k", selected) for part, (file, selected) in PARTS.items()}
     yield started
     for process in started.values():
         if process.poll() is None:

@@ -3,18 +3,18 @@
 The bugs are planted in the torch backend, the loop and the reductions; the same checks hold for the other backends in tests/unit and tests/interp.
 """
 
-import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from planting import Mutant, arguments, check, kill, result
 
-from opsd_kernels import autograd, chunked, divergences, functional, linear_divergence, projection
+from opsd_kernels import autograd, chunked, divergences, evaluation, functional, inputs, linear_divergence, projection
 from opsd_kernels.kernels import torch_rows
 from opsd_kernels.kernels.contract import Column
 from opsd_kernels.reference import linear_divergence_reference
 from opsd_kernels.spec import Kind
-from opsd_kernels.testing import assert_no_growth, assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case
+from opsd_kernels.testing import assert_no_growth, assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case, plain_outcomes
 
 # ---------------------------------------------------------------- quick checks
 
@@ -23,7 +23,7 @@ def against_truth(divergence="jsd", made=None, **options):
     """A hard case in fp32, several chunks."""
     case = hard_case(29, 211, 24, seed=1, **(made or {}))
     options = {"divergence": divergence, "beta": 0.3, "reduction": "mean", **options}
-    truth, plain = (evaluate(linear_divergence_reference, c, **options) for c in (case.double(), case))
+    truth, plain = evaluate(linear_divergence_reference, case.double(), **options), plain_outcomes(case, **options)
     assert_no_worse(evaluate(linear_divergence, case, **options, backend="torch", workspace_bytes=20_000), plain, truth)
 
 
@@ -35,7 +35,7 @@ def near_bf16(target="default", **options):
 
 def near_fp32(divergence):
     case = hard_case(48, 1003, 48, torch.float32, shared_head=True, near=1e-4, largest_logit=8.0, bias=False)
-    truth, plain = (evaluate(linear_divergence_reference, c, divergence=divergence) for c in (case.double(), case))
+    truth, plain = evaluate(linear_divergence_reference, case.double(), divergence=divergence), plain_outcomes(case, divergence=divergence)
     assert_no_worse(evaluate(linear_divergence, case, divergence=divergence, backend="torch"), plain, truth)
 
 
@@ -62,35 +62,7 @@ def twice():
         assert_same_bits(first, second)
 
 
-def check(function, *args, **kwargs):
-    return functools.partial(function, *args, **kwargs)
-
-
 # ---------------------------------------------------------------- planted bugs
-
-
-@dataclass(frozen=True)
-class Mutant:
-    where: object  # the module or dict that holds the name
-    name: object
-    change: object  # original -> mutant
-    killer: functools.partial
-
-    def plant(self, monkeypatch) -> None:
-        if isinstance(self.where, dict):
-            monkeypatch.setitem(self.where, self.name, self.change(self.where[self.name]))
-        else:
-            monkeypatch.setattr(self.where, self.name, self.change(getattr(self.where, self.name)))
-
-
-def result(transform):
-    """A mutant that changes what the original returns."""
-    return lambda original: lambda *args, **kwargs: transform(original(*args, **kwargs), *args)
-
-
-def arguments(transform):
-    """A mutant that changes what the original is given."""
-    return lambda original: lambda *args, **kwargs: original(*transform(*args), **kwargs)
 
 
 def only_u(transform):
@@ -141,21 +113,20 @@ def no_maximum(original):
 
 
 def forget_tail(original):
-    def mutant(S, T, factor, spec, bias_s, bias_t, metrics, G):
+    def mutant(S, T, factor, spec, bias_s, bias_t, metrics, G, *policy):
         V = S.shape[1] // 64 * 64
         cut = [None if b is None else b[:V] for b in (bias_s, bias_t)]
         G[:, V:] = 0
-        return original(S[:, :V], T[:, :V], factor, spec, *cut, metrics, G[:, :V])
+        return original(S[:, :V], T[:, :V], factor, spec, *cut, metrics, G[:, :V], *policy)
 
     return mutant
 
 
 def last_chunk_lost(original):
-    def mutant(heads, spec, plan, *args, **kwargs):
-        index = kwargs["index"] if kwargs["index"] is not None else torch.arange(plan.tokens)
+    def mutant(heads, spec, plan, backend, wanted, tokens, **kwargs):
+        index = tokens.index if tokens.index is not None else torch.arange(plan.tokens)
         keep = (plan.tokens - 1) // plan.rows * plan.rows
-        out = original(heads, spec, replace(plan, tokens=keep), *args, **{**kwargs, "index": index[:keep]})
-        return out
+        return original(heads, spec, replace(plan, tokens=keep), backend, wanted, replace(tokens, index=index[:keep]), **kwargs)
 
     return mutant
 
@@ -195,7 +166,7 @@ MUTANTS = {
     "row maximum not subtracted": Mutant(torch_rows, "_normalisers", no_maximum, check(against_truth, "reverse_kl", {**FLAT, "largest_logit": 95.0})),
     "vector tail dropped": Mutant(torch_rows, "row_fused_", forget_tail, check(against_truth, "jsd")),
     "last chunk dropped": Mutant(chunked, "run", last_chunk_lost, check(against_truth, "jsd")),
-    "probabilities from rounded logits": Mutant(torch_rows, "_distributions", one_normaliser, check(against_truth, "jsd")),
+    "probabilities from rounded logits": Mutant(torch_rows, "distributions", one_normaliser, check(against_truth, "jsd")),
     "difference of two rounded logits": Mutant(projection, "project", pair_in_bf16, check(near_bf16)),
     "hidden difference in bf16 of fp32 inputs": Mutant(
         projection, "stack_difference", lambda f: lambda s, t, out: (f(s, t, out), out.copy_(out.bfloat16()))[0], check(near_fp32, "reverse_kl")
@@ -203,39 +174,26 @@ MUTANTS = {
     "dW accumulated in bf16": Mutant(projection, "accumulate_weight_grad", bf16_accumulator, check(many_chunks)),
     "dW of the last chunk only": Mutant(projection, "accumulate_weight_grad", arguments(lambda G, h, dW, first: (G, h, dW, True)), check(against_truth)),
     "dW not cleared": Mutant(projection, "accumulate_weight_grad", arguments(lambda G, h, dW, first: (G, h, dW, False)), check(against_truth)),
-    "masked rows not skipped": Mutant(functional, "_valid_tokens", result(lambda r, *_: (None, r[1].clamp(min=0))), check(against_truth)),
-    "labels do not mask": Mutant(functional, "_valid_tokens", result(lambda r, h, labels, i, mask: (mask, r[1].clamp(min=0))), check(against_truth)),
-    "masked rows counted": Mutant(functional, "_denominator", lambda _: lambda n, hidden, valid: hidden.shape[0], check(against_truth)),
-    "weights in the denominator": Mutant(functional, "_row_scale", result(lambda r, *_: r * 0.93), check(against_truth)),
-    "weights applied twice": Mutant(functional, "_weights", result(lambda w, *_: w * w), check(against_truth)),
-    "weights forgotten": Mutant(functional, "_weights", result(lambda w, *_: (w != 0).to(w.dtype)), check(against_truth)),
+    "masked rows not skipped": Mutant(inputs, "valid_tokens", result(lambda r, *_: (None, r[1].clamp(min=0))), check(against_truth)),
+    "labels do not mask": Mutant(inputs, "valid_tokens", result(lambda r, h, labels, i, mask: (mask, r[1].clamp(min=0))), check(against_truth)),
+    "masked rows counted": Mutant(inputs, "_denominator", lambda _: lambda n, hidden, valid: hidden.shape[0], check(against_truth)),
+    "weights in the denominator": Mutant(evaluation, "row_scale", result(lambda r, *_: r * 0.93), check(against_truth)),
+    "weights applied twice": Mutant(evaluation, "known_weights", result(lambda w, *_: w * w), check(against_truth)),
+    "weights forgotten": Mutant(evaluation, "known_weights", result(lambda w, *_: (w != 0).to(w.dtype)), check(against_truth)),
     "padded columns given probability": Mutant(
-        functional, "_vocabulary", lambda _: lambda V_s, V_t, size: min(V_s, V_t), check(against_truth, "jsd", {"padding": 4})
+        inputs, "vocabulary", lambda _: lambda V_s, V_t, size: min(V_s, V_t), check(against_truth, "jsd", {"padding": 4})
     ),
     "teacher's bias is the student's": Mutant(
-        torch_rows, "row_fused_", arguments(lambda S, T, f, sp, bs, bt, m, G: (S, T, f, sp, bs, bs, m, G)), check(against_truth)
+        torch_rows, "row_fused_", arguments(lambda S, T, f, sp, bs, bt, *rest: (S, T, f, sp, bs, bs, *rest)), check(against_truth)
     ),
     "guard by nothing": Mutant(divergences, "_guard", lambda _: lambda probability, term: term, check(against_truth, "jsd", {"masked_entry": "both"})),
     "upstream gradient forgotten": Mutant(autograd, "_scaled", lambda _: lambda grad, scale, dtype: grad.to(dtype), check(against_truth)),
     "upstream gradient in place": Mutant(autograd, "_scaled", lambda _: lambda grad, scale, dtype: grad.data.mul_(scale).clone(), check(twice)),
-    "entropy of the wrong side": Mutant(functional, "_token_stats", result(lambda s, *_: replace(s, student_entropy=s.teacher_entropy)), check(statistics)),
+    "entropy of the wrong side": Mutant(evaluation, "token_stats", result(lambda s, *_: replace(s, student_entropy=s.teacher_entropy)), check(statistics)),
     "label's log-prob of the wrong row": Mutant(chunked, "_label_logprobs", result(lambda r, *_: r.roll(1, 0)), check(statistics)),
 }
 
 
-def freeze(killer: functools.partial):
-    return killer.func, repr(killer.args), repr(sorted(killer.keywords.items()))
-
-
-PASSED = set()
-
-
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bug_is_killed(monkeypatch, name):
-    mutant = MUTANTS[name]
-    if freeze(mutant.killer) not in PASSED:
-        mutant.killer()
-        PASSED.add(freeze(mutant.killer))
-    mutant.plant(monkeypatch)
-    with pytest.raises(AssertionError):
-        mutant.killer()
+    kill(MUTANTS[name], monkeypatch)

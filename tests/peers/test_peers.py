@@ -8,7 +8,7 @@ import torch
 
 from opsd_kernels import linear_divergence
 from opsd_kernels.reference import linear_divergence_reference
-from opsd_kernels.testing import Case, assert_no_worse, assert_on_target, evaluate, hard_case
+from opsd_kernels.testing import Case, assert_no_worse, assert_on_target, evaluate, hard_case, plain_outcomes
 
 PEER_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0}  # both libraries name the two ends so
 
@@ -57,7 +57,7 @@ def case_for(divergence: str, dtype=torch.float32, **made) -> Case:
 
 def agree(peer, case, options, peer_options=None):
     """Both within the fp32 target of the truth, so the convention is one; and ours no worse than plain PyTorch."""
-    truth, plain = (evaluate(linear_divergence_reference, c, **options) for c in (case.double(), case))
+    truth, plain = evaluate(linear_divergence_reference, case.double(), **options), plain_outcomes(case, **options)
     assert_on_target(evaluate(peer, case, **(options if peer_options is None else peer_options)), truth, "fp32_logits")
     assert_no_worse(evaluate(linear_divergence, case, **options), plain, truth)
 
@@ -99,7 +99,7 @@ def test_bf16_loss_where_a_bf16_softmax_fails():
 def test_a_smaller_student_vocabulary_gets_no_probability():
     """Padded columns count for nothing on either side, whatever logits they would have."""
     case = hard_case(29, 211, 24, padding=7)
-    truth, plain = (evaluate(linear_divergence_reference, c) for c in (case.double(), case))
+    truth, plain = evaluate(linear_divergence_reference, case.double()), plain_outcomes(case)
     ours = evaluate(linear_divergence, case)
     assert_no_worse(ours, plain, truth)
     assert (ours.student_weight[211:] == 0).all() and (ours.student_bias[211:] == 0).all()
@@ -107,7 +107,7 @@ def test_a_smaller_student_vocabulary_gets_no_probability():
 
 def test_a_teacher_entry_of_minus_infinity_is_no_nan():
     case = hard_case(29, 211, 24, masked_entry="teacher")
-    truth, plain = (evaluate(linear_divergence_reference, c, divergence="jsd") for c in (case.double(), case))
+    truth, plain = evaluate(linear_divergence_reference, case.double(), divergence="jsd"), plain_outcomes(case, divergence="jsd")
     assert all(value.isfinite().all() for _, value in truth.named())
     assert_no_worse(evaluate(linear_divergence, case, divergence="jsd"), plain, truth)
 

@@ -1,11 +1,9 @@
 """Bad input gets an error that names the argument, what was expected and what came; no wrong number and no crash deeper down."""
 
-import re
-
 import pytest
 import torch
 
-from opsd_kernels import linear_divergence, plan
+from opsd_kernels import linear_divergence, plan, weights
 from opsd_kernels.testing import hard_case
 
 N, V, H = 5, 11, 4
@@ -31,6 +29,16 @@ def ids(cases):
 
 LABELS = torch.zeros(N, dtype=torch.int64)
 # (changed arguments, type of the error, what its message contains)
+class Weighting:
+    """A user's object."""
+
+    def __init__(self, scope, weights=lambda mask: mask.float()):
+        self.scope, self.weights = scope, weights
+
+    def __call__(self, stats, mask):
+        return self.weights(mask)
+
+
 BAD = [
     ({"student_hidden": [1.0]}, TypeError, ["student_hidden", "tensor", "list"]),
     ({"teacher_weight": None}, TypeError, ["teacher_weight", "tensor", "NoneType"]),
@@ -92,6 +100,20 @@ BAD = [
     ({"workspace_bytes": 0}, ValueError, ["workspace_bytes", "positive", "0"]),
     ({"workspace_bytes": 1e9}, TypeError, ["workspace_bytes", "int", "float"]),
     ({"backend": "numpy"}, ValueError, ["backend", "'torch'", "'triton'", "'numpy'"]),
+    ({"entry_clip": 0.0}, ValueError, ["entry_clip", "positive", "0.0"]),
+    ({"token_clip": "1"}, TypeError, ["token_clip", "number", "'1'"]),
+    ({"teacher_mix": 1.0}, ValueError, ["teacher_mix", "[0, 1)", "1.0"]),
+    ({"teacher_mix": -0.1}, ValueError, ["teacher_mix", "[0, 1)", "-0.1"]),
+    ({"topk": 0}, ValueError, ["topk", "at least 1", "0"]),
+    ({"topk": 2.0}, TypeError, ["topk", "int", "float"]),
+    ({"topk": 2, "topk_support": "both"}, ValueError, ["topk_support", "'teacher'", "'both'"]),
+    ({"topk": 2, "topk_tail": "drop"}, ValueError, ["topk_tail", "'renormalize'", "'drop'"]),
+    ({"token_weights": lambda stats, mask: mask}, TypeError, ["token_weights", "scope", "function"]),
+    ({"token_weights": Weighting("token")}, ValueError, ["token_weights.scope", "'row'", "'token'"]),
+    ({"token_weights": Weighting("row", lambda mask: mask)}, TypeError, ["token_weights", "floating-point", "bool"]),
+    ({"token_weights": Weighting("index", lambda mask: torch.ones(3))}, ValueError, ["token_weights", "(1, 5)", "(3,)"]),
+    ({"token_weights": weights.TrustGate(0.5)}, ValueError, ["labels", "TrustGate"]),
+    ({"token_weights": weights.ImportanceRatio(torch.zeros(7)), "labels": torch.zeros(5, dtype=torch.int64)}, ValueError, ["old_logprobs", "(1, 5)", "(7,)"]),
     ({"backend": "cuda"}, ValueError, ["backend", "cuda"]),
 ]
 
@@ -104,22 +126,9 @@ def test_bad_arguments(changes, error, parts):
         assert part in str(caught.value), f"{part!r} is not in: {caught.value}"
 
 
-ABSENT = [
-    ({"entry_clip": 0.1}, "entry_clip"),
-    ({"token_clip": 1.0}, "token_clip"),
-    ({"teacher_mix": 0.5}, "teacher_mix"),
-    ({"topk": 8}, "topk"),
-    ({"topk_support": "teacher"}, "topk_support"),
-    ({"topk_tail": "none"}, "topk_tail"),
-    ({"group": object()}, "group"),
-    ({"token_weights": lambda stats, mask: mask}, "token_weights"),
-]
-
-
-@pytest.mark.parametrize("changes, name", ABSENT, ids=[name for _, name in ABSENT])
-def test_what_this_version_lacks_says_so(changes, name):
-    with pytest.raises(NotImplementedError, match=re.escape(name)):
-        call(**changes)
+def test_what_this_version_lacks_says_so():
+    with pytest.raises(NotImplementedError, match="group"):
+        call(group=object())
 
 
 def test_in_forward_cannot_know_a_later_gradient():

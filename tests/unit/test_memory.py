@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opsd_kernels import plan
+from opsd_kernels import backends, plan
 from opsd_kernels.testing import peak_bytes
 
 V, H, BUDGET = 151936, 64, 256 << 20
@@ -42,3 +42,47 @@ def test_peak_is_within_the_budget_and_as_planned(backend, N, dtype):
     assert above <= BUDGET, f"{above / 2**20:.1f} MiB above inputs, outputs and gradients; budget {BUDGET / 2**20:.0f} MiB"
     off = expected.peak_bytes / peak - 1
     assert abs(off) <= 0.05, f"planned {expected.peak_bytes / 2**20:.1f} MiB, measured {peak / 2**20:.1f} MiB ({off:+.1%})"
+
+
+DIALECTS = """
+def make(N, V, H, dialect, budget):
+    import torch
+    from opsd_kernels import linear_divergence, objectives, weights
+
+    B = 8
+
+    def prepared(N, V):
+        labels, old, head = torch.randint(V, (B, N // B)), torch.zeros(B, N // B), torch.randn(V, H, requires_grad=True)
+        inputs = torch.randn(B, N // B, H, requires_grad=True), head, torch.randn(B, N // B, H), head
+        options = {
+            "row": {"token_weights": weights.ImportanceRatio(old)},
+            "sequence": {"token_weights": weights.PrefixDiscrepancy()},
+            "top-k": {"topk": 100},
+            "teacher's top-k": {"topk": 100, "topk_support": "teacher"},
+            "clip": {"entry_clip": 0.1, "token_clip": 3.0},
+            "policy": {"policy": objectives.PPOClip(torch.ones(B, 1), old)},
+        }[dialect]
+        return inputs, {**options, "labels": labels, "backend": "cpp"}
+
+    op = objectives.linear_policy_divergence if dialect == "policy" else linear_divergence
+
+    def call(inputs, options, budget):
+        loss = op(*inputs, **options, workspace_bytes=budget)
+        return loss, torch.autograd.grad(loss, inputs[:2])
+
+    call(*prepared(64, 999), 1 << 20)
+    ready = prepared(N, V)
+    return lambda: call(*ready, budget)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dialect", ["row", "sequence", "top-k", "teacher's top-k", "clip", "policy"])
+def test_dialects_stay_in_the_budget(dialect):
+    """Beyond it, N-sized vectors and a few numbers per entry of a support."""
+    if backends.explain("cpu")["cpp"] is not None:
+        pytest.skip("the C++ extension is not built")
+    N = 2048
+    peak = peak_bytes(DIALECTS, N, V, H, dialect, BUDGET)
+    above = peak - 4 * (N + V) * H - plan(N, V, H, dtype=torch.float32, workspace_bytes=BUDGET).vector_bytes
+    assert above <= BUDGET, f"{above / 2**20:.1f} MiB above inputs, outputs and gradients; budget {BUDGET / 2**20:.0f} MiB"

@@ -1,0 +1,180 @@
+"""Planted bugs in the clips, supports, weights from statistics, policies and log-probs (see planting.py)."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from planting import Mutant, arguments, check, kill, result
+
+from opsd_kernels import (
+    autograd,
+    chunked,
+    divergences,
+    evaluation,
+    linear_divergence,
+    linear_logprobs,
+    linear_topk_divergence,
+    objectives,
+    ops,
+    projection,
+    support,
+    weights,
+)
+from opsd_kernels.kernels import contract, torch_rows
+from opsd_kernels.reference import linear_divergence_reference, linear_logprobs_reference, linear_topk_divergence_reference
+from opsd_kernels.testing import assert_no_worse, evaluate, hard_case
+
+B, T, V, H = 4, 6, 61, 12
+GEN = torch.Generator().manual_seed(3)
+OLD = -4 * torch.rand(B, T, generator=GEN, dtype=torch.float64)
+ADVANTAGES = torch.randn(B, 1, generator=GEN, dtype=torch.float64)
+HOW = {"backend": "torch", "workspace_bytes": 14_000}
+
+
+def made(**case):
+    return hard_case(B * T, V, H, torch.float64, batch=B, largest_logit=8.0, seed=4, **case)
+
+
+def dialect(case=None, rows=14_000, **options):
+    """Against the reference in float64, in chunks of a sequence or two."""
+    case = made(**(case or {}))
+    case = replace(case, token_weights=None) if "token_weights" in options else case
+    options = {"divergence": "reverse_kl", "reduction": "sum", **options}
+    truth = evaluate(linear_divergence_reference, case, **options)
+    assert_no_worse(evaluate(linear_divergence, case, **options, **{**HOW, "workspace_bytes": rows}), truth, truth)
+
+
+def listed(**options):
+    """A teacher of five entries per token, some of them padding."""
+    case = made()
+    ids = torch.rand(B, T, V, generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :5]
+    logprobs = torch.linspace(-0.8, -4, 5, dtype=torch.float64).expand(B, T, 5).clone()
+    logprobs[:, ::2, [0, 4]] = -math.inf
+
+    def run(op, **how):
+        return lambda h, W, t, Wt, teacher_bias=None, **rest: op(h, W, ids, logprobs, **rest, **options, **how)
+
+    truth = evaluate(run(linear_topk_divergence_reference), case)
+    assert_no_worse(evaluate(run(linear_topk_divergence, **HOW), case), truth, truth)
+
+
+def log_probs(frozen=False, entropy=True):
+    case = made(frozen_head=frozen)
+
+    def run(op, **how):
+        def both(h, W, t, Wt, *, labels, mask, student_bias=None, **rest):
+            made = op(h, W, labels, mask=mask, bias=student_bias, return_entropy=entropy, **how)
+            return made[0] + 0.7 * made[1] if entropy else made
+
+        return both
+
+    truth = evaluate(run(linear_logprobs_reference), case)
+    assert_no_worse(evaluate(run(linear_logprobs, **HOW), case), truth, truth)
+
+
+def mix(policy, **options):
+    """The mix against its two parts apart: the divergence by the op, the policy by dense log-probs."""
+    case = replace(made(), token_weights=None)
+    valid = case.mask & (case.labels != -100)
+
+    def whole(h, W, t, Wt, **rest):
+        return objectives.linear_policy_divergence(h, W, t, Wt, policy=policy, policy_weight=0.4, **rest, **options, **HOW)
+
+    def parts(h, W, t, Wt, *, labels, mask, student_bias, **rest):
+        given = {"labels": labels, "mask": mask, "student_bias": student_bias, **rest, **options}
+        loss, stats = linear_divergence_reference(h, W, t, Wt, **given, return_stats=True)
+        logprob = linear_logprobs_reference(h, W, labels, mask=mask, bias=student_bias)
+        seen = type("Stats", (), {name: value.detach() for name, value in stats.items()})
+        return 0.6 * loss + 0.4 * torch.where(valid, policy(logprob, seen, valid), 0.0).sum() / valid.sum()
+
+    truth = evaluate(parts, case)
+    assert_no_worse(evaluate(whole, case), truth, truth)
+
+
+def planned_apart():
+    """A sequence that does not fit a chunk."""
+    dialect(rows=4_000, token_weights=weights.PrefixDiscrepancy(0.5))
+
+
+ROW, SEQUENCE = weights.ImportanceRatio(OLD), weights.PrefixDiscrepancy(0.5)
+PPO = objectives.PPOClip(ADVANTAGES, OLD)
+
+
+def field_zero(*names):
+    return lambda made, *_: made._replace(**{name: torch.zeros_like(getattr(made, name)) for name in names})
+
+
+MUTANTS = {
+    "clip keeps its gradient": Mutant(
+        torch_rows,
+        "terms",
+        lambda f: lambda q, p, d, spec: (f(q, p, d, spec)[0], divergences.entry(spec.divergence, q, p, d)[1], f(q, p, d, spec)[2]),
+        check(dialect, entry_clip=0.01, divergence="jsd"),
+    ),
+    "reverse KL's clipped u is 0": Mutant(torch_rows, "clipped_u", lambda _: lambda divergence, q: torch.zeros_like(q), check(dialect, entry_clip=0.01)),
+    "a clipped token keeps its gradient": Mutant(
+        contract, "clip_tokens", lambda f: lambda loss, stats, spec: torch.where(loss > spec.token_clip, spec.token_clip, loss), check(dialect, token_clip=1.0)
+    ),
+    "the token clip does not clip": Mutant(
+        contract, "clip_tokens", lambda f: lambda loss, stats, spec: (f(loss, stats, spec), loss)[1], check(dialect, token_clip=1.0)
+    ),
+    "the mix is the other way round": Mutant(
+        torch_rows, "logits", arguments(lambda S, T, spec, *b: (S, T, replace(spec, teacher_mix=1 - spec.teacher_mix), *b)), check(dialect, teacher_mix=0.3)
+    ),
+    "the largest of the other side": Mutant(
+        support, "_largest", arguments(lambda rows, spec, s: (rows, spec, replace(s, side="teacher"))), check(dialect, topk=4)
+    ),
+    "no gradient outside the support": Mutant(support, "restricted", result(field_zero("outside")), check(dialect, topk=4, topk_tail="none")),
+    "no gradient through the bucket": Mutant(
+        support, "restricted", result(lambda r, *_: r._replace(outside=-r.A)), check(dialect, topk=4, topk_tail="bucket", divergence="jsd")
+    ),
+    "the bucket's mass is the support's": Mutant(support, "_tail", lambda _: lambda mass: mass, check(dialect, topk=4, topk_tail="bucket")),
+    "tails not renormalised": Mutant(
+        support, "_log_ratio", lambda _: lambda excess, p, q: torch.zeros_like(p), check(dialect, topk=4, topk_tail="renormalize")
+    ),
+    "padding counts": Mutant(support, "entries", result(lambda e, *_: e._replace(live=torch.ones_like(e.live))), check(listed, tail="none", divergence="jsd")),
+    "padding overwrites an entry": Mutant(support, "_first", lambda _: lambda found, values, otherwise: otherwise, check(listed, tail="bucket")),
+    "weights one token late": Mutant(evaluation, "check_weights", result(lambda w, *_: w.roll(1, -1)), check(dialect, token_weights=ROW)),
+    "the gradient is not weighted": Mutant(
+        chunked.Loop, "_fused", result(lambda r, *_: None if r is None else torch.ones_like(r)), check(dialect, token_weights=ROW)
+    ),
+    "the head's gradient is not weighted": Mutant(
+        projection,
+        "accumulate_weight_grad",
+        arguments(lambda G, h, dW, first: (G, h / h.norm(dim=1, keepdim=True), dW, first)),
+        check(dialect, token_weights=ROW),
+    ),
+    "the bias's gradient is not weighted": Mutant(chunked, "_weighted_sum", lambda _: lambda G, scale: G.sum(0), check(dialect, token_weights=ROW)),
+    "chunks cut sequences": Mutant(
+        ops,
+        "align",
+        lambda _: lambda lengths, rows: [slice(i, min(i + 4, sum(lengths))) for i in range(0, sum(lengths), 4)],
+        check(dialect, token_weights=SEQUENCE),
+    ),
+    "the aligned chunks lose the last sequence": Mutant(ops, "align", result(lambda bounds, *_: bounds[:-1]), check(dialect, token_weights=SEQUENCE)),
+    "the pass of its own sees half": Mutant(evaluation.ByStatistics, "factor", result(lambda f, *_: f * 0.5), check(planned_apart)),
+    "a policy without its label": Mutant(
+        torch_rows,
+        "row_grad_",
+        lambda f: lambda *args: f(*args[:-1], torch.full_like(args[-1], -1)) if args[-1] is not None else f(*args),
+        check(mix, objectives.PolicyGradient(ADVANTAGES)),
+    ),
+    "a policy of the wrong sign": Mutant(evaluation.Job, "policy_losses", result(lambda r, *_: (r[0], -r[1])), check(mix, PPO)),
+    "a policy's value forgotten": Mutant(evaluation.Job, "policy_losses", result(lambda r, *_: (0 * r[0], r[1])), check(mix, PPO)),
+    "a policy on a support without its label": Mutant(
+        support, "_values", lambda f: lambda *args: f(*args[:-1], torch.full_like(args[-1], 0) if args[-1] is not None else None), check(mix, PPO, topk=5)
+    ),
+    "old log-probs ignored": Mutant(objectives.PPOClip, "scope", lambda _: "index", check(mix, PPO)),
+    "the entropy's gradient forgotten": Mutant(
+        autograd, "_projected_again", arguments(lambda call, stats, A: (call._replace(factor=torch.zeros_like(call.factor)), stats, A)), check(log_probs)
+    ),
+    "a log-prob's dh not scaled": Mutant(
+        autograd, "_scaled", lambda _: lambda grad, scale, dtype: -grad.to(dtype), check(log_probs, frozen=True, entropy=False)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bug_is_killed(monkeypatch, name):
+    kill(MUTANTS[name], monkeypatch)

@@ -1,0 +1,83 @@
+"""docs/migrating.md: the `before` block of each section, which is another library's loss, against its `after` block, which is ours, on the same tensors."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from opsd_kernels.testing import Outcome, assert_no_worse
+
+pytestmark = pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
+
+PAGE = Path(__file__).parent.parent / "docs" / "migrating.md"
+INSTALLED = {"TRL": ("trl", "1.16"), "Liger": ("liger_kernel", None)}  # what the first word of a heading needs
+
+
+def blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def sections(page: str) -> dict[str, list[str]]:
+    """Code blocks by heading, of the sections that have some."""
+    parts = re.split(r"^#{2,3} (.*)$", page, flags=re.MULTILINE)[1:]
+    return {title: blocks(body) for title, body in zip(parts[::2], parts[1::2], strict=True) if blocks(body)}
+
+
+SECTIONS = sections(PAGE.read_text())
+SETUP = SECTIONS.pop("Setup")
+
+
+def trainer(section: str) -> SimpleNamespace:
+    """A stand-in with the settings that TRL's methods read, and those methods."""
+    settings = SimpleNamespace(
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(gather=lambda x: x),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        temperature=1.0,
+    )
+    if "GRPO" in section:
+        from trl.experimental.sdpo.sdpo_trainer import SDPOTrainer
+
+        settings.importance_sampling_level, settings.loss_type = "token", "grpo"
+        settings.epsilon_low = settings.epsilon_high = 0.2
+        settings._compute_policy_loss = SDPOTrainer._compute_policy_loss.__get__(settings)
+    if "IW-OPD" in section:
+        from trl.experimental.iw_opd.iw_opd_trainer import IWOPDTrainer
+
+        settings.iw_opd_gamma, settings.iw_opd_epsilon = 0.5, 1e-8
+        settings._compute_iw_opd_loss = IWOPDTrainer._compute_iw_opd_loss.__get__(settings)
+    return settings
+
+
+def outcome(section: str, block: str, name: str, dtype: str) -> Outcome:
+    """What the block leaves under `name`, and its gradients, in a session that has run the setup in `dtype` and nothing else."""
+    setup = "\n".join(SETUP).replace("dtype = torch.float32", f"dtype = torch.{dtype}")
+    assert f"torch.{dtype}" in setup
+    with torch.random.fork_rng():
+        session = {"trainer": trainer(section)}
+        exec(setup, session)
+        exec(block, session)
+    loss = session[name]
+    assert loss.dim() == 0
+    grads = torch.autograd.grad(loss, (session["student_hidden"], session["student_head"]))
+    return Outcome(loss.detach(), *grads)
+
+
+def test_every_library_has_a_section():
+    titles = " ".join(SECTIONS)
+    assert all(name in titles for name in ("GKD", "DistillationTrainer", "SDPO", "IW-OPD", "Liger", "OPSD", "verl", "NeMo-RL")), titles
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_ours_is_theirs(section):
+    needed, version = INSTALLED.get(section.split()[0], (None, None))
+    if needed:
+        pytest.importorskip(needed, minversion=version, reason=f"{needed} is not installed")
+    before, after = SECTIONS[section]
+    assert before.startswith("# before") and after.startswith("# after")
+    truth, plain = (outcome(section, before, "theirs", dtype) for dtype in ("float64", "float32"))
+    assert all(value.abs().max() > 0 for _, value in truth.named())
+    assert_no_worse(outcome(section, after, "ours", "float32"), plain, truth)

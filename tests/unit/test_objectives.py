@@ -1,0 +1,159 @@
+"""Policy terms, alone and in one pass with a divergence, against autograd through dense log-probs in float64."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from opsd_kernels import linear_logprobs, projection, weights
+from opsd_kernels.objectives import OnPolicyDistillation, PolicyGradient, PPOClip, group_advantages, linear_policy_divergence
+from opsd_kernels.reference import linear_divergence_reference
+from opsd_kernels.testing import Outcome, assert_no_worse, assert_on_target, evaluate, hard_case
+
+B, T, V, H = 4, 7, 211, 24
+GEN = torch.Generator().manual_seed(2)
+ADVANTAGES = torch.randn(B, 1, generator=GEN, dtype=torch.float64)
+OLD = -6 * torch.rand(B, T, generator=GEN, dtype=torch.float64)
+TERMS = {
+    "reinforce": PolicyGradient(ADVANTAGES),
+    "grpo, on policy": PPOClip(ADVANTAGES),
+    "grpo": PPOClip(ADVANTAGES, OLD, high=0.3),
+    "k1": OnPolicyDistillation(),
+    "k1, clipped": OnPolicyDistillation(clip=0.5),
+    "top-d": OnPolicyDistillation("proximal", strength=0.7),
+    "power": OnPolicyDistillation("power", strength=0.5),
+    "iw-opd": OnPolicyDistillation(weights=weights.PrefixDiscrepancy(0.5)),
+    "first third": OnPolicyDistillation(weights=weights.FirstFraction(0.3)),
+}
+
+
+def reference(term, share):
+    """The mix by autograd through dense logits; the op's signature."""
+
+    def run(h, W, t, Wt, *, labels, mask, student_bias=None, teacher_bias=None, token_weights=None, **options):
+        heads = {"student_bias": student_bias, "teacher_bias": teacher_bias}
+        loss, stats = linear_divergence_reference(h, W, t, Wt, labels=labels, mask=mask, token_weights=token_weights, return_stats=True, **heads, **options)
+        valid = mask & (labels != -100)
+        safe = torch.where(valid[..., None], h, 0.0)
+        logits = safe @ W.T if student_bias is None else safe @ W.T + student_bias
+        logprob = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        seen = SimpleNamespace(**{name: value.detach() for name, value in stats.items()})
+        policy = torch.where(valid, term(logprob, seen, valid), 0.0)
+        return (1 - share) * loss + share * policy.sum() / valid.sum()
+
+    return run
+
+
+def mix(term, share, **how):
+    return lambda *heads, **options: linear_policy_divergence(*heads, policy=term, policy_weight=share, **options, **how)
+
+
+@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_a_mix_is_the_sum_of_its_parts(backend, term, share, dtype):
+    for frozen in (True, False):
+        case = hard_case(B * T, V, H, dtype, batch=B, largest_logit=8.0, frozen_head=frozen)
+        truth = evaluate(reference(TERMS[term], share), case.double(), divergence="jsd")
+        plain = evaluate(reference(TERMS[term], share), case, divergence="jsd")
+        for rows in (5, 100):
+            how = {"backend": backend, "workspace_bytes": rows * 2 * V * 2 * dtype.itemsize}
+            assert_no_worse(evaluate(mix(TERMS[term], share, **how), case, divergence="jsd"), [plain, truth if dtype == torch.float64 else plain], truth)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "none"])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_mix_on_a_support(backend, tail, side):
+    case = hard_case(B * T, V, H, torch.float64, batch=B, largest_logit=8.0)
+    options = {"topk": 6, "topk_tail": tail, "topk_support": side}
+    for term in ("grpo", "k1"):
+        truth = evaluate(reference(TERMS[term], 0.4), case, **options)
+        assert_no_worse(evaluate(mix(TERMS[term], 0.4, backend=backend, workspace_bytes=40_000), case, **options), truth, truth)
+
+
+def test_weights_of_the_divergence_and_a_policy_from_statistics(backend):
+    case = hard_case(B * T, V, H, torch.float64, batch=B, largest_logit=8.0)
+    options = {"token_weights": weights.MeanOne(weights.TrustGate(0.1) * weights.LinearDecay(0.2))}
+    truth = evaluate(reference(TERMS["grpo"], 0.4), case, **options)
+    for budget in (10_000, 40_000, 10**7):
+        assert_no_worse(evaluate(mix(TERMS["grpo"], 0.4, backend=backend, workspace_bytes=budget), case, **options), truth, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_inputs(backend, dtype):
+    case = hard_case(B * T, V, H, dtype, batch=B, largest_logit=8.0)
+    for term in ("grpo, on policy", "k1"):
+        truth = evaluate(reference(TERMS[term], 0.5), case.double())
+        assert_on_target(evaluate(mix(TERMS[term], 0.5, backend=backend), case), truth, "fp32_logits")
+
+
+def test_a_mix_costs_no_gemm(backend, monkeypatch):
+    calls = []
+    for name in ("project", "accumulate_weight_grad"):
+        inner = getattr(projection, name)
+        monkeypatch.setattr(projection, name, lambda *args, inner=inner, name=name: (calls.append(name), inner(*args)))
+    case = hard_case(B * T, V, H, torch.float32, batch=B, largest_logit=8.0)
+    evaluate(lambda *h, **o: linear_policy_divergence(*h, policy=PPOClip(ADVANTAGES), policy_weight=0.0, **o, backend=backend), case)
+    without, calls[:] = list(calls), []
+    for term in ("grpo", "k1", "reinforce"):
+        evaluate(mix(TERMS[term], 0.5, backend=backend), case)
+        assert calls == without, term
+        calls.clear()
+
+
+def test_terms_on_log_probs_alone(backend):
+    """Without a teacher: the same GRPO gradient as in a mix that is all policy."""
+    case = hard_case(B * T, V, H, torch.float64, batch=B, largest_logit=8.0)
+    valid = case.mask & (case.labels != -100)
+
+    def alone(h, W, t, Wt, *, labels, mask, student_bias, teacher_bias, token_weights):
+        logprob = linear_logprobs(h, W, labels, bias=student_bias, mask=mask, backend=backend)
+        return TERMS["grpo"](logprob, None, valid)[valid].mean()
+
+    mixed = evaluate(mix(TERMS["grpo"], 1.0, backend=backend), case)
+    assert_no_worse(evaluate(alone, case), mixed, mixed)
+
+
+def test_rewards_are_bounded_and_meet_in_their_limits():
+    student, teacher = -8 * torch.rand(100, generator=GEN, dtype=torch.float64), -8 * torch.rand(100, generator=GEN, dtype=torch.float64)
+    teacher[0] = -math.inf
+    proximal = OnPolicyDistillation("proximal", strength=0.7).rewards(student, teacher)
+    assert (proximal >= math.log1p(-0.7)).all() and proximal.isfinite().all()
+    power = OnPolicyDistillation("power", strength=0.5).rewards(student, teacher)
+    assert (power.abs() <= 2).all() and (power.sign() == (teacher - student).sign()).all()
+    exact = OnPolicyDistillation().rewards(student[1:], teacher[1:])
+    nearly = OnPolicyDistillation("power", strength=1e-6).rewards(student[1:], teacher[1:])
+    assert_on_target(Outcome(nearly), Outcome(exact), "loss")
+    assert OnPolicyDistillation(clip=0.5).rewards(student, teacher).abs().max() == 0.5
+
+
+def test_group_advantages():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    assert group_advantages(rewards).tolist() == [[0.5, -0.5, -0.5, 0.5], [0.0] * 4]
+    assert group_advantages(rewards, normalize_std=True).tolist() == [[1.0, -1.0, -1.0, 1.0], [0.0] * 4]
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"policy": lambda *a: 0}, TypeError, "policy: expected a policy term"),
+        ({"policy_weight": 1.5}, ValueError, "policy_weight: expected a number in .0, 1., got 1.5"),
+        ({"reduction": "none"}, ValueError, "reduction: expected 'mean', 'sum' or 'sequence_mean'"),
+        ({"backward": "recompute"}, ValueError, "backward: expected 'auto' or 'in_forward'"),
+        ({"labels": None}, TypeError, "labels: expected a tensor, got NoneType"),
+    ],
+    ids=["policy", "policy_weight", "reduction", "backward", "labels"],
+)
+def test_errors_name_the_argument(changes, error, message):
+    case = hard_case(4, 11, 3)
+    with pytest.raises(error, match=message):
+        linear_policy_divergence(*case.inputs(), **{**case.options(), "policy": PPOClip(torch.ones(4)), **changes})
+
+
+def test_terms_refuse_what_they_cannot_be():
+    for options, message in (({"reward": "k2"}, "reward"), ({"reward": "proximal", "strength": 1.0}, "strength"), ({"clip": 0.0}, "clip")):
+        with pytest.raises(ValueError, match=message):
+            OnPolicyDistillation(**options)
+    with pytest.raises(ValueError, match="low"):
+        PPOClip(ADVANTAGES, low=-1)

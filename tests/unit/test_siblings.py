@@ -1,0 +1,223 @@
+"""`linear_logprobs`, `linear_topk_divergence` and the modules: beyond their values (tests/property/test_dialects.py), their routes, passes and errors."""
+
+import inspect
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from opsd_kernels import DistillationHead, LinearDivergenceLoss, linear_divergence, linear_logprobs, linear_topk_divergence, projection
+from opsd_kernels.functional import Options
+from opsd_kernels.reference import linear_divergence_reference, linear_logprobs_reference, linear_topk_divergence_reference
+from opsd_kernels.testing import assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case
+
+N, V, H = 29, 211, 24
+
+
+def logprobs_of(op, **how):
+    """Of a case's student, in the signature of linear_divergence."""
+
+    def run(h, W, t, Wt, *, labels, mask=None, student_bias=None, teacher_bias=None, token_weights=None, vocab_size=None, **options):
+        return op(h, W, labels, bias=student_bias, mask=mask, vocab_size=vocab_size, **options, **how)
+
+    return run
+
+
+def topk_of(op, K=7, **how):
+    """Against the K likeliest tokens of a case's teacher."""
+
+    def run(h, W, t, Wt, *, teacher_bias=None, **options):
+        valid = (options["mask"] & (options["labels"] != -100))[..., None]
+        logits = torch.where(valid, t, 0.0).float() @ Wt.float().T
+        logprobs, ids = (logits if teacher_bias is None else logits + teacher_bias.float()).log_softmax(-1).topk(K)
+        return op(h, W, ids, logprobs, **options, **how)
+
+    return run
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Names of the GEMMs, one entry per call."""
+    seen = []
+    for name in ("project", "accumulate_weight_grad"):
+        inner = getattr(projection, name)
+        monkeypatch.setattr(projection, name, lambda *args, inner=inner, name=name: (seen.append(name), inner(*args)))
+    return seen
+
+
+# ---------------------------------------------------------------- log-probs
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_log_probs_by_dtype(backend, dtype, frozen):
+    case = hard_case(N, V, H, dtype, largest_logit=8.0, frozen_head=frozen, padding=3)
+    ours = evaluate(logprobs_of(linear_logprobs, backend=backend, workspace_bytes=60_000), case)
+    truth = evaluate(logprobs_of(linear_logprobs_reference), case.double())
+    if dtype == torch.float32:
+        assert_no_worse(ours, evaluate(logprobs_of(linear_logprobs_reference), case), truth)
+    else:
+        assert_on_target(ours, truth, "fp32_logits")
+    assert ours.loss.dtype == torch.float32 and ours.student_hidden.dtype == dtype
+
+
+def test_passes_over_one_head(backend, passes):
+    """One without gradients, 1 + 3 with a trainable head, 2 + 0 with a frozen one, 1 + 2 if it may not compute ahead."""
+    for frozen, how, forward, backward in ((False, {}, 1, 3), (True, {}, 2, 0), (True, {"backward": "recompute"}, 1, 2)):
+        case = hard_case(N, V, H, frozen_head=frozen).leaves()
+        passes.clear()
+        result = linear_logprobs(case.student_hidden, case.student_weight, case.labels, mask=case.mask, backend=backend, **how)
+        assert len(passes) == forward
+        result.sum().backward()
+        assert len(passes) == forward + backward
+    passes.clear()
+    with torch.no_grad():
+        linear_logprobs(case.student_hidden, case.student_weight, case.labels, mask=case.mask, backend=backend)
+    assert passes == ["project"]
+
+
+def test_entropy_is_differentiable_beside_the_log_prob(backend):
+    case = hard_case(N, V, H, torch.float64, largest_logit=8.0)
+
+    def both(op, **how):
+        run = logprobs_of(op, return_entropy=True, **how)
+        return lambda *heads, **options: torch.stack(run(*heads, **options)).sum(0)
+
+    truth = evaluate(both(linear_logprobs_reference), case)
+    assert_no_worse(evaluate(both(linear_logprobs, backend=backend), case), truth, truth)
+
+
+def test_log_probs_compile_whole(backend):
+    case = hard_case(N, V, H, torch.float32)
+    run = logprobs_of(linear_logprobs, backend=backend)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert_same_bits(evaluate(compiled, case).loss, evaluate(run, case).loss)
+    truth = evaluate(logprobs_of(linear_logprobs_reference), case.double())
+    assert_no_worse(evaluate(compiled, case), evaluate(run, case), truth)
+
+
+def test_a_listed_teacher_compiles_whole(backend):
+    case = hard_case(N, V, H, torch.float32)
+    ids, logprobs = torch.arange(7).repeat(N, 1), torch.linspace(-1, -4, 7).repeat(N, 1)
+    run = lambda h, W, t, Wt, *, teacher_bias, **options: linear_topk_divergence(h, W, ids, logprobs, **options, backend=backend)  # noqa: E731
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert_same_bits(evaluate(compiled, case).loss, evaluate(run, case).loss)
+
+
+def test_no_tokens_and_nothing_valid(backend):
+    weight = torch.randn(V, H, requires_grad=True)
+    empty = linear_logprobs(torch.randn(0, H, requires_grad=True), weight, torch.zeros(0, dtype=torch.int64), backend=backend)
+    assert empty.shape == (0,)
+    masked = linear_logprobs(torch.full((3, H), torch.nan), weight, torch.full((3,), -100), backend=backend)
+    assert_same_bits(masked.detach(), torch.zeros(3))
+    (grad,) = torch.autograd.grad(masked.sum(), weight)
+    assert_same_bits(grad, torch.zeros(V, H))
+
+
+# ---------------------------------------------------------------- a listed teacher
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "none"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_listed_teacher_by_dtype(backend, tail, divergence, dtype):
+    case = hard_case(N, V, H, dtype, largest_logit=8.0)
+    options = {"divergence": divergence, "tail": tail}
+    ours = evaluate(topk_of(linear_topk_divergence, backend=backend, workspace_bytes=60_000), case, **options)
+    truth = evaluate(topk_of(linear_topk_divergence_reference), case.double(), **options)
+    if dtype == torch.float32:
+        assert_no_worse(ours, evaluate(topk_of(linear_topk_divergence_reference), case, **options), truth)
+    else:
+        assert_on_target(ours, truth, "fp32_logits")
+
+
+def test_a_listed_teacher_takes_three_passes(backend, passes):
+    case = hard_case(N, V, H)
+    evaluate(topk_of(linear_topk_divergence, backend=backend), case)
+    assert sorted(passes) == ["accumulate_weight_grad", "project", "project"]
+
+
+def test_the_whole_vocabulary_listed_is_the_divergence(backend):
+    """Renormalised over all of V, in any order."""
+    case = hard_case(N, V, H, torch.float64, largest_logit=8.0)
+    truth = evaluate(linear_divergence, case, divergence="forward_kl", backend=backend)
+    listed = evaluate(topk_of(linear_topk_divergence, K=V, tail="renormalize", backend=backend), replace(case))
+    assert_on_target(listed, truth, "fp32_logits")  # the list is fp32
+
+
+def test_statistics_of_a_listed_teacher(backend):
+    case = hard_case(N, V, H, torch.float32)
+    _, stats = topk_of(linear_topk_divergence, backend=backend, return_stats=True, token_clip=0.5)(*case.inputs(), **case.options())
+    assert stats.teacher_entropy is stats.teacher_max_prob is stats.top1_agreement is stats.teacher_logprob is None
+    assert stats.student_entropy.shape == stats.student_logprob.shape == stats.clipped_fraction.shape == (N,)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (lambda ids, lp: (ids.int(), lp), TypeError, "teacher_topk_ids: expected dtype int64"),
+        (lambda ids, lp: (ids + V, lp), ValueError, r"teacher_topk_ids: expected entries in \[0, 211\)"),
+        (lambda ids, lp: (ids, lp[:, :3]), ValueError, r"teacher_topk_logprobs: expected shape \(29, 7\)"),
+        (lambda ids, lp: (ids[0], lp[0]), ValueError, r"teacher_topk_ids: expected shape \(29, K\)"),
+        (lambda ids, lp: (ids, ids), TypeError, "teacher_topk_logprobs: expected a floating-point tensor"),
+    ],
+    ids=["dtype", "range", "K", "rows", "logprobs"],
+)
+def test_bad_lists(change, error, message):
+    ids, logprobs = torch.arange(7).repeat(N, 1), torch.full((N, 7), -3.0)
+    with pytest.raises(error, match=message):
+        linear_topk_divergence(torch.randn(N, H), torch.randn(V, H), *change(ids, logprobs))
+
+
+# ---------------------------------------------------------------- modules
+
+
+def test_the_options_are_those_of_the_function():
+    parameters = {name: p.default for name, p in inspect.signature(linear_divergence).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert parameters == {field.name: field.default for field in fields(Options)}
+
+
+def test_a_loss_module_is_the_function(backend):
+    case = hard_case(N, V, H, torch.float32)
+    options = {"divergence": "jsd", "beta": 0.3, "temperature": 0.8, "backend": backend}
+    module = LinearDivergenceLoss(**options)
+    assert_same_bits(evaluate(module, case), evaluate(linear_divergence, case, **options))
+    assert not list(module.parameters()) and "beta=0.3" in repr(module)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"divergance": "jsd"}, TypeError, "options: expected arguments of linear_divergence, got 'divergance'"),
+        ({"divergence": "kl"}, ValueError, "divergence: expected one of"),
+        ({"reduction": "max"}, ValueError, "reduction: expected one of"),
+        ({"beta": 0.0, "divergence": "jsd"}, ValueError, "beta: expected .* use divergence='forward_kl'"),
+    ],
+    ids=["unknown", "divergence", "reduction", "beta"],
+)
+def test_modules_complain_when_they_are_made(options, error, message):
+    for make in (LinearDivergenceLoss, lambda **given: DistillationHead(torch.nn.Linear(H, V), **given)):
+        with pytest.raises(error, match=message):
+            make(**options)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_distillation_head(backend, bias):
+    """Its own head on both sides, or a teacher's."""
+    torch.manual_seed(0)
+    own, other = torch.nn.Linear(H, V, bias=bias), torch.nn.Linear(16, V, bias=bias)
+    head = DistillationHead(own, divergence="forward_kl", backend=backend)
+    h, same, wide = torch.randn(2, 5, H), torch.randn(2, 5, H), torch.randn(2, 5, 16)
+    for teacher, layer, given in ((same, own, ()), (wide, other, (other,))):
+        loss = head(h, teacher, *given, mask=torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]))
+        options = {"student_bias": own.bias, "teacher_bias": layer.bias, "mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])}
+        plain = linear_divergence_reference(h, own.weight, teacher, layer.weight, divergence="forward_kl", **options)
+        truth = linear_divergence_reference(
+            h.double(), own.weight.double(), teacher.double(), layer.weight.double(), divergence="forward_kl",
+            **{name: value.double() if name.endswith("bias") and value is not None else value for name, value in options.items()},
+        )  # fmt: skip
+        assert_no_worse(loss.detach(), plain.detach(), truth.detach())
+        assert torch.autograd.grad(loss, own.weight)[0].shape == (V, H)
+    assert sum(p.numel() for p in head.parameters()) == sum(p.numel() for p in own.parameters())
+    with pytest.raises(TypeError, match="lm_head: expected a linear layer"):
+        DistillationHead(torch.nn.ReLU())
