@@ -37,9 +37,17 @@ def _row_factors(call: Call) -> tuple[Call, Tensor | None]:
 
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * scale in `dtype`. Where the graph is freed after this backward, over the saved memory: a fresh dW costs a CPU more than the product does."""
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-        return (grad * scale.to(torch.promote_types(grad.dtype, torch.float32))).to(dtype)
-    unchanged = scale.numel() == 1 and scale.device.type == "cpu" and scale.item() == 1
+    wide = scale.to(torch.promote_types(grad.dtype, torch.float32))
+    if not chunked.on_host(grad.device) and not wide.dim():
+        wide = wide.reshape((1,) * grad.dim())  # a GPU rounds a 0-dim factor to the other one's 16 bits
+    if torch.compiler.is_compiling():
+        return (grad * wide).to(dtype)
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    if not chunked.on_host(grad.device):
+        return torch.mul(grad, wide, out=torch.empty_like(grad, dtype=dtype) if kept or grad.dtype != dtype else grad)  # one pass, cast included
+    if kept:
+        return (grad * wide).to(dtype)
+    unchanged = scale.numel() == 1 and scale.item() == 1
     scaled = grad if unchanged else grad.mul_(scale)
     return scaled if scaled.dtype == dtype else empty(tuple(scaled.shape), dtype, scaled.device).copy_(scaled)
 
@@ -63,7 +71,7 @@ class Weighing(chunked.Weigh, Protocol):
     scope: str
     unit: Tensor | None
 
-    def lengths(self) -> list[int]: ...
+    def lengths(self, valid: bool) -> list[int]: ...
 
     def factor(self, out: chunked.Outputs) -> Tensor: ...
 

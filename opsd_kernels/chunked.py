@@ -37,7 +37,8 @@ class Heads:
 class Tokens:
     """What a call knows of its rows, each (N,) or (N, K), or None."""
 
-    index: Tensor | None = None  # (n_valid,) int64 rows that count; None: all
+    index: Tensor | None = None  # (n_valid,) int64 rows that are computed; None: all
+    valid: Tensor | None = None  # (N,) bool where all are computed though not all count: those that do not are projected as zeros and give zeros
     factor: Tensor | None = None  # of the divergence's gradient
     policy: Tensor | None = None  # of the gradient of -log q(label)
     labels: Tensor | None = None
@@ -111,6 +112,11 @@ class Workspace:
         return S if S.dtype == self.narrow else narrowed(S, self.narrow)
 
 
+def on_host(device: torch.device) -> bool:
+    """Whether Python may look at what a tensor holds, or index by a mask, without waiting for a device."""
+    return device.type == "cpu"
+
+
 @dataclass(frozen=True)
 class Loop:
     """A call: its inputs, what it wants and where that goes."""
@@ -129,10 +135,9 @@ class Loop:
 
     def chunk(self, rows: slice | Tensor, first: bool) -> None:
         heads, out = self.heads, self.out
-        student = heads.student_hidden[rows]
-        chunk = Rows(
-            *self.space.project(heads, student, None if heads.teacher_hidden is None else heads.teacher_hidden[rows]), heads.student_bias, heads.teacher_bias
-        )
+        student = self._counted(heads.student_hidden[rows], rows)  # inf or NaN would pass a row gradient of zeros into dW
+        teacher = None if heads.teacher_hidden is None else self._counted(heads.teacher_hidden[rows], rows)
+        chunk = Rows(*self.space.project(heads, student, teacher), heads.student_bias, heads.teacher_bias)
         scale = self._sweep(chunk, rows)
         if not self.wanted.gradient:
             return
@@ -153,14 +158,14 @@ class Loop:
         if self.restriction is not None:
             return self._restricted(chunk, rows)
         known = self.weigh is None
-        deferred = not known and chunk.S.device.type == "cpu" and not self.weigh.has_policy
+        deferred = not known and on_host(chunk.S.device) and not self.weigh.has_policy
         if self.wanted.gradient and (known or deferred):
             return self._fused(chunk, rows, deferred)
         stats = self.backend.row_stats(chunk.S, chunk.T, self.spec, chunk.bias_s, chunk.bias_t, self.wanted.metrics)
         loss, A = self.backend.row_dot(chunk.S, chunk.T, stats, self.spec, chunk.bias_s, chunk.bias_t)
         self._keep(rows, stats, loss, A, self._label_logits(chunk, rows))
         if self.wanted.gradient:
-            self._gradient(chunk, rows, stats, A, *self.weigh(self.out, rows))
+            self._gradient(chunk, rows, stats, A, *self._weighed(rows))
         return None
 
     def _fused(self, chunk: Rows, rows: slice | Tensor, deferred: bool) -> Tensor | None:
@@ -176,20 +181,20 @@ class Loop:
         self._keep(rows, stats, loss, A, at_label)
         if not deferred:
             return None
-        scale, _ = self.weigh(self.out, rows)
+        scale, _ = self._weighed(rows)
         G[scale == 0] = 0  # a row of weight zero may be infinite
         return scale
 
     def _restricted(self, chunk: Rows, rows: slice | Tensor) -> None:
         at_label = self._label_logits(chunk, rows)
         stats = self.out.stats[rows] if self.saved else self.backend.row_stats(chunk.S, chunk.T, self.spec, chunk.bias_s, chunk.bias_t, self.wanted.metrics)
-        listed = self._known("topk_ids", rows), self._known("topk_logprobs", rows)
+        listed = (None if given is None else given[rows] for given in (self.tokens.topk_ids, self.tokens.topk_logprobs))
         at: Entries = support.entries(chunk, stats, self.spec, self.restriction, *listed)
         result: Restricted = support.restricted(at, stats, self.spec, self.restriction.tail)
         if not self.saved:
             self._keep(rows, stats, result.loss, result.A, at_label)
         if self.wanted.gradient:
-            factor, policy = (self._known("factor", rows), self._known("policy", rows)) if self.weigh is None else self.weigh(self.out, rows)
+            factor, policy = (self._known("factor", rows), self._known("policy", rows)) if self.weigh is None else self._weighed(rows)
             labels = self._known("labels", rows)
             support.write_gradient_(self.backend, chunk, stats, self.spec, at, result, factor, policy, labels, self.space.gradient(chunk.S))
 
@@ -200,19 +205,29 @@ class Loop:
 
     def _known(self, name: str, rows: slice | Tensor) -> Tensor | None:
         value = getattr(self.tokens, name)
-        return None if value is None else value[rows]
+        return None if value is None else self._counted(value[rows], rows)
+
+    def _counted(self, values: Tensor, rows: slice | Tensor) -> Tensor:
+        """(n, ...) values of a chunk, 0 in the rows that are computed but do not count."""
+        if self.tokens.valid is None:
+            return values
+        return torch.where(self.tokens.valid[rows].view(-1, *[1] * (values.dim() - 1)), values, 0)
+
+    def _weighed(self, rows: slice | Tensor) -> tuple[Tensor, Tensor | None]:
+        factor, policy = self.weigh(self.out, rows)
+        return self._counted(factor, rows), None if policy is None else self._counted(policy, rows)
 
     def _keep(self, rows: slice | Tensor, stats: Tensor, loss: Tensor, A: Tensor, at_label: torch_rows.Logits | None) -> None:
         out = self.out
-        out.stats[rows], out.loss[rows], out.A[rows] = stats, loss, A
+        out.stats[rows], out.loss[rows], out.A[rows] = (self._counted(x, rows) for x in (stats, loss, A))
         if at_label is not None:
-            out.logprobs[rows] = _label_logprobs(at_label, stats)
+            out.logprobs[rows] = self._counted(_label_logprobs(at_label, stats), rows)
 
     def _label_logits(self, chunk: Rows, rows: slice | Tensor) -> torch_rows.Logits | None:
         """Logits at each row's label, (n, 1), before the gradient overwrites S."""
         if self.out.logprobs is None or self.saved:
             return None
-        raw = chunk.at(self.tokens.labels[rows][:, None])
+        raw = chunk.at(self._known("labels", rows)[:, None])
         return torch_rows.logits(*raw[:2], self.spec, *raw[2:])
 
     def _hidden_grad(self, G: Tensor, rows: slice | Tensor, scale: Tensor | None) -> None:

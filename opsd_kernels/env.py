@@ -37,9 +37,16 @@ CPU_CAPABILITY = Variable(
     "Limits the instruction set that the C++ kernels choose. Read once, when the extension is loaded.",
     ("avx512", "avx2", "default"),
 )
+PACK = Variable(
+    "OPSD_PACK",
+    "1",
+    "1: rows that count are packed before the GEMMs, which waits once for their number where mask or labels are on a GPU. 0: every row is projected, and those "
+    "that do not count as zeros; nothing waits. While a CUDA graph is captured it is always 0.",
+    ("0", "1"),
+)
 CACHE = Variable("OPSD_CACHE", "opsd_kernels in XDG_CACHE_HOME, or in ~/.cache", "Directory of the trainer's warm-started base models. Safe to delete.")
 
-VARIABLES = (BACKEND, WORKSPACE_BYTES, CPU_CAPABILITY, CACHE)
+VARIABLES = (BACKEND, WORKSPACE_BYTES, CPU_CAPABILITY, PACK, CACHE)
 
 
 def backend() -> str | None:
@@ -56,6 +63,10 @@ def workspace_bytes() -> int | None:
 
 def cpu_capability() -> str | None:
     return CPU_CAPABILITY.get()
+
+
+def pack() -> bool:
+    return PACK.get() != "0"
 
 
 def cache_dir() -> Path:

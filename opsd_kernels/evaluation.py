@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass
 
@@ -122,20 +123,22 @@ class ByStatistics:
         scale = job.scale
         wide = stats_dtype(job.call.student_hidden.dtype)
         if not isinstance(scale, Tensor):
-            scale = torch.tensor(scale, dtype=wide, device=job.call.student_hidden.device)
+            scale = torch.full((), scale, dtype=wide, device=job.call.student_hidden.device)  # torch.tensor would copy from the host, and wait
         largest = scale.amax() if scale.numel() else scale.new_ones(())
         self.unit = torch.where(largest > 0, largest, 1.0)
         self._share = scale / self.unit
 
-    def lengths(self) -> list[int]:
-        weighting = self._job.weighting
-        if hasattr(weighting, "lengths"):  # packed rows: sequences of their own lengths
-            flat, out, start = self._job.mask().reshape(-1).tolist(), [], 0
-            for length in weighting.lengths:
-                out.append(sum(flat[start : start + length]))
-                start += length
-            return out
-        return self._job.mask().sum(1).tolist()
+    def lengths(self, valid: bool) -> list[int]:
+        """Rows of each sequence, in order: those that count, for which the host reads the mask, or all."""
+        B, T = self._job.sequences
+        whole = list(getattr(self._job.weighting, "lengths", (T,) * B))  # a packed row has sequences of its own lengths
+        expect(sum(whole) == B * T, "lengths", f"lengths that add up to the {B * T} tokens of the packed row", sum(whole))
+        if not valid:
+            return whole
+        counts, flat = [], iter(self._job.mask().reshape(-1).tolist())
+        for length in whole:
+            counts.append(sum(itertools.islice(flat, length)))
+        return counts
 
     def _stats(self, out: chunked.Outputs) -> TokenStats:
         return self._job.stats(out.loss, out.stats, out.logprobs)

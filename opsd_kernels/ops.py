@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
-from . import backends, chunked
+from . import backends, chunked, env
 from .chunked import Heads, Tokens, Wanted
 from .kernels.contract import Column, stats_dtype
 from .planner import ChunkPlan, align, held_dtype, plan, resolve_logits
@@ -104,17 +104,43 @@ def _heads(call: Call) -> Heads:
     return Heads(hidden_s, weight_s[: call.vocab], bias_s, hidden_t, weight_t, bias_t, padded_vocab=weight_s.shape[0])
 
 
-def _valid_rows(call: Call) -> Tensor | None:
-    """int64 positions of the rows that count, or None if all do; checks labels and listed entries among them."""
-    index = None if call.valid is None or bool(call.valid.all()) else call.valid.nonzero().squeeze(1)
-    if call.labels is not None:
-        counted = call.labels if index is None else call.labels[index]
-        wrong = counted[(counted < 0) | (counted >= call.vocab)]
-        expect(wrong.numel() == 0, "labels", f"entries in [0, {call.vocab}) or ignore_index", wrong[:1].tolist())
-    if call.topk_ids is not None:  # what is not listed or not valid is 0
-        wrong = call.topk_ids[(call.topk_ids < 0) | (call.topk_ids >= call.vocab)]
-        expect(wrong.numel() == 0, "teacher_topk_ids", f"entries in [0, {call.vocab}) wherever teacher_topk_logprobs is above -inf", wrong[:1].tolist())
-    return index
+class Computed(NamedTuple):
+    """The rows that the GEMMs see."""
+
+    count: int
+    index: Tensor | None = None  # (count,) int64 their positions; None: all rows
+    valid: Tensor | None = None  # (N,) bool where rows are computed that do not count
+
+
+def packs(call: Call) -> bool:
+    """Whether rows that do not count are left out of the GEMMs. Their number must then reach the host, which a CUDA graph under capture does not allow."""
+    if call.valid is None or not env.pack():
+        return False
+    return call.valid.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def _computed(call: Call, count: int | None = None) -> Computed:
+    """The rows to compute, labels and listed entries checked. Where rows are packed this waits for a GPU, once; not if it is told how many `count`."""
+    N = call.student_hidden.shape[0]
+    _check_entries("labels", "or ignore_index", call.labels, call.valid, call.vocab)
+    _check_entries("teacher_topk_ids", "wherever teacher_topk_logprobs is above -inf", call.topk_ids, None, call.vocab)  # the others are 0
+    if not packs(call):
+        return Computed(N, valid=call.valid)
+    index = (call.valid.nonzero() if count is None else call.valid.nonzero_static(size=count)).squeeze(1)
+    return Computed(N) if index.shape[0] == N else Computed(index.shape[0], index)
+
+
+def _check_entries(name: str, otherwise: str, entries: Tensor | None, valid: Tensor | None, vocab: int) -> None:
+    """ValueError where an entry that counts lies outside the vocabulary. On a GPU a device-side assertion, which nobody waits for."""
+    if entries is None:
+        return
+    inside = (entries >= 0) & (entries < vocab)
+    inside = inside if valid is None else inside | ~valid
+    expected = f"entries in [0, {vocab}) {otherwise}"
+    if chunked.on_host(entries.device):
+        expect(bool(inside.all()), name, expected, entries[~inside][:1].tolist())
+    else:
+        torch._assert_async(inside.all(), f"{name}: expected {expected}")
 
 
 def _plan(call: Call, heads: Heads, tokens: int, scope: str = "index", longest: int | None = None, policy: bool = False) -> tuple[RowSpec, ChunkPlan]:
@@ -142,39 +168,34 @@ def _plan(call: Call, heads: Heads, tokens: int, scope: str = "index", longest: 
 
 
 def _run(call: Call, *, gradients: bool, metrics: bool = False, saved: tuple[Tensor, Tensor] | None = None) -> chunked.Outputs:
-    heads, index = _heads(call), _valid_rows(call)
-    spec, chunks = _plan(call, heads, _valid_count(heads, index))
-    return _walk(call, heads, spec, chunks, index, gradients=gradients, metrics=metrics, saved=saved)
+    heads, rows = _heads(call), _computed(call)
+    spec, chunks = _plan(call, heads, rows.count)
+    return _walk(call, heads, spec, chunks, rows, gradients=gradients, metrics=metrics, saved=saved)
 
 
-def _valid_count(heads: Heads, index: Tensor | None) -> int:
-    return heads.student_hidden.shape[0] if index is None else index.shape[0]
-
-
-def _walk(
-    call: Call, heads: Heads, spec: RowSpec, chunks: ChunkPlan, index: Tensor | None, *, gradients: bool, metrics: bool, **how: object
-) -> chunked.Outputs:
+def _walk(call: Call, heads: Heads, spec: RowSpec, chunks: ChunkPlan, computed: Computed, *, gradients: bool, metrics: bool, **how: object) -> chunked.Outputs:
     wanted = Wanted(call.grad_hidden, call.grad_weight, call.grad_bias, metrics) if gradients else Wanted(metrics=metrics)
-    tokens = Tokens(index, call.factor, call.policy, call.labels, call.topk_ids, call.topk_logprobs)
+    tokens = Tokens(computed.index, computed.valid, call.factor, call.policy, call.labels, call.topk_ids, call.topk_logprobs)
     with torch.autocast(call.student_hidden.device.type, enabled=False):
-        rows = backends.select(call.backend, call.student_hidden.device)
-        return chunked.run(heads, spec, chunks, rows, wanted, tokens, restriction=_unpack_support(call.support), **how)
+        backend = backends.select(call.backend, call.student_hidden.device)
+        return chunked.run(heads, spec, chunks, backend, wanted, tokens, restriction=_unpack_support(call.support), **how)
 
 
-def weighted_forward(call: Call, weigh: chunked.Weigh, scope: str, lengths: Callable[[], list[int]]) -> chunked.Outputs:
-    """Losses, statistics and gradients where row factors depend on the statistics themselves. `lengths`: valid rows of each sequence, for that scope.
+def weighted_forward(call: Call, weigh: chunked.Weigh, scope: str, lengths: Callable[[bool], list[int]]) -> chunked.Outputs:
+    """Losses, statistics and gradients where row factors depend on the statistics themselves. `lengths`: rows of each sequence, for that scope; the valid
+    ones if told so, which waits for a GPU.
 
     Outside the operator's schema, which holds no callables: under torch.compile this part runs eagerly.
     """
-    heads, index = _heads(call), _valid_rows(call)
-    sequences = lengths() if scope == "sequence" else []
-    spec, chunks = _plan(call, heads, _valid_count(heads, index), scope, max(sequences, default=0), weigh.has_policy)
+    sequences = lengths(packs(call)) if scope == "sequence" else []
+    heads, rows = _heads(call), _computed(call, sum(sequences) if scope == "sequence" else None)
+    spec, chunks = _plan(call, heads, rows.count, scope, max(sequences, default=0), weigh.has_policy)
     if chunks.weighting == "own pass":
-        known = _walk(call, heads, spec, chunks, index, gradients=False, metrics=True)
+        known = _walk(call, heads, spec, chunks, rows, gradients=False, metrics=True)
         factor, policy = weigh(known, slice(None))
-        return _walk(call._replace(factor=factor, policy=policy), heads, spec, chunks, index, gradients=True, metrics=True)
+        return _walk(call._replace(factor=factor, policy=policy), heads, spec, chunks, rows, gradients=True, metrics=True)
     bounds = align(sequences, chunks.rows) if chunks.weighting == "aligned" else None
-    return _walk(call, heads, spec, chunks, index, gradients=True, metrics=True, weigh=weigh, bounds=bounds)
+    return _walk(call, heads, spec, chunks, rows, gradients=True, metrics=True, weigh=weigh, bounds=bounds)
 
 
 def _gradients(call: Call, out: chunked.Outputs) -> tuple[Tensor, ...]:
