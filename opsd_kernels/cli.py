@@ -199,6 +199,60 @@ def readable(name: str, value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+# ---------------------------------------------------------------------------------------------------------------------------------- bench
+
+bench_app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app.add_typer(bench_app, name="bench", invoke_without_command=True)
+
+
+@bench_app.callback()
+def bench(
+    context: typer.Context,
+    suites: Annotated[list[str] | None, typer.Option("--suite", help="ratios, latency, memory, accuracy, masked, weights, sweeps, scaling, step.")] = None,
+    shapes: Annotated[list[str] | None, typer.Option("--shape", help="A head such as qwen3-8b, or N=1024,H=512,V=32000. Repeatable.")] = None,
+    providers: Annotated[list[str] | None, typer.Option("--provider", help="opsd, torch, compiled, trl, liger-chunked, ... Repeatable.")] = None,
+    dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="float32, bfloat16 or float16. Repeatable.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; without it, cuda where there is one.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes, fewer rounds: minutes instead of half an hour.")] = False,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
+    plots: Annotated[Path | None, typer.Option("--plots", help="Write PNG plots into this directory.")] = None,
+    profile: Annotated[Path | None, typer.Option("--profile", help="Instead: a torch.profiler trace in this directory, and where the time goes.")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads.")] = None,
+    commit: Annotated[str | None, typer.Option("--commit", help="What to record as the commit, in a copy without git.")] = None,
+) -> None:
+    """Measure time, memory and accuracy, beside the libraries that are installed.
+
+    Without --suite, all of them. Every number stands behind a check of the result; what cannot be measured is a row that says why.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    import torch
+
+    from .bench import command, runner
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with one_line(ValueError, ModuleNotFoundError):
+        chosen = runner.make_context(device, quick, shapes, providers, dtypes)
+        if profile is not None:
+            command.profile(chosen, profile)
+        else:
+            command.bench(suites or list(runner.SUITES), chosen, as_json, plots, sys.argv[2:], commit)
+
+
+@bench_app.command("compare")
+def bench_compare(
+    before: Annotated[Path, typer.Argument(help="Report of the older run.")],
+    after: Annotated[Path, typer.Argument(help="Report of the newer run.")],
+) -> None:
+    """Show what got slower, larger or less exact between two reports, beyond their noise. Ends with status 1 if anything did."""
+    from .bench import command
+
+    with one_line(ValueError, OSError):
+        worse = command.compare_files(before, after)
+    raise typer.Exit(1 if worse else 0)
+
+
 # --------------------------------------------------------------------------------------------------------------------------------- doctor
 
 

@@ -1,0 +1,83 @@
+"""What `opsd bench` does once its options are read: progress, tables, files."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table as RichTable
+
+from . import compare, plots, profiling, runner, tables
+from .results import Report, load
+
+
+@contextmanager
+def shown_progress() -> Iterator[runner.Progress]:
+    """A bar on a terminal, one line for each comparison otherwise. On stderr: the table may be piped."""
+    errors = Console(stderr=True, highlight=False)
+    if not runner.on_a_terminal():
+        yield lambda label, done, total: errors.print(f"{done + 1}/{total} {label}") if done < total else None
+        return
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=errors, transient=True)
+    with bar:
+        task = bar.add_task("", total=None)
+        yield lambda label, done, total: bar.update(task, description=label, completed=done, total=total)
+
+
+def show(table: tables.Table, console: Console) -> None:
+    """Wide tables are cut by rich on a terminal, never in a pipe."""
+    out = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in table.columns:
+        out.add_column(column, overflow="fold")
+    for row in table.rows:
+        out.add_row(*row)
+    console.print(out)
+
+
+def bench(suites: list[str], context: runner.Context, path: Path | None, plots_dir: Path | None, arguments: list[str], commit: str | None) -> Report:
+    """Measures, prints, writes."""
+    command = shlex.join(["opsd", "bench", *arguments])
+    with shown_progress() as progress:
+        report = runner.run(suites, context, command, progress, commit)
+    console = Console(highlight=False) if runner.on_a_terminal() else Console(highlight=False, width=240)
+    for suite in report.suites:
+        table = tables.table(suite, report.rows)
+        if table.rows:
+            show(table, console)
+    noisy = sum(row.noise is not None for row in report.rows)
+    mark = f"; {noisy} ratios marked {tables.NOISY_MARK} are not known within 10 %" if noisy else ""
+    console.print(f"{report.where}\n{report.command}: {report.seconds:.0f} s, {len(report.rows)} rows{mark}")
+    if path is not None:
+        report.save(path)
+        console.print(f"wrote {path}")
+    for file in plots.draw(report, plots_dir) if plots_dir is not None else ():
+        console.print(f"wrote {file}")
+    return report
+
+
+def profile(context: runner.Context, directory: Path) -> None:
+    console = Console(highlight=False)
+    for setting in profiling.settings(context):
+        trace, table = profiling.profile(setting, directory)
+        show(table, console)
+        console.print(f"wrote {trace}")
+
+
+def compare_files(before: Path, after: Path) -> bool:
+    """Prints what changed; whether anything got worse."""
+    console = Console(highlight=False)
+    old, new = load(before), load(after)
+    for note in compare.comparable(old, new):
+        console.print(f"note: {note}")
+    changes = compare.changes_of(old, new)
+    if changes:
+        show(compare.change_table(changes), console)
+    matched = len({row.key for row in old.rows} & {row.key for row in new.rows})
+    worse = [change for change in changes if change.bad]
+    console.print(f"{matched} rows compared, {len(worse)} worse, {len(changes) - len(worse)} otherwise changed")
+    return bool(worse)

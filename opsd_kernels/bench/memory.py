@@ -1,0 +1,115 @@
+"""Peak memory of the op alone, and runs under a memory limit: on a CPU in a child process, on CUDA by the caching allocator."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..testing import peak_bytes
+from .providers import BASE, PROVIDERS, bare_gemms, stepper
+from .shapes import Setting, make_case
+from .timing import Variant, interleave
+
+SMALL = {"N": 64, "V": 999}  # of the call that loads libraries before anything is counted
+
+
+class OutOfMemory(RuntimeError):
+    """The op needed more than its limit, or than there is."""
+
+
+def limit_data(nbytes: int) -> None:
+    """Private memory beyond `nbytes` more than now is refused: PyTorch raises, where the kernel would have killed the process. Linux."""
+    import resource
+
+    with open("/proc/self/status") as lines:
+        now = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
+    resource.setrlimit(resource.RLIMIT_DATA, (now + nbytes, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def prepare(setting: dict[str, object], provider: str, limit: int | None = None) -> Callable[[], Tensor]:
+    """The call that `testing.peak_bytes` measures, after a small one of the same kind."""
+    full = Setting(**setting)
+    make = PROVIDERS[provider].make
+    small = full.at(**{name: min(getattr(full, name), size) for name, size in SMALL.items()})
+    stepper(make(small), make_case(small), small)()
+    step = stepper(make(full), make_case(full), full)
+    if limit is not None:
+        limit_data(limit)
+    return step
+
+
+def peak_of(setting: Setting, provider: str, limit: int | None = None, make: Callable | str = prepare) -> int:
+    """Bytes above the inputs, gradients included. Raises OutOfMemory."""
+    if setting.device == "cuda":
+        return _cuda_peak(make(setting.as_dict(), provider))
+    try:
+        return peak_bytes(make, setting.as_dict(), provider, limit, threads=torch.get_num_threads())
+    except RuntimeError as error:
+        raise _out_of_memory(str(error), limit) or error from None
+
+
+def _cuda_peak(step: Callable[[], Tensor]) -> int:
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del kept
+    return peak
+
+
+def _out_of_memory(text: str, limit: int | None) -> OutOfMemory | None:
+    if any(sign in text for sign in ("can't allocate memory", "MemoryError", "bad_alloc", "out of memory", "status -9")):
+        return OutOfMemory("out of memory" + (f" (limit {limit / 2**20:.0f} MiB)" if limit else ""))
+    return None
+
+
+# ---------------------------------------------------------------- time under a limit
+
+
+def time_pair(setting: Setting, provider: str, limit: int | None, rounds: tuple[int, int], seconds: float) -> dict[str, Variant]:
+    """Provider and bare GEMMs in turn, the provider under `limit` bytes beyond the inputs. A failure stands in its variant."""
+    case = make_case(setting)
+    variants = {
+        BASE: Variant(bare_gemms(case, setting, setting.plan().rows)),
+        provider: Variant(stepper(PROVIDERS[provider].make(setting), case, setting)),
+    }
+    if limit is not None:
+        prepare(setting.at(N=SMALL["N"]).as_dict(), provider)()
+        limit_data(limit)
+    interleave(variants, BASE, setting.device, rounds=rounds, seconds=seconds)
+    return variants
+
+
+_CHILD = """
+import json, sys
+import torch
+from opsd_kernels.bench import memory, shapes
+setting, provider, limit, rounds, seconds, threads = json.loads(sys.argv[1])
+torch.set_num_threads(threads)
+variants = memory.time_pair(shapes.Setting(**setting), provider, limit, tuple(rounds), seconds)
+print("RESULT" + json.dumps({name: [v.times, v.failure] for name, v in variants.items()}))
+"""
+
+
+def time_under_limit(setting: Setting, provider: str, limit: int | None, rounds: tuple[int, int], seconds: float) -> dict[str, Variant]:
+    """`time_pair`; on a CPU in a child process, which alone may run out of memory. Raises OutOfMemory."""
+    if setting.device == "cuda":
+        return time_pair(setting, provider, None, rounds, seconds)
+    arguments = json.dumps([setting.as_dict(), provider, limit, rounds, seconds, torch.get_num_threads()])
+    done = subprocess.run([sys.executable, "-c", _CHILD, arguments], capture_output=True, text=True, check=False)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
+    if line is None:
+        raise _out_of_memory(f"status {done.returncode} {done.stderr}", limit) or RuntimeError(f"status {done.returncode}: {done.stderr.strip()[-200:]}")
+    out = {}
+    for name, (times, failure) in json.loads(line.removeprefix("RESULT")).items():
+        out[name] = Variant(run=lambda: None, times={int(turn): value for turn, value in times.items()}, failure=failure)
+    return out

@@ -1,0 +1,72 @@
+"""Error of loss and gradient against float64 as the teacher comes nearer: the curve of docs/numerics.md, for every provider."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+
+from ...testing import Case, hard_case
+from ..gate import outcome_of, reference, relative
+from ..measure import Context, Task, blank, describe
+from ..providers import PROVIDERS, SLOW, Provider
+from ..results import Row
+from ..shapes import Setting
+from ..timing import reason_of
+
+KLS = (2.0, 1e-1, 1e-2, 1e-3, 1e-4)
+WIDTHS = {"normal": 4.0, "wide": 16.0}  # largest |logit|
+N, H = 48, 64
+VOCABULARY = {True: 2048, False: 16384}
+
+
+@functools.lru_cache(maxsize=4)
+def near_case(setting: Setting, kl: float, width: str) -> Case:
+    near = {"near": kl, "largest_logit": WIDTHS[width], "widths": (1.0,), "bias": False, "seed": 1, "views": False}
+    case = hard_case(setting.N, setting.V, setting.H, setting.torch_dtype, shared_head=setting.head == "shared", masked_entry=None, **near)
+    # The ignored rows hold inf and NaN, which most others do not take: here they are left out.
+    keep = case.mask & (case.labels != -100)
+    hidden = {name: getattr(case, name)[keep].contiguous() for name in ("student_hidden", "teacher_hidden")}
+    return replace(case, **hidden, mask=None, labels=None, token_weights=None, trainable=("student_hidden",)).to(setting.device)
+
+
+def errors(setting: Setting, providers: tuple[Provider, ...], kl: float, width: str) -> list[Row]:
+    case = near_case(setting, kl, width)
+    actual_kl = outcome_of(reference(setting.at(divergence="forward_kl")), case.double()).loss.item()
+    setting = setting.at(N=case.student_hidden.shape[0])
+    truth = outcome_of(reference(setting), case.double())
+    rows = []
+    for provider in providers:
+        row = blank("accuracy", provider.name, setting, variant=f"KL {kl:g}, {width} logits")
+        reason = provider.unsupported(setting)
+        if not reason and not kl / 2 < actual_kl < 2 * kl:  # 16-bit hidden states move the teacher, too
+            reason = f"the case stands at KL {actual_kl:.2g}"
+        if reason:
+            rows.append(replace(row, reason=reason))
+            continue
+        try:
+            actual = outcome_of(provider.make(setting), case)
+        except Exception as error:
+            rows.append(replace(row, reason=reason_of(error)))
+            continue
+        found = relative(actual.student_hidden, truth.student_hidden), relative(actual.loss, truth.loss)
+        known = [None if math.isnan(value) else value for value in found]
+        rows.append(replace(row, gradient_error=known[0], loss_error=known[1], reason="not a number" if None in known else None))
+    return rows
+
+
+def accuracy(context: Context) -> list[Task]:
+    providers = (*context.without(*SLOW, "cce", "opsd-fp32"), PROVIDERS["opsd-fp32"])
+    size = Setting(N, H, VOCABULARY[context.quick], device=context.device)
+    cases = [("bfloat16", "shared")] + ([] if context.quick else [("bfloat16", "two heads"), ("float32", "shared")])
+    tasks = []
+    for dtype, head in cases:
+        if context.dtypes and dtype not in context.dtypes:
+            continue
+        for divergence in ("reverse_kl",) if context.quick else ("reverse_kl", "jsd"):
+            setting = size.at(dtype=dtype, head=head, divergence=divergence)
+            for width in WIDTHS:
+                for kl in KLS:
+                    label = f"KL {kl:g}, {width}, {describe(setting)}"
+                    tasks.append(Task(label, lambda s=setting, kl=kl, width=width: errors(s, providers, kl, width)))
+    return tasks

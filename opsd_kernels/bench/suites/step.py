@@ -1,0 +1,134 @@
+"""Where a training step goes: rollout, trunk, loss, optimiser. A randomly initialised Qwen3 that is its own teacher, as in `opsd train`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..gate import check
+from ..measure import Context, Task, blank, free
+from ..providers import PROVIDERS, Provider, installed
+from ..results import Row
+from ..shapes import Setting
+from ..timing import Variant, interleave, noise, ratio
+
+STEP = "whole step"
+
+
+@dataclass(frozen=True)
+class Model:
+    """B prompts of P tokens, T sampled ones each."""
+
+    H: int
+    V: int
+    layers: int
+    B: int
+    P: int
+    T: int
+
+
+MODELS = {
+    ("cpu", True): Model(128, 8000, 2, 8, 16, 16),
+    ("cpu", False): Model(256, 32000, 4, 8, 32, 32),
+    ("cuda", True): Model(1024, 151936, 8, 16, 128, 64),
+    ("cuda", False): Model(1024, 151936, 28, 32, 256, 128),
+}
+
+
+class Step:
+    """The parts of one step, each a call of its own, over tensors that the ones before left."""
+
+    def __init__(self, model: Model, setting: Setting, provider: Provider) -> None:
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        torch.manual_seed(0)
+        config = Qwen3Config(
+            vocab_size=model.V, hidden_size=model.H, intermediate_size=3 * model.H, num_hidden_layers=model.layers, num_attention_heads=model.H // 64,
+            num_key_value_heads=max(1, model.H // 128), head_dim=64, tie_word_embeddings=True,
+        )  # fmt: skip
+        self.size, self.setting = model, setting
+        self.net = Qwen3ForCausalLM(config).to(setting.torch_dtype).to(setting.device)
+        self.optimiser = torch.optim.AdamW(self.net.parameters(), lr=1e-5)
+        self.prompts = torch.randint(model.V, (model.B, model.P), device=setting.device)
+        self.tokens = torch.randint(model.V, (model.B, model.P + model.T), device=setting.device)
+        self.context = torch.randint(model.V, (model.B, 2 * model.P + model.T), device=setting.device)  # the teacher reads feedback first
+        self.op = provider.make(setting)
+        self.loss_value: Tensor | None = None
+        self.trunk_forward()
+
+    def rollout(self) -> None:
+        with torch.no_grad():
+            self.tokens = self.net.generate(self.prompts, max_new_tokens=self.size.T, min_new_tokens=self.size.T, do_sample=True, pad_token_id=0)
+
+    def trunk_forward(self) -> None:
+        T = self.size.T
+        with torch.no_grad():
+            self.teacher = self.net.model(self.context).last_hidden_state[:, -T - 1 : -1].flatten(0, 1)
+        self.hidden = self.net.model(self.tokens).last_hidden_state[:, -T - 1 : -1].flatten(0, 1)
+
+    def loss(self) -> None:
+        """Forward and backward of the loss head, down to the hidden states."""
+        head = self.net.lm_head.weight
+        self.cut = self.hidden.detach().requires_grad_()
+        self.loss_value = self.op(self.cut, head, self.teacher.detach(), head.detach())
+        self.loss_value.backward()
+
+    def trunk_backward(self) -> None:
+        self.hidden.backward(self.cut.grad)
+
+    def trunk(self) -> None:
+        self.trunk_forward()
+        self.hidden.backward(torch.ones_like(self.hidden))
+
+    def optimise(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimiser.step()
+
+    def whole(self) -> None:
+        self.optimiser.zero_grad()
+        self.rollout()
+        self.trunk_forward()
+        self.loss()
+        self.trunk_backward()
+        self.optimise()
+
+    def parts(self) -> dict[str, Callable[[], object]]:
+        return {STEP: self.whole, "rollout": self.rollout, "trunk": self.trunk, "loss": self.loss, "optimiser": self.optimise}
+
+
+def split(model: Model, setting: Setting, provider: Provider, effort: dict[str, object]) -> list[Row]:
+    row = blank("step", provider.name, setting)
+    reason = provider.unsupported(setting) or check(provider, setting).failure
+    if not installed("transformers"):
+        reason = "transformers is not installed"
+    if reason:
+        return [replace(row, variant=STEP, reason=reason)]
+    step = Step(model, setting, provider)
+    variants = {name: Variant(part) for name, part in step.parts().items()}
+    interleave(variants, STEP, setting.device, **effort)
+    rows = []
+    for name, variant in variants.items():
+        made = replace(row, variant=name)
+        if variant.failure or not variant.times or not variants[STEP].times:
+            rows.append(replace(made, reason=variant.failure or variants[STEP].failure or "not measured"))
+        else:
+            known = None if name == STEP else noise(variant, variants[STEP])
+            rows.append(replace(made, ms=variant.sample(), ratio=ratio(variant, variants[STEP]), base=STEP, noise=known))
+    del step, variants
+    free()
+    return rows
+
+
+def step(context: Context) -> list[Task]:
+    """With this package's loss, and with plain PyTorch's."""
+    model = MODELS[context.device, context.quick]
+    dtype = context.chosen_dtypes("float32" if context.device == "cpu" else "bfloat16")[0]
+    setting = Setting(model.B * model.T, model.H, model.V, dtype, device=context.device)
+    providers = [p for p in context.only("torch") if p.name in ("opsd", "torch")] or [PROVIDERS["opsd"]]
+    shown = f"{model.layers} layers, H={model.H}, V={model.V}, {model.B} x ({model.P} + {model.T}) tokens"
+    return [Task(f"{p.label}, {shown}", lambda p=p: split(model, setting, p, context.effort(2.0))) for p in providers]
+
+

@@ -1,0 +1,83 @@
+"""The row sweeps of each backend against the copy bandwidth: they read and write logits, and little else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from ... import backends
+from ...planner import resolve_logits
+from ...spec import Divergence, RowSpec
+from .. import ceilings
+from ..gate import check
+from ..measure import Context, Task, blank, describe, free
+from ..providers import PROVIDERS
+from ..results import Row
+from ..shapes import Setting
+from ..timing import Variant, interleave, noise, ratio
+
+# Buffers touched: each sweep reads student and teacher once; the gradient is written over the student.
+TOUCHED = {"row_stats": 2, "row_dot": 2, "row_grad_": 3, "row_fused_": 3}
+COPY = "copy"
+MOST_ROWS = 1024
+
+
+def sweeps_of(setting: Setting, backend: str, S: torch.Tensor, T: torch.Tensor, difference: bool) -> dict[str, Callable[[], object]]:
+    spec = RowSpec(Divergence.parse(setting.divergence), difference=difference)
+    rows = backends.select(backend, S.device)
+    stats = rows.row_stats(S, T, spec, None, None, False)
+    _, A = rows.row_dot(S, T, stats, spec, None, None)
+    factor = torch.ones_like(A)
+    calls = {
+        "row_stats": lambda: rows.row_stats(S, T, spec, None, None, False),
+        "row_dot": lambda: rows.row_dot(S, T, stats, spec, None, None),
+        "row_grad_": lambda: rows.row_grad_(S, T, stats, A, factor, spec, None, None, S),
+        "row_fused_": lambda: rows.row_fused_(S, T, factor, spec, None, None, False, S),
+    }
+    return {name: call for name, call in calls.items() if not (name == "row_dot" and spec.one_sweep)}
+
+
+def compare_sweeps(setting: Setting, effort: dict[str, object]) -> list[Row]:
+    buffer, difference = resolve_logits(setting.torch_dtype, "auto", setting.head == "shared")
+    C, gen = min(setting.plan().rows, MOST_ROWS), torch.Generator(setting.device).manual_seed(0)
+    logits = (4 * torch.randn(C, setting.V, generator=gen, device=setting.device)).to(buffer)
+    other = (0.4 * torch.randn(C, setting.V, generator=gen, device=setting.device)).to(buffer)
+    T = other if difference else logits + other
+    S, copied = logits.clone(), torch.empty_like(logits)
+    variants, rows = {COPY: Variant(lambda: copied.copy_(logits))}, {}
+    for name in backends.NAMES:
+        provider = PROVIDERS[f"opsd-{name}"]
+        made = blank("sweeps", provider.name, setting, rows=C)
+        reason = provider.unsupported(setting) or check(provider, setting).failure
+        if reason:
+            rows[name] = replace(made, variant="every sweep", reason=reason)
+            continue
+        for sweep, call in sweeps_of(setting, name, S, T, difference).items():
+            rows[f"{name} {sweep}"] = replace(made, variant=sweep)
+            variants[f"{name} {sweep}"] = Variant(call, setup=lambda: S.copy_(logits))  # a sweep in place leaves gradients
+    interleave(variants, COPY, setting.device, **effort)
+    bandwidth = ceilings.copy_rate(setting.device)
+    done = []
+    for name, row in rows.items():
+        variant = variants.get(name)
+        if variant is None or variant.failure or not variant.times:
+            done.append(replace(row, reason=row.reason or variant.failure or "not measured"))
+            continue
+        touched = TOUCHED[row.variant] * C * setting.V * buffer.itemsize
+        rate = touched / (variant.sample().median / 1e3)
+        known = noise(variant, variants[COPY])
+        sample = ratio(variant, variants[COPY])
+        done.append(replace(row, ms=variant.sample(), ratio=sample, base=COPY, gbs=rate / 1e9, ceiling=rate / bandwidth, noise=known))
+    del variants
+    free()
+    return done
+
+
+def sweeps(context: Context) -> list[Task]:
+    wanted = [("bfloat16", "shared", "reverse_kl"), ("bfloat16", "shared", "jsd")]
+    wanted += [] if context.quick else [("bfloat16", "shared", "forward_kl"), ("float32", "shared", "reverse_kl"), ("bfloat16", "two heads", "reverse_kl")]
+    settings = [context.setting(shape, dtype, head=head, divergence=divergence) for shape in context.centre() for dtype, head, divergence in wanted]
+    settings = [s for s in settings if not context.dtypes or s.dtype in context.dtypes]
+    return [Task(describe(s), lambda s=s: compare_sweeps(s, context.effort())) for s in settings]

@@ -1,0 +1,80 @@
+"""`opsd bench` as a user meets it."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from opsd_kernels import cli
+from opsd_kernels.bench import measure, runner
+from opsd_kernels.bench.results import load
+
+TINY = "N=64,H=32,V=501"
+
+
+def opsd(*arguments):
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch):
+    monkeypatch.setitem(measure.EFFORT, ("cpu", True), ((3, 3), 0.1))
+
+
+@pytest.mark.parametrize("suite", [name for name in runner.SUITES if name not in ("memory", "scaling", "step", "accuracy")])
+def test_a_suite_prints_and_writes(suite, tmp_path):
+    result = opsd(
+        "bench", "--suite", suite, "--quick", "--device", "cpu", "--shape", TINY, "--provider", "opsd", "--provider", "torch", "--json", tmp_path / "a.json"
+    )
+    assert result.exit_code == 0, result.output
+    report = load(tmp_path / "a.json")
+    measured = [row for row in report.rows if row.reason is None]
+    assert measured and {row.suite for row in report.rows} == {suite} and all(row.ms.median > 0 for row in measured)
+    assert not [row.reason for row in report.rows if row.reason and "no number" in row.reason]
+    assert report.commit[:12] in result.output and report.machine["name"].split(",")[0] in result.output.replace("\n", " ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", ["memory", "scaling", "step", "accuracy"])
+def test_the_slower_suites(suite, tmp_path):
+    options = ("--shape", TINY) if suite in ("memory", "scaling") else ()
+    result = opsd("bench", "--suite", suite, "--quick", "--device", "cpu", *options, "--provider", "opsd", "--provider", "torch", "--json", tmp_path / "a.json")
+    assert result.exit_code == 0, result.output
+    assert [row for row in load(tmp_path / "a.json").rows if row.reason is None]
+
+
+def test_plots_and_compare(tmp_path):
+    pytest.importorskip("matplotlib")
+    a, b = tmp_path / "a.json", tmp_path / "b.json"
+    arguments = ("bench", "--suite", "ratios", "--quick", "--device", "cpu", "--shape", TINY, "--provider", "opsd", "--json", a, "--plots", tmp_path / "plots")
+    assert opsd(*arguments).exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["latency.png", "roofline.png"]
+    data = json.loads(a.read_text())
+    for row in data["rows"]:
+        row["gradient_error"] = 9.0 if row["provider"] == "opsd" else None
+    b.write_text(json.dumps(data))
+    assert opsd("bench", "compare", a, a).exit_code == 0
+    result = opsd("bench", "compare", a, b)
+    assert result.exit_code == 1 and "less exact" in result.output.replace("\n", " ")
+
+
+def test_profile_writes_a_trace_and_a_table(tmp_path):
+    result = opsd("bench", "--profile", tmp_path, "--device", "cpu", "--shape", TINY)
+    assert result.exit_code == 0, result.output
+    assert [path.suffixes for path in tmp_path.iterdir()] == [[".json", ".gz"]]
+    assert "GEMMs" in result.output and "Where a step goes" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (("--suite", "nothing"), "suite: expected one of 'ratios'"),
+        (("--provider", "nobody"), "provider: expected one of"),
+        (("--dtype", "int8"), "dtype: expected one of"),
+        (("--shape", "large"), "shape: expected one of"),
+        (("compare", "/nowhere/a.json", "/nowhere/b.json"), "No such file"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, says):
+    result = opsd("bench", "--device", "cpu", *arguments) if arguments[0] != "compare" else opsd("bench", *arguments)
+    assert result.exit_code == 2 and says in result.output and len(result.output.strip().splitlines()) == 1

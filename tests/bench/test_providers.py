@@ -1,0 +1,72 @@
+"""Who is measured, and that a wrong result gets no number."""
+
+import pytest
+
+from opsd_kernels.bench import gate, measure
+from opsd_kernels.bench.providers import BASE, LABELS, PROVIDERS, Provider, parse_providers
+from opsd_kernels.bench.runner import SUITES, make_context
+from opsd_kernels.bench.shapes import MODES, Setting, make_case, parse_shape
+from opsd_kernels.bench.suites.accuracy import errors
+
+TINY = Setting(64, 32, 501, "float32")
+QUICK = {"rounds": (3, 3), "seconds": 1.0}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["opsd", "opsd-cpp", "opsd-torch", "opsd-fp32", "torch", "trl", "liger-chunked"])
+def test_every_provider_passes_or_says_why_not(name, mode):
+    setting = TINY.at(mode=mode)
+    (row,) = [row for row in measure.compare_providers("ratios", setting, [PROVIDERS[name]], **QUICK) if row.provider == name]
+    if row.reason is not None:
+        assert "not installed" in row.reason or "no loss per token" in row.reason or "built" in row.reason, row.reason
+        return
+    assert row.ratio.median > 0 and row.ms.n == 3 and 0 < row.ceiling
+    assert row.loss_error is not None and (row.gradient_error is None) == (mode == "statistics")
+
+
+@pytest.mark.parametrize("name, says", [("liger-triton", "NVIDIA GPU"), ("opsd-triton", "interprets"), ("cce", "NVIDIA GPU")])
+def test_what_cannot_serve_is_a_row(name, says):
+    rows = {row.provider: row for row in measure.compare_providers("ratios", TINY, [PROVIDERS[name]], **QUICK)}
+    assert says in rows[name].reason and rows[name].ms is None
+    assert rows[BASE].ms.n == 3 and rows["whole"].ratio.median > 0
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["ours", "a peer"])
+def test_a_wrong_kernel_gets_no_number(exact):
+    wrong = Provider("opsd", "wrong", lambda s: lambda *heads, labels=None: 1.02 * PROVIDERS["opsd"].make(s)(*heads), lambda s: None, exact=exact)
+    verdict = gate.check(wrong, TINY)
+    assert "no number" in verdict.failure and verdict.gradient_error is None
+    (row,) = [row for row in measure.compare_providers("ratios", TINY, [wrong], target=9.0, **QUICK) if row.provider == "opsd"]
+    assert row.reason == verdict.failure and row.ms is None and row.verdict is None
+
+
+def test_a_provider_that_raises_is_a_row():
+    def raises(*heads, labels=None):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    broken = Provider("torch", "broken", lambda s: raises, lambda s: None)
+    assert gate.check(broken, TINY).failure == "out of memory"
+
+
+def test_masked_tokens_are_ignored_labels():
+    case = make_case(TINY.at(masked=0.5))
+    assert int((case.labels == -100).sum()) == 32 == TINY.N - TINY.at(masked=0.5).valid
+
+
+def test_accuracy_tells_a_rounded_pair_from_the_difference():
+    """At KL 1e-3 logits rounded to bf16 lose the direction, and the row says by how much."""
+
+    setting = Setting(48, 64, 2048, "bfloat16")
+    found = {row.provider: row for row in errors(setting, (PROVIDERS["opsd"], PROVIDERS["torch"]), 1e-3, "normal")}
+    assert found["torch"].gradient_error > 4 * found["opsd"].gradient_error > 0
+
+
+def test_names_are_checked():
+    with pytest.raises(ValueError, match="provider: expected one of 'opsd'"):
+        parse_providers(["nobody"], quick=True)
+    with pytest.raises(ValueError, match="shape: expected one of qwen3-0.6b"):
+        parse_shape("N=12")
+    with pytest.raises(ValueError, match="device: expected one of"):
+        make_context("tpu")
+    assert (parse_shape("N=3,H=4,V=5").V, parse_shape("gemma2-2b").V) == (5, 256000)
+    assert set(PROVIDERS) < set(LABELS) and "ratios" in SUITES
