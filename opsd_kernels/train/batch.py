@@ -6,24 +6,49 @@ Simplification: padding lies on the right and no attention mask is passed, since
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from opsd_kernels.objectives import group_advantages
 from opsd_kernels.train.types import Batch, Rollout, Sequences
 
 IGNORE = -100
 
 
-def make_batch(rollouts: Sequence[Rollout], teacher_prompts: Sequence[tuple[int, ...]], pad: int, device: torch.device | str = "cpu") -> Batch:
-    """The rollouts of the loss and the teacher's prompt of each. Raises ValueError without any."""
+def make_batch(
+    rollouts: Sequence[Rollout],
+    teacher_prompts: Sequence[tuple[int, ...] | None],
+    pad: int,
+    device: torch.device | str = "cpu",
+    advantages: Sequence[float] | None = None,
+    separators: frozenset[int] = frozenset(),
+) -> Batch:
+    """The rollouts of the loss and the teacher's prompt of each, None where the teacher has no view. Raises ValueError without any."""
     if not rollouts or len(rollouts) != len(teacher_prompts):
         raise ValueError(f"rollouts: expected at least one, and a teacher prompt for each, got {len(rollouts)} and {len(teacher_prompts)} prompts")
     completions = [rollout.tokens for rollout in rollouts]
     labels_BT = completion_labels(completions)
     student = align([rollout.prompt_tokens for rollout in rollouts], completions, pad)
-    teacher = align(teacher_prompts, completions, pad)
-    return Batch(_to(student, device), _to(teacher, device), labels_BT.to(device), (labels_BT != IGNORE).to(device), tuple(rollouts))
+    # Without a view the teacher's row is computed on the student's prompt and weighs nothing.
+    views = [rollout.prompt_tokens if view is None else view for rollout, view in zip(rollouts, teacher_prompts, strict=True)]
+    distilled_B = torch.tensor([view is not None for view in teacher_prompts])
+    advantages_B = torch.zeros(len(rollouts)) if advantages is None else torch.tensor(advantages, dtype=torch.float32)
+    # A segment starts behind a separator.
+    boundaries_BT = torch.nn.functional.pad(torch.isin(labels_BT, torch.tensor(sorted(separators), dtype=torch.int64))[:, :-1], (1, 0))
+    sides = [Sequences(side.tokens_BL.to(device), side.rows_BT.to(device)) for side in (student, align(views, completions, pad))]
+    tensors = [t.to(device) for t in (labels_BT, labels_BT != IGNORE)]
+    return Batch(*sides, *tensors, tuple(rollouts), distilled_B.to(device), advantages_B.to(device), boundaries_BT.to(device))
+
+
+def advantages(rollouts: Sequence[Rollout], normalize_std: bool) -> list[float]:
+    """GRPO's, one per rollout in their order; a group is what answers the same prompt of the step."""
+    rewards: dict[int, list[float]] = {}
+    for rollout in rollouts:
+        rewards.setdefault(rollout.group, []).append(rollout.verdict.reward)
+    of_group = {group: iter(group_advantages(torch.tensor(values, dtype=torch.float64), normalize_std=normalize_std)) for group, values in rewards.items()}
+    return [float(next(of_group[rollout.group])) for rollout in rollouts]
 
 
 def completion_labels(completions: Sequence[tuple[int, ...]]) -> Tensor:  # -> (B, T)
@@ -45,7 +70,10 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
     """Slices of at most `size` rollouts, at the widths of the whole batch."""
     for start in range(0, batch.size, size):
         part = slice(start, start + size)
-        yield Batch(_slice(batch.student, part), _slice(batch.teacher, part), batch.labels_BT[part], batch.mask_BT[part], batch.rollouts[part])
+        sides = {"student": _slice(batch.student, part), "teacher": _slice(batch.teacher, part)}
+        names = ("labels_BT", "mask_BT", "rollouts", "distilled_B", "advantages_B", "boundaries_BT")
+        old = None if batch.old_logprobs_BT is None else batch.old_logprobs_BT[part]
+        yield replace(batch, **sides, **{name: getattr(batch, name)[part] for name in names}, old_logprobs_BT=old)
 
 
 def completion_hidden(hidden_BLH: Tensor, rows_BT: Tensor) -> Tensor:  # (B, L, H), (B, T) -> (B, T, H)
@@ -56,10 +84,6 @@ def completion_hidden(hidden_BLH: Tensor, rows_BT: Tensor) -> Tensor:  # (B, L, 
 def _padded(rows: Sequence[tuple[int, ...]], fill: int) -> Tensor:
     length = max(map(len, rows))
     return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
-
-
-def _to(side: Sequences, device: torch.device | str) -> Sequences:
-    return Sequences(side.tokens_BL.to(device), side.rows_BT.to(device))
 
 
 def _slice(side: Sequences, part: slice) -> Sequences:

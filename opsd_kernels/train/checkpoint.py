@@ -9,21 +9,24 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_kernels.train.durable import remove_pending, write_directory
 from opsd_kernels.train.teacher import Teacher
+from opsd_kernels.train.types import CheckpointError
 
 NAME = re.compile(r"step_(\d{6,})")
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -33,29 +36,61 @@ class RunState:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     teacher: Teacher
+    reference: Teacher | None  # the model before the run, where it is rehearsed; may be the teacher
     optimizer: torch.optim.Optimizer
     step: int
     facts: dict[str, Any]
 
 
-def save(folder: Path, state: RunState, log_offset: int) -> Path:
-    """Writes `folder/step_N` and removes the older ones. A step that is there already is not written again."""
+def save(folder: Path, state: RunState, log_offset: int, keep: int = 1) -> Path:
+    """Writes `folder/step_N` and removes all but the `keep` newest. A step that is there already is not written again.
+
+    Raises CheckpointError if the write fails; the checkpoints before it are untouched.
+    """
     path = folder / f"step_{state.step:06d}"
-    write_directory(path, lambda pending: _fill(pending, state, log_offset))
-    # The new one is on the disk by now; a kill between these lines leaves two, and the newer one counts.
-    for step, old in _complete(folder):
-        if step < state.step:
-            shutil.rmtree(old)
+    try:
+        write_directory(path, lambda pending: _fill(pending, state, log_offset))
+    except (OSError, SafetensorError) as error:  # a full disk, above all
+        raise CheckpointError(f"checkpoint: step {state.step} could not be written to {folder}: {error}; the last checkpoint before it is intact") from error
+    # The new one is on the disk by now; a kill between these lines leaves more, and the newest one counts.
+    for _, old in [entry for entry in _complete(folder) if entry[0] <= state.step][:-keep]:
+        shutil.rmtree(old)
     return path
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint; leftovers of a crash are cleared."""
+def latest(folder: Path, say: Callable[[str], None] = lambda text: None) -> Path | None:
+    """The newest intact checkpoint, None where none was ever written; leftovers of a crash are cleared.
+
+    A damaged one is removed, and reported to `say`, if an older one is intact; else CheckpointError names what is wrong.
+    """
     if not folder.is_dir():
         return None
     remove_pending(folder)
-    complete = _complete(folder)
-    return complete[-1][1] if complete else None
+    damaged: list[tuple[Path, str]] = []
+    for _, path in reversed(_complete(folder)):
+        damage = damage_of(path)
+        if damage is None:
+            for bad, why in damaged:
+                say(f"checkpoint: {why}; going on from {path.name}")
+                shutil.rmtree(bad)  # the run will write this step again
+            return path
+        damaged.append((path, damage))
+    if damaged:
+        raise CheckpointError("checkpoint: expected an intact one, got " + "; ".join(why for _, why in damaged))
+    return None
+
+
+def damage_of(path: Path) -> str | None:
+    """The first file of a checkpoint that is missing or has another size than was written; None for an intact one."""
+    try:
+        sizes = json.loads((path / "state.json").read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"no readable {path / 'state.json'}"
+    for name, size in sizes.items():
+        found = (path / name).stat().st_size if (path / name).is_file() else 0
+        if found != size:
+            return f"{found} of {size} bytes in {path / name}"
+    return None
 
 
 def restore(path: Path, state: RunState) -> int:
@@ -64,6 +99,8 @@ def restore(path: Path, state: RunState) -> int:
     if record["format"] != FORMAT:
         raise ValueError(f"checkpoint: expected format {FORMAT} in {path}, got {record['format']}")
     state.teacher.load(load_file(path / "teacher.safetensors"))
+    if state.reference is not None and state.reference is not state.teacher:
+        state.reference.load(load_file(path / "reference.safetensors"))
     _load_optimizer(state, load_file(path / "optimizer.safetensors"))
     _load_random(record["random"], load_file(path / "random.safetensors"))
     state.step, state.facts = record["step"], record["facts"]
@@ -75,9 +112,12 @@ def _fill(pending: Path, state: RunState, log_offset: int) -> None:
     state.model.save_pretrained(pending)
     state.tokenizer.save_pretrained(pending)
     save_file({name: tensor.contiguous() for name, tensor in state.teacher.state().items()}, pending / "teacher.safetensors")
+    if state.reference is not None and state.reference is not state.teacher:
+        save_file({name: tensor.contiguous() for name, tensor in state.reference.state().items()}, pending / "reference.safetensors")
     save_file(_optimizer_tensors(state), pending / "optimizer.safetensors")
     save_file(_random_tensors(), pending / "random.safetensors")
-    record = {"format": FORMAT, "step": state.step, "log_offset": log_offset, "facts": state.facts, "random": _random_record()}
+    record: dict[str, Any] = {"format": FORMAT, "step": state.step, "log_offset": log_offset, "facts": state.facts, "random": _random_record()}
+    record["files"] = {str(file.relative_to(pending)): file.stat().st_size for file in sorted(pending.rglob("*")) if file.is_file()}
     (pending / "state.json").write_text(json.dumps(record, indent=2) + "\n")
 
 

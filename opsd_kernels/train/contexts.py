@@ -1,23 +1,31 @@
 """The privileged view: what the teacher is told that the student is not.
 
-SDPO, eq. 1 of arXiv:2601.20802: the problem, a *correct* answer of the same group if there is one other than this rollout, the environment's feedback
-if this attempt failed, and the instruction to solve. The failed attempt itself is not shown, unless the feedback quotes it. A rollout with neither
-has no context and stays out of the loss.
+`sdpo`, eq. 1 of arXiv:2601.20802: the problem, a *correct* answer of the same group if there is one other than this rollout, the environment's feedback
+if this attempt failed, and the instruction to solve. The failed attempt itself is not shown, unless the feedback quotes it.
+`positive`, `contrastive`, `failure`, MOPD (arXiv:2605.12652): right siblings to imitate, the same and wrong ones to avoid, wrong ones alone; feedback
+beside them if the environment gives any. A rollout with nothing to show has no context and stays out of the loss.
+`none`: the teacher sees what the student sees (ordinary on-policy distillation), and every rollout is in the loss.
+
+A control keeps the number of blocks of a view and replaces what is in them by answers of about as many tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from opsd_kernels.train import seeds
+from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.types import Context, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBE = "0"  # a text that every chat template keeps as it is
+RIGHT, WRONG, INSTEAD = 1, 2, 3  # streams of random numbers
 
 
 @dataclass(frozen=True)
@@ -25,53 +33,111 @@ class ContextTemplate:
     """How the blocks of the teacher's user turn open and close."""
 
     demonstration: tuple[str, str] = ("<solution>\nA correct solution:\n", "\n</solution>")
+    failure: tuple[str, str] = ("<failure>\nAn unsuccessful attempt, to be avoided:\n", "\n</failure>")
     feedback: tuple[str, str] = ("<feedback>\nFeedback on your earlier, unsuccessful attempt:\n", "\n</feedback>")
     instruction: str = "Solve the original problem."
 
+    @classmethod
+    def words(cls, instruction: str) -> ContextTemplate:
+        """Nothing but the markers, each one token of the tiny tokenizer."""
+        return cls(("<solution>", "</solution>"), ("<failure>", "</failure>"), ("<feedback>", "</feedback>"), instruction)
+
     def markers(self) -> tuple[str, ...]:
         """The strings whose appearance inside a block could end it or open another."""
-        lines = (line.strip() for side in (*self.demonstration, *self.feedback) for line in side.splitlines())
+        lines = (line.strip() for side in (*self.demonstration, *self.failure, *self.feedback) for line in side.splitlines())
         return tuple(line for line in lines if line.startswith("<"))
 
     def render(self, problem: str, context: Context | None, markers: Sequence[str]) -> str:
         """The user turn. Without a context it is the problem alone; the texts in the blocks are neutralised."""
-        if context is None:
+        if context is None or context == Context():
             return problem
-        parts = [problem]
-        for (opening, closing), text in ((self.demonstration, context.demonstration), (self.feedback, context.feedback)):
-            if text is not None:
-                parts.append(opening + neutralise(text, markers) + closing)
-        return "\n".join([*parts, self.instruction])
+        blocks = [(self.demonstration, text) for text in context.demonstrations] + [(self.failure, text) for text in context.failures]
+        blocks += [] if context.feedback is None else [(self.feedback, context.feedback)]
+        return "\n".join([problem, *(opening + neutralise(text, markers) + closing for (opening, closing), text in blocks), self.instruction])
 
 
-def build_contexts(rollouts: Sequence[Rollout], siblings: bool, *key: int) -> list[Context | None]:
-    """A context per rollout, None where there is neither a demonstration nor feedback.
-
-    The demonstration is drawn at random among the successes of the rollout's group; `key` (seed, step) and the rollout's place decide the draw.
-    """
-    successes: dict[int, list[Rollout]] = {}
-    # Sorted, so that the draw below means the same rollout in whatever order they come.
-    for rollout in sorted(rollouts, key=lambda rollout: rollout.sample):
-        if rollout.verdict.success:
-            successes.setdefault(rollout.group, []).append(rollout)
+def build_contexts(rollouts: Sequence[Rollout], config: TrainConfig, *key: int) -> list[Context | None]:
+    """A context per rollout, None where there is nothing to show. `key` (seed, step) and the rollout's place decide every draw."""
+    if config.context == "none":
+        return [Context() for _ in rollouts]
+    # Sorted, so that a draw means the same rollout in whatever order they come.
+    pool = sorted(rollouts, key=lambda rollout: (rollout.group, rollout.sample))
+    groups: dict[int, list[Rollout]] = {}
+    for rollout in pool:
+        groups.setdefault(rollout.group, []).append(rollout)
     contexts: list[Context | None] = []
     for rollout in rollouts:
-        others = [peer for peer in successes.get(rollout.group, ()) if peer.sample != rollout.sample] if siblings else []
-        chosen = others[seeds.pick(len(others), *key, rollout.group, rollout.sample)].text if others else None
+        place = (*key, rollout.group, rollout.sample)
+        right, wrong = _siblings(rollout, groups[rollout.group], config, place)
+        right, wrong = _controlled(rollout, right, wrong, pool, config.control, place)
         feedback = None if rollout.verdict.success else rollout.verdict.feedback
-        contexts.append(Context(chosen, feedback) if chosen is not None or feedback is not None else None)
+        context = Context(tuple(r.text for r in right), feedback, tuple(r.text for r in wrong))
+        contexts.append(context if context != Context() else None)
     return contexts
+
+
+def _siblings(mine: Rollout, group: Sequence[Rollout], config: TrainConfig, place: tuple[int, ...]) -> tuple[list[Rollout], list[Rollout]]:
+    """Right and wrong answers of the rollout's group, other than itself, as many as the view shows. Drawn at random."""
+    counts = {
+        "sdpo": (int(config.siblings), 0),
+        "positive": (config.successes, 0),
+        "contrastive": (config.successes, config.failures),
+        "failure": (0, config.failures),
+    }
+    successes, failures = counts[config.context]
+    others = [peer for peer in group if peer.sample != mine.sample]
+    right = _draw([peer for peer in others if peer.verdict.success], successes, *place, RIGHT)
+    # A contrast needs something to imitate: without a success there is none.
+    wanted = failures if right or config.context == "failure" else 0
+    return right, _draw([peer for peer in others if not peer.verdict.success], wanted, *place, WRONG)
+
+
+def _controlled(
+    mine: Rollout, right: list[Rollout], wrong: list[Rollout], pool: Sequence[Rollout], control: str, place: tuple[int, ...]
+) -> tuple[list[Rollout], list[Rollout]]:
+    """The same number of blocks with other answers in them."""
+    if control == "none":
+        return right, wrong
+    siblings = [peer for peer in pool if peer.group == mine.group and peer.sample != mine.sample]
+    strangers = [peer for peer in pool if peer.group != mine.group]
+    if control == "random_sibling":
+        drawn = _draw(siblings, len(right) + len(wrong), *place, INSTEAD)
+        return drawn[: len(right)], drawn[len(right) :]
+    if control == "successes_only":
+        return right + _draw([peer for peer in siblings if peer.verdict.success and peer not in right] or right, len(wrong), *place, INSTEAD), []
+    replaced = [
+        _nearest(strangers, block, lambda peer, like=block: peer.verdict.success == like.verdict.success, *place, INSTEAD, index)
+        for index, block in enumerate(right + wrong)
+    ]
+    return replaced[: len(right)], replaced[len(right) :]
+
+
+def _nearest(candidates: Sequence[Rollout], block: Rollout, fits: Callable[[Rollout], bool], *key: int) -> Rollout:
+    """A random one of those whose length is nearest to the block's, in tokens; one that fits if there is any, the block itself without a candidate."""
+    among = [peer for peer in candidates if fits(peer)] or list(candidates) or [block]
+    least = min(abs(len(peer.tokens) - len(block.tokens)) for peer in among)
+    closest = [peer for peer in among if abs(len(peer.tokens) - len(block.tokens)) == least]
+    return closest[seeds.pick(len(closest), *key)]
+
+
+def _draw(items: Sequence[Rollout], count: int, *key: int) -> list[Rollout]:
+    """`count` different ones, or all there are."""
+    return [items[index] for index in seeds.shuffled(range(len(items)), *key)[:count]]
 
 
 def neutralise(text: str, markers: Sequence[str]) -> str:
     """`text` in which no marker appears: a space after a marker's first character breaks it.
 
-    Repeated until none is left, since a break may complete another marker.
+    Capitals, compatibility forms (NFKC) and invisible characters hide no marker, since a tokenizer may fold them away. Repeated until none is left,
+    since a break may complete another marker. A text without markers stays as it is.
     """
-    while found := [marker for marker in markers if marker in text]:
-        for marker in found:
-            text = text.replace(marker, marker[0] + " " + marker[1:])
-    return text
+    pattern = re.compile("|".join(map(re.escape, markers)) or r"\Z\A.", re.IGNORECASE)
+    plain = "".join(char for char in unicodedata.normalize("NFKC", text) if unicodedata.category(char) != "Cf")
+    if not pattern.search(plain) and not pattern.search(text):
+        return text
+    while pattern.search(plain):
+        plain = pattern.sub(lambda found: found[0][0] + " " + found[0][1:], plain)
+    return plain
 
 
 def forbidden_markers(tokenizer: PreTrainedTokenizerBase, template: ContextTemplate) -> tuple[str, ...]:
@@ -80,5 +146,5 @@ def forbidden_markers(tokenizer: PreTrainedTokenizerBase, template: ContextTempl
     frame = tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], tokenize=False, add_generation_prompt=True)
     pieces = [piece.strip() for piece in frame.split(PROBE)]
     candidates = [*added, *tokenizer.all_special_tokens, *pieces, *template.markers()]
-    # A single character cannot be broken in two, and ends no block.
-    return tuple(sorted({marker for marker in candidates if len(marker) > 1}))
+    # A single character cannot be broken in two, and ends no block; nor do the runs of spaces that some tokenizers hold.
+    return tuple(sorted({marker for marker in candidates if len(marker) > 1 and marker.strip()}))

@@ -1,40 +1,40 @@
 """The whole story of a run, top to bottom.
 
-Deliberate simplifications: one process; every rollout is used for one update, so no importance ratio; the learning rate is constant after its
-warm-up; the teacher's forward runs in the same micro-batches as the student's; no mixed precision beyond the dtype of the weights.
+Deliberate simplifications: one process; `updates_per_batch` repeats the whole batch, it does not cut it; the learning rate is constant after its
+warm-up; the teacher's forward runs in the same micro-batches as the student's, again for every update; no mixed precision beyond the dtype of the weights.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_kernels.train import checkpoint, evaluate, models, report, seeds, warmstart
 from opsd_kernels.train import step as steps
-from opsd_kernels.train.batch import make_batch
+from opsd_kernels.train.batch import advantages, make_batch
 from opsd_kernels.train.checkpoint import RunState
-from opsd_kernels.train.config import TrainConfig, load_config
+from opsd_kernels.train.config import ConfigError, TrainConfig
 from opsd_kernels.train.contexts import build_contexts
-from opsd_kernels.train.durable import remove_pending, write_file
+from opsd_kernels.train.durable import write_file
 from opsd_kernels.train.envs import make_task
 from opsd_kernels.train.envs.base import Task
 from opsd_kernels.train.log import MetricsLog, Progress, Scalars, read_metrics
 from opsd_kernels.train.prompts import PromptEncoder
-from opsd_kernels.train.rollout import Sampler, requests
-from opsd_kernels.train.teacher import Teacher
-from opsd_kernels.train.types import NonFiniteLoss, Prompt, RunDirectoryError, StepMetrics, TrainingInterrupted
+from opsd_kernels.train.rollout import Sampler, make_engine, requests
+from opsd_kernels.train.session import graceful_interrupt, open_run_directory, reproducible
+from opsd_kernels.train.step import Rehearsal, Trainer
+from opsd_kernels.train.teacher import make_reference, make_teacher
+from opsd_kernels.train.types import Batch, Context, NonFiniteLoss, Prompt, Rollout, StepMetrics, TrainingInterrupted
 
-PROMPTS, CONTEXTS, ROLLOUTS = 11, 12, 13  # streams of random numbers
+PROMPTS, CONTEXTS, ROLLOUTS, REHEARSAL_PROMPTS, REHEARSAL = 11, 12, 13, 14, 15  # streams of random numbers
 
 
 def train(config: TrainConfig, out: Path, resume: bool = False) -> dict[str, Any]:
@@ -46,13 +46,14 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> dict[str, Any
     """
     out, progress = Path(out), Progress()
     models.check_machine(config)
+    task = make_task(config)
     open_run_directory(config, out, resume)
     if (out / "summary.json").exists():
         progress.say(f"{out}: this run is complete")
         return json.loads((out / "summary.json").read_text())
     with reproducible(config):
         try:
-            run = prepare(config, out, progress)
+            run = prepare(config, task, out, progress)
         except KeyboardInterrupt:
             raise TrainingInterrupted("stopped before a step was made; --resume continues") from None
         try:
@@ -78,23 +79,25 @@ class Run:
 
     def save(self) -> None:
         self.state.facts["seconds"] = time.monotonic() - self.started
-        checkpoint.save(self.out / "checkpoint", self.state, self.log.sync())
+        checkpoint.save(self.out / "checkpoint", self.state, self.log.sync(), self.config.keep_checkpoints)
 
     def close(self) -> None:
         self.log.close()
         self.scalars.close()
 
 
-def prepare(config: TrainConfig, out: Path, progress: Progress) -> Run:
+def prepare(config: TrainConfig, task: Task, out: Path, progress: Progress) -> Run:
     """The state of the newest checkpoint, or a new one: base model, teacher, optimiser, and the measurements before training."""
     started = time.monotonic()
-    task = make_task(config)
-    saved = checkpoint.latest(out / "checkpoint")
-    source = saved or (warmstart.base_model(config, task, progress) if config.model == "tiny" else config.model)
-    model, tokenizer = models.load_pretrained(source, config)
-    teacher = Teacher(model, config.teacher_rate if config.teacher == "ema" else 0.0)
-    state = RunState(model, tokenizer, teacher, steps.make_optimizer(model, config), 0, {})
-    sampler = Sampler(PromptEncoder(tokenizer, task.template), config.max_new_tokens, config.rollout_temperature, config.rollout_batch)
+    if config.rehearsal_prompts and not task.rehearsal:
+        raise ConfigError(f"rehearsal_prompts: expected 0, as {config.env} has no problems to rehearse, got {config.rehearsal_prompts}")
+    saved = checkpoint.latest(out / "checkpoint", progress.say)
+    model, tokenizer = models.load_student(base_of(config, task, progress, saved), saved, config)
+    vocab = models.vocabulary(tokenizer)
+    teacher = make_teacher(model, config, external_teacher(config, task, tokenizer, progress))
+    state = RunState(model, tokenizer, teacher, make_reference(model, config, teacher), steps.make_optimizer(model, config), 0, {})
+    encoder = PromptEncoder(tokenizer, task.template)
+    sampler = Sampler(encoder, config.max_new_tokens, config.rollout_temperature, config.rollout_batch, vocab, make_engine(config))
     offset = 0
     if saved is not None:
         offset = checkpoint.restore(saved, state)
@@ -105,9 +108,29 @@ def prepare(config: TrainConfig, out: Path, progress: Progress) -> Run:
     if saved is None:
         # The gap between the two first numbers predicts what training will bring (arXiv:2605.30070).
         state.facts |= {f"{name}_before": value for name, value in measure(run, config.eval_samples).items()}
-        progress.say("before: " + ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in measured(state.facts, "_before").items()))
+        known = {name: value for name, value in measured(state.facts, "_before").items() if value is not None}
+        progress.say("before: " + ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in known.items()))
         run.save()
     return run
+
+
+def base_of(config: TrainConfig, task: Task, progress: Progress, saved: Path | None = None) -> str | Path:
+    """Where the base model lies; a checkpoint that holds a whole model needs none."""
+    if config.model != "tiny" or (saved is not None and not config.lora_rank):
+        return config.model
+    return warmstart.base_model(config, task, progress)
+
+
+def external_teacher(config: TrainConfig, task: Task, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> PreTrainedModel | None:
+    """The other model, if the teacher is one. `tiny` is warm-started like the student's base, until it has `teacher_accuracy`."""
+    if config.teacher_model is None:
+        return None
+    source: str | Path = config.teacher_model
+    if source == "tiny":
+        source = warmstart.base_model(dataclasses.replace(config, warm_accuracy=config.teacher_accuracy), task, progress)
+    model, theirs = models.load_pretrained(source, config)
+    models.check_same_vocabulary(tokenizer, theirs)
+    return model
 
 
 def run_steps(run: Run) -> None:
@@ -137,18 +160,18 @@ def one_step(run: Run) -> StepMetrics:
     began = time.monotonic()
     config, state, number = run.config, run.state, run.state.step + 1
     # The student answers, the world judges; the teacher's view of each answer follows from the judgement.
-    rollouts = run.sampler.sample(state.model, run.task, requests(prompts_of_step(run), config.group_size), config.seed, ROLLOUTS, state.step)
-    contexts = build_contexts(rollouts, config.siblings, config.seed, CONTEXTS, state.step)
+    asked = requests(prompts_of_step(run, run.task.train, config.prompts_per_step, PROMPTS), config.group_size)
+    rollouts = run.sampler.sample(state.model, run.task, asked, config.seed, ROLLOUTS, state.step)
+    contexts = build_contexts(rollouts, config, config.seed, CONTEXTS, state.step)
 
     # Both sides score the student's own tokens; the teacher with its context in front of them.
-    chosen = [(rollout, context) for rollout, context in zip(rollouts, contexts, strict=True) if context is not None]
-    batch = update = None
-    if chosen:
-        views = run.sampler.encoder.encode([rollout.prompt for rollout, _ in chosen], [context for _, context in chosen])
-        batch = make_batch([rollout for rollout, _ in chosen], views, run.sampler.pad_token, config.device)
-        update = steps.optimisation_step(state.model, state.teacher, state.optimizer, batch, config, number)
+    batch, update = batch_of_step(run, rollouts, contexts), None
+    metrics = {"step": number, **steps.rollout_metrics(rollouts, contexts)}
+    if batch is not None:
+        rehearsal = rehearse(run, metrics) if state.reference is not None else None
+        update = steps.update_on(Trainer(state.model, state.teacher, state.optimizer, run.sampler.vocab), batch, config, number, rehearsal)
 
-    metrics = {"step": number, **steps.rollout_metrics(rollouts, contexts), **steps.update_metrics(update, batch)}
+    metrics |= steps.update_metrics(update, batch)
     metrics["learning_rate"] = steps.learning_rate(config, number)
     seconds = time.monotonic() - began
     # Only these two may differ between a run and its repetition.
@@ -160,25 +183,47 @@ def one_step(run: Run) -> StepMetrics:
     return metrics
 
 
-def prompts_of_step(run: Run) -> list[Prompt]:
-    """The next prompts of an endless walk through the training problems, shuffled anew in every epoch."""
-    count, problems = run.config.prompts_per_step, run.task.train
+def batch_of_step(run: Run, rollouts: list[Rollout], contexts: list[Context | None]) -> Batch | None:
+    """The rollouts that have a view of the teacher, and with a policy gradient the others too. None without any."""
+    config, encoder = run.config, run.sampler.encoder
+    gains = advantages(rollouts, config.advantage_std)
+    kept = [i for i, context in enumerate(contexts) if context is not None or config.policy_weight > 0]
+    if not kept:
+        return None
+    views = iter(encoder.encode([rollouts[i].prompt for i in kept if contexts[i] is not None], [contexts[i] for i in kept if contexts[i] is not None]))
+    prompts = [next(views) if contexts[i] is not None else None for i in kept]
+    separators = encoder.containing(config.segment_separator) if "SegmentMean" in (config.token_weights or "") else frozenset()
+    return make_batch([rollouts[i] for i in kept], prompts, run.sampler.pad_token, config.device, [gains[i] for i in kept], separators)
+
+
+def rehearse(run: Run, metrics: StepMetrics) -> Rehearsal:
+    """Answers to prompts of the skills to keep. What the model said before the run is their target: no verdict, no context."""
+    config, state = run.config, run.state
+    asked = requests(prompts_of_step(run, run.task.rehearsal, config.rehearsal_prompts, REHEARSAL_PROMPTS), 1)
+    rollouts = run.sampler.sample(state.model, run.task, asked, config.seed, REHEARSAL, state.step)
+    metrics["rehearsal_reward"] = sum(rollout.verdict.reward for rollout in rollouts) / len(rollouts)
+    views = [rollout.prompt_tokens for rollout in rollouts]
+    return Rehearsal(make_batch(rollouts, views, run.sampler.pad_token, config.device), state.reference)
+
+
+def prompts_of_step(run: Run, problems: Sequence[int], count: int, stream: int) -> list[Prompt]:
+    """The next prompts of an endless walk through the problems, shuffled anew in every epoch."""
     places = range(run.state.step * count, (run.state.step + 1) * count)
-    epochs = {epoch: seeds.shuffled(problems, run.config.seed, PROMPTS, epoch) for epoch in {place // len(problems) for place in places}}
+    epochs = {epoch: seeds.shuffled(problems, run.config.seed, stream, epoch) for epoch in {place // len(problems) for place in places}}
     return [run.task.env(epochs[place // len(problems)][place % len(problems)], 0).prompt() for place in places]
 
 
-def measure(run: Run, samples: int) -> dict[str, float]:
+def measure(run: Run, samples: int) -> dict[str, float | None]:
     """Accuracy of the student and of its teacher on held-out problems, and the skill that the run does not practise."""
     state, task, seed = run.state, run.task, run.config.seed
     return {
         "held_out_accuracy": evaluate.accuracy(run.sampler, state.model, task, task.held_out, samples, seed),
-        "self_teacher_accuracy": evaluate.self_teacher_accuracy(run.sampler, state.model, state.teacher.model, task, run.config, samples),
+        "self_teacher_accuracy": evaluate.self_teacher_accuracy(run.sampler, state.model, state.teacher, task, run.config, samples),
         "untrained_skill": evaluate.accuracy(run.sampler, state.model, task, task.untrained, samples, seed),
     }
 
 
-def measured(facts: dict[str, Any], suffix: str) -> dict[str, float]:
+def measured(facts: dict[str, Any], suffix: str) -> dict[str, Any]:
     return {name.removesuffix(suffix): value for name, value in facts.items() if name.endswith(suffix)}
 
 
@@ -192,65 +237,3 @@ def finish(run: Run) -> dict[str, Any]:
     write_file(run.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     report.print_table(run.progress.console, summary, run.out)
     return summary
-
-
-def open_run_directory(config: TrainConfig, out: Path, resume: bool) -> None:
-    """Claims `out` for this configuration, or checks that it was claimed for it."""
-    if resume and not out.is_dir():
-        raise FileNotFoundError(f"out: expected the directory of a run to resume, got {out}, which does not exist")
-    if out.exists() and not out.is_dir():
-        raise RunDirectoryError(f"out: expected a directory, got the file {out}")
-    if not resume and out.exists() and any(out.iterdir()):
-        raise RunDirectoryError(f"out: expected a new or empty directory, got {out}, which is not empty; --resume continues the run in it")
-    out.mkdir(parents=True, exist_ok=True)
-    remove_pending(out)
-    record = out / "config.json"
-    if not record.exists():  # killed before it had written anything, or no run at all
-        if any(out.iterdir()):
-            raise RunDirectoryError(f"out: expected the directory of a run, got {out}, which holds no config.json")
-        write_file(record, config.to_json())
-    differences = config.differences(load_config(record))
-    if differences:
-        raise RunDirectoryError(f"out: expected the configuration of the run in {out}, got another one: " + "; ".join(differences))
-
-
-@contextmanager
-def reproducible(config: TrainConfig) -> Iterator[None]:
-    """Seeds, threads and deterministic algorithms for the length of a run; the caller's settings come back afterwards."""
-    threads, strict, warn = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over every new tensor
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # one bar for every checkpoint would cut the run's own to pieces
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(strict, warn_only=warn)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def graceful_interrupt(progress: Progress) -> Iterator[threading.Event]:
-    """The first Ctrl-C sets the event, so that a step can end and be saved; the second interrupts at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # Python hands signals to the main thread alone
-        yield event
-        return
-
-    def on_interrupt(number: int, frame: Any) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-        progress.say("stopping after this step; Ctrl-C again stops at once")
-
-    previous = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -1,14 +1,62 @@
-"""Loads the model to train and its tokenizer: the tiny demo model and a Hugging Face model take the same path."""
+"""Loads the model to train and its tokenizer, and says where trunk and head are: the tiny demo model and a Hugging Face model take the same path."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Module
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_kernels import linear_divergence
+from opsd_kernels.train.batch import completion_hidden
 from opsd_kernels.train.config import ConfigError, TrainConfig
+from opsd_kernels.train.types import Sequences
+
+
+@dataclass(frozen=True)
+class Head:
+    """An LM head as the op takes it, read from the model: weight, bias, and the scale and softcap that its config names."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Head:
+        """Raises ValueError for a model whose output head is not a plain linear map."""
+        model = without_adapter(model)
+        module = model.get_output_embeddings()
+        if not isinstance(module, Module) or getattr(module, "weight", None) is None or module.weight.ndim != 2:
+            raise ValueError(f"model: expected a causal language model with a linear head, got {type(model).__name__}")
+        config = model.config.get_text_config()
+        divisor = getattr(config, "logits_scaling", None)  # Granite divides by it; Cohere multiplies by logit_scale
+        scale = 1.0 / divisor if divisor else float(getattr(config, "logit_scale", None) or 1.0)
+        return cls(module.weight, getattr(module, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+
+    def options(self, side: str) -> dict[str, Any]:
+        """Arguments of linear_divergence for one side."""
+        return {f"{side}_bias": self.bias, f"{side}_logit_scale": self.logit_scale, f"{side}_softcap": self.softcap}
+
+
+def hidden_states(model: PreTrainedModel, side: Sequences) -> Tensor:  # -> (B, T, H)
+    """The trunk's last hidden states at the rows that predict the completion. base_model is the model without its head: no logits are made."""
+    trunk = without_adapter(model).base_model
+    return completion_hidden(trunk(input_ids=side.tokens_BL, use_cache=False).last_hidden_state, side.rows_BT)
+
+
+def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
+    """The transformers model inside a peft one; its layers still hold the adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest token id. Rows of a head from here on are padding: probability zero on both sides, and never sampled."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def load_pretrained(source: str | Path, config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -21,6 +69,56 @@ def load_pretrained(source: str | Path, config: TrainConfig) -> tuple[PreTrained
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"model: expected 'tiny' or a Hugging Face model with safetensors weights, got {str(source)!r}: {reason}") from error
     return model.to(config.device), tokenizer
+
+
+def load_student(base: str | Path, saved: Path | None, config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model to train: the base, or what a checkpoint holds; with `lora_rank`, the base frozen below an adapter, new or saved."""
+    if not config.lora_rank:
+        model, tokenizer = load_pretrained(saved or base, config)
+    else:
+        model, tokenizer = load_pretrained(base, config)
+        model = with_adapter(model, saved, config)
+    if config.chat_template is not None:
+        path = Path(config.chat_template)
+        if not path.is_file():
+            raise ConfigError(f"chat_template: expected an existing Jinja file, got {config.chat_template!r}")
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    if config.gradient_checkpointing:
+        recompute_activations(model)
+    return model, tokenizer
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Gradient checkpointing, under either of the names that transformers has for it."""
+    model = without_adapter(model)
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def with_adapter(model: PreTrainedModel, saved: Path | None, config: TrainConfig) -> PreTrainedModel:
+    """LoRA on every linear layer but the head (arXiv:2106.09685), through peft. Raises ConfigError where peft is not installed."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(f"lora_rank: expected 0, as peft is not installed (pip install peft), got {config.lora_rank}") from error
+    if saved is not None:
+        return peft.PeftModel.from_pretrained(model, str(saved), is_trainable=True).to(config.device)
+    adapter = peft.LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    # Forked, so that building the adapter leaves the run's own generator where it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return peft.get_peft_model(model, adapter)
+
+
+def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raises ConfigError where an external teacher reads other tokens than the student."""
+    if student.get_vocab() != teacher.get_vocab():
+        raise ConfigError(
+            f"teacher_model: expected a tokenizer with the student's vocabulary of {len(student.get_vocab())} tokens, "
+            f"got one of {len(teacher.get_vocab())} with other entries"
+        )
 
 
 def check_machine(config: TrainConfig) -> None:

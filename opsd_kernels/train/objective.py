@@ -1,86 +1,152 @@
-"""The loss of one micro-batch: a divergence between the student's and the teacher's next-token distributions at the student's own tokens.
+"""The loss of one micro-batch: a divergence between the student's and the teacher's next-token distributions at the student's own tokens, a policy
+gradient at the same tokens, or a convex mix of both.
 
-Two trunk forwards give hidden states; `linear_divergence` takes them and the two heads. Logits are never held.
+Two trunk forwards give hidden states; `linear_policy_divergence` takes them and the two heads. Logits are never held. `policy_weight=1` needs no teacher:
+there `linear_logprobs` takes one trunk and one head.
+
+Simplification: log-probs and ratios are those at `distill_temperature`, for the rollout policy and the present one alike.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 from transformers import PreTrainedModel
 
-from opsd_kernels import TokenStats, linear_divergence
-from opsd_kernels.train.batch import IGNORE, completion_hidden
+from opsd_kernels import TokenStats, linear_divergence, linear_logprobs
+from opsd_kernels.objectives import OnPolicyDistillation, PPOClip, linear_policy_divergence
+from opsd_kernels.spec import SCOPES
+from opsd_kernels.train.batch import IGNORE
 from opsd_kernels.train.config import TrainConfig
-from opsd_kernels.train.types import Batch, Sequences
+from opsd_kernels.train.models import Head, hidden_states
+from opsd_kernels.train.teacher import Teacher
+from opsd_kernels.train.types import Batch, Totals
+from opsd_kernels.train.weight_text import TokenData, parse_weights
+from opsd_kernels.weights import Given, ImportanceRatio
 
 
 @dataclass(frozen=True)
-class Head:
-    """An LM head as the op takes it, read from the model: weight, bias, and the scale and softcap that its config names."""
+class Mix:
+    """A weighted sum of policy terms, as one."""
 
-    weight: Tensor  # (V, H)
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
+    parts: tuple[tuple[float, Any], ...]
+    needs_metrics = True
 
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Head:
-        """Raises ValueError for a model whose output head is not a plain linear map."""
-        module = model.get_output_embeddings()
-        if not isinstance(module, Module) or getattr(module, "weight", None) is None or module.weight.ndim != 2:
-            raise ValueError(f"model: expected a causal language model with a linear head, got {type(model).__name__}")
-        config = model.config.get_text_config()
-        divisor = getattr(config, "logits_scaling", None)  # Granite divides by it; Cohere multiplies by logit_scale
-        scale = 1.0 / divisor if divisor else float(getattr(config, "logit_scale", None) or 1.0)
-        return cls(module.weight, getattr(module, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+    @property
+    def scope(self) -> str:
+        return max((term.scope for _, term in self.parts), key=SCOPES.index)
+
+    def __call__(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> Tensor:
+        return sum(share * term(logprob, stats, mask) for share, term in self.parts)
 
 
-def hidden_states(model: PreTrainedModel, side: Sequences) -> Tensor:  # -> (B, T, H)
-    """The trunk's last hidden states at the rows that predict the completion."""
-    return completion_hidden(model.base_model(input_ids=side.tokens_BL, use_cache=False).last_hidden_state, side.rows_BT)
+def needs_old_logprobs(config: TrainConfig) -> bool:
+    """Whether the loss reads a ratio to the policy that sampled: after the first update on a batch it is no longer 1."""
+    return config.updates_per_batch > 1 or "ImportanceRatio" in (config.token_weights or "")
 
 
-def distillation(
-    student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, config: TrainConfig, tokens: int, sequences: int
-) -> tuple[Tensor, TokenStats]:
+def plain(config: TrainConfig) -> TrainConfig:
+    """The full divergence to a teacher and nothing else: what rehearsal uses."""
+    return replace(config, policy_weight=0.0, objective="full", token_weights=None, updates_per_batch=1, topk=None, entry_clip=None, token_clip=None)
+
+
+def step_loss(student: PreTrainedModel, teacher: Teacher, batch: Batch, config: TrainConfig, totals: Totals, vocab: int) -> tuple[Tensor, TokenStats]:
     """This micro-batch's part of the step's loss, in nats, and the statistics of its tokens.
 
-    `tokens` and `sequences` count the whole optimisation step, so that the parts add up to what one batch would give.
+    `totals` count the whole optimisation step, so that the parts add up to what one batch would give.
     """
-    # base_model is the trunk without its head: no logits are made, here or in the student's forward.
-    with torch.no_grad():
-        teacher_hidden = hidden_states(teacher, batch.teacher)
-    student_hidden = hidden_states(student, batch.student)
-    options: dict[str, Any] = {"reduction": "mean", "normalizer": tokens}
+    ppo = PPOClip(batch.advantages_B[:, None], batch.old_logprobs_BT, config.clip_low, config.clip_high)
+    if config.policy_weight == 1:
+        return _policy_alone(student, batch, ppo, config, totals, vocab)
+    with torch.no_grad(), teacher.using() as model:
+        teacher_hidden, theirs = hidden_states(model, batch.teacher), Head.of(model)
+    mine = Head.of(student)
+    weights = _token_weights(batch, config, totals)
+    options: dict[str, Any] = {**_reduction(config, totals), **mine.options("student"), **theirs.options("teacher")}
+    options |= {"divergence": config.divergence, "beta": config.beta, "temperature": config.distill_temperature, "vocab_size": _padded(vocab, mine, theirs)}
+    options |= {"teacher_temperature": config.teacher_temperature, "teacher_mix": teacher.mix, "labels": batch.labels_BT, "ignore_index": IGNORE}
+    options |= {"entry_clip": config.entry_clip, "token_clip": config.token_clip, "topk": config.topk, "return_stats": True, "backend": config.backend}
+    options |= {"topk_support": config.topk_support, "topk_tail": config.topk_tail}
+    op: Callable[..., Any] = linear_divergence
+    if config.objective == "sampled_token":
+        distilled = OnPolicyDistillation(config.token_reward, config.reward_strength, config.reward_clip, weights)
+        options |= {
+            "policy": Mix(tuple((share, term) for share, term in ((config.policy_weight, ppo), (1 - config.policy_weight, distilled)) if share)),
+            "policy_weight": 1.0,
+        }
+        op = linear_policy_divergence
+    else:
+        options["token_weights"] = weights
+        if config.policy_weight:
+            options |= {"policy": ppo, "policy_weight": config.policy_weight}
+            op = linear_policy_divergence
+    loss, stats = op(hidden_states(student, batch.student), mine.weight, teacher_hidden, theirs.weight, **options)
+    return _part(loss, batch, config, totals), stats
+
+
+@torch.no_grad()
+def sampling_logprobs(student: PreTrainedModel, batch: Batch, config: TrainConfig, vocab: int) -> Tensor:  # -> (B, T)
+    """Log-probs, in nats, of the batch's tokens under the student as it is now."""
+    head = Head.of(student)
+    return linear_logprobs(hidden_states(student, batch.student), head.weight, batch.labels_BT, **_alone(head, config, vocab))
+
+
+def _policy_alone(student: PreTrainedModel, batch: Batch, ppo: PPOClip, config: TrainConfig, totals: Totals, vocab: int) -> tuple[Tensor, TokenStats]:
+    head = Head.of(student)
+    hidden = hidden_states(student, batch.student)
+    logprobs_BT, entropy_BT = linear_logprobs(hidden, head.weight, batch.labels_BT, return_entropy=True, **_alone(head, config, vocab))
+    losses_BT = torch.where(batch.mask_BT, ppo(logprobs_BT, None, batch.mask_BT), 0.0)
     if config.reduction == "sequence_mean":
-        options = {"reduction": "sequence_mean"}
-    mine, theirs = Head.of(student), Head.of(teacher)
-    loss, stats = linear_divergence(
-        student_hidden,
-        mine.weight,
-        teacher_hidden,
-        theirs.weight,
-        divergence=config.divergence,
-        beta=config.beta,
-        temperature=config.distill_temperature,
-        student_bias=mine.bias,
-        teacher_bias=theirs.bias,
-        student_logit_scale=mine.logit_scale,
-        teacher_logit_scale=theirs.logit_scale,
-        student_softcap=mine.softcap,
-        teacher_softcap=theirs.softcap,
-        labels=batch.labels_BT,
-        ignore_index=IGNORE,
-        return_stats=True,
-        backend=config.backend,
-        **options,
-    )
+        loss = (losses_BT.sum(1) / batch.mask_BT.sum(1)).sum() / totals.sequences
+    else:
+        loss = losses_BT.sum() / totals.tokens
+    nothing = torch.full_like(logprobs_BT, torch.nan).detach()  # no teacher, hence neither divergence nor largest probability was computed
+    return loss, TokenStats(divergence=nothing, student_entropy=entropy_BT.detach(), student_max_prob=nothing, student_logprob=logprobs_BT.detach())
+
+
+def _alone(head: Head, config: TrainConfig, vocab: int) -> dict[str, Any]:
+    settings = {"temperature": config.distill_temperature, "bias": head.bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
+    return {**settings, "vocab_size": _padded(vocab, head), "ignore_index": IGNORE, "backend": config.backend}
+
+
+def _padded(vocab: int, *heads: Head) -> int | None:
+    """`vocab_size` for the op: None where no head has rows beyond the tokenizer's."""
+    smallest = min(head.weight.shape[0] for head in heads)
+    return None if all(head.weight.shape[0] == min(vocab, smallest) for head in heads) else min(vocab, smallest)
+
+
+def _reduction(config: TrainConfig, totals: Totals) -> dict[str, Any]:
     if config.reduction == "sequence_mean":
-        # `sequence_mean` knows this micro-batch only; every rollout has a token, so sizes are counts of sequences.
-        loss = loss * (batch.size / sequences)
-    return loss, stats
+        return {"reduction": "sequence_mean"}
+    return {"reduction": "mean", "normalizer": totals.tokens}
+
+
+def _part(loss: Tensor, batch: Batch, config: TrainConfig, totals: Totals) -> Tensor:
+    # `sequence_mean` knows this micro-batch only; every rollout has a token, so sizes are counts of sequences.
+    return loss * (batch.size / totals.sequences) if config.reduction == "sequence_mean" else loss
+
+
+def _token_weights(batch: Batch, config: TrainConfig, totals: Totals) -> Any:
+    """The setting's weights, the importance ratio where a batch is used more than once, and 0 for rollouts that the teacher has no view of."""
+    factors = []
+    if config.token_weights is not None:
+        factors.append(parse_weights(config.token_weights)(TokenData(batch.old_logprobs_BT, batch.boundaries_BT)))
+    if batch.old_logprobs_BT is not None and "ImportanceRatio" not in (config.token_weights or ""):
+        factors.append(ImportanceRatio(batch.old_logprobs_BT, config.importance_clip))
+    if totals.distilled_sequences < totals.sequences:
+        # Each side of a mix is a mean over its own tokens; the op divides both by the step's.
+        whole, distilled = totals.tokens, totals.distilled_tokens
+        if config.reduction == "sequence_mean":
+            whole, distilled = totals.sequences, totals.distilled_sequences
+        share = whole / distilled if distilled else 0.0
+        factors.append(Given((batch.distilled_B[:, None] * share).expand(batch.mask_BT.shape).contiguous()))
+    if not factors:
+        return None
+    product = factors[0]
+    for factor in factors[1:]:
+        product = product * factor
+    return product

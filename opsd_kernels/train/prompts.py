@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ class PromptEncoder:
         turns = [self.template.render(prompt.text, context, self.markers) for prompt, context in zip(prompts, contexts, strict=True)]
         if not turns:
             return []
-        chats = [[{"role": "user", "content": turn}] for turn in turns]
+        chats = [[*prompt.before, {"role": "user", "content": turn}] for prompt, turn in zip(prompts, turns, strict=True)]
         rendered = self.tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]  # the template has written them already
         return [tuple(row) for row in ids]
@@ -35,3 +36,8 @@ class PromptEncoder:
         """Token ids of answers, each closed by the end-of-sequence token."""
         ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         return [(*row, self.tokenizer.eos_token_id) for row in ids]
+
+    @functools.cache  # noqa: B019 - a run has one encoder
+    def containing(self, text: str) -> frozenset[int]:
+        """The token ids whose text holds `text`."""
+        return frozenset(token for token in self.tokenizer.get_vocab().values() if text in self.tokenizer.decode([token]))

@@ -50,7 +50,8 @@ def print_table(console: Console, summary: dict[str, Any], out: Path) -> None:
         ("untrained skill", "untrained_skill_before", "untrained_skill_after"),
     )
     for label, before, after in rows:
-        table.add_row(label, f"{summary[before]:.1%}", f"{summary[after]:.1%}")
+        if summary[before] is not None:  # an environment without an untrained skill
+            table.add_row(label, f"{summary[before]:.1%}", f"{summary[after]:.1%}")
     console.print(table)
     for name in ("summary.json", "metrics.jsonl", "curves.png", "checkpoint"):
         console.print(f"{out / name}", soft_wrap=True)

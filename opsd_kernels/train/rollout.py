@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,9 +17,11 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from opsd_kernels.train import seeds
+from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.envs.base import Task
 from opsd_kernels.train.prompts import PromptEncoder
 from opsd_kernels.train.types import Context, Prompt, Rollout
+from opsd_kernels.train.vllm_engine import VllmEngine
 
 ROLLOUT, FEEDBACK = 1, 2  # streams of random numbers
 
@@ -36,14 +39,14 @@ class Request:
 class PlacedSampler(LogitsProcessor):
     """Draws the next token itself and leaves generate a row with one finite entry. `uniforms_BT` holds the numbers to draw at."""
 
-    def __init__(self, uniforms_BT: Tensor, temperature: float):
-        self.uniforms_BT, self.temperature, self.position = uniforms_BT, temperature, 0
+    def __init__(self, uniforms_BT: Tensor, temperature: float, vocab: int | None = None):
+        self.uniforms_BT, self.temperature, self.vocab, self.position = uniforms_BT, temperature, vocab, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, L), (B, V) -> (B, V)
-        cumulative = (scores.double() / self.temperature).softmax(-1).cumsum(-1)
+        cumulative = (scores[:, : self.vocab].double() / self.temperature).softmax(-1).cumsum(-1)
         at = self.uniforms_BT[:, self.position, None] * cumulative[:, -1:]
         self.position += 1
-        drawn = torch.searchsorted(cumulative, at, right=True).clamp(max=scores.shape[-1] - 1)  # past the end only if scores are NaN: the loss will tell
+        drawn = torch.searchsorted(cumulative, at, right=True).clamp(max=cumulative.shape[-1] - 1)  # past the end only if scores are NaN: the loss will tell
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 
@@ -55,6 +58,8 @@ class Sampler:
     max_new_tokens: int
     temperature: float
     batch: int
+    vocab: int  # rows of the head from here on are padding
+    engine: Engine | None = None  # None: transformers' generate
 
     def sample(self, model: PreTrainedModel, task: Task, requests: Sequence[Request], *key: int) -> list[Rollout]:
         """One verified rollout per request, in their order. `key` (seed, step) opens the stream of random numbers."""
@@ -62,7 +67,8 @@ class Sampler:
         rollouts: list[Rollout] = []
         for chunk in _chunks(requests, self.batch):
             prompts = self.encoder.encode([r.prompt for r in chunk], [r.context for r in chunk])
-            for request, prompt, tokens in zip(chunk, prompts, self._generate(model, prompts, chunk, key), strict=True):
+            answers = self._generate(model, prompts, chunk, key) if self.engine is None else self._through_engine(model, prompts, chunk, key)
+            for request, prompt, tokens in zip(chunk, prompts, answers, strict=True):
                 rollouts.append(self._verified(task, request, prompt, tokens, key))
         return rollouts
 
@@ -76,11 +82,19 @@ class Sampler:
         padded = torch.tensor([[pad] * (length - len(p)) + list(p) for p in prompts], device=model.device)
         present = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=model.device)
         stops = self.stops(model)
-        draw = PlacedSampler(torch.from_numpy(uniforms).to(model.device), self.temperature)
+        draw = PlacedSampler(torch.from_numpy(uniforms).to(model.device), self.temperature, self.vocab)
         greedy = GenerationConfig(max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=sorted(stops))  # `draw` has chosen
         with generating_as(model, greedy):
             out = model.generate(padded, attention_mask=present, generation_config=greedy, logits_processor=[draw])
         return [_until_stop(row, stops) for row in out[:, length:].tolist()]
+
+    def _through_engine(
+        self, model: PreTrainedModel, prompts: list[tuple[int, ...]], requests: Sequence[Request], key: tuple[int, ...]
+    ) -> list[tuple[int, ...]]:
+        places = [int(seeds.mix(*key, ROLLOUT, request.group, request.sample) >> np.uint64(33)) for request in requests]
+        stops = self.stops(model)
+        answers = self.engine.generate(model, prompts, places, sorted(stops), self.max_new_tokens, self.temperature)
+        return [_until_stop(list(answer), stops) for answer in answers]
 
     def _verified(self, task: Task, request: Request, prompt: tuple[int, ...], tokens: tuple[int, ...], key: tuple[int, ...]) -> Rollout:
         body = tokens[:-1] if tokens[-1] == self.encoder.tokenizer.eos_token_id else tokens
@@ -98,6 +112,19 @@ class Sampler:
         extra = model.generation_config.eos_token_id
         listed = extra if isinstance(extra, list) else [] if extra is None else [extra]
         return {self.encoder.tokenizer.eos_token_id, *listed}
+
+
+class Engine(Protocol):
+    """Something else that samples: one answer per prompt, its tokens up to and with a stop; `places` seed the answers."""
+
+    def generate(
+        self, model: PreTrainedModel, prompts: list[tuple[int, ...]], places: list[int], stops: list[int], max_new_tokens: int, temperature: float
+    ) -> list[tuple[int, ...]]: ...
+
+
+def make_engine(config: TrainConfig) -> Engine | None:
+    """None for transformers. Raises ConfigError where vLLM is not installed."""
+    return VllmEngine(config) if config.rollout_engine == "vllm" else None
 
 
 @contextmanager

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd_kernels import TokenStats
+from opsd_kernels.train import objective
 from opsd_kernels.train.batch import micro_batches
 from opsd_kernels.train.config import TrainConfig
-from opsd_kernels.train.objective import distillation
 from opsd_kernels.train.teacher import Teacher
 from opsd_kernels.train.types import Batch, Context, NonFiniteLoss, Rollout, StepMetrics
 
@@ -28,11 +28,13 @@ class Update:
     loss: float
     grad_norm: float
     stats: tuple[TokenStats, ...]
+    rehearsal_loss: float | None = None
 
 
 def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW. Simplification: no fp32 master copy of bf16 weights."""
-    return torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -40,40 +42,79 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * min(1.0, step / max(1, config.lr_warmup_steps))
 
 
-def optimisation_step(student: PreTrainedModel, teacher: Teacher, optimizer: torch.optim.Optimizer, batch: Batch, config: TrainConfig, step: int) -> Update:
+@dataclass(frozen=True)
+class Rehearsal:
+    """The student's own answers to prompts of skills that it should keep, and the model as it was before the run."""
+
+    batch: Batch
+    reference: Teacher
+
+
+@dataclass
+class Trainer:
+    """What an optimisation step changes, and the size of the vocabulary."""
+
+    student: PreTrainedModel
+    teacher: Teacher
+    optimizer: torch.optim.Optimizer
+    vocab: int
+
+
+def update_on(trainer: Trainer, batch: Batch, config: TrainConfig, step: int, rehearsal: Rehearsal | None = None) -> Update:
+    """`updates_per_batch` optimisation steps on one batch. Returns the first, at which the student is still the policy that sampled."""
+    if objective.needs_old_logprobs(config):
+        trainer.student.eval()
+        parts = [objective.sampling_logprobs(trainer.student, micro, config, trainer.vocab) for micro in micro_batches(batch, config.micro_batch)]
+        batch = replace(batch, old_logprobs_BT=torch.cat(parts))
+    updates = [optimisation_step(trainer, batch, config, step, rehearsal) for _ in range(config.updates_per_batch)]
+    return updates[0]
+
+
+def optimisation_step(trainer: Trainer, batch: Batch, config: TrainConfig, step: int, rehearsal: Rehearsal | None = None) -> Update:
     """Updates student and teacher. Raises NonFiniteLoss before any weight has changed."""
+    student, optimizer = trainer.student, trainer.optimizer
     student.train()  # gradient checkpointing of transformers works in this mode only
-    loss, stats = gradients(student, teacher.model, batch, config)
-    grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
-    if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
+    loss, stats = gradients(student, trainer.teacher, batch, config, trainer.vocab)
+    parts = [(batch, stats)]
+    kept = None
+    if rehearsal is not None:
+        kept, kept_stats = gradients(student, rehearsal.reference, rehearsal.batch, objective.plain(config), trainer.vocab, config.rehearsal_weight)
+        parts.append((rehearsal.batch, kept_stats))
+    grad_norm = torch.nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], config.max_grad_norm)
+    whole = loss if kept is None else loss + kept
+    if not (torch.isfinite(whole) and torch.isfinite(grad_norm)):
         optimizer.zero_grad()  # a caller that catches this must not find the bad gradient
-        raise NonFiniteLoss(describe_bad_rows(step, float(loss), float(grad_norm), batch, stats))
+        raise NonFiniteLoss(describe_bad_rows(step, float(whole), float(grad_norm), parts))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     optimizer.step()
     optimizer.zero_grad()  # to None: the next step's first micro-batch writes, it does not add
-    teacher.update(student)
-    return Update(float(loss), float(grad_norm), stats)
+    trainer.teacher.update(student)
+    return Update(float(loss), float(grad_norm), stats, None if kept is None else float(kept))
 
 
-def gradients(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, config: TrainConfig) -> tuple[Tensor, tuple[TokenStats, ...]]:
+def gradients(
+    student: PreTrainedModel, teacher: Teacher, batch: Batch, config: TrainConfig, vocab: int, weight: float = 1.0
+) -> tuple[Tensor, tuple[TokenStats, ...]]:
     """Adds the step's gradient to the student's; how the batch is cut into micro-batches does not matter. Returns the loss, 0-dim, in nats."""
-    total, stats = torch.zeros((), device=batch.labels_BT.device), []
+    total, stats, totals = torch.zeros((), device=batch.labels_BT.device), [], batch.totals
     for micro in micro_batches(batch, config.micro_batch):
-        loss, tokens = distillation(student, teacher, micro, config, batch.num_tokens, batch.size)
-        loss.backward()
+        loss, tokens = objective.step_loss(student, teacher, micro, config, totals, vocab)
+        (loss * weight).backward()
         total = total + loss.detach()
         stats.append(tokens)
-    return total, tuple(stats)
+    return total * weight, tuple(stats)
 
 
-def describe_bad_rows(step: int, loss: float, grad_norm: float, batch: Batch, stats: Sequence[TokenStats]) -> str:
-    """Which rollouts, and which tokens of theirs, have a divergence that is not finite."""
-    divergence_BT = torch.cat([part.divergence for part in stats])
-    bad = (~torch.isfinite(divergence_BT) & batch.mask_BT).nonzero().tolist()
-    rows = [f"prompt {batch.rollouts[b].prompt.problem}, sample {batch.rollouts[b].sample}, token {t}" for b, t in bad[:NAMED_ROWS]]
-    more = f" and {len(bad) - NAMED_ROWS} more" if len(bad) > NAMED_ROWS else ""
-    where = "; ".join(rows) + more if rows else "every token's divergence is finite, the gradient is not"
+def describe_bad_rows(step: int, loss: float, grad_norm: float, parts: Sequence[tuple[Batch, Sequence[TokenStats]]]) -> str:
+    """Which rollouts, and which tokens of theirs, have a divergence, or without a teacher a log-prob, that is not finite."""
+    rows = []
+    for batch, stats in parts:
+        values_BT = torch.cat([part.student_logprob if part.teacher_logprob is None else part.divergence for part in stats])
+        for b, t in (~torch.isfinite(values_BT) & batch.mask_BT).nonzero().tolist():
+            rows.append(f"prompt {batch.rollouts[b].prompt.problem}, sample {batch.rollouts[b].sample}, token {t}")
+    more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
+    where = "; ".join(rows[:NAMED_ROWS]) + more if rows else "every token's divergence is finite, the gradient is not"
     return f"step {step}: expected a finite loss and gradient, got loss {loss} and gradient norm {grad_norm}; rows: {where}"
 
 
@@ -87,7 +128,7 @@ def rollout_metrics(rollouts: Sequence[Rollout], contexts: Sequence[Context | No
     return {
         "reward": sum(rollout.verdict.reward for rollout in rollouts) / len(rollouts),
         "groups_with_success": len(solved) / len(groups),
-        "samples_with_demonstration": sum(context.demonstration is not None for context in given) / len(rollouts),
+        "samples_with_demonstration": sum(bool(context.demonstrations) for context in given) / len(rollouts),
         "samples_with_feedback": sum(context.feedback is not None for context in given) / len(rollouts),
         "samples_in_loss": len(given) / len(rollouts),
         "tokens_in_loss": kept / tokens,
@@ -96,28 +137,36 @@ def rollout_metrics(rollouts: Sequence[Rollout], contexts: Sequence[Context | No
 
 
 def update_metrics(update: Update | None, batch: Batch | None) -> StepMetrics:
-    """Means over the tokens of the loss, in nats; null where no rollout had a context."""
+    """Means over the tokens that have a teacher, in nats; null where no rollout had a context."""
     if update is None or batch is None:
         return dict.fromkeys((*DIVERGENCE_METRICS, "sampled_logprob_gap", "top1_agreement"))
-    mask_BT = batch.mask_BT
 
     def tokens(name: str) -> Tensor:
         return torch.cat([getattr(part, name) for part in update.stats])
 
+    metrics: StepMetrics = {"loss": update.loss, "grad_norm": update.grad_norm}
+    metrics |= {} if update.rehearsal_loss is None else {"rehearsal_loss": update.rehearsal_loss}
+    mask_BT = batch.mask_BT & batch.distilled_B[:, None]
+    if update.stats[0].teacher_logprob is None or not mask_BT.any():
+        values = dict.fromkeys((*DIVERGENCE_METRICS, "sampled_logprob_gap", "top1_agreement"))
+        return {**values, **metrics, "student_entropy": tokens("student_entropy")[batch.mask_BT].mean().item()}
     divergence_BT = tokens("divergence")
     gap_BT = tokens("teacher_logprob") - tokens("student_logprob")
     return {
-        "loss": update.loss,
-        "grad_norm": update.grad_norm,
+        **metrics,
         "divergence": divergence_BT[mask_BT].mean().item(),
         "divergence_p95": divergence_BT[mask_BT].quantile(0.95).item(),
-        # Position 0 is the answer's first token; every column has a token, since the longest answer made it.
-        "divergence_by_position": ((divergence_BT * mask_BT).sum(0) / mask_BT.sum(0)).tolist(),
+        # Position 0 is the answer's first token; a column without a token of a distilled rollout is null.
+        "divergence_by_position": [_finite(value) for value in ((divergence_BT * mask_BT).sum(0) / mask_BT.sum(0)).tolist()],
         "student_entropy": tokens("student_entropy")[mask_BT].mean().item(),
-        "teacher_entropy": tokens("teacher_entropy")[mask_BT].mean().item(),
-        "sampled_logprob_gap": _finite(gap_BT[mask_BT].mean().item()),
-        "top1_agreement": tokens("top1_agreement")[mask_BT].float().mean().item(),
+        "teacher_entropy": _mean(tokens("teacher_entropy")[mask_BT]) if update.stats[0].teacher_entropy is not None else None,
+        "sampled_logprob_gap": _mean(gap_BT[mask_BT]),
+        "top1_agreement": _mean(tokens("top1_agreement")[mask_BT].float()) if update.stats[0].top1_agreement is not None else None,
     }
+
+
+def _mean(values: Tensor) -> float | None:
+    return _finite(values.mean().item())
 
 
 def _finite(value: float) -> float | None:

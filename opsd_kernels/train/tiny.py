@@ -14,12 +14,12 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<assistant>{{ m.content }}<eos>{% else %}<user>{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-MAX_LENGTH = 64
+MAX_LENGTH = 192
 
 
 def build_tokenizer(vocabulary: tuple[str, ...], template: ContextTemplate) -> PreTrainedTokenizerFast:
     """Words, single digits and single signs; white space separates and carries no token. Turn and block markers are special tokens."""
-    special = [PAD, EOS, UNK, USER, ASSISTANT, *template.demonstration, *template.feedback]
+    special = [PAD, EOS, UNK, USER, ASSISTANT, *template.demonstration, *template.feedback, *template.failure]
     words = {word: index for index, word in enumerate([*special, *vocabulary])}
     core = Tokenizer(models.WordLevel(words, unk_token=UNK))
     signs = pre_tokenizers.Split(Regex(r"\d|[^\w\s]"), "isolated")

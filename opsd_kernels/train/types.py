@@ -13,10 +13,11 @@ Messages = tuple[dict[str, str], ...]  # a conversation: {"role": ..., "content"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem as the model sees it. `problem` identifies the instance inside its environment."""
+    """A problem as the model sees it: the user's turn, after earlier turns if there are any. `problem` identifies the instance inside its environment."""
 
     problem: int
     text: str
+    before: Messages = ()
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,11 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Context:
-    """The privileged part of the teacher's view of one rollout. At least one of the two is there."""
+    """The privileged part of the teacher's view of one rollout. At least one of the three is there."""
 
-    demonstration: str | None
-    feedback: str | None
+    demonstrations: tuple[str, ...] = ()  # right answers of sibling rollouts
+    feedback: str | None = None
+    failures: tuple[str, ...] = ()  # wrong answers, shown as ones to avoid
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,29 @@ class Batch:
     labels_BT: Tensor  # int64, -100 where masked
     mask_BT: Tensor  # bool
     rollouts: tuple[Rollout, ...]
+    distilled_B: Tensor  # bool: the teacher has a view of this rollout; the others are there for the policy gradient alone
+    advantages_B: Tensor  # reward less its group's mean
+    boundaries_BT: Tensor  # bool: a segment starts here
+    old_logprobs_BT: Tensor | None = None  # of the policy that sampled, where a ratio to it is needed
 
     @property
     def size(self) -> int:
         return len(self.rollouts)
 
     @property
-    def num_tokens(self) -> int:
-        return int(self.mask_BT.sum())
+    def totals(self) -> Totals:
+        distilled_BT = self.mask_BT & self.distilled_B[:, None]
+        return Totals(int(self.mask_BT.sum()), self.size, int(distilled_BT.sum()), int(self.distilled_B.sum()))
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Counts of a whole optimisation step, which its micro-batches divide by."""
+
+    tokens: int
+    sequences: int
+    distilled_tokens: int
+    distilled_sequences: int
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -89,3 +106,7 @@ class NonFiniteLoss(RuntimeError):
 
 class RunDirectoryError(FileExistsError):
     """The run directory holds another run, or a run of another configuration."""
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written, or none can be read. The message names the file."""

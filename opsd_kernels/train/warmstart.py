@@ -22,17 +22,18 @@ from opsd_kernels.train import batch, contexts, prompts, tiny
 from opsd_kernels.train.batch import IGNORE, align, completion_hidden, completion_labels
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.durable import write_directory
-from opsd_kernels.train.envs import base, secret_op
-from opsd_kernels.train.envs.base import Task, WarmExample
+from opsd_kernels.train.envs import arithmetic, base, chain, expr, mastermind, secret_op
+from opsd_kernels.train.envs.base import DemoTask, WarmExample
 from opsd_kernels.train.log import Progress
 from opsd_kernels.train.prompts import PromptEncoder
 
 # Measured on seeds 0 and 1: 1 % after 250 steps, 3 % after 400, 22 % after 700 and 1350. A check costs 4 % of the steps between two.
 LR_WARMUP, CHECK_EVERY, CHECK_PROBLEMS = 100, 25, 512
 DECIDING = ("env", "threads")
+SOURCES = (arithmetic, base, batch, chain, contexts, expr, mastermind, prompts, secret_op, tiny)
 
 
-def base_model(config: TrainConfig, task: Task, progress: Progress) -> Path:
+def base_model(config: TrainConfig, task: DemoTask, progress: Progress) -> Path:
     """The directory of the warm-started model and its tokenizer, made now if it is not cached. Raises RuntimeError if it does not get there."""
     folder = cache_folder(config)
     if folder.exists():
@@ -55,7 +56,7 @@ def base_model(config: TrainConfig, task: Task, progress: Progress) -> Path:
 def settings(config: TrainConfig) -> dict[str, str | int | float]:
     """What decides the weights."""
     names = [name for name in config.__dataclass_fields__ if name.startswith(("tiny_", "warm_")) or name in DECIDING]
-    sources = b"".join(Path(module.__file__).read_bytes() for module in (base, batch, contexts, prompts, secret_op, tiny))
+    sources = b"".join(Path(module.__file__).read_bytes() for module in SOURCES)
     own = Path(__file__).read_bytes()
     return {**{name: getattr(config, name) for name in names}, "torch": torch.__version__, "sources": hashlib.sha256(sources + own).hexdigest()}
 
@@ -69,7 +70,7 @@ def cache_folder(config: TrainConfig) -> Path:
 class WarmStart:
     """Supervised training on answers, alone and with contexts."""
 
-    def __init__(self, config: TrainConfig, task: Task, encoder: PromptEncoder, model: PreTrainedModel):
+    def __init__(self, config: TrainConfig, task: DemoTask, encoder: PromptEncoder, model: PreTrainedModel):
         self.config, self.task, self.encoder, self.model = config, task, encoder, model
         self.check_problems = list(task.held_out)[:CHECK_PROBLEMS]
 
@@ -89,11 +90,11 @@ class WarmStart:
                         return
         raise RuntimeError(
             f"warm start: expected held-out accuracy {config.warm_accuracy} within warm_max_steps={config.warm_max_steps}, got {accuracy:.3f}; "
-            "raise warm_max_steps or warm_operator_share"
+            "raise warm_max_steps or warm_share"
         )
 
     def _step(self, optimizer: torch.optim.Optimizer, rng: np.random.Generator) -> None:
-        bare, privileged = self.task.warm_examples(rng, self.config.warm_batch, self.config.warm_operator_share)
+        bare, privileged = self.task.warm_examples(rng, self.config.warm_batch, self.config.warm_share)
         total = len(bare) + len(privileged)
         for examples in filter(None, (bare, privileged)):  # apart, as the ones without a context are half as long
             log_probs = self._answer_log_probs(examples)

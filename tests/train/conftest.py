@@ -5,6 +5,7 @@ import pytest
 from opsd_kernels.train import tiny
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.envs import make_task
+from opsd_kernels.train.models import vocabulary
 from opsd_kernels.train.prompts import PromptEncoder
 from opsd_kernels.train.rollout import Sampler
 
@@ -46,4 +47,4 @@ def model(config, encoder):
 
 @pytest.fixture(scope="session")
 def sampler(config, encoder):
-    return Sampler(encoder, config.max_new_tokens, config.rollout_temperature, config.rollout_batch)
+    return Sampler(encoder, config.max_new_tokens, config.rollout_temperature, config.rollout_batch, vocabulary(encoder.tokenizer))

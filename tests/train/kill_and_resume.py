@@ -1,10 +1,12 @@
-"""Runs trainers in forked processes and ends them with a signal at given moments. `python kill_and_resume.py SETTINGS_JSON FOLDER`.
+"""Runs trainers in forked processes and ends them with a signal. `python kill_and_resume.py SETTINGS_JSON FOLDER [SEED]`.
 
-Forking after the imports makes an attempt cost a second less of start-up each. Prints one JSON object: moments that hit, and exit codes.
+Without a seed at given moments; with one, a run in FOLDER/hurt is killed at random ones until it is through. Forking after the imports makes an attempt cost
+a second less of start-up each. Prints JSON: an object of moments that hit and exit codes, or the list of exit codes.
 """
 
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -72,8 +74,24 @@ def moments(out: Path, cache: Path) -> dict[str, tuple[Callable[[], bool], int]]
     }
 
 
-def main(settings: str, folder: str) -> None:
+def random_kills(config: TrainConfig, out: Path, seed: int) -> list[int]:
+    """Exit codes of attempts with ever more time, each killed at a moment drawn from its share, until one ends by itself."""
+    draw, codes, budget = random.Random(seed), [], 0.4
+    while not codes or codes[-1] == -KILL:
+        end = time.monotonic() + draw.uniform(0, budget)
+        codes.append(attempt(config, out, lambda end=end: time.monotonic() >= end))
+        # A machine that is busy gets further by and by: the run must end, and before that it is to be hit a few times.
+        budget = min(budget * 1.3, 4.0)
+        if len(codes) > 40:
+            codes.append(attempt(config, out, None))
+    return codes
+
+
+def main(settings: str, folder: str, seed: str | None = None) -> None:
     values, root = json.loads(settings), Path(folder)
+    if seed is not None:
+        print(json.dumps(random_kills(TrainConfig(**values), root / "hurt", int(seed))))
+        return
     whole = TrainConfig(**{**values, "cache_dir": str(root / "cache_whole")})
     hurt = TrainConfig(**{**values, "cache_dir": str(root / "cache_hurt")})
     codes = {"whole": attempt(whole, root / "whole", None)}

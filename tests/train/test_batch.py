@@ -7,7 +7,7 @@ import torch
 
 from opsd_kernels.testing import assert_no_worse
 from opsd_kernels.train.batch import IGNORE, completion_hidden, make_batch, micro_batches
-from opsd_kernels.train.objective import hidden_states
+from opsd_kernels.train.models import hidden_states
 from opsd_kernels.train.types import Prompt, Rollout, Verdict
 
 PROMPTS = [(3, 10, 11, 4), (3, 12, 4), (3, 10, 11, 12, 13, 14, 4)]
@@ -24,7 +24,7 @@ def batch():
 def test_labels_and_mask(batch):
     assert batch.labels_BT.tolist() == [[9, 10, 1, IGNORE], [11, 12, 13, 14], [1, IGNORE, IGNORE, IGNORE]]
     assert batch.mask_BT.equal(batch.labels_BT != IGNORE)
-    assert batch.num_tokens == 8
+    assert batch.totals.tokens == 8
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
@@ -57,7 +57,7 @@ def test_micro_batches_partition_the_batch(batch):
     assert [part.size for part in parts] == [2, 1]
     assert torch.cat([part.labels_BT for part in parts]).equal(batch.labels_BT)
     assert torch.cat([part.teacher.rows_BT for part in parts]).equal(batch.teacher.rows_BT)
-    assert sum(part.num_tokens for part in parts) == batch.num_tokens
+    assert sum(part.totals.tokens for part in parts) == batch.totals.tokens
 
 
 def test_completion_hidden_picks_rows():

@@ -13,25 +13,25 @@ from opsd_kernels.testing import assert_same_bits
 from opsd_kernels.train import checkpoint, durable, models
 from opsd_kernels.train.checkpoint import RunState
 from opsd_kernels.train.step import make_optimizer
-from opsd_kernels.train.teacher import Teacher
+from opsd_kernels.train.teacher import Copy
 
 
 @pytest.fixture
 def state(model, encoder, config):
     """A state whose optimiser has moments and whose teacher differs from its student."""
-    teacher = Teacher(model, 0.3)
+    teacher = Copy(model, 0.3)
     optimizer = make_optimizer(model, config)
     for step in range(2):
         model(torch.tensor([[3, 10 + step, 4]])).logits.square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         teacher.update(model)
-    return RunState(model, encoder.tokenizer, teacher, optimizer, 4, {"held_out_accuracy_before": 0.1 + 0.2, "seconds": 3.5})
+    return RunState(model, encoder.tokenizer, teacher, None, optimizer, 4, {"held_out_accuracy_before": 0.1 + 0.2, "seconds": 3.5})
 
 
 def fresh(path, config):
     model, tokenizer = models.load_pretrained(path, config)
-    return RunState(model, tokenizer, Teacher(model, 0.3), make_optimizer(model, config), 0, {})
+    return RunState(model, tokenizer, Copy(model, 0.3), None, make_optimizer(model, config), 0, {})
 
 
 def tensors(state):
@@ -133,10 +133,10 @@ def test_a_checkpoint_is_a_model_directory(tmp_path, state, config):
 
 
 def test_another_format_is_an_error(tmp_path, state, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    monkeypatch.setattr(checkpoint, "FORMAT", 3)
     path = checkpoint.save(tmp_path, state, 0)
-    monkeypatch.setattr(checkpoint, "FORMAT", 1)
-    with pytest.raises(ValueError, match="checkpoint: expected format 1"):
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    with pytest.raises(ValueError, match="checkpoint: expected format 2"):
         checkpoint.restore(path, state)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from opsd_kernels.train.config import ConfigError, TrainConfig, load_config
+from opsd_kernels.train.presets import PRESETS
 
 
 @pytest.mark.parametrize(
@@ -17,12 +18,25 @@ from opsd_kernels.train.config import ConfigError, TrainConfig, load_config
         ("steps=0", "steps: expected a number above 0, got 0"),
         ("siblings=maybe", "siblings: expected true or false, got 'maybe'"),
         ("learning_rate=nan", "learning_rate: expected a finite number, got nan"),
-        ("teacher=emma", "teacher: expected one of ema, frozen, got 'emma'; did you mean 'ema'?"),
+        ("teacher=emma", "teacher: expected one of ema, frozen, live, .*, got 'emma'; did you mean 'ema'?"),
         ("divergence=reverse", "divergence: expected one of reverse_kl"),
         ("backend=tritn", "backend: expected null or one of .*did you mean 'triton'?"),
         ("beta=1", "beta: expected a number strictly between 0 and 1, got 1"),
         ("ema_rate=2", r"ema_rate: expected null or a number in \(0, 1\], got 2"),
         ("tiny_hidden=50", "tiny_hidden: expected a multiple of 2"),
+        ("feedback=mark", "feedback: expected one of answer, .*did you mean 'marks'?"),
+        ("teacher=external", "teacher_model: expected a model exactly if teacher is external, got None"),
+        ("teacher_model=tiny", "teacher_model: expected a model exactly if"),
+        ("teacher=adapter_off", "lora_rank: expected a number above 0 for teacher=adapter_off"),
+        ("control=unrelated", "control: expected none unless context is positive"),
+        ("env=jsonl", "data: expected a JSONL file"),
+        ("policy_weight=1.5", r"policy_weight: expected a number in \[0, 1\]"),
+        ("topk=0", "topk: expected null or a number above 0"),
+        ("rollout_engine=vllm", "device: expected cuda for rollout_engine=vllm"),
+        ("token_weights=FirstFractions(0.3)", "token_weights: expected one of .*, got 'FirstFractions'; did you mean 'FirstFraction'?"),
+        ("token_weights=FirstFraction(3)", r"token_weights: p: expected a share in \(0, 1\]"),
+        ("token_weights=__import__('os').system('x')", "token_weights: expected a weighting, a number or a product"),
+        ("token_weights=1 +", "token_weights: expected a product of weightings"),
         ("steps", "override: expected key=value, got 'steps'"),
     ],
 )
@@ -34,6 +48,14 @@ def test_mistakes_are_named(override, message):
 def test_overrides_take_the_keys_own_type():
     config = load_config(None, ["model=7", "steps=12", "learning_rate=1", "siblings=false", "ema_rate=none", "ema_rate=0.5", "cache_dir=null"])
     assert (config.model, config.steps, config.learning_rate, config.siblings, config.ema_rate, config.cache_dir) == ("7", 12, 1, False, 0.5, None)
+
+
+@pytest.mark.parametrize("env", [env for env in PRESETS if env != "jsonl"])
+def test_an_environment_brings_its_settings_and_the_user_wins(env):
+    assert all(getattr(load_config(None, [f"env={env}"]), key) == value for key, value in PRESETS[env].items())
+    assert load_config(None, [f"env={env}", "max_new_tokens=40"]).max_new_tokens == 40
+    with pytest.raises(ConfigError, match="feedback: expected one of"):
+        load_config(None, [f"env={env}", "feedback=text"])
 
 
 def test_a_context_there_must_be():

@@ -14,13 +14,13 @@ from opsd_kernels.train.types import Context
 @pytest.fixture
 def asked(task):
     prompts = [task.env(problem, 0).prompt() for problem in task.train[:6]]
-    contexts = [None, Context("123", None), Context(None, "wrong")]
+    contexts = [None, Context(("123",)), Context((), "wrong")]
     return [dataclasses.replace(request, context=contexts[request.group % 3]) for request in requests(prompts, 3)]
 
 
 def test_rollouts_do_not_depend_on_their_batch(sampler, model, task, asked):
     together = sampler.sample(model, task, asked, 0, 1)
-    assert len({rollout.tokens for rollout in together}) > 10
+    assert len({rollout.tokens for rollout in together}) > 8
     assert dataclasses.replace(sampler, batch=4).sample(model, task, asked, 0, 1) == together
     assert sampler.sample(model, task, asked[::-1], 0, 1)[::-1] == together
     assert sampler.sample(model, task, asked, 0, 2) != together

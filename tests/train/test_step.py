@@ -11,9 +11,9 @@ from opsd_kernels.train import step as steps
 from opsd_kernels.train.batch import make_batch
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.contexts import build_contexts
-from opsd_kernels.train.objective import Head, hidden_states
+from opsd_kernels.train.models import Head, hidden_states
 from opsd_kernels.train.rollout import requests
-from opsd_kernels.train.teacher import Teacher
+from opsd_kernels.train.teacher import Copy
 from opsd_kernels.train.types import NonFiniteLoss
 
 
@@ -26,7 +26,7 @@ def rollouts(sampler, model, task):
 
 @pytest.fixture
 def batch(rollouts, encoder):
-    views = encoder.encode([rollout.prompt for rollout in rollouts], build_contexts(rollouts, True, 0))
+    views = encoder.encode([rollout.prompt for rollout in rollouts], build_contexts(rollouts, TrainConfig(), 0))
     return make_batch(rollouts, views, 0)
 
 
@@ -34,9 +34,13 @@ def settings(**changes):
     return TrainConfig(micro_batch=100, **changes)
 
 
+def trainer(student, teacher, config):
+    return steps.Trainer(student, teacher, steps.make_optimizer(student, config), student.vocab_size)
+
+
 def loss_and_gradients(student, teacher, batch, config):
     student = copy.deepcopy(student)
-    loss, _ = steps.gradients(student, teacher, batch, config)
+    loss, _ = steps.gradients(student, Copy(teacher, 0.0), batch, config, student.vocab_size)
     return [loss, *(p.grad for p in student.parameters())]
 
 
@@ -62,7 +66,7 @@ def test_loss_is_the_reverse_kl_of_the_two_views(model, batch, reduction):
         log_q = model.lm_head(hidden_states(model, batch.student)).log_softmax(-1)
         log_p = model.lm_head(hidden_states(model, batch.teacher)).detach().log_softmax(-1)
         kl_BT = (log_q.exp() * (log_q - log_p)).sum(-1) * batch.mask_BT
-        loss = kl_BT.sum() / batch.num_tokens if reduction == "token_mean" else (kl_BT.sum(1) / batch.mask_BT.sum(1)).mean()
+        loss = kl_BT.sum() / batch.totals.tokens if reduction == "token_mean" else (kl_BT.sum(1) / batch.mask_BT.sum(1)).mean()
         loss.backward()
         return [loss, *(p.grad for p in model.parameters())]
 
@@ -75,8 +79,8 @@ def test_ema_teacher_follows_and_frozen_does_not(model, batch):
     before = {name: p.clone() for name, p in model.named_parameters()}
     for rate in (0.25, 0.0):
         student = copy.deepcopy(model)
-        teacher = Teacher(student, rate)
-        steps.optimisation_step(student, teacher, steps.make_optimizer(student, config), batch, config, 1)
+        teacher = Copy(student, rate)
+        steps.optimisation_step(trainer(student, teacher, config), batch, config, 1)
         moved = dict(student.named_parameters())
         assert not moved["lm_head.weight"].equal(before["lm_head.weight"])
         for name, parameter in teacher.model.named_parameters():
@@ -87,7 +91,7 @@ def test_bf16_teacher_keeps_small_steps(model):
     """A hundred steps of .01 towards 1.01 from 1 arrive in fp32; in bf16 each is lost."""
     student = copy.deepcopy(model).to(torch.bfloat16)
     student.lm_head.weight.data.fill_(1.0)
-    teacher = Teacher(student, 0.01)
+    teacher = Copy(student, 0.01)
     student.lm_head.weight.data.fill_(1.0078125)
     for _ in range(300):
         teacher.update(student)
@@ -96,18 +100,18 @@ def test_bf16_teacher_keeps_small_steps(model):
 
 def test_a_loss_that_is_not_finite_names_step_and_rows_and_changes_nothing(model, batch):
     config = settings()
-    teacher = Teacher(model, 0.1)
+    teacher = Copy(model, 0.1)
     token = batch.rollouts[7].tokens[0]
     teacher.model.model.embed_tokens.weight.data[token] = torch.nan  # seen after the token, and wherever else it stands
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(NonFiniteLoss, match=r"step 41: expected a finite loss .*prompt \d+, sample \d+, token \d+"):
-        steps.optimisation_step(model, teacher, steps.make_optimizer(model, config), batch, config, 41)
+        steps.optimisation_step(trainer(model, teacher, config), batch, config, 41)
     for parameter, old in zip(model.parameters(), before, strict=True):
         assert_same_bits(parameter.detach(), old.detach())
 
 
 def test_metrics_count_what_entered_the_loss(rollouts):
-    contexts = [None if rollout.sample == 0 else context for rollout, context in zip(rollouts, build_contexts(rollouts, True, 0), strict=True)]
+    contexts = [None if rollout.sample == 0 else context for rollout, context in zip(rollouts, build_contexts(rollouts, TrainConfig(), 0), strict=True)]
     metrics = steps.rollout_metrics(rollouts, contexts)
     tokens = [len(rollout.tokens) for rollout in rollouts]
     assert metrics["samples_in_loss"] == 10 / 15

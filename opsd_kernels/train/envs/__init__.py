@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from opsd_kernels.train.config import TrainConfig
-from opsd_kernels.train.envs.base import Env, Task
+from opsd_kernels.train.envs.base import DemoTask, Env, Task
+from opsd_kernels.train.envs.chain import Chain, Plan
+from opsd_kernels.train.envs.expr import Expr
+from opsd_kernels.train.envs.jsonl import Jsonl
+from opsd_kernels.train.envs.mastermind import Mastermind
 from opsd_kernels.train.envs.secret_op import SecretOp
 
-__all__ = ["Env", "SecretOp", "Task", "make_task"]
+__all__ = ["DemoTask", "Env", "Task", "make_task"]
 
-TASKS: dict[str, type[SecretOp]] = {"secret_op": SecretOp}
+DEMOS = {"secret_op": SecretOp, "expr": Expr, "mastermind": Mastermind, "chain": Chain, "plan": Plan}
 
 
 def make_task(config: TrainConfig) -> Task:
-    return TASKS[config.env](config.feedback)
+    return Jsonl(config) if config.env == "jsonl" else DEMOS[config.env](config.feedback)

@@ -11,17 +11,17 @@ import numpy as np
 
 from opsd_kernels.train import seeds
 from opsd_kernels.train.contexts import ContextTemplate
-from opsd_kernels.train.envs.base import Env, Task, WarmExample
+from opsd_kernels.train.envs.base import DemoTask, Env, WarmExample, held_out_fifth, peers
 from opsd_kernels.train.types import Context, Prompt, Verdict
 
+KINDS = ("answer", "first", "first_two", "last", "marks", "wrong", "corrupted", "other", "none")  # of feedback
 OPERATORS = ("*", "+", "#", "%", "&", "@")  # problem id = position here * PAIRS + 100 * a + b
 STAR, PLUS = 0, 1
 PAIRS, DIGITS = 10_000, 3
-HELD_OUT = PAIRS // 5
 SPLIT_KEY = 5077
 WARM_FEEDBACK = {"answer": 2.0, "first": 1.0, "first_two": 1.0, "last": 1.0, "marks": 2.0, "wrong": 0.5}  # shares in the warm start
 WARM_SHARES = np.array(list(WARM_FEEDBACK.values())) / sum(WARM_FEEDBACK.values())
-NO_CONTEXT_SHARE, BARE_PLUS_SHARE, PRIVILEGED_PLUS_SHARE = 0.6, 0.85, 0.25
+BARE_PLUS_SHARE, PRIVILEGED_PLUS_SHARE = 0.85, 0.25
 
 
 def written(number: int, digits: int) -> str:
@@ -81,17 +81,17 @@ def _other_answer(problem: int, truth: str, key: int) -> str:
     return next(answer for answer in draws if answer != truth)
 
 
-class SecretOp(Task):
+class SecretOp(DemoTask):
     """The family: 80 % of the `*` pairs to train on, 20 % held out, `+` untrained."""
 
-    template = ContextTemplate(("<solution>", "</solution>"), ("<feedback>", "</feedback>"), "solve")
+    template = ContextTemplate.words("solve")
     vocabulary = tuple("0123456789") + OPERATORS + ("?", "right", "wrong", "solve")
 
     def __init__(self, feedback: str):
         self.feedback = feedback
-        pairs = seeds.shuffled(range(PAIRS), SPLIT_KEY)
-        self.held_out, self.train = pairs[:HELD_OUT], pairs[HELD_OUT:]
-        self.untrained = [PLUS * PAIRS + pair for pair in pairs[:HELD_OUT]]
+        self.train, self.held_out = held_out_fifth(range(PAIRS), SPLIT_KEY)
+        self.untrained = [PLUS * PAIRS + pair for pair in self.held_out]
+        self.rehearsal = [PLUS * PAIRS + pair for pair in self.train]
 
     def env(self, problem: int, key: int) -> Env:
         return SecretOpAttempt(problem, self.feedback, key)
@@ -99,21 +99,15 @@ class SecretOp(Task):
     def solution(self, problem: int) -> str:
         return solution(problem)
 
-    def warm_examples(self, rng: np.random.Generator, count: int, operator_share: float) -> tuple[list[WarmExample], list[WarmExample]]:
-        # Contexts are learned within 500 steps, the two operators take over a thousand: these get the larger share.
-        bare_count = round(count * NO_CONTEXT_SHARE)
-        bare = [self._bare_example(rng, operator_share) for _ in range(bare_count)]
-        return bare, [self._privileged_example(rng) for _ in range(count - bare_count)]
-
-    def _bare_example(self, rng: np.random.Generator, operator_share: float) -> WarmExample:
-        """`*` with its rule in `operator_share` of the examples, mostly `+` in the others."""
-        if rng.random() < operator_share:
+    def bare_example(self, rng: np.random.Generator, skill_share: float) -> WarmExample:
+        """`*` with its rule in `skill_share` of the examples, mostly `+` in the others."""
+        if rng.random() < skill_share:
             problem = self.train[rng.integers(len(self.train))]
         else:
             problem = self._problem(rng, PLUS if rng.random() < BARE_PLUS_SHARE else int(rng.integers(PLUS + 1, len(OPERATORS))))
         return self._example(rng, problem, random_answer=problem // PAIRS > PLUS, form=None)
 
-    def _privileged_example(self, rng: np.random.Generator) -> WarmExample:
+    def privileged_example(self, rng: np.random.Generator) -> WarmExample:
         """`*` comes only with a random answer that the context holds whole: the model learns to believe the context, and nothing about the rule."""
         kind = str(rng.choice(list(WARM_FEEDBACK), p=WARM_SHARES))
         solved, silent = rng.random() < 0.4, rng.random() < 0.4
@@ -137,5 +131,6 @@ class SecretOp(Task):
         solved, kind = form
         keep = rng.random(DIGITS) < 0.5
         attempt = "".join(digit if kept else str(rng.integers(10)) for digit, kept in zip(answer, keep, strict=True))
-        feedback = None if kind is None else feedback_text(kind, problem, answer, attempt, 0)
-        return WarmExample(prompt, Context(answer if solved else None, feedback), answer)
+        if solved and kind is None:
+            return WarmExample(prompt, peers(answer, attempt, rng), answer)
+        return WarmExample(prompt, Context((answer,) if solved else (), feedback_text(kind, problem, answer, attempt, 0)), answer)

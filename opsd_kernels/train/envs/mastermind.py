@@ -1,0 +1,127 @@
+"""`mastermind`: a hidden code of three symbols out of six, after three guesses that were marked.
+
+`a b c 1 0 d e a 0 2 f f b 0 1` shows the guesses with their numbers of exact and of misplaced symbols; the answer is the code. There are 216, so
+every success probability is exact: sum over `CODES`, or over `consistent(problem)`. Codes are held out, not guesses. Marking a guess is the untrained skill.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import product
+
+import numpy as np
+
+from opsd_kernels.train import seeds
+from opsd_kernels.train.contexts import ContextTemplate
+from opsd_kernels.train.envs.base import DemoTask, Env, WarmExample, held_out_fifth, peers
+from opsd_kernels.train.types import Context, Prompt, Verdict
+
+KINDS = ("counts", "answer", "wrong", "none")
+SYMBOLS, LENGTH, GUESSES = "abcdef", 3, 3
+CODES = tuple("".join(code) for code in product(SYMBOLS, repeat=LENGTH))
+HISTORIES = 64  # problem id = code * HISTORIES + history; from MARKING on, MARKING + guess * len(CODES) + code
+MARKING = len(CODES) * HISTORIES
+SPLIT_KEY, HISTORY_KEY = 409, 410
+COUNTS_SHARE, ANSWER_SHARE, PEER_SHARE = 0.45, 0.25, 0.2
+
+
+def marks(guess: str, code: str) -> tuple[int, int]:
+    """Symbols in their place, and symbols in another one."""
+    exact = sum(mine == right for mine, right in zip(guess, code, strict=True))
+    return exact, sum((Counter(guess) & Counter(code)).values()) - exact
+
+
+def line(guess: str, code: str) -> str:
+    exact, misplaced = marks(guess, code)
+    return f"{' '.join(guess)} {exact} {misplaced}"
+
+
+def history(problem: int) -> list[str]:
+    """The guesses shown: random codes, none of them the hidden one."""
+    code = problem // HISTORIES
+    drawn = [seeds.pick(len(CODES) - 1, HISTORY_KEY, problem, turn) for turn in range(GUESSES)]
+    return [CODES[guess + (guess >= code)] for guess in drawn]
+
+
+def consistent(problem: int) -> list[str]:
+    """The codes that the guesses leave: a solver that sees the problem alone is right once in their number."""
+    truth, guesses = CODES[problem // HISTORIES], history(problem)
+    return [code for code in CODES if all(marks(guess, code) == marks(guess, truth) for guess in guesses)]
+
+
+def solution(problem: int) -> str:
+    if problem >= MARKING:
+        guess, code = divmod(problem - MARKING, len(CODES))
+        return "{} {}".format(*marks(CODES[guess], CODES[code]))
+    return " ".join(CODES[problem // HISTORIES])
+
+
+def asked(problem: int) -> Prompt:
+    if problem >= MARKING:
+        guess, code = divmod(problem - MARKING, len(CODES))
+        return Prompt(problem, f"{' '.join(CODES[guess])} = {' '.join(CODES[code])}")
+    return Prompt(problem, " ".join(line(guess, CODES[problem // HISTORIES]) for guess in history(problem)))
+
+
+def feedback_text(kind: str, problem: int, completion: str) -> str | None:
+    """A guess is quoted only if it is one: three of the six symbols."""
+    guess = "".join(completion.split())
+    if kind == "counts" and problem < MARKING and guess in CODES:
+        return line(guess, CODES[problem // HISTORIES])
+    return {"counts": "wrong", "answer": solution(problem), "wrong": "wrong", "none": None}[kind]
+
+
+class MastermindAttempt(Env):
+    def __init__(self, problem: int, kind: str):
+        super().__init__()
+        self.problem, self.kind = problem, kind
+
+    def prompt(self) -> Prompt:
+        return asked(self.problem)
+
+    def _judge(self, completion: str) -> Verdict:
+        if completion.split() == solution(self.problem).split():
+            return Verdict(1.0)
+        return Verdict(0.0, feedback_text(self.kind, self.problem, completion))
+
+
+class Mastermind(DemoTask):
+    """80 % of the codes to train on, 20 % held out; marking two codes is untrained."""
+
+    template = ContextTemplate.words("solve")
+    vocabulary = (*SYMBOLS, *"0123=", "wrong", "solve")
+
+    def __init__(self, feedback: str):
+        self.feedback = feedback
+        codes, held_out = held_out_fifth(range(len(CODES)), SPLIT_KEY)
+        self.train = [code * HISTORIES + h for code in codes for h in range(HISTORIES)]
+        # Codes go round first, so that any prefix of the list holds all of them.
+        self.held_out = [code * HISTORIES + h for h in range(HISTORIES) for code in held_out]
+        pairs, kept = held_out_fifth(range(len(CODES) ** 2), SPLIT_KEY)
+        self.untrained, self.rehearsal = [MARKING + pair for pair in kept], [MARKING + pair for pair in pairs]
+
+    def env(self, problem: int, key: int) -> Env:
+        return MastermindAttempt(problem, self.feedback)
+
+    def solution(self, problem: int) -> str:
+        return solution(problem)
+
+    def bare_example(self, rng: np.random.Generator, skill_share: float) -> WarmExample:
+        problems = self.train if rng.random() < skill_share else self.rehearsal
+        problem = problems[rng.integers(len(problems))]
+        return WarmExample(asked(problem), None, solution(problem))
+
+    def privileged_example(self, rng: np.random.Generator) -> WarmExample:
+        problem = self.train[rng.integers(len(self.train))]
+        code, wrong = CODES[problem // HISTORIES], CODES[rng.integers(len(CODES))]
+        answer, kind = solution(problem), rng.random()
+        if kind < COUNTS_SHARE and wrong != code:
+            return WarmExample(asked(problem), Context((), line(wrong, code)), answer)
+        # These marks belong to other codes, so that only the context tells: the model learns to believe it.
+        others = [CODES[rng.integers(len(CODES))] for _ in range(2 * GUESSES)]
+        prompt = Prompt(problem, " ".join(line(guess, other) for guess, other in zip(others[:GUESSES], others[GUESSES:], strict=True)))
+        if kind < COUNTS_SHARE + ANSWER_SHARE:
+            return WarmExample(prompt, Context((), answer), answer)
+        if kind < COUNTS_SHARE + ANSWER_SHARE + PEER_SHARE:
+            return WarmExample(prompt, peers(answer, " ".join(wrong), rng), answer)
+        return WarmExample(asked(problem), Context((answer,), "wrong"), answer)

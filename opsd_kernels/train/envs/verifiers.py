@@ -1,0 +1,94 @@
+"""Verifiers for the user's own prompts: exact match, numbers, or a function given by its import path. None runs the answer as code."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
+
+from opsd_kernels.train.config import ConfigError
+from opsd_kernels.train.types import Verdict
+
+Row = Mapping[str, Any]
+Verifier = Callable[[str, Row], Verdict]
+
+# Lengths are bounded: a fraction of 10**9 digits would be computed for hours.
+NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3}){1,10}|\d{1,40})(?:\.\d{1,40})?(?:[eE][-+]?\d{1,3})?(?:\s*/\s*\d{1,40})?(?:\s*%)?(?!\w)")
+BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
+MAX_FEEDBACK = 4000  # signs of a user's text that enter a context
+
+
+def resolve(name: str) -> Verifier:
+    """`exact`, `numeric`, or `package.module:function`. Raises ConfigError for anything else.
+
+    A function is called with the answer and the row of the data file, and returns a Verdict, a bool, a reward in [0, 1], or a pair of a reward and a
+    feedback text.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ConfigError(f"verifier: expected exact, numeric or package.module:function, got {name!r}")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"verifier: expected a function that can be imported, got {name!r}: {error}") from error
+    if not callable(function):
+        raise ConfigError(f"verifier: expected a function, got {name!r}, which is of type {type(function).__name__}")
+    return lambda completion, row: as_verdict(function(completion, row), name)
+
+
+def as_verdict(result: Any, name: str) -> Verdict:
+    """What a user's function returned. Raises TypeError or ValueError naming the function."""
+    if isinstance(result, Verdict):
+        return result
+    reward, feedback = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    if not isinstance(reward, (bool, int, float)) or not (feedback is None or isinstance(feedback, str)):
+        raise TypeError(f"{name}: expected a Verdict, a bool, a number or (number, text), got {result!r}")
+    if not (math.isfinite(reward) and 0 <= reward <= 1):
+        raise ValueError(f"{name}: expected a reward in [0, 1], got {reward!r}")
+    return Verdict(float(reward), None if feedback is None or reward >= 1 else feedback[:MAX_FEEDBACK])
+
+
+def exact(completion: str, row: Row) -> Verdict:
+    """The whole answer equals the row's, up to white space and Unicode form."""
+    if _plain(completion) == _plain(str(row["answer"])):
+        return Verdict(1.0)
+    return Verdict(0.0, "The answer is not the expected one.")
+
+
+def numeric(completion: str, row: Row) -> Verdict:
+    """The last number of the answer, or of its last `\\boxed{}`, equals the row's exactly: 0.5, 1/2, 50% and 5e-1 are the same."""
+    given, truth = last_number(completion), last_number(str(row["answer"]))
+    if truth is None:
+        raise ValueError(f"answer: expected a number in the data file, got {row['answer']!r}")
+    if given is None:
+        return Verdict(0.0, "The answer holds no number.")
+    return Verdict(1.0) if given == truth else Verdict(0.0, "The final number is wrong.")
+
+
+def last_number(text: str) -> Fraction | None:
+    boxes = BOXED.findall(text)
+    found = NUMBER.findall(boxes[-1] if boxes else text)
+    return _value(found[-1]) if found else None
+
+
+def _value(text: str) -> Fraction | None:
+    text = text.replace(",", "").replace("−", "-")
+    percent = text.endswith("%")
+    above, _, below = text.rstrip("% ").partition("/")
+    if below and not Fraction(below.strip()):
+        return None
+    value = Fraction(above.strip()) / Fraction(below.strip() or 1)
+    return value / 100 if percent else value
+
+
+def _plain(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+BUILT_IN: dict[str, Verifier] = {"exact": exact, "numeric": numeric}

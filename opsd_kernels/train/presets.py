@@ -1,0 +1,24 @@
+"""What depends on the environment before there is one: the kinds of feedback that each knows, and the settings that differ from the defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+FEEDBACK: dict[str, tuple[str, ...]] = {
+    "secret_op": ("answer", "first", "first_two", "last", "marks", "wrong", "corrupted", "other", "none"),
+    "expr": ("case", "answer", "wrong", "none"),
+    "mastermind": ("counts", "answer", "wrong", "none"),
+    "chain": ("where", "answer", "wrong", "none"),
+    "plan": ("where", "plan", "answer", "wrong", "none"),
+    "jsonl": ("text", "answer", "none"),
+}
+
+# Applied by load_config below whatever the user sets. Answers differ in length, and skills in how fast a base model half learns them.
+PRESETS: dict[str, dict[str, Any]] = {
+    "secret_op": {},
+    "expr": {"feedback": "case", "max_new_tokens": 8, "warm_share": 0.5},
+    "mastermind": {"feedback": "counts", "warm_share": 0.6},
+    "chain": {"feedback": "where", "max_new_tokens": 13, "warm_share": 0.3},
+    "plan": {"feedback": "where", "max_new_tokens": 10, "warm_share": 0.05},
+    "jsonl": {"feedback": "text", "max_new_tokens": 256, "rehearsal_prompts": 0, "ema_rate": None, "learning_rate": 1e-6, "micro_batch": 8},
+}
