@@ -1,0 +1,84 @@
+"""Tests on a CUDA device. Without one they are skipped; OPSD_GPU_TESTS=interpret runs one of each on the CPU, with Triton's interpreter, to prove the tests."""
+
+import os
+import sys
+from pathlib import Path
+
+if os.environ.get("OPSD_GPU_TESTS") == "interpret":
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is loaded
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import placing
+import pytest
+import torch
+
+from opsd_kernels import backends
+
+HERE = Path(__file__).resolve().parent
+# Of the parameter sets of a test, every which one runs: in turn by the sum of their indices, so that any two values of two parameters still meet where
+# there is a third. Triton compiles for each, and both it and torch run all of them without a GPU.
+EVERY = {"cuda": 1, "triton": 3, "torch": 3}
+DRY_RUN_EVERY = 1000  # the first alone
+
+
+def pytest_configure(config):
+    if placing.DRY_RUN:  # numpy's, for every inf and NaN on the way through the interpreter
+        config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.*")
+
+
+def pytest_collection_modifyitems(config, items):
+    ours = [item for item in items if HERE in item.path.parents]
+    missing = None if placing.DRY_RUN or torch.cuda.is_available() else "no CUDA device is visible (OPSD_GPU_TESTS=interpret: a dry run on the CPU)"
+    for item in ours:
+        item.add_marker(pytest.mark.gpu)
+        if missing:
+            item.add_marker(pytest.mark.skip(reason=missing))
+    out_of_turn = set(ours) - set(in_turn(ours))
+    if out_of_turn and not missing:
+        config.hook.pytest_deselected(items=list(out_of_turn))
+        items[:] = [item for item in items if item not in out_of_turn]
+
+
+def in_turn(items):
+    """The items whose parameters' positions, each among the values of that parameter, add up to a multiple of what their backend stands under."""
+    positions = {}
+    for item in items:
+        params = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+        backend = params.pop("backend", None)
+        if placing.DRY_RUN and backend == "triton" and "rows" not in item.path.name:
+            continue  # interpreted, one call takes minutes; tests/interp takes it through the op
+        every = DRY_RUN_EVERY if placing.DRY_RUN else EVERY.get(backend, 1)
+        total = 0
+        for name, value in params.items():
+            known = positions.setdefault((item.path, item.originalname, name), {})
+            total += known.setdefault(repr(value), len(known))
+        if total % every == 0:
+            yield item
+
+
+@pytest.fixture(params=["cpp" if placing.DRY_RUN else "cuda", "triton", "torch"])
+def backend(request):
+    """The name of each backend that serves the device; skipped, with its reason, where it cannot."""
+    reason = backends.explain(placing.DEVICE.type)[request.param]
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def device():
+    return placing.DEVICE
+
+
+@pytest.fixture
+def cuda():
+    """For what a CPU has none of: streams, graphs, a count of host synchronisations."""
+    if placing.DEVICE.type != "cuda":
+        pytest.skip("only CUDA has it")
+    return placing.DEVICE
+
+
+@pytest.fixture
+def as_users_run():
+    """Without the NaN-filled allocations and deterministic algorithms of the suite, which launch kernels of their own."""
+    torch.use_deterministic_algorithms(False)
