@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,8 @@ def shown_progress() -> Iterator[runner.Progress]:
     """A bar on a terminal, one line for each comparison otherwise. On stderr: the table may be piped."""
     errors = Console(stderr=True, highlight=False)
     if not runner.on_a_terminal():
-        yield lambda label, done, total: errors.print(f"{done + 1}/{total} {label}") if done < total else None
+        began = time.monotonic()
+        yield lambda label, done, total: errors.print(f"{time.monotonic() - began:4.0f} s, {done}/{total} done; {label}", soft_wrap=True)
         return
     bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=errors, transient=True)
     with bar:
@@ -43,7 +45,7 @@ def bench(suites: list[str], context: runner.Context, path: Path | None, plots_d
     """Measures, prints, writes."""
     command = shlex.join(["opsd", "bench", *arguments])
     with shown_progress() as progress:
-        report = runner.run(suites, context, command, progress, commit)
+        report = runner.run(suites, context, command, progress, commit, path)
     console = Console(highlight=False) if runner.on_a_terminal() else Console(highlight=False, width=240)
     for suite in report.suites:
         table = tables.table(suite, report.rows)
@@ -53,7 +55,6 @@ def bench(suites: list[str], context: runner.Context, path: Path | None, plots_d
     mark = f"; {noisy} ratios marked {tables.NOISY_MARK} are not known within 10 %" if noisy else ""
     console.print(f"{report.where}\n{report.command}: {report.seconds:.0f} s, {len(report.rows)} rows{mark}")
     if path is not None:
-        report.save(path)
         console.print(f"wrote {path}")
     for file in plots.draw(report, plots_dir) if plots_dir is not None else ():
         console.print(f"wrote {file}")

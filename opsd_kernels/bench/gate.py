@@ -63,9 +63,13 @@ def _judged(setting: Setting) -> tuple[Case, Outcome, Outcome]:
 
 def check(provider: Provider, setting: Setting) -> Verdict:
     """Whether `provider` may be measured at `setting`, and its errors there."""
-    small = setting.at(N=TOKENS, masked=0.0)  # of fewer tokens, the roundings of a bf16 loss would not average out
+    return _checked(provider, setting.at(N=TOKENS, masked=0.0))  # of fewer tokens, the roundings of a bf16 loss would not average out
+
+
+@functools.cache
+def _checked(provider: Provider, setting: Setting) -> Verdict:
     try:
-        return _own(provider, small) if provider.exact else _peer(provider, small)
+        return _own(provider, setting) if provider.exact else _peer(provider, setting)
     except AssertionError as error:
         return Verdict(failure=f"wrong, so no number: {reason_of(error)}")
     except Exception as error:  # a peer may raise what it likes: that is its row

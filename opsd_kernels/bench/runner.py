@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -49,8 +50,10 @@ def make_context(
     return Context(device, quick, tuple(parse_providers(providers, quick)), chosen, tuple(dtypes or ()))
 
 
-def run(suites: list[str], context: Context, command: str, progress: Progress | None = None, commit: str | None = None) -> Report:
-    """Everything that `suites` measure. A task that fails as a whole is an error: what a provider raises is a row."""
+def run(
+    suites: list[str], context: Context, command: str, progress: Progress | None = None, commit: str | None = None, path: Path | None = None
+) -> Report:
+    """Everything that `suites` measure, also written to `path` after each task. A task that fails as a whole is an error: what a provider raises is a row."""
     for name in suites:
         check_choice("suite", name, tuple(SUITES))
     report = new_report(context.device, command, context.quick, suites, commit)
@@ -60,13 +63,18 @@ def run(suites: list[str], context: Context, command: str, progress: Progress | 
         if progress is not None:
             progress(task.label, i, len(tasks))
         report.rows += task.run()
+        report.seconds = round(time.monotonic() - began, 1)
+        if path is not None:
+            report.save(path)
         free()
-    if progress is not None:
-        progress("done", len(tasks), len(tasks))
     for dtype in sorted({row.dtype for row in report.rows if row.ms is not None}):
         report.ceilings[f"gemm {dtype}"] = ceilings.gemm_rate(getattr(torch, dtype), context.device)
     report.ceilings["copy"] = ceilings.copy_rate(context.device)
     report.seconds = round(time.monotonic() - began, 1)
+    if path is not None:
+        report.save(path)
+    if progress is not None:
+        progress("done", len(tasks), len(tasks))
     return report
 
 

@@ -34,7 +34,7 @@ SHAPES = {
         Shape("llama3-8b", 8192, 4096, 128256),
         Shape("gemma2-2b", 8192, 2304, 256000),
         Shape("cpu", 1024, 1024, 32000),
-        Shape("cpu-quick", 512, 512, 16000),
+        Shape("cpu-quick", 256, 512, 16000),
         Shape("tiny", 64, 32, 501),
     )
 }

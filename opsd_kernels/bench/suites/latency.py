@@ -38,8 +38,10 @@ def ratios(context: Context) -> list[Task]:
     """Every provider at the shapes of the targets."""
 
     def task(setting: Setting) -> Task:
+        providers = context.only("torch") if setting.mode == "frozen" and setting.device == "cpu" else context.providers
+        providers = [p for p in providers if p.name not in SLOW or setting.divergence == "reverse_kl"]  # compiled anew for each setting
         effort = context.effort(1.0 if context.quick else RATIO_SECONDS)
-        return Task(describe(setting), lambda: compare_providers("ratios", setting, context.providers, target=target(setting), **effort))
+        return Task(describe(setting), lambda: compare_providers("ratios", setting, providers, target=target(setting), **effort))
 
     return [task(setting) for setting in _ratio_settings(context)]
 

@@ -16,7 +16,7 @@ from ..timing import reason_of
 MEMORY_SHAPE = {True: Shape("memory", 512, 64, 32000), False: Shape("memory", 512, 64, 151936)}
 SCALING_SHAPE = {True: Shape("scaling", 256, 64, 16000), False: Shape("scaling", 256, 128, 32000)}
 LIMIT = {True: 256 << 20, False: 1 << 30}  # of the op's own memory in a child process on a CPU
-BEYOND = 4
+BEYOND = STRIDE = 4
 MOST_TOKENS = 1 << 21
 PLANNED_WITHIN = 0.05  # of the peak; and half as much as the math library's scratch, which the planner estimates
 SLACK_BYTES = 8 << 20
@@ -83,13 +83,13 @@ def out_of_memory(row: Row) -> bool:
 
 
 def walk_up(first: Setting, provider: Provider, limit: int | None, effort: dict[str, object], last: int | None = None) -> list[Row]:
-    """Rows at N, 2 N, 4 N, ... until it runs out of memory or, with `last`, until there."""
+    """Rows at N, N * STRIDE, ... until it runs out of memory or, with `last`, until there."""
     rows, N = [], first.N
     while N <= (last or MOST_TOKENS):
         rows.append(scale_row(first.at(N=N), provider, limit, effort))
         if rows[-1].reason:
             break
-        N *= 2
+        N *= STRIDE
     return rows
 
 
@@ -110,7 +110,7 @@ def scaling(context: Context) -> list[Task]:
             return rows
 
         tasks.append(Task(f"plain PyTorch from {describe(first)}", plain_first))
-        for p in context.without(*SLOW, "torch", "cce"):
+        for p in context.only() if context.quick and on_cpu else context.without(*SLOW, "torch", "cce"):
             tasks.append(Task(f"{p.label} from {describe(first)}", lambda p=p, first=first, end=end: walk_up(first, p, limit, effort, end["N"])))
     return tasks
 

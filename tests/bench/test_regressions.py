@@ -1,0 +1,105 @@
+"""Planted regressions, each found by the suite: an added copy of the logits, a doubled sweep, chunks cut to 64 rows."""
+
+import pytest
+import torch
+
+from opsd_kernels import backends, planner
+from opsd_kernels.bench import memory
+from opsd_kernels.bench.compare import changes_of
+from opsd_kernels.bench.measure import blank, compare_providers
+from opsd_kernels.bench.providers import PROVIDERS
+from opsd_kernels.bench.results import Report
+from opsd_kernels.bench.shapes import Setting
+
+ATTEMPTS = 4  # on a machine that others use, a comparison may be too noisy to tell
+
+
+def report(rows):
+    return Report({"name": "here"}, {}, "", "", "", True, sorted({row.suite for row in rows}), rows=rows)
+
+
+def measured(setting):
+    return report(compare_providers("latency", setting, [PROVIDERS["opsd"]], rounds=(9, 40), seconds=4.0))
+
+
+def what_changed(before, after):
+    return {change.what for change in changes_of(before, after) if change.row.provider == "opsd" and change.bad}
+
+
+def found_by_time(setting, plant, what):
+    """Whether a comparison of a run before with one after the change says `what`."""
+    for _ in range(ATTEMPTS):
+        with pytest.MonkeyPatch.context() as patch:
+            before = measured(setting)
+            plant(patch)
+            if what in what_changed(before, measured(setting)):
+                return True
+    return False
+
+
+COPY = """
+def make(setting, provider, limit):
+    from opsd_kernels import projection
+    from opsd_kernels.bench.memory import prepare
+
+    project, kept = projection.project, []
+
+    def with_copy(hidden, weight, out):
+        project(hidden, weight, out)
+        if out.shape[1] == weight.shape[0]:
+            kept[:] = [out.clone()]
+
+    projection.project = with_copy
+    return prepare(setting, provider, limit)
+"""
+
+
+@pytest.mark.slow
+def test_an_added_copy_of_the_logits_is_found():
+    """By the planner's prediction, and by the report before."""
+    setting = Setting(512, 64, 32000, "float32")
+    planned = {"predicted_bytes": setting.plan().peak_bytes, "rows": setting.plan().rows}
+    before, after = (
+        report([blank("memory", "opsd", setting, peak_bytes=memory.peak_of(setting, "opsd", make=make), **planned)]) for make in (memory.prepare, COPY)
+    )
+    assert changes_of(before, before) == []
+    assert what_changed(before, after) == {"above plan", "more memory"}
+
+
+@pytest.mark.slow
+def test_a_doubled_sweep_is_found():
+    rows = backends.select(None, torch.device("cpu"))
+    fused = rows.row_fused_
+
+    def twice(S, T, factor, spec, bias_s, bias_t, metrics, *rest):
+        rows.row_stats(S, T, spec, bias_s, bias_t, metrics)
+        return fused(S, T, factor, spec, bias_s, bias_t, metrics, *rest)
+
+    assert found_by_time(Setting(256, 16, 32000, "float32"), lambda patch: patch.setattr(rows, "row_fused_", twice), "slower")
+
+
+@pytest.mark.slow
+def test_chunks_cut_to_64_rows_are_found():
+    """By the plan, and by the time: the bare GEMMs of the same chunks slow down as well, so it is those of large chunks that show it."""
+
+    def cut(patch):
+        patch.setattr(planner, "ROW_LIMITS", dict.fromkeys(planner.ROW_LIMITS, 64))
+        patch.setattr(planner, "WIDE_CPU_ROWS", 64)
+
+    setting = Setting(1024, 128, 8000, "bfloat16")
+    with pytest.MonkeyPatch.context() as patch:
+        before = measured(setting)
+        cut(patch)
+        assert "smaller chunks" in what_changed(before, measured(setting))
+    assert found_by_time(setting, cut, "slower")
+
+
+@pytest.mark.slow
+def test_a_limit_ends_plain_pytorch_and_not_the_op():
+    setting, limit = Setting(2048, 32, 16000, "float32"), 192 << 20
+    variants = memory.time_under_limit(setting, "torch", limit, (2, 2), 2.0)
+    assert variants["torch"].failure == "out of memory" and not variants["torch"].times
+    variants = memory.time_under_limit(setting, "opsd", limit, (2, 2), 2.0)
+    assert variants["opsd"].failure is None and len(variants["opsd"].times) == 2
+    with pytest.raises(memory.OutOfMemory, match="limit 192 MiB"):
+        memory.peak_of(setting, "torch", limit)
