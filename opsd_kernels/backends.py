@@ -13,40 +13,50 @@ from . import env, extension
 from .kernels.contract import RowBackend
 from .spec import check_choice, expect
 
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Backend:
-    """`unsupported(device_type)` is None where the backend can serve, else the reason."""
+    """A module of kernels/, and in `reason` what `unsupported` says."""
 
     name: str
-    module: str | None
-    unsupported: Callable[[str], str | None]
+    module: str
+    reason: Callable[[str, torch.dtype | None], str | None]
+
+    def unsupported(self, device_type: str, dtype: torch.dtype | None = None) -> str | None:
+        """None if it can sweep logits of `dtype` (None: of the common ones) on `device_type`, else the reason why not."""
+        return self.reason(device_type, dtype)
 
     def load(self) -> RowBackend:
         return importlib.import_module(f"{__package__}.kernels.{self.module}")
 
 
-def _no_cuda(device_type: str) -> str | None:
-    return "the CUDA row kernels are not part of this version"
+def _no_cuda(device_type: str, dtype: torch.dtype | None) -> str | None:
+    if device_type != "cuda":
+        return f"the CUDA kernels run on cuda, not on {device_type}"
+    if dtype not in (None, *CUDA_DTYPES):
+        return f"the CUDA kernels sweep float32, bfloat16 and float16 logits, not {str(dtype).removeprefix('torch.')}"
+    return extension.cuda_unavailable()
 
 
-def _no_triton(device_type: str) -> str | None:
+def _no_triton(device_type: str, dtype: torch.dtype | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return importlib.import_module(f"{__package__}.kernels.triton_rows").usable(device_type)
 
 
-def _no_extension(device_type: str) -> str | None:
+def _no_extension(device_type: str, dtype: torch.dtype | None) -> str | None:
     if device_type != "cpu":
         return f"the C++ kernels run on cpu, not on {device_type}"
     return extension.load()
 
 
 BACKENDS = (
-    Backend("cuda", None, _no_cuda),
+    Backend("cuda", "ext_rows", _no_cuda),
     Backend("triton", "triton_rows", _no_triton),
     Backend("cpp", "ext_rows", _no_extension),
-    Backend("torch", "torch_rows", lambda device_type: None),
+    Backend("torch", "torch_rows", lambda device_type, dtype: None),
 )
 NAMES = tuple(backend.name for backend in BACKENDS)
 
@@ -56,22 +66,42 @@ def check_name(name: str | None) -> None:
         check_choice("backend", name, NAMES)
 
 
-def select(name: str | None, device: torch.device) -> RowBackend:
-    """The backend asked for by `name` or by OPSD_BACKEND, else the first that serves `device`.
+def select(name: str | None, device: torch.device, dtype: torch.dtype | None = None) -> RowBackend:
+    """The backend asked for by `name` or by OPSD_BACKEND, else the first that sweeps logits of `dtype` on `device`.
 
     Raises ValueError with the reason where a backend asked for by name cannot serve. On a CPU Triton only interprets, so it serves there by name alone.
     """
-    name = name or env.backend()
+    return _chosen(name or env.backend(), device.type, dtype).load()
+
+
+def _chosen(name: str | None, device_type: str, dtype: torch.dtype | None) -> Backend:
     check_name(name)
     for backend in BACKENDS:
-        if name in (None, backend.name) and not (name is None and backend.name == "triton" and device.type == "cpu"):
-            reason = backend.unsupported(device.type)
+        if name in (None, backend.name) and not (name is None and backend.name == "triton" and device_type == "cpu"):
+            reason = backend.unsupported(device_type, dtype)
             if reason is None:
-                return backend.load()
-            expect(name is None, "backend", f"one that is usable on {device.type}", f"{backend.name!r}: {reason}")
+                return backend
+            expect(name is None, "backend", f"one that is usable on {device_type}", f"{backend.name!r}: {reason}")
     raise AssertionError("the torch backend serves everywhere")
 
 
-def explain(device_type: str = "cpu") -> dict[str, str | None]:
-    """For each backend None if it can serve `device_type`, else the reason why not."""
-    return {backend.name: backend.unsupported(device_type) for backend in BACKENDS}
+def explain(device_type: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, str | None]:
+    """For each backend None if it can sweep logits of `dtype` (None: of the common ones) on `device_type`, else the reason why not."""
+    return {backend.name: backend.unsupported(device_type, dtype) for backend in BACKENDS}
+
+
+def launches(V: int, dtype: torch.dtype) -> dict[str, str]:
+    """How the GPU backends spread a row of V logits of `dtype` over threads, or why they do not. Heuristics; nothing is tuned when the op runs."""
+    return {"cuda": _no_cuda("cuda", dtype) or _cuda_launch(V, dtype), "triton": _triton_launch(V, dtype)}
+
+
+def _cuda_launch(V: int, dtype: torch.dtype) -> str:
+    major, minor = torch.cuda.get_device_capability()
+    return torch.ops.opsd_kernels.cuda_launch(V, dtype.itemsize, 10 * major + minor)
+
+
+def _triton_launch(V: int, dtype: torch.dtype) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    block, warps = importlib.import_module(f"{__package__}.kernels.triton_launch").config(V, dtype)
+    return f"each sweep one block of {32 * warps} threads per row, {block} columns at a time"

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import projection, support
 from .kernels import torch_rows
 from .kernels.contract import Column, RowBackend, narrowed, stats_dtype
-from .planner import ChunkPlan
+from .planner import ChunkPlan, row_stride
 from .spec import RowSpec, Support
 from .support import Entries, Restricted, Rows
 
@@ -87,7 +87,8 @@ class Workspace:
     def __init__(self, heads: Heads, spec: RowSpec, plan: ChunkPlan) -> None:
         hidden, V = heads.student_hidden, heads.student_weight.shape[0]
         sides = 1 if heads.teacher_hidden is None else 2
-        self.pair = projection.empty((sides * plan.rows, V), plan.logits_dtype, hidden.device)
+        stride = row_stride(V, plan.logits_dtype, hidden.device.type)
+        self.pair = projection.empty((sides * plan.rows, stride), plan.logits_dtype, hidden.device)[:, :V]
         self.zeros = self.pair.new_zeros(1, V) if sides == 1 else None
         self.stack = hidden.new_empty(2 * plan.rows, hidden.shape[1]) if spec.difference else None
         self.narrow = hidden.dtype

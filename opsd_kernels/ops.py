@@ -12,7 +12,7 @@ from torch.library import Library, register_fake
 from . import backends, chunked, env
 from .chunked import Heads, Tokens, Wanted
 from .kernels.contract import Column, stats_dtype
-from .planner import ChunkPlan, align, held_dtype, plan, resolve_logits
+from .planner import SM_COUNT, ChunkPlan, align, held_dtype, plan, resolve_logits
 from .projection import same_storage
 from .spec import TAILS, Divergence, Kind, LogitTransform, RowSpec, Support, expect
 
@@ -145,6 +145,7 @@ def _check_entries(name: str, otherwise: str, entries: Tensor | None, valid: Ten
 
 def _plan(call: Call, heads: Heads, tokens: int, scope: str = "index", longest: int | None = None, policy: bool = False) -> tuple[RowSpec, ChunkPlan]:
     """The plan of forward and backward alike: in recompute mode saved statistics must meet the same logits again."""
+    divergence, device = Divergence(Kind(call.kind), call.beta), heads.student_hidden.device
     chunks = plan(
         tokens,
         call.vocab,
@@ -157,14 +158,16 @@ def _plan(call: Call, heads: Heads, tokens: int, scope: str = "index", longest: 
         logits_dtype=call.logits_dtype,
         bias_grad=call.grad_bias,
         workspace_bytes=call.workspace_bytes,
-        device_type=heads.student_hidden.device.type,
+        device_type=device.type,
         weights_scope=scope,
         longest_sequence=longest,
         policy=policy,
         topk=call.support[0] if call.support else 0,
+        one_sweep=RowSpec(divergence, entry_clip=call.dialect[1]).one_sweep,
+        sm_count=torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else SM_COUNT,
     )
     transforms = _unpack_transform(call.student_transform), _unpack_transform(call.teacher_transform)
-    return RowSpec(Divergence(Kind(call.kind), call.beta), *transforms, chunks.difference, *call.dialect), chunks
+    return RowSpec(divergence, *transforms, chunks.difference, *call.dialect), chunks
 
 
 def _run(call: Call, *, gradients: bool, metrics: bool = False, saved: tuple[Tensor, Tensor] | None = None) -> chunked.Outputs:
@@ -177,7 +180,7 @@ def _walk(call: Call, heads: Heads, spec: RowSpec, chunks: ChunkPlan, computed: 
     wanted = Wanted(call.grad_hidden, call.grad_weight, call.grad_bias, metrics) if gradients else Wanted(metrics=metrics)
     tokens = Tokens(computed.index, computed.valid, call.factor, call.policy, call.labels, call.topk_ids, call.topk_logprobs)
     with torch.autocast(call.student_hidden.device.type, enabled=False):
-        backend = backends.select(call.backend, call.student_hidden.device)
+        backend = backends.select(call.backend, call.student_hidden.device, chunks.logits_dtype)
         return chunked.run(heads, spec, chunks, backend, wanted, tokens, restriction=_unpack_support(call.support), **how)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import torch
 
@@ -24,6 +25,15 @@ WIDE_CPU_ROWS = 256  # of 32- and 64-bit inputs
 ALIGNED_ROWS = 1024  # to which a chunk may grow for the sake of a whole sequence
 SUPPORT_BYTES = 96  # of one entry of a support: a dozen numbers, each in a tensor of its own
 QUEUE_BYTES = 32  # of one column while torch.topk runs on two threads
+# The model of a GPU, for the choice of rows alone. Its numbers are assumptions, to be replaced by measured ones: the output tile that cuBLAS gives one
+# multiprocessor of an H100 in a large 16-bit GEMM; how far it splits long sums (of dh) where the tiles are few; the multiprocessors of an H100 SXM or H200; 730
+# TFLOP/s of such GEMMs beside 2.85 TB/s of memory. With the last, dW costs 25 % of four passes at 1024 rows and 6 % at 4096.
+TILE = (128, 256)
+MOST_SPLITS, SPLIT_LENGTH = 8, 4096
+SM_COUNT = 132
+FLOPS_PER_BYTE = 256
+CUDA_ROW_MULTIPLE = 128
+CUDA_ROW_BYTES = 128  # a row of logits takes a multiple: then any V has 16-byte accesses, and a GEMM the leading dimension that it is fastest with
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -45,6 +55,9 @@ class ChunkPlan:
     gradient_bytes: int  # dh, dW, dbias
     vector_bytes: int  # losses and statistics, N-sized
     peak_bytes: int  # above the inputs, at the worst moment of forward and backward
+    sweep_bytes: int  # moved to and from the logits buffers, by GEMMs and by sweeps that read memory each time
+    head_bytes: int  # moved to and from dW: it is read and written once per chunk
+    tile_share: float  # of the time of whole waves of tiles that the GEMMs compute in; 1 on a CPU, which is not modelled
     weighting: str = "before"  # when token weights are found: before the pass, after it, in each chunk, in chunks aligned with sequences, in a pass of its own
     weighting_reason: str = ""
 
@@ -95,10 +108,76 @@ def _balanced_rows(tokens: int, most: int) -> int:
     return rounded if rounded <= most else even
 
 
-def row_bytes(V: int, H_student: int, H_teacher: int, dtype: torch.dtype, buffer: torch.dtype, topk: int = 0) -> int:
+def row_stride(V: int, buffer: torch.dtype, device_type: str) -> int:
+    """Entries from one row of a logits buffer to the next."""
+    return _round_up(V, CUDA_ROW_BYTES // buffer.itemsize) if device_type == "cuda" else V
+
+
+def row_bytes(V: int, H_student: int, H_teacher: int, dtype: torch.dtype, buffer: torch.dtype, topk: int = 0, device_type: str = "cpu") -> int:
     """Workspace of one row: the logits pair, its packed hidden rows, the hidden gradient before it is scattered, a support. H_teacher 0: no teacher."""
-    sides = 2 if H_teacher else 1
-    return SUPPORT_BYTES * topk + sides * V * buffer.itemsize + (H_student + H_teacher) * dtype.itemsize + H_student * held_dtype(dtype, buffer).itemsize
+    logits = (2 if H_teacher else 1) * row_stride(V, buffer, device_type) * buffer.itemsize
+    return SUPPORT_BYTES * topk + logits + (H_student + H_teacher) * dtype.itemsize + H_student * held_dtype(dtype, buffer).itemsize
+
+
+def wave_flops(rows: int, columns: int, length: int, sm_count: int = SM_COUNT) -> int:
+    """Of a GEMM with sums of `length`. Multiprocessors work on whole tiles, and the last wave of tiles leaves some of them idle: 132 tiles cost what 1 does."""
+    tiles = -(-rows // TILE[0]) * -(-columns // TILE[1])
+    splits = range(1, max(1, min(MOST_SPLITS, length // SPLIT_LENGTH)) + 1)
+    return min(2 * _round_up(tiles * split, sm_count) * TILE[0] * TILE[1] * -(-length // split) for split in splits)
+
+
+@dataclass(frozen=True)
+class Products:
+    """The GEMMs of a call, and the time they take on a GPU, counted in what its multiprocessors could compute meanwhile."""
+
+    V: int
+    H_student: int
+    H_teacher: int
+    difference: bool
+    grad: bool
+    trainable: bool
+
+    def of_chunk(self, rows: int) -> list[tuple[int, int, int]]:
+        """(rows and columns of the output, length of the sums): logits, dh, dW."""
+        sides = [(2 * rows, self.V, self.H_student)] if self.difference else [(rows, self.V, H) for H in (self.H_student, self.H_teacher) if H]
+        return sides + [(rows, self.H_student, self.V)] * self.grad + [(self.V, self.H_student, rows)] * self.trainable
+
+    def wave_flops(self, tokens: int, rows: int, sm_count: int = SM_COUNT) -> int:
+        """Of `tokens` in chunks of `rows`."""
+        full, last = divmod(tokens, rows)
+        chunks = [(full, rows)] * (full > 0) + [(1, last)] * (last > 0)
+        return sum(times * wave_flops(*product, sm_count) for times, size in chunks for product in self.of_chunk(size))
+
+    def head_bytes(self, chunks: int, itemsize: int) -> int:
+        """Moved by the GEMMs of dW: written by each, and read by all but the first."""
+        return self.V * self.H_student * itemsize * (2 * chunks - 1) if chunks and self.trainable else 0
+
+
+def logit_bytes(buffer: torch.dtype, gradient: torch.dtype, sides: int = 2, sweeps: int = 1, products: int = 2, on_chip: bool = False) -> int:
+    """Bytes moved per token and vocabulary entry: logits written by GEMMs and read by `sweeps`; then read for a gradient, written and read by `products` GEMMs.
+
+    Where a kernel holds a row pair `on_chip`, one read serves all sweeps and the gradient.
+    """
+    reads = 1 if on_chip else sweeps + (products > 0)
+    return sides * buffer.itemsize * (1 + reads) + gradient.itemsize * (1 + products) * (products > 0)
+
+
+@lru_cache(maxsize=1024)
+def whole_waves(tokens: int, most: int, gemms: Products, dW_itemsize: int, sm_count: int = SM_COUNT) -> int:
+    """Rows per chunk, a multiple of CUDA_ROW_MULTIPLE up to `most`, with which idle multiprocessors and the traffic of dW cost least.
+
+    More rows win a tie, and a larger `most` never makes more chunks. Below the multiple, as many rows as there may be.
+    """
+
+    def cost(rows: int) -> tuple[int, int]:
+        return gemms.wave_flops(tokens, rows, sm_count) + FLOPS_PER_BYTE * gemms.head_bytes(-(-tokens // rows), dW_itemsize), -rows
+
+    return min(range(CUDA_ROW_MULTIPLE, most + 1, CUDA_ROW_MULTIPLE), key=cost, default=most)
+
+
+def _tile_share(gemms: Products, tokens: int, rows: int, sm_count: int) -> float:
+    useful = sum(2 * m * n * k for m, n, k in gemms.of_chunk(tokens))
+    return useful / gemms.wave_flops(tokens, rows, sm_count) if tokens else 1.0
 
 
 def align(lengths: list[int], rows: int) -> list[slice]:
@@ -143,6 +222,29 @@ def workspace_budget(workspace_bytes: int | None) -> int:
     return workspace_bytes
 
 
+def _check(dtype: torch.dtype, backward: str, weights_scope: str, **sizes: int) -> None:
+    for name, value in sizes.items():
+        expect(isinstance(value, int) and value >= (name == "V"), name, "a size", repr(value))
+    check_choice("weights_scope", weights_scope, SCOPES)
+    expect(dtype in DTYPES, "dtype", "float64, float32, bfloat16 or float16", dtype, TypeError)
+    check_choice("backward", backward, BACKWARDS)
+
+
+def _room(tokens: int, limit: int, budget: int, per_row: int, head: int, held: bool) -> tuple[int, int]:
+    """(most rows of a chunk, bytes of an fp32 accumulator). `head`: entries of a 16-bit dW, else 0; `held`: in fp32 until backward."""
+    most, accumulator = min(limit, budget // per_row), 0
+    if head and (tokens > most or held):  # else a single chunk's GEMM writes the gradient itself
+        accumulator, half = 4 * head, 2 * head
+        most = min(most, max(budget - half, min(budget, half)) // per_row)
+    return most, accumulator
+
+
+def _bytes_per_logit(buffer: torch.dtype, dtype: torch.dtype, sides: int, sweeps: int, products: int, again: bool, twice: bool) -> int:
+    """Of a whole call: `again`, projected once more in backward; `twice`, that or a statistics pass of its own."""
+    known = logit_bytes(buffer, dtype, sides, sweeps, 0) if twice else 0
+    return known + logit_bytes(buffer, dtype, sides, 0 if again else sweeps, products)
+
+
 def plan(
     N: int,
     V: int,
@@ -162,38 +264,37 @@ def plan(
     longest_sequence: int | None = None,
     policy: bool = False,
     topk: int = 0,
+    one_sweep: bool = True,
+    sm_count: int = SM_COUNT,
 ) -> ChunkPlan:
     """Plan `linear_divergence` for N valid tokens, a vocabulary of V and hidden sizes H_student and H_teacher (default: the same; 0: no teacher's head).
 
     `weights_scope` is that of the token weights. Those of scope `sequence` need all statistics of a sequence before its gradients: chunks end with
     sequences where `longest_sequence` rows fit one (four passes), else a statistics pass goes first (six): `ChunkPlan.weighting` and `weighting_reason`.
-    With `policy`, a term of `objectives` is mixed in; with `topk`, a support has that many entries.
+    With `policy`, a term of `objectives` is mixed in; with `topk`, a support has that many entries; `one_sweep` is RowSpec's. On CUDA (`device_type`,
+    `sm_count` multiprocessors) the rows of a chunk make whole waves of GEMM tiles, by a model whose assumptions stand at TILE.
 
     `workspace_bytes` is the budget (default OPSD_WORKSPACE_BYTES or 1 GiB) for logits buffers, packed rows, the math library's scratch, and the fp32 dW that
-    stands beside a 16-bit gradient; the last claims at most half of it, since its size is the head's. Raises ValueError if the budget does not hold one row.
+    stands beside a 16-bit gradient. The last claims half its size, but leaves the logits the bytes of the 16-bit dW, which takes their place in the end. Raises
+    ValueError if the budget does not hold one row.
     """
     H_teacher = H_student if H_teacher is None else H_teacher
-    for name, value in (("N", N), ("V", V), ("H_student", H_student), ("H_teacher", H_teacher)):
-        expect(isinstance(value, int) and value >= (name == "V"), name, "a size", repr(value))
-    check_choice("weights_scope", weights_scope, SCOPES)
-    expect(dtype in DTYPES, "dtype", "float64, float32, bfloat16 or float16", dtype, TypeError)
-    check_choice("backward", backward, BACKWARDS)
+    _check(dtype, backward, weights_scope, N=N, V=V, H_student=H_student, H_teacher=H_teacher)
     budget = workspace_budget(workspace_bytes)
     buffer, difference = resolve_logits(dtype, logits_dtype, shared_head)
     trainable = trainable_head and grad
-    per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V))
+    per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V), device_type)
     scratch = min(CPU_SCRATCH_BYTES + QUEUE_BYTES * V * (topk > 0), budget // 8) if device_type == "cpu" else 0
-    budget -= scratch
-    most = min(_row_limit(dtype, trainable, device_type, longest_sequence or 0), budget // per_row)
-    accumulator = 0
-    held = held_dtype(dtype, buffer)
-    if trainable and dtype.itemsize == 2 and (N > most or held != dtype):  # else a single chunk's GEMM writes the gradient itself
-        accumulator = 4 * V * H_student
-        most = min(most, (budget - min(accumulator // 2, budget // 2)) // per_row)
-    expect(most >= 1, "workspace_bytes", f"at least {3 * per_row} bytes, for a row of logits pairs", budget + scratch)
+    held, head = held_dtype(dtype, buffer), V * H_student * (trainable and dtype.itemsize == 2)
+    limit = _row_limit(dtype, trainable, device_type, longest_sequence or 0)
+    most, accumulator = _room(N, limit, budget - scratch, per_row, head, held != dtype)
+    expect(most >= 1, "workspace_bytes", f"at least {3 * per_row} bytes, for a row of logits pairs", budget)
     weighting, reason = _weighting(weights_scope, longest_sequence, most, in_loop=(trainable or policy) and grad and backward != "recompute")
-    rows = max(min(N, most), 1) if weighting == "aligned" else _balanced_rows(N, most)
-
+    gemms = Products(V, H_student, H_teacher, difference, grad, trainable)
+    dW_itemsize = 4 if accumulator else dtype.itemsize
+    rows = max(min(N, most), 1)
+    if weighting != "aligned" and N > most:
+        rows = whole_waves(N, most, gemms, dW_itemsize, sm_count) if device_type == "cuda" else _balanced_rows(N, most)
     gradient = {"dh": N * H_student * dtype.itemsize * grad, "dW": V * H_student * dtype.itemsize * trainable, "dbias": 4 * V * bias_grad}
     gradient["dh"] *= 3 if held != dtype else 1  # the fp32 one, and the 16-bit one beside it
     workspace = min(rows, N) * per_row
@@ -218,6 +319,9 @@ def plan(
         gradient_bytes=sum(gradient.values()),
         vector_bytes=vectors,
         peak_bytes=max(walking, accumulator + gradient["dW"]) + gradient["dh"] + gradient["dbias"] + vectors,
+        sweep_bytes=N * V * _bytes_per_logit(buffer, dtype, projections, 1 if one_sweep else 2, grad + trainable, again, twice),
+        head_bytes=gemms.head_bytes(-(-N // rows), dW_itemsize),
+        tile_share=_tile_share(gemms, N, rows, sm_count) if device_type == "cuda" else 1.0,
         weighting=weighting,
         weighting_reason=reason,
     )

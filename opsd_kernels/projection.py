@@ -131,7 +131,7 @@ def accumulate_weight_grad(G: Tensor, hidden: Tensor, dW: Tensor, first: bool) -
     Gt = G.t()
     if dW.dtype == G.dtype:
         torch.mm(Gt, hidden, out=dW) if first else dW.addmm_(Gt, hidden)
-    elif dW.device.type == "cuda":
+    elif dW.device.type == "cuda":  # `self` of the output's type: from torch 2.10 on; as it is `out`, nothing is copied
         _ = torch.mm(Gt, hidden, out_dtype=dW.dtype, out=dW) if first else torch.addmm(dW, Gt, hidden, out_dtype=dW.dtype, out=dW)
     elif not _widening_mm(Gt, hidden, dW, accumulate=not first):
         wide = hidden.to(dW.dtype)

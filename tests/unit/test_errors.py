@@ -140,7 +140,7 @@ def test_in_forward_cannot_know_a_later_gradient():
 def test_an_absent_backend_says_why(monkeypatch):
     from opsd_kernels import backends
 
-    broken = tuple(backends.Backend(b.name, b.module, lambda device: "no compiler was there") if b.name == "cpp" else b for b in backends.BACKENDS)
+    broken = tuple(backends.Backend(b.name, b.module, lambda device, dtype: "no compiler was there") if b.name == "cpp" else b for b in backends.BACKENDS)
     monkeypatch.setattr(backends, "BACKENDS", broken)
     with pytest.raises(ValueError, match=r"backend.*'cpp'.*no compiler was there"):
         call(backend="cpp")

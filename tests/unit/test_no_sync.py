@@ -148,6 +148,10 @@ CALLS = {
     "row weights": (linear_divergence, {"token_weights": ROW, "divergence": "jsd"}),
     "row weights, recomputed": (linear_divergence, {"token_weights": ROW, "backward": "recompute"}),
     "row weights, by sequence": (linear_divergence, {"token_weights": ROW, "reduction": "sequence_mean"}),
+    "importance ratios by segment": (
+        linear_divergence,
+        {"token_weights": weights.SegmentMean(weights.ImportanceRatio(OLD), (torch.arange(B * T) % 3 == 0).view(B, T))},
+    ),
     "sequence weights": (linear_divergence, {"token_weights": SEQUENCE}),
     "sequence weights, own pass": (linear_divergence, {"token_weights": SEQUENCE, "workspace_bytes": 5_000}),
     "clips": (linear_divergence, {"entry_clip": 0.1, "token_clip": 2.0, "teacher_mix": 0.3}),
@@ -188,6 +192,18 @@ def test_nothing_waits_and_ignored_rows_influence_nothing(backend, as_on_a_gpu, 
             if value is not None:
                 assert (value[ignored(case)] == 0).all(), field
                 assert_no_worse(value, getattr(packed.stats, field), getattr(exact.stats, field))
+
+
+@pytest.mark.parametrize("budget", [1 << 24, 12_000, 5_000])
+def test_packed_sequences(backend, as_on_a_gpu, monkeypatch, budget):
+    """Sequences of their own lengths in one row of tokens: in one chunk, in chunks of sequences, in a pass of its own."""
+    case = replace(hard_case(B * T, V, H, batch=1, largest_logit=8.0), token_weights=None)
+    options = {"token_weights": weights.PackedSequences(SEQUENCE, (9, 0, 4, 15)), "backend": backend, "workspace_bytes": budget}
+    with Waits() as waits:
+        unpacked = evaluate(linear_divergence, case, **options)
+    assert waits.noted == []
+    monkeypatch.setenv("OPSD_PACK", "1")
+    assert_no_worse(unpacked, *(evaluate(linear_divergence, c, **options) for c in (case, case.double())))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

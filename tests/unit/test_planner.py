@@ -1,6 +1,7 @@
 """The plan: inside its budget, no chunk wasted, passes and operations as the cost model has them, and the plan that the op follows."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsd_kernels import ChunkPlan, chunked, plan
+from opsd_kernels.planner import FLOPS_PER_BYTE, Products, logit_bytes, row_stride, wave_flops, whole_waves
 from opsd_kernels.testing import evaluate, hard_case
 
 many = settings(max_examples=200, deadline=None, derandomize=True)
@@ -90,3 +92,128 @@ def test_the_op_follows_its_plan(monkeypatch, budget):
     case = hard_case(29, 211, 24, shared_head=True)
     evaluate(linear_divergence, case, workspace_bytes=budget)
     assert followed == [plan(27, 211, 24, dtype=torch.float32, bias_grad=True, workspace_bytes=budget)]  # two of the tokens are ignored
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_the_accumulator_leaves_the_logits_the_bytes_of_the_gradient_that_follows_them():
+    """The bf16 dW is made when the logits are gone: up to its size they cost nothing at the peak."""
+    head = {"N": 8192, "V": 151936, "H_student": 4096, "device_type": "cuda"}
+    made = plan(**head)
+    dW = 2 * 151936 * 4096
+    assert made.accumulator_bytes == 2 * dW
+    assert 0.9 * (1 << 30) < made.workspace_bytes <= min(1 << 30, dW)
+    assert made.peak_bytes == made.accumulator_bytes + made.gradient_bytes + made.vector_bytes
+
+
+@pytest.mark.parametrize("buffer, multiple", [(torch.float64, 16), (torch.float32, 32), (torch.bfloat16, 64), (torch.float16, 64)], ids=str)
+def test_rows_of_logits_start_at_multiples_of_128_bytes_on_cuda(buffer, multiple):
+    for V in (1, 63, 64, 151936, 151937):
+        stride = row_stride(V, buffer, "cuda")
+        assert stride % multiple == 0 and V <= stride < V + multiple
+        assert row_stride(V, buffer, "cpu") == V
+
+
+def test_padding_is_counted():
+    one = {"N": 1, "V": 65, "H_student": 64, "grad": False}
+    assert plan(**one, device_type="cuda").workspace_bytes - plan(**one).workspace_bytes == 2 * 2 * (128 - 65)
+
+
+# ---------------------------------------------------------------- waves and traffic of a GPU
+
+
+def test_waves_by_hand():
+    one_wave = 2 * 132 * 128 * 256
+    assert wave_flops(128, 256, 64) == wave_flops(1, 1, 64) == one_wave * 64, "one tile keeps a whole wave waiting"
+    assert wave_flops(128, 132 * 256, 64) == one_wave * 64
+    assert wave_flops(129, 132 * 256, 64) == 2 * one_wave * 64, "133 rows of tiles or 134: a second wave"
+    assert wave_flops(128, 256, 64, sm_count=1) == 2 * 128 * 256 * 64
+    assert wave_flops(128, 33 * 256, 4 * 4096) == one_wave * 4096, "33 tiles split four ways fill a wave"
+    assert wave_flops(128, 33 * 256, 4095) == one_wave * 4095, "too short to split"
+
+
+@given(sizes=st.tuples(st.integers(1, 20_000), st.integers(1, 300_000), st.integers(1, 300_000)), sm_count=st.integers(1, 200))
+@many
+def test_waves_hold_the_work_and_grow_with_it(sizes, sm_count):
+    m, n, k = sizes
+    assert wave_flops(m, n, k, sm_count) >= 2 * m * n * k
+    assert wave_flops(m + 128, n, k, sm_count) >= wave_flops(m, n, k, sm_count) <= wave_flops(m, n + 256, k, sm_count)
+
+
+@pytest.mark.parametrize("H", [1024, 4096])
+@pytest.mark.parametrize("rows, overhead", [(1024, 1 / 4), (2048, 1 / 8), (4096, 1 / 16)])
+def test_the_head_gradient_costs_what_performance_says(H, rows, overhead):
+    """25 % of four passes at 1024 rows, 6 % at 4096, once the first chunk no longer counts."""
+    gemms = Products(151936, H, H, True, True, True)
+    chunk = gemms.head_bytes(11, 4) - gemms.head_bytes(10, 4)
+    assert FLOPS_PER_BYTE * chunk == overhead * sum(2 * m * n * k for m, n, k in gemms.of_chunk(rows))
+
+
+def test_bytes_of_a_logit_by_hand():
+    """The traffic of the cost model: fp32 pair 22-38, bf16 student and difference 18-22, with the row pair on chip 14."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert [logit_bytes(bf16, bf16, sweeps=sweeps) for sweeps in (1, 2)] == [18, 22]
+    assert [logit_bytes(fp32, bf16, sweeps=sweeps) for sweeps in (1, 2)] == [30, 38]
+    assert logit_bytes(bf16, bf16, on_chip=True) == logit_bytes(bf16, bf16, sweeps=2, on_chip=True) == 14
+    assert logit_bytes(fp32, bf16, on_chip=True) == 22
+    assert logit_bytes(bf16, bf16, products=1) == 16, "a frozen head: one GEMM reads the gradient"
+    assert logit_bytes(bf16, bf16, products=0) == 8, "no gradient: written, read"
+    assert logit_bytes(fp32, fp32, sides=1, sweeps=1, products=0) == 8
+
+
+@pytest.mark.parametrize(
+    "options, per_logit, head",
+    [
+        ({}, 18, 2 * 4),  # two chunks: written, read and written, 4 bytes each, less the first read
+        ({"one_sweep": False}, 22, 2 * 4),
+        ({"trainable_head": False}, 16, 0),
+        ({"grad": False}, 8, 0),
+        ({"backward": "recompute"}, 8 + 4 + 4 + 2 + 4, 2 * 4),
+        ({"weights_scope": "sequence"}, 8 + 18, 2 * 4),
+        ({"logits_dtype": torch.float32}, 30, 2 * 4),
+    ],
+    ids=str,
+)
+def test_traffic_of_a_call(options, per_logit, head):
+    N, V, H = 2048, 32000, 512
+    made = plan(N, V, H, **options)
+    assert made.sweep_bytes == N * V * per_logit
+    assert made.head_bytes == (V * H * 4 * (2 * made.chunks - 1) if head else 0)
+    assert made.tile_share == 1.0
+
+
+@given(
+    tokens=st.integers(1, 300_000), V=st.integers(1, 300_000), H=st.integers(1, 8192), dtype=dtypes, shared=st.booleans(), trainable=st.booleans(),
+    mib=st.integers(32, 4096), sm_count=st.sampled_from([78, 108, 132, 148]),
+)  # fmt: skip
+@many
+def test_rows_on_cuda(tokens, V, H, dtype, shared, trainable, mib, sm_count):
+    """Inside the budget, whole multiples of 128 where there is a choice, and never more chunks for more budget."""
+    options = {"shared_head": shared, "trainable_head": trainable, "device_type": "cuda", "sm_count": sm_count}
+    small, large = (plan(tokens, V, H, dtype=dtype, workspace_bytes=size << 20, **options) for size in (mib, 2 * mib))
+    assert small.rows * (small.chunks - 1) < tokens <= small.rows * small.chunks
+    assert small.workspace_bytes <= mib << 20 and small.scratch_bytes == 0
+    assert small.chunks == 1 or small.rows % 128 == 0 or small.rows < 128
+    assert large.chunks <= small.chunks
+    assert 0 < small.tile_share <= 1
+
+
+def test_rows_are_the_cheapest_of_all_multiples():
+    gemms = Products(151936, 4096, 4096, True, True, True)
+
+    def cost(rows, tokens=8192):
+        return gemms.wave_flops(tokens, rows) + FLOPS_PER_BYTE * gemms.head_bytes(-(-tokens // rows), 4)
+
+    chosen = whole_waves(8192, 2000, gemms, 4)
+    assert chosen == min(range(128, 2000, 128), key=cost)
+    assert [whole_waves(8192, most, gemms, 4) for most in (1, 127)] == [1, 127]
+    chosen = [whole_waves(8192, most, gemms, 4) for most in range(128, 4097, 128)]
+    assert all(a <= b for a, b in pairwise(chosen))
+
+
+def test_a_trainable_head_takes_large_chunks_where_the_budget_lets_it():
+    """Targets of performance.md: 2048 to 4096 rows, so that dW costs at most an eighth."""
+    made = plan(8192, 151936, 4096, device_type="cuda", workspace_bytes=4 << 30)
+    assert made.rows >= 2048 and made.tile_share > 0.9
+    assert FLOPS_PER_BYTE * made.head_bytes <= made.flops / 8
