@@ -207,7 +207,8 @@ def row_scale(reduction: str, normalizer: float | Tensor | None, hidden: Tensor,
 def _denominator(normalizer: float | Tensor | None, hidden: Tensor, valid: Tensor | None) -> Tensor | float:
     if isinstance(normalizer, Tensor):
         expect(normalizer.dim() == 0, "normalizer", "a number or a 0-dim tensor", f"shape {tuple(normalizer.shape)}")
-        return normalizer.detach().to(device=hidden.device, dtype=stats_dtype(hidden.dtype), non_blocking=True)
+        from_host = normalizer.device.type == "cpu"  # that copy need not be waited for, unlike one from a GPU
+        return normalizer.detach().to(device=hidden.device, dtype=stats_dtype(hidden.dtype), non_blocking=from_host)
     if normalizer is not None:
         return check_number("normalizer", normalizer, positive=True)
     return max(hidden.shape[:-1].numel(), 1) if valid is None else valid.sum().clamp(min=1).to(stats_dtype(hidden.dtype))
