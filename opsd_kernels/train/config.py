@@ -172,8 +172,7 @@ class TrainConfig:
         expect(told, "siblings", "true when feedback is 'none' (else no rollout has a context)", self.siblings)
         expect(self.context not in ("positive", "contrastive") or self.successes > 0, "successes", f"at least 1 for context={self.context}", self.successes)
         expect(self.context not in ("failure", "contrastive") or self.failures > 0, "failures", f"at least 1 for context={self.context}", self.failures)
-        peers = self.context in ("positive", "contrastive", "failure")
-        expect(peers or self.control == "none", "control", "none unless context is positive, contrastive or failure", self.control)
+        expect(self.shows_peers or self.control == "none", "control", "none unless context is positive, contrastive or failure", self.control)
         expect(self.control != "successes_only" or self.context == "contrastive", "context", "contrastive for control=successes_only", self.context)
         expect((self.teacher == "external") == (self.teacher_model is not None), "teacher_model", "a model exactly if teacher is external", self.teacher_model)
         expect(self.teacher != "adapter_off" or self.lora_rank > 0, "lora_rank", "a number above 0 for teacher=adapter_off", self.lora_rank)
@@ -186,6 +185,11 @@ class TrainConfig:
             expect(self.model != "tiny" and self.teacher_model != "tiny", "model", "a Hugging Face model for env=jsonl", "tiny")
         if self.token_weights is not None:
             parse_weights(self.token_weights)
+
+    @property
+    def shows_peers(self) -> bool:
+        """Whether the teacher sees several siblings, or failures."""
+        return self.context in ("positive", "contrastive", "failure")
 
     @property
     def teacher_rate(self) -> float:

@@ -33,25 +33,28 @@ class ContextTemplate:
     """How the blocks of the teacher's user turn open and close."""
 
     demonstration: tuple[str, str] = ("<solution>\nA correct solution:\n", "\n</solution>")
-    failure: tuple[str, str] = ("<failure>\nAn unsuccessful attempt, to be avoided:\n", "\n</failure>")
+    failure: tuple[str, str] | None = ("<failure>\nAn unsuccessful attempt, to be avoided:\n", "\n</failure>")
     feedback: tuple[str, str] = ("<feedback>\nFeedback on your earlier, unsuccessful attempt:\n", "\n</feedback>")
     instruction: str = "Solve the original problem."
 
     @classmethod
-    def words(cls, instruction: str) -> ContextTemplate:
-        """Nothing but the markers, each one token of the tiny tokenizer."""
-        return cls(("<solution>", "</solution>"), ("<failure>", "</failure>"), ("<feedback>", "</feedback>"), instruction)
+    def words(cls, instruction: str, failures: bool) -> ContextTemplate:
+        """Nothing but the markers, each one token of the tiny tokenizer, which has those of failures only if it is to read some."""
+        return cls(("<solution>", "</solution>"), ("<failure>", "</failure>") if failures else None, ("<feedback>", "</feedback>"), instruction)
+
+    def blocks(self) -> tuple[tuple[str, str], ...]:
+        return tuple(block for block in (self.demonstration, self.feedback, self.failure) if block is not None)
 
     def markers(self) -> tuple[str, ...]:
         """The strings whose appearance inside a block could end it or open another."""
-        lines = (line.strip() for side in (*self.demonstration, *self.failure, *self.feedback) for line in side.splitlines())
+        lines = (line.strip() for block in self.blocks() for side in block for line in side.splitlines())
         return tuple(line for line in lines if line.startswith("<"))
 
     def render(self, problem: str, context: Context | None, markers: Sequence[str]) -> str:
         """The user turn. Without a context it is the problem alone; the texts in the blocks are neutralised."""
         if context is None or context == Context():
             return problem
-        blocks = [(self.demonstration, text) for text in context.demonstrations] + [(self.failure, text) for text in context.failures]
+        blocks = [(self.demonstration, text) for text in context.demonstrations] + [(self.failure or self.feedback, text) for text in context.failures]
         blocks += [] if context.feedback is None else [(self.feedback, context.feedback)]
         return "\n".join([problem, *(opening + neutralise(text, markers) + closing for (opening, closing), text in blocks), self.instruction])
 
@@ -122,6 +125,10 @@ def _nearest(candidates: Sequence[Rollout], block: Rollout, fits: Callable[[Roll
 
 def _draw(items: Sequence[Rollout], count: int, *key: int) -> list[Rollout]:
     """`count` different ones, or all there are."""
+    if not items or count == 0:
+        return []
+    if count == 1:
+        return [items[seeds.pick(len(items), *key)]]
     return [items[index] for index in seeds.shuffled(range(len(items)), *key)[:count]]
 
 

@@ -34,7 +34,7 @@ from opsd_kernels.train.step import Rehearsal, Trainer
 from opsd_kernels.train.teacher import make_reference, make_teacher
 from opsd_kernels.train.types import Batch, Context, NonFiniteLoss, Prompt, Rollout, StepMetrics, TrainingInterrupted
 
-PROMPTS, CONTEXTS, ROLLOUTS, REHEARSAL_PROMPTS, REHEARSAL = 11, 12, 13, 14, 15  # streams of random numbers
+PROMPTS, CONTEXTS, ROLLOUTS, REHEARSAL = 11, 12, 13, 14  # streams of random numbers
 
 
 def train(config: TrainConfig, out: Path, resume: bool = False) -> dict[str, Any]:
@@ -141,8 +141,10 @@ def run_steps(run: Run) -> None:
             try:
                 metrics = one_step(run)
             except NonFiniteLoss as error:
-                run.save()
-                raise NonFiniteLoss(f"{error}. The state before this step is saved in {run.out / 'checkpoint'}") from None
+                if error.updates == 0:
+                    run.save()
+                where = "The state before this step" if error.updates == 0 else "The last checkpoint, of an earlier step,"
+                raise NonFiniteLoss(f"{error}. {where} is saved in {run.out / 'checkpoint'}") from None
             run.log.write(metrics)
             run.scalars.write(metrics)
             state.step += 1
@@ -159,16 +161,18 @@ def one_step(run: Run) -> StepMetrics:
     """Sample, verify, give the teacher its contexts, distil; returns the line of metrics.jsonl."""
     began = time.monotonic()
     config, state, number = run.config, run.state, run.state.step + 1
-    # The student answers, the world judges; the teacher's view of each answer follows from the judgement.
+    # The student answers, the world judges; the teacher's view of each answer follows from the judgement. What is rehearsed is sampled along.
     asked = requests(prompts_of_step(run, run.task.train, config.prompts_per_step, PROMPTS), config.group_size)
-    rollouts = run.sampler.sample(state.model, run.task, asked, config.seed, ROLLOUTS, state.step)
+    kept = requests(prompts_of_step(run, run.task.rehearsal, config.rehearsal_prompts, REHEARSAL), 1, config.prompts_per_step)
+    answers = run.sampler.sample(state.model, run.task, [*asked, *kept], config.seed, ROLLOUTS, state.step)
+    rollouts, rehearsed = answers[: len(asked)], answers[len(asked) :]
     contexts = build_contexts(rollouts, config, config.seed, CONTEXTS, state.step)
 
     # Both sides score the student's own tokens; the teacher with its context in front of them.
     batch, update = batch_of_step(run, rollouts, contexts), None
     metrics = {"step": number, **steps.rollout_metrics(rollouts, contexts)}
     if batch is not None:
-        rehearsal = rehearse(run, metrics) if state.reference is not None else None
+        rehearsal = rehearse(run, rehearsed, metrics) if state.reference is not None else None
         update = steps.update_on(Trainer(state.model, state.teacher, state.optimizer, run.sampler.vocab), batch, config, number, rehearsal)
 
     metrics |= steps.update_metrics(update, batch)
@@ -196,14 +200,11 @@ def batch_of_step(run: Run, rollouts: list[Rollout], contexts: list[Context | No
     return make_batch([rollouts[i] for i in kept], prompts, run.sampler.pad_token, config.device, [gains[i] for i in kept], separators)
 
 
-def rehearse(run: Run, metrics: StepMetrics) -> Rehearsal:
-    """Answers to prompts of the skills to keep. What the model said before the run is their target: no verdict, no context."""
-    config, state = run.config, run.state
-    asked = requests(prompts_of_step(run, run.task.rehearsal, config.rehearsal_prompts, REHEARSAL_PROMPTS), 1)
-    rollouts = run.sampler.sample(state.model, run.task, asked, config.seed, REHEARSAL, state.step)
+def rehearse(run: Run, rollouts: list[Rollout], metrics: StepMetrics) -> Rehearsal:
+    """Answers to prompts of the skills to keep. What the model would have said before the run is their target: no verdict, no context."""
     metrics["rehearsal_reward"] = sum(rollout.verdict.reward for rollout in rollouts) / len(rollouts)
     views = [rollout.prompt_tokens for rollout in rollouts]
-    return Rehearsal(make_batch(rollouts, views, run.sampler.pad_token, config.device), state.reference)
+    return Rehearsal(make_batch(rollouts, views, run.sampler.pad_token, run.config.device), run.state.reference)
 
 
 def prompts_of_step(run: Run, problems: Sequence[int], count: int, stream: int) -> list[Prompt]:

@@ -16,7 +16,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ContextTemplate):
         if tokenizer.chat_template is None:
-            raise ValueError("model: expected a tokenizer with a chat template (an instruction-tuned model), got one without")
+            raise ValueError("model: expected a tokenizer with a chat template (an instruction-tuned model; chat_template gives it one), got one without")
         if tokenizer.eos_token_id is None:
             raise ValueError("model: expected a tokenizer with an end-of-sequence token, got one without")
         self.tokenizer, self.template = tokenizer, template

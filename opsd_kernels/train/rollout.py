@@ -147,6 +147,6 @@ def _chunks(items: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
         yield items[start : start + size]
 
 
-def requests(prompts: Sequence[Prompt], samples: int) -> list[Request]:
+def requests(prompts: Sequence[Prompt], samples: int, first_group: int = 0) -> list[Request]:
     """`samples` answers to each prompt."""
-    return [Request(prompt, group, sample) for group, prompt in enumerate(prompts) for sample in range(samples)]
+    return [Request(prompt, group, sample) for group, prompt in enumerate(prompts, first_group) for sample in range(samples)]

@@ -66,7 +66,13 @@ def update_on(trainer: Trainer, batch: Batch, config: TrainConfig, step: int, re
         trainer.student.eval()
         parts = [objective.sampling_logprobs(trainer.student, micro, config, trainer.vocab) for micro in micro_batches(batch, config.micro_batch)]
         batch = replace(batch, old_logprobs_BT=torch.cat(parts))
-    updates = [optimisation_step(trainer, batch, config, step, rehearsal) for _ in range(config.updates_per_batch)]
+    updates: list[Update] = []
+    try:
+        while len(updates) < config.updates_per_batch:
+            updates.append(optimisation_step(trainer, batch, config, step, rehearsal))
+    except NonFiniteLoss as error:
+        error.updates = len(updates)
+        raise
     return updates[0]
 
 

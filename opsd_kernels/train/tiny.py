@@ -19,7 +19,7 @@ MAX_LENGTH = 192
 
 def build_tokenizer(vocabulary: tuple[str, ...], template: ContextTemplate) -> PreTrainedTokenizerFast:
     """Words, single digits and single signs; white space separates and carries no token. Turn and block markers are special tokens."""
-    special = [PAD, EOS, UNK, USER, ASSISTANT, *template.demonstration, *template.feedback, *template.failure]
+    special = [PAD, EOS, UNK, USER, ASSISTANT, *(end for block in template.blocks() for end in block)]
     words = {word: index for index, word in enumerate([*special, *vocabulary])}
     core = Tokenizer(models.WordLevel(words, unk_token=UNK))
     signs = pre_tokenizers.Split(Regex(r"\d|[^\w\s]"), "isolated")

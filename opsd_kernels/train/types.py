@@ -103,6 +103,8 @@ class TrainingInterrupted(KeyboardInterrupt):
 class NonFiniteLoss(RuntimeError):
     """The loss or its gradient is inf or NaN. The message names the step and the rows; the last good state is saved."""
 
+    updates = 0  # that this step had made before: with any, the weights are not those of the step's start
+
 
 class RunDirectoryError(FileExistsError):
     """The run directory holds another run, or a run of another configuration."""

@@ -58,7 +58,12 @@ def settings(config: TrainConfig) -> dict[str, str | int | float]:
     names = [name for name in config.__dataclass_fields__ if name.startswith(("tiny_", "warm_")) or name in DECIDING]
     sources = b"".join(Path(module.__file__).read_bytes() for module in SOURCES)
     own = Path(__file__).read_bytes()
-    return {**{name: getattr(config, name) for name in names}, "torch": torch.__version__, "sources": hashlib.sha256(sources + own).hexdigest()}
+    return {
+        **{name: getattr(config, name) for name in names},
+        "peers": config.shows_peers,
+        "torch": torch.__version__,
+        "sources": hashlib.sha256(sources + own).hexdigest(),
+    }
 
 
 def cache_folder(config: TrainConfig) -> Path:

@@ -45,15 +45,17 @@ def test_the_solution_is_right_and_a_changed_one_is_told_so(name):
                 assert (verdict.feedback is None) == (kind == "none")
 
 
+@pytest.mark.parametrize("context", ["sdpo", "contrastive"])
 @pytest.mark.parametrize("name", DEMOS)
-def test_every_text_is_in_the_vocabulary_and_fits(name):
-    config = TrainConfig(**{"env": name, **PRESETS[name]})
+def test_every_text_is_in_the_vocabulary_and_fits(name, context):
+    config = TrainConfig(**{"env": name, **PRESETS[name], "context": context})
     task = make_task(config)
     encoder = PromptEncoder(tiny.build_tokenizer(task.vocabulary, task.template), task.template)
     bare, privileged = task.warm_examples(np.random.default_rng(1), 600, 0.5)
     examples = [*bare, *privileged]
     ids = encoder.encode([example.prompt for example in examples], [example.context for example in examples])
     answers = encoder.answer([example.answer for example in examples])
+    assert any(example.context.failures for example in privileged) == (context == "contrastive")
     assert not any(encoder.tokenizer.unk_token_id in row for row in (*ids, *answers))
     assert max(map(len, answers)) <= config.max_new_tokens
     assert max(map(len, ids)) + config.max_new_tokens <= tiny.MAX_LENGTH // 2
@@ -185,7 +187,12 @@ def test_earlier_turns_stay_in_front(tmp_path, encoder):
 @pytest.mark.parametrize(
     "rows, message",
     [([*ROWS, "{"], "line 11"), ([*ROWS, {"prompt": "x"}], "line 11, got none of answer"), ([*ROWS, {"prompt": [], "answer": ""}], "ending with the user's")]
-    + [([*ROWS, {"prompt": "x", "answer": "", "split": "test"}], "a split among"), (ROWS[:2], "got no held_out row"), ([*ROWS, 3], "line 11")],
+    + [
+        ([*ROWS, {"prompt": "x", "answer": "", "split": "test"}], "a split among"),
+        (ROWS[:2], "got no held_out row"),
+        ([{**ROWS[0], "feedback": 3}], "a feedback that is a text"),
+        ([*ROWS, 3], "line 11"),
+    ],
 )
 def test_bad_rows_are_named(tmp_path, rows, message):
     with pytest.raises(ConfigError, match="data: .*" + message):

@@ -7,10 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from opsd_kernels.train import warmstart
+from opsd_kernels.train import loop, warmstart
 from opsd_kernels.train.config import ConfigError, TrainConfig, load_config
+from opsd_kernels.train.envs import make_task
 from opsd_kernels.train.log import MetricsLog, read_metrics
 from opsd_kernels.train.loop import train
+from opsd_kernels.train.presets import PRESETS
 from opsd_kernels.train.types import NonFiniteLoss, RunDirectoryError
 
 SUMMARY = [f"{name}_{when}" for name in ("held_out_accuracy", "self_teacher_accuracy", "untrained_skill") for when in ("before", "after")]
@@ -79,15 +81,44 @@ def test_a_model_from_a_directory_takes_the_same_path(run, config, task, tmp_pat
     assert {k: v for k, v in summary.items() if k != "seconds"} == {k: v for k, v in whole.items() if k != "seconds"}
 
 
-@pytest.mark.parametrize("changes", [{"teacher": "frozen"}, {"feedback": "marks", "divergence": "jsd"}, {"feedback": "none", "reduction": "sequence_mean"}])
+METHODS = [
+    {"teacher": "frozen"},
+    {"feedback": "marks", "divergence": "jsd", "teacher": "trust_region", "rehearsal_prompts": 0},
+    {"feedback": "none", "reduction": "sequence_mean"},
+    {"teacher": "live", "topk": 5, "token_weights": "MeanOne(PrefixDiscrepancy(0.5))", "updates_per_batch": 2},
+    {"teacher": "external", "teacher_model": "tiny", "context": "none", "objective": "sampled_token", "teacher_accuracy": 1e-3},
+    {"context": "failure", "feedback": "none", "control": "unrelated", "policy_weight": 0.5},
+    {"policy_weight": 1.0, "rehearsal_prompts": 0},
+]
+
+
+@pytest.mark.parametrize("changes", METHODS, ids=lambda changes: " ".join(map(str, changes.values())))
 def test_other_settings_run(config, tmp_path, changes):
-    changes = {**changes, "steps": 2, "checkpoint_every": 2}
-    train(dataclasses.replace(config, **changes), tmp_path / "out")
+    train(dataclasses.replace(config, **{**changes, "steps": 2, "checkpoint_every": 2}), tmp_path / "out")
     lines = read_metrics(tmp_path / "out" / "metrics.jsonl")
-    if changes["feedback" if "feedback" in changes else "teacher"] == "none":  # hardly a success, so no context, so no loss
+    if changes.get("policy_weight") == 1:
+        assert all(line["divergence"] is None and line["student_entropy"] > 0 for line in lines)
+    else:  # hardly a success, so without feedback hardly a context, and then no loss
         assert all((line["divergence"] is None) == (line["samples_in_loss"] == 0) for line in lines)
-    else:
-        assert all(line["divergence"] > 0 for line in lines)
+        assert changes.get("feedback") == "none" or all(line["divergence"] > 0 for line in lines)
+    rehearsed = changes.get("rehearsal_prompts", config.rehearsal_prompts) > 0
+    assert all(("rehearsal_loss" in line) == (rehearsed and line["loss"] is not None) for line in lines)
+
+
+@pytest.mark.parametrize("name", ["expr", "mastermind", "chain", "plan"])
+def test_other_environments_run(config, tmp_path, name):
+    settings = dataclasses.replace(config, **{"env": name, **PRESETS[name], "warm_accuracy": 1e-30, "steps": 1})
+    summary = train(settings, tmp_path / "out")
+    assert set(summary) == {*SUMMARY, "steps", "seconds"}
+    assert read_metrics(tmp_path / "out" / "metrics.jsonl")[0]["divergence"] > 0
+
+
+def test_rehearsal_needs_something_to_rehearse(config, tmp_path, monkeypatch):
+    task = make_task(config)
+    task.rehearsal = []
+    monkeypatch.setattr(loop, "make_task", lambda _: task)
+    with pytest.raises(ConfigError, match="rehearsal_prompts: expected 0, as secret_op has no problems to rehearse"):
+        train(config, tmp_path / "out")
 
 
 def test_a_loss_that_is_not_finite_stops_after_saving(config, tmp_path):

@@ -20,12 +20,12 @@ def progress():
 
 
 def test_made_once_and_the_same_again(config, task, progress, tmp_path):
+    torch.set_num_threads(config.threads)
     first = warmstart.base_model(config, task, progress)
     assert "supervised warm start" in progress.console.file.getvalue() or "cached" in progress.console.file.getvalue()
     stamp = (first / "model.safetensors").stat().st_mtime_ns
     assert warmstart.base_model(config, task, progress) == first
     assert (first / "model.safetensors").stat().st_mtime_ns == stamp
-    torch.set_num_threads(config.threads)
     again = warmstart.base_model(dataclasses.replace(config, cache_dir=str(tmp_path)), task, progress)
     assert again.name == first.name and again != first
     for a, b in zip(models.load_pretrained(again, config)[0].parameters(), models.load_pretrained(first, config)[0].parameters(), strict=True):

@@ -16,4 +16,4 @@ DEMOS = {"secret_op": SecretOp, "expr": Expr, "mastermind": Mastermind, "chain":
 
 
 def make_task(config: TrainConfig) -> Task:
-    return Jsonl(config) if config.env == "jsonl" else DEMOS[config.env](config.feedback)
+    return Jsonl(config) if config.env == "jsonl" else DEMOS[config.env](config.feedback, config.shows_peers)

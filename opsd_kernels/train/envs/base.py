@@ -63,6 +63,17 @@ class DemoTask(Task):
 
     vocabulary: tuple[str, ...]
 
+    def __init__(self, feedback: str, peers: bool = False):
+        """`feedback` names what a failure is told; with `peers` the base model learns to read several siblings, and failures (MOPD, arXiv:2605.12652)."""
+        self.feedback, self.peers = feedback, peers
+        self.template = ContextTemplate.words("solve", failures=peers)
+
+    def siblings(self, answer: str, wrong: str, rng: np.random.Generator) -> Context:
+        """A context of sibling answers: one right one; with `peers` one or two, in half of them a wrong one too."""
+        if not self.peers:
+            return Context((answer,))
+        return Context((answer,) * int(rng.integers(1, 3)), None, (wrong,) if rng.random() < 0.5 else ())
+
     @abstractmethod
     def bare_example(self, rng: np.random.Generator, skill_share: float) -> WarmExample:
         """Without a context: the skill to be trained in `skill_share` of them, the untrained one and fillers in the others."""
@@ -87,8 +98,3 @@ def held_out_fifth(items: Sequence[int], key: int) -> tuple[list[int], list[int]
     """(train, held out): a fifth is held out, always the same one for the same key."""
     mixed = seeds.shuffled(items, key)
     return mixed[len(mixed) // 5 :], mixed[: len(mixed) // 5]
-
-
-def peers(answer: str, wrong: str, rng: np.random.Generator) -> Context:
-    """A context of sibling answers: one or two right ones, in half of them a wrong one too (MOPD, arXiv:2605.12652)."""
-    return Context((answer,) * int(rng.integers(1, 3)), None, (wrong,) if rng.random() < 0.5 else ())

@@ -13,8 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from opsd_kernels.train import seeds
-from opsd_kernels.train.contexts import ContextTemplate
-from opsd_kernels.train.envs.base import DemoTask, Env, WarmExample, held_out_fifth, peers
+from opsd_kernels.train.envs.base import DemoTask, Env, WarmExample, held_out_fifth
 from opsd_kernels.train.types import Context, Prompt, Verdict
 
 CHAIN_KINDS = ("where", "answer", "wrong", "none")
@@ -55,12 +54,11 @@ class ChainAttempt(Env):
 class Chain(DemoTask):
     """Running sums: 80 % of the instances to train on, 20 % held out, differences untrained."""
 
-    template = ContextTemplate.words("solve")
     vocabulary = (*"0123456789", *SIGNS, *PLANS, "plan", "wrong", "at", "right", "long", "solve")
     trained, length = SUMS, CHAIN_DIGITS
 
-    def __init__(self, feedback: str):
-        self.feedback = feedback
+    def __init__(self, feedback: str, peers: bool = False):
+        super().__init__(feedback, peers)
         instances, held_out = held_out_fifth(range(SIZE), SPLIT_KEY)
         self.train, self.held_out = ([self.trained * SIZE + i for i in part] for part in (instances, held_out))
         self.rehearsal, self.untrained = ([DIFFERENCES * SIZE + i for i in part] for part in (instances, held_out))
@@ -97,7 +95,7 @@ class Chain(DemoTask):
         """Half of them `#`, whose answer the context holds whole: the model learns to believe it. The others are told where an attempt went wrong."""
         if rng.random() < 0.5:
             problem, answer = self._problem(rng, RANDOM), self._random_answer(rng)
-            context = Context((), answer) if rng.random() < 0.5 else peers(answer, self._random_answer(rng), rng)
+            context = Context((), answer) if rng.random() < 0.5 else self.siblings(answer, self._random_answer(rng), rng)
             return WarmExample(self.prompt(problem), context, answer)
         problem = self._problem(rng, self.trained)
         truth = self.solution(problem)
@@ -130,7 +128,7 @@ class Plan(Chain):
         problem, kind = self._problem(rng, RANDOM), rng.random()
         answer = self._random_answer(rng) if kind < 0.5 else planned(self.digits(problem), PLANS[rng.integers(len(PLANS))])
         if kind < 0.5:
-            context = Context((), answer) if kind < 0.25 else peers(answer, self._random_answer(rng), rng)
+            context = Context((), answer) if kind < 0.25 else self.siblings(answer, self._random_answer(rng), rng)
         else:
             context = Context((), f"plan {answer[0]}" if kind < 0.8 else f"wrong at 01 right {answer[0]}")
         return WarmExample(self.prompt(problem), context, answer)

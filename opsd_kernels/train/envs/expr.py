@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from opsd_kernels.train.contexts import ContextTemplate
 from opsd_kernels.train.envs.arithmetic import ExpressionError, parse
-from opsd_kernels.train.envs.base import DemoTask, Env, WarmExample, held_out_fifth, peers
+from opsd_kernels.train.envs.base import DemoTask, Env, WarmExample, held_out_fifth
 from opsd_kernels.train.types import Context, Prompt, Verdict
 
 KINDS = ("case", "answer", "wrong", "none")
@@ -71,11 +70,10 @@ def first_failure(completion: str, problem: int) -> str | None:
 class Expr(DemoTask):
     """80 % of the lines to train on, 20 % held out, descents untrained."""
 
-    template = ContextTemplate.words("solve")
     vocabulary = (*"0123456789x+-*():=", "expected", "got", "unexpected", "sign", "end", "too", "long", "wrong", "solve")
 
-    def __init__(self, feedback: str):
-        self.feedback = feedback
+    def __init__(self, feedback: str, peers: bool = False):
+        super().__init__(feedback, peers)
         self.train, self.held_out = held_out_fifth(range(SIZE), SPLIT_KEY)
         self.untrained = [DESCENT * SIZE + problem for problem in self.held_out]
         self.rehearsal = [DESCENT * SIZE + problem for problem in self.train]
@@ -103,7 +101,7 @@ class Expr(DemoTask):
         if kind < CASE_SHARE + ANSWER_SHARE:
             return WarmExample(prompt, Context((), answer), answer)
         if kind < CASE_SHARE + ANSWER_SHARE + PEER_SHARE:
-            return WarmExample(prompt, peers(answer, wrong, rng), answer)
+            return WarmExample(prompt, self.siblings(answer, wrong, rng), answer)
         return WarmExample(ExprAttempt(problem, "none").prompt(), Context((answer,), "wrong"), answer)
 
     def _problem(self, rng: np.random.Generator, form: int) -> int:

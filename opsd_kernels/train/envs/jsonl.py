@@ -16,7 +16,7 @@ from typing import Any
 from opsd_kernels.train.config import ConfigError, TrainConfig
 from opsd_kernels.train.contexts import ContextTemplate
 from opsd_kernels.train.envs.base import Env, Task, held_out_fifth
-from opsd_kernels.train.envs.verifiers import Verifier, resolve
+from opsd_kernels.train.envs.verifiers import MAX_FEEDBACK, Verifier, resolve
 from opsd_kernels.train.types import Messages, Prompt, Verdict
 
 KINDS = ("text", "answer", "none")
@@ -42,7 +42,7 @@ class JsonlAttempt(Env):
             return Verdict(verdict.reward, f"The correct answer is {row['answer']}")
         # The row was written about this problem, a built-in verifier's text about any.
         told = row.get("feedback") or verdict.feedback if self.task.built_in else verdict.feedback or row.get("feedback")
-        return Verdict(verdict.reward, told)
+        return Verdict(verdict.reward, None if told is None else told[:MAX_FEEDBACK])
 
 
 class Jsonl(Task):
@@ -87,6 +87,8 @@ def _row(line: str, where: str, needed: tuple[str, ...]) -> dict[str, Any]:
         raise ConfigError(f"data: expected an object with {' and '.join(needed)} in {where}, got none of {', '.join(missing)}")
     if row.get("split", "train") not in SPLITS:
         raise ConfigError(f"data: expected a split among {', '.join(SPLITS)} in {where}, got {row['split']!r}")
+    if not isinstance(row.get("feedback", ""), str):
+        raise ConfigError(f"data: expected a feedback that is a text in {where}, got {row['feedback']!r}")
     try:
         _turns(row["prompt"])
     except (TypeError, KeyError, ValueError) as error:

@@ -12,8 +12,7 @@ from itertools import product
 import numpy as np
 
 from opsd_kernels.train import seeds
-from opsd_kernels.train.contexts import ContextTemplate
-from opsd_kernels.train.envs.base import DemoTask, Env, WarmExample, held_out_fifth, peers
+from opsd_kernels.train.envs.base import DemoTask, Env, WarmExample, held_out_fifth
 from opsd_kernels.train.types import Context, Prompt, Verdict
 
 KINDS = ("counts", "answer", "wrong", "none")
@@ -88,11 +87,10 @@ class MastermindAttempt(Env):
 class Mastermind(DemoTask):
     """80 % of the codes to train on, 20 % held out; marking two codes is untrained."""
 
-    template = ContextTemplate.words("solve")
     vocabulary = (*SYMBOLS, *"0123=", "wrong", "solve")
 
-    def __init__(self, feedback: str):
-        self.feedback = feedback
+    def __init__(self, feedback: str, peers: bool = False):
+        super().__init__(feedback, peers)
         codes, held_out = held_out_fifth(range(len(CODES)), SPLIT_KEY)
         self.train = [code * HISTORIES + h for code in codes for h in range(HISTORIES)]
         # Codes go round first, so that any prefix of the list holds all of them.
@@ -123,5 +121,5 @@ class Mastermind(DemoTask):
         if kind < COUNTS_SHARE + ANSWER_SHARE:
             return WarmExample(prompt, Context((), answer), answer)
         if kind < COUNTS_SHARE + ANSWER_SHARE + PEER_SHARE:
-            return WarmExample(prompt, peers(answer, " ".join(wrong), rng), answer)
+            return WarmExample(prompt, self.siblings(answer, " ".join(wrong), rng), answer)
         return WarmExample(asked(problem), Context((answer,), "wrong"), answer)

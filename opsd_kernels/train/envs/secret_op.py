@@ -10,8 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from opsd_kernels.train import seeds
-from opsd_kernels.train.contexts import ContextTemplate
-from opsd_kernels.train.envs.base import DemoTask, Env, WarmExample, held_out_fifth, peers
+from opsd_kernels.train.envs.base import DemoTask, Env, WarmExample, held_out_fifth
 from opsd_kernels.train.types import Context, Prompt, Verdict
 
 KINDS = ("answer", "first", "first_two", "last", "marks", "wrong", "corrupted", "other", "none")  # of feedback
@@ -84,11 +83,10 @@ def _other_answer(problem: int, truth: str, key: int) -> str:
 class SecretOp(DemoTask):
     """The family: 80 % of the `*` pairs to train on, 20 % held out, `+` untrained."""
 
-    template = ContextTemplate.words("solve")
     vocabulary = tuple("0123456789") + OPERATORS + ("?", "right", "wrong", "solve")
 
-    def __init__(self, feedback: str):
-        self.feedback = feedback
+    def __init__(self, feedback: str, peers: bool = False):
+        super().__init__(feedback, peers)
         self.train, self.held_out = held_out_fifth(range(PAIRS), SPLIT_KEY)
         self.untrained = [PLUS * PAIRS + pair for pair in self.held_out]
         self.rehearsal = [PLUS * PAIRS + pair for pair in self.train]
@@ -132,5 +130,5 @@ class SecretOp(DemoTask):
         keep = rng.random(DIGITS) < 0.5
         attempt = "".join(digit if kept else str(rng.integers(10)) for digit, kept in zip(answer, keep, strict=True))
         if solved and kind is None:
-            return WarmExample(prompt, peers(answer, attempt, rng), answer)
+            return WarmExample(prompt, self.siblings(answer, attempt, rng), answer)
         return WarmExample(prompt, Context((answer,) if solved else (), feedback_text(kind, problem, answer, attempt, 0)), answer)
