@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Iterator
@@ -13,8 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
+from .. import env
 from . import compare, plots, profiling, runner, tables
 from .results import Report, load
+
+# Which change what is measured: part of the command that repeats it.
+VARIABLES = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "CUBLAS_WORKSPACE_CONFIG", *(variable.name for variable in env.VARIABLES))
 
 
 @contextmanager
@@ -43,7 +48,8 @@ def show(table: tables.Table, console: Console) -> None:
 
 def bench(suites: list[str], context: runner.Context, path: Path | None, plots_dir: Path | None, arguments: list[str], commit: str | None) -> Report:
     """Measures, prints, writes."""
-    command = shlex.join(["opsd", "bench", *arguments])
+    variables = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+    command = shlex.join([*variables, "opsd", "bench", *arguments])
     with shown_progress() as progress:
         report = runner.run(suites, context, command, progress, commit, path)
     console = Console(highlight=False) if runner.on_a_terminal() else Console(highlight=False, width=240)

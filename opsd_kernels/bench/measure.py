@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..testing import Case
 from . import ceilings
 from .gate import check
-from .providers import BASE, Provider, bare_gemms, stepper
+from .memory import PLANNED, cuda_peak
+from .providers import BASE, Op, Provider, bare_gemms, stepper
 from .providers import WHOLE_ROWS as WHOLE
 from .results import Row
 from .shapes import DEFAULT_SHAPES, SHAPES, Setting, Shape, make_case
@@ -96,15 +98,30 @@ def compare_providers(
     free()
     case = make_case(setting)
     variants = {BASE: Variant(bare_gemms(case, setting, setting.plan().rows)), "whole": Variant(bare_gemms(case, setting, WHOLE[setting.device]))}
-    for name, (provider, _) in admitted.items():
-        variants[name] = Variant(stepper(provider.make(setting), case, setting))
+    ops = {name: provider.make(setting) for name, (provider, _) in admitted.items()}
+    variants |= {name: Variant(stepper(op, case, setting)) for name, op in ops.items()}
     interleave(variants, BASE, setting.device, rounds=rounds, seconds=seconds)
+    if setting.device == "cuda":  # on a CPU it takes a process of its own: suite `memory`
+        for name, op in ops.items():
+            admitted[name] = (admitted[name][0], with_peak(admitted[name][1], variants[name], op, case, setting))
     rows = [blank(suite, BASE, setting, variant=variant, rows=setting.plan().rows), blank(suite, "whole", setting, variant=variant)]
     rows += [row for _, row in admitted.values()]
     done = [timed_row(row, variants, setting) for row in rows]
     del variants, case
     free()
     return done + list(refused.values())
+
+
+def with_peak(row: Row, variant: Variant, op: Op, case: Case, setting: Setting) -> Row:
+    """The row with the op's peak memory, over leaves whose gradients are not there yet."""
+    if variant.failure is not None:
+        return row
+    try:
+        peak = cuda_peak(stepper(op, case, setting))
+    except torch.OutOfMemoryError:  # it has run, beside fewer gradients of others
+        free()
+        return row
+    return replace(row, peak_bytes=peak, predicted_bytes=setting.plan().peak_bytes if row.provider in PLANNED else None)
 
 
 def timed_row(row: Row, variants: dict[str, Variant], setting: Setting) -> Row:

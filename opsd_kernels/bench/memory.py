@@ -16,6 +16,7 @@ from .providers import BASE, PROVIDERS, bare_gemms, stepper
 from .shapes import Setting, make_case
 from .timing import Variant, interleave
 
+PLANNED = ("opsd", "opsd-cpp", "opsd-triton", "opsd-cuda")  # those whose peak the planner predicts
 SMALL = {"N": 64, "V": 999}  # of the call that loads libraries before anything is counted
 
 
@@ -47,14 +48,15 @@ def prepare(setting: dict[str, object], provider: str, limit: int | None = None)
 def peak_of(setting: Setting, provider: str, limit: int | None = None, make: Callable | str = prepare) -> int:
     """Bytes above the inputs, gradients included. Raises OutOfMemory."""
     if setting.device == "cuda":
-        return _cuda_peak(make(setting.as_dict(), provider))
+        return cuda_peak(make(setting.as_dict(), provider))
     try:
         return peak_bytes(make, setting.as_dict(), provider, limit, threads=torch.get_num_threads())
     except RuntimeError as error:
         raise _out_of_memory(str(error), limit) or error from None
 
 
-def _cuda_peak(step: Callable[[], Tensor]) -> int:
+def cuda_peak(step: Callable[[], Tensor]) -> int:
+    """Of the caching allocator, above what is live."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

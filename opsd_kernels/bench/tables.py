@@ -74,7 +74,7 @@ def variant(name: str) -> Column:
 
 
 COLUMNS: dict[str, tuple[str, list[Column]]] = {
-    "ratios": ("Forward and backward against the bare GEMMs", [*SETTING, *WHO, *TIME, *RATES, *ERRORS, *VERDICT, *NOTE]),
+    "ratios": ("Forward and backward against the bare GEMMs", [*SETTING, *WHO, *TIME, *RATES, *ERRORS, *PEAK, *VERDICT, *NOTE]),
     "latency": ("Time by size, mode and divergence", [*SETTING, *WHO, *TIME, *RATES, *NOTE]),
     "memory": ("Peak memory above the inputs, gradients included", [*SETTING[:2], *WHO, *PEAK, *NOTE]),
     "accuracy": (

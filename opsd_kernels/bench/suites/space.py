@@ -38,7 +38,7 @@ def peak_row(setting: Setting, provider: Provider, limit: int | None) -> Row:
         return replace(row, reason=reason)
     free()
     planned = setting.plan()
-    expected = {"predicted_bytes": planned.peak_bytes, "rows": planned.rows} if provider.name in ("opsd", "opsd-cpp", "opsd-triton", "opsd-cuda") else {}
+    expected = {"predicted_bytes": planned.peak_bytes, "rows": planned.rows} if provider.name in memory.PLANNED else {}
     try:
         return replace(row, peak_bytes=memory.peak_of(setting, provider.name, limit), **expected)
     except Exception as error:

@@ -16,7 +16,7 @@ from ..measure import Context, Task, blank, describe, free
 from ..providers import PROVIDERS
 from ..results import Row
 from ..shapes import Setting
-from ..timing import Variant, interleave, noise, ratio
+from ..timing import Variant, interleave, noise, ratio, reason_of
 
 # Buffers touched: each sweep reads student and teacher once; the gradient is written over the student.
 TOUCHED = {"row_stats": 2, "row_dot": 2, "row_grad_": 3, "row_fused_": 3}
@@ -51,10 +51,14 @@ def compare_sweeps(setting: Setting, effort: dict[str, object]) -> list[Row]:
         provider = PROVIDERS[f"opsd-{name}"]
         made = blank("sweeps", provider.name, setting, rows=C)
         reason = provider.unsupported(setting) or check(provider, setting).failure
+        try:
+            calls = {} if reason else sweeps_of(setting, name, S, T, difference)
+        except Exception as error:
+            reason = reason_of(error)
         if reason:
             rows[name] = replace(made, variant="every sweep", reason=reason)
             continue
-        for sweep, call in sweeps_of(setting, name, S, T, difference).items():
+        for sweep, call in calls.items():
             rows[f"{name} {sweep}"] = replace(made, variant=sweep)
             variants[f"{name} {sweep}"] = Variant(call, setup=lambda: S.copy_(logits))  # a sweep in place leaves gradients
     interleave(variants, COPY, setting.device, **effort)

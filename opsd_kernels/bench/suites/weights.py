@@ -18,7 +18,7 @@ from ..gate import TOKENS, relative
 from ..measure import Context, Task, blank, describe, free
 from ..results import Row
 from ..shapes import Setting, make_case
-from ..timing import Variant, interleave, noise, ratio
+from ..timing import Variant, interleave, noise, ratio, reason_of
 
 B = 4  # sequences
 LIMITS = {"row weights": 1.05, "aligned sequence weights": 1.10, "GRPO mix": 1.05, "top-k": 1.60}
@@ -129,13 +129,22 @@ def failures(setting: Setting) -> dict[str, str]:
     for name, dialect in dialects(small).items():
         if "topk" in dialect.options and setting.torch_dtype.itemsize == 2:
             continue
-        wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in dialect.options.items()}
-        truth = stepper(case.double(), by_definition(wide), {})()
-        options = {key: value for key, value in dialect.options.items() if key != "workspace_bytes"}
-        error = relative(stepper(case, dialect.op, options)(), truth)
+        try:
+            error = gradient_error(case, dialect)
+        except Exception as problem:
+            found[name] = reason_of(problem)
+            continue
         if not error <= bound:
             found[name] = f"wrong, so no number: gradient error {error:.2e}, bound {bound:.0e}"
     return found
+
+
+def gradient_error(case: Case, dialect: Dialect) -> float:
+    """Against the definition in float64. The budget of a large call does not hold for a small one."""
+    wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in dialect.options.items()}
+    truth = stepper(case.double(), by_definition(wide), {})()
+    options = {key: value for key, value in dialect.options.items() if key != "workspace_bytes"}
+    return relative(stepper(case, dialect.op, options)(), truth)
 
 
 def compare_dialects(setting: Setting, effort: dict[str, object]) -> list[Row]:
