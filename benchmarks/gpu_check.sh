@@ -6,7 +6,7 @@
 #
 #   --dry-run   every command on the CPU: Triton interpreted, tiny sizes, no build, no sanitizer
 #   --commit    written into the results where this copy of the sources has no git
-#   --only      steps of the list that it prints at the end
+#   --only      steps of the list that it prints at the end: what a first call had no time for
 #
 # GPU_CHECK_TESTS is an expression for pytest -k, of a dry run.
 # Results, one JSON per suite, and log.txt go to $OUT, or to benchmarks/results/<GPU>. PYTHON names the interpreter (python3). Other libraries are
@@ -38,7 +38,7 @@ WORK=$(mktemp -d)                             # one log per step, then one for a
 trap 'rm -rf "$WORK"; [ -n "$DRY_RUN" ] && rm -rf "$OUT"' EXIT
 mkdir -p "$OUT"; touch "$WORK/began"
 
-export PATH="$PATH:/usr/local/cuda/bin" PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" CUBLAS_WORKSPACE_CONFIG=:4096:8
+export PATH="$PATH:/usr/local/cuda/bin" PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 [ -n "$DRY_RUN" ] && export OPSD_GPU_TESTS=interpret OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} COLUMNS=160
 unset OPSD_BACKEND OPSD_WORKSPACE_BYTES
 
@@ -104,11 +104,11 @@ print(backends.explain('$DEVICE'))"
 # ---------------------------------------------------------------- correctness, side by side
 
 workers=$("$PYTHON" -c 'import xdist, os; print(f"-n{max(1, min(10, os.cpu_count() - 4))}")' 2>/dev/null)
-tests=("$PYTHON" -m pytest tests/gpu -q -ra -p no:cacheprovider --maxfail=60 --durations=8 --tb=short)
+tests=(env CUBLAS_WORKSPACE_CONFIG=:4096:8 "$PYTHON" -m pytest tests/gpu -q -ra -p no:cacheprovider --maxfail=60 --durations=8 --tb=short)
 if [ -n "$DRY_RUN" ]; then tests+=(-k "${GPU_CHECK_TESTS:-test}"); else tests+=($workers); fi
 begin tests $([ -n "$DRY_RUN" ] && echo 500 || echo 200) "${tests[@]}"
 if [ -n "$DRY_RUN" ]; then
-  begin memcheck 60 "$PYTHON" tests/gpu/sanitize.py torch
+  begin memcheck 200 "$PYTHON" tests/gpu/sanitize.py torch
   end correctness tests memcheck
 else
   begin memcheck 150 compute-sanitizer --tool memcheck --error-exitcode 9 --print-limit 20 "$PYTHON" tests/gpu/sanitize.py cuda
@@ -119,7 +119,7 @@ fi
 # ---------------------------------------------------------------- measurements, one at a time
 
 clocks
-# Heads of Qwen3-8B, Qwen3-0.6B and Gemma 2; `latency` has modes and the third divergence. A suite that is cut off writes nothing: the first matter most.
+# Heads of Qwen3-8B, Qwen3-0.6B and Gemma 2; `latency` has modes and the third divergence. A suite that is cut off keeps what it has: the first matter most.
 if [ -n "$DRY_RUN" ]; then
   bench() { step measurement "$1" 120 "$PYTHON" -m opsd_kernels bench --device cpu --quick --shape tiny --provider opsd --provider torch --suite "$1" --json "$OUT/$1.json" "${commit[@]}"; }
   for suite in ratios sweeps memory accuracy latency; do bench "$suite"; done

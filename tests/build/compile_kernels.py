@@ -1,6 +1,7 @@
 """Compiles the Triton row kernels for GPUs that need not be present, and prints a JSON line for each: what it is, its registers, its stack, its vector loads.
 
-python tests/build/compile_kernels.py 0 1     # shard 0 of 1: all; add --table for a summary
+python tests/build/compile_kernels.py 0 1     # shard 0 of 1: all
+python tests/build/compile_kernels.py --write # triton_registers.tsv, with which test_triton_compile.py compares
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 import torch
 import triton
@@ -22,6 +25,8 @@ from opsd_kernels.spec import Kind
 
 TYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIDE_V = 151936
+TABLE = Path(__file__).with_name("triton_registers.tsv")
+USED = ("REG", "STACK", "LOCAL", "shared")  # registers and bytes of stack and spills per thread, bytes of shared memory per block
 
 
 @dataclass(frozen=True)
@@ -119,32 +124,31 @@ def measure(variant: Variant) -> dict[str, object]:
     options = {"num_warps": num_warps, **triton_launch.COMPILER_OPTIONS}
     compiled = triton.compile(source(variant, BLOCK_V, num_warps), target=GPUTarget("cuda", variant.arch, 32), options=options)
     loads = len(re.findall(r"ld\.global(?:\.\w+)*\.v4", compiled.asm["ptx"]))
-    return {**asdict(variant), **resources(compiled.asm["cubin"]), "vector_loads": loads}
+    return {**asdict(variant), **resources(compiled.asm["cubin"]), "shared": compiled.metadata.shared, "vector_loads": loads}
 
 
-def print_table(rows: list[dict]) -> None:
-    worst: dict[tuple, int] = {}
-    for row in rows:
-        key = (
-            row["arch"],
-            row["dtype"],
-            row["kernel"],
-            "metrics" if row["metrics"] else "",
-            "" if row["aligned"] else "unaligned",
-            "clip" * row["clip"],
-            "policy" * row["policy"],
-        )
-        worst[key] = max(worst.get(key, 0), row["REG"])
-    for key, registers in sorted(worst.items()):
-        print(*key, registers)
+def key(row: dict[str, object]) -> tuple[str, ...]:
+    """A variant as the table names it."""
+    return tuple(str(row[field.name]) for field in fields(Variant))
+
+
+def read_table() -> tuple[str, dict[tuple[str, ...], tuple[int, ...]]]:
+    """(version of Triton, what each variant uses)."""
+    version, _, *lines = TABLE.read_text().splitlines()
+    cells = [line.split("\t") for line in lines]
+    return version.removeprefix("# triton "), {tuple(row[: -len(USED)]): tuple(map(int, row[-len(USED) :])) for row in cells}
+
+
+def write_table(rows: Iterable[dict[str, object]]) -> None:
+    head = f"# triton {triton.__version__}", "\t".join([*(field.name for field in fields(Variant)), *USED])
+    lines = sorted("\t".join([*key(row), *(str(row[name]) for name in USED)]) for row in rows)
+    TABLE.write_text("\n".join([*head, *lines, ""]))
 
 
 if __name__ == "__main__":
-    shard, shards = int(sys.argv[1]), int(sys.argv[2])
-    measured = []
-    for variant in variants()[shard::shards]:
-        measured.append(measure(variant))
-        if "--table" not in sys.argv:
-            print(json.dumps(measured[-1]), flush=True)
-    if "--table" in sys.argv:
-        print_table(measured)
+    if sys.argv[1:] == ["--write"]:
+        write_table(map(measure, variants()))
+    else:
+        shard, shards = map(int, sys.argv[1:])
+        for chosen in variants()[shard::shards]:
+            print(json.dumps(measure(chosen)), flush=True)

@@ -1,5 +1,6 @@
 """The Triton kernels compile for sm_80, sm_90 and sm_100 without a GPU, none spills, and aligned rows are read 16 bytes at a time."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 SCRIPT = Path(__file__).resolve().parent / "compile_kernels.py"
 ROOT = SCRIPT.parent.parent.parent
 SHARDS = 2
@@ -39,6 +40,25 @@ def test_every_kernel_kind_and_architecture_is_there(compiled):
     assert {(90, "grad", kind) for kind in range(6)} | {(90, "dot", kind) for kind in range(2, 6)} | {(90, "stats", kind) for kind in range(3)} <= seen
     options = {(row["arch"], row["kind"]) for row in compiled if row["kernel"] == "fused" and row["clip"] and row["policy"] and row["form"] == "mixed"}
     assert options == {(arch, kind) for arch in (80, 90, 100) for kind in range(6)}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("compile_kernels", SCRIPT)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def test_resources_are_those_of_the_table(compiled, script):
+    """For the Triton that wrote it; another one is held to the tests below. A change is looked at, then written: compile_kernels.py --write."""
+    version, table = script.read_table()
+    if version != triton.__version__:
+        pytest.skip(f"the table is of triton {version}, this is {triton.__version__}")
+    found = {script.key(row): tuple(row[name] for name in script.USED) for row in compiled}
+    changed = [f"{' '.join(key)}: {table.get(key)} -> {found.get(key)}" for key in sorted(table.keys() | found.keys()) if table.get(key) != found.get(key)]
+    assert not changed, f"{', '.join(script.USED)} differ from {script.TABLE.name} (python tests/build/compile_kernels.py --write):\n" + "\n".join(changed)
 
 
 def test_no_kernel_spills(compiled):
