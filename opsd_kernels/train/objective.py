@@ -9,6 +9,7 @@ Simplification: log-probs and ratios are those at `distill_temperature`, for the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,6 +50,7 @@ def needs_old_logprobs(config: TrainConfig) -> bool:
     return config.updates_per_batch > 1 or "ImportanceRatio" in (config.token_weights or "")
 
 
+@functools.cache
 def plain(config: TrainConfig) -> TrainConfig:
     """The full divergence to a teacher and nothing else: what rehearsal uses."""
     return replace(config, policy_weight=0.0, objective="full", token_weights=None, updates_per_batch=1, topk=None, entry_clip=None, token_clip=None)

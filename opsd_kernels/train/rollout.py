@@ -68,8 +68,7 @@ class Sampler:
         for chunk in _chunks(requests, self.batch):
             prompts = self.encoder.encode([r.prompt for r in chunk], [r.context for r in chunk])
             answers = self._generate(model, prompts, chunk, key) if self.engine is None else self._through_engine(model, prompts, chunk, key)
-            for request, prompt, tokens in zip(chunk, prompts, answers, strict=True):
-                rollouts.append(self._verified(task, request, prompt, tokens, key))
+            rollouts += self._verified(task, chunk, prompts, answers, key)
         return rollouts
 
     @torch.no_grad()
@@ -96,11 +95,16 @@ class Sampler:
         answers = self.engine.generate(model, prompts, places, sorted(stops), self.max_new_tokens, self.temperature)
         return [_until_stop(list(answer), stops) for answer in answers]
 
-    def _verified(self, task: Task, request: Request, prompt: tuple[int, ...], tokens: tuple[int, ...], key: tuple[int, ...]) -> Rollout:
-        body = tokens[:-1] if tokens[-1] == self.encoder.tokenizer.eos_token_id else tokens
-        text = self.encoder.tokenizer.decode(body, skip_special_tokens=False)  # a marker inside an answer is part of what it said
-        env = task.env(request.prompt.problem, int(seeds.mix(*key, FEEDBACK, request.group, request.sample)))
-        return Rollout(request.prompt, request.group, request.sample, prompt, tokens, text, env.verify(text))
+    def _verified(
+        self, task: Task, requests: Sequence[Request], prompts: list[tuple[int, ...]], answers: list[tuple[int, ...]], key: tuple[int, ...]
+    ) -> list[Rollout]:
+        end = self.encoder.tokenizer.eos_token_id
+        bodies = [tokens[:-1] if tokens[-1] == end else tokens for tokens in answers]
+        texts = self.encoder.tokenizer.batch_decode(bodies, skip_special_tokens=False)  # a marker inside an answer is part of what it said
+        keys = seeds.mix(*key, FEEDBACK, np.array([request.group for request in requests]), np.array([request.sample for request in requests]))
+        verdicts = [task.env(request.prompt.problem, int(of)).verify(text) for request, of, text in zip(requests, keys, texts, strict=True)]
+        rows = zip(requests, prompts, answers, texts, verdicts, strict=True)
+        return [Rollout(request.prompt, request.group, request.sample, *row) for request, *row in rows]
 
     @property
     def pad_token(self) -> int:

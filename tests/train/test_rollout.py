@@ -1,5 +1,6 @@
 """Sampling: a rollout belongs to its place, and follows the model's distribution."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from opsd_kernels.train import seeds
+from opsd_kernels.train.prompts import PromptEncoder
 from opsd_kernels.train.rollout import PlacedSampler, Request, requests
-from opsd_kernels.train.types import Context
+from opsd_kernels.train.types import Context, Prompt
 
 
 @pytest.fixture
@@ -72,3 +74,26 @@ def test_a_model_that_is_broken_does_not_break_sampling(sampler, model, task):
     model.lm_head.weight.data.fill_(torch.nan)
     rollouts = sampler.sample(model, task, [Request(task.env(1, 0).prompt(), 0, 0)], 0)
     assert len(rollouts[0].tokens) == sampler.max_new_tokens
+
+
+TEMPLATES = {
+    "verbatim": "{% for m in messages %}<user>{{ m.content }}{% endfor %}<assistant>",
+    "trims": "{% for m in messages %}<user> {{ m.content | trim }}{% endfor %}<assistant>",
+    "changes": "{% for m in messages %}<user>{{ m.content | replace('<', '(') }}{% endfor %}<assistant>",
+    "capitals": "{% for m in messages %}<user>{{ m.content | upper }}{% endfor %}<assistant>",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_short_cut_around_the_chat_template_is_none(name, encoder, task):
+    """Turns go round the template only where that cannot be told."""
+    tokenizer = copy.deepcopy(encoder.tokenizer)
+    tokenizer.chat_template = TEMPLATES[name]
+    quick = PromptEncoder(tokenizer, task.template)
+    assert (quick.frame is None) == (name in ("changes", "capitals"))
+    texts = ["21*43", " 21*43 ", "1\n2", "<solve> right", "", "21*43"]
+    prompts = [Prompt(i, text) for i, text in enumerate(texts)] + [Prompt(9, "1*2", ({"role": "user", "content": "3*4"},))]
+    whole = [tokenizer.apply_chat_template([*p.before, {"role": "user", "content": p.text}], tokenize=False, add_generation_prompt=True) for p in prompts]
+    expected = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in whole]
+    assert quick.encode(prompts, [None] * len(prompts)) == expected
+    assert quick.encode(prompts[::-1], [None] * len(prompts)) == expected[::-1]
