@@ -1,6 +1,8 @@
-"""Builds the C++ extension where a C++20 compiler works, and installs without it, saying so, where none does. Metadata: pyproject.toml.
+"""Builds the C++ extension where a C++20 compiler works, and the CUDA kernels where torch has CUDA and nvcc is found; installs without what cannot be built,
+saying so. Metadata: pyproject.toml.
 
-The extension uses LibTorch's stable ABI and no Python API: one library serves torch >= 2.10 and any Python.
+Both libraries use LibTorch's stable ABI and no Python API: one build serves torch >= 2.10 and any Python. They are two so that the CPU's loads under any torch.
+OPSD_BUILD_CUDA=1 makes a failure to build the CUDA kernels an error, 0 leaves them out. Nothing asks for a visible GPU.
 """
 
 from __future__ import annotations
@@ -8,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +43,41 @@ def jobs() -> list[tuple[str, str, list[str]]]:
     return [*kernels, *plain]
 
 
+# Machine code for the generations that are measured or compiled for in the tests, and PTX for those to come.
+CUDA_ARCHITECTURES = ("80", "90a", "100a")
+GENCODE = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES] + ["-gencode=arch=compute_100,code=compute_100"]
+CUDA_FLAGS = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+CUDA_TYPES = {"float32": "float", "bfloat16": "BFloat16", "float16": "Half"}
+
+
+def cuda_kernels() -> list[tuple[str, list[str]]]:
+    """(object name, macros) of the kernels: rows.cu once per type of buffer."""
+    return [(f"cuda_{name}", [f"-DOPSD_IN={cpp}", f"-DOPSD_RUN=run_{name}"]) for name, cpp in CUDA_TYPES.items()]
+
+
+def nvcc() -> str | None:
+    """CUDA_HOME's, else the one on the PATH. (torch's own CUDA_HOME is None under a torch without CUDA.)"""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which(os.path.join(home, "bin", "nvcc") if home else "nvcc") or shutil.which("nvcc")
+
+
+def cuda_home() -> Path:
+    """The toolkit behind nvcc, which may be a script that calls another."""
+    printed = subprocess.run([nvcc(), "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=True).stderr
+    return Path(re.search(r"^#\$ TOP=(.+)$", printed, re.MULTILINE)[1]).resolve()
+
+
+def no_cuda_build() -> str | None:
+    """Why the CUDA kernels are not built here; None if they are."""
+    if os.environ.get("OPSD_BUILD_CUDA", "auto") == "0":
+        return "OPSD_BUILD_CUDA=0"
+    import torch
+
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    return None if nvcc() else "nvcc is not there (CUDA_HOME or PATH)"
+
+
 def newest_source() -> float:
     return max(path.stat().st_mtime for path in [ROOT / "setup.py", *CSRC.rglob("*")] if path.is_file())
 
@@ -56,10 +95,11 @@ def unsupported(compiler: str) -> str | None:
 
 
 class BuildExtension(build_ext):
-    """Compiles what changed, in parallel, and never fails the installation."""
+    """Compiles what changed, in parallel. What cannot be built is left out, with the reason, unless OPSD_BUILD_CUDA=1 asked for it."""
 
     def build_extension(self, ext: Extension) -> None:
-        built, target = ROOT / "opsd_kernels" / "_C.abi3.so", Path(self.get_ext_fullpath(ext.name))
+        cuda = ext.name.endswith("_cuda")
+        built, target = ROOT / "opsd_kernels" / f"{ext.name.rpartition('.')[2]}.abi3.so", Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         if built.exists() and built.stat().st_mtime > newest_source():
             if target != built:
@@ -68,40 +108,74 @@ class BuildExtension(build_ext):
         for stale in (built, target):
             stale.unlink(missing_ok=True)
         compiler = self.compiler.compiler_so_cxx[0]
-        reason = unsupported(compiler)
+        reason = unsupported(compiler) or (no_cuda_build() if cuda else None)
         try:
             if reason is None:
-                self.compile_and_link(target)
+                self.build_cuda(target) if cuda else self.build_cpu(target)
         except Exception as error:  # distutils raises a different class for each way in which a compiler can fail; the compiler has said more above
-            reason = f"{compiler!r} failed ({type(error).__name__}); `python setup.py build_ext --inplace` shows how"
-        if reason is not None:
-            print(f"opsd_kernels: installed without its C++ extension (slower on CPU): {reason}", file=sys.stderr)
+            reason = f"{'nvcc' if cuda else compiler!r} failed ({type(error).__name__}); `python setup.py build_ext --inplace` shows how"
+        if reason is None:
+            return
+        if cuda and os.environ.get("OPSD_BUILD_CUDA") == "1":
+            raise RuntimeError(f"OPSD_BUILD_CUDA=1: {reason}")
+        what = "CUDA kernels (Triton serves GPUs)" if cuda else "C++ extension (slower on CPU)"
+        print(f"opsd_kernels: installed without its {what}: {reason}", file=sys.stderr)
 
-    def compile_and_link(self, target: Path) -> None:
-        from torch.utils.cpp_extension import include_paths, library_paths
-
-        includes = [flag for path in include_paths() for flag in ("-isystem", path)]
+    def build_cpu(self, target: Path) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(lambda job: self.compile_one(*job, includes), jobs()))
-        self.compiler.link_shared_object(objects, str(target), libraries=["torch_cpu"], library_dirs=library_paths(), target_lang="c++")
+            objects = list(pool.map(lambda job: self.compile_one(*job), jobs()))
+        self.link(target, objects, ["torch_cpu"])
 
-    def compile_one(self, source: str, name: str, flags: list[str], includes: list[str]) -> str:
+    def build_cuda(self, target: Path) -> None:
+        home = cuda_home()
+        plain = [("cuda/binding.cpp", "cuda_binding"), ("registration.cpp", "cuda_registration")]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            kernels = pool.map(lambda job: self.compile_cuda(*job), cuda_kernels())
+            rest = pool.map(lambda job: self.compile_one(*job, ["-DOPSD_CUDA", f"-I{home / 'include'}"]), plain)
+            objects = [*kernels, *rest]
+        self.link(target, objects, ["torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"], [str(home / "lib64"), str(home / "lib")])
+
+    def link(self, target: Path, objects: list[str], libraries: list[str], folders: list[str] | None = None) -> None:
+        from torch.utils.cpp_extension import library_paths
+
+        self.compiler.link_shared_object(objects, str(target), libraries=libraries, library_dirs=[*library_paths(), *(folders or [])], target_lang="c++")
+
+    def compile_one(self, source: str, name: str, flags: list[str]) -> str:
         """The object file, kept under build/ with a name that depends on the command."""
-        command = [*FLAGS, *flags, *includes]
-        key = hashlib.sha256(repr((self.compiler.executables, os.environ.get("CXX"), command)).encode()).hexdigest()[:12]
-        folder = ROOT / "build" / "objects" / f"{name}-{key}"
-        done = folder / "done.o"
+        from torch.utils.cpp_extension import include_paths
+
+        command = [*FLAGS, *flags, *(flag for path in include_paths() for flag in ("-isystem", path))]
+        key = repr((self.compiler.executables, os.environ.get("CXX"), command))
+        done = object_path(name, key)
         if not done.exists() or done.stat().st_mtime < newest_source():
-            (made,) = self.compiler.compile([os.path.relpath(CSRC / source)], output_dir=str(folder), extra_postargs=command)
+            (made,) = self.compiler.compile([os.path.relpath(CSRC / source)], output_dir=str(done.parent), extra_postargs=command)
             os.replace(made, done)
         return str(done)
+
+    def compile_cuda(self, name: str, macros: list[str]) -> str:
+        command = [nvcc(), *CUDA_FLAGS, *GENCODE, "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", str(len(GENCODE)), *macros]
+        done = object_path(name, repr(command))
+        if not done.exists() or done.stat().st_mtime < newest_source():
+            done.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run([*command, "-c", str(CSRC / "cuda" / "rows.cu"), "-o", str(done)], check=True)
+        return str(done)
+
+
+def object_path(name: str, key: str) -> Path:
+    return ROOT / "build" / "objects" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}" / "done.o"
 
 
 FILES = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*") if path.is_file())
 
-setup(
-    # `depends` puts the headers into source distributions; what is compiled how is said by jobs().
-    ext_modules=[Extension("opsd_kernels._C", sources=[f for f in FILES if f.endswith(".cpp")], depends=FILES, py_limited_api=True, optional=True)],
-    cmdclass={"build_ext": BuildExtension},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+
+def extension(name: str) -> Extension:
+    """`depends` puts the sources into source distributions; what is compiled how is said by jobs() and cuda_kernels()."""
+    return Extension(f"opsd_kernels.{name}", sources=["csrc/registration.cpp"], depends=FILES, py_limited_api=True, optional=True)
+
+
+if __name__ == "__main__":  # the tests import what is above
+    setup(
+        ext_modules=[extension("_C"), extension("_cuda")],
+        cmdclass={"build_ext": BuildExtension},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

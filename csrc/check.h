@@ -46,6 +46,10 @@ inline void check_rows(const torch::stable::Tensor& x, const char* argument, int
          "a row stride of at least " + std::to_string(V) + (repeated ? ", or 0" : ""), x.stride(0));
 }
 
+inline void check_device(const torch::stable::Tensor& x, const char* argument, const torch::stable::Tensor& S) {
+  expect(x.device().type() == S.device().type() && x.get_device_index() == S.get_device_index(), argument, "a tensor on the device of S", "one on another");
+}
+
 // Contiguous, of the dtype of the statistics.
 inline void check_vector(const torch::stable::Tensor& x, const char* argument, const std::vector<int64_t>& shape,
                          torch::headeronly::ScalarType dtype) {

@@ -1,33 +1,57 @@
 // The compiled operators: the only file that names them. What the sweeps do: opsd_kernels/kernels/contract.py.
 //
+// Compiled into two libraries: one for the CPU, with the schemas, and with OPSD_CUDA one for CUDA. A third, of the tests, runs the CUDA sources on a CPU
+// under a namespace of its own (OPSD_EMULATED).
+//
 // A fragment, because Python defines further operators in the same namespace. G may share memory with S, as the contract says; the schema
 // marks it alone as written. These run inside an opaque operator, so they carry neither autograd nor a fake implementation.
 #include <torch/csrc/stable/library.h>
 
 #include "ops.h"
+#include "row_binding.h"
 
 #define OPSD_SPEC_SCHEMA                                                                                                         \
   "int kind, float beta, float student_scale, float student_softcap, float student_temperature, "                               \
   "float teacher_scale, float teacher_softcap, float teacher_temperature, bool difference, bool linear, float teacher_mix, "            \
   "float entry_clip, float token_clip, float spread_limit"
 
+#define OPSD_DEFINE_ROWS(m)                                                                                                             \
+  m.def("row_stats(Tensor S, Tensor T, Tensor? bias_s, Tensor? bias_t, bool metrics, " OPSD_SPEC_SCHEMA ") -> Tensor");               \
+  m.def("row_dot(Tensor S, Tensor T, Tensor(a!) stats, Tensor? bias_s, Tensor? bias_t, " OPSD_SPEC_SCHEMA ") -> (Tensor, Tensor)");  \
+  m.def("row_grad_(Tensor S, Tensor T, Tensor stats, Tensor A, Tensor factor, Tensor? policy, Tensor? labels, "                      \
+        "Tensor? bias_s, Tensor? bias_t, Tensor(a!) G, " OPSD_SPEC_SCHEMA ") -> ()");                                                 \
+  m.def("row_fused_(Tensor S, Tensor T, Tensor factor, Tensor? policy, Tensor? labels, Tensor? bias_s, Tensor? bias_t, bool metrics, " \
+        "Tensor(a!) G, " OPSD_SPEC_SCHEMA ") -> (Tensor, Tensor, Tensor)");                                                           \
+  m.def("cuda_launch(int V, int itemsize, int architecture) -> str")
+
+#define OPSD_IMPLEMENT_ROWS(m, sweep)                                  \
+  m.impl("row_stats", TORCH_BOX(&opsd::RowOps<sweep>::row_stats)); \
+  m.impl("row_dot", TORCH_BOX(&opsd::RowOps<sweep>::row_dot));     \
+  m.impl("row_grad_", TORCH_BOX(&opsd::RowOps<sweep>::row_grad_)); \
+  m.impl("row_fused_", TORCH_BOX(&opsd::RowOps<sweep>::row_fused_))
+
+#if defined(OPSD_EMULATED)
+
+STABLE_TORCH_LIBRARY(opsd_emulated, m) { OPSD_DEFINE_ROWS(m); }
+STABLE_TORCH_LIBRARY_IMPL(opsd_emulated, CPU, m) { OPSD_IMPLEMENT_ROWS(m, opsd::cuda::sweep); }
+STABLE_TORCH_LIBRARY_IMPL(opsd_emulated, CompositeExplicitAutograd, m) { m.impl("cuda_launch", TORCH_BOX(&opsd::cuda::launch_text)); }
+
+#elif defined(OPSD_CUDA)
+
+STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CUDA, m) { OPSD_IMPLEMENT_ROWS(m, opsd::cuda::sweep); }
+STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CompositeExplicitAutograd, m) { m.impl("cuda_launch", TORCH_BOX(&opsd::cuda::launch_text)); }
+
+#else
+
 STABLE_TORCH_LIBRARY_FRAGMENT(opsd_kernels, m) {
-  m.def("row_stats(Tensor S, Tensor T, Tensor? bias_s, Tensor? bias_t, bool metrics, " OPSD_SPEC_SCHEMA ") -> Tensor");
-  m.def("row_dot(Tensor S, Tensor T, Tensor(a!) stats, Tensor? bias_s, Tensor? bias_t, " OPSD_SPEC_SCHEMA ") -> (Tensor, Tensor)");
-  m.def("row_grad_(Tensor S, Tensor T, Tensor stats, Tensor A, Tensor factor, Tensor? policy, Tensor? labels, "
-        "Tensor? bias_s, Tensor? bias_t, Tensor(a!) G, " OPSD_SPEC_SCHEMA ") -> ()");
-  m.def("row_fused_(Tensor S, Tensor T, Tensor factor, Tensor? policy, Tensor? labels, Tensor? bias_s, Tensor? bias_t, bool metrics, "
-        "Tensor(a!) G, " OPSD_SPEC_SCHEMA ") -> (Tensor, Tensor, Tensor)");
+  OPSD_DEFINE_ROWS(m);
   m.def("cpu_capability() -> str");
   m.def("gemm_bf16_(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()");
   m.def("gemm_unavailable() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CPU, m) {
-  m.impl("row_stats", TORCH_BOX(&opsd::cpu::row_stats));
-  m.impl("row_dot", TORCH_BOX(&opsd::cpu::row_dot));
-  m.impl("row_grad_", TORCH_BOX(&opsd::cpu::row_grad_));
-  m.impl("row_fused_", TORCH_BOX(&opsd::cpu::row_fused_));
+  OPSD_IMPLEMENT_ROWS(m, opsd::cpu::sweep);
   m.impl("gemm_bf16_", TORCH_BOX(&opsd::cpu::gemm_bf16_));
 }
 
@@ -35,3 +59,5 @@ STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&opsd::cpu::capability));
   m.impl("gemm_unavailable", TORCH_BOX(&opsd::cpu::gemm_unavailable));
 }
+
+#endif

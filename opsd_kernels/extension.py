@@ -1,4 +1,4 @@
-"""The compiled extension: whether it is there, and what its processor can do."""
+"""The compiled libraries, for the CPU and for CUDA: whether they are there, and what they can do here."""
 
 from __future__ import annotations
 
@@ -10,17 +10,34 @@ import torch
 PACKAGE = Path(__file__).resolve().parent
 
 
-@cache
-def load() -> str | None:
-    """Registers the extension's operators, once. None if they are there, else the reason why they are not."""
-    libraries = sorted(PACKAGE.glob("_C.*so")) + sorted(PACKAGE.glob("_C*.pyd"))
+def _load(stem: str, what: str) -> str | None:
+    libraries = sorted(PACKAGE.glob(f"{stem}.*so")) + sorted(PACKAGE.glob(f"{stem}*.pyd"))
     if not libraries:
-        return "the C++ extension was not built (docs/build.md)"
+        return f"the {what} not built (docs/build.md)"
     try:
         torch.ops.load_library(libraries[0])
     except OSError as error:
-        return f"the C++ extension {libraries[0].name} does not load: {error.__cause__ or error}"  # torch's own text names the file alone
+        return f"{libraries[0].name} does not load: {error.__cause__ or error}"  # torch's own text names the file alone
     return None
+
+
+@cache
+def load() -> str | None:
+    """Registers the C++ extension's operators, once. None if they are there, else the reason why they are not."""
+    return _load("_C", "C++ extension was")
+
+
+@cache
+def cuda_unavailable() -> str | None:
+    """Registers the CUDA kernels, once. None if they can run on the devices that are visible, else the reason why they cannot."""
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    oldest = min(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
+    if oldest < (8, 0):
+        return f"a device of compute capability 8.0 or more is needed, got {oldest[0]}.{oldest[1]}"
+    return load() or _load("_cuda", "CUDA kernels were")  # the schemas are those of the C++ extension
 
 
 def capability() -> str:

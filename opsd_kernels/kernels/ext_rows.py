@@ -1,4 +1,4 @@
-"""Row sweeps of the compiled extension (csrc/). What a sweep must honour: contract.py."""
+"""Row sweeps of the compiled libraries (csrc/), on the device of their tensors. What a sweep must honour: contract.py."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..spec import LogitTransform, RowSpec
 from .contract import SPREAD_LIMIT, plain_kl
+
+OPERATORS = torch.ops.opsd_kernels
 
 
 def _transform_values(t: LogitTransform) -> tuple[float, float, float]:
@@ -22,13 +24,13 @@ def _spec_values(spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) ->
 
 
 def row_stats(S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool) -> Tensor:
-    return torch.ops.opsd_kernels.row_stats(S, T, bias_s, bias_t, metrics, *_spec_values(spec, bias_s, bias_t))
+    return OPERATORS.row_stats(S, T, bias_s, bias_t, metrics, *_spec_values(spec, bias_s, bias_t))
 
 
 def row_dot(S: Tensor, T: Tensor, stats: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> tuple[Tensor, Tensor]:
     if spec.one_sweep:
         return plain_kl(stats, spec)
-    return torch.ops.opsd_kernels.row_dot(S, T, stats, bias_s, bias_t, *_spec_values(spec, bias_s, bias_t))
+    return OPERATORS.row_dot(S, T, stats, bias_s, bias_t, *_spec_values(spec, bias_s, bias_t))
 
 
 def row_grad_(
@@ -44,7 +46,7 @@ def row_grad_(
     policy: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> None:
-    torch.ops.opsd_kernels.row_grad_(S, T, stats, A, factor, policy, labels, bias_s, bias_t, G, *_spec_values(spec, bias_s, bias_t))
+    OPERATORS.row_grad_(S, T, stats, A, factor, policy, labels, bias_s, bias_t, G, *_spec_values(spec, bias_s, bias_t))
 
 
 def row_fused_(
@@ -59,4 +61,4 @@ def row_fused_(
     policy: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.opsd_kernels.row_fused_(S, T, factor, policy, labels, bias_s, bias_t, metrics, G, *_spec_values(spec, bias_s, bias_t))
+    return OPERATORS.row_fused_(S, T, factor, policy, labels, bias_s, bias_t, metrics, G, *_spec_values(spec, bias_s, bias_t))

@@ -1,0 +1,45 @@
+// How a row is spread over threads and blocks: a function of its size and the device alone, so that a row gives the same bits in every batch.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace opsd::cuda {
+
+// What the choice depends on beside the row.
+struct Device {
+  int architecture = 0;      // 90: sm_90
+  int64_t shared_bytes = 0;  // that a block may ask for
+};
+
+struct Shape {
+  int threads;
+  int blocks;            // of the cluster that holds the row; 0: the row is read from device memory by every sweep
+  int64_t per_block;     // entries
+  int64_t shared_bytes;  // of a block
+};
+
+constexpr int MOST_THREADS = 256;  // of a block: at a hundred registers each, two blocks fit on a multiprocessor
+constexpr int MOST_BLOCKS = 8;     // of a portable cluster
+constexpr int64_t EXCHANGE_BYTES = 1216;  // sizeof(Exchange), rounded up to 16
+
+inline int threads_for(int64_t entries, int64_t itemsize) {
+  return entries * itemsize / 16 > 512 ? MOST_THREADS : MOST_THREADS / 2;
+}
+
+inline Shape streaming(int64_t V, int64_t itemsize) { return {threads_for(V, itemsize), 0, V, EXCHANGE_BYTES}; }
+
+// The smallest cluster of which two fit on a multiprocessor, so that one loads while the other computes; else the smallest that holds the row.
+inline Shape shape_for(int64_t V, int64_t itemsize, const Device& device, int most_blocks) {
+  if (device.architecture >= 90) {
+    for (const int64_t room : {device.shared_bytes / 2 - 512, device.shared_bytes}) {
+      for (int blocks = 1; blocks <= most_blocks; blocks *= 2) {
+        const int64_t per_block = ((V + blocks - 1) / blocks + 15) / 16 * 16, bytes = EXCHANGE_BYTES + 2 * per_block * itemsize;
+        if (bytes <= room) return {threads_for(per_block, itemsize), blocks, per_block, bytes};
+      }
+    }
+  }
+  return streaming(V, itemsize);
+}
+
+}  // namespace opsd::cuda

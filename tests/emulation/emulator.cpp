@@ -1,0 +1,161 @@
+#include "emulator.h"
+
+#include <ucontext.h>
+
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+namespace opsd::cuda {
+namespace {
+
+constexpr int WARP = 32, LARGEST_PART = 64;
+constexpr size_t STACK_BYTES = 128 << 10;
+
+// Threads that wait for each other.
+struct Barrier {
+  int expected = 0, arrived = 0;
+  int64_t generation = 0;
+};
+
+struct Warp {
+  Barrier barrier;
+  char parts[WARP][LARGEST_PART];
+};
+
+struct Block {
+  Barrier barrier;
+  std::vector<Warp> warps;
+  std::unique_ptr<char[]> memory;
+  char* shared = nullptr;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  int index, rank;
+  const Barrier* waits_for = nullptr;
+  int64_t until = 0;
+  bool done = false;
+};
+
+// One cluster at work.
+struct Cluster {
+  std::vector<Block> blocks;
+  std::vector<Fiber> fibers;
+  Barrier barrier;
+  int64_t first_block = 0;
+  int threads = 0;
+  const std::function<void()>* kernel = nullptr;
+  ucontext_t scheduler;
+  Fiber* running = nullptr;
+};
+
+thread_local Cluster* cluster = nullptr;
+
+Fiber& self() { return *cluster->running; }
+Block& own_block() { return cluster->blocks[self().rank]; }
+Warp& own_warp() { return own_block().warps[self().index / WARP]; }
+
+void wait_at(Barrier& barrier) {
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  self().waits_for = &barrier;
+  self().until = barrier.generation + 1;
+  swapcontext(&self().context, &cluster->scheduler);
+}
+
+void enter() {
+  (*cluster->kernel)();
+  self().done = true;
+  swapcontext(&self().context, &cluster->scheduler);
+}
+
+void prepare(Cluster& c, const Shape& shape, int blocks) {
+  c.threads = shape.threads;
+  c.barrier.expected = blocks * shape.threads;
+  c.blocks.resize(blocks);
+  for (Block& block : c.blocks) {
+    block.barrier.expected = shape.threads;
+    block.warps.resize(shape.threads / WARP);
+    for (Warp& warp : block.warps) warp.barrier.expected = WARP;
+    block.memory = std::make_unique<char[]>(shape.shared_bytes + 128);
+    block.shared = block.memory.get() + (128 - reinterpret_cast<uintptr_t>(block.memory.get()) % 128);
+  }
+  c.fibers.resize(blocks * shape.threads);
+  for (Fiber& fiber : c.fibers) fiber.stack = std::make_unique<char[]>(STACK_BYTES);
+}
+
+void run_cluster(Cluster& c, std::mt19937& order) {
+  for (Block& block : c.blocks) std::memset(block.shared, 0xff, 256);  // NaN, where the parts pass
+  for (size_t i = 0; i < c.fibers.size(); ++i) {
+    Fiber& fiber = c.fibers[i];
+    fiber.index = static_cast<int>(i) % c.threads, fiber.rank = static_cast<int>(i) / c.threads;
+    fiber.done = false, fiber.waits_for = nullptr;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = STACK_BYTES;
+    makecontext(&fiber.context, enter, 0);
+  }
+  std::vector<Fiber*> alive;
+  for (Fiber& fiber : c.fibers) alive.push_back(&fiber);
+  while (!alive.empty()) {
+    std::shuffle(alive.begin(), alive.end(), order);
+    bool moved = false;
+    for (Fiber* fiber : alive) {
+      if (fiber->waits_for && fiber->waits_for->generation < fiber->until) continue;
+      fiber->waits_for = nullptr, c.running = fiber, moved = true;
+      swapcontext(&c.scheduler, &fiber->context);
+    }
+    if (!moved) throw std::runtime_error("emulator: threads wait for others that have left");
+    std::erase_if(alive, [](const Fiber* fiber) { return fiber->done; });
+  }
+}
+
+}  // namespace
+
+int thread() { return self().index; }
+int threads() { return cluster->threads; }
+int64_t block() { return cluster->first_block + self().rank; }
+int cluster_rank() { return self().rank; }
+int cluster_size() { return static_cast<int>(cluster->blocks.size()); }
+char* shared_memory() { return own_block().shared; }
+char* shared_of(int rank) { return cluster->blocks[rank].shared; }
+void block_sync() { wait_at(own_block().barrier); }
+void cluster_sync() { wait_at(cluster->barrier); }
+
+void exchange_lanes(const void* mine, void* theirs, int bytes, int mask) {
+  if (bytes > LARGEST_PART) throw std::runtime_error("emulator: a part of too many bytes");
+  Warp& warp = own_warp();
+  const int lane = self().index % WARP;
+  std::memcpy(warp.parts[lane], mine, bytes);
+  wait_at(warp.barrier);
+  std::memcpy(theirs, warp.parts[lane ^ mask], bytes);
+  wait_at(warp.barrier);
+}
+
+Device emulated_device() {
+  const char* text = std::getenv("OPSD_EMULATED_DEVICE");
+  const char* bytes = text ? std::strchr(text, ':') : nullptr;
+  return bytes ? Device{std::atoi(text), std::atoll(bytes + 1)} : Device{80, 163 << 10};
+}
+
+void run_grid(const std::function<void()>& kernel, int64_t n, const Shape& shape) {
+  const int blocks = shape.blocks > 0 ? shape.blocks : 1;
+  Cluster c;
+  prepare(c, shape, blocks);
+  c.kernel = &kernel;
+  cluster = &c;
+  std::mt19937 order(0);
+  for (int64_t i = 0; i < n; ++i) {
+    c.first_block = i * blocks;
+    run_cluster(c, order);
+  }
+  cluster = nullptr;
+}
+
+}  // namespace opsd::cuda
