@@ -40,7 +40,11 @@ PLAN_LABELS = {
     "gradient_bytes": "gradients returned",
     "vector_bytes": "losses and statistics",
     "peak_bytes": "peak above the inputs",
+    "sweep_bytes": "traffic of the logits",
+    "head_bytes": "traffic of the head's gradient",
+    "tile_share": "GEMM waves filled",
 }
+OLDEST_TORCH = (2, 10)
 PACKAGES = ("torch", "triton", "numpy", "transformers", "safetensors", "liger-kernel", "trl")
 
 
@@ -144,24 +148,32 @@ def plan(
     frozen: Annotated[bool, typer.Option("--frozen", help="The head gets no gradient.")] = False,
     workspace: Annotated[str | None, typer.Option("--workspace", help="Byte budget, such as 256MiB.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    divergence: Annotated[str, typer.Option("--divergence", help="The two plain KLs take one sweep less.")] = "reverse_kl",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Predict memory and work of one call.
 
-    Chunks, buffers, peak and floating-point operations of linear_divergence at the given sizes. Runs nothing.
+    Chunks, buffers, peak, floating-point operations and memory traffic of linear_divergence at the given sizes, and how a GPU's row kernels
+    are launched. Runs nothing.
     """
+    from . import backends
     from .planner import plan as make_plan
+    from .spec import Divergence
 
     with one_line(ValueError, TypeError):
         budget = None if workspace is None else parse_bytes(workspace)
         options = {"shared_head": shared_head, "trainable_head": not frozen, "workspace_bytes": budget, "device_type": parse_device(device)}
-        fields = make_plan(tokens, vocab, hidden, teacher_hidden, parse_dtype(dtype), **options).as_dict()
+        one_sweep = Divergence.parse(divergence).one_sweep
+        made = make_plan(tokens, vocab, hidden, teacher_hidden, parse_dtype(dtype), one_sweep=one_sweep, **options)
+    fields = made.as_dict()
     if as_json:
         typer.echo(json.dumps(fields, indent=2))
         return
     table = new_table("linear_divergence, predicted", "", "")
     for name, value in fields.items():
         table.add_row(PLAN_LABELS.get(name, name.replace("_", " ")), readable(name, value))
+    for name, launch in backends.launches(vocab, made.logits_dtype).items() if device == "cuda" else ():
+        table.add_row(f"{name} row kernels", launch)
     console.print(table)
 
 
@@ -192,6 +204,8 @@ def readable(name: str, value: object) -> str:
     if name.endswith("_bytes") and isinstance(value, int):
         unit, size = next(((u, s) for u, s in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)) if value >= s), ("B", 1))
         return f"{value / size:.4g} {unit}"
+    if name == "tile_share":
+        return f"{value:.1%}"
     if name == "flops" and isinstance(value, int):
         return f"{value / 1e12:.4g} TFLOP"
     if isinstance(value, bool):
@@ -264,7 +278,7 @@ def doctor() -> None:
     """
     import torch
 
-    from . import backends, projection
+    from . import backends, extension, projection
 
     table = new_table("This machine", "", "")
     table.add_row("opsd_kernels", __version__)
@@ -272,7 +286,10 @@ def doctor() -> None:
     for package in PACKAGES:
         table.add_row(package, installed_version(package))
     table.add_row("CPU", f"{torch.get_num_threads()} threads, torch uses {torch.backends.cpu.get_cpu_capability()}")
+    if too_old(torch.__version__):
+        table.add_row("", too_old(torch.__version__))
     table.add_row("C++ kernels", extension_state())
+    table.add_row("CUDA kernels", extension.cuda_unavailable() or "built, and the devices can run them")
     table.add_row("bf16 to fp32", projection.cpu_gemm_name(torch.bfloat16))
     devices = [f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB" for i in range(torch.cuda.device_count())]
     table.add_row("CUDA", "; ".join(devices) or f"no device (torch is built {'with CUDA ' + torch.version.cuda if torch.version.cuda else 'without CUDA'})")
@@ -299,6 +316,14 @@ def extension_state() -> str:
         return extension.load() or f"built, use {extension.capability()}"
     except RuntimeError as error:  # OPSD_CPU_CAPABILITY names no instruction set
         return str(error).splitlines()[0]
+
+
+def too_old(version: str) -> str | None:
+    """What is missing with a torch below the oldest one that the package is made for; None from that on."""
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= OLDEST_TORCH:
+        return None
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    return f"torch {version} is older than {oldest}: compiled kernels do not load, and a GPU may not multiply 16-bit matrices into an fp32 accumulator"
 
 
 def installed_version(package: str) -> str:

@@ -44,9 +44,21 @@ PACK = Variable(
     "that do not count as zeros; nothing waits. While a CUDA graph is captured it is always 0.",
     ("0", "1"),
 )
+CUDA_CLUSTER = Variable(
+    "OPSD_CUDA_CLUSTER",
+    "8",
+    "The most thread blocks of a CUDA kernel that hold one row on chip together (compute capability 9.0 and above). 0: every sweep reads it from memory.",
+    ("0", "1", "2", "4", "8"),
+)
+BUILD_CUDA = Variable(
+    "OPSD_BUILD_CUDA",
+    "auto",
+    "When the package is built. auto: CUDA kernels where torch has CUDA and nvcc is found. 1: an error if they cannot be built. 0: none.",
+    ("auto", "0", "1"),
+)
 CACHE = Variable("OPSD_CACHE", "opsd_kernels in XDG_CACHE_HOME, or in ~/.cache", "Directory of the trainer's warm-started base models. Safe to delete.")
 
-VARIABLES = (BACKEND, WORKSPACE_BYTES, CPU_CAPABILITY, PACK, CACHE)
+VARIABLES = (BACKEND, WORKSPACE_BYTES, CPU_CAPABILITY, PACK, CUDA_CLUSTER, BUILD_CUDA, CACHE)
 
 
 def backend() -> str | None:
