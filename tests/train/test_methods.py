@@ -205,9 +205,10 @@ def test_accumulation_does_not_change_the_update(model, other, batch, changes):
 
     def updated(dtype, micro):
         student, teacher = (copy.deepcopy(m).to(dtype) for m in (model, other))
-        config = settings(**changes, micro_batch=micro, lr_warmup_steps=0, learning_rate=1e-2)
+        # A rate at which the update is larger than the weights, and no clip: a wrong factor must not drown in them.
+        config = settings(**changes, micro_batch=micro, lr_warmup_steps=0, learning_rate=1e3, max_grad_norm=1e9)
         # Adam's first step is the sign of the gradient, which rounding decides where that is next to nothing: here the gradient itself.
-        trainer = steps.Trainer(student, Copy(teacher, 0.0), torch.optim.SGD(student.parameters(), 1e-2), student.vocab_size)
+        trainer = steps.Trainer(student, Copy(teacher, 0.0), torch.optim.SGD(student.parameters(), 1.0), student.vocab_size)
         steps.optimisation_step(trainer, batch, config, 1)
         return list(student.parameters())
 
