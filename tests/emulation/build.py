@@ -15,7 +15,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # the last two: false, of packs not loaded
-FLAGS = ["-std=c++20", "-O2", "-fPIC", *WARNINGS, "-DOPSD_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+FLAGS = ["-std=c++20", "-O2", "-fPIC", "-U_FORTIFY_SOURCE", *WARNINGS, "-DOPSD_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
 def build_script() -> ModuleType:

@@ -2,6 +2,7 @@
 
 #include <ucontext.h>
 
+#include <csetjmp>
 #include <cstdlib>
 #include <memory>
 #include <random>
@@ -33,8 +34,10 @@ struct Block {
 };
 
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  ucontext_t context;  // of its first step; later ones are jumps, which cost no call of the system
+  jmp_buf place;
+  bool started = false;
+  char* stack;
   int index, rank;
   const Barrier* waits_for = nullptr;
   int64_t until = 0;
@@ -49,7 +52,8 @@ struct Cluster {
   int64_t first_block = 0;
   int threads = 0;
   const std::function<void()>* kernel = nullptr;
-  ucontext_t scheduler;
+  ucontext_t begin;
+  jmp_buf scheduler;
   Fiber* running = nullptr;
 };
 
@@ -67,13 +71,22 @@ void wait_at(Barrier& barrier) {
   }
   self().waits_for = &barrier;
   self().until = barrier.generation + 1;
-  swapcontext(&self().context, &cluster->scheduler);
+  if (_setjmp(self().place) == 0) _longjmp(cluster->scheduler, 1);
 }
 
 void enter() {
   (*cluster->kernel)();
   self().done = true;
-  swapcontext(&self().context, &cluster->scheduler);
+  _longjmp(cluster->scheduler, 1);
+}
+
+// Until it waits or is done.
+void resume(Fiber& fiber) {
+  cluster->running = &fiber;
+  if (_setjmp(cluster->scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  swapcontext(&cluster->begin, &fiber.context);
 }
 
 void prepare(Cluster& c, const Shape& shape, int blocks) {
@@ -84,21 +97,24 @@ void prepare(Cluster& c, const Shape& shape, int blocks) {
     block.barrier.expected = shape.threads;
     block.warps.resize(shape.threads / WARP);
     for (Warp& warp : block.warps) warp.barrier.expected = WARP;
-    block.memory = std::make_unique<char[]>(shape.shared_bytes + 128);
+    block.memory = std::make_unique_for_overwrite<char[]>(shape.shared_bytes + 128);
     block.shared = block.memory.get() + (128 - reinterpret_cast<uintptr_t>(block.memory.get()) % 128);
   }
   c.fibers.resize(blocks * shape.threads);
-  for (Fiber& fiber : c.fibers) fiber.stack = std::make_unique<char[]>(STACK_BYTES);
+  // Kept from launch to launch, and not zeroed: pages that were touched before cost nothing.
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  while (stacks.size() < c.fibers.size()) stacks.push_back(std::make_unique_for_overwrite<char[]>(STACK_BYTES));
+  for (size_t i = 0; i < c.fibers.size(); ++i) c.fibers[i].stack = stacks[i].get();
 }
 
 void run_cluster(Cluster& c, std::mt19937& order) {
-  for (Block& block : c.blocks) std::memset(block.shared, 0xff, 256);  // NaN, where the parts pass
+  for (Block& block : c.blocks) std::memset(block.shared, 0xff, EXCHANGE_BYTES);  // NaN, where the parts pass
   for (size_t i = 0; i < c.fibers.size(); ++i) {
     Fiber& fiber = c.fibers[i];
     fiber.index = static_cast<int>(i) % c.threads, fiber.rank = static_cast<int>(i) / c.threads;
-    fiber.done = false, fiber.waits_for = nullptr;
+    fiber.done = fiber.started = false, fiber.waits_for = nullptr;
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = STACK_BYTES;
+    fiber.context.uc_stack.ss_sp = fiber.stack, fiber.context.uc_stack.ss_size = STACK_BYTES;
     makecontext(&fiber.context, enter, 0);
   }
   std::vector<Fiber*> alive;
@@ -108,8 +124,8 @@ void run_cluster(Cluster& c, std::mt19937& order) {
     bool moved = false;
     for (Fiber* fiber : alive) {
       if (fiber->waits_for && fiber->waits_for->generation < fiber->until) continue;
-      fiber->waits_for = nullptr, c.running = fiber, moved = true;
-      swapcontext(&c.scheduler, &fiber->context);
+      fiber->waits_for = nullptr, moved = true;
+      resume(*fiber);
     }
     if (!moved) throw std::runtime_error("emulator: threads wait for others that have left");
     std::erase_if(alive, [](const Fiber* fiber) { return fiber->done; });

@@ -30,7 +30,8 @@ def test_the_contract_holds_on_every_device(library):
     started = {}
     for name, device in DEVICES.items():
         environment = os.environ | {"OPSD_EMULATED_LIBRARY": str(library), "OPSD_EMULATED_DEVICE": device}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "rows_emulated.py")]
+        files = [str(HERE / "rows_emulated.py"), str(HERE / "options_emulated.py")]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
         started[name] = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=HERE.parent.parent)
     for name, process in started.items():
         output, _ = process.communicate(timeout=900)

@@ -1,0 +1,75 @@
+"""Compiles the CUDA kernels for GPUs that need not be present, warnings as errors, and prints a line for each kernel: registers, stack, spills, shared memory.
+
+python tests/build/cuda_resources.py > tests/build/cuda_resources.tsv
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+HEADER = ("kernel", "type", "architecture", "registers", "stack", "spill", "shared")
+KINDS = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl", "tvd")  # spec.Kind
+ENTRY = re.compile(r"(stats|dot|grad|fused)_kernelI\w*?Lb([01])(?:ELNS_4KindE(\d))?E")
+
+
+def build_script():
+    """setup.py, which knows sources and flags, as a module."""
+    spec = importlib.util.spec_from_file_location("build_script", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compile_kernels(name: str, macros: list[str], architecture: str) -> str:
+    """What ptxas says of the kernels of one type."""
+    script = build_script()
+    with tempfile.TemporaryDirectory() as folder:
+        target = [f"-arch=sm_{architecture}", "-cubin", "-o", f"{folder}/{name}.cubin"]
+        command = [script.nvcc(), *script.CUDA_FLAGS, *target, *macros, "-Xptxas", "-v", str(script.CSRC / "cuda" / "rows.cu")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name}, sm_{architecture}:\n{done.stderr[-4000:]}")
+    return done.stderr
+
+
+def label(mangled: str) -> str:
+    """`grad jsd plain` of a mangled name."""
+    sweep, plain, kind = ENTRY.search(mangled).groups()
+    return " ".join(filter(None, (sweep, KINDS[int(kind)] if kind else "", "plain" if plain == "1" else "general")))
+
+
+def resources(name: str, macros: list[str], architecture: str) -> list[tuple[str, ...]]:
+    rows, entry, spill = [], None, (0, 0)
+    for line in compile_kernels(name, macros, architecture).splitlines():
+        if found := re.search(r"Compiling entry function '(\w+)'", line):
+            entry = label(found[1])
+        elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            spill = found[1], str(int(found[2]) + int(found[3]))
+        elif found := re.search(r"Used (\d+) registers", line):
+            shared = re.search(r"(\d+) bytes smem", line)
+            rows.append((entry, name.removeprefix("cuda_"), architecture, found[1], *spill, shared[1] if shared else "0"))
+    return sorted(rows)
+
+
+def every_kernel() -> list[tuple[str, ...]]:
+    script = build_script()
+    jobs = [(*kernels, architecture) for kernels in script.cuda_kernels() for architecture in script.CUDA_ARCHITECTURES]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [row for rows in pool.map(lambda job: resources(*job), jobs) for row in rows]
+
+
+def main() -> None:
+    print("\t".join(HEADER))
+    for row in every_kernel():
+        print("\t".join(row))
+
+
+if __name__ == "__main__":
+    main()
