@@ -47,6 +47,7 @@ def jobs() -> list[tuple[str, str, list[str]]]:
 CUDA_ARCHITECTURES = ("80", "90a", "100a")
 GENCODE = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES] + ["-gencode=arch=compute_100,code=compute_100"]
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+CPU_TORCH = "this torch was built without CUDA"
 CUDA_TYPES = {"float32": "float", "bfloat16": "BFloat16", "float16": "Half"}
 
 
@@ -74,7 +75,7 @@ def no_cuda_build() -> str | None:
     import torch
 
     if torch.version.cuda is None:
-        return "this torch was built without CUDA"
+        return CPU_TORCH
     return None if nvcc() else "nvcc is not there (CUDA_HOME or PATH)"
 
 
@@ -114,7 +115,7 @@ class BuildExtension(build_ext):
                 self.build_cuda(target) if cuda else self.build_cpu(target)
         except Exception as error:  # distutils raises a different class for each way in which a compiler can fail; the compiler has said more above
             reason = f"{'nvcc' if cuda else compiler!r} failed ({type(error).__name__}); `python setup.py build_ext --inplace` shows how"
-        if reason is None:
+        if reason is None or (cuda and reason == CPU_TORCH and os.environ.get("OPSD_BUILD_CUDA") != "1"):
             return
         if cuda and os.environ.get("OPSD_BUILD_CUDA") == "1":
             raise RuntimeError(f"OPSD_BUILD_CUDA=1: {reason}")
