@@ -33,7 +33,7 @@ help:
 	@echo "make install    set up only: .venv, dependencies, compiled extension"
 	@echo "make lint       ruff"
 	@echo "make docs       regenerate the generated tables in docs/"
-	@echo "make bench-cpu  CPU time of the fused op against bare matrix products, plain PyTorch and other libraries"
+	@echo "make bench-cpu  CPU time of the fused op against bare matrix products, plain PyTorch and other libraries (ARGS=--quick)"
 	@echo "make clean      remove build outputs and caches; 'make distclean' removes .venv too. Runs are never removed."
 
 install: $(DONE)/package
@@ -53,10 +53,12 @@ lint: $(DONE)/ruff
 docs: install
 	@echo "==> docs/environment.md"
 	@$(PY) -c 'from opsd_kernels import env; print(env.markdown(), end="")' > docs/environment.md
+	@echo "==> docs/performance.md, docs/sizing.md, README's table"
+	@$(PY) -m opsd_kernels.bench.pages
 
 bench-cpu: install $(DONE)/dev
-	@echo "==> benchmarks/cpu_ratios.py"
-	@$(PY) benchmarks/cpu_ratios.py $(ARGS)
+	@echo "==> opsd bench --suite ratios"
+	@$(VENV)/bin/opsd bench --device cpu --suite ratios $(ARGS)
 
 $(DONE)/venv:
 	@echo "==> virtual environment in $(VENV)"

@@ -21,6 +21,14 @@ from .results import Report, load
 # Which change what is measured: part of the command that repeats it.
 VARIABLES = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "CUBLAS_WORKSPACE_CONFIG", *(variable.name for variable in env.VARIABLES))
 
+OUTPUTS = ("--json", "--plots")
+
+
+def without_outputs(arguments: list[str]) -> list[str]:
+    """Where the files went is not part of what was measured."""
+    kept = [a for before, a in zip(["", *arguments], arguments, strict=False) if before not in OUTPUTS and a not in OUTPUTS]
+    return [a for a in kept if not a.startswith(tuple(f"{name}=" for name in OUTPUTS))]
+
 
 @contextmanager
 def shown_progress() -> Iterator[runner.Progress]:
@@ -49,7 +57,7 @@ def show(table: tables.Table, console: Console) -> None:
 def bench(suites: list[str], context: runner.Context, path: Path | None, plots_dir: Path | None, arguments: list[str], commit: str | None) -> Report:
     """Measures, prints, writes."""
     variables = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
-    command = shlex.join([*variables, "opsd", "bench", *arguments])
+    command = shlex.join([*variables, "opsd", "bench", *without_outputs(arguments)])
     with shown_progress() as progress:
         report = runner.run(suites, context, command, progress, commit, path)
     console = Console(highlight=False) if runner.on_a_terminal() else Console(highlight=False, width=240)

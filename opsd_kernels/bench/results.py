@@ -9,7 +9,6 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -60,6 +59,8 @@ class Row:
     def verdict(self) -> str | None:
         if self.target is None or self.ratio is None:
             return None
+        if self.noise:
+            return "unknown: too noisy"
         return "ok" if self.ratio.median <= self.target else "missed"
 
 
@@ -113,10 +114,6 @@ def load(path: Path) -> Report:
     known = {f.name for f in fields(Row)}
     rows = [{name: Sample(**value) if name in ("ms", "ratio") else value for name, value in row.items() if name in known} for row in data.pop("rows")]
     return Report(**data, rows=[Row(**row) for row in rows])
-
-
-def merge(reports: Iterable[Report]) -> list[Row]:
-    return [row for report in reports for row in report.rows]
 
 
 # ---------------------------------------------------------------- where it ran

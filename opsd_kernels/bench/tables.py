@@ -10,6 +10,7 @@ from .results import Row
 from .timing import Sample
 
 NOISY_MARK = "~"
+HIDES, HIDDEN = 0.15, "too noisy"  # the half-width from which a ratio is not printed, and what stands in its place
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,10 @@ def milliseconds(sample: Sample | None) -> str:
 
 
 def times(row: Row) -> str:
-    """The ratio; `~` in front of one that is not known within 10 %."""
-    return "" if row.ratio is None else f"{NOISY_MARK if row.noise else ''}{row.ratio.median:.2f}"
+    """The ratio; `~` in front of one that is not known within 10 %, and no number where it says next to nothing."""
+    if row.ratio is None:
+        return ""
+    return HIDDEN if row.noise and row.ratio.uncertainty > HIDES else f"{NOISY_MARK if row.noise else ''}{row.ratio.median:.2f}"
 
 
 def mebibytes(nbytes: int | None) -> str:

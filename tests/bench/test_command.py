@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from opsd_kernels import cli
-from opsd_kernels.bench import measure, runner
+from opsd_kernels.bench import command, measure, runner
 from opsd_kernels.bench.results import load
 
 TINY = "N=64,H=32,V=501"
@@ -56,6 +56,11 @@ def test_plots_and_compare(tmp_path):
     assert opsd("bench", "compare", a, a).exit_code == 0
     result = opsd("bench", "compare", a, b)
     assert result.exit_code == 1 and "less exact" in result.output.replace("\n", " ")
+
+
+def test_the_recorded_command_leaves_the_files_out():
+    given = ["--suite", "ratios", "--json", "a.json", "--quick", "--plots=b"]
+    assert command.without_outputs(given) == ["--suite", "ratios", "--quick"]
 
 
 def test_profile_writes_a_trace_and_a_table(tmp_path):

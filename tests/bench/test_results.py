@@ -7,6 +7,7 @@ import pytest
 
 from opsd_kernels.bench.compare import changes_of, comparable
 from opsd_kernels.bench.results import Report, Row, load
+from opsd_kernels.bench.tables import times
 from opsd_kernels.bench.timing import Sample
 
 ROW = Row("ratios", "opsd", 1024, 512, 32000, "bfloat16", "shared", "trainable", "jsd")
@@ -67,3 +68,10 @@ def test_changes(after, says):
 def test_what_is_not_comparable_is_said():
     other = report(versions={"torch": "2.12.0", "trl": None}, machine={"name": "another"}, quick=True)
     assert [note.split()[0] for note in comparable(report(), other)] == ["machines", "torch", "quick"]
+
+
+def test_a_noisy_ratio_has_no_verdict_and_a_wild_one_no_number():
+    assert [slower(factor, target=1.2).verdict for factor in (1, 1.3)] == ["ok", "missed"]
+    noisy, wild = slower(1, target=1.2, noise="noise"), replace(TIMED, ratio=Sample(0.6, 0.4, 0.9, 3), noise="noise")
+    assert noisy.verdict == "unknown: too noisy"
+    assert [times(row) for row in (TIMED, noisy, wild)] == ["1.10", "~1.10", "too noisy"]

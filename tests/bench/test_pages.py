@@ -1,0 +1,69 @@
+"""The generated pages are current, and say where their numbers come from."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from opsd_kernels import cli, plan
+from opsd_kernels.bench import pages
+from opsd_kernels.bench.results import Report, Row
+from opsd_kernels.bench.timing import Sample
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_performance_page_is_current():
+    assert (ROOT / pages.PAGE).read_text() == pages.performance(ROOT / pages.RESULTS), "run `make docs`"
+
+
+def test_readme_is_current():
+    text = (ROOT / pages.README).read_text()
+    assert text == pages.with_block(text, pages.readme_block(ROOT / pages.RESULTS)), "run `make docs`"
+
+
+def test_sizing_page_is_current():
+    text = (ROOT / pages.SIZING).read_text()
+    assert text == pages.with_block(text, pages.plans_block(), pages.SIZING), "run `make docs`"
+
+
+@pytest.mark.parametrize("example", pages.EXAMPLES, ids=lambda example: example[0])
+def test_the_command_of_an_example_says_the_same(example):
+    _, options, arguments = example
+    result = CliRunner().invoke(cli.app, ["plan", *options.split(), "--device", "cuda", "--json"])
+    assert result.exit_code == 0 and json.loads(result.output) == plan(**arguments, device_type="cuda").as_dict()
+
+
+@pytest.fixture
+def results(tmp_path):
+    rows = [
+        Row("ratios", provider, 8, 4, 9, "bfloat16", "shared", "trainable", "jsd", ms=Sample(2, 2, 2, 5), ratio=Sample(value, value, value, 5), noise=noise)
+        for provider, value, noise in (("gemms", 1.0, None), ("whole", 0.9, None), ("opsd", 1.05, None), ("torch", 3.21, "the machine was too noisy"))
+    ]
+    rows.append(Row("ratios", "trl", 8, 4, 9, "bfloat16", "shared", "trainable", "jsd", reason="trl >= 1.16 is not installed"))
+    rows += [Row("memory", name, 8, 4, 9, "bfloat16", "shared", "trainable", "jsd", reason="out of memory (limit 1 MiB)") for name in ("opsd", "torch")]
+    made = Report({"name": "some machine"}, {"torch": "2.13.0"}, "c0ffee", "opsd bench --suite ratios", "2026-11-21", False, ["ratios", "memory"], rows=rows)
+    made.save(tmp_path / "some-cpu" / "ratios.json")
+    return tmp_path
+
+
+def test_every_table_carries_machine_versions_commit_and_command(results):
+    page = pages.performance(results)
+    assert page.count("\n| --- |") == page.count("some machine; torch 2.13.0; commit c0ffee; 2026-11-21. `opsd bench --suite ratios`") == 2
+    assert "| N=8 H=4 V=9 | bfloat16 | shared | trainable | jsd | 2 | 1.05 | ~3.21 |" in page
+    assert "out of memory" in page and "TRL" not in page
+    block = pages.readme_block(results)
+    assert "1.05" in block and "commit c0ffee" in block
+
+
+def test_a_gpu_without_results_says_so(results):
+    assert pages.NOT_YET in pages.performance(results) and "timed on a GPU" in pages.readme_block(results)
+    (results / "h200").mkdir()
+    (results / "some-cpu" / "ratios.json").rename(results / "h200" / "ratios.json")
+    assert pages.NOT_YET not in pages.performance(results) and "## h200" in pages.performance(results)
+
+
+def test_readme_without_marks_is_refused():
+    with pytest.raises(ValueError, match="expected the marks"):
+        pages.with_block("# Readme", "")
