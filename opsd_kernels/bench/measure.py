@@ -136,5 +136,5 @@ def timed_row(row: Row, variants: dict[str, Variant], setting: Setting) -> Row:
         return replace(row, **common, noise=f"no ratio: the bare GEMMs failed: {base.failure}", target=None)
     known = None if row.provider == BASE else noise(mine, base)
     share = ceilings.ceiling(setting).floor_seconds(setting.flops, setting.bytes) / seconds
-    relative = sample.median / whole.sample().median if whole and whole.times else None
+    relative = ratio(mine, whole).median if whole and whole.times.keys() & mine.times.keys() else None
     return replace(row, **common, ratio=ratio(mine, base), base=BASE, whole=relative, noise=known, ceiling=share)

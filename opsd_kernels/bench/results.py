@@ -38,7 +38,7 @@ class Row:
     ms: Sample | None = None
     ratio: Sample | None = None  # to `base`, round by round
     base: str | None = None
-    whole: float | None = None  # ratio of medians to the GEMMs in chunks as large as pays, whatever the planner cuts
+    whole: float | None = None  # ratio to the GEMMs in chunks as large as pays, whatever the planner cuts
     noise: str | None = None  # why the ratio is not to be believed within 10 %
     target: float | None = None  # for the ratio
     tflops: float | None = None  # of the GEMM passes that cannot be avoided
