@@ -125,7 +125,7 @@ def test_a_guess_is_quoted_with_its_marks_and_anything_else_is_not():
 
 
 def test_chain_says_where():
-    task = task_of("chain")
+    task = task_of("chain", feedback="where")
     problem = task.train[3]
     truth = task.solution(problem)
     assert [int(d) for d in truth] == (np.cumsum(task.digits(problem)) % 10).tolist()

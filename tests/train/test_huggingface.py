@@ -80,12 +80,12 @@ def fused(student, teacher, batch, vocab, **changes):
     return [loss, *(p.grad for p in student.parameters())]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_the_fused_loss_is_the_loss_of_the_models_own_logits(made, batch, vocab, dtype):
-    student, teacher = made.to(dtype), moved(made).to(dtype)
-    truth = dense(copy.deepcopy(student).double(), copy.deepcopy(teacher).double(), batch, vocab)
-    peer = dense(copy.deepcopy(student), teacher, batch, vocab)
-    for actual, p, t in zip(fused(copy.deepcopy(student), teacher, batch, vocab), peer, truth, strict=True):
+def test_the_fused_loss_is_the_loss_of_the_models_own_logits(made, batch, vocab):
+    """In fp32: in bf16 the trunk's rounding decides both errors, and one of them may cancel by chance."""
+    teacher = moved(made)
+    truth = dense(copy.deepcopy(made).double(), copy.deepcopy(teacher).double(), batch, vocab)
+    peer = dense(copy.deepcopy(made), teacher, batch, vocab)
+    for actual, p, t in zip(fused(copy.deepcopy(made), teacher, batch, vocab), peer, truth, strict=True):
         assert_no_worse(actual, p, t)
 
 
