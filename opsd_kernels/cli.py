@@ -97,7 +97,7 @@ def train(
     with one_line(ModuleNotFoundError):
         needs_extra("train", "transformers", "safetensors", "matplotlib")
     from .train.config import ConfigError, load_config
-    from .train.types import NonFiniteLoss
+    from .train.types import CheckpointError, NonFiniteLoss
 
     with one_line(ValueError, TypeError, OSError):
         recorded = out / "config.json" if resume and (out / "config.json").is_file() else None
@@ -106,7 +106,7 @@ def train(
 
     out = out or new_run_directory(parsed.env)
     try:
-        with one_line(FileExistsError, FileNotFoundError, ConfigError, NonFiniteLoss):
+        with one_line(FileExistsError, FileNotFoundError, CheckpointError, ConfigError, NonFiniteLoss):
             loop.train(parsed, out, resume)
     except KeyboardInterrupt as interrupt:
         typer.echo(f"\n{str(interrupt) or 'stopped at once; the last checkpoint counts'}\n    {resume_command(out)}", err=True)
