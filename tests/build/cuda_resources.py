@@ -27,13 +27,12 @@ def build_script():
     return module
 
 
-def compile_kernels(name: str, macros: list[str], architecture: str) -> str:
-    """What ptxas says of the kernels of one type."""
+def compile_kernels(name: str, macros: list[str], architecture: str, folder: Path) -> str:
+    """What ptxas says of the kernels of one type; the object goes to `folder`, with its launches."""
     script = build_script()
-    with tempfile.TemporaryDirectory() as folder:
-        target = [f"-arch=sm_{architecture}", "-cubin", "-o", f"{folder}/{name}.cubin"]
-        command = [script.nvcc(), *script.CUDA_FLAGS, *target, *macros, "-Xptxas", "-v", str(script.CSRC / "cuda" / "rows.cu")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    target = [f"-arch=sm_{architecture}", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c", "-o", str(folder / f"{name}_{architecture}.o")]
+    command = [script.nvcc(), *script.CUDA_FLAGS, *target, *macros, "-Xptxas", "-v", str(script.CSRC / "cuda" / "rows.cu")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name}, sm_{architecture}:\n{done.stderr[-4000:]}")
     return done.stderr
@@ -45,9 +44,9 @@ def label(mangled: str) -> str:
     return " ".join(filter(None, (sweep, KINDS[int(kind)] if kind else "", "plain" if plain == "1" else "general")))
 
 
-def resources(name: str, macros: list[str], architecture: str) -> list[tuple[str, ...]]:
+def resources(name: str, macros: list[str], architecture: str, folder: Path) -> list[tuple[str, ...]]:
     rows, entry, spill = [], None, (0, 0)
-    for line in compile_kernels(name, macros, architecture).splitlines():
+    for line in compile_kernels(name, macros, architecture, folder).splitlines():
         if found := re.search(r"Compiling entry function '(\w+)'", line):
             entry = label(found[1])
         elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
@@ -58,17 +57,17 @@ def resources(name: str, macros: list[str], architecture: str) -> list[tuple[str
     return sorted(rows)
 
 
-def every_kernel() -> list[tuple[str, ...]]:
+def every_kernel(folder: Path) -> list[tuple[str, ...]]:
     script = build_script()
     jobs = [(*kernels, architecture) for kernels in script.cuda_kernels() for architecture in script.CUDA_ARCHITECTURES]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [row for rows in pool.map(lambda job: resources(*job), jobs) for row in rows]
+        return [row for rows in pool.map(lambda job: resources(*job, folder), jobs) for row in rows]
 
 
 def main() -> None:
-    print("\t".join(HEADER))
-    for row in every_kernel():
-        print("\t".join(row))
+    with tempfile.TemporaryDirectory() as folder:
+        for row in [HEADER, *every_kernel(Path(folder))]:
+            print("\t".join(row))
 
 
 if __name__ == "__main__":

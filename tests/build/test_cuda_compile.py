@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.utils.cpp_extension import include_paths, library_paths
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import cuda_resources
@@ -26,9 +27,14 @@ def nvcc_version() -> str:
 
 
 @pytest.fixture(scope="module")
-def measured() -> list[tuple[str, ...]]:
+def objects(tmp_path_factory) -> Path:
     nvcc_version()
-    return cuda_resources.every_kernel()
+    return tmp_path_factory.mktemp("cuda")
+
+
+@pytest.fixture(scope="module")
+def measured(objects) -> list[tuple[str, ...]]:
+    return cuda_resources.every_kernel(objects)
 
 
 def test_every_kernel_is_there(measured):
@@ -55,6 +61,23 @@ def test_resources_are_those_of_the_table(measured):
     assert table[0] == cuda_resources.HEADER
     changed = sorted(set(measured) ^ set(table[1:]))
     assert not changed, "python tests/build/cuda_resources.py > tests/build/cuda_resources.tsv, and say why:\n" + "\n".join(map("\t".join, changed[:40]))
+
+
+def test_the_library_links_and_asks_torch_for_its_stable_interface_alone(measured, objects):
+    """Against the toolkit's static runtime, as setup.py links it; libtorch_cuda is not here, and is asked for one function."""
+    script = cuda_resources.build_script()
+    home, built = script.cuda_home(), [str(objects / f"{name}_90a.o") for name, _ in script.cuda_kernels()]
+    for source in ("cuda/binding.cpp", "registration.cpp"):
+        built.append(str(objects / f"{Path(source).stem}.o"))
+        includes = [f"-I{home / 'include'}", *(part for path in include_paths() for part in ("-isystem", path))]
+        subprocess.run(["g++", *script.FLAGS, "-fPIC", "-DOPSD_CUDA", *includes, "-c", str(script.CSRC / source), "-o", built[-1]], check=True)
+    library = objects / "_cuda.abi3.so"
+    folders = [f"-L{path}" for path in (home / "lib64", home / "lib", *library_paths())]
+    subprocess.run(["g++", "-shared", *built, "-o", str(library), *folders, "-ltorch_cpu", "-lcudart_static", "-lrt", "-ldl", "-lpthread"], check=True)
+    printed = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True).stdout
+    of_torch = {name for name in re.findall(r" U (\w+)", printed) if "torch" in name}
+    assert "aoti_torch_get_current_cuda_stream" in of_torch
+    assert not [name for name in of_torch if not name.startswith(("aoti_torch_", "torch_"))], "C++ symbols of torch differ from version to version"
 
 
 def test_the_sources_stay_small():
