@@ -26,15 +26,20 @@ def what_changed(before, after):
     return {change.what for change in changes_of(before, after) if change.row.provider == "opsd" and change.bad}
 
 
-def found_by_time(setting, plant, what):
-    """Whether a comparison of a run before with one after the change says `what`."""
+def check_found_by_time(setting, plant, what):
+    """A comparison of a run before with one after the change says `what`. Skipped where every run says of itself that it was too noisy to tell."""
+    quiet = 0
     for _ in range(ATTEMPTS):
         with pytest.MonkeyPatch.context() as patch:
             before = measured(setting)
             plant(patch)
-            if what in what_changed(before, measured(setting)):
-                return True
-    return False
+            after = measured(setting)
+        if what in what_changed(before, after):
+            return
+        quiet += not any(row.noise for report in (before, after) for row in report.rows)
+    if not quiet:
+        pytest.skip(f"{ATTEMPTS} comparisons, each of them marked as too noisy to tell")
+    pytest.fail(f"{quiet} comparisons without a mark of noise did not say {what!r}")
 
 
 COPY = """
@@ -75,7 +80,7 @@ def test_a_doubled_sweep_is_found():
         rows.row_stats(S, T, spec, bias_s, bias_t, metrics)
         return fused(S, T, factor, spec, bias_s, bias_t, metrics, *rest)
 
-    assert found_by_time(Setting(256, 16, 32000, "float32"), lambda patch: patch.setattr(rows, "row_fused_", twice), "slower")
+    check_found_by_time(Setting(256, 16, 32000, "float32"), lambda patch: patch.setattr(rows, "row_fused_", twice), "slower")
 
 
 @pytest.mark.slow
@@ -91,7 +96,7 @@ def test_chunks_cut_to_64_rows_are_found():
         before = measured(setting)
         cut(patch)
         assert "smaller chunks" in what_changed(before, measured(setting))
-    assert found_by_time(setting, cut, "slower")
+    check_found_by_time(setting, cut, "slower")
 
 
 @pytest.mark.slow
