@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -60,7 +61,8 @@ def dialects(setting: Setting) -> dict[str, Dialect]:
     old, advantages = on(-6 * torch.rand(B, T, generator=gen)), on(torch.randn(B, 1, generator=gen))
     base = {"divergence": setting.divergence, "labels": labels}
     plain = {**base, "token_weights": on(0.5 + torch.rand(B, T, generator=gen))}
-    importance, entropy = schemes.ImportanceRatio(old), schemes.EntropyGate("teacher", below=5.0)
+    # The gate stands above every entropy: among them it jumps, and a row that rounding takes across it would count as a wrong gradient.
+    importance, entropy = schemes.ImportanceRatio(old), schemes.EntropyGate("teacher", below=math.log(2 * setting.V))
     prefix = {**base, "token_weights": schemes.PrefixDiscrepancy()}
 
     def mix(policy: object) -> dict[str, object]:
