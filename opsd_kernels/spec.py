@@ -157,7 +157,3 @@ class RowSpec:
     def kinked(self) -> bool:
         """Whether the gradient jumps where logits differ by little, at p = q or at the entry clip: fp32 logits then."""
         return self.divergence.kinked or self.entry_clip < math.inf
-
-    @property
-    def clips(self) -> bool:
-        return min(self.entry_clip, self.token_clip) < math.inf

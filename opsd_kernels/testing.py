@@ -387,14 +387,15 @@ def assert_same_bits(actual: Checkable, expected: Checkable) -> None:
             raise AssertionError(f"{name}: {int(differ.sum())} of {differ.numel()} entries differ in their bits; first at {_where(differ.double())}")
 
 
-def _relative(actual: Tensor, truth: Tensor, name: str) -> float:
+def relative_error(actual: Tensor, truth: Tensor, name: str = "value") -> float:
+    """Frobenius norm of the difference over that of the truth."""
     return (_error(actual, truth, name).norm() / truth.detach().double().cpu().norm().clamp(min=1e-300)).item()
 
 
 def assert_no_growth(many: Checkable, one: Checkable, truth: Checkable) -> None:
     """Relative error with many chunks at most 1.5 times that with one. Half a unit of the type passes in any case: one chunk may be right by luck."""
     for name, (m, o, t) in _named(many, one, truth):
-        grown, base = _relative(m, t, name), _relative(o, t, f"{name} with one chunk")
+        grown, base = relative_error(m, t, name), relative_error(o, t, f"{name} with one chunk")
         bound = max(GROWTH * base, torch.finfo(m.dtype).eps / 2)
         assert grown <= bound, f"{name}: relative error {grown:.3e} with many chunks against {base:.3e} with one; bound {bound:.3e}"
 
@@ -403,7 +404,7 @@ def assert_on_target(actual: Checkable, truth: Checkable, target: str) -> None:
     """Relative error within TARGETS: gradients within `target` ("default" or "fp32_logits"), the loss within "loss"."""
     for name, (a, t) in _named(actual, truth):
         bound = TARGETS["loss" if name == "loss" else target]
-        error = _relative(a, t, name)
+        error = relative_error(a, t, name)
         assert error <= bound, f"{name}: relative error {error:.3%}, target {bound:.2%}"
 
 

@@ -18,10 +18,18 @@ OPSD_DEVICE Distribution distribution(const Relative& r, const Statistics& row) 
   return {q, q * ratio.exp, delta, ratio.expm1};
 }
 
+// What the terms depend on beside the row.
+struct TermOptions {
+  float beta, clip;
+};
+
 template <Kind KIND, bool FAR>
-OPSD_DEVICE Terms<float> terms(const Distribution& d, float beta) {
-  if constexpr (FAR) return entry<KIND, true>(d.q, d.p, ratio(d.delta), beta);
-  else return entry<KIND, false>(d.q, d.p, ratio(d.delta, d.expm1), beta);
+OPSD_DEVICE ClippedTerms<float> terms(const Distribution& d, const TermOptions& options) {
+  Terms<float> term;
+  if constexpr (FAR) term = entry<KIND, true>(d.q, d.p, ratio(d.delta), options.beta);
+  else term = entry<KIND, false>(d.q, d.p, ratio(d.delta, d.expm1), options.beta);
+  if (options.clip < INF) return clip_terms<KIND>(term, d.q, options.clip);
+  return {term.f, term.u, 0};
 }
 
 struct ValueSums {
@@ -36,23 +44,18 @@ struct Value {
 
 template <Kind KIND, bool PLAIN, class In>
 OPSD_DEVICE Value value(const Source<PLAIN>& source, const Slice<In>& slice, const Statistics& row, Exchange& x, const RowArgs& a) {
-  const bool clips = a.entry_clip < INF;
+  const TermOptions options{static_cast<float>(a.beta), static_cast<float>(a.entry_clip)};
+  const bool clips = options.clip < INF;
   if (row.gap != row.gap) return {row.gap, row.gap, 0};  // a side without a distribution: the guards would make 0 of it
   if (KIND == Kind::REVERSE_KL && !clips) return {row.reverse_kl, row.reverse_kl, 0};
   if (KIND == Kind::FORWARD_KL && !clips) return {row.forward_kl, -1, 0};
-  const float beta = a.beta, clip = a.entry_clip;
   ValueSums sums;
   walk<PLAIN>(slice, [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const Relative r = source.relative(source.at(to_float(S.entry[i]), to_float(T.entry[i]), slice.offset + v + i), row.at);
-      Terms<float> term = row.far ? terms<KIND, true>(distribution<true>(r, row), beta) : terms<KIND, false>(distribution<false>(r, row), beta);
-      if (clips) {
-        const ClippedTerms<float> clipped = clip_terms<KIND>(term, expf(r.x - row.logsum_s), clip);
-        term = {clipped.f, clipped.u};
-        sums.taken += clipped.taken;
-      }
-      sums.f += term.f, sums.u += term.u;
+      const auto term = row.far ? terms<KIND, true>(distribution<true>(r, row), options) : terms<KIND, false>(distribution<false>(r, row), options);
+      sums.f += term.f, sums.u += term.u, sums.taken += term.taken;
     }
   });
   sums = merge(sums, x);
@@ -88,26 +91,21 @@ struct Pull {
 
 // factor * (u - q * A) + weight * q of one entry.
 template <Kind KIND, bool FAR>
-OPSD_DEVICE float logit_gradient(const Relative& r, const Statistics& row, const Pull& pull, float beta, float clip) {
+OPSD_DEVICE float logit_gradient(const Relative& r, const Statistics& row, const Pull& pull, const TermOptions& options) {
   const Distribution d = distribution<FAR>(r, row);
   if (pull.factor == 0) return d.q * pull.weight;  // u may be infinite
-  if (KIND == Kind::FORWARD_KL && clip == INF) {
+  if (KIND == Kind::FORWARD_KL && options.clip == INF) {
     if constexpr (!FAR) return fmaf(forward_kl_grad(d.q, d.expm1), pull.factor, d.q * pull.weight);
     return fmaf(d.q - d.p, pull.factor, d.q * pull.weight);
   }
-  Terms<float> term = terms<KIND, FAR>(d, beta);
-  if (clip < INF) {
-    const ClippedTerms<float> clipped = clip_terms<KIND>(term, d.q, clip);
-    term = {clipped.f, clipped.u};
-  }
-  return fmaf(term.u, pull.factor, d.q * fmaf(-pull.factor, pull.A, pull.weight));
+  return fmaf(terms<KIND, FAR>(d, options).u, pull.factor, d.q * fmaf(-pull.factor, pull.A, pull.weight));
 }
 
 // `loaded` runs between reading and writing the same vectors: see walk.
 template <Kind KIND, bool PLAIN, class In, class Loaded>
 OPSD_DEVICE void gradient(const Source<PLAIN>& source, const Slice<In>& slice, const Statistics& row, const Pull& pull, const Output& G, const RowArgs& a,
                           Loaded loaded) {
-  const float beta = a.beta, clip = a.entry_clip;
+  const TermOptions options{static_cast<float>(a.beta), static_cast<float>(a.entry_clip)};
   const int label = pull.label < slice.offset || pull.label >= slice.offset + slice.length ? -1 : static_cast<int>(pull.label - slice.offset);
   walk<PLAIN>(slice, loaded, [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
     float values[N];
@@ -115,7 +113,7 @@ OPSD_DEVICE void gradient(const Source<PLAIN>& source, const Slice<In>& slice, c
     for (int i = 0; i < N; ++i) {
       const auto entry = source.at(to_float(S.entry[i]), to_float(T.entry[i]), slice.offset + v + i);
       const Relative r = source.relative(entry, row.at);
-      float g = row.far ? logit_gradient<KIND, true>(r, row, pull, beta, clip) : logit_gradient<KIND, false>(r, row, pull, beta, clip);
+      float g = row.far ? logit_gradient<KIND, true>(r, row, pull, options) : logit_gradient<KIND, false>(r, row, pull, options);
       if (v + i == label) g -= pull.weight;
       values[i] = source.bent() ? g * source.slope(entry) : g;
     }

@@ -21,7 +21,10 @@ struct Shape {
 
 constexpr int MOST_THREADS = 256;  // of a block: at a hundred registers each, two blocks fit on a multiprocessor
 constexpr int MOST_BLOCKS = 8;     // of a portable cluster
-constexpr int64_t EXCHANGE_BYTES = 1216;  // sizeof(Exchange), rounded up to 16
+constexpr int WARP = 32;
+constexpr int MOST_WORDS = 12;  // of what a warp or a block hands to the others
+constexpr int64_t EXCHANGE_BYTES = 4 * MOST_WORDS * (MOST_THREADS / WARP + MOST_BLOCKS + 1);  // of Exchange, in front of the rows that are held
+static_assert(EXCHANGE_BYTES % 16 == 0);
 
 inline int threads_for(int64_t entries, int64_t itemsize) {
   return entries * itemsize / 16 > 512 ? MOST_THREADS : MOST_THREADS / 2;

@@ -6,14 +6,13 @@
 
 namespace opsd::cuda {
 
-constexpr int WARP = 32, MOST_WORDS = 12;
-
 // Shared memory through which the blocks' and warps' parts pass. `whole` is read by the other blocks of the cluster.
 struct Exchange {
   uint32_t warps[MOST_THREADS / WARP][MOST_WORDS];
   uint32_t blocks[MOST_BLOCKS][MOST_WORDS];
   uint32_t whole[MOST_WORDS];
 };
+static_assert(sizeof(Exchange) == EXCHANGE_BYTES);
 
 // A Part as words: what shared memory holds is of no type.
 template <class Part>

@@ -6,8 +6,6 @@
 namespace opsd::cuda {
 namespace {
 
-static_assert(sizeof(Exchange) <= EXCHANGE_BYTES);
-
 template <bool PLAIN, Kind KIND>
 void run_kind(const RowArgs& a, Sweep which, const Shape& shape, Stream stream) {
   const Shape rows = streaming(a.V, sizeof(OPSD_IN));

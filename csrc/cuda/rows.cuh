@@ -81,7 +81,7 @@ OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) fused_kernel(OPSD_GRID_CONST
   const Source<PLAIN> source(a);
   const WholeRow<In> whole = whole_row<In>(a, n);
   const Slice<In> slice(whole.S + first, whole.T + first, first, length);
-  In* const held_s = reinterpret_cast<In*>(shared_memory() + (sizeof(Exchange) + 15) / 16 * 16);
+  In* const held_s = reinterpret_cast<In*>(shared_memory() + EXCHANGE_BYTES);
   In* const held_t = held_s + per_block;
   const Near near = near_sweep(source, slice, a.metrics, [=]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
     *reinterpret_cast<Pack<In, N>*>(held_s + v) = S;

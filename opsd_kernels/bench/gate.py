@@ -17,7 +17,7 @@ from torch import Tensor
 from ..planner import resolve_logits
 from ..reference import linear_divergence_reference
 from ..spec import Divergence
-from ..testing import Case, Outcome, assert_no_worse, assert_on_target, evaluate, hard_case
+from ..testing import Case, Outcome, assert_no_worse, assert_on_target, evaluate, hard_case, relative_error
 from .providers import Provider
 from .shapes import Setting, make_case
 from .timing import reason_of
@@ -38,10 +38,6 @@ class Verdict:
 def reference(setting: Setting) -> Callable[..., Tensor]:
     reduction = "none" if setting.mode == "recompute" else "mean"
     return functools.partial(linear_divergence_reference, divergence=setting.divergence, reduction=reduction)
-
-
-def relative(actual: Tensor, truth: Tensor) -> float:
-    return ((actual.double() - truth).norm() / truth.norm().clamp(min=1e-300)).item()
 
 
 def outcome_of(op: Callable, case: Case) -> Outcome:
@@ -94,8 +90,8 @@ def _own(provider: Provider, setting: Setting) -> Verdict:
 def _errors(actual: Outcome, truth: Outcome) -> Verdict:
     """The worse one of the gradients."""
     named, true = dict(actual.named()), dict(truth.named())
-    gradients = [relative(named[name], true[name]) for name in named if name != "loss"]
-    return Verdict(max(gradients, default=None), relative(actual.loss, true["loss"]))
+    gradients = [relative_error(named[name], true[name]) for name in named if name != "loss"]
+    return Verdict(max(gradients, default=None), relative_error(actual.loss, true["loss"]))
 
 
 def _peer(provider: Provider, setting: Setting) -> Verdict:

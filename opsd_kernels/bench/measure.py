@@ -138,3 +138,11 @@ def timed_row(row: Row, variants: dict[str, Variant], setting: Setting) -> Row:
     share = ceilings.ceiling(setting).floor_seconds(setting.flops, setting.bytes) / seconds
     relative = ratio(mine, whole).median if whole and whole.times.keys() & mine.times.keys() else None
     return replace(row, **common, ratio=ratio(mine, base), base=BASE, whole=relative, noise=known, ceiling=share)
+
+
+def part_row(row: Row, variants: dict[str, Variant], name: str, base: str) -> Row:
+    """The row of a variant with its time and its ratio to that of `base`, or with the reason why it has none."""
+    mine, whole = variants[name], variants[base]
+    if mine.failure or not mine.times or not whole.times:
+        return replace(row, reason=mine.failure or whole.failure or "not measured", target=None)
+    return replace(row, ms=mine.sample(), ratio=ratio(mine, whole), base=base, noise=None if name == base else noise(mine, whole))

@@ -5,26 +5,20 @@ python tests/build/cuda_resources.py > tests/build/cuda_resources.tsv
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "emulation"))
+from build_emulated import build_script
+
 HEADER = ("kernel", "type", "architecture", "registers", "stack", "spill", "shared")
 KINDS = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl", "tvd")  # spec.Kind
 ENTRY = re.compile(r"(stats|dot|grad|fused)_kernelI\w*?Lb([01])(?:ELNS_4KindE(\d))?E")
-
-
-def build_script():
-    """setup.py, which knows sources and flags, as a module."""
-    spec = importlib.util.spec_from_file_location("build_script", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def compile_kernels(name: str, macros: list[str], architecture: str, folder: Path) -> str:

@@ -13,7 +13,7 @@ import cuda_resources
 
 TABLE = Path(__file__).with_name("cuda_resources.tsv")
 TABLE_MADE_BY = "13.0"  # of nvcc; another allocates other registers
-SOURCES = cuda_resources.ROOT / "csrc" / "cuda"
+SOURCES = cuda_resources.build_script().CSRC / "cuda"
 
 pytestmark = [pytest.mark.build, pytest.mark.slow]
 

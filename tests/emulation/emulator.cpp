@@ -12,7 +12,7 @@
 namespace opsd::cuda {
 namespace {
 
-constexpr int WARP = 32, LARGEST_PART = 64;
+constexpr int LARGEST_PART = 4 * MOST_WORDS;
 constexpr size_t STACK_BYTES = 128 << 10;
 
 // Threads that wait for each other.

@@ -35,7 +35,7 @@ def test_aligned_rows(rows_of, dtype, kind):
 @pytest.mark.parametrize(
     "V, itemsize, architecture, expected",
     [
-        (151936, 2, 90, "fused 8 of 256 with 18992 entries each in 75 KiB"),
+        (151936, 2, 90, "fused 8 of 256 with 18992 entries each in 74 KiB"),
         (32000, 2, 90, "fused 2 of 256 with 16000 entries each in 63 KiB"),
         (151936, 4, 90, "fused 8 of 256 with 18992 entries each in 149 KiB"),
         (256000, 4, 90, None),

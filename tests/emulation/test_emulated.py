@@ -20,7 +20,7 @@ def library(tmp_path_factory) -> Path:
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("emulated")
-    built = subprocess.run([sys.executable, HERE / "build.py", folder], capture_output=True, text=True, check=False)
+    built = subprocess.run([sys.executable, HERE / "build_emulated.py", folder], capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr[-6000:]
     return folder / "opsd_emulated.so"
 

@@ -6,8 +6,8 @@ import functools
 import math
 from dataclasses import replace
 
-from ...testing import Case, hard_case
-from ..gate import outcome_of, reference, relative
+from ...testing import Case, hard_case, relative_error
+from ..gate import outcome_of, reference
 from ..measure import Context, Task, blank, describe
 from ..providers import PROVIDERS, SLOW, Provider
 from ..results import Row
@@ -49,7 +49,7 @@ def errors(setting: Setting, providers: tuple[Provider, ...], kl: float, width: 
         except Exception as error:
             rows.append(replace(row, reason=reason_of(error)))
             continue
-        found = relative(actual.student_hidden, truth.student_hidden), relative(actual.loss, truth.loss)
+        found = relative_error(actual.student_hidden, truth.student_hidden), relative_error(actual.loss, truth.loss)
         known = [None if math.isnan(value) else value for value in found]
         rows.append(replace(row, gradient_error=known[0], loss_error=known[1], reason="not a number" if None in known else None))
     return rows

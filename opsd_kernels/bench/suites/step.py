@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..gate import check
-from ..measure import Context, Task, blank, free
+from ..measure import Context, Task, blank, free, part_row
 from ..providers import PROVIDERS, Provider, installed
 from ..results import Row
 from ..shapes import Setting
-from ..timing import Variant, interleave, noise, ratio
+from ..timing import Variant, interleave
 
 STEP = "whole step"
 
@@ -109,14 +109,7 @@ def split(model: Model, setting: Setting, provider: Provider, effort: dict[str, 
     step = Step(model, setting, provider)
     variants = {name: Variant(part) for name, part in step.parts().items()}
     interleave(variants, STEP, setting.device, **effort)
-    rows = []
-    for name, variant in variants.items():
-        made = replace(row, variant=name)
-        if variant.failure or not variant.times or not variants[STEP].times:
-            rows.append(replace(made, reason=variant.failure or variants[STEP].failure or "not measured"))
-        else:
-            known = None if name == STEP else noise(variant, variants[STEP])
-            rows.append(replace(made, ms=variant.sample(), ratio=ratio(variant, variants[STEP]), base=STEP, noise=known))
+    rows = [part_row(replace(row, variant=name), variants, name, STEP) for name in variants]
     del step, variants
     free()
     return rows

@@ -14,14 +14,15 @@ from ...functional import linear_divergence
 from ...objectives import OnPolicyDistillation, PolicyGradient, PPOClip, linear_policy_divergence
 from ...planner import plan
 from ...reference import linear_divergence_reference
-from ...testing import TARGETS, Case
-from ..gate import TOKENS, relative
-from ..measure import Context, Task, blank, describe, free
+from ...testing import TARGETS, Case, relative_error
+from ..gate import TOKENS
+from ..measure import Context, Task, blank, describe, free, part_row
 from ..results import Row
-from ..shapes import Setting, make_case
-from ..timing import Variant, interleave, noise, ratio, reason_of
+from ..shapes import SHAPES, Setting, make_case
+from ..timing import Variant, interleave, reason_of
 
 B = 4  # sequences
+STATED_AT = SHAPES["cpu"]  # the size that the limits are meant for: at smaller ones what a call costs whatever its size weighs more
 LIMITS = {"row weights": 1.05, "aligned sequence weights": 1.10, "GRPO mix": 1.05, "top-k": 1.60}
 BASE = "tensor weights"
 
@@ -146,7 +147,7 @@ def gradient_error(case: Case, dialect: Dialect) -> float:
     wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in dialect.options.items()}
     truth = stepper(case.double(), by_definition(wide), {})()
     options = {key: value for key, value in dialect.options.items() if key != "workspace_bytes"}
-    return relative(stepper(case, dialect.op, options)(), truth)
+    return relative_error(stepper(case, dialect.op, options)(), truth)
 
 
 def compare_dialects(setting: Setting, effort: dict[str, object]) -> list[Row]:
@@ -154,15 +155,11 @@ def compare_dialects(setting: Setting, effort: dict[str, object]) -> list[Row]:
     made, case = dialects(setting), make_case(setting)
     variants = {name: Variant(stepper(case, d.op, d.options)) for name, d in made.items() if name not in wrong or name == BASE}
     interleave(variants, BASE, setting.device, **effort)
+    limits = LIMITS if (setting.N, setting.H, setting.V) == (STATED_AT.N, STATED_AT.H, STATED_AT.V) else {}
     rows = []
     for name, dialect in made.items():
-        row = blank("weights", "opsd", setting, variant=name, target=LIMITS.get(dialect.kind))
-        variant = variants.get(name)
-        if variant is None or variant.failure or name in wrong:
-            rows.append(replace(row, reason=wrong.get(name) or variant.failure, target=None))
-            continue
-        known = None if name == BASE else noise(variant, variants[BASE])
-        rows.append(replace(row, ms=variant.sample(), ratio=ratio(variant, variants[BASE]), base=BASE, noise=known))
+        row = blank("weights", "opsd", setting, variant=name, target=limits.get(dialect.kind))
+        rows.append(replace(row, reason=wrong[name], target=None) if name in wrong else part_row(row, variants, name, BASE))
     del variants, case
     free()
     return rows

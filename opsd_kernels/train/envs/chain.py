@@ -16,7 +16,6 @@ from opsd_kernels.train import seeds
 from opsd_kernels.train.envs.base import DemoTask, Env, WarmExample, held_out_fifth
 from opsd_kernels.train.types import Context, Prompt, Verdict
 
-CHAIN_KINDS = ("where", "answer", "wrong", "none")
 PLAN_KINDS = ("where", "plan", "answer", "wrong", "none")
 SIGNS = ("+", "?", "-", "#")  # problem id = position here * SIZE + instance; answers to `#` are random
 SUMS, PLANNED, DIFFERENCES, RANDOM = range(4)
