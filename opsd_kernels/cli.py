@@ -5,28 +5,22 @@ from __future__ import annotations
 import json
 import platform
 import re
-import shlex
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 try:
     import typer
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+
+    from .terminal import console, new_table, one_line
 except ModuleNotFoundError as missing:
     raise SystemExit(f"opsd: error: the command line needs {missing.name}: pip install 'opsd_kernels[cli]' (or [train] for opsd train)") from None
 
 from . import __version__, env
+from .train import commands
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-console = Console(highlight=False)
 
 BYTE_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 PLAN_LABELS = {
@@ -52,21 +46,6 @@ def main() -> None:
     app(prog_name="opsd")
 
 
-def fail(message: object, code: int = 2) -> NoReturn:
-    """Ends the command with one line on stderr."""
-    typer.echo(f"opsd: error: {message}", err=True)
-    raise typer.Exit(code)
-
-
-@contextmanager
-def one_line(*errors: type[Exception]) -> Iterator[None]:
-    """The user's own mistakes end in one line; anything else keeps its traceback."""
-    try:
-        yield
-    except errors as error:
-        fail(error)
-
-
 def print_version(value: bool) -> None:
     if value:
         typer.echo(f"opsd_kernels {__version__}")
@@ -75,63 +54,11 @@ def print_version(value: bool) -> None:
 
 @app.callback()
 def root(version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")] = False) -> None:
-    """Fused loss head for on-policy self-distillation: the trainer, the planner and a check of this machine."""
+    """Fused loss head for on-policy self-distillation: the trainer and its experiments, the planner, benchmarks and a check of this machine."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------- train
-
-
-@app.command()
-def train(
-    config: Annotated[Path | None, typer.Argument(help="JSON or YAML file; without it, the defaults.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting. Repeatable.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Run directory; without it, a new one under runs/.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-) -> None:
-    """Train a model on its own answers.
-
-    The teacher is the model itself, with feedback on the answer in view. Without CONFIG and --set, the defaults learn on a CPU in minutes.
-    """
-    if resume and out is None:
-        fail("--resume: expected --out DIR, the run to continue, got none")
-    with one_line(ModuleNotFoundError):
-        needs_extra("train", "transformers", "safetensors", "matplotlib")
-    from .train.config import ConfigError, load_config
-    from .train.types import CheckpointError, NonFiniteLoss
-
-    with one_line(ValueError, TypeError, OSError):
-        recorded = out / "config.json" if resume and (out / "config.json").is_file() else None
-        parsed = load_config(config or recorded, overrides or [])
-    from .train import loop  # after the settings: a typo in a key need not wait for transformers
-
-    out = out or new_run_directory(parsed.env)
-    try:
-        with one_line(FileExistsError, FileNotFoundError, CheckpointError, ConfigError, NonFiniteLoss):
-            loop.train(parsed, out, resume)
-    except KeyboardInterrupt as interrupt:
-        typer.echo(f"\n{str(interrupt) or 'stopped at once; the last checkpoint counts'}\n    {resume_command(out)}", err=True)
-        raise typer.Exit(130) from None
-
-
-def needs_extra(extra: str, *modules: str) -> None:
-    from importlib.util import find_spec
-
-    for module in modules:
-        if find_spec(module) is None:
-            raise ModuleNotFoundError(f"{module} is not installed: pip install 'opsd_kernels[{extra}]'")
-
-
-def new_run_directory(env_name: str) -> Path:
-    """runs/<environment>-<time>; a second run in the same second gets a number."""
-    stem = Path("runs") / f"{env_name}-{datetime.now():%Y%m%d-%H%M%S}"
-    candidates = [stem, *(stem.with_name(f"{stem.name}-{i}") for i in range(2, 100))]
-    return next(path for path in candidates if not path.exists())
-
-
-def resume_command(out: Path) -> str:
-    """What to type to go on; the program as it was called, since .venv/bin need not be on the PATH."""
-    program = "opsd" if shutil.which("opsd") else sys.argv[0]
-    return shlex.join([program, "train", "--out", str(out), "--resume"])
+for command in commands.ALL:
+    app.command()(command)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------- plan
@@ -339,10 +266,3 @@ def environment_value(variable: env.Variable) -> str:
     except ValueError as error:
         return str(error)
     return value if value is not None else f"not set ({variable.default})"
-
-
-def new_table(title: str, *headers: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=any(headers))
-    for header in headers:
-        table.add_column(header, overflow="fold")
-    return table

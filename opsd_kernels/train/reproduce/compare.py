@@ -1,0 +1,79 @@
+"""Arms of one study at equal numbers of generated answers: a learning rate for each from the same list, then its seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from opsd_kernels.train.config import TrainConfig
+from opsd_kernels.train.reproduce.lab import Lab, Result
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train: the settings in which it differs from the study's others."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Design:
+    """What all arms share. Seed i starts from base model i modulo `warm_seeds`. The rate is chosen on a seed that is not among the ones reported."""
+
+    seeds: int = 5
+    warm_seeds: int = 3
+    rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3)
+
+    TUNING = 1000  # the seed of the choice, on the first base model
+
+    def quick(self) -> Design:
+        return dataclasses.replace(self, seeds=1, warm_seeds=1, rates=self.rates[1:2])
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The runs of one arm, in the order of their seeds."""
+
+    arm: Arm
+    rate: float
+    runs: list[Result]
+
+    def values(self, name: str) -> list[float]:
+        return [run[name] for run in self.runs]
+
+    def gains(self) -> list[float]:
+        return [run["held_out_accuracy_after"] - run["held_out_accuracy_before"] for run in self.runs]
+
+
+def compare(lab: Lab, base: TrainConfig, arms: Sequence[Arm], design: Design) -> dict[str, Trained]:
+    """Every arm by name, trained with the rate that served it best in held-out accuracy."""
+
+    def config(arm: Arm, rate: float, seed: int) -> TrainConfig:
+        return dataclasses.replace(base, **{"learning_rate": rate, "seed": seed, "warm_seed": seed % design.warm_seeds, **arm.settings})
+
+    rates = {arm.name: design.rates[0] for arm in arms}
+    if len(design.rates) > 1:
+        tried = [(arm, rate) for arm in arms for rate in design.rates]
+        tuning = design.TUNING - design.TUNING % design.warm_seeds  # of the first base model
+        results = lab.train("learning rates", [config(arm, rate, tuning) for arm, rate in tried])
+        for arm in arms:
+            scores = {rate: result["held_out_accuracy_after"] for (other, rate), result in zip(tried, results, strict=True) if other is arm}
+            rates[arm.name] = max(scores, key=scores.__getitem__)
+    cells = [(arm, seed) for arm in arms for seed in range(design.seeds)]
+    results = lab.train("seeds", [config(arm, rates[arm.name], seed) for arm, seed in cells])
+    runs = {arm.name: [result for (other, _), result in zip(cells, results, strict=True) if other is arm] for arm in arms}
+    return {arm.name: Trained(arm, rates[arm.name], runs[arm.name]) for arm in arms}
+
+
+def first_step_at(run: Result, level: float, curve: str = "held_out_accuracy") -> float | None:
+    """The step at which a curve first reaches `level`, between two measurements by a straight line; None if it never does."""
+    points = [(0, run[f"{curve}_before"]), *map(tuple, run["curves"][curve]), (run["steps"], run[f"{curve}_after"])]
+    if points[0][1] >= level:
+        return 0.0
+    for (step, value), (later, higher) in zip(points, points[1:], strict=False):
+        if higher >= level:
+            return step + (later - step) * (level - value) / (higher - value)
+    return None

@@ -1,0 +1,130 @@
+"""Runs the cells of a study: small trainings and probes in worker processes, each result kept as JSON, so that a study that was stopped goes on.
+
+A cell is a function and plain arguments. It is computed once per directory, whatever order or study asks for it; its file holds the commit it ran at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opsd_kernels.bench.results import git_commit
+from opsd_kernels.train.config import TrainConfig
+from opsd_kernels.train.durable import write_file
+from opsd_kernels.train.log import Progress
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`function`, as `module:name`, is called with `arguments` (plain JSON) and a directory of its own; what it returns is plain JSON."""
+
+    function: str
+    arguments: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        text = json.dumps([self.function, self.arguments], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def train_cell(config: TrainConfig) -> Cell:
+    """A whole run of the trainer; its result is summary.json, the curves that the trainer measured, and what the run cost."""
+    return Cell("opsd_kernels.train.reproduce.cells:train", asdict(config))
+
+
+def warm_cell(config: TrainConfig) -> Cell:
+    """The base model that `config` starts from, made and cached."""
+    return Cell("opsd_kernels.train.reproduce.cells:warm", asdict(config))
+
+
+@dataclass
+class Lab:
+    """Where the cells of a study run, and what has become of them. `folder` holds a file for each."""
+
+    folder: Path
+    workers: int = 2
+    quick: bool = False
+    progress: Progress = field(default_factory=Progress)
+    commits: set[str] = field(default_factory=set)
+    seconds: float = 0.0  # of all cells that were asked for, those of earlier sessions included
+
+    def train(self, title: str, configs: Sequence[TrainConfig]) -> list[Result]:
+        """One result per configuration. Base models come first, each once, whatever number of cells starts from it."""
+        distinct: dict[Path, TrainConfig] = {}
+        for config in configs:
+            distinct.setdefault(_base_folder(config), config)
+        self.run(f"{title}: base models", [warm_cell(config) for folder, config in distinct.items() if not folder.exists()])
+        return self.run(title, [train_cell(config) for config in configs])
+
+    def run(self, title: str, cells: Sequence[Cell]) -> list[Result]:
+        """The cells' results, in their order; what lies in the directory is not computed again. Raises what a cell raised."""
+        wanted = {cell.key: cell for cell in cells}
+        missing = [cell for key, cell in wanted.items() if not self._file(key).exists()]
+        if missing:
+            self._compute(title, missing)
+        records = {key: json.loads(self._file(key).read_text()) for key in wanted}
+        self.commits |= {record["commit"] for record in records.values()}
+        self.seconds += sum(record["seconds"] for record in records.values())
+        return [records[cell.key]["result"] for cell in cells]
+
+    def _compute(self, title: str, cells: Sequence[Cell]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        commit = git_commit()
+        # Spawned: a fork of a process that has used torch's threads may hang.
+        with (
+            ProcessPoolExecutor(min(self.workers, len(cells)), multiprocessing.get_context("spawn")) as pool,
+            self.progress.bar(title, len(cells)) as bar,
+        ):
+            futures: dict[Future[Result], Cell] = {pool.submit(compute, cell, self.folder): cell for cell in cells}
+            try:
+                for done, future in enumerate(as_completed(futures), 1):
+                    cell = futures[future]
+                    record = {"function": cell.function, "arguments": cell.arguments, "commit": commit, **future.result()}
+                    write_file(self._file(cell.key), json.dumps(record, indent=1) + "\n")
+                    bar.update(done)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _file(self, key: str) -> Path:
+        return self.folder / f"{key}.json"
+
+
+def compute(cell: Cell, folder: Path) -> Result:
+    """Runs a cell in a worker. What it prints goes to a log, which an exception names."""
+    module, _, name = cell.function.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    log = folder / f"{cell.key}.log"
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=folder, prefix="cell-") as own, _redirected(log):
+        result = function(cell.arguments, Path(own))
+    log.unlink(missing_ok=True)
+    return {"result": result, "seconds": time.monotonic() - began}
+
+
+@contextlib.contextmanager
+def _redirected(log: Path) -> Iterator[None]:
+    with log.open("w") as file, contextlib.redirect_stdout(file):
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"log of this cell: {log}") if hasattr(error, "add_note") else None  # Python 3.11
+            raise
+
+
+def _base_folder(config: TrainConfig) -> Path:
+    from opsd_kernels.train.warmstart import cache_folder  # transformers loads in seconds
+
+    return cache_folder(config)
