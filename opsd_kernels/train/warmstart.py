@@ -30,7 +30,8 @@ from opsd_kernels.train.prompts import PromptEncoder
 # Measured on seeds 0 and 1: 1 % after 250 steps, 3 % after 400, 22 % after 700 and 1350. A check costs 4 % of the steps between two.
 LR_WARMUP, CHECK_EVERY, CHECK_PROBLEMS = 100, 25, 512
 DECIDING = ("env", "threads")
-SOURCES = (arithmetic, base, batch, chain, contexts, expr, mastermind, prompts, secret_op, tiny)
+SOURCES = (base, batch, contexts, prompts, tiny)
+OWN_SOURCES = {"secret_op": (secret_op,), "expr": (arithmetic, expr), "mastermind": (mastermind,), "chain": (chain,), "plan": (chain,)}
 
 
 def base_model(config: TrainConfig, task: DemoTask, progress: Progress) -> Path:
@@ -56,7 +57,7 @@ def base_model(config: TrainConfig, task: DemoTask, progress: Progress) -> Path:
 def settings(config: TrainConfig) -> dict[str, str | int | float]:
     """What decides the weights."""
     names = [name for name in config.__dataclass_fields__ if name.startswith(("tiny_", "warm_")) or name in DECIDING]
-    sources = b"".join(Path(module.__file__).read_bytes() for module in SOURCES)
+    sources = b"".join(Path(module.__file__).read_bytes() for module in (*SOURCES, *OWN_SOURCES[config.env]))
     own = Path(__file__).read_bytes()
     return {
         **{name: getattr(config, name) for name in names},
