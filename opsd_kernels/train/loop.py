@@ -175,7 +175,7 @@ def one_step(run: Run) -> StepMetrics:
         rehearsal = rehearse(run, rehearsed, metrics) if state.reference is not None else None
         update = steps.update_on(Trainer(state.model, state.teacher, state.optimizer, run.sampler.vocab), batch, config, number, rehearsal)
 
-    metrics |= steps.update_metrics(update, batch)
+    metrics |= {**steps.update_metrics(update, batch), **steps.reading_metrics(update, batch)}
     metrics["learning_rate"] = steps.learning_rate(config, number)
     seconds = time.monotonic() - began
     # Only these two may differ between a run and its repetition.

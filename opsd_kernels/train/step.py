@@ -171,6 +171,18 @@ def update_metrics(update: Update | None, batch: Batch | None) -> StepMetrics:
     }
 
 
+def reading_metrics(update: Update | None, batch: Batch | None) -> StepMetrics:
+    """Tokens that the teacher read of the distilled rollouts, prompt with context plus completion, and how many more its prompts have than the student's.
+
+    Of one update; rehearsal is not in it. 0 where no teacher ran.
+    """
+    if update is None or batch is None or update.stats[0].teacher_logprob is None:
+        return {"teacher_tokens": 0, "context_tokens": 0}
+    prompts_2B = torch.stack([side.rows_BT[:, 0] + 1 for side in (batch.teacher, batch.student)])  # the first row is the prompt's last token
+    theirs, mine = (prompts_2B * batch.distilled_B).sum(1).tolist()
+    return {"teacher_tokens": theirs + batch.totals.distilled_tokens, "context_tokens": theirs - mine}
+
+
 def _mean(values: Tensor) -> float | None:
     return _finite(values.mean().item())
 

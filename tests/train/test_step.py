@@ -121,6 +121,24 @@ def test_metrics_count_what_entered_the_loss(rollouts):
 
 def test_a_step_without_a_context_has_null_divergences():
     assert set(steps.update_metrics(None, None).values()) == {None}
+    assert set(steps.reading_metrics(None, None).values()) == {0}
+
+
+@pytest.mark.parametrize("policy_weight, read", [(0.0, True), (0.5, True), (1.0, False)])
+def test_metrics_count_what_the_teacher_read(model, rollouts, encoder, policy_weight, read):
+    """By the token tuples; rollouts without a view are in the batch and read by nobody, and a policy gradient alone has no teacher."""
+    contexts = build_contexts(rollouts, TrainConfig(), 0)
+    views = encoder.encode([rollout.prompt for rollout in rollouts], contexts)
+    views[::4] = [None] * len(views[::4])
+    batch = make_batch(rollouts, views, 0)
+    config = TrainConfig(micro_batch=4, policy_weight=policy_weight)
+    update = steps.optimisation_step(trainer(copy.deepcopy(model), Copy(model, 0.0), config), batch, config, 1)
+    pairs = [(rollout, view) for rollout, view in zip(rollouts, views, strict=True) if view is not None]
+    assert len(pairs) == 11
+    assert steps.reading_metrics(update, batch) == {
+        "teacher_tokens": read * sum(len(view) + len(rollout.tokens) for rollout, view in pairs),
+        "context_tokens": read * sum(len(view) - len(rollout.prompt_tokens) for rollout, view in pairs),
+    }
 
 
 @pytest.mark.parametrize(
