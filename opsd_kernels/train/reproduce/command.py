@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from opsd_kernels.bench.results import describe_machine, package_version
+from opsd_kernels.provenance import describe_machine, package_version
 from opsd_kernels.train.log import Progress
 from opsd_kernels.train.reproduce import pages
 from opsd_kernels.train.reproduce.lab import Lab

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opsd_kernels.bench.results import git_commit
+from opsd_kernels.provenance import git_commit
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.durable import write_file
 from opsd_kernels.train.log import Progress
@@ -58,14 +58,21 @@ class Lab:
     quick: bool = False
     progress: Progress = field(default_factory=Progress)
     commits: set[str] = field(default_factory=set)
-    seconds: float = 0.0  # of all cells that were asked for, those of earlier sessions included
+    spent: dict[str, float] = field(default_factory=dict)  # seconds by cell
+
+    @property
+    def seconds(self) -> float:
+        """Of all cells that were asked for, whenever they ran."""
+        return sum(self.spent.values())
 
     def train(self, title: str, configs: Sequence[TrainConfig]) -> list[Result]:
         """One result per configuration. Base models come first, each once, whatever number of cells starts from it."""
         distinct: dict[Path, TrainConfig] = {}
         for config in configs:
             distinct.setdefault(_base_folder(config), config)
-        self.run(f"{title}: base models", [warm_cell(config) for folder, config in distinct.items() if not folder.exists()])
+        warm = {folder: warm_cell(config) for folder, config in distinct.items()}
+        # One that this study made before counts, one that lay in the cache cost it nothing.
+        self.run(f"{title}: base models", [cell for folder, cell in warm.items() if not folder.exists() or self._file(cell.key).exists()])
         return self.run(title, [train_cell(config) for config in configs])
 
     def run(self, title: str, cells: Sequence[Cell]) -> list[Result]:
@@ -76,12 +83,13 @@ class Lab:
             self._compute(title, missing)
         records = {key: json.loads(self._file(key).read_text()) for key in wanted}
         self.commits |= {record["commit"] for record in records.values()}
-        self.seconds += sum(record["seconds"] for record in records.values())
+        self.spent |= {key: record["seconds"] for key, record in records.items()}
         return [records[cell.key]["result"] for cell in cells]
 
     def _compute(self, title: str, cells: Sequence[Cell]) -> None:
+        """Every cell that no failure stops: those that run beside one that fails are kept."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        commit = git_commit()
+        commit, failure = git_commit(), None
         # Spawned: a fork of a process that has used torch's threads may hang.
         with (
             ProcessPoolExecutor(min(self.workers, len(cells)), multiprocessing.get_context("spawn")) as pool,
@@ -90,13 +98,21 @@ class Lab:
             futures: dict[Future[Result], Cell] = {pool.submit(compute, cell, self.folder): cell for cell in cells}
             try:
                 for done, future in enumerate(as_completed(futures), 1):
-                    cell = futures[future]
-                    record = {"function": cell.function, "arguments": cell.arguments, "commit": commit, **future.result()}
-                    write_file(self._file(cell.key), json.dumps(record, indent=1) + "\n")
+                    if future.cancelled() or future.exception() is not None:
+                        failure = failure or (None if future.cancelled() else future.exception())
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        continue
+                    self._keep(futures[future], commit, future.result())
                     bar.update(done)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        if failure is not None:
+            raise failure
+
+    def _keep(self, cell: Cell, commit: str, outcome: Result) -> None:
+        record = {"function": cell.function, "arguments": cell.arguments, "commit": commit, **outcome}
+        write_file(self._file(cell.key), json.dumps(record, indent=1) + "\n")
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.json"
