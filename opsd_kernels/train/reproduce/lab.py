@@ -13,7 +13,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,28 +87,22 @@ class Lab:
         return [records[cell.key]["result"] for cell in cells]
 
     def _compute(self, title: str, cells: Sequence[Cell]) -> None:
-        """Every cell that no failure stops: those that run beside one that fails are kept."""
+        """Every cell up to the first failure, and those that run beside it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        commit, failure = git_commit(), None
+        commit, futures = git_commit(), {}
         # Spawned: a fork of a process that has used torch's threads may hang.
-        with (
-            ProcessPoolExecutor(min(self.workers, len(cells)), multiprocessing.get_context("spawn")) as pool,
-            self.progress.bar(title, len(cells)) as bar,
-        ):
-            futures: dict[Future[Result], Cell] = {pool.submit(compute, cell, self.folder): cell for cell in cells}
-            try:
+        pool = ProcessPoolExecutor(min(self.workers, len(cells)), multiprocessing.get_context("spawn"))
+        try:
+            futures = {pool.submit(compute, cell, self.folder): cell for cell in cells}
+            with self.progress.bar(title, len(cells)) as bar:
                 for done, future in enumerate(as_completed(futures), 1):
-                    if future.cancelled() or future.exception() is not None:
-                        failure = failure or (None if future.cancelled() else future.exception())
-                        pool.shutdown(wait=False, cancel_futures=True)
-                        continue
                     self._keep(futures[future], commit, future.result())
                     bar.update(done)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        if failure is not None:
-            raise failure
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for future, cell in futures.items():
+                if not future.cancelled() and future.exception() is None and not self._file(cell.key).exists():
+                    self._keep(cell, commit, future.result())
 
     def _keep(self, cell: Cell, commit: str, outcome: Result) -> None:
         record = {"function": cell.function, "arguments": cell.arguments, "commit": commit, **outcome}
