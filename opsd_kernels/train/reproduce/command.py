@@ -26,7 +26,10 @@ def reproduce(paper: str, out: Path, quick: bool, workers: int, command: Sequenc
     if paper not in PAPERS:
         raise ValueError(f"paper: expected one of {', '.join(PAPERS)}, got {paper!r}")
     lab = Lab(Path(out) / "cells", workers, quick, Progress())
-    study = importlib.import_module(f"opsd_kernels.train.reproduce.{paper}").study(lab)
+    try:
+        study = importlib.import_module(f"opsd_kernels.train.reproduce.{paper}").study(lab)
+    finally:
+        lab.close()
     study.facts = {
         "machine": describe_machine("cpu")["name"],
         "versions": {package: package_version(package) for package in PACKAGES},

@@ -40,6 +40,7 @@ class Trained:
     arm: Arm
     rate: float
     runs: list[Result]
+    tried: dict[float, float] = field(default_factory=dict)  # held-out accuracy of the choice's runs, by rate
 
     def values(self, name: str) -> list[float]:
         return [run[name] for run in self.runs]
@@ -54,18 +55,18 @@ def compare(lab: Lab, base: TrainConfig, arms: Sequence[Arm], design: Design) ->
     def config(arm: Arm, rate: float, seed: int) -> TrainConfig:
         return dataclasses.replace(base, **{"learning_rate": rate, "seed": seed, "warm_seed": seed % design.warm_seeds, **arm.settings})
 
-    rates = {arm.name: design.rates[0] for arm in arms}
+    tried: dict[str, dict[float, float]] = {arm.name: {} for arm in arms}
     if len(design.rates) > 1:
-        tried = [(arm, rate) for arm in arms for rate in design.rates]
+        pairs = [(arm, rate) for arm in arms for rate in design.rates]
         tuning = design.TUNING - design.TUNING % design.warm_seeds  # of the first base model
-        results = lab.train("learning rates", [config(arm, rate, tuning) for arm, rate in tried])
-        for arm in arms:
-            scores = {rate: result["held_out_accuracy_after"] for (other, rate), result in zip(tried, results, strict=True) if other is arm}
-            rates[arm.name] = max(scores, key=scores.__getitem__)
+        results = lab.train(f"{base.env}, learning rates", [config(arm, rate, tuning) for arm, rate in pairs])
+        for (arm, rate), result in zip(pairs, results, strict=True):
+            tried[arm.name][rate] = result["held_out_accuracy_after"]
+    rates = {name: max(scores, key=scores.__getitem__, default=design.rates[0]) for name, scores in tried.items()}
     cells = [(arm, seed) for arm in arms for seed in range(design.seeds)]
-    results = lab.train("seeds", [config(arm, rates[arm.name], seed) for arm, seed in cells])
+    results = lab.train(f"{base.env}, seeds", [config(arm, rates[arm.name], seed) for arm, seed in cells])
     runs = {arm.name: [result for (other, _), result in zip(cells, results, strict=True) if other is arm] for arm in arms}
-    return {arm.name: Trained(arm, rates[arm.name], runs[arm.name]) for arm in arms}
+    return {arm.name: Trained(arm, rates[arm.name], runs[arm.name], tried[arm.name]) for arm in arms}
 
 
 def first_step_at(run: Result, level: float, curve: str = "held_out_accuracy") -> float | None:

@@ -51,7 +51,7 @@ def warm_cell(config: TrainConfig) -> Cell:
 
 @dataclass
 class Lab:
-    """Where the cells of a study run, and what has become of them. `folder` holds a file for each."""
+    """Where the cells of a study run, and what has become of them. `folder` holds a file for each. With no workers they run in this process."""
 
     folder: Path
     workers: int = 2
@@ -59,6 +59,7 @@ class Lab:
     progress: Progress = field(default_factory=Progress)
     commits: set[str] = field(default_factory=set)
     spent: dict[str, float] = field(default_factory=dict)  # seconds by cell
+    _pool: ProcessPoolExecutor | None = field(default=None, repr=False)
 
     @property
     def seconds(self) -> float:
@@ -87,26 +88,44 @@ class Lab:
         return [records[cell.key]["result"] for cell in cells]
 
     def _compute(self, title: str, cells: Sequence[Cell]) -> None:
-        """Every cell up to the first failure, and those that run beside it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        commit, futures = git_commit(), {}
-        # Spawned: a fork of a process that has used torch's threads may hang.
-        pool = ProcessPoolExecutor(min(self.workers, len(cells)), multiprocessing.get_context("spawn"))
-        try:
-            futures = {pool.submit(compute, cell, self.folder): cell for cell in cells}
-            with self.progress.bar(title, len(cells)) as bar:
-                for done, future in enumerate(as_completed(futures), 1):
-                    self._keep(futures[future], commit, future.result())
-                    bar.update(done)
-        finally:
-            pool.shutdown(cancel_futures=True)
-            for future, cell in futures.items():
-                if not future.cancelled() and future.exception() is None and not self._file(cell.key).exists():
-                    self._keep(cell, commit, future.result())
+        commit = git_commit()
+        with self.progress.bar(title, len(cells)) as bar:
+            done = 0
+            for cell, outcome in self._outcomes(cells):
+                record = {"function": cell.function, "arguments": cell.arguments, "commit": commit, **outcome}
+                write_file(self._file(cell.key), json.dumps(record, indent=1) + "\n")
+                done += 1
+                bar.update(done)
 
-    def _keep(self, cell: Cell, commit: str, outcome: Result) -> None:
-        record = {"function": cell.function, "arguments": cell.arguments, "commit": commit, **outcome}
-        write_file(self._file(cell.key), json.dumps(record, indent=1) + "\n")
+    def _outcomes(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Result]]:
+        """As they come. After a failure those that run beside it still do, and then it is raised."""
+        if self.workers == 0:
+            yield from ((cell, compute(cell, self.folder)) for cell in cells)
+            return
+        if self._pool is None:
+            # Spawned: a fork of a process that has used torch's threads may hang. Kept, as a worker takes seconds to import torch and transformers.
+            self._pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"))
+        futures = {self._pool.submit(compute, cell, self.folder): cell for cell in cells}
+        taken = set()
+        try:
+            for future in as_completed(futures):
+                outcome = future.result()
+                taken.add(future)
+                yield futures[future], outcome
+        except Exception:
+            self.close()
+            yield from ((cell, f.result()) for f, cell in futures.items() if f not in taken and not f.cancelled() and f.exception() is None)
+            raise
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the workers; cells that have not begun never will."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.json"
