@@ -55,6 +55,8 @@ docs: install
 	@$(PY) -c 'from opsd_kernels import env; print(env.markdown(), end="")' > docs/environment.md
 	@echo "==> docs/performance.md, docs/sizing.md, README's table"
 	@$(PY) -m opsd_kernels.bench.pages
+	@echo "==> docs/reproduce"
+	@$(PY) -m opsd_kernels.train.reproduce.pages
 
 bench-cpu: install $(DONE)/dev
 	@echo "==> opsd bench --suite ratios"

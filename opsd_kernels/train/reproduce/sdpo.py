@@ -1,0 +1,165 @@
+"""SDPO (arXiv:2601.20802) on `secret_op` and `expr`: self-distillation from feedback and siblings against GRPO, its teachers and its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from opsd_kernels.train.config import TrainConfig
+from opsd_kernels.train.presets import PRESETS
+from opsd_kernels.train.reproduce.compare import Arm, Design, Trained, compare, first_step_at
+from opsd_kernels.train.reproduce.exhibits import accuracies, after, costs, curves, outcomes
+from opsd_kernels.train.reproduce.lab import Lab
+from opsd_kernels.train.reproduce.statistics import difference, estimate, graded_ahead, graded_equal
+from opsd_kernels.train.reproduce.study import Claim, Study, Table
+
+BASE = {
+    "rehearsal_prompts": 0, "steps": 60, "prompts_per_step": 32, "group_size": 4, "eval_every": 10, "probe_samples": 400, "eval_samples": 1000,
+    "checkpoint_every": 10_000, "samples_kept": 0, "tensorboard": False,
+}  # fmt: skip
+QUICK = {
+    "steps": 2, "prompts_per_step": 4, "eval_every": 1, "probe_samples": 8, "eval_samples": 16,
+    "tiny_hidden": 16, "tiny_layers": 1, "tiny_heads": 2, "warm_accuracy": 1e-9, "warm_batch": 32,
+}  # fmt: skip
+SDPO, TOLD, MARKS, SIBLINGS, GRPO = "SDPO", "SDPO, feedback alone", "SDPO, marks alone", "SDPO, siblings alone", "GRPO"
+LIVE, FROZEN, TRUST, TOPK, SAMPLED = "live teacher", "frozen teacher", "trust-region teacher", "top 4", "sampled token"
+ARMS = {
+    "secret_op": (
+        Arm(SDPO),
+        Arm(TOLD, {"siblings": False}),
+        Arm(MARKS, {"siblings": False, "feedback": "marks"}),
+        Arm(SIBLINGS, {"feedback": "none"}),
+        Arm(GRPO, {"policy_weight": 1.0}),
+        Arm("half GRPO", {"policy_weight": 0.5}),
+        Arm("nine tenths GRPO", {"policy_weight": 0.9}),
+        Arm(LIVE, {"teacher": "live"}),
+        Arm(FROZEN, {"teacher": "frozen"}),
+        Arm(TRUST, {"teacher": "trust_region"}),
+        Arm(TOPK, {"topk": 4}),
+        Arm(SAMPLED, {"objective": "sampled_token"}),
+    ),
+    "expr": (Arm(SDPO), Arm(SIBLINGS, {"feedback": "none"}), Arm(GRPO, {"policy_weight": 1.0})),
+}
+HEADLINE = (SDPO, SIBLINGS, GRPO)
+NEEDED = (*HEADLINE, LIVE, TOPK, SAMPLED)  # what a claim is made of
+DESIGN = Design(rates=(5e-4, 1e-3, 2e-3))
+MARGIN = 0.05
+
+
+def study(lab: Lab) -> Study:
+    trained = {env: compare(lab, base(env, lab.quick), arms(env, lab.quick), DESIGN.quick() if lab.quick else DESIGN) for env in ARMS}
+    panels = [curves(f"{env}: held-out accuracy", {name: found[name] for name in HEADLINE}) for env, found in trained.items()]
+    return Study(
+        "sdpo",
+        "SDPO against GRPO on toys",
+        "Reinforcement Learning via Self-Distillation, arXiv:2601.20802",
+        "At equal numbers of generated answers: does a model that distils itself, with feedback or a sibling's right answer in the teacher's view, learn "
+        "faster than by a policy gradient on its rewards? Which teacher, and how much of its distribution, does that take?",
+        sentences(trained, lab.quick),
+        [*headlines("secret_op", trained["secret_op"]), *headlines("expr", trained["expr"]), *ablations(trained["secret_op"])],
+        [table for env, found in trained.items() for table in (outcomes(f"{env}: accuracies", found), rates(env, found), costs(found, f"{env}: costs"))],
+        [*panels, *(accuracies(found, f"{env}: held-out accuracy after training") for env, found in trained.items())],
+        NOTES,
+    )
+
+
+def base(env: str, quick: bool) -> TrainConfig:
+    return TrainConfig(**{"env": env, **PRESETS[env], **BASE, **(QUICK if quick else {})})
+
+
+def arms(env: str, quick: bool) -> Sequence[Arm]:
+    return [arm for arm in ARMS[env] if not quick or arm.name in NEEDED]
+
+
+def headlines(env: str, found: dict[str, Trained]) -> list[Claim]:
+    """SDPO, with and without feedback, against GRPO."""
+    claims = []
+    for name, words in ((SDPO, "feedback and siblings"), (SIBLINGS, "siblings alone, as where rewards are all there is")):
+        ahead, saved = difference(after(found[name]), after(found[GRPO])), savings(found[name], found[GRPO])
+        claims += [
+            Claim(
+                f"{env}: SDPO ({words}) beats GRPO at equal numbers of generated answers",
+                "held-out accuracy after training, SDPO less GRPO",
+                ahead,
+                graded_ahead(ahead),
+            ),
+            Claim(
+                f"{env}: SDPO ({words}) needs fewer generated answers to GRPO's final accuracy",
+                "share of GRPO's generated answers that SDPO does not need",
+                estimate(saved),
+                graded_ahead(estimate(saved)),
+                reached(found[name], found[GRPO]),
+            ),
+        ]
+    return claims
+
+
+def savings(mine: Trained, theirs: Trained) -> list[float]:
+    """1 - the share of the other run's generated answers after which mine is where that one ended, seed by seed. 0 where it never is."""
+    found = []
+    for run, other in zip(mine.runs, theirs.runs, strict=True):
+        at = first_step_at(run, other["held_out_accuracy_after"])
+        found.append(0.0 if at is None else 1 - at / other["steps"])
+    return found
+
+
+def reached(mine: Trained, theirs: Trained) -> str:
+    """What the savings are worth: in how many runs there was a gain to reach, and by how many it was reached."""
+    levels = theirs.values("held_out_accuracy_after")
+    there = [first_step_at(run, level) is not None for run, level in zip(mine.runs, levels, strict=True)]
+    text = f"GRPO went from {np.mean(theirs.values('held_out_accuracy_before')):.3f} to {np.mean(levels):.3f}; reached by {sum(there)} of {len(there)} runs"
+    left = 1 - float(np.mean(savings(mine, theirs)))
+    return f"{text}, with {1 / left:.1f} times fewer answers on average" if all(there) and 0 < left < 1 else text
+
+
+def ablations(found: dict[str, Trained]) -> list[Claim]:
+    """Teachers and logits, on `secret_op`."""
+    ema, live, logits, sampled, topk = (after(found[name]) for name in (SDPO, LIVE, SDPO, SAMPLED, TOPK))
+    diverged, denser, gap = difference(ema, live), difference(logits, sampled), difference(topk, logits)
+    teachers = {name: np.mean(found[name].values("self_teacher_accuracy_after")) for name in (SDPO, LIVE)}
+    what = "held-out accuracy after training"
+    return [
+        Claim(
+            "A live teacher diverges, a slow copy does not",
+            f"{what}, EMA teacher less live teacher",
+            diverged,
+            graded_ahead(diverged),
+            f"The self-teacher's accuracy ended at {teachers[LIVE]:.3f} live and {teachers[SDPO]:.3f} as a slow copy",
+        ),
+        Claim("Distilling the whole distribution beats the sampled token", f"{what}, full vocabulary less sampled token", denser, graded_ahead(denser)),
+        Claim("The top of the distribution is as good as all", f"{what}, top 4 less full vocabulary; equal within {MARGIN}", gap, graded_equal(gap, MARGIN)),
+    ]
+
+
+def rates(env: str, found: dict[str, Trained]) -> Table:
+    """Held-out accuracy of the runs that the rates were chosen by."""
+    listed = sorted({rate for arm in found.values() for rate in arm.tried})
+    rows = [[name, *(f"{arm.tried[rate]:.3f}" for rate in listed), f"{arm.rate:g}"] for name, arm in found.items()]
+    return Table(f"{env}: held-out accuracy by learning rate, one seed", ["arm", *(f"{rate:g}" for rate in listed), "chosen"], rows)
+
+
+def sentences(trained: dict[str, dict[str, Trained]], quick: bool) -> list[str]:
+    config, design = base("secret_op", quick), DESIGN.quick() if quick else DESIGN
+    answers = config.steps * config.prompts_per_step * config.group_size
+    return [
+        f"Every run generates {answers:,} answers: {config.steps} steps of {config.prompts_per_step} prompts and {config.group_size} answers each, one update "
+        f"a step. What the teacher reads beside that is in the table of costs. {design.seeds} seeds on {design.warm_seeds} base models; differences are taken "
+        "between runs of the same seed and base model.",
+        f"Learning rate: for each arm the best of {', '.join(f'{rate:g}' for rate in design.rates)} in held-out accuracy, on a seed that is not reported.",
+        "SDPO: reverse KL over the whole vocabulary to an EMA teacher (rate .003) that sees a right sibling's answer, if there is one, and the feedback on a "
+        "failure. Every other arm differs from it in what its name says.",
+        "`secret_op` tells a failure the right answer; `marks` tells which digits of the attempt were right, and no more. `expr` tells the evaluator's error, "
+        "or the first hidden input at which the attempt is wrong, with what was expected there.",
+        "GRPO: rewards less their group's mean, without division by the standard deviation (`advantage_std=false`), without a KL penalty.",
+        f"Held-out accuracy: {config.eval_samples} answers at temperature 1 before and after, {config.probe_samples} every {config.eval_every} steps. Nothing "
+        "is rehearsed, so that the untrained skill shows what a method forgets.",
+    ]
+
+
+NOTES = [
+    "The models have 218 thousand parameters and answers of four to eight tokens. That an order holds here says that nothing else is needed for it; that it "
+    "does not hold says nothing about large models.",
+    "Where the feedback is the answer itself, self-distillation is close to imitation, which GRPO cannot do. `marks` and `expr` are the fairer comparisons.",
+    "The step at which a curve first reaches a level is read off noisy measurements on the way. That favours the arm whose curve is read, which is SDPO.",
+]
