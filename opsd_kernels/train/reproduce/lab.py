@@ -24,6 +24,7 @@ from opsd_kernels.train.durable import write_file
 from opsd_kernels.train.log import Progress
 
 Result = dict[str, Any]
+DECIDING_BASE = ("env", "context", "threads", "cache_dir")  # beside the settings named tiny_ and warm_
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ def train_cell(config: TrainConfig) -> Cell:
 
 
 def warm_cell(config: TrainConfig) -> Cell:
-    """The base model that `config` starts from, made and cached."""
-    return Cell("opsd_kernels.train.reproduce.cells:warm", asdict(config))
+    """The base model that `config` starts from, made and cached: one cell for all configurations that start from it."""
+    kept = {name: value for name, value in asdict(config).items() if name.startswith(("tiny_", "warm_")) or name in DECIDING_BASE}
+    return Cell("opsd_kernels.train.reproduce.cells:warm", asdict(TrainConfig(**kept)))
 
 
 @dataclass

@@ -16,7 +16,7 @@ from opsd_kernels.train.reproduce.study import Claim, Study, Table
 
 BASE = {
     "rehearsal_prompts": 0, "steps": 60, "prompts_per_step": 32, "group_size": 4, "eval_every": 10, "probe_samples": 400, "eval_samples": 1000,
-    "checkpoint_every": 10_000, "samples_kept": 0, "tensorboard": False,
+    "checkpoint_every": 10_000, "tensorboard": False,
 }  # fmt: skip
 QUICK = {
     "steps": 2, "prompts_per_step": 4, "eval_every": 1, "probe_samples": 8, "eval_samples": 16,
