@@ -5,6 +5,7 @@ Every measured table carries the machine, the versions, the commit and the comma
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,7 +101,8 @@ def section(report: Report) -> list[str]:
 
 
 def reports(folder: Path) -> list[Report]:
-    return [load(path) for path in sorted(folder.glob("*.json"))]
+    """Those of opsd bench; a script beside it may keep measurements of its own, which name their kind."""
+    return [load(path) for path in sorted(folder.glob("*.json")) if "kind" not in json.loads(path.read_text())]
 
 
 def machines(results: Path) -> list[Path]:

@@ -7,11 +7,14 @@ import shutil
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..terminal import fail, needs_extra, one_line
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
 
 
 def train(
@@ -19,6 +22,7 @@ def train(
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting. Repeatable.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Run directory; without it, a new one under runs/.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    write_config: Annotated[Path | None, typer.Option("--write-config", help="Write the settings to this YAML file, with comments, and stop.")] = None,
 ) -> None:
     """Train a model on its own answers.
 
@@ -34,6 +38,9 @@ def train(
     with one_line(ValueError, TypeError, OSError):
         recorded = out / "config.json" if resume and (out / "config.json").is_file() else None
         parsed = load_config(config or recorded, overrides or [])
+    if write_config is not None:
+        write_settings(parsed, write_config)
+        return
     from . import loop  # after the settings: a typo in a key need not wait for transformers
 
     out = out or new_run_directory(parsed.env)
@@ -43,6 +50,17 @@ def train(
     except KeyboardInterrupt as interrupt:
         typer.echo(f"\n{str(interrupt) or 'stopped at once; the last checkpoint counts'}\n    {resume_command(out)}", err=True)
         raise typer.Exit(130) from None
+
+
+def write_settings(config: TrainConfig, path: Path) -> None:
+    """Never over a file that is there: it may hold comments of its owner's."""
+    from .config_file import commented_yaml
+
+    if path.suffix not in (".yaml", ".yml"):
+        fail(f"--write-config: expected a file that ends in .yaml, got {path}")
+    with one_line(OSError), path.open("x", encoding="utf-8") as file:
+        file.write(commented_yaml(config))
+    typer.echo(path)
 
 
 def new_run_directory(env_name: str) -> Path:
@@ -77,4 +95,92 @@ def reproduce(
         command.reproduce(paper, out, quick, workers, sys.argv[1:])
 
 
-ALL = (train, reproduce)
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run, complete or in progress.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The page; without it, RUN_DIR/report.html. curves.png goes beside it.")] = None,
+) -> None:
+    """Draw the curves of a run, and a page of its curves, tables and samples.
+
+    The page is one file without scripts that loads nothing. A run in progress can be looked at as often as wanted.
+    """
+    with one_line(ModuleNotFoundError):
+        needs_extra("train", "matplotlib")
+    from . import report as reports
+    from .report_page import page
+
+    out = out or run / "report.html"
+    with one_line(OSError):
+        record = reports.read_run(run)
+        out.write_bytes(page(record))
+        reports.draw_curves(out.with_name("curves.png"), record.metrics)
+    typer.echo(f"{out}\n{out.with_name('curves.png')}")
+
+
+def probe(
+    paths: Annotated[list[Path] | None, typer.Argument(metavar="[CONFIG]", help="JSON or YAML file; with --fit, directories of finished runs.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting. Repeatable.")] = None,
+    contexts: Annotated[
+        list[str] | None,
+        typer.Option("--context", metavar="KIND", help="A kind of feedback; settings of the view after commas: none,siblings=true. Repeatable."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Answers per accuracy; without it, eval_samples.")] = None,
+    law: Annotated[Path | None, typer.Option("--law", help="A law that was fitted: predict the improvement.")] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Fit the law to finished runs that differ in context and seeds.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the probes, or the law, here as JSON.")] = None,
+) -> None:
+    """Measure what a context is worth before training.
+
+    The gap is the self-teacher's accuracy less that of a second try without the context. It predicts, by the law of the runs that it was fitted to,
+    what training will bring.
+    """
+    if fit and (overrides or contexts or law):
+        fail("--fit: expected directories of runs alone, got --set, --context or --law beside it")
+    if not fit and len(paths or []) > 1:
+        fail(f"CONFIG: expected one file, got {len(paths)}; directories of runs go with --fit")
+    with one_line(ModuleNotFoundError):
+        needs_extra("train", "transformers", "safetensors", "matplotlib", "scipy")
+    from . import probe as probing
+    from .config import load_config
+
+    with one_line(ValueError, TypeError, OSError):
+        if fit:
+            probing.fit_command(paths or [], samples, out)
+        else:
+            config = load_config(paths[0] if paths else None, overrides or [])
+            configs = [probing.with_context(config, text) for text in contexts or []] or [config]
+            probing.probe_command(configs, samples, law, out)
+
+
+def discover(
+    config: Annotated[Path | None, typer.Argument(help="JSON or YAML file; without it and without --set, the environment mastermind.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting. Repeatable.")] = None,
+    questions: Annotated[int, typer.Option("--questions", min=1, help="How many held-out questions.")] = 24,
+    below: Annotated[float, typer.Option("--below", help="Only questions that one attempt of the base model solves with a chance below this.")] = 0.01,
+    attempts: Annotated[int, typer.Option("--attempts", min=1, help="Answers to a question that each method may have verified.")] = 256,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Attempts that an optimisation step learns from.")] = 8,
+    window: Annotated[int, typer.Option("--window", min=1, help="Past failures that the multi-turn prompt shows.")] = 3,
+    out: Annotated[Path | None, typer.Option("--out", help="Directory of the results; without it, a new one under runs/.")] = None,
+) -> None:
+    """Search for first right answers at test time.
+
+    The model learns from the feedback on its failures at one hard question, beside best-of-k and a multi-turn prompt with as many attempts.
+    """
+    with one_line(ModuleNotFoundError):
+        needs_extra("train", "transformers", "safetensors", "matplotlib")
+    from .config import ConfigError, load_config
+    from .types import NonFiniteLoss
+
+    with one_line(ValueError, TypeError, OSError):
+        parsed = load_config(config, overrides or ([] if config else ["env=mastermind"]))
+    from . import discover_run
+
+    budget = discover_run.Budget(attempts, batch, window)
+    try:
+        with one_line(FileExistsError, ConfigError, ValueError, NonFiniteLoss):
+            discover_run.discover(parsed, out or new_run_directory(f"discover-{parsed.env}"), questions, below, budget)
+    except KeyboardInterrupt:
+        typer.echo("\nstopped; a search is not resumed", err=True)
+        raise typer.Exit(130) from None
+
+
+ALL = (train, report, reproduce, probe, discover)

@@ -36,13 +36,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 POSITIVE = (
     "steps updates_per_batch prompts_per_step group_size rollout_temperature max_new_tokens rollout_batch distill_temperature reward_strength importance_clip "
-    "learning_rate max_grad_norm micro_batch eval_every eval_samples probe_samples checkpoint_every keep_checkpoints threads lora_alpha "
+    "learning_rate max_grad_norm micro_batch eval_every eval_samples probe_samples checkpoint_every keep_checkpoints samples_every threads lora_alpha "
     "tiny_hidden tiny_layers tiny_heads warm_batch warm_learning_rate warm_max_steps"
 ).split()
 POSITIVE_OR_NULL = ("teacher_temperature", "topk", "entry_clip", "token_clip", "reward_clip")
 SHARES = ("beta", "warm_accuracy", "warm_share", "teacher_accuracy")  # strictly between 0 and 1
 NOT_NEGATIVE = ("seed", "warm_seed", "weight_decay", "lr_warmup_steps", "successes", "failures", "rehearsal_prompts", "rehearsal_weight", "lora_rank",
-                "clip_low", "clip_high")  # fmt: skip
+                "samples_kept", "clip_low", "clip_high")  # fmt: skip
 WHERE_NOT_WHAT = ("cache_dir", "tensorboard", "keep_checkpoints")  # a resumed run may differ in these
 
 
@@ -130,6 +130,8 @@ class TrainConfig:
     probe_samples: int = 512
     checkpoint_every: int = 20
     keep_checkpoints: int = 2
+    samples_every: int = 20
+    samples_kept: int = 4
     tensorboard: bool = True
     cache_dir: str | None = None
     # the tiny base model and its warm start

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -63,21 +64,30 @@ def read_file(path: Path) -> dict[str, Any]:
     expect(path.is_file(), "config", "an existing JSON or YAML file", path)
     try:
         if path.suffix in (".yaml", ".yml"):
-            values = _yaml().safe_load(path.read_text())
+            values = _read_yaml(path.read_text())
         else:
             values = json.loads(path.read_text())
     except ValueError as error:
-        raise ConfigError(f"config: expected valid JSON in {path} (YAML files end in .yaml), got {error}") from error
+        raise ConfigError(f"config: expected valid JSON or YAML in {path} (YAML files end in .yaml), got {error}") from error
     expect(isinstance(values, dict), "config", f"a mapping of keys to values in {path}", type(values).__name__)
     return values
 
 
-def _yaml() -> Any:
+def _read_yaml(text: str) -> Any:
+    """Raises ValueError for what is no YAML."""
     try:
         import yaml
     except ImportError as error:
         raise ConfigError("config: expected a JSON file, as PyYAML is not installed; got a YAML file") from error
-    return yaml
+
+    class Loader(yaml.SafeLoader):
+        """1e-6 is a number in YAML 1.2, and text in the 1.1 that PyYAML reads."""
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
 
 
 def _members(kind: Any) -> tuple[type, ...]:

@@ -75,7 +75,7 @@ def number(value: float | None) -> str:
 
 
 class MetricsLog:
-    """metrics.jsonl, one object a step. `offset` is where a checkpoint ends: what a killed run wrote after it is cut off."""
+    """metrics.jsonl, one object a step, and samples.jsonl. `offset` is where a checkpoint ends: what a killed run wrote after it is cut off."""
 
     def __init__(self, path: Path, offset: int = 0):
         path.touch()
@@ -98,7 +98,7 @@ class MetricsLog:
 
 
 class Scalars:
-    """The numbers of each step for TensorBoard; nothing where it is switched off or not installed."""
+    """The numbers of each step for TensorBoard; nothing where it is switched off or not installed. An earlier process's from `first_step` on are hidden."""
 
     def __init__(self, folder: Path, wanted: bool, first_step: int):
         self._writer = None
@@ -116,10 +116,26 @@ class Scalars:
                 if isinstance(value, (int, float)) and name != "step":
                     self._writer.add_scalar(name, value, metrics["step"])
 
+    def flush(self) -> None:
+        """The writer keeps up to two minutes in memory: a run that is killed would lack them up to its checkpoint, and no later process writes those steps."""
+        if self._writer is not None:
+            self._writer.flush()
+
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Its complete lines: the last one of a run in progress may be half there."""
+    return [json.loads(line) for line in path.read_text().rpartition("\n")[0].splitlines()]
+
+
+def offset_after(path: Path, step: int) -> int:
+    """Length in bytes of the lines up to `step`, of a file whose lines carry their steps in order; 0 for a file that is not there."""
+    offset = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            break
+        offset += len(line)
+    return offset

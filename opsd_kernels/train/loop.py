@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opsd_kernels.train import checkpoint, evaluate, models, report, seeds, warmstart
+from opsd_kernels.train import checkpoint, evaluate, models, report, report_page, seeds, warmstart
 from opsd_kernels.train import step as steps
 from opsd_kernels.train.batch import advantages, make_batch
 from opsd_kernels.train.checkpoint import RunState
@@ -26,9 +26,10 @@ from opsd_kernels.train.contexts import build_contexts
 from opsd_kernels.train.durable import write_file
 from opsd_kernels.train.envs import make_task
 from opsd_kernels.train.envs.base import Task
-from opsd_kernels.train.log import MetricsLog, Progress, Scalars, read_metrics
+from opsd_kernels.train.log import MetricsLog, Progress, Scalars, offset_after
 from opsd_kernels.train.prompts import PromptEncoder
 from opsd_kernels.train.rollout import Sampler, make_engine, requests
+from opsd_kernels.train.samples import sample_lines, samples_due
 from opsd_kernels.train.session import graceful_interrupt, open_run_directory, reproducible
 from opsd_kernels.train.step import Rehearsal, Trainer
 from opsd_kernels.train.teacher import make_reference, make_teacher
@@ -74,15 +75,19 @@ class Run:
     sampler: Sampler
     state: RunState
     log: MetricsLog
+    samples: MetricsLog
     scalars: Scalars
     started: float  # clock at which this process began, less the seconds that earlier ones spent
 
     def save(self) -> None:
         self.state.facts["seconds"] = time.monotonic() - self.started
+        self.samples.sync()
+        self.scalars.flush()
         checkpoint.save(self.out / "checkpoint", self.state, self.log.sync(), self.config.keep_checkpoints)
 
     def close(self) -> None:
         self.log.close()
+        self.samples.close()
         self.scalars.close()
 
 
@@ -104,7 +109,8 @@ def prepare(config: TrainConfig, task: Task, out: Path, progress: Progress) -> R
         started -= state.facts["seconds"]
         progress.say(f"resuming after step {state.step} of {config.steps}")
     log = MetricsLog(out / "metrics.jsonl", offset)
-    run = Run(config, out, progress, task, sampler, state, log, Scalars(out / "tensorboard", config.tensorboard, state.step), started)
+    kept = MetricsLog(out / "samples.jsonl", offset_after(out / "samples.jsonl", state.step))
+    run = Run(config, out, progress, task, sampler, state, log, kept, Scalars(out / "tensorboard", config.tensorboard, state.step + 1), started)
     if saved is None:
         # The gap between the two first numbers predicts what training will bring (arXiv:2605.30070).
         state.facts |= {f"{name}_before": value for name, value in measure(run, config.eval_samples).items()}
@@ -169,7 +175,7 @@ def one_step(run: Run) -> StepMetrics:
     contexts = build_contexts(rollouts, config, config.seed, CONTEXTS, state.step)
 
     # Both sides score the student's own tokens; the teacher with its context in front of them.
-    batch, update = batch_of_step(run, rollouts, contexts), None
+    batch, update = batch_of_step(config, run.sampler, rollouts, contexts), None
     metrics = {"step": number, **steps.rollout_metrics(rollouts, contexts)}
     if batch is not None:
         rehearsal = rehearse(run, rehearsed, metrics) if state.reference is not None else None
@@ -177,6 +183,9 @@ def one_step(run: Run) -> StepMetrics:
 
     metrics |= {**steps.update_metrics(update, batch), **steps.reading_metrics(update, batch)}
     metrics["learning_rate"] = steps.learning_rate(config, number)
+    if samples_due(config, number):
+        for line in sample_lines(number, rollouts, contexts, batch, update, run.sampler.encoder, config):
+            run.samples.write(line)
     seconds = time.monotonic() - began
     # Only these two may differ between a run and its repetition.
     metrics |= {"seconds": seconds, "tokens_per_second": metrics["completion_tokens"] / seconds}
@@ -187,9 +196,9 @@ def one_step(run: Run) -> StepMetrics:
     return metrics
 
 
-def batch_of_step(run: Run, rollouts: list[Rollout], contexts: list[Context | None]) -> Batch | None:
+def batch_of_step(config: TrainConfig, sampler: Sampler, rollouts: list[Rollout], contexts: list[Context | None]) -> Batch | None:
     """The rollouts that have a view of the teacher, and with a policy gradient the others too. None without any."""
-    config, encoder = run.config, run.sampler.encoder
+    encoder = sampler.encoder
     gains = advantages(rollouts, config.advantage_std)
     kept = [i for i, context in enumerate(contexts) if context is not None or config.policy_weight > 0]
     if not kept:
@@ -197,7 +206,7 @@ def batch_of_step(run: Run, rollouts: list[Rollout], contexts: list[Context | No
     views = iter(encoder.encode([rollouts[i].prompt for i in kept if contexts[i] is not None], [contexts[i] for i in kept if contexts[i] is not None]))
     prompts = [next(views) if contexts[i] is not None else None for i in kept]
     separators = encoder.containing(config.segment_separator) if "SegmentMean" in (config.token_weights or "") else frozenset()
-    return make_batch([rollouts[i] for i in kept], prompts, run.sampler.pad_token, config.device, [gains[i] for i in kept], separators)
+    return make_batch([rollouts[i] for i in kept], prompts, sampler.pad_token, config.device, [gains[i] for i in kept], separators)
 
 
 def rehearse(run: Run, rollouts: list[Rollout], metrics: StepMetrics) -> Rehearsal:
@@ -229,12 +238,14 @@ def measured(facts: dict[str, Any], suffix: str) -> dict[str, Any]:
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """The measurements after training, summary.json, curves.png and the table."""
+    """The measurements after training, summary.json, curves.png, report.html and the table."""
     facts = run.state.facts
     after = {f"{name}_after": value for name, value in measure(run, run.config.eval_samples).items()}
     summary = {**facts, **after, "steps": run.state.step, "seconds": time.monotonic() - run.started}
     # summary.json comes last: it marks a run as complete, and a run that was killed here is finished again on resume.
-    report.draw_curves(run.out / "curves.png", read_metrics(run.out / "metrics.jsonl"))
+    record = report.read_run(run.out, summary)
+    report.draw_curves(run.out / "curves.png", record.metrics)
+    write_file(run.out / "report.html", report_page.page(record))
     write_file(run.out / "summary.json", json.dumps(summary, indent=2) + "\n")
     report.print_table(run.progress.console, summary, run.out)
     return summary

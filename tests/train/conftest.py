@@ -12,7 +12,7 @@ from opsd_kernels.train.rollout import Sampler
 SMALL = {
     "threads": 1, "tiny_hidden": 16, "tiny_layers": 1, "tiny_heads": 2, "warm_accuracy": 2e-4, "warm_batch": 32, "warm_max_steps": 200, "tensorboard": False,
     "backend": "torch", "steps": 8, "prompts_per_step": 4, "group_size": 3, "micro_batch": 5,
-    "eval_samples": 12, "probe_samples": 6, "eval_every": 4, "checkpoint_every": 2,
+    "eval_samples": 12, "probe_samples": 6, "eval_every": 4, "checkpoint_every": 2, "samples_every": 2,
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from opsd_kernels.train.loop import train
 from opsd_kernels.train.presets import PRESETS
 from opsd_kernels.train.types import NonFiniteLoss, RunDirectoryError
 
+LEFT = ["checkpoint", "config.json", "curves.png", "metrics.jsonl", "report.html", "samples.jsonl", "summary.json"]
 SUMMARY = [f"{name}_{when}" for name in ("held_out_accuracy", "self_teacher_accuracy", "untrained_skill") for when in ("before", "after")]
 
 
@@ -26,7 +27,7 @@ def run(config, tmp_path_factory):
 
 def test_a_run_leaves_what_it_promises(run, config):
     out, summary = run
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoint", "config.json", "curves.png", "metrics.jsonl", "summary.json"]
+    assert sorted(path.name for path in out.iterdir()) == LEFT
     assert json.loads((out / "summary.json").read_text()) == summary
     assert set(summary) == {*SUMMARY, "steps", "seconds"}
     assert load_config(out / "config.json") == config

@@ -46,6 +46,12 @@ def test_metrics_are_the_same_bit_for_bit(ended, small):
     assert lines(root, "hurt") == lines(root, "whole")
 
 
+def test_samples_are_the_same_bit_for_bit(ended):
+    root, _ = ended
+    assert (root / "whole" / "samples.jsonl").stat().st_size > 0
+    assert (root / "hurt" / "samples.jsonl").read_bytes() == (root / "whole" / "samples.jsonl").read_bytes()
+
+
 def test_summaries_are_the_same(ended):
     root, _ = ended
     whole, hurt = (json.loads((root / run / "summary.json").read_text()) for run in ("whole", "hurt"))

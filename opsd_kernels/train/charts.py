@@ -1,0 +1,98 @@
+"""Line charts as inline SVG, for a page that loads nothing. Colours are the page's: classes s0, s1, ... of its style sheet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+Points = Sequence[tuple[float, float]]
+
+WIDTH, HEIGHT = 480, 250
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 34  # margins
+MOST_POINTS = 1200  # of a curve: more than the chart has columns show nothing
+TICKS = 5
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Values to coordinates of one axis."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    @classmethod
+    def over(cls, values: Sequence[float], start: float, end: float) -> Scale:
+        low, high = min(values), max(values)
+        if low == high:
+            low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+        return cls(low, high, start, end)
+
+    def __call__(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        """Round numbers inside the range, about TICKS of them."""
+        rough = (self.high - self.low) / TICKS
+        unit = 10.0 ** math.floor(math.log10(rough))
+        step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
+        return [i * step for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+
+
+def line_chart(title: str, series: Sequence[tuple[str, Points]], x_label: str = "step") -> str:
+    """A figure with a legend that names each curve's last value. A curve with few points is drawn with markers."""
+    drawn = [(index, name, [point for point in points if all(map(math.isfinite, point))]) for index, (name, points) in enumerate(series)]
+    drawn = [entry for entry in drawn if entry[2]]
+    if not drawn:
+        return f'<figure><figcaption>{escape(title)}</figcaption><p class="none">nothing yet</p></figure>'
+    x = Scale.over([point[0] for *_, points in drawn for point in points], LEFT, WIDTH - RIGHT)
+    y = Scale.over([point[1] for *_, points in drawn for point in points], HEIGHT - BOTTOM, TOP)
+    most = max(len(points) for *_, points in drawn)
+    curves = "".join(_curve(index, name, points, x, y, len(points) < most / 2 or most < 12) for index, name, points in drawn)
+    legend = "".join(f'<li class="s{index}">{escape(name)} <b>{_number(points[-1][1])}</b></li>' for index, name, points in drawn)
+    return (
+        f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f'{_axes(x, y, x_label)}{curves}</svg><ul class="legend">{legend}</ul></figure>'
+    )
+
+
+def thin(points: Points, most: int = MOST_POINTS) -> Points:
+    """At most about `most` points: the lowest and the highest of each stretch, so that no spike is lost."""
+    if len(points) <= most:
+        return points
+    size = math.ceil(2 * len(points) / most)
+    kept = []
+    for start in range(0, len(points), size):
+        stretch = points[start : start + size]
+        kept += sorted({min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])})
+    return kept
+
+
+def _curve(index: int, name: str, points: Points, x: Scale, y: Scale, marked: bool) -> str:
+    path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in thin(points))
+    marks = "".join(
+        f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3"><title>{escape(name)} at {_number(a)}: {_number(b)}</title></circle>'
+        for a, b in (points if marked else ())
+    )
+    return f'<g class="s{index}"><polyline points="{path}"/>{marks}</g>'
+
+
+def _axes(x: Scale, y: Scale, x_label: str) -> str:
+    rows = "".join(
+        f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
+        f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{_number(tick)}</text>'
+        for tick in y.ticks()
+    )
+    columns = "".join(f'<text x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_number(tick)}</text>' for tick in x.ticks())
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    return f'<g class="axes">{rows}{columns}<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text></g>'
+
+
+def _number(value: float) -> str:
+    """Short: 12,300, 0.25, 3.1e-05."""
+    if value and abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
