@@ -60,12 +60,12 @@ class Lab:
     quick: bool = False
     progress: Progress = field(default_factory=Progress)
     commits: set[str] = field(default_factory=set)
-    spent: dict[str, float] = field(default_factory=dict)  # seconds by cell
+    spent: dict[str, float] = field(default_factory=dict)  # seconds of CPU time by cell
     _pool: ProcessPoolExecutor | None = field(default=None, repr=False)
 
     @property
     def seconds(self) -> float:
-        """Of all cells that were asked for, whenever they ran."""
+        """CPU time of all cells that were asked for, whenever they ran."""
         return sum(self.spent.values())
 
     def train(self, title: str, configs: Sequence[TrainConfig]) -> list[Result]:
@@ -134,15 +134,18 @@ class Lab:
 
 
 def compute(cell: Cell, folder: Path) -> Result:
-    """Runs a cell in a worker. What it prints goes to a log, which an exception names."""
+    """Runs a cell in a worker; `seconds` are of CPU time, which other work on the machine does not lengthen. What it prints goes to a log.
+
+    An exception names that log.
+    """
     module, _, name = cell.function.partition(":")
     function = getattr(importlib.import_module(module), name)
     log = folder / f"{cell.key}.log"
-    began = time.monotonic()
+    began = time.process_time()
     with tempfile.TemporaryDirectory(dir=folder, prefix="cell-") as own, _redirected(log):
         result = function(cell.arguments, Path(own))
     log.unlink(missing_ok=True)
-    return {"result": result, "seconds": time.monotonic() - began}
+    return {"result": result, "seconds": time.process_time() - began}
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ def markdown(study: Study) -> str:
 def where(study: Study) -> str:
     facts = study.facts
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    time = f"{facts['cell_seconds'] / 60:.0f} minutes of single-threaded cells on {facts['workers']} workers"
+    time = f"{facts['cell_seconds'] / 60:.0f} minutes of CPU time, one thread a cell"
     return f"{facts['machine']}; {versions}; commit {', '.join(commit[:12] for commit in facts['commits'])}; {facts['date']}; {time}."
 
 
