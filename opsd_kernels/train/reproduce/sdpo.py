@@ -15,7 +15,7 @@ from opsd_kernels.train.reproduce.statistics import difference, estimate, graded
 from opsd_kernels.train.reproduce.study import Claim, Study, Table
 
 BASE = {
-    "rehearsal_prompts": 0, "steps": 60, "prompts_per_step": 32, "group_size": 4, "eval_every": 10, "probe_samples": 400, "eval_samples": 1000,
+    "rehearsal_prompts": 0, "steps": 40, "prompts_per_step": 32, "group_size": 4, "eval_every": 10, "probe_samples": 200, "eval_samples": 500,
     "checkpoint_every": 10_000, "tensorboard": False,
 }  # fmt: skip
 QUICK = {
@@ -32,7 +32,6 @@ ARMS = {
         Arm(SIBLINGS, {"feedback": "none"}),
         Arm(GRPO, {"policy_weight": 1.0}),
         Arm("half GRPO", {"policy_weight": 0.5}),
-        Arm("nine tenths GRPO", {"policy_weight": 0.9}),
         Arm(LIVE, {"teacher": "live"}),
         Arm(FROZEN, {"teacher": "frozen"}),
         Arm(TRUST, {"teacher": "trust_region"}),
