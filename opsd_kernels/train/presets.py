@@ -17,9 +17,9 @@ FEEDBACK: dict[str, tuple[str, ...]] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "secret_op": {},
     "expr": {"feedback": "case", "max_new_tokens": 8, "warm_share": 0.5},
-    "mastermind": {"feedback": "counts", "warm_share": 0.6, "warm_accuracy": 0.03},
+    "mastermind": {"feedback": "counts", "warm_share": 0.6, "warm_accuracy": 0.02},
     # Told only where it went wrong, the teacher of `chain` is worse than its student (.31 against .39), which 100 steps bring to 0: hence the whole answer.
     "chain": {"max_new_tokens": 13, "warm_share": 0.3},
-    "plan": {"max_new_tokens": 10, "warm_share": 0.05},
+    "plan": {"max_new_tokens": 10, "warm_share": 0.05, "warm_accuracy": 0.3},
     "jsonl": {"feedback": "text", "max_new_tokens": 256, "rehearsal_prompts": 0, "ema_rate": None, "learning_rate": 1e-6, "micro_batch": 8},
 }

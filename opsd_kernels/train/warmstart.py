@@ -22,7 +22,7 @@ from opsd_kernels.train import batch, contexts, prompts, tiny
 from opsd_kernels.train.batch import IGNORE, align, completion_hidden, completion_labels
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.durable import write_directory
-from opsd_kernels.train.envs import arithmetic, base, chain, expr, mastermind, secret_op
+from opsd_kernels.train.envs import arithmetic, base, chain, expr, mastermind, plan, secret_op
 from opsd_kernels.train.envs.base import DemoTask, WarmExample
 from opsd_kernels.train.log import Progress
 from opsd_kernels.train.prompts import PromptEncoder
@@ -31,7 +31,7 @@ from opsd_kernels.train.prompts import PromptEncoder
 LR_WARMUP, CHECK_EVERY, CHECK_PROBLEMS = 100, 25, 512
 DECIDING = ("env", "threads")
 SOURCES = (base, batch, contexts, prompts, tiny)
-OWN_SOURCES = {"secret_op": (secret_op,), "expr": (arithmetic, expr), "mastermind": (mastermind,), "chain": (chain,), "plan": (chain,)}
+OWN_SOURCES = {"secret_op": (secret_op,), "expr": (arithmetic, expr), "mastermind": (mastermind,), "chain": (chain,), "plan": (chain, plan)}
 
 
 def base_model(config: TrainConfig, task: DemoTask, progress: Progress) -> Path:

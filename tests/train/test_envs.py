@@ -9,7 +9,7 @@ import pytest
 
 from opsd_kernels.train import tiny
 from opsd_kernels.train.config import ConfigError, TrainConfig
-from opsd_kernels.train.envs import DEMOS, chain, expr, make_task, mastermind, verifiers
+from opsd_kernels.train.envs import DEMOS, expr, make_task, mastermind, plan, verifiers
 from opsd_kernels.train.envs.arithmetic import ExpressionError, parse
 from opsd_kernels.train.presets import FEEDBACK, PRESETS
 from opsd_kernels.train.prompts import PromptEncoder
@@ -137,12 +137,35 @@ def test_chain_says_where():
 
 def test_plan_has_one_right_plan_and_its_teacher_never_saw_it_named_by_the_problem():
     task = task_of("plan")
-    bare, privileged = task.warm_examples(np.random.default_rng(0), 4000, 0.1)
-    planned = [example for example in bare if example.prompt.text.startswith("?")]
-    right = sum(example.answer == task.solution(example.prompt.problem) for example in planned) / len(planned)
-    assert 0.25 < right < 0.55  # a tenth, and a third of the rest by chance
-    assert all(example.answer[1:] == chain.planned(task.digits(example.prompt.problem), example.answer[0])[1:] for example in planned)
-    assert not [example for example in privileged if example.prompt.text.startswith("?")]
+    bare, privileged = task.warm_examples(np.random.default_rng(0), 3000, 0.1)
+
+    def asked(examples):
+        return [(task.digits(example.prompt.problem), example) for example in examples if example.prompt.text.startswith("?")]
+
+    def share_right(examples):
+        return np.mean([example.answer[0] == "ABC"[(digits[0] + digits[-1]) % 3] for digits, example in asked(examples)])
+
+    assert 0.34 < share_right(bare) < 0.46  # a tenth, and a third of the rest by chance
+    assert all(example.answer == plan.planned(digits, example.answer[0]) for digits, example in asked(bare))
+    assert 0.29 < share_right(privileged) < 0.38
+    named = [(digits, e.answer) for digits, e in asked(privileged) if e.context.feedback == f"plan {e.answer[0]}" and not e.context.demonstrations]
+    assert len(named) > 300 and all(answer == plan.planned(digits, answer[0]) for digits, answer in named)
+    for problem in task.held_out[:30]:
+        right = task.solution(problem)
+        for letter in set("ABC") - {right[0]}:
+            assert not task.env(problem, 0).verify(plan.planned(task.digits(problem), letter)).success
+
+
+@pytest.mark.parametrize("name", ["chain", "plan"])
+def test_a_whole_answer_in_the_context_is_believed_whatever_the_problem_says(name):
+    """Answers at random in most examples with a context: nothing but the context tells them."""
+    task = task_of(name)
+    _, privileged = task.warm_examples(np.random.default_rng(2), 3000, 0.5)
+    whole = [example for example in privileged if example.answer in (example.context.feedback, *example.context.demonstrations)]
+    assert len(whole) > 0.4 * len(privileged)
+    assert np.mean([example.answer == task.solution(example.prompt.problem) for example in whole]) < 0.01
+    told = {(bool(e.context.demonstrations), e.context.feedback is not None) for e in whole}
+    assert told == {(True, False), (True, True), (False, True)}
 
 
 def write(tmp_path, rows):
