@@ -1,0 +1,177 @@
+"""Liger's two fused JSD losses under their names, constructor arguments and argument orders (liger-kernel 0.8.5), on the fused op. Liger is not imported.
+
+    from opsd_kernels.integrations.liger import LigerFusedLinearJSDLoss     # was: from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    from opsd_kernels.integrations.liger import LigerFusedLinearJSD         # was: from liger_kernel.transformers import LigerFusedLinearJSD
+
+Both mean the same divergence: with teacher p, student q and m = beta * p + (1 - beta) * q it is beta * KL(p || m) + (1 - beta) * KL(q || m). beta weighs the
+teacher; 0 is KL(p || q) and 1 is KL(q || p), as cases of their own (the limits of the JSD there are 0). Both average over labels that are not `ignore_index`.
+
+Their functional forms here: `fused_linear_jsd_loss` for `liger_kernel.chunked_loss.functional.liger_fused_linear_jsd`, `fused_linear_jsd` for
+`liger_kernel.transformers.functional.liger_fused_linear_jsd`. `LigerFusedLinearJSDFunction.apply` is internal to either and has no counterpart.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import linear_divergence
+from ..logprobs import linear_logprobs
+from ..objectives import PolicyGradient, linear_policy_divergence
+from ..spec import check_number, expect
+
+ENDS = {0.0: "forward_kl", 1.0: "reverse_kl"}
+
+
+def _divergence(name: str, beta: float) -> dict[str, object]:
+    """The options of linear_divergence that `beta` stands for."""
+    expect(0 <= check_number(name, beta) <= 1, name, "a number in [0, 1]", beta)
+    return {"divergence": ENDS[beta]} if beta in ENDS else {"divergence": "jsd", "beta": beta}
+
+
+def _vocab_size(student_weight: Tensor, teacher_weight: Tensor) -> int | None:
+    """The student's vocabulary where the teacher's head is padded; tokens beyond it have probability zero on both sides."""
+    return student_weight.shape[0] if student_weight.shape[0] < teacher_weight.shape[0] else None
+
+
+class LigerFusedLinearJSDLoss(nn.Module):
+    """`liger_kernel.chunked_loss.LigerFusedLinearJSDLoss`: `weight_hard_loss * cross-entropy + weight_soft_loss * JSD`, in nats.
+
+    `temperature` divides the logits of the JSD alone; the cross-entropy is that of temperature 1. With `return_soft_hard_loss` the result is
+    (loss, soft loss, hard loss), the last two without weights and detached. `compiled` and `chunk_size` are kept as attributes and do nothing: nothing is
+    compiled, and rows per chunk follow from `OPSD_WORKSPACE_BYTES`.
+
+    Passes over the heads: four at temperature 1 with both weights positive, for the cross-entropy then shares the divergence's gradient; otherwise four for
+    the JSD, and one and three for the cross-entropy. A term with weight 0 that is not returned costs nothing; a frozen head saves its gradient.
+
+    Different from Liger, on purpose:
+    * Logits and softmax are fp32 for bf16 and fp16 inputs, or a difference that 16 bits hold. Liger's softmax is bf16: a loss up to 36 % too low at beta 0.5.
+    * A student with the smaller vocabulary: tokens it lacks have probability zero on both sides. Liger gives each the *logit* 0, that is, probability.
+    * Hidden states (B, T, H) with labels (B, T) are chunked over tokens; Liger chunks over their first dimension.
+    * A frozen head costs no gradient. Liger computes it and drops it.
+    * Masked tokens enter no GEMM and may hold inf or NaN; a teacher bias of -inf removes its token.
+
+    Raises ValueError for a beta outside [0, 1] or a temperature that is not positive, when made.
+    """
+
+    def __init__(
+        self,
+        weight_hard_loss: float = 0.5,
+        weight_soft_loss: float = 0.5,
+        beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        compiled: bool = True,
+        chunk_size: int = 1024,
+        return_soft_hard_loss: bool = False,
+    ) -> None:
+        super().__init__()
+        _divergence("beta", beta)
+        self.weight_hard_loss = check_number("weight_hard_loss", weight_hard_loss)
+        self.weight_soft_loss = check_number("weight_soft_loss", weight_soft_loss)
+        self.temperature = check_number("temperature", temperature, positive=True)
+        self.beta, self.ignore_index = beta, ignore_index
+        self.compiled, self.chunk_size = compiled, chunk_size
+        self.return_soft_hard_loss = return_soft_hard_loss
+
+    def forward(
+        self,
+        student_input: Tensor,  # (..., H_s)
+        student_weight: Tensor,  # (V_s, H_s)
+        teacher_input: Tensor,  # (..., H_t)
+        teacher_weight: Tensor,  # (V_t, H_t)
+        true_labels: Tensor,  # (...) int64
+        student_bias: Tensor | None = None,  # (V_s,)
+        teacher_bias: Tensor | None = None,  # (V_t,)
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """The loss, 0-dim; or (loss, soft loss, hard loss)."""
+        heads = (student_input, student_weight, teacher_input, teacher_weight)
+        shape = {"student_bias": student_bias, "teacher_bias": teacher_bias, "vocab_size": _vocab_size(student_weight, teacher_weight)}
+        both = self.temperature == 1 and min(self.weight_hard_loss, self.weight_soft_loss) > 0
+        loss, soft, hard = (self._in_one_pass if both else self._one_by_one)(heads, shape, true_labels)
+        return (loss, soft.detach(), hard.detach()) if self.return_soft_hard_loss else loss
+
+    def _in_one_pass(self, heads: tuple[Tensor, ...], shape: dict[str, object], labels: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Cross-entropy is the policy gradient with advantages of 1."""
+        total = self.weight_hard_loss + self.weight_soft_loss
+        options = {**shape, **_divergence("beta", self.beta), "labels": labels, "ignore_index": self.ignore_index}
+        policy = {"policy": PolicyGradient(torch.ones(())), "policy_weight": self.weight_hard_loss / total}
+        if not self.return_soft_hard_loss:
+            return total * linear_policy_divergence(*heads, **policy, **options), None, None
+        loss, stats = linear_policy_divergence(*heads, **policy, **options, return_stats=True)
+        return total * loss, self._mean(stats.divergence, labels), self._mean(-stats.student_logprob, labels)
+
+    def _one_by_one(self, heads: tuple[Tensor, ...], shape: dict[str, object], labels: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        soft = hard = None
+        gradient, weights = torch.is_grad_enabled(), (self.weight_soft_loss, self.weight_hard_loss)
+        if weights[0] or self.return_soft_hard_loss or not weights[1]:
+            with torch.set_grad_enabled(gradient and (weights[0] != 0 or weights[1] == 0)):
+                options = {**shape, **_divergence("beta", self.beta), "temperature": self.temperature}
+                soft = linear_divergence(*heads, **options, mask=labels != self.ignore_index)
+        if weights[1] or self.return_soft_hard_loss:
+            with torch.set_grad_enabled(gradient and weights[1] != 0):
+                options = {"bias": shape["student_bias"], "vocab_size": shape["vocab_size"], "ignore_index": self.ignore_index}
+                hard = self._mean(-linear_logprobs(*heads[:2], labels, **options), labels)
+        loss = sum(weight * term for weight, term in zip(weights, (soft, hard), strict=True) if term is not None)
+        return loss, soft, hard
+
+    def _mean(self, per_token: Tensor, labels: Tensor) -> Tensor:
+        """`per_token` is 0 where a label does not count."""
+        return per_token.sum() / (labels != self.ignore_index).sum().clamp(min=1)
+
+    def extra_repr(self) -> str:
+        shown = ("weight_hard_loss", "weight_soft_loss", "beta", "ignore_index", "temperature")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in shown)
+
+
+class LigerFusedLinearJSD(nn.Module):
+    """`liger_kernel.transformers.LigerFusedLinearJSD`: the JSD alone, in nats, mean over labels that are not `ignore_index` or, without labels, over all rows.
+
+    `accum_dtype` is kept as an attribute and does nothing: the gradient of a head is always accumulated in fp32 and rounded once.
+
+    Different from Liger's Triton kernel, on purpose: a teacher entry of -inf is no NaN; a second backward gives the same gradients (Liger scales the saved ones
+    in place, so that an upstream gradient other than 1 counts twice); rows per chunk follow from `OPSD_WORKSPACE_BYTES`, not from V / H; nothing waits for
+    the device to count tokens without labels. It runs on a CPU too, takes any leading shape, and a teacher head with padded rows (LigerFusedLinearJSDLoss).
+    """
+
+    def __init__(self, jsd_beta: float = 0.5, ignore_index: int = -100, temperature: float = 1.0, accum_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        _divergence("jsd_beta", jsd_beta)
+        self.temperature = check_number("temperature", temperature, positive=True)
+        self.jsd_beta, self.ignore_index, self.accum_dtype = jsd_beta, ignore_index, accum_dtype
+
+    def forward(
+        self,
+        student_input: Tensor,  # (..., H_s)
+        student_weight: Tensor,  # (V_s, H_s)
+        teacher_input: Tensor,  # (..., H_t)
+        teacher_weight: Tensor,  # (V_t, H_t)
+        shift_labels: Tensor | None = None,  # (...), read for `ignore_index` alone
+    ) -> Tensor:
+        heads = (student_input, student_weight, teacher_input, teacher_weight)
+        mask = None if shift_labels is None else shift_labels != self.ignore_index
+        options = {**_divergence("jsd_beta", self.jsd_beta), "temperature": self.temperature, "vocab_size": _vocab_size(student_weight, teacher_weight)}
+        return linear_divergence(*heads, **options, mask=mask)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)}" for name in ("jsd_beta", "ignore_index", "temperature"))
+
+
+def fused_linear_jsd_loss(
+    student_input: Tensor, student_weight: Tensor, teacher_input: Tensor, teacher_weight: Tensor, true_labels: Tensor,
+    student_bias: Tensor | None = None, teacher_bias: Tensor | None = None, weight_hard_loss: float = 0.5, weight_soft_loss: float = 0.5,
+    beta: float = 0.5, ignore_index: int = -100, temperature: float = 1.0, compiled: bool = True, chunk_size: int = 1024,
+    return_soft_hard_loss: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """LigerFusedLinearJSDLoss as a function, in the argument order of `liger_kernel.chunked_loss.functional.liger_fused_linear_jsd`."""
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss, weight_soft_loss, beta, ignore_index, temperature, compiled, chunk_size, return_soft_hard_loss)
+    return loss(student_input, student_weight, teacher_input, teacher_weight, true_labels, student_bias, teacher_bias)
+
+
+def fused_linear_jsd(
+    student_input: Tensor, student_weight: Tensor, teacher_input: Tensor, teacher_weight: Tensor, shift_labels: Tensor | None = None,
+    jsd_beta: float = 0.5, ignore_index: int = -100, temperature: float = 1.0, accum_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """LigerFusedLinearJSD as a function, in the argument order of `liger_kernel.transformers.functional.liger_fused_linear_jsd`."""
+    loss = LigerFusedLinearJSD(jsd_beta, ignore_index, temperature, accum_dtype)
+    return loss(student_input, student_weight, teacher_input, teacher_weight, shift_labels)

@@ -1,0 +1,372 @@
+"""verl's distillation losses as shims, against dense float64 versions of what verl 0.9.1 computes: every aggregation mode, clamp, layout and mask."""
+
+import math
+import re
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from opsd_kernels.integrations import verl
+from opsd_kernels.integrations.verl import AGG_MODES, agg_loss, agg_weights, distillation_loss, topk_distill
+from opsd_kernels.testing import Outcome, assert_no_worse, assert_one_rounding, assert_same_bits
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PROMPTS, RESPONSES = (4, 2, 7, 3), (9, 5, 1, 6)  # uneven; the third response is masked as a whole
+V, H, H_T, K = 61, 12, 16, 6
+GLOBAL = [
+    {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None},
+    {"dp_size": 4, "batch_num_tokens": 77, "global_batch_size": 24},
+]
+
+
+def response_mask() -> Tensor:
+    """(4, 9): uneven lengths, tool output masked inside the first and at the end of the second, nothing left of the third."""
+    mask = torch.arange(9) < torch.tensor(RESPONSES)[:, None]
+    mask[0, 3:5] = mask[1, 3:] = mask[2] = False
+    return mask
+
+
+def nested(packed: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    return torch.nested.nested_tensor_from_jagged(packed, torch.tensor((0, *lengths)).cumsum(0))
+
+
+class Batch:
+    """A micro-batch as verl packs it: sequences of prompt and response one after the other."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        gen = torch.Generator().manual_seed(11)
+        tokens = sum(PROMPTS) + sum(RESPONSES)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=gen).to(dtype)
+
+        self.hidden, self.weight, self.teacher_weight = 0.7 * draw(tokens, H), draw(V, H), draw(V, H_T)
+        self.teacher_weight[:, :H] = self.weight
+        far = torch.linspace(0.02, 1.2, tokens)[torch.randperm(tokens, generator=gen)][:, None].to(dtype)
+        near = torch.cat([0.85 * self.hidden, torch.zeros(tokens, H_T - H, dtype=dtype)], 1)  # and flatter: lists that hold less than the student's mass
+        self.teacher_hidden = near + far * draw(tokens, H_T)
+        self.teacher_logprobs, self.teacher_ids = (self.teacher_hidden @ self.teacher_weight.T).float().log_softmax(-1).topk(K)
+        self.labels = torch.randint(V, (tokens,), generator=gen)
+        self.mask = response_mask()
+
+    def to(self, dtype: torch.dtype) -> "Batch":
+        other = Batch.__new__(Batch)
+        other.__dict__ = {k: x.to(dtype) if x.is_floating_point() else x for k, x in self.__dict__.items()}
+        return other
+
+    def data(self, layout: str = "nested", **counts: object) -> dict[str, object]:
+        """`padded`: prompts left-padded and responses right-padded to one length; what the model returns is packed all the same."""
+        whole = tuple(p + r for p, r in zip(PROMPTS, RESPONSES, strict=True))
+        made = {"teacher_logprobs": self.teacher_logprobs, "teacher_ids": self.teacher_ids, "teacher_hidden_states": self.teacher_hidden}
+        made = {k: nested(x, whole) if layout == "nested" else x for k, x in made.items()}
+        if layout == "nested":
+            parts = {"prompts": nested(torch.zeros(sum(PROMPTS)), PROMPTS), "responses": nested(torch.zeros(sum(RESPONSES)), RESPONSES)}
+            parts["response_mask"] = nested(self.mask[torch.arange(9) < torch.tensor(RESPONSES)[:, None]], RESPONSES)
+        else:
+            prompt = torch.arange(7) >= 7 - torch.tensor(PROMPTS)[:, None]
+            attended = torch.cat([prompt, torch.arange(9) < torch.tensor(RESPONSES)[:, None]], 1)
+            parts = {"prompts": torch.zeros(4, 7), "responses": torch.zeros(4, 9), "attention_mask": attended, "response_mask": self.mask}
+        return {**made, **parts, **GLOBAL[0], **counts}
+
+    def outputs(self, layout: str = "nested") -> dict[str, Tensor]:
+        whole = tuple(p + r for p, r in zip(PROMPTS, RESPONSES, strict=True))
+        hidden = nested(self.hidden, whole) if layout == "nested" else self.hidden
+        return {"hidden_states": hidden, "lm_head_weight": self.weight, "teacher_lm_head_weight": self.teacher_weight}
+
+
+def settings(mode: str = "token-mean", factor: float | None = None, **loss: object) -> tuple[SimpleNamespace, SimpleNamespace]:
+    loss = {"loss_mode": "forward_kl_topk", "loss_max_clamp": 10.0, "log_prob_min_clamp": -10.0, "use_policy_gradient": False, **loss}
+    return SimpleNamespace(loss_agg_mode=mode, loss_scale_factor=factor), SimpleNamespace(distillation_loss=SimpleNamespace(**loss))
+
+
+# ---------------------------------------------------------------- the dense reference
+
+
+def responses_of(packed: Tensor) -> Tensor:
+    """(4, 9, ...) by slicing sequence by sequence: the rows one before each token of the response."""
+    out, end = [], 0
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        end += prompt + response
+        rows = packed[end - response - 1 : end - 1]
+        out.append(torch.cat([rows, rows.new_zeros(9 - response, *rows.shape[1:])]))
+    return torch.stack(out)
+
+
+def dense_aggregate(losses: Tensor, mask: Tensor, mode: str, dp_size=1, batch_num_tokens=None, global_batch_size=None, loss_scale_factor=None) -> Tensor:
+    """Sequence by sequence."""
+    kept = [row[keep] for row, keep in zip(losses, mask, strict=True)]
+    counted = [row for row in kept if row.numel()]
+    sequences = global_batch_size or len(counted)
+    if mode == "token-sum":
+        return dp_size * torch.cat(kept).sum()
+    if mode == "token-mean":
+        return dp_size * torch.cat(kept).sum() / (batch_num_tokens or int(mask.sum()))
+    if mode == "seq-mean-token-mean":
+        return dp_size * sum(row.mean() for row in counted) / sequences
+    divisor = (loss_scale_factor or mask.shape[1]) if mode.endswith("norm") else 1
+    return dp_size * sum(row.sum() for row in counted) / sequences / divisor
+
+
+def list_losses(log_q: Tensor, log_p: Tensor, floor: float | None) -> Tensor:
+    if floor is not None:
+        log_q, log_p = log_q.clamp_min(floor), log_p.clamp_min(floor)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def whole_losses(log_q: Tensor, log_p: Tensor, mode: str, beta: float) -> Tensor:
+    if mode == "forward_kl":
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    if mode == "reverse_kl":
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+    log_m = (beta * log_p.exp() + (1 - beta) * log_q.exp()).log()
+    return beta * whole_losses(log_m, log_p, "forward_kl", beta) + (1 - beta) * whole_losses(log_m, log_q, "forward_kl", beta)
+
+
+def dense_loss(batch: Batch, config, distillation, temperature: float = 1.0, **counts) -> Tensor:
+    s = distillation.distillation_loss
+    log_q = (batch.hidden @ batch.weight.T / temperature).log_softmax(-1)
+    if s.loss_mode == "forward_kl_topk":
+        losses = list_losses(log_q.gather(-1, batch.teacher_ids), batch.teacher_logprobs, s.log_prob_min_clamp).clamp_min(0.0)
+    else:
+        log_p = (batch.teacher_hidden @ batch.teacher_weight.T / temperature).log_softmax(-1)
+        losses = whole_losses(log_q, log_p, s.loss_mode, getattr(s, "jsd_beta", 0.5))
+    losses = responses_of(losses)
+    if s.loss_max_clamp is not None:
+        losses = losses.clamp(-s.loss_max_clamp, s.loss_max_clamp)
+    return dense_aggregate(losses, batch.mask, config.loss_agg_mode, loss_scale_factor=config.loss_scale_factor, **counts)
+
+
+def outcome(loss_of, batch: Batch) -> Outcome:
+    batch = batch.to(batch.hidden.dtype)
+    batch.hidden, batch.weight = batch.hidden.clone().requires_grad_(), batch.weight.clone().requires_grad_()
+    loss = loss_of(batch)
+    return Outcome(loss.detach(), *torch.autograd.grad(loss, (batch.hidden, batch.weight), torch.full_like(loss, 3.0)))
+
+
+def check(ours, reference, batch: Batch | None = None) -> Outcome:
+    batch = batch or Batch()
+    truth, plain = outcome(reference, batch.to(torch.float64)), outcome(reference, batch)
+    assert all(value.abs().max() > 0 for _, value in truth.named())
+    got = outcome(ours, batch)
+    assert_no_worse(got, plain, truth)
+    return got
+
+
+# ---------------------------------------------------------------- aggregation
+
+
+@pytest.mark.parametrize("mode", AGG_MODES)
+@pytest.mark.parametrize("counts", GLOBAL, ids=["local", "global"])
+@pytest.mark.parametrize("factor", [None, 32])
+def test_agg_loss(mode, counts, factor):
+    losses, mask = torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), response_mask()
+    expected = dense_aggregate(losses, mask, mode, **counts, loss_scale_factor=factor)
+    losses[~mask] = torch.nan
+    for given in (mask, mask.long(), mask.float()):
+        assert_one_rounding(agg_loss(losses, given, mode, **counts, loss_scale_factor=factor), expected, torch.float64)
+
+
+def test_nothing_valid_is_zero():
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    assert all(agg_loss(torch.full((2, 3), torch.inf), nothing, mode) == 0 for mode in AGG_MODES)
+
+
+@pytest.mark.parametrize("mode", AGG_MODES)
+@pytest.mark.parametrize("given, missing", [({"batch_num_tokens": 7}, "global_batch_size"), ({"global_batch_size": 7}, "batch_num_tokens")])
+def test_counts_of_one_rank_are_not_those_of_all(mode, given, missing):
+    """`token-sum` needs no count."""
+    needed = "global_batch_size" if mode.startswith("seq") else {"token-mean": "batch_num_tokens"}.get(mode)
+    if needed == missing:
+        with pytest.raises(ValueError, match=f"{missing}: expected the count of the global batch, since dp_size is 2"):
+            agg_weights(response_mask(), mode, dp_size=2, **given)
+    else:
+        agg_weights(response_mask(), mode, dp_size=2, **given)
+
+
+# ---------------------------------------------------------------- the loss of a micro-batch
+
+
+@pytest.mark.parametrize("mode", AGG_MODES)
+@pytest.mark.parametrize("counts", GLOBAL, ids=["local", "global"])
+@pytest.mark.parametrize("loss_mode", ["forward_kl_topk", "reverse_kl"])
+def test_every_aggregation(mode, counts, loss_mode):
+    made = settings(mode, 32 if counts["dp_size"] > 1 else None, loss_mode=loss_mode, loss_max_clamp=2.0)
+    check(lambda b: distillation_loss(*made, b.outputs(), b.data(**counts))[0], lambda b: dense_loss(b, *made, **counts))
+
+
+@pytest.mark.parametrize("highest", [None, 0.3, 2.0])
+@pytest.mark.parametrize("floor", [None, -3.0, -10.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_clamps_of_a_list(floor, highest, temperature):
+    """Lists on which every clamp holds some tokens and leaves others."""
+    made = settings(log_prob_min_clamp=floor, loss_max_clamp=highest)
+    batch = Batch()
+    log_q = (batch.hidden @ batch.weight.T / temperature).log_softmax(-1).gather(-1, batch.teacher_ids)
+    raw = responses_of(list_losses(log_q, batch.teacher_logprobs, floor))[batch.mask]
+    assert (raw < 0).any() and (raw > 2).any() and ((raw > 0) & (raw < 0.3)).any() and (floor is None or (log_q < floor).any())
+    data = {"temperature": temperature}
+    check(lambda b: distillation_loss(*made, b.outputs(), b.data(**data))[0], lambda b: dense_loss(b, *made, temperature=temperature), batch)
+
+
+@pytest.mark.parametrize("highest", [None, 1.0])
+@pytest.mark.parametrize("loss_mode, beta", [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.2)])
+def test_whole_teachers(loss_mode, beta, highest):
+    made = settings("seq-mean-token-mean", loss_mode=loss_mode, jsd_beta=beta, loss_max_clamp=highest)
+    check(lambda b: distillation_loss(*made, b.outputs(), b.data(temperature=1.5))[0], lambda b: dense_loss(b, *made, temperature=1.5))
+
+
+@pytest.mark.parametrize("loss_mode", ["forward_kl_topk", "jsd"])
+def test_layouts_are_one(loss_mode):
+    """Nested batches, padded ones with packed model outputs, and dictionaries of either."""
+    made = settings("seq-mean-token-sum", loss_mode=loss_mode)
+    first, *others = (
+        outcome(lambda b, x=x, y=y: distillation_loss(*made, b.outputs(x), b.data(y))[0], Batch()) for x, y in [("nested",) * 2, ("packed", "padded")]
+    )
+    for other in others:
+        assert_same_bits(other, first)
+
+
+def test_tokens_outside_the_mask_may_hold_anything():
+    made, batch = settings(), Batch()
+    expected = distillation_loss(*made, batch.outputs(), batch.data())[0]
+    reached = torch.zeros(batch.hidden.shape[0], dtype=torch.bool)
+    reached[responses_of(torch.arange(batch.hidden.shape[0]))[batch.mask]] = True
+    batch.hidden[~reached], batch.teacher_ids[~reached], batch.teacher_logprobs[~reached] = torch.nan, V + 3, torch.nan
+    assert_same_bits(distillation_loss(*made, batch.outputs(), batch.data())[0], expected)
+
+
+def test_padding_of_a_list_counts_for_nothing():
+    """verl floors it to a probability of exp(log_prob_min_clamp)."""
+    made, batch, short = settings(log_prob_min_clamp=-3.0), Batch(), Batch()
+    batch.teacher_logprobs, batch.teacher_ids = batch.teacher_logprobs[:, :4], batch.teacher_ids[:, :4]
+    short.teacher_logprobs[:, 4:], short.teacher_ids[:, 4:] = -torch.inf, 10 * V
+    expected = distillation_loss(*made, batch.outputs(), batch.data())[0]
+    assert_one_rounding(distillation_loss(*made, short.outputs(), short.data())[0], expected, torch.float32)
+
+
+def test_metrics():
+    made, batch = settings(loss_max_clamp=0.5), Batch().to(torch.float64)
+    _, metrics = distillation_loss(*made, batch.outputs(), batch.data())
+    log_q = (batch.hidden @ batch.weight.T).log_softmax(-1).gather(-1, batch.teacher_ids)
+    losses = responses_of(list_losses(log_q, batch.teacher_logprobs, -10.0).clamp_min(0.0))[batch.mask]
+    masses = {"student": log_q.exp().sum(-1), "teacher": batch.teacher_logprobs.exp().sum(-1)}
+    expected = {f"distillation/{side}_mass": responses_of(x)[batch.mask].mean() for side, x in masses.items()}
+    expected |= {"distillation/loss_min": losses.min(), "distillation/loss_max": losses.max()}
+    assert metrics.keys() == expected.keys()
+    for name, value in metrics.items():
+        assert not value.requires_grad
+        assert_one_rounding(value, expected[name], torch.float32, magnitude=1.0, name=name)
+
+
+def test_a_micro_batch_without_a_valid_token():
+    made, batch = settings("seq-mean-token-mean"), Batch()
+    batch.mask[:] = False
+    got = outcome(lambda b: distillation_loss(*made, b.outputs(), b.data())[0], batch)
+    assert got.loss == 0 and (got.student_hidden == 0).all() and (got.student_weight == 0).all()
+
+
+@pytest.mark.parametrize(
+    "made, match",
+    [
+        (settings(use_policy_gradient=True), "use_policy_gradient: expected False"),
+        (settings(loss_mode="k3"), "loss_mode: expected one of 'forward_kl_topk'"),
+        (settings("mean"), "loss_agg_mode: expected one of 'token-mean'"),
+    ],
+)
+def test_errors_name_the_setting(made, match):
+    with pytest.raises(ValueError, match=match):
+        distillation_loss(*made, Batch().outputs(), Batch().data())
+
+
+@pytest.mark.parametrize("floor, passes", [(None, ["linear_topk_divergence"]), (-3.0, ["linear_logprobs", "linear_topk_divergence"])])
+def test_one_op_and_one_statistics_pass_for_a_floor(monkeypatch, floor, passes):
+    seen = []
+    for name in ("linear_logprobs", "linear_topk_divergence", "linear_divergence"):
+        op = getattr(verl, name)
+        monkeypatch.setattr(verl, name, lambda *a, name=name, op=op, **k: (seen.append(name), op(*a, **k))[1])
+    distillation_loss(*settings(log_prob_min_clamp=floor), Batch().outputs(), Batch().data())
+    assert seen == passes
+
+
+# ---------------------------------------------------------------- the op of the fused engine
+
+
+def dense_distill(hidden, weight, labels, ids, log_probs, temperature, floor) -> tuple[Tensor, ...]:
+    log_q = (hidden @ weight.T / temperature).log_softmax(-1)
+    at_list, valid = log_q.gather(-1, ids), labels != -100
+    found = (
+        log_q.gather(-1, labels.clamp(min=0)[..., None])[..., 0], -(log_q.exp() * log_q).sum(-1), list_losses(at_list, log_probs, floor),
+        at_list.exp().sum(-1), log_probs.exp().sum(-1),
+    )  # fmt: skip
+    return tuple(torch.where(valid, x, 0.0) for x in found)
+
+
+@pytest.mark.parametrize("floor", [None, -3.0])
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_topk_distill(floor, shifted, temperature):
+    """All five outputs, and the gradient of a mix of the three that have one, with weights that differ from token to token."""
+    batch = Batch()
+    labels = batch.labels[None].clone()
+    labels[:, 3:7] = -100
+    rolled = torch.cat([labels[:, 1:], torch.full((1, 1), -100)], 1)
+
+    def mix(parts: tuple[Tensor, ...]) -> Tensor:
+        ramp = torch.linspace(-1, 1, rolled.numel(), dtype=parts[0].dtype)[None]
+        return torch.stack([ramp * parts[0], ramp.flip(1) * parts[1], (ramp + 2) * parts[2], *(x.detach() for x in parts[3:])])
+
+    def ours(b: Batch) -> Tensor:
+        args = (b.hidden[None], b.weight, labels, b.teacher_ids[None], b.teacher_logprobs[None], 7, -100, rolled if shifted else None)
+        parts = topk_distill(*args, temperature, floor)
+        assert all(x.shape == labels.shape for x in parts) and not (parts[3].requires_grad or parts[4].requires_grad)
+        return mix(parts)
+
+    check(ours, lambda b: mix(dense_distill(b.hidden[None], b.weight, rolled, b.teacher_ids[None], b.teacher_logprobs[None], temperature, floor)), batch)
+
+
+def test_topk_distill_fills_what_the_loss_aggregates():
+    """Losses of tokens from inside the model's forward pass, then verl's clamps and aggregation, are `distillation_loss`."""
+    made, batch = settings("seq-mean-token-sum", loss_max_clamp=1.0, log_prob_min_clamp=-4.0), Batch()
+
+    def in_two_steps(b: Batch) -> Tensor:
+        losses = topk_distill(b.hidden, b.weight, b.labels, b.teacher_ids, b.teacher_logprobs, shift_labels=b.labels, log_prob_min_clamp=-4.0)[2]
+        return agg_loss(responses_of(losses).clamp(0.0, 1.0), b.mask, "seq-mean-token-sum")
+
+    one, two = outcome(lambda b: distillation_loss(*made, b.outputs(), b.data())[0], batch), outcome(in_two_steps, batch)
+    truth = outcome(lambda b: dense_loss(b, *made), batch.to(torch.float64))
+    assert_no_worse(one, two, truth)
+    assert_no_worse(two, one, truth)
+
+
+def test_pieces_of_the_gather_are_one(monkeypatch):
+    batch = Batch()
+    args = (batch.hidden, batch.weight, batch.labels, batch.teacher_ids, batch.teacher_logprobs)
+    whole = topk_distill(*args, log_prob_min_clamp=-3.0)
+    monkeypatch.setattr(verl, "GATHERED", 3 * (K + 1) * H)
+    for piece, all_at_once in zip(topk_distill(*args, log_prob_min_clamp=-3.0), whole, strict=True):
+        assert_one_rounding(piece, all_at_once, torch.float32, magnitude=math.log(V) * 10)
+
+
+# ---------------------------------------------------------------- the page and the example
+
+
+def test_the_page_runs():
+    """Its loss against the dense one."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "integrations-verl.md").read_text(), re.DOTALL)
+    assert len(block.strip().splitlines()) <= 20
+    batch = Batch()
+    session = {"batch": batch.data(), "hidden": batch.outputs()["hidden_states"], "lm_head": SimpleNamespace(weight=batch.weight)}
+    exec(block, session)
+    expected = dense_loss(batch.to(torch.float64), *settings("seq-mean-token-mean"))
+    assert_one_rounding(session["loss"], expected, torch.float32, magnitude=1.0)
+
+
+def test_the_example_runs(capsys):
+    with torch.random.fork_rng():
+        runpy.run_path(str(ROOT / "examples" / "verl_loss.py"), run_name="__main__")
+    first, *_, last = (float(x) for x in re.findall(r"loss (\S+)", capsys.readouterr().out))
+    assert last < first / 2
