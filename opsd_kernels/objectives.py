@@ -13,7 +13,7 @@ The mix costs no GEMM: the term adds `a_i * (q - onehot)` to the row gradient th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from .evaluation import TokenStats
 from .functional import Options
 from .inputs import Head
-from .spec import check_number, expect
+from .spec import SCOPES, check_number, expect
 
 
 def group_advantages(
@@ -57,12 +57,14 @@ class PPOClip:
     """GRPO / PPO: `-min(r * A, clamp(r, 1 - low, 1 + high) * A)`, r = exp(logprob - old) (arXiv:1707.06347, eq. 7; two bounds: arXiv:2503.14476).
 
     `advantages` broadcasts to (B, T). `old_logprobs` (B, T) are those of the policy that sampled; None: this very policy, so r = 1 and nothing is clipped.
+    `per_sequence`: one ratio for all tokens of a sequence, the geometric mean of theirs (GSPO, arXiv:2507.18071, eq. 7).
     """
 
     advantages: Tensor
     old_logprobs: Tensor | None = None
     low: float = 0.2
     high: float = 0.2
+    per_sequence: bool = False
     needs_metrics = False
 
     def __post_init__(self) -> None:
@@ -71,13 +73,36 @@ class PPOClip:
 
     @property
     def scope(self) -> str:
-        return "index" if self.old_logprobs is None else "row"
+        if self.old_logprobs is None:
+            return "index"
+        return "sequence" if self.per_sequence else "row"
 
     def __call__(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> Tensor:
         old = logprob.detach() if self.old_logprobs is None else self.old_logprobs.detach().reshape(mask.shape)
         advantages = self.advantages.detach()
-        ratio = torch.where(mask, logprob - old, 0.0).exp()
+        gap = torch.where(mask, logprob - old, 0.0)
+        if self.per_sequence:
+            gap = (gap.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(gap)
+        ratio = gap.exp()
         return -torch.minimum(ratio * advantages, ratio.clamp(1 - self.low, 1 + self.high) * advantages)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A weighted sum of policy terms, as one: `((share, term), ...)`, a share being a number or a tensor that broadcasts to (B, T)."""
+
+    parts: tuple[tuple[float | Tensor, object], ...]
+
+    @property
+    def scope(self) -> str:
+        return max((term.scope for _, term in self.parts), key=SCOPES.index)
+
+    @property
+    def needs_metrics(self) -> bool:
+        return any(getattr(term, "needs_metrics", True) for _, term in self.parts)
+
+    def __call__(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> Tensor:
+        return sum(share * term(logprob, stats, mask) for share, term in self.parts)
 
 
 REWARDS = ("log_ratio", "proximal", "power")
@@ -92,12 +117,14 @@ class OnPolicyDistillation:
         (arXiv:2606.17199), within +-1/strength and, for small strengths, `log_ratio`.
     clip: R is clamped to [-clip, clip].
     weights: a weighting of `opsd_kernels.weights` for w; `PrefixDiscrepancy()` gives IW-OPD (arXiv:2606.22600). None: 1.
+    old_logprobs: (B, T) log-probs of the policy that sampled, which stand for s in R and for the student's in w. None: the student's own.
     """
 
     reward: str = "log_ratio"
     strength: float = 0.5
     clip: float | None = None
     weights: object | None = None
+    old_logprobs: Tensor | None = None
 
     def __post_init__(self) -> None:
         expect(self.reward in REWARDS, "reward", "one of " + ", ".join(map(repr, REWARDS)), repr(self.reward))
@@ -124,11 +151,18 @@ class OnPolicyDistillation:
             R = (torch.exp(self.strength * teacher) - torch.exp(self.strength * student)) / self.strength
         return R if self.clip is None else R.clamp(-self.clip, self.clip)
 
-    def __call__(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> Tensor:
+    def weighted_rewards(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> tuple[Tensor, Tensor | float]:
+        """R, 0 where a token is not valid, and w."""
         expect(stats is not None and stats.teacher_logprob is not None, "stats", "TokenStats with the teacher's log-probs of the labels", stats)
-        R = self.rewards(logprob.detach(), stats.teacher_logprob)
-        weights = 1.0 if self.weights is None else self.weights(None if self.weights.scope == "index" else stats, mask).detach()
-        return -(weights * torch.where(mask, R, 0.0)) * logprob
+        if self.old_logprobs is not None:
+            logprob = self.old_logprobs.reshape(mask.shape)
+            stats = replace(stats, student_logprob=logprob.detach())
+        R = torch.where(mask, self.rewards(logprob.detach(), stats.teacher_logprob), 0.0)
+        return R, 1.0 if self.weights is None else self.weights(None if self.weights.scope == "index" else stats, mask).detach()
+
+    def __call__(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> Tensor:
+        R, weights = self.weighted_rewards(logprob, stats, mask)
+        return -(weights * R).detach() * logprob
 
 
 def linear_policy_divergence(

@@ -87,6 +87,12 @@ class Divergence:
         return self.kind in (Kind.REVERSE_KL, Kind.FORWARD_KL)
 
 
+def interpolation(beta: float) -> dict[str, object]:
+    """Arguments for the generalised JSD of GKD (arXiv:2306.13649) as libraries switch it: at 0 and 1 the KLs, which are not its limits."""
+    ends = {0.0: "forward_kl", 1.0: "reverse_kl"}
+    return {"divergence": ends[beta]} if beta in ends else {"divergence": "jsd", "beta": beta}
+
+
 @dataclass(frozen=True)
 class LogitTransform:
     """Raw logit z -> softcap(scale * (z + bias)) / temperature, with softcap(y) = c * tanh(y / c)."""

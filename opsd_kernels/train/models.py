@@ -2,56 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_kernels import linear_divergence
+from opsd_kernels.hf_head import trunk, without_adapter
 from opsd_kernels.train.batch import completion_hidden
 from opsd_kernels.train.config import ConfigError, TrainConfig
 from opsd_kernels.train.types import Sequences
 
 
-@dataclass(frozen=True)
-class Head:
-    """An LM head as the op takes it, read from the model: weight, bias, and the scale and softcap that its config names."""
-
-    weight: Tensor  # (V, H)
-    bias: Tensor | None
-    logit_scale: float
-    softcap: float | None
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> Head:
-        """Raises ValueError for a model whose output head is not a plain linear map."""
-        model = without_adapter(model)
-        module = model.get_output_embeddings()
-        if not isinstance(module, Module) or getattr(module, "weight", None) is None or module.weight.ndim != 2:
-            raise ValueError(f"model: expected a causal language model with a linear head, got {type(model).__name__}")
-        config = model.config.get_text_config()
-        divisor = getattr(config, "logits_scaling", None)  # Granite divides by it; Cohere multiplies by logit_scale
-        scale = 1.0 / divisor if divisor else float(getattr(config, "logit_scale", None) or 1.0)
-        return cls(module.weight, getattr(module, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
-
-    def options(self, side: str) -> dict[str, Any]:
-        """Arguments of linear_divergence for one side."""
-        return {f"{side}_bias": self.bias, f"{side}_logit_scale": self.logit_scale, f"{side}_softcap": self.softcap}
-
-
 def hidden_states(model: PreTrainedModel, side: Sequences) -> Tensor:  # -> (B, T, H)
     """The trunk's last hidden states at the rows that predict the completion. base_model is the model without its head: no logits are made."""
-    trunk = without_adapter(model).base_model
-    return completion_hidden(trunk(input_ids=side.tokens_BL, use_cache=False).last_hidden_state, side.rows_BT)
-
-
-def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    """The transformers model inside a peft one; its layers still hold the adapter."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return completion_hidden(trunk(model)(input_ids=side.tokens_BL, use_cache=False).last_hidden_state, side.rows_BT)
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:

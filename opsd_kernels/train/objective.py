@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,30 +19,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd_kernels import TokenStats, linear_divergence, linear_logprobs
-from opsd_kernels.objectives import OnPolicyDistillation, PPOClip, linear_policy_divergence
-from opsd_kernels.spec import SCOPES
+from opsd_kernels.hf_head import Head
+from opsd_kernels.objectives import Mix, OnPolicyDistillation, PPOClip, linear_policy_divergence
 from opsd_kernels.train.batch import IGNORE
 from opsd_kernels.train.config import TrainConfig
-from opsd_kernels.train.models import Head, hidden_states
+from opsd_kernels.train.models import hidden_states
 from opsd_kernels.train.teacher import Teacher
 from opsd_kernels.train.types import Batch, Totals
 from opsd_kernels.train.weight_text import TokenData, parse_weights
 from opsd_kernels.weights import Given, ImportanceRatio
-
-
-@dataclass(frozen=True)
-class Mix:
-    """A weighted sum of policy terms, as one."""
-
-    parts: tuple[tuple[float, Any], ...]
-    needs_metrics = True
-
-    @property
-    def scope(self) -> str:
-        return max((term.scope for _, term in self.parts), key=SCOPES.index)
-
-    def __call__(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> Tensor:
-        return sum(share * term(logprob, stats, mask) for share, term in self.parts)
 
 
 def needs_old_logprobs(config: TrainConfig) -> bool:
@@ -111,8 +96,8 @@ def _policy_alone(student: PreTrainedModel, batch: Batch, ppo: PPOClip, config: 
 
 
 def _alone(head: Head, config: TrainConfig, vocab: int) -> dict[str, Any]:
-    settings = {"temperature": config.distill_temperature, "bias": head.bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
-    return {**settings, "vocab_size": _padded(vocab, head), "ignore_index": IGNORE, "backend": config.backend}
+    settings = {"temperature": config.distill_temperature, "vocab_size": _padded(vocab, head), "ignore_index": IGNORE, "backend": config.backend}
+    return {**settings, **head.options()}
 
 
 def _padded(vocab: int, *heads: Head) -> int | None:

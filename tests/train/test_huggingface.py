@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 
+from opsd_kernels.hf_head import Head
 from opsd_kernels.testing import assert_no_worse, assert_same_bits
 from opsd_kernels.train import models, objective
 from opsd_kernels.train import step as steps
@@ -192,7 +193,7 @@ def test_the_teacher_without_the_adapter_is_the_base(folder, config, vocab, batc
     with torch.no_grad():
         assert_same_bits(off, models.hidden_states(base.eval(), batch.teacher))
         assert not models.hidden_states(adapted, batch.teacher).equal(off)
-    assert not models.Head.of(adapted).weight.requires_grad
+    assert not Head.of(adapted).weight.requires_grad
     loss, _ = objective.step_loss(adapted, teacher, batch, config, batch.totals, vocab)
     loss.backward()
     assert {p.grad is not None for p in adapted.parameters() if p.requires_grad} == {True}

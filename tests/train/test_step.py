@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from opsd_kernels.hf_head import Head
 from opsd_kernels.testing import assert_no_worse, assert_same_bits
 from opsd_kernels.train import step as steps
 from opsd_kernels.train.batch import make_batch
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.contexts import build_contexts
-from opsd_kernels.train.models import Head, hidden_states
+from opsd_kernels.train.models import hidden_states
 from opsd_kernels.train.rollout import requests
 from opsd_kernels.train.teacher import Copy
 from opsd_kernels.train.types import NonFiniteLoss

@@ -1,0 +1,1 @@
+"""The op in the trainers and under the calling conventions of other libraries."""

@@ -1,0 +1,363 @@
+"""TRL's trainers with the fused loss beside TRL's own: 20 steps of training, one step of every setting, TRL's defects, settings that are refused."""
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from opsd_kernels.reference import linear_divergence_reference
+from opsd_kernels.testing import Outcome, assert_no_worse, assert_same_bits
+
+trl = pytest.importorskip("trl", minversion="1.16", reason="trl is not installed")
+transformers, datasets, tokenizers = (pytest.importorskip(name) for name in ("transformers", "datasets", "tokenizers"))
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # "You are importing from 'trl.experimental'"
+    from trl.experimental import iw_opd, sdpo
+
+    from opsd_kernels.integrations import trl as fused
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+NAMES = ("DistillationTrainer", "SDPOTrainer", "IWOPDTrainer")
+THEIRS = {"DistillationTrainer": trl.DistillationTrainer, "SDPOTrainer": sdpo.SDPOTrainer, "IWOPDTrainer": iw_opd.IWOPDTrainer}
+V, STEPS = 64, 20
+SHAPE = {"vocab_size": V, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+SHAPE |= {"max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+
+
+def tokenizer():
+    words = ["<pad>", "<eos>", "<unk>", "<user>", "<assistant>", *(f"w{i}" for i in range(V - 5))]
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, padding_side="left", **special)
+
+
+def save(model, path):
+    model.save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Directories of a student, of a teacher of another architecture and width, and of a student with a padded entry, to load as a user would."""
+    root = tmp_path_factory.mktemp("models")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        student = transformers.LlamaForCausalLM(transformers.LlamaConfig(hidden_size=32, **SHAPE))
+        teacher = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(hidden_size=48, tie_word_embeddings=True, **SHAPE))
+    return SimpleNamespace(student=save(student, root / "student"), teacher=save(teacher, root / "teacher"), out=str(root / "out"))
+
+
+def reward(completions, **_):
+    return [float("w1" in completion or "w7" in completion) for completion in completions]
+
+
+PROMPTS = datasets.Dataset.from_dict({"prompt": [" ".join(f"w{i + j}" for j in range(2 + i % 3)) for i in range(24)]})
+ASKED = datasets.Dataset.from_dict({"messages": [[{"role": "user", "content": prompt}] for prompt in PROMPTS["prompt"]]})
+CHATS = datasets.Dataset.from_dict({"messages": [[*chat, {"role": "assistant", "content": "w1 w2 w3 w4 w5"}] for chat in ASKED["messages"]]})
+LOGITS = {"distillation_mode": "topk_logits", "distillation_topk": 8, "distillation_add_tail": True}
+SETTINGS = {  # those of the 20 steps
+    "DistillationTrainer": {"beta": 0.5, "temperature": 1.3},
+    "SDPOTrainer": {**LOGITS, "distillation_alpha": 0.5, "distillation_is_clip": 1.02, "distillation_weight": 0.8, "num_generations": 4,
+                    "steps_per_generation": 4, "loss_type": "grpo", "teacher_update_rate": 0.3},
+    "IWOPDTrainer": {"max_length": 64, "iw_opd_gamma": 0.7},
+}  # fmt: skip
+
+
+def load(path, dtype=torch.float32):
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def build(cls, name, home, dtype=torch.float32, data=None, student=None, teacher=None, **settings):
+    """A trainer of `cls` on the models of `home`, in `dtype`."""
+    common = {"output_dir": home.out, "per_device_train_batch_size": 4, "max_steps": STEPS, "learning_rate": 1e-3, "logging_steps": 1, "bf16": False,
+              "report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "gradient_checkpointing": False, "max_completion_length": 8,
+              "lr_scheduler_type": "constant", "max_grad_norm": 0.0}  # fmt: skip
+    settings, student = {**common, **SETTINGS[name], **settings}, load(home.student, dtype) if student is None else student
+    if name == "SDPOTrainer":
+        trainer = cls(student, reward, sdpo.SDPOConfig(**settings), PROMPTS if data is None else data, processing_class=tokenizer())
+    else:
+        config, prompts = (trl.DistillationConfig, PROMPTS) if name == "DistillationTrainer" else (iw_opd.IWOPDConfig, CHATS)
+        data = prompts if data is None else data
+        trainer = cls(student, load(home.teacher, dtype) if teacher is None else teacher, config(**settings), train_dataset=data, processing_class=tokenizer())
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+METRICS = {"self_distillation/policy_loss", *(f"iw_opd/{name}" for name in ("mean_advantage", "mean_abs_advantage", "mean_weight", "min_weight", "max_weight"))}
+
+
+def copied(batch, dtype=None):
+    return {k: (v.to(dtype) if dtype and v.is_floating_point() else v.clone()) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+class Recorded:
+    """Keeps the batches that the loss got and what it returned; with batches given, feeds those instead of sampling."""
+
+    fed, divisor = None, True
+
+    def _prepare_inputs(self, generation_batch):
+        if self.fed is None:
+            return super()._prepare_inputs(generation_batch)
+        batch = copied(self.fed[len(self.losses)], self.model.dtype)
+        self._buffered_inputs, self._buffer_step = [batch], 1
+        return batch
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.divisor and isinstance(self, iw_opd.IWOPDTrainer):
+            num_items_in_batch = (inputs["labels"] != -100).sum()  # what TRL's loss needs to be right: see test_divisor_is_what_was_sampled
+        self.batches.append(copied(inputs))
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.losses.append(loss.detach())
+        return loss
+
+
+def recorded(cls, fed=None, divisor=True):
+    return type("Recorded", (Recorded, cls), {"fed": fed, "divisor": divisor, "batches": [], "losses": []})
+
+
+def parameters(model):
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+def after_training(cls, name, home, fed=None, dtype=torch.float32):
+    """Losses and metrics by step, all parameters at the end, the batches, and the names of everything that was logged."""
+    torch.manual_seed(0)
+    trainer = build(recorded(cls, fed), name, home, dtype)
+    trainer.train()
+    logs = trainer.state.log_history[:STEPS]
+    kept = [key for key in sorted(logs[-1]) if key in ("entropy", "grad_norm") or key.endswith("distillation_loss") or key in METRICS]
+    metrics = torch.tensor([[log[key] for key in kept] for log in logs], dtype=torch.float64)
+    values = {"losses": torch.stack(trainer.losses), "parameters": parameters(trainer.model), **dict(zip(kept, metrics.T, strict=True))}
+    return values, trainer.batches, set().union(*logs)
+
+
+def judged(*operands, **options):
+    loss = linear_divergence_reference(*operands, **options)
+    return (loss[0], SimpleNamespace(**loss[1])) if isinstance(loss, tuple) else loss
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_twenty_steps(name, home, monkeypatch):
+    """Both sample for themselves, from the same seed. The truth is float64 on the same batches: TRL's loss, or the judge's where TRL's knows fp32 only."""
+    theirs, batches, logged = after_training(THEIRS[name], name, home)
+    mine, sampled, also = after_training(getattr(fused, name), name, home)
+    assert logged == also
+    for one, other in zip(batches, sampled, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one if isinstance(one[key], torch.Tensor) and not one[key].is_floating_point())
+    judge = THEIRS[name]
+    if name == "DistillationTrainer":
+        judge = getattr(fused, name)
+        monkeypatch.setattr(fused, "linear_divergence", judged)
+    truth = after_training(judge, name, home, batches, torch.float64)[0]
+    assert truth["losses"].std() > 0 and (truth["parameters"] - parameters(load(home.student)).double()).abs().max() > 1e-3
+    for key in truth:
+        assert_no_worse(mine[key], theirs[key], truth[key])
+
+
+# ---------------------------------------------------------------- one step of every setting
+
+
+def ragged(lengths, width, left):
+    """(B, width) 0 / 1."""
+    columns = torch.arange(width)
+    lengths = torch.tensor(lengths)[:, None]
+    return (columns >= width - lengths if left else columns < lengths).long()
+
+
+def batch_for(name):
+    """Four sequences of unequal length, one of them without a token that counts, one without a teacher."""
+    gen = torch.Generator().manual_seed(1)
+    prompt, longer, completion = ragged((2, 5, 3, 4), 5, True), ragged((9, 6, 7, 9), 9, True), ragged((6, 4, 1, 0), 6, False)
+    p_ids, t_ids, c_ids = (torch.randint(5, V, mask.shape, generator=gen) * mask for mask in (prompt, longer, completion))
+    if name == "IWOPDTrainer":
+        labels = torch.cat([torch.full_like(p_ids, -100), torch.where(completion == 1, c_ids, -100)], 1)
+        rollout = -4 - torch.rand(labels.shape, generator=gen)
+        return {"input_ids": torch.cat([p_ids, c_ids], 1), "attention_mask": torch.cat([prompt, completion], 1), "labels": labels, "rollout_logprobs": rollout}
+    batch = {"prompt_ids": p_ids, "prompt_mask": prompt, "completion_ids": c_ids, "completion_mask": completion}
+    if name == "DistillationTrainer":
+        return {**batch, "tool_mask": (torch.rand(c_ids.shape, generator=gen) > 0.3).long()}
+    batch |= {"teacher_input_ids": torch.cat([t_ids, c_ids], 1), "teacher_attention_mask": torch.cat([longer, completion], 1)}
+    batch |= {"self_distillation_mask": torch.tensor([1.0, 0.0, 1.0, 1.0]), "advantages": torch.tensor([1.0, -0.5, 0.3, 2.0])}
+    return {**batch, "old_per_token_logps": -4 - torch.rand(c_ids.shape, generator=gen)}
+
+
+def one_step(trainer, batch, dtype=torch.float32, count=None, model=None, **changes):
+    """Loss and gradient of all parameters, with settings changed on the trainer."""
+    for key, value in changes.items():
+        for holder in (trainer, trainer.args):
+            if hasattr(holder, key):
+                setattr(holder, key, value)
+    trainer._metrics["train"].clear()
+    trainer.model.train().zero_grad()
+    loss = trainer.compute_loss(trainer.model if model is None else model, copied(batch, dtype), num_items_in_batch=count)
+    loss.backward()
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainer.model.parameters() if p.requires_grad]
+    return Outcome(loss.detach(), torch.cat([grad.reshape(-1) for grad in grads]))
+
+
+@pytest.fixture(scope="module")
+def trio(home):
+    """TRL's in fp32, ours in fp32, and what judges them, in float64."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            judge = getattr(fused, name) if name == "DistillationTrainer" else THEIRS[name]
+            settings = {"teacher_model_kind": "base"} if name == "SDPOTrainer" else {}
+            classes = ((THEIRS[name], torch.float32), (getattr(fused, name), torch.float32), (judge, torch.float64))
+            made[name] = [build(cls, name, home, dtype, **settings) for cls, dtype in classes]
+            for trainer in made[name]:
+                trainer.current_gradient_accumulation_steps = 1
+                if name == "SDPOTrainer":  # a teacher that is not the student
+                    trainer.teacher_model.load_state_dict({k: 0.9 * v for k, v in trainer.teacher_model.state_dict().items()})
+        return made[name]
+
+    return get
+
+
+def compare(trio, name, monkeypatch, without=(), count=None, **changes):
+    batch = {key: value for key, value in batch_for(name).items() if key not in without}
+    theirs, mine, judge = trio(name)
+    plain, actual = one_step(theirs, batch, count=count, **changes), one_step(mine, batch, count=count, **changes)
+    metrics = [{key: torch.tensor(value[0]) for key, value in sorted(trainer._metrics["train"].items())} for trainer in (mine, theirs)]
+    with monkeypatch.context() as patch:
+        if name == "DistillationTrainer":
+            patch.setattr(fused, "linear_divergence", judged)
+        truth = one_step(judge, batch, torch.float64, count=count, **changes)
+    assert_no_worse(actual, plain, truth)
+    assert truth.student_hidden.abs().max() > 0
+    true_metrics = {key: torch.tensor(value[0], dtype=torch.float64) for key, value in judge._metrics["train"].items()}
+    assert metrics[0].keys() == metrics[1].keys() == true_metrics.keys()
+    for key, value in true_metrics.items():
+        assert_no_worse(metrics[0][key], metrics[1][key], value)
+
+
+@pytest.mark.parametrize("beta, temperature, count", [(0.0, 1.0, None), (0.3, 1.4, 7), (1.0, 0.7, torch.tensor(11.0))])
+def test_distillation_settings(trio, monkeypatch, beta, temperature, count):
+    compare(trio, "DistillationTrainer", monkeypatch, count=count, beta=beta, temperature=temperature)
+
+
+FULL, TOPK = {"distillation_mode": "full_logits"}, {"distillation_mode": "topk_logits", "distillation_topk": 9}
+SAMPLED = {"distillation_mode": "sampled_token", "distillation_alpha": 1.0}
+SDPO_DEFAULTS = {"distillation_alpha": 0.4, "distillation_add_tail": False, "distillation_is_clip": 1.2, "distillation_weight": 1.0, "temperature": 1.0,
+                 "loss_type": "grpo", "importance_sampling_level": "token"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {**FULL, "distillation_alpha": 0.0},
+        {**FULL, "distillation_alpha": 1.0, "temperature": 0.7},
+        {**FULL, "distillation_is_clip": None, "distillation_weight": 0.6, "loss_type": "dapo"},
+        {**TOPK, "temperature": 1.3},
+        {**TOPK, "distillation_add_tail": True, "distillation_weight": 0.3, "loss_type": "dr_grpo"},
+        {**TOPK, "distillation_alpha": 1.0, "distillation_weight": 0.7, "importance_sampling_level": "sequence"},
+        SAMPLED,
+        {**SAMPLED, "distillation_is_clip": None, "distillation_weight": 0.5, "loss_type": "bnpo"},
+        {"distillation_weight": 0.0, "temperature": 1.2},
+        {"distillation_weight": 0.0, "importance_sampling_level": "sequence", "loss_type": "dr_grpo"},
+    ],
+    ids=lambda settings: "-".join(str(value) for value in settings.values()),
+)
+@pytest.mark.parametrize("on_policy", [False, True], ids=["later", "on-policy"])
+def test_sdpo_settings(trio, monkeypatch, settings, on_policy):
+    compare(trio, "SDPOTrainer", monkeypatch, ("old_per_token_logps",) if on_policy else (), **{**SDPO_DEFAULTS, **settings})
+
+
+JSD = {"distillation_objective": "jsd", "temperature": 1.3, "loss_add_tail": True}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"distillation_objective": "iw_opd", "iw_opd_gamma": 0.7, "temperature": 1.0},
+        {"distillation_objective": "iw_opd", "iw_opd_gamma": 2.0, "temperature": 0.8, "rollout": True},
+        {**JSD, "beta": 0.3, "loss_top_k": 0},
+        {**JSD, "beta": 1.0, "loss_top_k": 0},
+        {**JSD, "beta": 0.0, "loss_top_k": 7},
+        {**JSD, "beta": 0.0, "loss_top_k": 7, "loss_add_tail": False},
+        {**JSD, "beta": 1.0, "loss_top_k": 7},
+        {**JSD, "beta": 1.0, "loss_top_k": 1, "reverse_kl_top_1_mode": "argmax"},
+        {**JSD, "beta": 1.0, "loss_top_k": 1, "reverse_kl_top_1_mode": "sampled"},
+    ],
+    ids=lambda settings: "-".join(str(value) for value in settings.values()),
+)
+def test_iw_opd_settings(trio, monkeypatch, settings):
+    rollout = settings.get("rollout", False)
+    compare(trio, "IWOPDTrainer", monkeypatch, () if rollout else ("rollout_logprobs",), count=None if rollout else 19, **settings)
+
+
+def test_nothing_to_learn_from(trio):
+    """No sequence has a teacher: the loss is 0 and attached."""
+    mine = trio("SDPOTrainer")[1]
+    for settings in (FULL, SAMPLED):
+        outcome = one_step(mine, {**batch_for("SDPOTrainer"), "self_distillation_mask": torch.zeros(4)}, **{**SDPO_DEFAULTS, **settings})
+        assert outcome.loss == 0 and outcome.student_hidden.abs().max() == 0
+
+
+# ---------------------------------------------------------------- around the loss
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_logits_are_made(trio, name):
+    """The head is never called, by TRL's it is; nor for the log-probs of the rollout."""
+    calls = []
+    for trainer in trio(name)[:2]:
+        hooks = [model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1)) for model in (trainer.model, trainer.teacher_model)]
+        batch = batch_for(name)
+        one_step(trainer, batch)
+        if name == "SDPOTrainer":
+            trainer.args.steps_per_generation = 3
+            logprobs = trainer._compute_rollout_logps(**{key: batch[key] for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")})
+            assert logprobs.shape == batch["completion_ids"].shape and not logprobs.requires_grad
+        for hook in hooks:
+            hook.remove()
+        if trainer is trio(name)[0]:
+            assert calls or name == "DistillationTrainer"
+            calls.clear()
+    assert not calls
+
+
+def counted(reduced, bucket):
+    """A reduction over one process."""
+    reduced.append(bucket.index())
+    done = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+def test_the_wrapper_of_the_student_runs(trio, tmp_path):
+    """Under DDP the loss is made inside the wrapper's forward, whose hooks then reduce the gradients."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        for name in NAMES:
+            mine, reduced = trio(name)[1], []
+            alone = one_step(mine, batch_for(name))
+            wrapped = torch.nn.parallel.DistributedDataParallel(mine.model)
+            wrapped.register_comm_hook(reduced, counted)
+            assert_same_bits(one_step(mine, batch_for(name), model=wrapped), alone)
+            assert reduced
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_adapter_off_is_the_teacher(home):
+    """LoRA: the teacher of kind `base` is the student without its adapter, trunk and head."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    outcomes = []
+    for cls, dtype in ((sdpo.SDPOTrainer, torch.float32), (fused.SDPOTrainer, torch.float32), (sdpo.SDPOTrainer, torch.float64)):
+        torch.manual_seed(3)
+        student = peft.get_peft_model(load(home.student, dtype), peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+        for key, parameter in student.named_parameters():
+            if "lora" in key:
+                parameter.data = torch.linspace(-0.3, 0.3, parameter.numel(), dtype=dtype).reshape(parameter.shape)
+        trainer = build(cls, "SDPOTrainer", home, student=student, teacher_model_kind="base")
+        trainer.current_gradient_accumulation_steps = 1
+        outcomes.append(one_step(trainer, batch_for("SDPOTrainer"), dtype, **{**SDPO_DEFAULTS, **FULL}))
+    plain, actual, truth = outcomes
+    assert truth.student_hidden.abs().max() > 0
+    assert_no_worse(actual, plain, truth)
