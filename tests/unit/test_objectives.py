@@ -1,13 +1,12 @@
 """Policy terms, alone and in one pass with a divergence, against autograd through dense log-probs in float64."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from opsd_kernels import linear_logprobs, projection, weights
-from opsd_kernels.objectives import OnPolicyDistillation, PolicyGradient, PPOClip, group_advantages, linear_policy_divergence
+from opsd_kernels import TokenStats, linear_logprobs, projection, weights
+from opsd_kernels.objectives import Mix, OnPolicyDistillation, PolicyGradient, PPOClip, group_advantages, linear_policy_divergence
 from opsd_kernels.reference import linear_divergence_reference
 from opsd_kernels.testing import Outcome, assert_no_worse, assert_on_target, evaluate, hard_case
 
@@ -19,12 +18,16 @@ TERMS = {
     "reinforce": PolicyGradient(ADVANTAGES),
     "grpo, on policy": PPOClip(ADVANTAGES),
     "grpo": PPOClip(ADVANTAGES, OLD, high=0.3),
+    "gspo, on policy": PPOClip(ADVANTAGES, per_sequence=True),
+    "gspo": PPOClip(ADVANTAGES, OLD / 4 - 3, low=0.9, high=0.9, per_sequence=True),
     "k1": OnPolicyDistillation(),
     "k1, clipped": OnPolicyDistillation(clip=0.5),
     "top-d": OnPolicyDistillation("proximal", strength=0.7),
     "power": OnPolicyDistillation("power", strength=0.5),
     "iw-opd": OnPolicyDistillation(weights=weights.PrefixDiscrepancy(0.5)),
+    "iw-opd, old": OnPolicyDistillation(weights=weights.PrefixDiscrepancy(0.5), old_logprobs=OLD),
     "first third": OnPolicyDistillation(weights=weights.FirstFraction(0.3)),
+    "a mix": Mix(((0.3, PPOClip(ADVANTAGES, OLD, per_sequence=True)), (ADVANTAGES.abs(), OnPolicyDistillation()))),
 }
 
 
@@ -38,7 +41,7 @@ def reference(term, share):
         safe = torch.where(valid[..., None], h, 0.0)
         logits = safe @ W.T if student_bias is None else safe @ W.T + student_bias
         logprob = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-        seen = SimpleNamespace(**{name: value.detach() for name, value in stats.items()})
+        seen = TokenStats(**{name: value.detach() for name, value in stats.items()})
         policy = torch.where(valid, term(logprob, seen, valid), 0.0)
         return (1 - share) * loss + share * policy.sum() / valid.sum()
 
