@@ -1,0 +1,267 @@
+"""The predictive law (arXiv:2605.30070) on `secret_op`: does the gap of a context before training predict what training with it brings?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from opsd_kernels.train.config import TrainConfig
+from opsd_kernels.train.probe import Law, Point, common_settings, coordinates, fit, line, measure_contexts
+from opsd_kernels.train.reproduce.compare import Arm, Design, Trained, compare
+from opsd_kernels.train.reproduce.lab import Cell, Lab, Result
+from opsd_kernels.train.reproduce.statistics import Estimate, difference, estimate, graded_ahead, graded_equal
+from opsd_kernels.train.reproduce.study import Claim, Panel, Series, Study, Table
+
+BASE = {
+    "steps": 40, "prompts_per_step": 32, "group_size": 4, "rehearsal_prompts": 8, "eval_samples": 600, "eval_every": 10_000, "checkpoint_every": 10_000,
+    "samples_kept": 0, "tensorboard": False,
+}  # fmt: skip
+QUICK = {
+    "steps": 3, "prompts_per_step": 4, "group_size": 3, "rehearsal_prompts": 2, "eval_samples": 24,
+    "tiny_hidden": 16, "tiny_layers": 1, "tiny_heads": 2, "warm_accuracy": 2e-4, "warm_batch": 32, "warm_max_steps": 200,
+}  # fmt: skip
+FEEDBACK = ("answer", "first", "first_two", "last", "marks", "wrong", "corrupted", "other")
+MISLEADING = ("wrong", "corrupted", "other")  # nothing, or something false, about the answer
+CONTEXTS = (
+    *(Arm(kind, {"feedback": kind, "siblings": False}) for kind in FEEDBACK),
+    Arm("siblings", {"feedback": "none"}),
+)
+MAIN, SMALLER, LARGER = 96, 64, 128  # tiny_hidden
+RATES = (1e-3,)
+DESIGNS = {MAIN: Design(5, 3, RATES), SMALLER: Design(1, 1, RATES), LARGER: Design(1, 1, RATES)}
+PROBE_SEED, PROBE_SAMPLES = 2000, 2000  # no run has this seed: the gap's scatter is not that of a run's own first measurement
+LEAST_R2, MARGIN = 0.9, 0.05
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One size of model: runs by context, and each context's probe (as JSON) for the base model of each run."""
+
+    hidden: int
+    trained: dict[str, Trained]
+    probes: dict[str, list[Result]]
+
+    def points(self, gap: str = "gap") -> list[Point]:
+        """A point per context, the mean over its runs."""
+        return [Point(name, float(np.mean(self.probed(name, gap))), float(np.mean(runs.gains())), len(runs.runs)) for name, runs in self.trained.items()]
+
+    def runs(self) -> list[Point]:
+        pairs = [(name, gap, gain) for name, runs in self.trained.items() for gap, gain in zip(self.probed(name, "gap"), runs.gains(), strict=True)]
+        return [Point(*pair) for pair in pairs]
+
+    def probed(self, name: str, value: str) -> list[float]:
+        return [probe[value]["value"] for probe in self.probes[name]]
+
+
+def study(lab: Lab) -> Study:
+    contexts = [context for context in CONTEXTS if context.name in ("answer", "first", "other", "siblings")] if lab.quick else CONTEXTS
+    measured = {hidden: measure(lab, config_of(hidden, lab.quick), contexts, design_of(hidden, lab.quick)) for hidden in DESIGNS}
+    laws = {hidden: fit(one.points(), common_settings(config_of(hidden, lab.quick))) for hidden, one in measured.items()}
+    plain = {hidden: fit(one.points("plain_gap")) for hidden, one in measured.items()}
+    laws[MAIN].save(lab.folder.parent / "fits" / "law.json")
+    return Study(
+        "law",
+        "A predictive law: the gap before training and the improvement after",
+        "A Predictive Law for On-Policy Self-Distillation From World Feedback, arXiv:2605.30070",
+        "The self-teacher with its context is right more often than its student. Does that gap, measured before training, say what training with the context "
+        "will bring, as a straight line over contexts, and for contexts and sizes of model that the line has not seen?",
+        sentences(lab.quick),
+        claims(measured, laws, plain),
+        [contexts_table(measured[MAIN], laws[MAIN]), fits_table(measured, laws, plain), sizes_table(measured)],
+        [points_panel(measured, laws), left_out_panel(laws), plain_panel(measured[MAIN], plain[MAIN])],
+        NOTES,
+    )
+
+
+NOTES = [
+    "The line is one of equal steps, rollouts and learning rate: a budget of its own, not the end of training. With another budget it has another slope.",
+    "Feedback is told to failures alone, so the second try is the same for all contexts without siblings, and subtracting it moves them without bending "
+    "their line. It parts them from the contexts with siblings, where right answers are drawn again too and a second try gains less.",
+    "The contexts are of one task, and several are parts of the same answer: they are fewer independent ones than they look.",
+]
+
+
+def config_of(hidden: int, quick: bool) -> TrainConfig:
+    if not quick:
+        return TrainConfig(**BASE, tiny_hidden=hidden)
+    return TrainConfig(**{**BASE, **QUICK, "tiny_hidden": {MAIN: QUICK["tiny_hidden"], SMALLER: 8, LARGER: 24}[hidden]})
+
+
+def design_of(hidden: int, quick: bool) -> Design:
+    return replace(DESIGNS[hidden], seeds=1, warm_seeds=1) if quick else DESIGNS[hidden]
+
+
+def measure(lab: Lab, base: TrainConfig, contexts: Sequence[Arm], design: Design) -> Measured:
+    """Runs and gaps of all contexts. The base models are made with the runs."""
+    samples = base.eval_samples if lab.quick else PROBE_SAMPLES
+    configs = [[replace(base, seed=PROBE_SEED, warm_seed=warm, **context.settings) for context in contexts] for warm in range(design.warm_seeds)]
+    trained = compare(lab, base, contexts, design)
+    cells = [Cell(f"{__name__}:probe_cell", {"configs": [asdict(config) for config in row], "samples": samples}) for row in configs]
+    found = lab.run("gaps", cells)
+    probes = {context.name: [found[seed % design.warm_seeds][place] for seed in range(design.seeds)] for place, context in enumerate(contexts)}
+    return Measured(base.tiny_hidden, trained, probes)
+
+
+def probe_cell(arguments: dict[str, Any], folder: Path) -> list[Result]:
+    """The gaps of several contexts on one base model."""
+    from opsd_kernels.train.log import Progress
+
+    configs = [TrainConfig(**config) for config in arguments["configs"]]
+    return [asdict(probe) for probe in measure_contexts(configs, arguments["samples"], Progress())]
+
+
+def sentences(quick: bool) -> list[str]:
+    base, main, other = config_of(MAIN, quick), design_of(MAIN, quick), design_of(LARGER, quick)
+    return [
+        f"`{base.env}`: {base.steps} steps of {base.prompts_per_step} prompts with {base.group_size} answers each for every context, learning rate "
+        f"{main.rates[0]:g} for all: the law compares contexts, not rates. {base.rehearsal_prompts} prompts of `+` are rehearsed in each step.",
+        "Contexts: the eight kinds of feedback without siblings, and a right sibling alone.",
+        f"Hidden size {MAIN}: {main.seeds} seeds on {main.warm_seeds} base models. Hidden sizes {SMALLER} and {LARGER}: {other.seeds} seed "
+        "each, so their points scatter more. Every base model stops at {base.warm_accuracy:.0%} without a context.",
+        "Gap: accuracy of the teacher with its context less that of a second try, in which the student answers again without a context exactly where the "
+        f"teacher answers; {base.eval_samples if quick else PROBE_SAMPLES} answers to held-out problems before training, with a seed that no run has. "
+        "Plain gap: teacher less student.",
+        f"Improvement: held-out accuracy after less before, {base.eval_samples} answers each, the mean over the seeds. One point per context.",
+        "Intervals of R^2, slopes, intercepts and rank correlations are bootstraps over contexts, those of a context's improvement over its runs.",
+    ]
+
+
+def over_contexts(statistic: Callable[..., np.ndarray], *sets: Sequence[Point]) -> Estimate:
+    """`statistic` of gaps and improvements, of one list of points or of several with the same contexts, and its bootstrap interval over contexts."""
+    values = [array for points in sets for array in coordinates(points)]
+
+    def of(places: np.ndarray, axis: int = -1) -> np.ndarray:  # all resamples at once, along the first axis
+        return statistic(*(array[places.astype(int)] for array in values))
+
+    return estimate(range(len(sets[0])), of)
+
+
+def rank_correlation(gaps: np.ndarray, gains: np.ndarray) -> np.ndarray:
+    """Spearman's."""
+    slope, _, explained = line(rankdata(gaps, axis=-1), rankdata(gains, axis=-1))
+    return np.sign(slope) * np.sqrt(explained)
+
+
+def claims(measured: dict[int, Measured], laws: dict[int, Law], plain: dict[int, Law]) -> list[Claim]:
+    law, points = laws[MAIN], measured[MAIN].points()
+    r2 = over_contexts(lambda gaps, gains: line(gaps, gains)[2], points)
+    mean = float(np.mean([point.improvement for point in points]))
+    without = [abs(point.improvement - mean) * len(points) / (len(points) - 1) for point in points]
+    saved = difference(without, [abs(point.improvement - left) for point, left in zip(points, law.left_out, strict=True)])
+    order = over_contexts(rank_correlation, points)
+    ends = measured[LARGER].points(), measured[SMALLER].points()
+    turned = over_contexts(lambda x, y, smaller_x, smaller_y: line(x, y)[0] - line(smaller_x, smaller_y)[0], *ends)
+    start = over_contexts(lambda gaps, gains: line(gaps, gains)[1], points)
+    return [
+        Claim(
+            "The gap before training predicts the improvement linearly (reported R^2 .95 to .99 over about six contexts)",
+            f"R^2 over {len(points)} contexts, hidden {MAIN}; graded against {LEAST_R2:g}",
+            r2,
+            graded_ahead(replace(r2, value=r2.value - LEAST_R2, low=r2.low - LEAST_R2, high=r2.high - LEAST_R2)),
+            f"plain gap: {plain[MAIN].r2:.3f}",
+        ),
+        Claim(
+            "The outcome of a configuration can be anticipated without training it",
+            "mean absolute error on a context that was left out: of the others' mean, less that of the line",
+            saved,
+            graded_ahead(saved),
+            f"root mean square error of the line {law.error:.3f}, of the mean {law.spread:.3f}",
+        ),
+        Claim("A larger gap means a larger improvement", "rank correlation (Spearman) of gap and improvement", order, graded_ahead(order)),
+        Claim(
+            "The line holds across sizes of model",
+            f"slope at hidden {LARGER} less slope at {SMALLER}; equal means within a quarter of the slope at {MAIN}, {abs(law.slope) / 4:.3f}",
+            turned,
+            graded_equal(turned, abs(law.slope) / 4),
+            f"one line through all sizes: R^2 {line(*coordinates(everything(measured)))[2]:.3f}",
+        ),
+        harm(measured[MAIN]),
+        Claim(
+            "A context worth no more than a second try brings nothing (of the control, not the paper's)",
+            f"intercept of the line; equal means within {MARGIN:g}",
+            start,
+            graded_equal(start, MARGIN),
+            f"plain gap: {plain[MAIN].intercept:.3f}",
+        ),
+    ]
+
+
+def harm(main: Measured) -> Claim:
+    """Of each seed, the mean over the contexts that say nothing or something false."""
+    lost = estimate(np.mean([[-gain for gain in main.trained[name].gains()] for name in MISLEADING if name in main.trained], axis=0))
+    names = ", ".join(f"`{name}`" for name in MISLEADING if name in main.trained)
+    return Claim("Contexts without information do harm (not the paper's)", f"held-out accuracy lost with {names}", lost, graded_ahead(lost))
+
+
+def everything(measured: dict[int, Measured]) -> list[Point]:
+    return [point for one in measured.values() for point in one.points()]
+
+
+def contexts_table(main: Measured, law: Law) -> Table:
+    columns = ["context", "answered again", "student", "self-teacher", "second try", "plain gap", "gap", "improvement", "the others predict", "untrained `+`"]
+    rows = []
+    for point, left in sorted(zip(law.points, law.left_out, strict=True), key=lambda pair: -pair[0].gap):
+        runs, shares = main.trained[point.context], [probe["answered"] for probe in main.probes[point.context]]
+        means = [f"{np.mean(main.probed(point.context, name)):.3f}" for name in ("student", "teacher", "second_try", "plain_gap", "gap")]
+        kept = np.mean([run["untrained_skill_after"] - run["untrained_skill_before"] for run in runs.runs])
+        rows.append([f"`{point.context}`", f"{np.mean(shares):.2f}", *means, str(estimate(runs.gains())), f"{left:.3f}", f"{kept:+.3f}"])
+    return Table(f"Contexts, hidden {main.hidden}", columns, rows)
+
+
+def fits_table(measured: dict[int, Measured], laws: dict[int, Law], plain: dict[int, Law]) -> Table:
+    columns = ["fit", "points", "slope", "intercept", "R^2", "error, context left out", "error of the others' mean"]
+
+    def row(name: str, law: Law) -> list[str]:
+        numbers = (law.slope, law.intercept, law.r2, law.error, law.spread)
+        return [name, str(len(law.points)), *(f"{number:.3f}" for number in numbers)]
+
+    rows = [row(f"hidden {hidden}", laws[hidden]) for hidden in sorted(laws)]
+    rows += [row(f"hidden {hidden}, plain gap", plain[hidden]) for hidden in sorted(plain)]
+    for name, points in (("all sizes, one line", everything(measured)), (f"hidden {MAIN}, single runs", measured[MAIN].runs())):
+        rows.append([name, str(len(points)), *(f"{number:.3f}" for number in line(*coordinates(points))), "", ""])
+    return Table("Lines", columns, rows)
+
+
+def sizes_table(measured: dict[int, Measured]) -> Table:
+    sizes = sorted(measured)
+    by_size = {hidden: {point.context: point for point in measured[hidden].points()} for hidden in sizes}
+    names = [point.context for point in sorted(measured[MAIN].points(), key=lambda point: -point.gap)]
+    rows = [[f"`{name}`", *(f"{by_size[size][name].gap:.3f}, {by_size[size][name].improvement:.3f}" for size in sizes)] for name in names]
+    return Table("Gap and improvement by size", ["context", *(f"hidden {size}" for size in sizes)], rows)
+
+
+def dotted(law: Law, name: str) -> Series:
+    """A line as points, for a panel of points."""
+    gaps = [point.gap for point in law.points]
+    along = np.linspace(min(gaps), max(gaps), 50)
+    return Series(name, along.tolist(), [law.slope * gap + law.intercept for gap in along])
+
+
+def scattered(one: Measured, gap: str = "gap") -> Series:
+    points, spans = one.points(gap), [estimate(runs.gains()) for runs in one.trained.values()]
+    spots = [point.gap for point in points], [point.improvement for point in points]
+    return Series(f"hidden {one.hidden}", *spots, [span.low for span in spans], [span.high for span in spans])
+
+
+def points_panel(measured: dict[int, Measured], laws: dict[int, Law]) -> Panel:
+    law = laws[MAIN]
+    series = [*(scattered(measured[hidden]) for hidden in sorted(measured)), dotted(law, f"{law.slope:.2f} gap + {law.intercept:.2f}, R^2 {law.r2:.2f}")]
+    return Panel("improvement against gap", "points", "gap before training", "improvement", series)
+
+
+def left_out_panel(laws: dict[int, Law]) -> Panel:
+    series = [Series(f"hidden {hidden}", list(laws[hidden].left_out), [point.improvement for point in laws[hidden].points]) for hidden in sorted(laws)]
+    ends = [min(min(one.x + one.y) for one in series), max(max(one.x + one.y) for one in series)]
+    same = np.linspace(*ends, 50).tolist()
+    series.append(Series("equal", same, same))
+    return Panel("contexts that the line has not seen", "points", "improvement predicted by the other contexts", "improvement measured", series)
+
+
+def plain_panel(main: Measured, law: Law) -> Panel:
+    series = [scattered(main, "plain_gap"), dotted(law, f"{law.slope:.2f} gap + {law.intercept:.2f}, R^2 {law.r2:.2f}")]
+    return Panel("the same without the control", "points", "self-teacher less student before training", "improvement", series)
