@@ -105,16 +105,18 @@ class Scalars:
         if not wanted:
             return
         try:
+            from tensorboard.compat.proto.summary_pb2 import Summary
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
-        self._writer = SummaryWriter(str(folder), purge_step=first_step)
+        self._writer, self._summary = SummaryWriter(str(folder), purge_step=first_step), Summary
 
     def write(self, metrics: StepMetrics) -> None:
         if self._writer is not None:
-            for name, value in metrics.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self._writer.add_scalar(name, value, metrics["step"])
+            numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float)) and name != "step"}
+            # One event a step: add_scalar makes one of each number, .9 ms instead of .09.
+            values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+            self._writer.file_writer.add_summary(self._summary(value=values), metrics["step"])
 
     def flush(self) -> None:
         """The writer keeps up to two minutes in memory: a run that is killed would lack them up to its checkpoint, and no later process writes those steps."""

@@ -100,9 +100,12 @@ class Sampler:
     ) -> list[Rollout]:
         end = self.encoder.tokenizer.eos_token_id
         bodies = [tokens[:-1] if tokens[-1] == end else tokens for tokens in answers]
-        texts = self.encoder.tokenizer.batch_decode(bodies, skip_special_tokens=False)  # a marker inside an answer is part of what it said
+        different = list(dict.fromkeys(bodies))  # a group agrees ever more often
+        decoded = self.encoder.tokenizer.batch_decode(different, skip_special_tokens=False)  # a marker inside an answer is part of what it said
+        text_of = dict(zip(different, decoded, strict=True))
+        texts = [text_of[body] for body in bodies]
         keys = seeds.mix(*key, FEEDBACK, np.array([request.group for request in requests]), np.array([request.sample for request in requests]))
-        verdicts = [task.env(request.prompt.problem, int(of)).verify(text) for request, of, text in zip(requests, keys, texts, strict=True)]
+        verdicts = [task.env(request.prompt.problem, of).verify(text) for request, of, text in zip(requests, keys.tolist(), texts, strict=True)]
         rows = zip(requests, prompts, answers, texts, verdicts, strict=True)
         return [Rollout(request.prompt, request.group, request.sample, *row) for request, *row in rows]
 

@@ -86,7 +86,7 @@ def optimisation_step(trainer: Trainer, batch: Batch, config: TrainConfig, step:
     if rehearsal is not None:
         kept, kept_stats = gradients(student, rehearsal.reference, rehearsal.batch, objective.plain(config), trainer.vocab, config.rehearsal_weight)
         parts.append((rehearsal.batch, kept_stats))
-    grad_norm = torch.nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], config.max_grad_norm)
+    grad_norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], config.max_grad_norm)
     whole = loss if kept is None else loss + kept
     if not (torch.isfinite(whole) and torch.isfinite(grad_norm)):
         optimizer.zero_grad()  # a caller that catches this must not find the bad gradient
