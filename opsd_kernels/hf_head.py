@@ -81,14 +81,14 @@ def trunk(model: Module) -> Module:
 
 @torch.no_grad()
 def check_head(name: str, model: Module) -> None:
-    """One token through the model: raises ValueError where trunk and head, as read here, do not give its logits."""
+    """Four tokens through the model: raises ValueError where trunk and head, as read here, do not give its logits."""
     training = model.training
     model.eval()
     try:
-        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        expected = model(input_ids=token, use_cache=False).logits[:, -1:].float()  # of the whole model: prompt tuning shows
         head = Head.of(model)
-        logits = F.linear(trunk(model)(input_ids=token, use_cache=False).last_hidden_state, head.weight, head.bias).float() * head.logit_scale
+        tokens = torch.arange(min(4, head.weight.shape[0]), device=model.device)[None]  # one alone may be padding, whose embedding is 0
+        expected = model(input_ids=tokens, use_cache=False).logits[:, -tokens.shape[1] :].float()  # of the whole model: prompt tuning shows
+        logits = F.linear(trunk(model)(input_ids=tokens, use_cache=False).last_hidden_state, head.weight, head.bias).float() * head.logit_scale
         logits = logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
     finally:
         model.train(training)

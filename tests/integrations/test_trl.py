@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from opsd_kernels.hf_head import check_head
 from opsd_kernels.reference import linear_divergence_reference
 from opsd_kernels.testing import Outcome, assert_no_worse, assert_same_bits
 
@@ -361,3 +362,173 @@ def test_adapter_off_is_the_teacher(home):
     plain, actual, truth = outcomes
     assert truth.student_hidden.abs().max() > 0
     assert_no_worse(actual, plain, truth)
+
+
+# ---------------------------------------------------------------- what is not copied from TRL
+
+
+def masked_head(path, dtype):
+    """A model with one vocabulary entry that is never sampled: probability zero on both sides."""
+    model = load(path, dtype)
+    head, width = model.get_output_embeddings(), model.config.hidden_size
+    biased = torch.nn.Linear(width, V, dtype=dtype)
+    biased.weight = head.weight
+    biased.bias = torch.nn.Parameter(torch.where(torch.arange(V) == V - 1, -torch.inf, 0.0).to(dtype), requires_grad=False)
+    model.set_output_embeddings(biased)
+    return model
+
+
+@pytest.mark.parametrize("name, settings", [("SDPOTrainer", {**SDPO_DEFAULTS, **FULL}), ("IWOPDTrainer", {**JSD, "beta": 1.0, "loss_top_k": 0})])
+def test_a_masked_vocabulary_entry(home, monkeypatch, name, settings):
+    """TRL's loss is NaN: 0 * (-inf + inf). Ours is what the other entries say."""
+    batch = {key: torch.where(value == V - 1, 9, value) if not value.is_floating_point() else value for key, value in batch_for(name).items()}
+    outcomes = []
+    for cls, dtype, op in ((THEIRS[name], torch.float32, None), *((getattr(fused, name), *pair) for pair in zip(
+        (torch.float32, torch.float32, torch.float64), (fused.linear_divergence, judged, judged), strict=True))):  # fmt: skip
+        teacher = {"teacher_model_kind": "live"} if name == "SDPOTrainer" else {"teacher": masked_head(home.teacher, dtype)}
+        trainer = build(cls, name, home, student=masked_head(home.student, dtype), **teacher)
+        trainer.current_gradient_accumulation_steps = 1
+        with monkeypatch.context() as patch:
+            if op is not None:
+                patch.setattr(fused, "linear_divergence", op)
+            outcomes.append(one_step(trainer, batch, dtype, **settings))
+    theirs, actual, plain, truth = outcomes
+    assert theirs.loss.isnan() and truth.loss > 0
+    assert_no_worse(actual, plain, truth)
+
+
+def step_of_iw_opd(cls, home, data, dtype=torch.float32, **settings):
+    """The losses of one optimisation step as the optimizer sees them, and the batches."""
+    torch.manual_seed(0)
+    trainer = build(recorded(cls, divisor=False), "IWOPDTrainer", home, dtype, data=data, max_steps=1, per_device_train_batch_size=2, **settings)
+    trainer.train()
+    return torch.stack(trainer.losses).sum(), trainer
+
+
+def true_step(home, batches):
+    """TRL's own loss in float64, over the number of tokens that were sampled."""
+    judge = build(iw_opd.IWOPDTrainer, "IWOPDTrainer", home, torch.float64)
+    count = sum((batch["labels"] != -100).sum() for batch in batches)
+    return sum(judge.compute_loss(judge.model.train(), copied(batch, torch.float64), num_items_in_batch=count).detach() for batch in batches), count
+
+
+def test_the_divisor_is_what_was_sampled(home):
+    """TRL's counts the data set's completions, `gradient_accumulation_steps` times: none in a data set of prompts, and too many with accumulation."""
+    theirs, _ = step_of_iw_opd(iw_opd.IWOPDTrainer, home, ASKED)
+    assert not theirs.isfinite()
+    for data, steps in ((ASKED, 1), (CHATS, 2)):
+        mine, trainer = step_of_iw_opd(fused.IWOPDTrainer, home, data, gradient_accumulation_steps=steps)
+        truth, sampled = true_step(home, trainer.batches)
+        assert len(trainer.batches) == steps
+        assert_no_worse(mine, truth.float(), truth)
+    theirs, _ = step_of_iw_opd(iw_opd.IWOPDTrainer, home, CHATS, gradient_accumulation_steps=2)
+    counted = 2 * 4 * 5  # two copies of four completions of five tokens
+    assert_no_worse(theirs * counted / sampled, (theirs * counted / sampled).float(), truth)
+    assert counted != sampled
+
+
+@pytest.mark.parametrize("name", ["DistillationTrainer", "SDPOTrainer"])
+def test_mixed_precision_is_what_the_config_says(home, name):
+    """TRL's DistillationTrainer leaves the forward that has autocast in it: with bf16=True it computes in fp32. Its SDPOTrainer does not."""
+    seen = {}
+    for cls in (THEIRS[name], getattr(fused, name)):
+        trainer = build(cls, name, home, bf16=True, **({"teacher_model_kind": "live"} if name == "SDPOTrainer" else {}))
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.model = trainer.accelerator.prepare_model(trainer.model)
+        layer = trainer.model.model.layers[0].mlp.down_proj
+        layer.register_forward_hook(lambda _, __, output, key=cls: seen.update({key: output.dtype}))
+        assert one_step(trainer, batch_for(name)).loss.isfinite()
+    assert seen == {THEIRS[name]: torch.float32 if name == "DistillationTrainer" else torch.bfloat16, getattr(fused, name): torch.bfloat16}
+
+
+TINY = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1, "initializer_range": 0.5}  # fmt: skip
+HEADS = {
+    "Llama": {},
+    "Qwen3": {"head_dim": 8, "tie_word_embeddings": True},
+    "Gemma2": {"head_dim": 8, "final_logit_softcapping": 0.5},
+    "Cohere": {"logit_scale": 0.25},
+    "Granite": {"logits_scaling": 8.0},
+    "HyperCLOVAX": {"logits_scaling": 3.0},
+    "Phi": {},
+    "RecurrentGemma": {"logits_soft_cap": 0.7, "lru_width": 32, "head_dim": 8, "num_hidden_layers": 3},
+}
+
+
+def tiny(kind, **changes):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**{**TINY, **HEADS[kind], **changes}))
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_head_and_trunk_give_the_logits(kind):
+    model = tiny(kind).train()
+    if kind == "Phi":
+        torch.nn.init.normal_(model.lm_head.bias)
+    check_head("model", model)
+    assert model.training
+
+
+def test_a_head_that_is_not_read_right_is_refused():
+    cohere = tiny("Cohere")
+    cohere.logit_scale = 0.5  # not what its config says
+    bert = transformers.BertLMHeadModel(transformers.BertConfig(**{k: v for k, v in TINY.items() if "key_value" not in k}, is_decoder=True))
+    for model in (cohere, bert):
+        with pytest.raises(ValueError, match="^teacher_model: expected logits that are a linear head over the trunk.*off by"):
+            check_head("teacher_model", model)
+
+
+def test_recurrent_gemma_keeps_its_softcap(home, monkeypatch):
+    """TRL's DistillationTrainer does not know `logits_soft_cap`."""
+    batch, outcomes = batch_for("DistillationTrainer"), []
+    for cls, dtype, op in ((THEIRS["DistillationTrainer"], torch.float32, None), *((fused.DistillationTrainer, *pair) for pair in (
+        (torch.float32, fused.linear_divergence), (torch.float32, judged), (torch.float64, judged)))):  # fmt: skip
+        student = tiny("RecurrentGemma", num_hidden_layers=2).to(dtype)
+        trainer = build(cls, "DistillationTrainer", home, student=student, teacher=tiny("RecurrentGemma", initializer_range=1.0).to(dtype))
+        with monkeypatch.context() as patch:
+            if op is not None:
+                patch.setattr(fused, "linear_divergence", op)
+            outcomes.append(one_step(trainer, batch, dtype))
+    theirs, actual, plain, truth = outcomes
+    assert_no_worse(actual, plain, truth)
+    with pytest.raises(AssertionError, match="loss: error"):
+        assert_no_worse(theirs, plain, truth)
+
+
+# ---------------------------------------------------------------- settings that are refused, and one that is added
+
+
+@pytest.mark.parametrize(
+    "name, settings, match",
+    [
+        ("SDPOTrainer", {"distillation_mode": "topk_logits", "distillation_topk": None}, "^distillation_topk: expected a number"),
+        ("SDPOTrainer", {"loss_type": "sapo"}, "^loss_type: expected 'grpo', .*got 'sapo'"),
+        ("SDPOTrainer", {"use_teacher_server": True}, "^use_teacher_server: expected False.*got True"),
+        ("IWOPDTrainer", {"distillation_objective": "jsd", "beta": 0.5, "loss_top_k": 4}, "^loss_top_k: expected 0 where 0 < beta < 1.*got 4"),
+        ("IWOPDTrainer", {"use_teacher_server": True, "teacher_model_server_url": "http://localhost:1"}, "^use_teacher_server: expected False"),
+    ],
+)
+def test_settings_without_a_fused_loss_are_refused(home, name, settings, match):
+    with pytest.raises(ValueError, match=match):
+        build(getattr(fused, name), name, home, **settings)
+
+
+def test_models_without_a_fused_loss_are_refused(home):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    adapted = peft.get_peft_model(load(home.student), peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="^model: expected .* a linear head that has no adapter of its own"):
+        build(fused.SDPOTrainer, "SDPOTrainer", home, student=adapted, teacher_model_kind="base")
+    with pytest.raises(ValueError, match="^teacher_model: expected a local model"):
+        fused.DistillationTrainer(load(home.student), None, trl.DistillationConfig(home.out, bf16=False, use_cpu=True), PROMPTS, processing_class=tokenizer())
+
+
+def test_options_of_the_op_are_within_reach(home):
+    """A subclass states what TRL's config has no word for."""
+
+    class Clipped(fused.DistillationTrainer):
+        loss_options = {"token_clip": 0.05, "backend": "torch"}
+
+    batch = batch_for("DistillationTrainer")
+    free, clipped = (one_step(build(cls, "DistillationTrainer", home), batch).loss for cls in (fused.DistillationTrainer, Clipped))
+    assert 0 < clipped < free / 2
