@@ -7,12 +7,14 @@ from .logprobs import linear_logprobs
 from .modules import DistillationHead, LinearDivergenceLoss
 from .planner import ChunkPlan, plan
 from .topk import linear_topk_divergence
+from .vocab_parallel import VocabShard
 
 __all__ = [
     "ChunkPlan",
     "DistillationHead",
     "LinearDivergenceLoss",
     "TokenStats",
+    "VocabShard",
     "linear_divergence",
     "linear_logprobs",
     "linear_topk_divergence",

@@ -81,6 +81,18 @@ class Weigh(Protocol):
     def __call__(self, out: Outputs, rows: slice | Tensor) -> tuple[Tensor, Tensor | None]: ...
 
 
+class Shard(Protocol):
+    """What a head whose rows are spread over ranks adds to the loop (vocab_parallel.VocabShard). The sweeps of its backend know whole rows."""
+
+    def local(self, labels: Tensor) -> Tensor: ...
+
+    def of_owner(self, values: Tensor, labels: Tensor) -> Tensor: ...
+
+    def sum_hidden_grad(self, dh: Tensor) -> None: ...
+
+    def entries(self, rows: Rows, stats: Tensor, spec: RowSpec, restriction: Support) -> tuple[Entries, Entries]: ...
+
+
 class Workspace:
     """The reused buffers of a call: a pair of logits buffers (one without a teacher), and the packed rows that feed them."""
 
@@ -131,6 +143,7 @@ class Loop:
     restriction: Support | None
     saved: bool  # stats and A in `out` are those of an earlier call: only the gradients are computed
     weigh: Weigh | None
+    shard: Shard | None  # None: the heads are whole
     out: Outputs
     space: Workspace
 
@@ -190,14 +203,17 @@ class Loop:
         at_label = self._label_logits(chunk, rows)
         stats = self.out.stats[rows] if self.saved else self.backend.row_stats(chunk.S, chunk.T, self.spec, chunk.bias_s, chunk.bias_t, self.wanted.metrics)
         listed = (None if given is None else given[rows] for given in (self.tokens.topk_ids, self.tokens.topk_logprobs))
-        at: Entries = support.entries(chunk, stats, self.spec, self.restriction, *listed)
+        if self.shard is None:
+            at = own = support.entries(chunk, stats, self.spec, self.restriction, *listed)
+        else:
+            at, own = self.shard.entries(chunk, stats, self.spec, self.restriction)
         result: Restricted = support.restricted(at, stats, self.spec, self.restriction.tail)
         if not self.saved:
             self._keep(rows, stats, result.loss, result.A, at_label)
         if self.wanted.gradient:
             factor, policy = (self._known("factor", rows), self._known("policy", rows)) if self.weigh is None else self._weighed(rows)
-            labels = self._known("labels", rows)
-            support.write_gradient_(self.backend, chunk, stats, self.spec, at, result, factor, policy, labels, self.space.gradient(chunk.S))
+            labels = None if policy is None else self._columns(rows)
+            support.write_gradient_(self.backend, chunk, stats, self.spec, own, result, factor, policy, labels, self.space.gradient(chunk.S))
 
     def _gradient(self, chunk: Rows, rows: slice | Tensor, stats: Tensor, A: Tensor, factor: Tensor, policy: Tensor | None) -> None:
         labels = None if policy is None else self._known("labels", rows)
@@ -207,6 +223,11 @@ class Loop:
     def _known(self, name: str, rows: slice | Tensor) -> Tensor | None:
         value = getattr(self.tokens, name)
         return None if value is None else self._counted(value[rows], rows)
+
+    def _columns(self, rows: slice | Tensor) -> Tensor:
+        """(n,) where the labels lie in these heads; -1 where in another rank's."""
+        labels = self._known("labels", rows)
+        return labels if self.shard is None else self.shard.local(labels)
 
     def _counted(self, values: Tensor, rows: slice | Tensor) -> Tensor:
         """(n, ...) values of a chunk, 0 in the rows that are computed but do not count."""
@@ -222,23 +243,31 @@ class Loop:
         out = self.out
         out.stats[rows], out.loss[rows], out.A[rows] = (self._counted(x, rows) for x in (stats, loss, A))
         if at_label is not None:
-            out.logprobs[rows] = self._counted(_label_logprobs(at_label, stats), rows)
+            logprobs = _label_logprobs(at_label, stats)
+            if self.shard is not None:
+                logprobs = self.shard.of_owner(logprobs, self._known("labels", rows))
+            out.logprobs[rows] = self._counted(logprobs, rows)
 
     def _label_logits(self, chunk: Rows, rows: slice | Tensor) -> torch_rows.Logits | None:
-        """Logits at each row's label, (n, 1), before the gradient overwrites S."""
+        """Logits at each row's label, (n, 1), before the gradient overwrites S; any where the label lies in another rank's head."""
         if self.out.logprobs is None or self.saved:
             return None
-        raw = chunk.at(self._known("labels", rows)[:, None])
+        raw = chunk.at(self._columns(rows)[:, None].clamp(min=0))
         return torch_rows.logits(*raw[:2], self.spec, *raw[2:])
 
     def _hidden_grad(self, G: Tensor, rows: slice | Tensor, scale: Tensor | None) -> None:
         dh = self.out.dh
-        packed = dh[rows] if isinstance(rows, slice) else dh.new_empty(G.shape[0], dh.shape[1])
+        in_place = isinstance(rows, slice) and self.shard is None
+        # Parts that ranks add up are not rounded to 16 bits before.
+        dtype = dh.dtype if self.shard is None else projection.accumulator_dtype(dh.dtype)
+        packed = dh[rows] if in_place else dh.new_empty(G.shape[0], dh.shape[1], dtype=dtype)
         projection.project(G, self.heads.student_weight.t(), packed)
+        if self.shard is not None:
+            self.shard.sum_hidden_grad(packed)
         if scale is not None:
             packed.mul_(scale[:, None])
-        if not isinstance(rows, slice):
-            dh[rows] = packed
+        if not in_place:
+            dh[rows] = packed.to(dh.dtype)
 
 
 def run(
@@ -253,11 +282,12 @@ def run(
     saved: tuple[Tensor, Tensor] | None = None,  # (stats, A) of an earlier call: only the gradients are computed
     weigh: Weigh | None = None,  # the factors, where they depend on statistics
     bounds: list[slice] | None = None,  # chunks other than the plan's, none longer
+    shard: Shard | None = None,
 ) -> Outputs:
     """Losses, statistics and gradients of all chunks. `tokens.index` has plan.tokens rows."""
     out = _allocate(heads, plan, wanted, tokens.labels, saved)
     space = Workspace(heads, spec, plan)
-    loop = Loop(heads, spec, plan, backend, wanted, tokens, restriction, saved is not None, weigh, out, space)
+    loop = Loop(heads, spec, plan, backend, wanted, tokens, restriction, saved is not None, weigh, shard, out, space)
     for position, rows in enumerate(plan.bounds() if bounds is None else bounds):
         loop.chunk(rows if tokens.index is None else tokens.index[rows], first=position == 0)
     del loop, space  # before dW is cast: the two never stand together

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import inputs
+from . import inputs, vocab_parallel
 from .evaluation import TokenStats, evaluate, make_job
 from .inputs import Head
 from .spec import Divergence, LogitTransform, RowSpec, Support, check_number, expect
@@ -60,14 +60,16 @@ class Options:
         )
 
     def evaluate(self, student: Head, teacher: Head, **policy: object) -> Tensor | tuple[Tensor, TokenStats]:
-        if self.group is not None:
-            raise NotImplementedError("group: expected None, got a process group: vocabulary-parallel heads are not in this version")
+        shard = None if self.group is None else vocab_parallel.shard_of(self.group, student.weight)
+        student, teacher = (Head(side.hidden, *vocab_parallel.local_head(name, side.weight, side.bias, shard)) for name, side in
+                            (("student", student), ("teacher", teacher)))  # fmt: skip
         support = Support.parse(self.topk, self.topk_support, self.topk_tail)
         spec = self.spec()
         flat, other, shared = inputs.heads(student=student, teacher=teacher)
         valid, labels = inputs.valid_tokens(student.hidden, self.labels, self.ignore_index, self.mask)
-        vocab = inputs.vocabulary(student.weight.shape[0], teacher.weight.shape[0], self.vocab_size)
-        call = inputs.make_call(spec, flat, other, shared, valid, labels, vocab, self.logits_dtype, self.workspace_bytes, self.backend, support)
+        rows = (head.weight.shape[0] if shard is None else shard.vocab_size for head in (student, teacher))
+        vocab = inputs.vocabulary(*rows, self.vocab_size)
+        call = inputs.make_call(spec, flat, other, shared, valid, labels, vocab, self.logits_dtype, self.workspace_bytes, self.backend, support, shard=shard)
         job = make_job(call, student.hidden, self.token_weights, self.reduction, self.normalizer, **policy)
         return evaluate(job, self.backward, self.return_stats)
 
@@ -135,11 +137,13 @@ def linear_divergence(
     labels, mask: a token with `labels == ignore_index` or `mask == 0` is not valid: it costs nothing, influences nothing, may hold inf or NaN.
     reduction: `none` weighted divergence per token; `sum`; `mean` = sum / `normalizer` (default: number of valid tokens); `sequence_mean` for (B, T, H).
     backward: `in_forward` (four GEMM passes, three with a frozen head), `recompute` (six; any upstream gradient per token), `auto`.
+    group: a process group or a `VocabShard`: both heads are slices of dimension 0, one per rank, `hidden` is the same on all; losses and gradients are those
+        of the whole heads, `student_hidden.grad` summed over the group. A DTensor sharded on dimension 0 may stand for a slice.
     logits_dtype: `auto` (the inputs' for a shared head, by the difference GEMM; fp32 for two heads, tvd, an entry clip, weights that read log-probs),
         `torch.float32`, `"input"`.
 
     Returns the loss, 0-dim or (...) for `none`, in fp32 (fp64 for fp64 inputs); with `return_stats` also TokenStats. Raises ValueError or TypeError naming
-    argument, expected and got; NotImplementedError for `group`, which is not in this version.
+    argument, expected and got.
     """
     options = Options(
         divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature, student_bias=student_bias,

@@ -13,6 +13,7 @@ from .ops import Call, pack_support, pack_transform
 from .planner import DTYPES, parse_logits_dtype, workspace_budget
 from .projection import same_storage
 from .spec import REDUCTIONS, RowSpec, Support, check_choice, check_number, expect
+from .vocab_parallel import VocabShard
 
 
 class Head(NamedTuple):
@@ -134,10 +135,12 @@ def make_call(
     backend: str | None,
     support: Support | None = None,
     listed: tuple[Tensor | None, Tensor | None] = (None, None),
+    shard: VocabShard | None = None,
 ) -> Call:
     backends.check_name(backend)
     workspace_budget(workspace_bytes)
     logits_dtype = parse_logits_dtype(logits_dtype)
+    bounds, group = ([], None) if shard is None else shard.cut(vocab).pack()
     grad = torch.is_grad_enabled()
     wants = [grad and x is not None and x.requires_grad for x in student]
     return Call(
@@ -160,6 +163,8 @@ def make_call(
         logits_dtype="float32" if logits_dtype == "auto" and spec.kinked else logits_dtype,
         workspace_bytes=workspace_bytes,
         backend=backend,
+        shard=bounds,
+        group=group,
         grad_hidden=wants[0],
         grad_weight=wants[1],
         grad_bias=wants[2],

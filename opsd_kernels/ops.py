@@ -15,6 +15,7 @@ from .kernels.contract import Column, stats_dtype
 from .planner import SM_COUNT, ChunkPlan, align, held_dtype, plan, resolve_logits
 from .projection import same_storage
 from .spec import TAILS, Divergence, Kind, LogitTransform, RowSpec, Support, expect
+from .vocab_parallel import ShardedRows, VocabShard
 
 
 class Call(NamedTuple):
@@ -43,6 +44,8 @@ class Call(NamedTuple):
     logits_dtype: str
     workspace_bytes: int | None
     backend: str | None
+    shard: list[int]  # of heads spread over ranks, and their group: see VocabShard.pack; empty: whole heads
+    group: str | None
     grad_hidden: bool
     grad_weight: bool
     grad_bias: bool
@@ -51,12 +54,21 @@ class Call(NamedTuple):
     def gradient(self) -> bool:
         return self.grad_hidden or self.grad_weight or self.grad_bias
 
+    @property
+    def slice(self) -> VocabShard | None:
+        return VocabShard.unpack(self.shard, self.group)
+
+    @property
+    def columns(self) -> int:
+        """Of the vocabulary in use, those that this rank's heads have."""
+        return self.vocab if not self.shard else self.slice.stop - self.slice.start
+
 
 _CALL_SCHEMA = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? factor, Tensor? policy, Tensor? valid, Tensor? labels, Tensor? topk_ids, Tensor? topk_logprobs, int kind, float beta, float[] dialect, "
     "int[] support, float[] student_transform, float[] teacher_transform, bool shared_head, int vocab, "
-    "str logits_dtype, int? workspace_bytes, str? backend, bool grad_hidden, bool grad_weight, bool grad_bias"
+    "str logits_dtype, int? workspace_bytes, str? backend, int[] shard, str? group, bool grad_hidden, bool grad_weight, bool grad_bias"
 )
 _SCHEMAS = (
     f"linear_divergence({_CALL_SCHEMA}, bool metrics, bool recompute)"
@@ -93,15 +105,15 @@ def _heads(call: Call) -> Heads:
         return x if x is None or (x.stride(1) == 1 and x.stride(0) >= x.shape[1]) else x.contiguous()
 
     def cut(bias: Tensor | None) -> Tensor | None:
-        return None if bias is None else bias[: call.vocab].to(wide).contiguous()
+        return None if bias is None else bias[: call.columns].to(wide).contiguous()
 
     weight_s = rows(call.student_weight)
     weight_t = weight_s if call.shared_head else rows(call.teacher_weight)
     bias_s = cut(call.student_bias)
     bias_t = bias_s if same_storage(call.student_bias, call.teacher_bias) else cut(call.teacher_bias)
     hidden_s, hidden_t = rows(call.student_hidden), rows(call.teacher_hidden)
-    weight_t = None if weight_t is None else weight_t[: call.vocab]
-    return Heads(hidden_s, weight_s[: call.vocab], bias_s, hidden_t, weight_t, bias_t, padded_vocab=weight_s.shape[0])
+    weight_t = None if weight_t is None else weight_t[: call.columns]
+    return Heads(hidden_s, weight_s[: call.columns], bias_s, hidden_t, weight_t, bias_t, padded_vocab=weight_s.shape[0])
 
 
 class Computed(NamedTuple):
@@ -148,7 +160,7 @@ def _plan(call: Call, heads: Heads, tokens: int, scope: str = "index", longest: 
     divergence, device = Divergence(Kind(call.kind), call.beta), heads.student_hidden.device
     chunks = plan(
         tokens,
-        call.vocab,
+        call.slice.widest if call.shard else call.vocab,  # ranks walk the same chunks
         heads.student_hidden.shape[1],
         0 if heads.teacher_hidden is None else heads.teacher_hidden.shape[1],
         heads.student_hidden.dtype,
@@ -180,8 +192,9 @@ def _walk(call: Call, heads: Heads, spec: RowSpec, chunks: ChunkPlan, computed: 
     wanted = Wanted(call.grad_hidden, call.grad_weight, call.grad_bias, metrics) if gradients else Wanted(metrics=metrics)
     tokens = Tokens(computed.index, computed.valid, call.factor, call.policy, call.labels, call.topk_ids, call.topk_logprobs)
     with torch.autocast(call.student_hidden.device.type, enabled=False):
-        backend = backends.select(call.backend, call.student_hidden.device, chunks.logits_dtype)
-        return chunked.run(heads, spec, chunks, backend, wanted, tokens, restriction=_unpack_support(call.support), **how)
+        backend, shard = backends.select(call.backend, call.student_hidden.device, chunks.logits_dtype), call.slice
+        backend = backend if shard is None else ShardedRows(backend, shard)
+        return chunked.run(heads, spec, chunks, backend, wanted, tokens, restriction=_unpack_support(call.support), shard=shard, **how)
 
 
 def weighted_forward(call: Call, weigh: chunked.Weigh, scope: str, lengths: Callable[[bool], list[int]]) -> chunked.Outputs:

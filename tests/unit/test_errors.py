@@ -126,8 +126,8 @@ def test_bad_arguments(changes, error, parts):
         assert part in str(caught.value), f"{part!r} is not in: {caught.value}"
 
 
-def test_what_this_version_lacks_says_so():
-    with pytest.raises(NotImplementedError, match="group"):
+def test_a_group_is_a_process_group_or_a_shard():
+    with pytest.raises(TypeError, match="group: expected a torch.distributed process group, a VocabShard or None, got object"):
         call(group=object())
 
 

@@ -1,0 +1,172 @@
+"""One rank of the data-parallel tests: DistillationHead under FSDP2 and DDP against one process that sees all tokens. See test_data_parallel.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from launching import join
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from opsd_kernels import DistillationHead
+from opsd_kernels.testing import assert_no_worse
+
+N, H, V, STEPS, RATE = 24, 16, 101, 3, 0.5
+MANY_CHUNKS = 3000  # bytes of workspace: three rows a chunk
+
+
+class Model(nn.Module):
+    """A trunk, and a head that is its own teacher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(H, H)
+        self.head = DistillationHead(nn.Linear(H, V, bias=False), divergence="jsd")
+
+    def forward(self, inputs: Tensor, told: Tensor, **tensors: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher = torch.tanh(self.trunk(inputs + told))
+        return self.head(torch.tanh(self.trunk(inputs)), teacher, **tensors)
+
+
+def made(seed: int = 0) -> Model:
+    torch.manual_seed(seed)
+    model = Model()
+    with torch.no_grad():
+        model.head.lm_head.weight.mul_(3)
+    return model
+
+
+def tokens(ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, what the teacher is told, and labels of all ranks, (ranks, N, ...). Of the last rank no token counts."""
+    gen = torch.Generator().manual_seed(1)
+    inputs, told = torch.randn(2, ranks, N, H, generator=gen)
+    labels = torch.randint(V, (ranks, N), generator=gen)
+    labels[torch.rand(ranks, N, generator=gen) < 0.3] = -100
+    if ranks > 1:
+        labels[-1] = -100
+    return inputs, told, labels
+
+
+def alone(ranks: int, dtype: torch.dtype) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses and weights after some steps of one process."""
+    model, (inputs, told, labels) = made().to(dtype), tokens(ranks)
+    inputs, told = inputs.to(dtype), told.to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    losses = []
+    for _ in range(STEPS):
+        loss = model(inputs.flatten(0, 1), told.flatten(0, 1), labels=labels.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def together(model: nn.Module, rank: int, ranks: int, **options: object) -> list[float]:
+    """The same steps, each rank with its own tokens: the mean over all ranks' tokens, by a normalizer that undoes the average over ranks."""
+    inputs, told, labels = (part[rank] for part in tokens(ranks))
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    losses = []
+    for _ in range(STEPS):
+        count = (labels >= 0).sum()
+        dist.all_reduce(count)
+        loss = model(inputs, told, labels=labels, normalizer=count / ranks, **options)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        losses.append(float(total) / ranks)
+    return losses
+
+
+def check_fsdp(rank: int, ranks: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = made()
+    fully_shard(model.head)
+    fully_shard(model)
+    same_as_one(ranks, together(model, rank, ranks), {name: p.full_tensor() for name, p in model.named_parameters()})
+
+
+class Collectives(TorchDispatchMode):
+    """Counts collectives by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if "c10d" in function.namespace:
+            self.counts[function.name()] += 1
+        return function(*arguments, **(options or {}))
+
+
+def check_fsdp_gathers_the_head_once(rank: int, ranks: int) -> None:
+    """As many collectives with one chunk as with many."""
+    from torch.distributed.fsdp import fully_shard
+
+    counts = []
+    for options in ({}, {"workspace_bytes": MANY_CHUNKS}):
+        model = made()
+        fully_shard(model.head)
+        fully_shard(model)
+        with Collectives() as collectives:
+            together(model, rank, ranks, **options)
+        counts.append(collectives.counts)
+    assert counts[0] == counts[1] and any("allgather" in name for name in counts[0]), counts
+
+
+def check_ddp(rank: int, ranks: int) -> None:
+    model = nn.parallel.DistributedDataParallel(made())
+    same_as_one(ranks, together(model, rank, ranks), {name.removeprefix("module."): p.detach() for name, p in model.named_parameters()})
+
+
+def same_as_one(ranks: int, losses: list[float], weights: dict[str, Tensor]) -> None:
+    """Against float64, no worse than one process at the same precision."""
+    (losses_of_one, one), (true_losses, truth) = (alone(ranks, dtype) for dtype in (torch.float32, torch.float64))
+    assert_no_worse(*(torch.tensor(values) for values in (losses, losses_of_one, true_losses)))
+    assert weights.keys() == truth.keys()
+    for name, weight in truth.items():
+        assert_no_worse(weights[name], one[name], weight)
+
+
+def die(rank: int, ranks: int) -> None:
+    """The last rank ends in the middle of the work; the others must come to an error."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = made()
+    fully_shard(model.head)
+    fully_shard(model)
+    together(model, rank, ranks)
+    if rank == ranks - 1:
+        os._exit(7)
+    together(model, rank, ranks)
+
+
+def main(rank: str, world: str, rendezvous: str, result: str, task: str = "check") -> None:
+    join(rank, world, rendezvous, timeout_s=20.0)
+    if task == "die":
+        die(int(rank), int(world))
+        return
+    outcomes = {}
+    for function in (check_fsdp, check_fsdp_gathers_the_head_once, check_ddp):
+        try:
+            function(int(rank), int(world))
+            outcomes[function.__name__] = None
+        except Exception:  # told by name: the other checks go on
+            outcomes[function.__name__] = traceback.format_exc()[-2000:]
+    Path(result).write_text(json.dumps(outcomes))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

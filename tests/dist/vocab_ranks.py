@@ -1,0 +1,224 @@
+"""One rank of the vocabulary-parallel tests: every case on shards, judged on the whole against float64 as a single process is. See test_vocab_parallel.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from launching import join
+
+from opsd_kernels import VocabShard, linear_divergence
+from opsd_kernels.reference import linear_divergence_reference
+from opsd_kernels.spec import KIND_NAMES
+from opsd_kernels.testing import Case, Outcome, assert_no_worse, assert_on_target, evaluate, hard_case, plain_outcomes
+from opsd_kernels.weights import EntropyGate, MeanOne, PrefixDiscrepancy
+
+V = 211
+TRANSFORM = {"temperature": 0.7, "teacher_temperature": 1.4, "student_logit_scale": 1.2, "student_softcap": 25.0, "teacher_softcap": 30.0}
+# name: what makes the case, what op and reference are told, what the op alone is told
+CASES: dict[str, tuple[dict, dict, dict]] = {}
+for name in KIND_NAMES:
+    CASES[f"{name}, two heads"] = ({}, {"divergence": name}, {})
+    CASES[f"{name}, shared head, near"] = ({"shared_head": True, "near": 1e-3}, {"divergence": name}, {})
+    CASES[f"{name}, clips"] = ({}, {"divergence": name, "entry_clip": 0.05, "token_clip": 0.6}, {})
+for side in ("student", "teacher"):
+    for tail in ("bucket", "renormalize", "none"):
+        CASES[f"top 5 of the {side}, {tail}"] = ({"views": False, "largest_logit": 8.0}, {"topk": 5, "topk_support": side, "topk_tail": tail}, {})
+CASES |= {
+    "padded": ({"padding": 3, "shared_head": True}, {}, {}),
+    "transforms": ({}, {**TRANSFORM, "divergence": "jsd"}, {}),
+    "wider teacher": ({"teacher_width": 61}, {"divergence": "skew_reverse_kl", "beta": 0.9}, {}),
+    "teacher entry masked": ({"masked_entry": "teacher"}, {"divergence": "forward_kl"}, {}),
+    "frozen head": ({"frozen_head": True}, {"divergence": "jsd"}, {}),
+    "teacher mix": ({"shared_head": True, "near": 1e-2}, {"teacher_mix": 0.3}, {}),
+    "recompute": ({}, {"divergence": "jsd"}, {"backward": "recompute"}),
+    "per token": ({}, {"divergence": "forward_kl", "reduction": "none"}, {}),
+    "sequences": ({"batch": 4}, {"reduction": "sequence_mean"}, {}),
+    "gate": ({"batch": 4}, {"token_weights": EntropyGate("student", below=2.0)}, {}),
+    "prefix": ({"batch": 4}, {"token_weights": MeanOne(PrefixDiscrepancy(0.5))}, {}),
+    "prefix, several chunks": ({"batch": 4}, {"token_weights": PrefixDiscrepancy(0.5)}, {"workspace_bytes": 6200}),
+}
+SIDES = [f"{side}_{name}" for side in ("student", "teacher") for name in ("entropy", "max_prob", "logprob")]
+STATISTICS = ("divergence", "top1_agreement", *SIDES)
+
+
+def cut(case: Case, shard: VocabShard) -> Case:
+    """This rank's part of a case."""
+    def rows(tensor):
+        return None if tensor is None else tensor[shard.start : shard.stop]
+
+    weight = rows(case.student_weight)
+    teacher = weight if case.teacher_weight is case.student_weight else rows(case.teacher_weight)
+    bias = rows(case.student_bias)
+    teacher_bias = bias if case.teacher_bias is case.student_bias else rows(case.teacher_bias)
+    return replace(case, student_weight=weight, teacher_weight=teacher, student_bias=bias, teacher_bias=teacher_bias)
+
+
+def whole(outcome: Outcome) -> Outcome:
+    """Gradients of the head put together; everything else must be the same on all ranks, to the bit."""
+    def everyone(tensor):
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, tensor)
+        return parts
+
+    for name in ("loss", "student_hidden"):
+        parts = everyone(getattr(outcome, name))
+        assert all(torch.equal(parts[0], part) or (parts[0].isnan() == part.isnan()).all() for part in parts), f"{name} differs between ranks"
+    grads = {name: getattr(outcome, name) for name in ("student_weight", "student_bias")}
+    return replace(outcome, **{name: torch.cat(everyone(grad)) for name, grad in grads.items() if grad is not None})
+
+
+def shards(count: int) -> list[VocabShard]:
+    """Even ones, and ones of very different widths."""
+    world, group = dist.get_world_size(), dist.group.WORLD
+    uneven = (0, *(count // 2 + 7 * rank for rank in range(world - 1)), count)
+    return [VocabShard.from_vocab(count, group), VocabShard(uneven, group)]
+
+
+def check(name: str, dtype: torch.dtype) -> None:
+    made, told, alone = CASES[name]
+    case = hard_case(28, V, 48, dtype, **made)
+    told = {"reduction": "sum", **told}
+    if told.get("topk") or not isinstance(told.get("token_weights", torch.ones(())), torch.Tensor):
+        case = replace(case, token_weights=None)
+    truth, plain = evaluate(linear_divergence_reference, case.double(), **told), plain_outcomes(case, **told)
+    alone = {"workspace_bytes": 2 * V * dtype.itemsize * 9, **alone}
+    for shard in shards(case.student_weight.shape[0]):
+        ours = whole(evaluate(linear_divergence, cut(case, shard), **told, **alone, group=shard))
+        if told.get("divergence") == "tvd" and "near" in made:  # entries at the kink: their gradient is anyone's
+            assert_on_target(ours, truth, "default")
+            assert_no_worse(ours.value(), [outcome.value() for outcome in plain], truth.value())
+        else:
+            assert_no_worse(ours, plain, truth)
+
+
+def check_statistics(dtype: torch.dtype) -> None:
+    case = replace(hard_case(28, V, 48, dtype, shared_head=True, near=0.1), trainable=())
+    alone, truth = (evaluate(linear_divergence, one, return_stats=True).stats for one in (case, case.double()))
+    for shard in shards(V):
+        ours = evaluate(linear_divergence, cut(case, shard), return_stats=True, group=shard).stats
+        for name in STATISTICS:
+            assert_no_worse(getattr(ours, name), getattr(alone, name), getattr(truth, name))
+
+
+def check_unreduced() -> None:
+    """With the switch off each rank keeps its part of the hidden states' gradient: their sum is the whole."""
+    case, group = hard_case(28, V, 48), dist.group.WORLD
+    shard = VocabShard.from_vocab(V, group)
+    summed = evaluate(linear_divergence, cut(case, shard), group=shard).student_hidden
+    part = evaluate(linear_divergence, cut(case, shard), group=replace(shard, reduce_hidden_grad=False)).student_hidden
+    assert not torch.equal(summed, part)
+    dist.all_reduce(part)
+    assert_no_worse(part, summed, evaluate(linear_divergence_reference, case.double()).student_hidden)
+
+
+def check_group_alone() -> None:
+    """A bare group: the ranks tell each other how many rows they have."""
+    case, shard = hard_case(28, V, 48), VocabShard.from_vocab(V, dist.group.WORLD)
+    by_group = evaluate(linear_divergence, cut(case, shard), group=dist.group.WORLD)
+    by_shard = evaluate(linear_divergence, cut(case, shard), group=shard)
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(by_group.named(), by_shard.named(), strict=True))
+
+
+def check_communication() -> None:
+    """Per chunk: the statistics of each row, once more two numbers for a divergence of two sweeps, two for a label; and dh once."""
+    sent: list[tuple[str, int]] = []
+    originals = dist.all_gather, dist.all_reduce
+
+    def gather(parts, values, group=None):
+        sent.append(("gather", values.numel()))
+        return originals[0](parts, values, group=group)
+
+    def reduce(values, group=None):
+        sent.append(("sum", values.numel()))
+        return originals[1](values, group=group)
+
+    N, H, rows = 32, 48, 8
+    case = replace(hard_case(N, V, H, views=False), mask=None, labels=torch.arange(N), token_weights=None)
+    shard = VocabShard.from_vocab(V, dist.group.WORLD)
+    dist.all_gather, dist.all_reduce = gather, reduce
+    try:
+        budget = 2 * (-(-shard.widest // 16) * 16) * 4 * rows
+        evaluate(linear_divergence, cut(case, shard), divergence="jsd", group=shard, workspace_bytes=budget)
+    finally:
+        dist.all_gather, dist.all_reduce = originals
+    chunks = [sent[i : i + 4] for i in range(0, len(sent), 4)]
+    counts = [chunk[0][1] // 8 for chunk in chunks]
+    assert len(chunks) > 1 and sum(counts) == N, sent
+    for chunk, rows in zip(chunks, counts, strict=True):
+        assert chunk == [("gather", 8 * rows), ("gather", 3 * rows), ("sum", 2 * rows), ("sum", H * rows)], sent
+
+
+def check_dtensor() -> None:
+    """DTensor heads as shards, and made whole once with gradients that go back to where the rows are."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    from opsd_kernels.vocab_parallel import gathered
+
+    world = dist.get_world_size()
+    mesh, case = init_device_mesh("cpu", (world,)), hard_case(28, V, 48, views=False, bias=False)
+    one = evaluate(linear_divergence, case)
+    head = distribute_tensor(case.student_weight, mesh, [Shard(0)]).requires_grad_()
+    hidden = case.student_hidden.clone().requires_grad_()
+    for weight, group in ((head, mesh.get_group()), (gathered(head), None)):
+        loss = linear_divergence(hidden, weight, case.teacher_hidden, weight.detach() * 0.9, group=group, **case.options())
+        expected = replace(case, teacher_weight=case.student_weight * 0.9)
+        truth = evaluate(linear_divergence, expected)
+        dh, dW = torch.autograd.grad(loss * case.upstream, [hidden, head])
+        assert dW.placements == head.placements
+        assert_no_worse(Outcome(loss.detach(), dh, dW.full_tensor()), plain_outcomes(expected), evaluate(linear_divergence_reference, expected.double()))
+        assert truth.loss.shape == one.loss.shape
+    for weight, says in ((head, "with `group`"), (distribute_tensor(case.student_weight, mesh, [Replicate()]), "sharded on dimension 0")):
+        try:
+            linear_divergence(hidden, weight, case.teacher_hidden, case.teacher_weight, group=None if weight is head else dist.group.WORLD)
+        except ValueError as error:
+            assert says in str(error), error
+        else:
+            raise AssertionError(f"no error for {weight.placements}")
+
+
+def check_errors() -> None:
+    case, shard = hard_case(28, V, 48), VocabShard.from_vocab(V, dist.group.WORLD)
+    part = cut(case, shard)
+    wrong = {
+        "student_weight: expected": lambda: evaluate(linear_divergence, case, group=shard),
+        "group: expected": lambda: evaluate(linear_divergence, part, group="all"),
+        "vocab_size: expected a size above": lambda: evaluate(linear_divergence, part, group=shard, vocab_size=3),
+        "bounds: expected": lambda: VocabShard((0, 5), dist.group.WORLD),
+        "at least one row": lambda: VocabShard.from_vocab(1, dist.group.WORLD),
+    }
+    for says, call in wrong.items():
+        try:
+            call()
+        except (ValueError, TypeError) as error:
+            assert says in str(error), error
+        else:
+            raise AssertionError(f"no error: {says}")
+
+
+def main(rank: str, world: str, rendezvous: str, result: str) -> None:
+    join(rank, world, rendezvous)
+    checks = {f"{name}, {dtype}": (check, name, dtype) for name in CASES for dtype in (torch.float32, torch.float64)}
+    checks |= {f"statistics, {dtype}": (check_statistics, dtype) for dtype in (torch.float32, torch.float64)}
+    checks |= {f.__name__.removeprefix("check_"): (f,) for f in (check_unreduced, check_group_alone, check_communication, check_dtensor, check_errors)}
+    outcomes = {}
+    for name, (function, *arguments) in checks.items():
+        try:
+            function(*arguments)
+            outcomes[name] = None
+        except Exception:  # told by name: the other cases go on
+            outcomes[name] = traceback.format_exc()[-1500:]
+        failed = [None] * int(world)
+        dist.all_gather_object(failed, outcomes[name] is not None)  # also keeps the ranks in step after a failure
+    Path(result).write_text(json.dumps(outcomes))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
