@@ -6,6 +6,7 @@ every success probability is exact: sum over `CODES`, or over `consistent(proble
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from itertools import product
 
@@ -21,7 +22,8 @@ CODES = tuple("".join(code) for code in product(SYMBOLS, repeat=LENGTH))
 HISTORIES = 64  # problem id = code * HISTORIES + history; from MARKING on, MARKING + guess * len(CODES) + code
 MARKING = len(CODES) * HISTORIES
 SPLIT_KEY, HISTORY_KEY = 409, 410
-COUNTS_SHARE, ANSWER_SHARE, PEER_SHARE = 0.45, 0.25, 0.2
+COUNTS_SHARE, ANSWER_SHARE, PEER_SHARE = 0.7, 0.1, 0.1
+TOLD = 4  # marked guesses that a context of the warm start holds at most
 
 
 def marks(guess: str, code: str) -> tuple[int, int]:
@@ -35,6 +37,13 @@ def line(guess: str, code: str) -> str:
     return f"{' '.join(guess)} {exact} {misplaced}"
 
 
+@functools.cache
+def marks_table() -> np.ndarray:  # -> (guesses, codes)
+    """The marks of every guess for every code, as 4 * exact + misplaced."""
+    pairs = [[marks(guess, code) for code in CODES] for guess in CODES]
+    return np.array([[4 * exact + misplaced for exact, misplaced in row] for row in pairs], dtype=np.int8)
+
+
 def history(problem: int) -> list[str]:
     """The guesses shown: random codes, none of them the hidden one."""
     code = problem // HISTORIES
@@ -44,8 +53,9 @@ def history(problem: int) -> list[str]:
 
 def consistent(problem: int) -> list[str]:
     """The codes that the guesses leave: a solver that sees the problem alone is right once in their number."""
-    truth, guesses = CODES[problem // HISTORIES], history(problem)
-    return [code for code in CODES if all(marks(guess, code) == marks(guess, truth) for guess in guesses)]
+    guesses, truth = [CODES.index(guess) for guess in history(problem)], problem // HISTORIES
+    table = marks_table()[guesses]
+    return [CODES[code] for code in np.flatnonzero((table == table[:, truth, None]).all(0))]
 
 
 def solution(problem: int) -> str:
@@ -111,15 +121,22 @@ class Mastermind(DemoTask):
 
     def privileged_example(self, rng: np.random.Generator) -> WarmExample:
         problem = self.train[rng.integers(len(self.train))]
-        code, wrong = CODES[problem // HISTORIES], CODES[rng.integers(len(CODES))]
         answer, kind = solution(problem), rng.random()
-        if kind < COUNTS_SHARE and wrong != code:
-            return WarmExample(asked(problem), Context((), line(wrong, code)), answer)
+        if kind < COUNTS_SHARE:
+            return WarmExample(asked(problem), Context((), self.counted(problem, rng)), answer)
         # These marks belong to other codes, so that only the context tells: the model learns to believe it.
         others = [CODES[rng.integers(len(CODES))] for _ in range(2 * GUESSES)]
         prompt = Prompt(problem, " ".join(line(guess, other) for guess, other in zip(others[:GUESSES], others[GUESSES:], strict=True)))
         if kind < COUNTS_SHARE + ANSWER_SHARE:
             return WarmExample(prompt, Context((), answer), answer)
         if kind < COUNTS_SHARE + ANSWER_SHARE + PEER_SHARE:
-            return WarmExample(prompt, self.siblings(answer, " ".join(wrong), rng), answer)
+            return WarmExample(prompt, self.siblings(answer, " ".join(CODES[rng.integers(len(CODES))]), rng), answer)
         return WarmExample(asked(problem), Context((answer,), "wrong"), answer)
+
+    def counted(self, problem: int, rng: np.random.Generator) -> str:
+        """One to `TOLD` wrong guesses with their marks, half of them such as the problem leaves, which is what a model guesses."""
+        code = problem // HISTORIES
+        left = [guess for guess in consistent(problem) if guess != CODES[code]]
+        others = CODES[:code] + CODES[code + 1 :]
+        pools = [left if left and rng.random() < 0.5 else others for _ in range(1 + rng.integers(TOLD))]
+        return " ".join(line(pool[rng.integers(len(pool))], CODES[code]) for pool in pools)

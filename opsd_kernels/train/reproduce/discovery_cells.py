@@ -1,0 +1,170 @@
+"""What `opsd reproduce discovery` runs: hard questions of each base model, learning rates, searches, and what the base model can do with feedback."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opsd_kernels.train import discover
+from opsd_kernels.train.config import TrainConfig
+from opsd_kernels.train.contexts import build_contexts
+from opsd_kernels.train.discover import Budget, chance_within, solved_within
+from opsd_kernels.train.discover_run import costs
+from opsd_kernels.train.log import Progress
+from opsd_kernels.train.reproduce.lab import Cell, Lab, Result, warm_cell
+from opsd_kernels.train.rollout import requests
+from opsd_kernels.train.session import reproducible
+from opsd_kernels.train.types import Context
+
+SELF, UNTOLD, BEST = "self-distillation", "self-distillation, told `wrong`", "best-of-k"
+TOLD_SAMPLES, TOLD_STREAM = 16, 26  # failed attempts at a question whose feedback the base model is given
+
+
+@dataclass(frozen=True)
+class Design:
+    """Seed i starts from base model i modulo `warm_seeds` and has questions of its own. The rates are chosen on others, of the first base model."""
+
+    seeds: int = 5
+    warm_seeds: int = 3
+    questions: int = 24
+    tuning: int = 8
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    below: float = 0.01
+    attempts: int = 256
+    batch: int = 8
+    windows: tuple[int, ...] = (1, 3)
+
+    def quick(self) -> Design:
+        return dataclasses.replace(self, seeds=1, warm_seeds=1, questions=3, rates=self.rates[1:2], below=1.0, attempts=10, batch=4, windows=(2,))
+
+    def budget(self, window: int = 1) -> Budget:
+        return Budget(self.attempts, self.batch, window)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Everything that was measured. Rows of the matrices are the questions of all seeds, in the order of `bases`; columns are numbers of attempts."""
+
+    design: Design
+    rates: dict[str, float]
+    scores: dict[str, dict[float, float]]
+    bases: np.ndarray  # (Q,) which base model
+    chances: np.ndarray  # (Q,) of the base model, exact
+    solved: dict[str, np.ndarray]  # (Q, K) by method
+    costs: dict[str, dict[str, float]]
+    told: dict[str, np.ndarray]  # (Q,) by what is in view
+
+
+def measure(lab: Lab, config: TrainConfig, design: Design) -> Found:
+    asked, spare = ask(lab, config, design)
+    configs = {seed: seeded(config, design, seed) for seed in asked}
+    views = {SELF: {}, UNTOLD: {"feedback": "wrong"}}
+    rates, scores = choose(lab, seeded(config, design, 0), design, views, spare)
+    arms = {name: ("self_distil", {**views[name], "learning_rate": rates[name]}, 1) for name in views}
+    arms |= {turns(window): ("multi_turn", {}, window) for window in design.windows}
+    places = [(name, seed) for name in arms for seed in asked]
+    cells = [
+        search_cell(dataclasses.replace(configs[seed], **arms[name][1]), arms[name][0], list(asked[seed]), design.budget(arms[name][2]))
+        for name, seed in places
+    ]
+    told = [Cell(f"{__name__}:told", {"config": asdict(configs[seed]), "problems": list(asked[seed]), "lines": max(design.windows)}) for seed in asked]
+    results = lab.run("searches", [*cells, *told])
+    searches = {name: [] for name in arms}
+    for (name, _), result in zip(places, results, strict=False):
+        searches[name] += [discover.Search(**search) for search in result["searches"]]
+    chances = np.array([chance for seed in asked for chance in asked[seed].values()])
+    solved = {name: solved_within([search.first for search in found], design.attempts) for name, found in searches.items()}
+    views_told = {name: np.array([value for result in results[len(cells) :] for value in result[name]]) for name in results[-1]}
+    bases = np.array([seed % design.warm_seeds for seed in asked for _ in asked[seed]])
+    spent = {name: costs(found) for name, found in searches.items()}
+    return Found(design, rates, scores, bases, chances, {BEST: chance_within(chances, design.attempts), **solved}, spent, views_told)
+
+
+def seeded(config: TrainConfig, design: Design, seed: int) -> TrainConfig:
+    return dataclasses.replace(config, seed=seed, warm_seed=seed % design.warm_seeds)
+
+
+def turns(window: int) -> str:
+    return f"multi-turn, last {window}"
+
+
+def ask(lab: Lab, config: TrainConfig, design: Design) -> tuple[dict[int, dict[int, float]], list[int]]:
+    """Each seed's questions with their chances, and those of the first base model that rates are chosen on."""
+    bases = [seeded(config, design, warm) for warm in range(design.warm_seeds)]
+    lab.run("base models", [warm_cell(base) for base in bases])
+    rounds = -(-design.seeds // design.warm_seeds)
+    counts = [rounds * design.questions + (design.tuning if base.warm_seed == 0 else 0) for base in bases]
+    cells = [Cell(f"{__name__}:questions", {"config": asdict(base), "count": n, "below": design.below}) for base, n in zip(bases, counts, strict=True)]
+    hard = lab.run("questions", cells)
+    asked = {}
+    for seed in range(design.seeds):
+        turn, warm = divmod(seed, design.warm_seeds)
+        asked[seed] = dict(hard[warm]["questions"][turn * design.questions : (turn + 1) * design.questions])
+    return asked, [problem for problem, _ in hard[0]["questions"][rounds * design.questions :]]
+
+
+def choose(
+    lab: Lab, config: TrainConfig, design: Design, views: dict[str, dict[str, Any]], spare: list[int]
+) -> tuple[dict[str, float], dict[str, dict[float, float]]]:
+    """The learning rate of each view, and the scores that it was chosen by."""
+    if len(design.rates) == 1:
+        return dict.fromkeys(views, design.rates[0]), {}
+    tried = [(name, rate) for name in views for rate in design.rates]
+    cells = [search_cell(dataclasses.replace(config, learning_rate=rate, **views[name]), "self_distil", spare, design.budget()) for name, rate in tried]
+    results = lab.run("learning rates", cells)
+    scores: dict[str, dict[float, float]] = {name: {} for name in views}
+    for (name, rate), result in zip(tried, results, strict=True):
+        scores[name][rate] = float(solved_within([search["first"] for search in result["searches"]], design.attempts).mean())
+    return {name: max(scores[name], key=scores[name].__getitem__) for name in views}, scores
+
+
+def search_cell(config: TrainConfig, method: str, problems: Sequence[int], budget: Budget) -> Cell:
+    return Cell(f"{__name__}:search", {"config": asdict(config), "method": method, "problems": list(problems), "budget": asdict(budget)})
+
+
+def search(arguments: dict[str, Any], folder: Path) -> Result:
+    """One method at some questions."""
+    config, budget = TrainConfig(**arguments["config"]), Budget(**arguments["budget"])
+    with reproducible(config):
+        base = discover.load_base(config, Progress())
+        if arguments["method"] == "self_distil":
+            found = [discover.self_distil(base, problem, budget) for problem in arguments["problems"]]
+        else:
+            found = discover.multi_turn(base, arguments["problems"], budget)
+    return {"searches": [asdict(one) for one in found]}
+
+
+def questions(arguments: dict[str, Any], folder: Path) -> Result:
+    """Hard questions of a base model, each with its chance."""
+    config = TrainConfig(**arguments["config"])
+    with reproducible(config):
+        hard = discover.hard_questions(discover.load_base(config, Progress()), arguments["count"], arguments["below"])
+    return {"questions": list(hard.items())}
+
+
+def told(arguments: dict[str, Any], folder: Path) -> Result:
+    """The base model's chance at each question: alone, and as the teacher that reads what was said about its own failures."""
+    config, problems, lines = TrainConfig(**arguments["config"]), arguments["problems"], arguments["lines"]
+    with reproducible(config):
+        base = discover.load_base(config, Progress())
+        asked = requests([base.prompt(problem) for problem in problems], TOLD_SAMPLES)
+        rollouts = [r for r in base.sampler.sample(base.model, base.task, asked, config.seed, TOLD_STREAM) if not r.verdict.success]
+        contexts = build_contexts(rollouts, dataclasses.replace(base.config, siblings=False), config.seed, TOLD_STREAM)
+
+        def mean(views: Sequence[tuple[int, Context]]) -> list[float]:
+            chances = discover.success_probabilities(base, [problems[group] for group, _ in views], [view for _, view in views])
+            places = np.array([group for group, _ in views])
+            return [float(np.mean(np.array(chances)[places == group])) for group in range(len(problems))]
+
+        last = [(group, [r.verdict.feedback for r in rollouts if r.group == group][-lines:]) for group in range(len(problems))]
+        return {
+            "nothing": mean([(group, Context()) for group in range(len(problems))]),
+            "`wrong`": mean([(group, Context((), "wrong")) for group in range(len(problems))]),
+            "one failure, `counts`": mean([(r.group, context) for r, context in zip(rollouts, contexts, strict=True)]),
+            f"{lines} failures, `counts`": mean([(group, Context((), "\n".join(texts))) for group, texts in last]),
+        }
