@@ -32,7 +32,7 @@ help:
 	@echo "make test       set up, then the test suite (PYTEST_ARGS='-k chunk')"
 	@echo "make install    set up only: .venv, dependencies, compiled extension"
 	@echo "make lint       ruff"
-	@echo "make docs       regenerate the generated tables in docs/"
+	@echo "make docs       regenerate the generated pages in docs/, and build the site into build/site; a broken link fails"
 	@echo "make bench-cpu  CPU time of the fused op against bare matrix products, plain PyTorch and other libraries (ARGS=--quick)"
 	@echo "make clean      remove build outputs and caches; 'make distclean' removes .venv too. Runs are never removed."
 
@@ -50,13 +50,15 @@ lint: $(DONE)/ruff
 	@echo "==> ruff check"
 	@$(VENV)/bin/ruff check .
 
-docs: install
+docs: install $(DONE)/dev
 	@echo "==> docs/environment.md"
 	@$(PY) -c 'from opsd_kernels import env; print(env.markdown(), end="")' > docs/environment.md
 	@echo "==> docs/performance.md, docs/sizing.md, README's table"
 	@$(PY) -m opsd_kernels.bench.pages
 	@echo "==> docs/reproduce"
 	@$(PY) -m opsd_kernels.train.reproduce.pages
+	@echo "==> build/site"
+	@$(PY) -m mkdocs build --quiet --strict
 
 bench-cpu: install $(DONE)/dev
 	@echo "==> opsd bench --suite ratios"
