@@ -34,12 +34,14 @@ class Scale:
     def __call__(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
-    def ticks(self) -> list[float]:
-        """Round numbers inside the range, about TICKS of them."""
+    def ticks(self) -> list[tuple[float, str]]:
+        """Round numbers inside the range, about TICKS of them, with as many digits as tell them apart."""
         rough = (self.high - self.low) / TICKS
         unit = 10.0 ** math.floor(math.log10(rough))
         step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
-        return [i * step for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+        digits = -math.floor(math.log10(step * 1.0001))
+        values = [i * step for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+        return [(value, f"{value:,.{max(0, digits)}f}" if digits < 5 else f"{value:.3g}") for value in values]
 
 
 def line_chart(title: str, series: Sequence[tuple[str, Points]], x_label: str = "step") -> str:
@@ -83,10 +85,10 @@ def _curve(index: int, name: str, points: Points, x: Scale, y: Scale, marked: bo
 def _axes(x: Scale, y: Scale, x_label: str) -> str:
     rows = "".join(
         f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-        f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{_number(tick)}</text>'
-        for tick in y.ticks()
+        f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{text}</text>'
+        for tick, text in y.ticks()
     )
-    columns = "".join(f'<text x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_number(tick)}</text>' for tick in x.ticks())
+    columns = "".join(f'<text x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{text}</text>' for tick, text in x.ticks())
     middle = (LEFT + WIDTH - RIGHT) / 2
     return f'<g class="axes">{rows}{columns}<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text></g>'
 

@@ -199,14 +199,13 @@ def one_step(run: Run) -> StepMetrics:
 
 def batch_of_step(config: TrainConfig, sampler: Sampler, rollouts: list[Rollout], contexts: list[Context | None]) -> Batch | None:
     """The rollouts that have a view of the teacher, and with a policy gradient the others too. None without any."""
-    encoder = sampler.encoder
     gains = advantages(rollouts, config.advantage_std) if config.policy_weight else [0.0] * len(rollouts)
     kept = [i for i, context in enumerate(contexts) if context is not None or config.policy_weight > 0]
     if not kept:
         return None
-    views = iter(encoder.encode([rollouts[i].prompt for i in kept if contexts[i] is not None], [contexts[i] for i in kept if contexts[i] is not None]))
+    views = iter(sampler.encode([(rollouts[i].prompt, contexts[i]) for i in kept if contexts[i] is not None]))
     prompts = [next(views) if contexts[i] is not None else None for i in kept]
-    separators = encoder.containing(config.segment_separator) if "SegmentMean" in (config.token_weights or "") else frozenset()
+    separators = sampler.encoder.containing(config.segment_separator) if "SegmentMean" in (config.token_weights or "") else frozenset()
     return make_batch([rollouts[i] for i in kept], prompts, sampler.pad_token, config.device, [gains[i] for i in kept], separators)
 
 

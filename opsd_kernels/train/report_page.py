@@ -96,7 +96,7 @@ def curves(run: Record) -> str:
 
 def settings(config: dict[str, Any]) -> str:
     """What differs from the defaults, and everything folded away."""
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)} | PRESETS.get(config["env"], {})
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)} | PRESETS.get(config["env"], {}) | {"env": config["env"]}
     theirs = {key: json.dumps(defaults[key]) if key in defaults else "-" for key in config}  # a run of another version may have other keys
     changed = [(key, json.dumps(value), theirs[key]) for key, value in config.items() if theirs[key] != json.dumps(value)]
     shown = table(("setting", "this run", f"default of {config['env']}"), changed) if changed else f"<p>The defaults of {escape(config['env'])}.</p>"

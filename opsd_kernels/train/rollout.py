@@ -66,10 +66,19 @@ class Sampler:
         model.eval()  # no dropout in an answer
         rollouts: list[Rollout] = []
         for chunk in _chunks(requests, self.batch):
-            prompts = self.encoder.encode([r.prompt for r in chunk], [r.context for r in chunk])
+            prompts = self.encode([(r.prompt, r.context) for r in chunk])
             answers = self._generate(model, prompts, chunk, key) if self.engine is None else self._through_engine(model, prompts, chunk, key)
             rollouts += self._verified(task, chunk, prompts, answers, key)
         return rollouts
+
+    def encode(self, views: Sequence[tuple[Prompt, Context | None]]) -> list[tuple[int, ...]]:
+        """The tokens of each view. One that comes more than once, as a group's does, is rendered once."""
+        if not views:
+            return []
+        keys = [(id(prompt), context) for prompt, context in views]  # a prompt's earlier turns cannot be hashed
+        different = dict(zip(keys, views, strict=True))
+        known = dict(zip(different, self.encoder.encode(*zip(*different.values(), strict=True)), strict=True))
+        return [known[key] for key in keys]
 
     @torch.no_grad()
     def _generate(self, model: PreTrainedModel, prompts: list[tuple[int, ...]], requests: Sequence[Request], key: tuple[int, ...]) -> list[tuple[int, ...]]:
