@@ -211,10 +211,10 @@ def test_claims_follow_the_runs():
     assert (faster.grade, faster.estimate.value) == (REPRODUCED, pytest.approx(1 - 0.4))  # a line from .2 to .5 is at .32 after .4 of it
     assert "GRPO went from 0.200 to 0.320; reached by 5 of 5 runs, with 2.5 times fewer answers" in faster.remark
     assert (alone.grade, alone_faster.grade) == (NOT_REPRODUCED, INCONCLUSIVE) and "0 of 5" in alone_faster.remark and "times" not in alone_faster.remark
-    live, logits, top = sdpo.ablations(ahead)
-    assert (live.grade, logits.grade, top.grade) == (REPRODUCED, INCONCLUSIVE, REPRODUCED)
-    behind = sdpo.ablations(trained(**{sdpo.SAMPLED: [0.6, 0.61, 0.62, 0.63, 0.64], sdpo.TOPK: [0.4, 0.39, 0.38, 0.37, 0.36]}))
-    assert [claim.grade for claim in behind] == [INCONCLUSIVE, NOT_REPRODUCED, NOT_REPRODUCED]
+    behind = trained(**{sdpo.SAMPLED: [0.6, 0.61, 0.62, 0.63, 0.64], sdpo.TOPK: [0.4, 0.39, 0.38, 0.37, 0.36]})
+    assert [claim.grade for claim in sdpo.teachers(ahead, behind)] == [REPRODUCED, INCONCLUSIVE]
+    assert [claim.grade for claim in sdpo.logits(ahead)] == [INCONCLUSIVE, REPRODUCED]
+    assert [claim.grade for claim in sdpo.logits(behind)] == [NOT_REPRODUCED, NOT_REPRODUCED]
 
 
 def test_a_level_that_is_never_reached_saves_nothing():
@@ -244,7 +244,7 @@ def test_the_quick_study_goes_through(quick, monkeypatch):
     out, study = quick
     assert load(out / "sdpo.json") == study
     assert {claim.grade for claim in study.claims} == {INCONCLUSIVE} and {claim.estimate.count for claim in study.claims} == {1}
-    assert len(study.claims) == 11 and study.facts["quick"] and study.facts["cell_seconds"] > 0
+    assert len(study.claims) == 12 and study.facts["quick"] and study.facts["cell_seconds"] > 0
     assert (out / "sdpo.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setenv("OPSD_CACHE", str(out / "cache"))
     monkeypatch.setattr(loop, "train", None)

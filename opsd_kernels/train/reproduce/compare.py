@@ -30,7 +30,7 @@ class Design:
     TUNING = 1000  # the seed of the choice, on the first base model
 
     def quick(self) -> Design:
-        return dataclasses.replace(self, seeds=1, warm_seeds=1, rates=self.rates[1:2])
+        return dataclasses.replace(self, seeds=1, warm_seeds=1, rates=self.rates[len(self.rates) // 2 :][:1])
 
 
 @dataclass(frozen=True)

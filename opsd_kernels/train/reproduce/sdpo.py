@@ -15,7 +15,7 @@ from opsd_kernels.train.reproduce.statistics import difference, estimate, graded
 from opsd_kernels.train.reproduce.study import Claim, Study, Table
 
 BASE = {
-    "rehearsal_prompts": 0, "steps": 40, "prompts_per_step": 32, "group_size": 4, "eval_every": 10, "probe_samples": 200, "eval_samples": 500,
+    "rehearsal_prompts": 0, "steps": 120, "prompts_per_step": 16, "group_size": 4, "eval_every": 20, "probe_samples": 200, "eval_samples": 500,
     "checkpoint_every": 10_000, "tensorboard": False,
 }  # fmt: skip
 QUICK = {
@@ -41,30 +41,43 @@ ARMS = {
     "expr": (Arm(SDPO), Arm(SIBLINGS, {"feedback": "none"}), Arm(GRPO, {"policy_weight": 1.0})),
 }
 HEADLINE = (SDPO, SIBLINGS, GRPO)
+AFTER = "held-out accuracy after training"
 NEEDED = (*HEADLINE, LIVE, TOPK, SAMPLED)  # what a claim is made of
-DESIGN = Design(rates=(2e-4, 5e-4, 1e-3))  # at 2e-3 SDPO ended below where it began, .27 to .17 with feedback, to .01 with siblings
+# At 2e-3 and 128 answers a step SDPO ended below where it began after 40 steps, .27 to .17 with feedback, to .01 with siblings alone.
+DESIGN = Design(rates=(2e-4, 5e-4, 1e-3))
+# Teachers hardly differ while the student has hardly moved: a longer run at the highest rate, three seeds, for the two ends alone.
+LONG, LONG_DESIGN = {"steps": 300, "eval_every": 50}, Design(seeds=3, rates=DESIGN.rates[-1:])
 MARGIN = 0.05
 
 
 def study(lab: Lab) -> Study:
-    trained = {env: compare(lab, base(env, lab.quick), arms(env, lab.quick), DESIGN.quick() if lab.quick else DESIGN) for env in ARMS}
-    panels = [curves(f"{env}: held-out accuracy", {name: found[name] for name in HEADLINE}) for env, found in trained.items()]
+    design, few = (DESIGN.quick(), LONG_DESIGN.quick()) if lab.quick else (DESIGN, LONG_DESIGN)
+    trained = {env: compare(lab, base(env, lab.quick), arms(env, lab.quick), design) for env in ARMS}
+    told = trained["secret_op"]
+    long = compare(lab, base("secret_op", lab.quick, LONG), [told[name].arm for name in (SDPO, LIVE)], few)
     return Study(
         "sdpo",
         "SDPO against GRPO on toys",
         "Reinforcement Learning via Self-Distillation, arXiv:2601.20802",
         "At equal numbers of generated answers: does a model that distils itself, with feedback or a sibling's right answer in the teacher's view, learn "
         "faster than by a policy gradient on its rewards? Which teacher, and how much of its distribution, does that take?",
-        sentences(trained, lab.quick),
-        [*headlines("secret_op", trained["secret_op"]), *headlines("expr", trained["expr"]), *ablations(trained["secret_op"])],
-        [table for env, found in trained.items() for table in (outcomes(f"{env}: accuracies", found), rates(env, found), costs(found, f"{env}: costs"))],
-        [*panels, *(accuracies(found, f"{env}: held-out accuracy after training") for env, found in trained.items())],
+        sentences(lab.quick),
+        [*headlines("secret_op", told), *headlines("expr", trained["expr"]), *teachers(told, long), *logits(told)],
+        [
+            *(table for env, found in trained.items() for table in (outcomes(f"{env}: accuracies", found), rates(env, found), costs(found, f"{env}: costs"))),
+            outcomes("secret_op, the longer runs: accuracies", long),
+        ],
+        [
+            *(curves(f"{env}: held-out accuracy", {name: found[name] for name in HEADLINE}) for env, found in trained.items()),
+            *(accuracies(found, f"{env}: {AFTER}") for env, found in trained.items()),
+            curves("secret_op, the longer runs: self-teacher's accuracy", long, "self_teacher_accuracy"),
+        ],
         NOTES,
     )
 
 
-def base(env: str, quick: bool) -> TrainConfig:
-    return TrainConfig(**{"env": env, **PRESETS[env], **BASE, **(QUICK if quick else {})})
+def base(env: str, quick: bool, changes: dict[str, int] | None = None) -> TrainConfig:
+    return TrainConfig(**{"env": env, **PRESETS[env], **BASE, **(changes or {}), **(QUICK if quick else {})})
 
 
 def arms(env: str, quick: bool) -> Sequence[Arm]:
@@ -79,7 +92,7 @@ def headlines(env: str, found: dict[str, Trained]) -> list[Claim]:
         claims += [
             Claim(
                 f"{env}: SDPO ({words}) beats GRPO at equal numbers of generated answers",
-                "held-out accuracy after training, SDPO less GRPO",
+                f"{AFTER}, SDPO less GRPO",
                 ahead,
                 graded_ahead(ahead),
             ),
@@ -112,22 +125,31 @@ def reached(mine: Trained, theirs: Trained) -> str:
     return f"{text}, with {1 / left:.1f} times fewer answers on average" if all(there) and 0 < left < 1 else text
 
 
-def ablations(found: dict[str, Trained]) -> list[Claim]:
-    """Teachers and logits, on `secret_op`."""
-    ema, live, logits, sampled, topk = (after(found[name]) for name in (SDPO, LIVE, SDPO, SAMPLED, TOPK))
-    diverged, denser, gap = difference(ema, live), difference(logits, sampled), difference(topk, logits)
-    teachers = {name: np.mean(found[name].values("self_teacher_accuracy_after")) for name in (SDPO, LIVE)}
-    what = "held-out accuracy after training"
+def teachers(found: dict[str, Trained], long: dict[str, Trained]) -> list[Claim]:
+    """The slow copy against the student itself."""
+    claims = []
+    for runs, words in ((found, "at its best rate"), (long, f"over {long[SDPO].runs[0]['steps']} steps at rate {long[SDPO].rate:g}")):
+        ahead = difference(after(runs[SDPO]), after(runs[LIVE]))
+        ended = {name: np.mean(runs[name].values("self_teacher_accuracy_after")) for name in (SDPO, LIVE)}
+        claims.append(
+            Claim(
+                f"A live teacher diverges, a slow copy does not, {words}",
+                f"{AFTER}, EMA teacher less live teacher",
+                ahead,
+                graded_ahead(ahead),
+                f"The self-teacher's own accuracy ended at {ended[LIVE]:.3f} live and {ended[SDPO]:.3f} as a slow copy",
+            )
+        )
+    return claims
+
+
+def logits(found: dict[str, Trained]) -> list[Claim]:
+    """How much of the teacher's distribution it takes."""
+    whole, sampled, top = (after(found[name]) for name in (SDPO, SAMPLED, TOPK))
+    denser, gap = difference(whole, sampled), difference(top, whole)
     return [
-        Claim(
-            "A live teacher diverges, a slow copy does not",
-            f"{what}, EMA teacher less live teacher",
-            diverged,
-            graded_ahead(diverged),
-            f"The self-teacher's accuracy ended at {teachers[LIVE]:.3f} live and {teachers[SDPO]:.3f} as a slow copy",
-        ),
-        Claim("Distilling the whole distribution beats the sampled token", f"{what}, full vocabulary less sampled token", denser, graded_ahead(denser)),
-        Claim("The top of the distribution is as good as all", f"{what}, top 4 less full vocabulary; equal within {MARGIN}", gap, graded_equal(gap, MARGIN)),
+        Claim("Distilling the whole distribution beats the sampled token", f"{AFTER}, full vocabulary less sampled token", denser, graded_ahead(denser)),
+        Claim("The top of the distribution is as good as all", f"{AFTER}, top 4 less full vocabulary; equal within {MARGIN}", gap, graded_equal(gap, MARGIN)),
     ]
 
 
@@ -138,7 +160,7 @@ def rates(env: str, found: dict[str, Trained]) -> Table:
     return Table(f"{env}: held-out accuracy by learning rate, one seed", ["arm", *(f"{rate:g}" for rate in listed), "chosen"], rows)
 
 
-def sentences(trained: dict[str, dict[str, Trained]], quick: bool) -> list[str]:
+def sentences(quick: bool) -> list[str]:
     config, design = base("secret_op", quick), DESIGN.quick() if quick else DESIGN
     answers = config.steps * config.prompts_per_step * config.group_size
     return [
@@ -146,6 +168,7 @@ def sentences(trained: dict[str, dict[str, Trained]], quick: bool) -> list[str]:
         f"a step. What the teacher reads beside that is in the table of costs. {design.seeds} seeds on {design.warm_seeds} base models; differences are taken "
         "between runs of the same seed and base model.",
         f"Learning rate: for each arm the best of {', '.join(f'{rate:g}' for rate in design.rates)} in held-out accuracy, on a seed that is not reported.",
+        f"Longer runs of two teachers: {base('secret_op', quick, LONG).steps} steps at rate {LONG_DESIGN.rates[0]:g}, {LONG_DESIGN.seeds} seeds.",
         "SDPO: reverse KL over the whole vocabulary to an EMA teacher (rate .003) that sees a right sibling's answer, if there is one, and the feedback on a "
         "failure. Every other arm differs from it in what its name says.",
         "`secret_op` tells a failure the right answer; `marks` tells which digits of the attempt were right, and no more. `expr` tells the evaluator's error, "
