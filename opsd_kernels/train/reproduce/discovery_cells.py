@@ -35,7 +35,7 @@ class Design:
     tuning: int = 8
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     below: float = 0.01
-    attempts: int = 128
+    attempts: int = 256
     batch: int = 8
     windows: tuple[int, ...] = (1, 3)
 
