@@ -245,8 +245,12 @@ def test_the_command_leaves_a_table_a_figure_and_a_json(settings, tmp_path):
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [(["--set", "evn=mastermind"], "did you mean 'env'"), (["--set", "env=mastermind", "--set", "feedback=marks"], "feedback: expected one of"), (["--attempts", "0"], "--attempts")]
-    + [(["missing.json"], "config: expected an existing JSON or YAML file")],
+    [
+        (["--set", "evn=mastermind"], "did you mean 'env'"),
+        (["--set", "env=mastermind", "--set", "feedback=marks"], "feedback: expected one of"),
+        (["--attempts", "0"], "--attempts"),
+        (["missing.json"], "config: expected an existing JSON or YAML file"),
+    ],
 )
 def test_mistakes_end_in_one_line(tmp_path, arguments, message):
     result = command(*arguments, "--out", tmp_path / "out")
