@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -164,6 +165,20 @@ def test_tensorboard_after_a_kill_has_every_step_once(tmp_path):
     events = accumulators.EventAccumulator(str(tmp_path)).Reload()
     assert events.Tags()["scalars"] == ["reward"]
     assert [(event.step, event.value) for event in events.Scalars("reward")] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60), (7, 70)]
+
+
+def test_tensorboard_follows_a_run_and_its_resumption(config, tmp_path):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    settings, out = type(config)(**{**vars(config), "steps": 4, "tensorboard": True}), tmp_path / "out"
+    train(settings, out)
+    (out / "summary.json").unlink()
+    shutil.rmtree(out / "checkpoint" / "step_000004")
+    train(settings, out, resume=True)  # from step 2
+    events = accumulators.EventAccumulator(str(out / "tensorboard")).Reload()
+    lines = read_metrics(out / "metrics.jsonl")
+    assert set(events.Tags()["scalars"]) == {name for line in lines for name, value in line.items() if isinstance(value, (int, float))} - {"step"}
+    for name in ("reward", "divergence", "seconds"):
+        assert [(event.step, event.value) for event in events.Scalars(name)] == [(line["step"], float(np.float32(line[name]))) for line in lines]
 
 
 def test_ticks_are_round_and_inside():
