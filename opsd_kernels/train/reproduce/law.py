@@ -36,6 +36,7 @@ RATES = (1e-3,)
 DESIGNS = {MAIN: Design(5, 3, RATES), SMALLER: Design(1, 1, RATES), SMALLEST: Design(1, 1, RATES)}
 PROBE_SEED, PROBE_SAMPLES = 2000, 1000  # no run has this seed: the gap's scatter is not that of a run's own first measurement
 LEAST_R2, MARGIN = 0.9, 0.05
+NEAR_FLOOR, LEAST_SHARE, WINDOW = 0.05, 1 / 600, 5  # an accuracy, one answer of those that measure it, steps
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,14 @@ class Measured:
         return [Point(name, float(np.mean(self.probed(name, gap))), float(np.mean(runs.gains())), len(runs.runs)) for name, runs in self.trained.items()]
 
     def runs(self) -> list[Point]:
-        pairs = [(name, gap, gain) for name, runs in self.trained.items() for gap, gain in zip(self.probed(name, "gap"), runs.gains(), strict=True)]
-        return [Point(*pair) for pair in pairs]
+        return [Point(name, *pair) for name, runs in self.trained.items() for pair in zip(self.probed(name, "gap"), runs.gains(), strict=True)]
 
     def probed(self, name: str, value: str) -> list[float]:
         return [probe[value]["value"] for probe in self.probes[name]]
 
 
 def study(lab: Lab) -> Study:
-    contexts = [context for context in CONTEXTS if context.name in ("answer", "first", "other", "siblings")] if lab.quick else CONTEXTS
+    contexts = [context for context in CONTEXTS if not lab.quick or context.name in ("answer", "first", "other", "siblings")]
     measured = {hidden: measure(lab, config_of(hidden, lab.quick), contexts, design_of(hidden, lab.quick)) for hidden in DESIGNS}
     laws = {hidden: fit(one.points(), common_settings(config_of(hidden, lab.quick))) for hidden, one in measured.items()}
     plain = {hidden: fit(one.points("plain_gap")) for hidden, one in measured.items()}
@@ -72,9 +72,9 @@ def study(lab: Lab) -> Study:
         "will bring, as a straight line over contexts, and for contexts and sizes of model that the line has not seen?",
         sentences(lab.quick),
         claims(measured, laws, plain),
-        [contexts_table(measured[MAIN], laws[MAIN]), fits_table(measured, laws, plain), sizes_table(measured)],
+        [contexts_table(measured[MAIN], laws[MAIN]), fits_table(measured, laws, plain), bent_table(measured[MAIN]), sizes_table(measured)],
         [points_panel(measured, laws), left_out_panel(laws), plain_panel(measured[MAIN], plain[MAIN])],
-        NOTES,
+        [floor(measured[MAIN]), *NOTES],
     )
 
 
@@ -178,7 +178,7 @@ def claims(measured: dict[int, Measured], laws: dict[int, Law], plain: dict[int,
             f"slope at hidden {MAIN} less slope at {SMALLEST}; equal means within a quarter of the slope at {MAIN}, {abs(law.slope) / 4:.3f}",
             turned,
             graded_equal(turned, abs(law.slope) / 4),
-            f"one line through all sizes: R^2 {line(*coordinates(everything(measured)))[2]:.3f}",
+            f"one line through all sizes: R^2 {line(*coordinates([point for one in measured.values() for point in one.points()]))[2]:.3f}",
         ),
         harm(measured[MAIN]),
         Claim(
@@ -193,19 +193,15 @@ def claims(measured: dict[int, Measured], laws: dict[int, Law], plain: dict[int,
 
 def harm(main: Measured) -> Claim:
     """Of each seed, the mean over the contexts that say nothing or something false."""
-    lost = estimate(np.mean([[-gain for gain in main.trained[name].gains()] for name in MISLEADING if name in main.trained], axis=0))
-    names = ", ".join(f"`{name}`" for name in MISLEADING if name in main.trained)
-    return Claim("Contexts without information do harm (not the paper's)", f"held-out accuracy lost with {names}", lost, graded_ahead(lost))
-
-
-def everything(measured: dict[int, Measured]) -> list[Point]:
-    return [point for one in measured.values() for point in one.points()]
+    names = [name for name in MISLEADING if name in main.trained]
+    lost = estimate(-np.mean([main.trained[name].gains() for name in names], axis=0))
+    return Claim("Contexts without information do harm (not the paper's)", f"held-out accuracy lost with {', '.join(names)}", lost, graded_ahead(lost))
 
 
 def contexts_table(main: Measured, law: Law) -> Table:
     columns = ["context", "answered again", "student", "self-teacher", "second try", "plain gap", "gap", "improvement", "the others predict", "untrained `+`"]
-    rows = []
-    for point, left in sorted(zip(law.points, law.left_out, strict=True), key=lambda pair: -pair[0].gap):
+    rows, points = [], zip(law.points, law.left_out, strict=True)
+    for point, left in sorted(points, key=lambda pair: -pair[0].gap):
         runs, shares = main.trained[point.context], [probe["answered"] for probe in main.probes[point.context]]
         means = [f"{np.mean(main.probed(point.context, name)):.3f}" for name in ("student", "teacher", "second_try", "plain_gap", "gap")]
         kept = np.mean([run["untrained_skill_after"] - run["untrained_skill_before"] for run in runs.runs])
@@ -222,46 +218,81 @@ def fits_table(measured: dict[int, Measured], laws: dict[int, Law], plain: dict[
 
     rows = [row(f"hidden {hidden}", laws[hidden]) for hidden in sorted(laws)]
     rows += [row(f"hidden {hidden}, plain gap", plain[hidden]) for hidden in sorted(plain)]
-    for name, points in (("all sizes, one line", everything(measured)), (f"hidden {MAIN}, single runs", measured[MAIN].runs())):
+    everything = [point for one in measured.values() for point in one.points()]
+    for name, points in (("all sizes, one line", everything), (f"hidden {MAIN}, single runs", measured[MAIN].runs())):
         rows.append([name, str(len(points)), *(f"{number:.3f}" for number in line(*coordinates(points))), "", ""])
     return Table("Lines", columns, rows)
 
 
+def bent_table(main: Measured) -> Table:
+    """The same gaps against the improvement on the way, and on a scale without a floor."""
+    gaps = np.array([np.mean(main.probed(name, "gap")) for name in main.trained])
+    steps = main.trained["answer"].runs[0]["steps"]
+
+    def row(name: str, improvement: Callable[[Result], float]) -> list[str]:
+        gains = np.array([np.mean([improvement(run) for run in runs.runs]) for runs in main.trained.values()])
+        return [name, *(f"{number:.3f}" for number in (*line(gaps, gains), rank_correlation(gaps, gains)))]
+
+    rows = [
+        row(f"reward of {WINDOW} training steps up to step {last}, less accuracy before", lambda run, last=last: rewarded(run, last))
+        for last in (max(1, steps * quarter // 4) for quarter in (1, 2, 3, 4))
+    ]
+    rows.append(row("accuracy after less before, both as log-odds", lambda run: log_odds(run, "after") - log_odds(run, "before")))
+    return Table(f"Improvement measured otherwise, hidden {main.hidden}", ["improvement", "slope", "intercept", "R^2", "rank correlation"], rows)
+
+
+def rewarded(run: Result, last: int) -> float:
+    return float(np.mean([reward for _, reward in run["curves"]["reward"]][max(0, last - WINDOW) : last])) - run["held_out_accuracy_before"]
+
+
+def log_odds(run: Result, when: str) -> float:
+    share = min(max(run[f"held_out_accuracy_{when}"], LEAST_SHARE), 1 - LEAST_SHARE)
+    return float(np.log(share / (1 - share)))
+
+
+def floor(main: Measured) -> str:
+    """How many contexts had nothing left to lose."""
+    ended = {name: float(np.mean(runs.values("held_out_accuracy_after"))) for name, runs in main.trained.items()}
+    low = [f"`{name}`" for name, accuracy in ended.items() if accuracy < NEAR_FLOOR]
+    return (
+        f"{len(low)} of {len(ended)} contexts left the student below {NEAR_FLOOR:.0%} ({', '.join(low) or 'none'}). An accuracy cannot fall further: where all "
+        "that harms ends alike, the line bends. *Improvement measured otherwise* shows the same runs before that, and in log-odds."
+    )
+
+
 def sizes_table(measured: dict[int, Measured]) -> Table:
-    sizes = sorted(measured)
-    by_size = {hidden: {point.context: point for point in measured[hidden].points()} for hidden in sizes}
-    names = [point.context for point in sorted(measured[MAIN].points(), key=lambda point: -point.gap)]
-    rows = [[f"`{name}`", *(f"{by_size[size][name].gap:.3f}, {by_size[size][name].improvement:.3f}" for size in sizes)] for name in names]
-    return Table("Gap and improvement by size", ["context", *(f"hidden {size}" for size in sizes)], rows)
+    by_size = {hidden: {point.context: point for point in measured[hidden].points()} for hidden in sorted(measured)}
+    names = sorted(by_size[MAIN], key=lambda name: -by_size[MAIN][name].gap)
+    rows = [[f"`{name}`", *(f"{points[name].gap:.3f}, {points[name].improvement:.3f}" for points in by_size.values())] for name in names]
+    return Table("Gap and improvement by size", ["context", *(f"hidden {size}" for size in by_size)], rows)
 
 
-def dotted(law: Law, name: str) -> Series:
+def dotted(law: Law) -> Series:
     """A line as points, for a panel of points."""
     gaps = [point.gap for point in law.points]
     along = np.linspace(min(gaps), max(gaps), 50)
-    return Series(name, along.tolist(), [law.slope * gap + law.intercept for gap in along])
+    name = f"{law.slope:.2f} gap + {law.intercept:.2f}, R^2 {law.r2:.2f}"
+    return Series(name, along.tolist(), (law.slope * along + law.intercept).tolist())
 
 
 def scattered(one: Measured, gap: str = "gap") -> Series:
     points, spans = one.points(gap), [estimate(runs.gains()) for runs in one.trained.values()]
-    spots = [point.gap for point in points], [point.improvement for point in points]
+    spots = [array.tolist() for array in coordinates(points)]
     return Series(f"hidden {one.hidden}", *spots, [span.low for span in spans], [span.high for span in spans])
 
 
 def points_panel(measured: dict[int, Measured], laws: dict[int, Law]) -> Panel:
-    law = laws[MAIN]
-    series = [*(scattered(measured[hidden]) for hidden in sorted(measured)), dotted(law, f"{law.slope:.2f} gap + {law.intercept:.2f}, R^2 {law.r2:.2f}")]
+    series = [*(scattered(measured[hidden]) for hidden in sorted(measured)), dotted(laws[MAIN])]
     return Panel("improvement against gap", "points", "gap before training", "improvement", series)
 
 
 def left_out_panel(laws: dict[int, Law]) -> Panel:
     series = [Series(f"hidden {hidden}", list(laws[hidden].left_out), [point.improvement for point in laws[hidden].points]) for hidden in sorted(laws)]
-    ends = [min(min(one.x + one.y) for one in series), max(max(one.x + one.y) for one in series)]
-    same = np.linspace(*ends, 50).tolist()
+    everywhere = [place for one in series for place in one.x + one.y]
+    same = np.linspace(min(everywhere), max(everywhere), 50).tolist()
     series.append(Series("equal", same, same))
     return Panel("contexts that the line has not seen", "points", "improvement predicted by the other contexts", "improvement measured", series)
 
 
 def plain_panel(main: Measured, law: Law) -> Panel:
-    series = [scattered(main, "plain_gap"), dotted(law, f"{law.slope:.2f} gap + {law.intercept:.2f}, R^2 {law.r2:.2f}")]
-    return Panel("the same without the control", "points", "self-teacher less student before training", "improvement", series)
+    return Panel("the same without the control", "points", "plain gap before training", "improvement", [scattered(main, "plain_gap"), dotted(law)])
