@@ -212,7 +212,7 @@ def trio(home):
             classes = ((THEIRS[name], torch.float32), (getattr(fused, name), torch.float32), (judge, torch.float64))
             made[name] = [build(cls, name, home, dtype, **settings) for cls, dtype in classes]
             for trainer in made[name]:
-                trainer.current_gradient_accumulation_steps = 1
+                trainer.current_gradient_accumulation_steps = 2
                 if name == "SDPOTrainer":  # a teacher that is not the student
                     trainer.teacher_model.load_state_dict({k: 0.9 * v for k, v in trainer.teacher_model.state_dict().items()})
         return made[name]
@@ -344,6 +344,19 @@ def test_the_wrapper_of_the_student_runs(trio, tmp_path):
             assert reduced
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recomputed_activations(trio, name):
+    mine = trio(name)[1]
+    kept = one_step(mine, batch_for(name))
+    runs = []
+    hook = mine.model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: runs.append(1))
+    mine.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert_same_bits(one_step(mine, batch_for(name)), kept)
+    mine.model.gradient_checkpointing_disable()
+    hook.remove()
+    assert len(runs) == 2
 
 
 def test_adapter_off_is_the_teacher(home):
