@@ -110,8 +110,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
                 soft = linear_divergence(*heads, **options, mask=labels != self.ignore_index)
         if weights[1] or self.return_soft_hard_loss:
             with torch.set_grad_enabled(gradient and weights[1] != 0):
-                options = {"bias": shape["student_bias"], "vocab_size": shape["vocab_size"], "ignore_index": self.ignore_index}
-                hard = self._mean(-linear_logprobs(*heads[:2], labels, **options), labels)
+                hard = self._mean(-linear_logprobs(*heads[:2], labels, bias=shape["student_bias"], ignore_index=self.ignore_index), labels)
         loss = sum(weight * term for weight, term in zip(weights, (soft, hard), strict=True) if term is not None)
         return loss, soft, hard
 
