@@ -116,13 +116,13 @@ def probe_cell(arguments: dict[str, Any], folder: Path) -> list[Result]:
 
 
 def sentences(quick: bool) -> list[str]:
-    base, main, other = config_of(MAIN, quick), design_of(MAIN, quick), design_of(SMALLER, quick)
+    base, main, others = config_of(MAIN, quick), design_of(MAIN, quick), [size for size in DESIGNS if size != MAIN]
     return [
         f"`{base.env}`: {base.steps} steps of {base.prompts_per_step} prompts with {base.group_size} answers each for every context, learning rate "
         f"{main.rates[0]:g} for all: the law compares contexts, not rates. {base.rehearsal_prompts} prompts of `+` are rehearsed in each step.",
         "Contexts: the eight kinds of feedback without siblings, and a right sibling alone.",
-        f"Hidden size {MAIN}: {main.seeds} seeds on {main.warm_seeds} base models. Hidden sizes {SMALLER} and {SMALLEST}: {other.seeds} seed "
-        "each, so their points scatter more. Every base model stops at {base.warm_accuracy:.0%} without a context.",
+        f"Hidden size {MAIN}: {main.seeds} seeds on {main.warm_seeds} base models. Hidden size {' and '.join(map(str, others))}: "
+        f"{design_of(others[0], quick).seeds} seed each, so their points scatter more. Every base model stops at {base.warm_accuracy:.0%} without a context.",
         "Gap: accuracy of the teacher with its context less that of a second try, in which the student answers again without a context exactly where the "
         f"teacher answers; {base.eval_samples if quick else PROBE_SAMPLES} answers to held-out problems before training, with a seed that no run has. "
         "Plain gap: teacher less student.",
@@ -154,7 +154,8 @@ def claims(measured: dict[int, Measured], laws: dict[int, Law], plain: dict[int,
     without = [abs(point.improvement - mean) * len(points) / (len(points) - 1) for point in points]
     saved = difference(without, [abs(point.improvement - left) for point, left in zip(points, law.left_out, strict=True)])
     order = over_contexts(rank_correlation, points)
-    ends = measured[MAIN].points(), measured[SMALLEST].points()
+    smallest = min(measured)
+    ends = measured[MAIN].points(), measured[smallest].points()
     turned = over_contexts(lambda x, y, smaller_x, smaller_y: line(x, y)[0] - line(smaller_x, smaller_y)[0], *ends)
     start = over_contexts(lambda gaps, gains: line(gaps, gains)[1], points)
     return [
@@ -175,7 +176,7 @@ def claims(measured: dict[int, Measured], laws: dict[int, Law], plain: dict[int,
         Claim("A larger gap means a larger improvement", "rank correlation (Spearman) of gap and improvement", order, graded_ahead(order)),
         Claim(
             "The line holds across sizes of model",
-            f"slope at hidden {MAIN} less slope at {SMALLEST}; equal means within a quarter of the slope at {MAIN}, {abs(law.slope) / 4:.3f}",
+            f"slope at hidden {MAIN} less slope at {smallest}; equal means within a quarter of the slope at {MAIN}, {abs(law.slope) / 4:.3f}",
             turned,
             graded_equal(turned, abs(law.slope) / 4),
             f"one line through all sizes: R^2 {line(*coordinates([point for one in measured.values() for point in one.points()]))[2]:.3f}",
