@@ -1,7 +1,8 @@
 """The whole story of a run, top to bottom.
 
-Deliberate simplifications: one process; `updates_per_batch` repeats the whole batch, it does not cut it; the learning rate is constant after its
-warm-up; the teacher's forward runs in the same micro-batches as the student's, again for every update; no mixed precision beyond the dtype of the weights.
+Deliberate simplifications: every rank holds the whole model; `updates_per_batch` repeats the whole batch, it does not cut it; the learning rate is constant
+after its warm-up; the teacher's forward runs in the same micro-batches as the student's, again for every update; no mixed precision beyond the dtype of
+the weights.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_kernels.train import checkpoint, evaluate, models, report, report_page, seeds, warmstart
@@ -29,6 +32,7 @@ from opsd_kernels.train.envs import make_task
 from opsd_kernels.train.envs.base import Task
 from opsd_kernels.train.log import MetricsLog, Progress, Scalars, offset_after
 from opsd_kernels.train.prompts import PromptEncoder
+from opsd_kernels.train.ranks import Ranks, joined
 from opsd_kernels.train.rollout import Sampler, make_engine, requests
 from opsd_kernels.train.samples import sample_lines, samples_due
 from opsd_kernels.train.session import graceful_interrupt, open_run_directory, reproducible
@@ -46,16 +50,17 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> dict[str, Any
     (a KeyboardInterrupt) on Ctrl-C, NonFiniteLoss on a loss that is inf or NaN (a checkpoint lies in `out` then), and ConfigError for a model or a
     device that is not there.
     """
-    out, progress = Path(out), Progress()
     models.check_machine(config)
-    task = make_task(config)
-    open_run_directory(config, out, resume)
-    if (out / "summary.json").exists():
-        progress.say(f"{out}: this run is complete")
-        return json.loads((out / "summary.json").read_text())
-    with reproducible(config):
+    task, out = make_task(config), Path(out)
+    with joined(config.device) as ranks, reproducible(config), tempfile.TemporaryDirectory() as scratch:
+        progress = Progress() if ranks.first else Progress(Console(quiet=True))
+        if ranks.first:
+            open_run_directory(config, out, resume)
+        if ranks.any((out / "summary.json").exists()):
+            progress.say(f"{out}: this run is complete")
+            return json.loads((out / "summary.json").read_text())
         try:
-            run = prepare(config, task, out, progress)
+            run = prepare(config, task, out, progress, ranks, out if ranks.first else Path(scratch))
         except KeyboardInterrupt:
             raise TrainingInterrupted("stopped before a step was made; --resume continues") from None
         try:
@@ -79,8 +84,11 @@ class Run:
     samples: MetricsLog
     scalars: Scalars
     started: float  # clock at which this process began, less the seconds that earlier ones spent
+    ranks: Ranks
 
     def save(self) -> None:
+        if not self.ranks.first:
+            return
         self.state.facts["seconds"] = time.monotonic() - self.started
         self.samples.sync()
         self.scalars.flush()
@@ -92,26 +100,27 @@ class Run:
         self.scalars.close()
 
 
-def prepare(config: TrainConfig, task: Task, out: Path, progress: Progress) -> Run:
-    """The state of the newest checkpoint, or a new one: base model, teacher, optimiser, and the measurements before training."""
+def prepare(config: TrainConfig, task: Task, out: Path, progress: Progress, ranks: Ranks, logs: Path) -> Run:
+    """The state of the newest checkpoint, or a new one: base model, teacher, optimiser, and the measurements before training. This rank logs into `logs`."""
     started = time.monotonic()
     if config.rehearsal_prompts and not task.rehearsal:
         raise ConfigError(f"rehearsal_prompts: expected 0, as {config.env} has no problems to rehearse, got {config.rehearsal_prompts}")
-    saved = checkpoint.latest(out / "checkpoint", progress.say)
-    model, tokenizer = models.load_student(base_of(config, task, progress, saved), saved, config)
+    saved = ranks.first_then_all(lambda: checkpoint.latest(out / "checkpoint", progress.say))
+    model, tokenizer = models.load_student(ranks.first_then_all(lambda: base_of(config, task, progress, saved)), saved, config)
     vocab = models.vocabulary(tokenizer)
-    teacher = make_teacher(model, config, external_teacher(config, task, tokenizer, progress))
+    teacher = make_teacher(model, config, ranks.first_then_all(lambda: external_teacher(config, task, tokenizer, progress)))
     state = RunState(model, tokenizer, teacher, make_reference(model, config, teacher), steps.make_optimizer(model, config), 0, {})
     encoder = PromptEncoder(tokenizer, task.template)
-    sampler = Sampler(encoder, config.max_new_tokens, config.rollout_temperature, config.rollout_batch, vocab, make_engine(config))
+    sampler = Sampler(encoder, config.max_new_tokens, config.rollout_temperature, config.rollout_batch, vocab, make_engine(config), ranks)
     offset = 0
     if saved is not None:
         offset = checkpoint.restore(saved, state)
         started -= state.facts["seconds"]
         progress.say(f"resuming after step {state.step} of {config.steps}")
-    log = MetricsLog(out / "metrics.jsonl", offset)
-    kept = MetricsLog(out / "samples.jsonl", offset_after(out / "samples.jsonl", state.step))
-    run = Run(config, out, progress, task, sampler, state, log, kept, Scalars(out / "tensorboard", config.tensorboard, state.step + 1), started)
+    log = MetricsLog(logs / "metrics.jsonl", offset)
+    kept = MetricsLog(logs / "samples.jsonl", offset_after(logs / "samples.jsonl", state.step))
+    scalars = Scalars(logs / "tensorboard", config.tensorboard and ranks.first, state.step + 1)
+    run = Run(config, out, progress, task, sampler, state, log, kept, scalars, started, ranks)
     if saved is None:
         # The gap between the two first numbers predicts what training will bring (arXiv:2605.30070).
         state.facts |= {f"{name}_before": value for name, value in measure(run, config.eval_samples).items()}
@@ -158,9 +167,10 @@ def run_steps(run: Run) -> None:
             shown = {"reward": metrics["reward"], "divergence": metrics["divergence"], "gap": metrics["sampled_logprob_gap"]}
             bar.update(state.step, **shown, tokens_per_second=metrics["tokens_per_second"])
             # After the log, so that the checkpoint's offset covers the line of this step.
-            if state.step % config.checkpoint_every == 0 or state.step == config.steps or interrupted.is_set():
+            stopping = run.ranks.any(interrupted.is_set())
+            if state.step % config.checkpoint_every == 0 or state.step == config.steps or stopping:
                 run.save()
-            if interrupted.is_set() and state.step < config.steps:
+            if stopping and state.step < config.steps:
                 raise TrainingInterrupted(f"stopped after step {state.step} of {config.steps}; the state is saved, --resume continues")
 
 
@@ -180,7 +190,7 @@ def one_step(run: Run) -> StepMetrics:
     metrics = {"step": number, **steps.rollout_metrics(rollouts, contexts)}
     if batch is not None:
         rehearsal = rehearse(run, rehearsed, metrics) if state.reference is not None else None
-        update = steps.update_on(Trainer(state.model, state.teacher, state.optimizer, run.sampler.vocab), batch, config, number, rehearsal)
+        update = steps.update_on(Trainer(state.model, state.teacher, state.optimizer, run.sampler.vocab, run.ranks), batch, config, number, rehearsal)
 
     metrics |= {**steps.update_metrics(update, batch), **steps.reading_metrics(update, batch)}
     metrics["learning_rate"] = steps.learning_rate(config, number)
@@ -248,6 +258,8 @@ def finish(run: Run) -> dict[str, Any]:
     facts = run.state.facts
     after = {f"{name}_after": value for name, value in measure(run, run.config.eval_samples).items()}
     summary = {**facts, **after, "steps": run.state.step, "seconds": time.monotonic() - run.started}
+    if not run.ranks.first:
+        return summary
     # summary.json comes last: it marks a run as complete, and a run that was killed here is finished again on resume.
     record = report.read_run(run.out, summary)
     report.draw_curves(run.out / "curves.png", record.metrics)

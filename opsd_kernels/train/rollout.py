@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +20,7 @@ from opsd_kernels.train import seeds
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.envs.base import Task
 from opsd_kernels.train.prompts import PromptEncoder
+from opsd_kernels.train.ranks import ALONE, Ranks
 from opsd_kernels.train.types import Context, Prompt, Rollout
 from opsd_kernels.train.vllm_engine import VllmEngine
 
@@ -60,16 +61,20 @@ class Sampler:
     batch: int
     vocab: int  # rows of the head from here on are padding
     engine: Engine | None = None  # None: transformers' generate
+    ranks: Ranks = ALONE
 
     def sample(self, model: PreTrainedModel, task: Task, requests: Sequence[Request], *key: int) -> list[Rollout]:
-        """One verified rollout per request, in their order. `key` (seed, step) opens the stream of random numbers."""
+        """One verified rollout per request, in their order, all of them on every rank. `key` (seed, step) opens the stream of random numbers."""
         model.eval()  # no dropout in an answer
         rollouts: list[Rollout] = []
-        for chunk in _chunks(requests, self.batch):
+        for chunk in _chunks(self.ranks.share(requests), self.batch):
             prompts = self.encode([(r.prompt, r.context) for r in chunk])
             answers = self._generate(model, prompts, chunk, key) if self.engine is None else self._through_engine(model, prompts, chunk, key)
             rollouts += self._verified(task, chunk, prompts, answers, key)
-        return rollouts
+        if self.ranks.world == 1:
+            return rollouts
+        # With the requests' own prompts, which `encode` knows by identity.
+        return [replace(rollout, prompt=request.prompt) for rollout, request in zip(self.ranks.together(rollouts), requests, strict=True)]
 
     def encode(self, views: Sequence[tuple[Prompt, Context | None]]) -> list[tuple[int, ...]]:
         """The tokens of each view. One that comes more than once, as a group's does, is rendered once."""

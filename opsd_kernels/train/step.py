@@ -14,6 +14,7 @@ from opsd_kernels import TokenStats
 from opsd_kernels.train import objective
 from opsd_kernels.train.batch import micro_batches
 from opsd_kernels.train.config import TrainConfig
+from opsd_kernels.train.ranks import ALONE, Ranks
 from opsd_kernels.train.teacher import Teacher
 from opsd_kernels.train.types import Batch, Context, NonFiniteLoss, Rollout, StepMetrics
 
@@ -58,14 +59,15 @@ class Trainer:
     teacher: Teacher
     optimizer: torch.optim.Optimizer
     vocab: int
+    ranks: Ranks = ALONE
 
 
 def update_on(trainer: Trainer, batch: Batch, config: TrainConfig, step: int, rehearsal: Rehearsal | None = None) -> Update:
     """`updates_per_batch` optimisation steps on one batch. Returns the first, at which the student is still the policy that sampled."""
     if objective.needs_old_logprobs(config):
         trainer.student.eval()
-        parts = [objective.sampling_logprobs(trainer.student, micro, config, trainer.vocab) for micro in micro_batches(batch, config.micro_batch)]
-        batch = replace(batch, old_logprobs_BT=torch.cat(parts))
+        parts = [objective.sampling_logprobs(trainer.student, micro, config, trainer.vocab) for micro in share(batch, config, trainer.ranks)]
+        batch = replace(batch, old_logprobs_BT=torch.cat(trainer.ranks.together(parts)))
     updates: list[Update] = []
     try:
         while len(updates) < config.updates_per_batch:
@@ -80,12 +82,14 @@ def optimisation_step(trainer: Trainer, batch: Batch, config: TrainConfig, step:
     """Updates student and teacher. Raises NonFiniteLoss before any weight has changed."""
     student, optimizer = trainer.student, trainer.optimizer
     student.train()  # gradient checkpointing of transformers works in this mode only
-    loss, stats = gradients(student, trainer.teacher, batch, config, trainer.vocab)
+    loss, stats = gradients(student, trainer.teacher, batch, config, trainer.vocab, ranks=trainer.ranks)
     parts = [(batch, stats)]
     kept = None
     if rehearsal is not None:
-        kept, kept_stats = gradients(student, rehearsal.reference, rehearsal.batch, objective.plain(config), trainer.vocab, config.rehearsal_weight)
+        to_keep = (rehearsal.batch, objective.plain(config), trainer.vocab, config.rehearsal_weight, trainer.ranks)
+        kept, kept_stats = gradients(student, rehearsal.reference, *to_keep)
         parts.append((rehearsal.batch, kept_stats))
+    trainer.ranks.sum_gradients(student.parameters())
     grad_norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], config.max_grad_norm)
     whole = loss if kept is None else loss + kept
     if not (torch.isfinite(whole) and torch.isfinite(grad_norm)):
@@ -99,17 +103,25 @@ def optimisation_step(trainer: Trainer, batch: Batch, config: TrainConfig, step:
     return Update(float(loss), float(grad_norm), stats, None if kept is None else float(kept))
 
 
+def share(batch: Batch, config: TrainConfig, ranks: Ranks) -> list[Batch]:
+    """This rank's micro-batches: at least one for every rank where there are so many rollouts."""
+    return ranks.share(list(micro_batches(batch, min(config.micro_batch, -(-batch.size // ranks.world)))))
+
+
 def gradients(
-    student: PreTrainedModel, teacher: Teacher, batch: Batch, config: TrainConfig, vocab: int, weight: float = 1.0
+    student: PreTrainedModel, teacher: Teacher, batch: Batch, config: TrainConfig, vocab: int, weight: float = 1.0, ranks: Ranks = ALONE
 ) -> tuple[Tensor, tuple[TokenStats, ...]]:
-    """Adds the step's gradient to the student's; how the batch is cut into micro-batches does not matter. Returns the loss, 0-dim, in nats."""
+    """Adds this rank's part of the step's gradient to the student's; how the batch is cut into micro-batches, and by how many ranks, does not matter.
+
+    Returns the loss of the whole batch, 0-dim, in nats, and its statistics.
+    """
     total, stats, totals = torch.zeros((), device=batch.labels_BT.device), [], batch.totals
-    for micro in micro_batches(batch, config.micro_batch):
+    for micro in share(batch, config, ranks):
         loss, tokens = objective.step_loss(student, teacher, micro, config, totals, vocab)
         (loss * weight).backward()
         total = total + loss.detach()
         stats.append(tokens)
-    return total * weight, tuple(stats)
+    return ranks.total(total) * weight, tuple(ranks.together(stats))
 
 
 def describe_bad_rows(step: int, loss: float, grad_norm: float, parts: Sequence[tuple[Batch, Sequence[TokenStats]]]) -> str:

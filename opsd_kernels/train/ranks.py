@@ -1,0 +1,97 @@
+"""Several processes, one run, under `torchrun` or `accelerate launch`: rollouts and micro-batches are split over the ranks, all else is the same on them.
+
+Each rank holds the whole model. Rollouts are exchanged as they are, so that contexts, metrics and evaluations are computed by every rank from the same
+answers; gradients are summed, each already divided by the totals of the whole step, so the number of ranks changes no mean. Rank 0 alone writes files:
+a checkpoint knows nothing of ranks, and resumes on any number of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process and the number of all. With one there is nothing to exchange."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank speaks and writes for all."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[Item]) -> list[Item]:
+        """This rank's part: every `world`-th."""
+        return list(items[self.rank :: self.world])
+
+    def together(self, mine: list[Item]) -> list[Item]:
+        """All ranks' shares, in the order of the whole."""
+        if self.world == 1:
+            return mine
+        shares: list[Any] = [None] * self.world
+        dist.all_gather_object(shares, mine)
+        return [shares[i % self.world][i // self.world] for i in range(sum(map(len, shares)))]
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+    def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
+        """Sums gradients over the ranks in place, all in one message. A rank that had no micro-batch adds zeros."""
+        if self.world == 1:
+            return
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = self.total(torch.cat([parameter.grad.flatten().float() for parameter in trained]))
+        for parameter, summed in zip(trained, flat.split([parameter.numel() for parameter in trained]), strict=True):
+            parameter.grad.copy_(summed.view_as(parameter))
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any rank."""
+        return flag if self.world == 1 else any(self.together([flag]))
+
+    def first_then_all(self, action: Callable[[], Item]) -> Item:
+        """Rank 0 acts, then the others: what it made is there for them."""
+        result = action() if self.first else None
+        if self.world > 1:
+            dist.barrier()
+        return result if self.first else action()
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Ranks]:
+    """The ranks that the launcher made, in their process group; one process alone needs no launcher. A rank that dies leaves the others with an error."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or "RANK" not in os.environ:
+        yield ALONE
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    own = not dist.is_initialized()
+    if own:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        if own:
+            dist.destroy_process_group()
