@@ -30,7 +30,7 @@ def study(lab: Lab) -> Study:
         "the answer in fewer attempts than sampling the base model, or than a prompt that shows the last failures?",
         sentences(design),
         claims(found),
-        [discovery_table(found), share_table(found), base_table(found), costs_table(found), told_table(found), rates_table(found)],
+        [discovery_table(found), share_table(found), base_table(found), costs_table(found), told_table(found), rates_table(found), variants_table(found)],
         [discovery_panel(found), share_panel(found), told_panel(found)],
         NOTES,
     )
@@ -50,7 +50,8 @@ def sentences(design: Design) -> list[str]:
         f"model: the first that it answers right with an exact chance below {design.below:g} in one attempt, in the order of the held-out list.",
         f"{design.attempts} attempts per question and method. Self-distillation takes an optimisation step after every {design.batch}; attempts of a batch "
         "count in their order up to the first right one. Weights, optimiser and teacher start anew at every question.",
-        "Feedback on an attempt: the guess with its numbers of exact and misplaced symbols, `counts`. Control: `wrong`, and nothing else. Multi-turn shows "
+        "Feedback on an attempt: the guess with its numbers of exact and misplaced symbols, `counts`. Control: `wrong`, and nothing else, "
+        f"on the questions of the first {design.controls} seeds. Multi-turn shows "
         f"the base model the marked guesses of its last {' or '.join(map(str, design.windows))} failures.",
         f"Learning rate of self-distillation, with `counts` and with `wrong`: the best of {', '.join(f'{rate:g}' for rate in design.rates)} in discovery@k, "
         f"averaged over k, on {design.tuning} other questions of the first base model.",
@@ -85,6 +86,7 @@ def against(found: Found, other: str, level: str, rows: np.ndarray | slice = sli
     if other == BEST:  # known for any number of attempts
         counts = np.union1d(FAR, np.arange(1, found.design.attempts + 1))
         return shares(found.solved[mine][rows], chance_within(found.chances[rows], counts), counts, level)
+    rows = slice(len(found.solved[other])) if rows == slice(None) else rows  # the control has the first questions only
     return shares(found.solved[mine][rows], found.solved[other][rows], np.arange(1, found.design.attempts + 1), level)
 
 
@@ -101,7 +103,7 @@ def claims(found: Found) -> list[Claim]:
         return Claim(text, f"share of the attempts of {other} at {level} of its discovery" if level == LAST else f"share of the attempts of {other} at {level}",
                      share, graded_at_most(share, bound))  # fmt: skip
 
-    gain = mean_gain(found.solved[SELF], found.solved[UNTOLD])
+    gain = mean_gain(found.solved[SELF][: len(found.solved[UNTOLD])], found.solved[UNTOLD])
     third, half = "The same discovery probability with a third of the attempts of", "At most half the attempts of"
     return [
         *(at_most(f"{third} best-of-k", BEST, level, 1 / 3) for level in (LAST, HALF)),
@@ -146,7 +148,7 @@ def base_table(found: Found) -> Table:
     for base in np.unique(found.bases):
         own = found.bases == base
         cells = [str(against(found, BEST, level, own)[2]) for level in (LAST, HALF)]
-        ends = [f"{found.solved[name][own, -1].mean():.3f}" for name in found.solved]
+        ends = [f"{solved[own[: len(solved)], -1].mean():.3f}" for solved in found.solved.values()]
         rows.append([str(base), str(own.sum()), f"{np.median(found.chances[own]):.5f}", *cells, *ends])
     columns = [
         "base model",
@@ -178,6 +180,16 @@ def rates_table(found: Found) -> Table:
         [name, f"{rate:g}", f"{score:.3f}", "yes" if rate == found.rates[name] else ""] for name, tried in found.scores.items() for rate, score in tried.items()
     ]
     return Table("Learning rates, on questions that are not reported", ["method", "rate", "discovery@k, mean over k", "chosen"], rows)
+
+
+def variants_table(found: Found) -> Table:
+    """One setting changed at a time, against the same questions."""
+    rows = []
+    for name, solved in found.variants.items():
+        same = found.solved[SELF][: len(solved)]
+        rows.append([name, str(len(solved)), f"{solved[:, -1].mean():.3f}", f"{same[:, -1].mean():.3f}", str(mean_gain(solved, same))])
+    columns = ["change", "questions", "solved in the end", "solved without it", "discovery@k averaged over k, less that without it"]
+    return Table("Self-distillation in other settings", columns, rows)
 
 
 def discovery_panel(found: Found) -> Panel:

@@ -22,6 +22,7 @@ from opsd_kernels.train.session import reproducible
 from opsd_kernels.train.types import Context
 
 SELF, UNTOLD, BEST = "self-distillation", "self-distillation, told `wrong`", "best-of-k"
+VARIANTS = {"frozen teacher": ({"teacher": "frozen"}, None), "batches of 4": ({}, 4), "reverse KL": ({"divergence": "reverse_kl"}, None)}  # settings, batch
 TOLD_SAMPLES, TOLD_STREAM = 16, 26  # failed attempts at a question whose feedback the base model is given
 
 
@@ -37,13 +38,17 @@ class Design:
     below: float = 0.01
     attempts: int = 256
     batch: int = 8
-    windows: tuple[int, ...] = (1, 3)
+    windows: tuple[int, ...] = (3, 1)
+    controls: int = 3  # the first seeds, on whose questions the control runs
+    varied: int = 2  # and the variants
 
     def quick(self) -> Design:
-        return dataclasses.replace(self, seeds=1, warm_seeds=1, questions=3, rates=self.rates[1:2], below=1.0, attempts=10, batch=4, windows=(2,))
+        return dataclasses.replace(
+            self, seeds=1, warm_seeds=1, questions=3, rates=self.rates[1:2], below=1.0, attempts=10, batch=4, windows=(2,), controls=1, varied=1
+        )
 
-    def budget(self, window: int = 1) -> Budget:
-        return Budget(self.attempts, self.batch, window)
+    def budget(self, window: int = 1, batch: int | None = None) -> Budget:
+        return Budget(self.attempts, batch or self.batch, window)
 
 
 @dataclass(frozen=True)
@@ -55,34 +60,47 @@ class Found:
     scores: dict[str, dict[float, float]]
     bases: np.ndarray  # (Q,) which base model
     chances: np.ndarray  # (Q,) of the base model, exact
-    solved: dict[str, np.ndarray]  # (Q, K) by method
+    solved: dict[str, np.ndarray]  # (Q, K) by method; the control has the first questions only
     costs: dict[str, dict[str, float]]
     told: dict[str, np.ndarray]  # (Q,) by what is in view
+    variants: dict[str, np.ndarray]  # (first questions, K) of self-distillation in other settings
 
 
 def measure(lab: Lab, config: TrainConfig, design: Design) -> Found:
     asked, spare = ask(lab, config, design)
     configs = {seed: seeded(config, design, seed) for seed in asked}
     views = {SELF: {}, UNTOLD: {"feedback": "wrong"}}
-    rates, scores = choose(lab, seeded(config, design, 0), design, views, spare)
-    arms = {name: ("self_distil", {**views[name], "learning_rate": rates[name]}, 1) for name in views}
-    arms |= {turns(window): ("multi_turn", {}, window) for window in design.windows}
-    places = [(name, seed) for name in arms for seed in asked]
-    cells = [
-        search_cell(dataclasses.replace(configs[seed], **arms[name][1]), arms[name][0], list(asked[seed]), design.budget(arms[name][2]))
-        for name, seed in places
-    ]
+    rates, scores = choose(lab, configs[0], design, views, spare)
+
+    def searched(title: str, method: str, seeds: int, settings: dict[str, Any], budget: Budget) -> list[discover.Search]:
+        cells = [search_cell(dataclasses.replace(configs[seed], **settings), method, list(asked[seed]), budget) for seed in range(seeds)]
+        return [discover.Search(**found) for result in lab.run(title, cells) for found in result["searches"]]
+
+    searches = {SELF: searched(SELF, "self_distil", design.seeds, {"learning_rate": rates[SELF]}, design.budget())}
     told = [Cell(f"{__name__}:told", {"config": asdict(configs[seed]), "problems": list(asked[seed]), "lines": max(design.windows)}) for seed in asked]
-    results = lab.run("searches", [*cells, *told])
-    searches = {name: [] for name in arms}
-    for (name, _), result in zip(places, results, strict=False):
-        searches[name] += [discover.Search(**search) for search in result["searches"]]
+    views_told = lab.run("chances with feedback in view", told)
+    for window in design.windows:
+        searches[turns(window)] = searched(turns(window), "multi_turn", design.seeds, {}, design.budget(window))
+    searches[UNTOLD] = searched(
+        "self-distillation, not told", "self_distil", design.controls, {**views[UNTOLD], "learning_rate": rates[UNTOLD]}, design.budget()
+    )
+    variants = {}
+    for name, (settings, batch) in VARIANTS.items():
+        found = searched(name, "self_distil", design.varied, {"learning_rate": rates[SELF], **settings}, design.budget(batch=batch))
+        variants[name] = solved_within([search.first for search in found], design.attempts)
     chances = np.array([chance for seed in asked for chance in asked[seed].values()])
     solved = {name: solved_within([search.first for search in found], design.attempts) for name, found in searches.items()}
-    views_told = {name: np.array([value for result in results[len(cells) :] for value in result[name]]) for name in results[-1]}
-    bases = np.array([seed % design.warm_seeds for seed in asked for _ in asked[seed]])
-    spent = {name: costs(found) for name, found in searches.items()}
-    return Found(design, rates, scores, bases, chances, {BEST: chance_within(chances, design.attempts), **solved}, spent, views_told)
+    return Found(
+        design,
+        rates,
+        scores,
+        np.array([seed % design.warm_seeds for seed in asked for _ in asked[seed]]),
+        chances,
+        {BEST: chance_within(chances, design.attempts), **solved},
+        {name: costs(found) for name, found in searches.items()},
+        {name: np.array([value for result in views_told for value in result[name]]) for name in views_told[0]},
+        variants,
+    )
 
 
 def seeded(config: TrainConfig, design: Design, seed: int) -> TrainConfig:
