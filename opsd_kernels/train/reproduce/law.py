@@ -25,8 +25,8 @@ QUICK = {
     "steps": 3, "prompts_per_step": 4, "group_size": 3, "rehearsal_prompts": 2, "eval_samples": 24,
     "tiny_hidden": 16, "tiny_layers": 1, "tiny_heads": 2, "warm_accuracy": 2e-4, "warm_batch": 32, "warm_max_steps": 200,
 }  # fmt: skip
-FEEDBACK = ("answer", "first", "first_two", "last", "marks", "wrong", "corrupted", "other")
-MISLEADING = ("wrong", "corrupted", "other")  # nothing, or something false, about the answer
+FEEDBACK = ("answer", "first", "first_two", "last", "marks", "wrong", "corrupted")  # `other` misleads as `corrupted` does, and is left out for time
+MISLEADING = ("wrong", "corrupted")  # nothing, or something false, about the answer
 CONTEXTS = (
     *(Arm(kind, {"feedback": kind, "siblings": False}) for kind in FEEDBACK),
     Arm("siblings", {"feedback": "none"}),
@@ -59,7 +59,7 @@ class Measured:
 
 
 def study(lab: Lab) -> Study:
-    contexts = [context for context in CONTEXTS if not lab.quick or context.name in ("answer", "first", "other", "siblings")]
+    contexts = [context for context in CONTEXTS if not lab.quick or context.name in ("answer", "first", "wrong", "siblings")]
     measured = {hidden: measure(lab, config_of(hidden, lab.quick), contexts, design_of(hidden, lab.quick)) for hidden in DESIGNS}
     laws = {hidden: fit(one.points(), common_settings(config_of(hidden, lab.quick))) for hidden, one in measured.items()}
     plain = {hidden: fit(one.points("plain_gap")) for hidden, one in measured.items()}
@@ -120,7 +120,7 @@ def sentences(quick: bool) -> list[str]:
     return [
         f"`{base.env}`: {base.steps} steps of {base.prompts_per_step} prompts with {base.group_size} answers each for every context, learning rate "
         f"{main.rates[0]:g} for all: the law compares contexts, not rates. {base.rehearsal_prompts} prompts of `+` are rehearsed in each step.",
-        "Contexts: the eight kinds of feedback without siblings, and a right sibling alone.",
+        "Contexts: seven kinds of feedback without siblings (`other` is left out for time), and a right sibling alone.",
         f"Hidden size {MAIN}: {main.seeds} seeds on {main.warm_seeds} base models. Hidden size {' and '.join(map(str, others))}: "
         f"{design_of(others[0], quick).seeds} seed each, so their points scatter more. Every base model stops at {base.warm_accuracy:.0%} without a context.",
         "Gap: accuracy of the teacher with its context less that of a second try, in which the student answers again without a context exactly where the "
