@@ -258,7 +258,8 @@ def floor(main: Measured) -> str:
     low = [f"`{name}`" for name, runs in main.trained.items() if np.mean(runs.values("held_out_accuracy_after")) < NEAR_FLOOR]
     return (
         f"{len(low)} of {len(main.trained)} contexts left the student below {NEAR_FLOOR:.0%} ({', '.join(low) or 'none'}): nothing is left to lose there, "
-        "and the line bends. *Improvement measured otherwise* shows the same runs before that, and in log-odds."
+        "and the line bends. Two attempts to mend it: *Improvement measured otherwise* has the "
+        "same runs at earlier steps and in log-odds, *Lines* the fit without the context that is farthest from the line of the others."
     )
 
 
