@@ -291,7 +291,7 @@ def fit_command(folders: Sequence[Path], samples: int | None, out: Path | None) 
     for point, left in zip(law.points, law.left_out, strict=True):
         table.add_row(point.context, str(point.runs), f"{point.gap:.3f}", f"{point.improvement:.3f}", f"{left:.3f}")
     progress.console.print(table)
-    progress.say(f"improvement = {law.slope:.3f} gap + {law.intercept:.3f}, R^2 {law.r2:.3f}")
+    progress.say(f"improvement = {law.slope:.3f} gap {law.intercept:+.3f}, R^2 {law.r2:.3f}")
     progress.say(f"error on a context that was left out {law.error:.3f}, without the gap {law.spread:.3f} (root mean square)")
     if out is not None:
         law.save(out)

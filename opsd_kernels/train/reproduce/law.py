@@ -274,7 +274,7 @@ def dotted(law: Law) -> Series:
     """A line as points, for a panel of points."""
     gaps = [point.gap for point in law.points]
     along = np.linspace(min(gaps), max(gaps), 50)
-    name = f"{law.slope:.2f} gap + {law.intercept:.2f}, R^2 {law.r2:.2f}"
+    name = f"{law.slope:.2f} gap {law.intercept:+.2f}, R^2 {law.r2:.2f}"
     return Series(name, along.tolist(), (law.slope * along + law.intercept).tolist())
 
 
