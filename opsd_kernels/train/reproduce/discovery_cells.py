@@ -21,8 +21,9 @@ from opsd_kernels.train.rollout import requests
 from opsd_kernels.train.session import reproducible
 from opsd_kernels.train.types import Context
 
+ONE = "one failure, `counts`"
 SELF, UNTOLD, BEST = "self-distillation", "self-distillation, told `wrong`", "best-of-k"
-VARIANTS = {"frozen teacher": ({"teacher": "frozen"}, None), "batches of 4": ({}, 4), "reverse KL": ({"divergence": "reverse_kl"}, None)}  # settings, batch
+VARIANTS = {"frozen teacher": ({"teacher": "frozen"}, None), "batches of 4": ({}, 4)}  # settings, batch
 TOLD_SAMPLES, TOLD_STREAM = 16, 26  # failed attempts at a question whose feedback the base model is given
 
 
@@ -40,7 +41,8 @@ class Design:
     batch: int = 8
     windows: tuple[int, ...] = (3, 1)
     controls: int = 3  # the first seeds, on whose questions the control runs
-    varied: int = 2  # and the variants
+    varied: int = 1  # and the variants
+    longer: float | None = 0.03  # warm_accuracy of a base model that has learned to read for longer
 
     def quick(self) -> Design:
         return dataclasses.replace(
@@ -64,6 +66,7 @@ class Found:
     costs: dict[str, dict[str, float]]
     told: dict[str, np.ndarray]  # (Q,) by what is in view
     variants: dict[str, np.ndarray]  # (first questions, K) of self-distillation in other settings
+    longer: dict[str, np.ndarray] | None  # the first base model after a longer warm start, at hard questions of its own: chances, solved, told
 
 
 def measure(lab: Lab, config: TrainConfig, design: Design) -> Found:
@@ -100,7 +103,18 @@ def measure(lab: Lab, config: TrainConfig, design: Design) -> Found:
         {name: costs(found) for name, found in searches.items()},
         {name: np.array([value for result in views_told for value in result[name]]) for name in views_told[0]},
         variants,
+        None if design.longer is None else longer_warm(lab, dataclasses.replace(configs[0], warm_accuracy=design.longer, learning_rate=rates[SELF]), design),
     )
+
+
+def longer_warm(lab: Lab, config: TrainConfig, design: Design) -> dict[str, np.ndarray]:
+    lab.run("longer warm start", [warm_cell(config)])
+    hard = lab.run("longer: questions", [Cell(f"{__name__}:questions", {"config": asdict(config), "count": design.questions, "below": design.below})])
+    problems, chances = zip(*hard[0]["questions"], strict=True)
+    told_cell = Cell(f"{__name__}:told", {"config": asdict(config), "problems": list(problems), "lines": max(design.windows)})
+    told_by_view, found = lab.run("longer: searches", [told_cell, search_cell(config, "self_distil", list(problems), design.budget())])
+    solved = solved_within([search["first"] for search in found["searches"]], design.attempts)
+    return {"chances": np.array(chances), "solved": solved, "told": np.array(told_by_view[ONE])}
 
 
 def seeded(config: TrainConfig, design: Design, seed: int) -> TrainConfig:
@@ -183,6 +197,6 @@ def told(arguments: dict[str, Any], folder: Path) -> Result:
         return {
             "nothing": mean([(group, Context()) for group in range(len(problems))]),
             "`wrong`": mean([(group, Context((), "wrong")) for group in range(len(problems))]),
-            "one failure, `counts`": mean([(r.group, context) for r, context in zip(rollouts, contexts, strict=True)]),
+            ONE: mean([(r.group, context) for r, context in zip(rollouts, contexts, strict=True)]),
             f"{lines} failures, `counts`": mean([(group, Context((), "\n".join(texts))) for group, texts in last]),
         }
