@@ -183,7 +183,7 @@ NOTES = [
     "The models have 218 thousand parameters and answers of four to eight tokens. That an order holds here says that nothing else is needed for it; that it "
     "does not hold says nothing about large models.",
     "Where the feedback is the answer itself, self-distillation is close to imitation, which GRPO cannot do. `marks` and `expr` are the fairer comparisons.",
-    "GRPO's rate lies at the lower end of the list where it chooses 2e-4. Measured aside, one run each on `secret_op` with the seed of the choice: .348 at 1e-4, "
-    ".366 at 2e-4, and .372 there with advantages divided by their standard deviation.",
+    "GRPO's rate lies at the lower end of the list where it chooses 2e-4. Measured aside, one run each on `secret_op` with the seed of the choice: .348 at "
+    "1e-4, .366 at 2e-4, and .372 there with advantages divided by their standard deviation.",
     "The step at which a curve first reaches a level is read off noisy measurements on the way. That favours the arm whose curve is read, which is SDPO.",
 ]
