@@ -35,6 +35,7 @@ from opsd_kernels.train.types import Rollout
 
 VIEW = ("context", "feedback", "siblings", "successes", "failures", "control")  # the keys that a law varies
 SEEDS = ("seed", "warm_seed")
+WATCHING = ("eval_every", "eval_samples", "probe_samples", "checkpoint_every", "samples_every", "samples_kept")
 SCHEMA = 1
 SAME = 1e-12  # squares below it are rounding: accuracies are multiples of one answer in thousands
 
@@ -230,7 +231,7 @@ def load_law(path: Path) -> Law:
 
 def common_settings(config: TrainConfig) -> dict[str, Any]:
     """What the runs of one law must share."""
-    return {name: value for name, value in asdict(config).items() if name not in (*VIEW, *SEEDS, *WHERE_NOT_WHAT)}
+    return {name: value for name, value in asdict(config).items() if name not in (*VIEW, *SEEDS, *WATCHING, *WHERE_NOT_WHAT)}
 
 
 def differences(settings: dict[str, Any], others: dict[str, Any]) -> list[str]:

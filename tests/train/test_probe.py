@@ -216,7 +216,7 @@ def test_fit_to_runs(config, tmp_path, monkeypatch):
     assert [dataclasses.astuple(point) for point in law.points] == [
         ("answer", 0.6, pytest.approx(0.55), 2), ("first", 0.2, pytest.approx(0.2), 1), ("wrong", 0.0, pytest.approx(-0.1), 1)
     ]  # fmt: skip
-    assert law.settings["steps"] == 8 and not {"feedback", "seed", "warm_seed", "cache_dir"} & set(law.settings)
+    assert law.settings["steps"] == 8 and not {"feedback", "seed", "warm_seed", "eval_samples", "cache_dir"} & set(law.settings)
     longer = finished(tmp_path / "longer", dataclasses.replace(config, steps=9), 0.2, 0.3)
     with pytest.raises(ValueError, match="differ in context and seeds alone, got .* with steps: 8, 9"):
         probe.fit_runs([*runs, longer], None, Progress())
