@@ -108,8 +108,10 @@ def graded_at_most(share: Estimate, bound: float) -> str:
 def claims(found: Found) -> list[Claim]:
     def at_most(text: str, other: str, level: str, bound: float) -> Claim:
         share = against(found, other, level)[2]
-        return Claim(text, f"share of the attempts of {other} at {level} of its discovery" if level == LAST else f"share of the attempts of {other} at {level}",
-                     share, graded_at_most(share, bound))  # fmt: skip
+        measured = (
+            f"attempts of self-distillation by those of {other}, both to {'a discovery of 50 %' if level == HALF else f'the discovery of {other} in the end'}"
+        )
+        return Claim(text, measured, share, graded_at_most(share, bound))
 
     gain = mean_gain(found.solved[SELF][: len(found.solved[UNTOLD])], found.solved[UNTOLD])
     third, half = "The same discovery probability with a third of the attempts of", "At most half the attempts of"
