@@ -1,9 +1,9 @@
 """`plan`: the first token of an answer decides whether the others can be right.
 
-`?3141` is answered by a plan, `A`, `B` or `C`, and running sums of the digits, to which each step adds 0, 1 or 2 more: `B4602`. Only the plan
-(first + last digit) modulo 3 leads to the right answer. The base model carries out all three and has seen right ones in `warm_share` of the examples more
-often than by chance: its plan is right in a third. A teacher never saw an answer leave the plan that it was told, or knows: after a wrong
-one it has nothing to say. Running differences, `-3141`, are the untrained skill, as in `chain`.
+`?4141` is answered by a plan, `A`, `B` or `C`, and running sums of the digits, to which each step adds 0, 1 or 2 more: `B5724`. Only the plan that
+the first digit modulo 3 names leads to the right answer. The base model carries out all three and has seen the right one hardly more often than by
+chance: it chooses it in a third of the answers. A teacher never saw an answer leave the plan that it was told, or knows: what it says after a wrong
+one is no lesson. Running differences, `-4141`, are the untrained skill, as in `chain`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Plan(Chain):
 
     def solution(self, problem: int) -> str:
         digits = self.digits(problem)
-        return planned(digits, PLANS[(digits[0] + digits[-1]) % len(PLANS)]) if problem // SIZE == TRAINED else super().solution(problem)
+        return planned(digits, PLANS[digits[0] % len(PLANS)]) if problem // SIZE == TRAINED else super().solution(problem)
 
     def comment(self, kind: str, answer: str, truth: str) -> str | None:
         return f"plan {truth[0]}" if kind == "plan" else super().comment(kind, answer, truth)
