@@ -39,7 +39,7 @@ from opsd_kernels.train.types import Rollout
 
 BASE = {
     "env": "secret_op", "context": "positive", "feedback": "none", "rehearsal_prompts": 0,
-    "steps": 40, "lr_warmup_steps": 5, "prompts_per_step": 16, "group_size": 8, "eval_every": 20,
+    "steps": 120, "lr_warmup_steps": 5, "prompts_per_step": 16, "group_size": 8, "eval_every": 40,
     "probe_samples": 128, "eval_samples": 512, "checkpoint_every": 10_000, "samples_kept": 0, "tensorboard": False,
 }  # fmt: skip
 QUICK = {
