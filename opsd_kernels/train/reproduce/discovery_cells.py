@@ -46,7 +46,7 @@ class Design:
 
     def quick(self) -> Design:
         return dataclasses.replace(
-            self, seeds=1, warm_seeds=1, questions=3, rates=self.rates[1:2], below=1.0, attempts=10, batch=4, windows=(2,), controls=1, varied=1
+            self, seeds=1, warm_seeds=1, questions=3, rates=self.rates[1:2], below=1.0, attempts=10, batch=4, windows=(2,), longer=None, controls=1, varied=1
         )
 
     def budget(self, window: int = 1, batch: int | None = None) -> Budget:
