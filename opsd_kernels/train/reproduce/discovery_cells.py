@@ -42,11 +42,11 @@ class Design:
     windows: tuple[int, ...] = (3, 1)
     controls: int = 3  # the first seeds, on whose questions the control runs
     varied: int = 1  # and the variants
-    longer: float | None = 0.03  # warm_accuracy of a base model that has learned to read for longer
+    other: float | None = 0.02  # warm_accuracy of one more base model, which has learned to read for less long
 
     def quick(self) -> Design:
         return dataclasses.replace(
-            self, seeds=1, warm_seeds=1, questions=3, rates=self.rates[1:2], below=1.0, attempts=10, batch=4, windows=(2,), longer=None, controls=1, varied=1
+            self, seeds=1, warm_seeds=1, questions=3, rates=self.rates[1:2], below=1.0, attempts=10, batch=4, windows=(2,), other=None, controls=1, varied=1
         )
 
     def budget(self, window: int = 1, batch: int | None = None) -> Budget:
@@ -66,7 +66,7 @@ class Found:
     costs: dict[str, dict[str, float]]
     told: dict[str, np.ndarray]  # (Q,) by what is in view
     variants: dict[str, np.ndarray]  # (first questions, K) of self-distillation in other settings
-    longer: dict[str, np.ndarray] | None  # the first base model after a longer warm start, at hard questions of its own: chances, solved, told
+    other: dict[str, np.ndarray] | None  # the first base model after another warm start, at hard questions of its own: chances, solved, told
 
 
 def measure(lab: Lab, config: TrainConfig, design: Design) -> Found:
@@ -103,16 +103,16 @@ def measure(lab: Lab, config: TrainConfig, design: Design) -> Found:
         {name: costs(found) for name, found in searches.items()},
         {name: np.array([value for result in views_told for value in result[name]]) for name in views_told[0]},
         variants,
-        None if design.longer is None else longer_warm(lab, dataclasses.replace(configs[0], warm_accuracy=design.longer, learning_rate=rates[SELF]), design),
+        None if design.other is None else other_start(lab, dataclasses.replace(configs[0], warm_accuracy=design.other, learning_rate=rates[SELF]), design),
     )
 
 
-def longer_warm(lab: Lab, config: TrainConfig, design: Design) -> dict[str, np.ndarray]:
-    lab.run("longer warm start", [warm_cell(config)])
-    hard = lab.run("longer: questions", [Cell(f"{__name__}:questions", {"config": asdict(config), "count": design.questions, "below": design.below})])
+def other_start(lab: Lab, config: TrainConfig, design: Design) -> dict[str, np.ndarray]:
+    lab.run("another base", [warm_cell(config)])
+    hard = lab.run("another base: questions", [Cell(f"{__name__}:questions", {"config": asdict(config), "count": design.questions, "below": design.below})])
     problems, chances = zip(*hard[0]["questions"], strict=True)
     told_cell = Cell(f"{__name__}:told", {"config": asdict(config), "problems": list(problems), "lines": max(design.windows)})
-    told_by_view, found = lab.run("longer: searches", [told_cell, search_cell(config, "self_distil", list(problems), design.budget())])
+    told_by_view, found = lab.run("another base: searches", [told_cell, search_cell(config, "self_distil", list(problems), design.budget())])
     solved = solved_within([search["first"] for search in found["searches"]], design.attempts)
     return {"chances": np.array(chances), "solved": solved, "told": np.array(told_by_view[ONE])}
 
