@@ -72,7 +72,7 @@ def build(cls, name, home, dtype=torch.float32, data=None, student=None, teacher
     """A trainer of `cls` on the models of `home`, in `dtype`."""
     common = {"output_dir": home.out, "per_device_train_batch_size": 4, "max_steps": STEPS, "learning_rate": 1e-3, "logging_steps": 1, "bf16": False,
               "report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "gradient_checkpointing": False, "max_completion_length": 8,
-              "lr_scheduler_type": "constant", "max_grad_norm": 0.0}  # fmt: skip
+              "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "per_device_eval_batch_size": 4}  # fmt: skip
     settings, student = {**common, **SETTINGS[name], **settings}, load(home.student, dtype) if student is None else student
     if name == "SDPOTrainer":
         trainer = cls(student, reward, sdpo.SDPOConfig(**settings), PROMPTS if data is None else data, processing_class=tokenizer())
@@ -105,7 +105,7 @@ class Recorded:
             num_items_in_batch = (inputs["labels"] != -100).sum()  # what TRL's loss needs to be right: see test_divisor_is_what_was_sampled
         self.batches.append(copied(inputs))
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self.losses.append(loss.detach())
+        self.losses.append((loss[0] if isinstance(loss, tuple) else loss).detach())
         return loss
 
 
@@ -118,15 +118,18 @@ def parameters(model):
 
 
 def after_training(cls, name, home, fed=None, dtype=torch.float32):
-    """Losses and metrics by step, all parameters at the end, the batches, and the names of everything that was logged."""
+    """Losses and metrics by step, those of an evaluation, all parameters, the batches, and the names of everything that was logged."""
     torch.manual_seed(0)
     trainer = build(recorded(cls, fed), name, home, dtype)
     trainer.train()
-    logs = trainer.state.log_history[:STEPS]
+    if fed is None:
+        trainer.evaluate(trainer.train_dataset.select(range(2)))
+    logs = trainer.state.log_history
     of_the_loss = ("entropy", "grad_norm", "iw_opd", "sdpo", "self_distillation/distillation_loss", "self_distillation/policy_loss")
-    kept = [key for key in sorted(logs[-1]) if key.startswith(of_the_loss)]
-    metrics = torch.tensor([[log[key] for key in kept] for log in logs], dtype=torch.float64)
-    values = {"losses": torch.stack(trainer.losses), "parameters": parameters(trainer.model), **dict(zip(kept, metrics.T, strict=True))}
+    kept = [key for key in sorted(logs[STEPS - 1]) if key.startswith(of_the_loss)]
+    metrics = torch.tensor([[log[key] for key in kept] for log in logs[:STEPS]], dtype=torch.float64)
+    losses = torch.stack(trainer.losses)
+    values = {"losses": losses[:STEPS], "evaluation": losses[STEPS:], "parameters": parameters(trainer.model), **dict(zip(kept, metrics.T, strict=True))}
     return values, trainer.batches, set().union(*logs)
 
 
@@ -140,7 +143,7 @@ def test_twenty_steps(name, home, monkeypatch):
     """Both sample for themselves, from the same seed. The truth is float64 on the same batches: TRL's loss, or the judge's where TRL's knows fp32 only."""
     theirs, batches, logged = after_training(THEIRS[name], name, home)
     mine, sampled, also = after_training(getattr(fused, name), name, home)
-    assert logged == also
+    assert logged == also and len(mine["evaluation"])
     for one, other in zip(batches, sampled, strict=True):
         assert all(torch.equal(one[key], other[key]) for key in one if isinstance(one[key], torch.Tensor) and not one[key].is_floating_point())
     judge = THEIRS[name]
@@ -149,6 +152,7 @@ def test_twenty_steps(name, home, monkeypatch):
         monkeypatch.setattr(fused, "linear_divergence", judged)
     truth = after_training(judge, name, home, batches, torch.float64)[0]
     assert truth["losses"].std() > 0 and (truth["parameters"] - parameters(load(home.student)).double()).abs().max() > 1e-3
+    truth["evaluation"] = theirs["evaluation"].double()  # on what the models sample, which float64 samples otherwise
     for key in truth:
         assert_no_worse(mine[key], theirs[key], truth[key])
 
@@ -490,10 +494,7 @@ def test_models_without_a_fused_loss_are_refused(home):
 
 def test_options_of_the_op_are_within_reach(home):
     """A subclass states what TRL's config has no word for."""
-
-    class Clipped(fused.DistillationTrainer):
-        loss_options = {"token_clip": 0.05, "backend": "torch"}
-
+    limited = type("Limited", (fused.DistillationTrainer,), {"loss_options": {"token_clip": 0.05, "backend": "torch"}})
     batch = batch_for("DistillationTrainer")
-    free, clipped = (one_step(build(cls, "DistillationTrainer", home), batch).loss for cls in (fused.DistillationTrainer, Clipped))
+    free, clipped = (one_step(build(cls, "DistillationTrainer", home), batch).loss for cls in (fused.DistillationTrainer, limited))
     assert 0 < clipped < free / 2
