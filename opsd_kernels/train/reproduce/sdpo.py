@@ -38,7 +38,15 @@ ARMS = {
         Arm(TOPK, {"topk": 4}),
         Arm(SAMPLED, {"objective": "sampled_token"}),
     ),
-    "expr": (Arm(SDPO), Arm(SIBLINGS, {"feedback": "none"}), Arm(GRPO, {"policy_weight": 1.0})),
+    "expr": (
+        Arm(SDPO),
+        Arm(SIBLINGS, {"feedback": "none"}),
+        Arm(GRPO, {"policy_weight": 1.0}),
+        # Why the two above do not beat the third: a teacher that is told more, and a rate below the list.
+        Arm(f"{SDPO}, told the answer", {"feedback": "answer"}),
+        Arm(f"{SDPO} at 1e-4", {"learning_rate": 1e-4}),
+        Arm(f"{GRPO} at 1e-4", {"policy_weight": 1.0, "learning_rate": 1e-4}),
+    ),
 }
 HEADLINE = (SDPO, SIBLINGS, GRPO)
 AFTER = "held-out accuracy after training"
