@@ -77,6 +77,7 @@ class Weigh(Protocol):
     """From the outputs so far and a chunk's rows to their factors and policies, (n,) each."""
 
     has_policy: bool  # else the second is None
+    exchanges: bool  # ranks talk when it is called, and differ in their chunks
 
     def __call__(self, out: Outputs, rows: slice | Tensor) -> tuple[Tensor, Tensor | None]: ...
 

@@ -120,6 +120,7 @@ class ByStatistics:
         self._job = job
         self.scope = "sequence" if "sequence" in job.scopes else "row"
         self.has_policy = job.policy is not None
+        self.exchanges = any(getattr(part, "exchanges", False) for part in (job.weighting, job.policy))
         scale = job.scale
         wide = stats_dtype(job.call.student_hidden.dtype)
         if not isinstance(scale, Tensor):

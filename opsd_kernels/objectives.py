@@ -101,6 +101,10 @@ class Mix:
     def needs_metrics(self) -> bool:
         return any(getattr(term, "needs_metrics", True) for _, term in self.parts)
 
+    @property
+    def exchanges(self) -> bool:
+        return any(getattr(term, "exchanges", False) for _, term in self.parts)
+
     def __call__(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> Tensor:
         return sum(share * term(logprob, stats, mask) for share, term in self.parts)
 
@@ -140,6 +144,10 @@ class OnPolicyDistillation:
     @property
     def needs_metrics(self) -> bool:
         return self.weights is not None and getattr(self.weights, "needs_metrics", True)
+
+    @property
+    def exchanges(self) -> bool:
+        return getattr(self.weights, "exchanges", False)
 
     def rewards(self, student: Tensor, teacher: Tensor) -> Tensor:
         """R, (B, T)."""

@@ -206,7 +206,7 @@ def weighted_forward(call: Call, weigh: chunked.Weigh, scope: str, lengths: Call
     sequences = lengths(packs(call)) if scope == "sequence" else []
     heads, rows = _heads(call), _computed(call, sum(sequences) if scope == "sequence" else None)
     spec, chunks = _plan(call, heads, rows.count, scope, max(sequences, default=0), weigh.has_policy)
-    if chunks.weighting == "own pass":
+    if chunks.weighting == "own pass" or weigh.exchanges:
         known = _walk(call, heads, spec, chunks, rows, gradients=False, metrics=True)
         factor, policy = weigh(known, slice(None))
         return _walk(call._replace(factor=factor, policy=policy), heads, spec, chunks, rows, gradients=True, metrics=True)

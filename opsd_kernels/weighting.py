@@ -9,8 +9,8 @@ The contract. A weighting is any object with `scope` and `__call__(stats, mask) 
   token's own statistics; "sequence", also those of its whole sequence. Rows, or sequences, that are not computed yet hold zeros or unfinished numbers:
   a weighting neither fails on them nor lets them reach the weights of others.
 
-A weighting may also say `needs_labels`, that it reads the log-probs; `needs_metrics` False, that of the other statistics it reads the divergence alone; and
-`lengths`, those of the sequences in one packed row (`PackedSequences`).
+A weighting may also say `needs_labels`, that it reads the log-probs; `needs_metrics` False, that of the other statistics it reads the divergence alone;
+`lengths`, those of the sequences in one packed row (`PackedSequences`); and `exchanges`, that it talks to other ranks (`AcrossRanks`).
 
 What the schemes here promise beyond it: a masked token weighs 0 and influences nothing, even if its statistics are NaN; no gradient flows; nothing waits
 for the device; no bit differs from run to run. They compute and return float64, since there are few numbers and the op rounds them once.

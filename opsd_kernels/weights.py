@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -345,3 +346,47 @@ def _parse_lengths(lengths: Any) -> tuple[int, ...]:
     expect(isinstance(lengths, (list, tuple)), "lengths", "a 1-D tensor or a sequence of ints", type(lengths).__name__, TypeError)
     expect(all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in lengths), "lengths", "ints >= 0", lengths)
     return tuple(lengths)
+
+
+class _WholeStats:
+    """Statistics of whole sequences, gathered when they are read."""
+
+    def __init__(self, stats: Any, gather: Callable[[Tensor], Tensor]) -> None:
+        self._stats, self._gather = stats, gather
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._stats, name)
+        return None if value is None else self._gather(value)
+
+
+@dataclass(frozen=True, eq=False)
+class AcrossRanks(Wrapper):
+    """`inner` on sequences whose tokens are spread over the ranks of `group` (context parallelism): rank r holds the r-th part of every sequence.
+
+    All ranks hold (B, T) tokens, padded where a sequence ends before, and weigh them as one process weighs (B, ranks * T). What `inner` reads is gathered,
+    the mask and a number or two per token; a weight of scope "row" reads nothing of others. The op computes all statistics first: six GEMM passes, not four.
+    """
+
+    group: Any
+
+    @property
+    def scope(self) -> str:
+        return self.inner.scope
+
+    @property
+    def exchanges(self) -> bool:
+        return self.inner.scope != "row"
+
+    def values(self, stats: Any, mask: Tensor) -> Tensor:
+        if not self.exchanges:
+            return self.inner_values(stats, mask)
+        whole = self._gathered(mask)
+        weights = self.inner_values(None if stats is None else _WholeStats(stats, self._gathered), whole)
+        return weights[:, self.group.rank() * mask.shape[1] :][:, : mask.shape[1]]
+
+    def _gathered(self, values: Tensor) -> Tensor:
+        """(B, ranks * T) of (B, T)."""
+        sent = values.to(torch.uint8) if values.dtype == torch.bool else values.contiguous()
+        parts = [torch.empty_like(sent) for _ in range(self.group.size())]
+        dist.all_gather(parts, sent, group=self.group)
+        return torch.cat(parts, dim=1).to(values.dtype)

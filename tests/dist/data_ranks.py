@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,8 +16,10 @@ from launching import join
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opsd_kernels import DistillationHead
-from opsd_kernels.testing import assert_no_worse
+from opsd_kernels import DistillationHead, linear_divergence
+from opsd_kernels.reference import linear_divergence_reference
+from opsd_kernels.testing import assert_no_worse, evaluate, hard_case, plain_outcomes
+from opsd_kernels.weights import AcrossRanks, EntropyGate, FirstFraction, LinearDecay, MeanOne, PrefixDiscrepancy
 
 N, H, V, STEPS, RATE = 24, 16, 101, 3, 0.5
 MANY_CHUNKS = 3000  # bytes of workspace: three rows a chunk
@@ -130,6 +133,26 @@ def check_ddp(rank: int, ranks: int) -> None:
     same_as_one(ranks, together(model, rank, ranks), {name.removeprefix("module."): p.detach() for name, p in model.named_parameters()})
 
 
+def check_tokens_over_ranks(rank: int, ranks: int) -> None:
+    """Sequences that are cut over the ranks, under weights that read whole ones: one sequence ends in the first rank, one begins in the last."""
+    B, T = 3, 6 * ranks
+    case = replace(hard_case(B * T, V, H, batch=B, largest_logit=8.0, views=False), token_weights=None)
+    labels = case.labels.clone()
+    labels[0, 5:] = labels[1, : T - 4] = -100
+    case, mine = replace(case, labels=labels), slice(6 * rank, 6 * rank + 6)
+    part = {name: getattr(case, name)[:, mine] for name in ("student_hidden", "teacher_hidden", "labels", "mask")}
+    for scheme in (FirstFraction(0.4), PrefixDiscrepancy(0.5), MeanOne(PrefixDiscrepancy(0.5)) * LinearDecay(0.2), EntropyGate("student", below=2.0)):
+        told = {"reduction": "sum", "divergence": "jsd"}
+        truth, plain = evaluate(linear_divergence_reference, case.double(), token_weights=scheme, **told), plain_outcomes(case, token_weights=scheme, **told)
+        across = AcrossRanks(scheme, dist.group.WORLD)
+        ours = evaluate(linear_divergence, replace(case, **part), token_weights=across, workspace_bytes=MANY_CHUNKS, **told)
+        for summed in (ours.loss, ours.student_weight, ours.student_bias):
+            dist.all_reduce(summed)
+        hidden = [torch.empty_like(ours.student_hidden) for _ in range(ranks)]
+        dist.all_gather(hidden, ours.student_hidden.contiguous())
+        assert_no_worse(replace(ours, student_hidden=torch.cat(hidden, dim=1)), plain, truth)
+
+
 def same_as_one(ranks: int, losses: list[float], weights: dict[str, Tensor]) -> None:
     """Against float64, no worse than one process at the same precision."""
     (losses_of_one, one), (true_losses, truth) = (alone(ranks, dtype) for dtype in (torch.float32, torch.float64))
@@ -158,7 +181,7 @@ def main(rank: str, world: str, rendezvous: str, result: str, task: str = "check
         die(int(rank), int(world))
         return
     outcomes = {}
-    for function in (check_fsdp, check_fsdp_gathers_the_head_once, check_ddp):
+    for function in (check_fsdp, check_fsdp_gathers_the_head_once, check_ddp, check_tokens_over_ranks):
         try:
             function(int(rank), int(world))
             outcomes[function.__name__] = None

@@ -9,7 +9,7 @@ import pytest
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_equal_one_process(launching, world, tmp_path):
     results = launching.launch("data_ranks.py", world, tmp_path)
-    assert len(results) == world and len(results[0]) == 3
+    assert len(results) == world and len(results[0]) == 4
     launching.assert_none_failed(results)
 
 
