@@ -15,6 +15,9 @@ from opsd_kernels.train.reproduce.statistics import GRADES, INCONCLUSIVE, NOT_RE
 from opsd_kernels.train.rollout import requests
 from opsd_kernels.train.types import Verdict
 
+WRITTEN = 1e-3  # digits of the value written down here
+FP32 = 1e-5  # nats, of a sum over a vocabulary
+
 
 def test_agreement_within_groups_ignores_how_hard_a_prompt_is():
     """Group 0 is easy and scored high, group 1 hard and scored low; inside each the order is the wrong way round."""
@@ -27,7 +30,7 @@ def test_agreement_within_groups_ignores_how_hard_a_prompt_is():
     assert mopd.agreement(scores, [True, True, True, False, False, False], groups) == {
         "auc_in_group": None,
         "auc": 1.0,
-        "spearman": pytest.approx(0.878, abs=1e-3),
+        "spearman": pytest.approx(0.878, abs=WRITTEN),
     }
     assert set(mopd.agreement(scores, [True] * 6, groups).values()) == {None}
 
@@ -46,7 +49,7 @@ def test_a_score_is_the_mean_log_prob_of_the_answer_behind_the_other_prompt(mode
     for rollout, prompt, score in zip(rollouts, others, found, strict=True):
         logits = model(input_ids=torch.tensor([prompt + rollout.tokens])).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1).gather(1, torch.tensor(rollout.tokens)[:, None]).mean().detach()
-        assert score == pytest.approx(float(expected), abs=1e-5)
+        assert score == pytest.approx(float(expected), abs=FP32)
 
 
 def test_controls_fill_the_blocks_of_the_arm_they_belong_to(model, sampler, task):
