@@ -16,7 +16,7 @@ from opsd_kernels.train.reproduce.statistics import Estimate, difference, graded
 from opsd_kernels.train.reproduce.study import Claim, Study, Table
 
 BASE = {
-    "rehearsal_prompts": 0, "prompts_per_step": 32, "group_size": 4, "steps": 40, "eval_every": 20, "probe_samples": 128, "eval_samples": 512,
+    "rehearsal_prompts": 0, "prompts_per_step": 32, "group_size": 4, "steps": 40, "eval_every": 20, "probe_samples": 64, "eval_samples": 400,
     "checkpoint_every": 10_000, "samples_kept": 0, "tensorboard": False,
 }  # fmt: skip
 QUICK = {
