@@ -50,19 +50,19 @@ class Trained:
 
 
 def compare(lab: Lab, base: TrainConfig, arms: Sequence[Arm], design: Design) -> dict[str, Trained]:
-    """Every arm by name, trained with the rate that served it best in held-out accuracy."""
+    """Every arm by name, trained with the rate that served it best in held-out accuracy, or with its own where its settings have one."""
 
     def config(arm: Arm, rate: float, seed: int) -> TrainConfig:
         return dataclasses.replace(base, **{"learning_rate": rate, "seed": seed, "warm_seed": seed % design.warm_seeds, **arm.settings})
 
     tried: dict[str, dict[float, float]] = {arm.name: {} for arm in arms}
     if len(design.rates) > 1:
-        pairs = [(arm, rate) for arm in arms for rate in design.rates]
+        pairs = [(arm, rate) for arm in arms if "learning_rate" not in arm.settings for rate in design.rates]
         tuning = design.TUNING - design.TUNING % design.warm_seeds  # of the first base model
         results = lab.train(f"{base.env}, learning rates", [config(arm, rate, tuning) for arm, rate in pairs])
         for (arm, rate), result in zip(pairs, results, strict=True):
             tried[arm.name][rate] = result["held_out_accuracy_after"]
-    rates = {name: max(scores, key=scores.__getitem__, default=design.rates[0]) for name, scores in tried.items()}
+    rates = {arm.name: arm.settings.get("learning_rate") or max(tried[arm.name], key=tried[arm.name].__getitem__, default=design.rates[0]) for arm in arms}
     cells = [(arm, seed) for arm in arms for seed in range(design.seeds)]
     results = lab.train(f"{base.env}, seeds", [config(arm, rates[arm.name], seed) for arm, seed in cells])
     runs = {arm.name: [result for (other, _), result in zip(cells, results, strict=True) if other is arm] for arm in arms}
