@@ -195,7 +195,7 @@ NOTES = [
     "1e-4, .366 at 2e-4, and .372 there with advantages divided by their standard deviation.",
     "`expr`, why SDPO is not ahead there, first attempt: the teacher. One that is told the answer, and right far more often, teaches no more: what is "
     "missing is not a better teacher. Second attempt: the rate. Half the lowest one of the list does nothing for SDPO and a little for GRPO. No arm moved "
-    "far from where it began: the skill itself, a line through two pairs for pairs that were not seen, takes the warm start 650 steps of 64 worked examples "
-    "each to get that far, five times the answers that a run generates.",
+    "far from where it began: the skill itself, a line through two pairs for pairs that were not seen, takes the warm start 650 steps of 38 worked examples "
+    "each to get that far, three times the answers that a run generates.",
     "The step at which a curve first reaches a level is read off noisy measurements on the way. That favours the arm whose curve is read, which is SDPO.",
 ]
