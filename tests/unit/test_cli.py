@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import opsd_kernels
 from opsd_kernels import backends, cli, env, planner
-from opsd_kernels.train import loop
+from opsd_kernels.train import commands, loop
 from opsd_kernels.train.types import NonFiniteLoss, RunDirectoryError, TrainingInterrupted
 
 
@@ -38,7 +38,7 @@ def test_help_lists_the_commands_that_exist_and_leaves_slow_libraries_alone():
     package = str(Path(opsd_kernels.__file__).parent.parent)
     result = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, cwd=package, timeout=120)
     assert (result.returncode, result.stderr) == (0, "[]\n")
-    assert re.findall(r"^  (\w+)  +[A-Z]", result.stdout, re.MULTILINE) == ["train", "plan", "doctor", "bench"]
+    assert re.findall(r"^  (\w+)  +[A-Z]", result.stdout, re.MULTILINE) == ["train", "report", "reproduce", "probe", "discover", "plan", "doctor", "bench"]
 
 
 @pytest.mark.parametrize(
@@ -109,16 +109,16 @@ def test_without_typer_the_command_names_the_extra(tmp_path):
 
 
 def test_resume_command_can_be_typed(monkeypatch):
-    monkeypatch.setattr(cli.shutil, "which", lambda name: None)
+    monkeypatch.setattr(commands.shutil, "which", lambda name: None)
     monkeypatch.setattr(sys, "argv", [".venv/bin/opsd"])
-    assert cli.resume_command(Path("runs/my run")) == ".venv/bin/opsd train --out 'runs/my run' --resume"
+    assert commands.resume_command(Path("runs/my run")) == ".venv/bin/opsd train --out 'runs/my run' --resume"
 
 
 def test_run_directories_do_not_collide(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = cli.new_run_directory("secret_op")
+    first = commands.new_run_directory("secret_op")
     first.mkdir(parents=True)
-    assert cli.new_run_directory("secret_op") != first and first.parent == Path("runs")
+    assert commands.new_run_directory("secret_op") != first and first.parent == Path("runs")
 
 
 @pytest.mark.parametrize(
