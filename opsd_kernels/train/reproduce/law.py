@@ -18,7 +18,7 @@ from opsd_kernels.train.reproduce.statistics import Estimate, difference, estima
 from opsd_kernels.train.reproduce.study import Claim, Panel, Series, Study, Table
 
 BASE = {
-    "steps": 40, "prompts_per_step": 32, "group_size": 4, "rehearsal_prompts": 8, "eval_samples": 600, "eval_every": 10_000, "checkpoint_every": 10_000,
+    "steps": 80, "prompts_per_step": 32, "group_size": 4, "rehearsal_prompts": 8, "eval_samples": 600, "eval_every": 10_000, "checkpoint_every": 10_000,
     "samples_kept": 0, "tensorboard": False,
 }  # fmt: skip
 QUICK = {
@@ -31,7 +31,7 @@ CONTEXTS = (
     Arm("siblings", {"feedback": "none"}),
 )
 MAIN, SMALLER, SMALLEST = 96, 64, 48  # tiny_hidden; with 128 the warm start was still on its plateau (4 %) after 1850 steps
-RATES = (1e-3,)
+RATES = (5e-4,)
 DESIGNS = {MAIN: Design(5, 3, RATES), SMALLER: Design(1, 1, RATES), SMALLEST: Design(1, 1, RATES)}
 PROBE_SEED, PROBE_SAMPLES = 2000, 1000  # no run has this seed: the gap's scatter is not that of a run's own first measurement
 LEAST_R2, MARGIN = 0.9, 0.05
@@ -78,6 +78,8 @@ def study(lab: Lab) -> Study:
 
 
 NOTES = [
+    "A first run had half the steps at twice the rate, 40 at 0.001, on the same base models: R^2 .475, .752 without `corrupted`, error on a context that was "
+    "left out .186 against .212 of the others' mean. This is the second, with the outcome of the first known.",
     "The line is one of equal steps, rollouts and learning rate: a budget of its own, not the end of training. With another budget it has another slope.",
     "Feedback is told to failures alone, so the second try is the same for all contexts without siblings, and subtracting it moves them without bending "
     "their line. It parts them from the contexts with siblings, where right answers are drawn again too and a second try gains less.",
