@@ -19,7 +19,7 @@ from .shapes import DEFAULT_SHAPES, SHAPES, Setting, Shape, make_case
 from .timing import Variant, interleave, noise, ratio
 
 # (fewest, most) rounds and seconds of one comparison, by device and whether the run is quick.
-EFFORT = {("cpu", True): ((6, 15), 5.0), ("cpu", False): ((5, 30), 10.0), ("cuda", True): ((8, 30), 2.0), ("cuda", False): ((10, 50), 5.0)}
+EFFORT = {("cpu", True): ((6, 15), 5.0), ("cpu", False): ((4, 30), 10.0), ("cuda", True): ((8, 30), 2.0), ("cuda", False): ((10, 50), 5.0)}
 
 
 @dataclass(frozen=True)
