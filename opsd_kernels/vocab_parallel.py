@@ -123,10 +123,10 @@ class VocabShard:
         chosen = every[0].argsort(dim=-1, descending=True, stable=True)[:, : min(restriction.k, self.vocab_size)]
         q, p, delta = (part.gather(1, chosen) for part in every[1:])
         mine = torch.div(chosen, k, rounding_mode="floor") == self.rank
-        columns = found.columns.gather(1, torch.where(mine, chosen % k, 0))  # a foreign entry repeats this rank's first candidate
-        columns = torch.where(mine, columns, _first_own(columns, mine)[:, None])
+        at = torch.where(mine, chosen % k, 0)
+        at = torch.where(mine, at, at.gather(1, mine.to(torch.int8).argmax(1, keepdim=True)))  # a foreign entry repeats the first own one, if there is any
+        columns, own_q = found.columns.gather(1, at), found.whole_q.gather(1, at)
         whole = Entries(columns, torch.ones_like(mine), rows.at(columns), q, q, p, delta)
-        own_q = torch_rows.distributions(torch_rows.logits(*whole.raw[:2], spec, *whole.raw[2:]), stats)[0]
         return whole, whole._replace(live=mine, whole_q=own_q)
 
 
@@ -176,11 +176,6 @@ def gathered(weight: Tensor, gradient: str = "mean") -> Tensor:
     return weight.full_tensor(grad_placements=[Partial("avg" if gradient == "mean" else "sum")] * weight.device_mesh.ndim)
 
 
-def _first_own(columns: Tensor, mine: Tensor) -> Tensor:
-    """(n,) the first column of a row that is this rank's; any of its columns where none is."""
-    return columns.gather(1, mine.to(torch.int8).argmax(1, keepdim=True))[:, 0]
-
-
 def _gathered(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(world, ...) what every rank has."""
     parts = [torch.empty_like(values) for _ in range(group.size())]
@@ -197,8 +192,9 @@ class ShardedRows:
 
     def row_stats(self, S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool) -> Tensor:
         own = self.backend.row_stats(S, T, spec, bias_s, bias_t, metrics)
+        own[:, Column.STUDENT_ARGMAX : Column.CLIPPED] += self.shard.start
         sent = own[:, : Column.CLIPPED if metrics else Column.STUDENT_ENTROPY].contiguous()
-        merged = merge(_gathered(sent, self.shard.group), self.shard.bounds, spec.linear_difference(bias_s is bias_t))
+        merged = merge(_gathered(sent, self.shard.group), spec.linear_difference(bias_s is bias_t))
         own.zero_()
         own[:, : merged.shape[1]] = merged
         return own
@@ -259,8 +255,11 @@ class _Masses(NamedTuple):
     peak: Tensor  # (n,) rank of the student's first maximum
 
 
-def merge(parts: Tensor, bounds: Sequence[int], linear: bool) -> Tensor:
-    """Statistics of whole rows, (n, k), from those of their shards, (R, n, k). `linear`: the sweeps take d from the difference buffer (Logits.linear)."""
+def merge(parts: Tensor, linear: bool) -> Tensor:
+    """Statistics of whole rows, (n, k), from those of their shards, (R, n, k), whose largest entries are named by their columns in the whole.
+
+    `linear`: the sweeps take d from the difference buffer (Logits.linear).
+    """
     column = {c: parts[:, :, c].double() for c in Column if c < parts.shape[2]}
     masses = _masses(column, parts, linear)
     q, p, log_ratio, references, peak = masses
@@ -270,7 +269,6 @@ def merge(parts: Tensor, bounds: Sequence[int], linear: bool) -> Tensor:
         _mean(p, column[Column.FORWARD_KL], -log_ratio, q == 0),
     ]
     if Column.STUDENT_ENTROPY in column:
-        starts = torch.tensor(bounds[:-1], dtype=torch.float64).to(parts.device, non_blocking=True)[:, None]
         none = torch.zeros_like(p, dtype=torch.bool)
         top_s, top_t = q * column[Column.STUDENT_MAX_PROB], torch.where(p > 0, p * column[Column.TEACHER_MAX_PROB], 0.0)
         columns += [
@@ -278,8 +276,8 @@ def merge(parts: Tensor, bounds: Sequence[int], linear: bool) -> Tensor:
             _mean(p, column[Column.TEACHER_ENTROPY], -p.log(), none),
             torch.where(q > 0, top_s, 0.0).amax(0),
             top_t.amax(0),
-            _at(column[Column.STUDENT_ARGMAX] + starts, peak),
-            _at(column[Column.TEACHER_ARGMAX] + starts, top_t.argmax(0)),
+            _at(column[Column.STUDENT_ARGMAX], peak),
+            _at(column[Column.TEACHER_ARGMAX], top_t.argmax(0)),
         ]
     invalid = torch.isnan(references[1]) | torch.isnan(references[3])  # a side without a distribution
     merged = torch.stack(columns, dim=1)

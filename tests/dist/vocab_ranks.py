@@ -106,6 +106,17 @@ def check_statistics(dtype: torch.dtype) -> None:
             assert_no_worse(getattr(ours, name), getattr(alone, name), getattr(truth, name))
 
 
+def check_peaks_in_the_same_place_of_two_shards() -> None:
+    """The student's likeliest token and the teacher's, each the sixth of its own rank, are not the same token."""
+    shard = VocabShard.from_vocab(V, dist.group.WORLD)
+    weight = torch.eye(V)
+    student, teacher = (9 * weight[[bound + 5]] for bound in shard.bounds[:2])
+    own = weight[shard.start : shard.stop]
+    for other, agrees in ((teacher, 0.0), (student, 1.0)):
+        _, stats = linear_divergence(student, own, other, own, group=shard, return_stats=True)
+        assert stats.top1_agreement.item() == agrees, stats
+
+
 def check_unreduced() -> None:
     """With the switch off each rank keeps its part of the hidden states' gradient: their sum is the whole."""
     case, group = hard_case(28, V, 48), dist.group.WORLD
@@ -206,7 +217,8 @@ def main(rank: str, world: str, rendezvous: str, result: str) -> None:
     join(rank, world, rendezvous)
     checks = {f"{name}, {dtype}": (check, name, dtype) for name in CASES for dtype in (torch.float32, torch.float64)}
     checks |= {f"statistics, {dtype}": (check_statistics, dtype) for dtype in (torch.float32, torch.float64)}
-    checks |= {f.__name__.removeprefix("check_"): (f,) for f in (check_unreduced, check_group_alone, check_communication, check_dtensor, check_errors)}
+    apart = (check_peaks_in_the_same_place_of_two_shards, check_unreduced, check_group_alone, check_communication, check_dtensor, check_errors)
+    checks |= {f.__name__.removeprefix("check_"): (f,) for f in apart}
     outcomes = {}
     for name, (function, *arguments) in checks.items():
         try:
