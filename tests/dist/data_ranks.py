@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from launching import join
+from launching import join, leave
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -188,7 +188,7 @@ def main(rank: str, world: str, rendezvous: str, result: str, task: str = "check
         except Exception:  # told by name: the other checks go on
             outcomes[function.__name__] = traceback.format_exc()[-2000:]
     Path(result).write_text(json.dumps(outcomes))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

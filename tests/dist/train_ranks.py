@@ -8,8 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-from launching import join
+from launching import join, leave
 
 from opsd_kernels.train import loop
 from opsd_kernels.train.config import load_config
@@ -39,7 +38,7 @@ def main(rank: str, world: str, rendezvous: str, result: str, config: str, out: 
     except TrainingInterrupted as stopped:
         ended = {"interrupted": str(stopped)}
     Path(result).write_text(json.dumps(ended))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from launching import join
+from launching import join, leave
 
 from opsd_kernels import VocabShard, linear_divergence
 from opsd_kernels.reference import linear_divergence_reference
@@ -229,7 +229,7 @@ def main(rank: str, world: str, rendezvous: str, result: str) -> None:
         failed = [None] * int(world)
         dist.all_gather_object(failed, outcomes[name] is not None)  # also keeps the ranks in step after a failure
     Path(result).write_text(json.dumps(outcomes))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
