@@ -73,7 +73,7 @@ $(DONE)/venv:
 # From here on pip may not replace torch: every later call carries its exact version as a constraint.
 $(DONE)/torch: $(DONE)/venv
 	@echo "==> $(TORCH)"
-	@$(PIP) setuptools wheel ninja numpy "$(TORCH)"
+	@$(PIP) "setuptools>=77" wheel ninja numpy "$(TORCH)"
 	@(cat constraints.txt; $(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))') > $(PINS)
 	@touch $@
 

@@ -17,6 +17,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -175,6 +176,8 @@ def extension(name: str) -> Extension:
 
 
 if __name__ == "__main__":  # the tests import what is above
+    if int(setuptools.__version__.split(".")[0]) < 77:  # older ones stop at pyproject.toml's license with a page of schema
+        sys.exit(f"opsd_kernels: setuptools >= 77 is needed, got {setuptools.__version__}: pip install -U setuptools")
     setup(
         ext_modules=[extension("_C"), extension("_cuda")],
         cmdclass={"build_ext": BuildExtension},

@@ -18,7 +18,7 @@ def numbers(row: Row) -> str:
     parts.append(f"{row.ceiling:.0%} of ceiling" if row.ceiling else "")
     parts.append(f"{row.peak_bytes / 2**30:.2f} GiB" if row.peak_bytes is not None else "")
     parts.append(f"planned {row.predicted_bytes / 2**30:.2f}" if row.predicted_bytes is not None else "")
-    parts.append({"ok": "", "missed": f"MISSED {row.target}", None: ""}[row.verdict])
+    parts.append(f"MISSED {row.target}" if row.verdict == "missed" else "")
     parts.append("noisy" if row.noise else "")
     return ", ".join(filter(None, parts))
 

@@ -40,3 +40,11 @@ def test_without_a_gpu_it_says_so(tmp_path):
         (tmp_path / tool).symlink_to(subprocess.run(["sh", "-c", f"command -v {tool}"], capture_output=True, text=True, check=True).stdout.strip())
     done = gpu_check(PATH=str(tmp_path))
     assert done.returncode == 2 and "nvidia-smi names no GPU" in done.stderr
+
+
+def test_the_summary_takes_a_whole_report():
+    """The committed one has rows of every suite, with noise and with what failed."""
+    summary, report = ROOT / "benchmarks" / "gpu_summary.py", ROOT / "benchmarks" / "results" / "epyc-2-cores" / "suites.json"
+    done = subprocess.run([sys.executable, summary, report], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert ", noisy" in done.stdout and "out of memory" in done.stdout and "accuracy, worst gradient at any KL" in done.stdout
