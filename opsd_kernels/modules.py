@@ -80,8 +80,21 @@ class DistillationHead(nn.Module):
         self, student_hidden: Tensor, teacher_hidden: Tensor, teacher_head: nn.Module | None = None, **tensors: object
     ) -> Tensor | tuple[Tensor, TokenStats]:
         teacher = self.lm_head if teacher_head is None else teacher_head
-        options = {"student_bias": self.lm_head.bias, "teacher_bias": teacher.bias, **self.options, **tensors}
-        return linear_divergence(student_hidden, self.lm_head.weight, teacher_hidden, teacher.weight, **options)
+        student, other = (self._whole(head.weight, head.bias) for head in (self.lm_head, teacher))
+        options = {"student_bias": student[1], "teacher_bias": other[1], **self.options, **tensors}
+        return linear_divergence(student_hidden, student[0], teacher_hidden, other[0], **options)
+
+    def _whole(self, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+        """What DeepSpeed ZeRO-3 has spread over ranks, gathered. Its hooks know a child's parameters in the forward pass of its engine alone; registered here,
+        they are this module's own: released after it, and gathered before its next call and in backward.
+        """
+        for parameter in parameters:
+            if getattr(parameter, "ds_numel", None) and not parameter.numel():
+                import deepspeed
+
+                deepspeed.zero.register_external_parameter(self, parameter)
+                parameter.all_gather()
+        return parameters
 
     def extra_repr(self) -> str:
         return _text(self.options)

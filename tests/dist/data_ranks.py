@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,18 +74,26 @@ def alone(ranks: int, dtype: torch.dtype) -> tuple[list[float], dict[str, Tensor
     return losses, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def together(model: nn.Module, rank: int, ranks: int, **options: object) -> list[float]:
+def by_sgd(model: nn.Module) -> Callable[[Tensor], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+
+    def update(loss: Tensor) -> None:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update
+
+
+def together(model: Callable[..., Tensor], rank: int, ranks: int, update: Callable[[Tensor], None] | None = None, **options: object) -> list[float]:
     """The same steps, each rank with its own tokens: the mean over all ranks' tokens, by a normalizer that undoes the average over ranks."""
     inputs, told, labels = (part[rank] for part in tokens(ranks))
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    losses = []
+    update, losses = update or by_sgd(model), []
     for _ in range(STEPS):
         count = (labels >= 0).sum()
         dist.all_reduce(count)
         loss = model(inputs, told, labels=labels, normalizer=count / ranks, **options)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        update(loss)
         total = loss.detach().clone()
         dist.all_reduce(total)
         losses.append(float(total) / ranks)
