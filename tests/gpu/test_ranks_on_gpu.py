@@ -1,0 +1,58 @@
+"""What lies between ranks, on one device: the vocabulary-parallel op in a group of one, whose collectives are the device's own, and the trainer."""
+
+import json
+
+import placing
+import pytest
+import torch
+import torch.distributed as dist
+from placing import placed, unmasked
+
+from opsd_kernels import VocabShard, linear_divergence
+from opsd_kernels.reference import linear_divergence_reference
+from opsd_kernels.testing import assert_no_worse, assert_on_target, evaluate, hard_case, plain_outcomes
+
+SIZES = (29, 211, 24) if placing.DRY_RUN else (301, 4099, 64)
+OPTIONS = {
+    "reverse KL": {},
+    "JSD": {"divergence": "jsd"},
+    "clips": {"divergence": "forward_kl", "entry_clip": 0.05, "token_clip": 0.6},
+    "top-k": {"topk": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    dist.init_process_group("gloo" if placing.DRY_RUN else "nccl", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backward", ["auto", "recompute"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_group_of_one(backend, alone, options, backward, dtype):
+    """Judged against float64 as the op without a group is, beside which it runs the merges and collectives of a shard."""
+    case = placed(unmasked(hard_case(*SIZES, dtype, largest_logit=8.0)))
+    shard = VocabShard.from_vocab(case.student_weight.shape[0], alone)
+    got = evaluate(linear_divergence, case, backend=backend, backward=backward, group=shard, **options)
+    truth = evaluate(linear_divergence_reference, case.double(), **options)
+    if dtype == torch.float32:
+        assert_no_worse(got, plain_outcomes(case, **options), truth)
+    else:
+        assert_on_target(got, truth, "default")
+
+
+def test_the_trainer_learns_there(tmp_path):
+    """A small base made on the CPU, then steps on the device: its losses are finite, and its checkpoint is whole."""
+    pytest.importorskip("transformers")
+    from opsd_kernels.train.config import TrainConfig
+    from opsd_kernels.train.log import read_metrics
+    from opsd_kernels.train.loop import train
+
+    small = {"tiny_hidden": 32, "tiny_layers": 1, "tiny_heads": 2, "warm_accuracy": 2e-4, "warm_batch": 32, "warm_max_steps": 100, "tensorboard": False}
+    sizes = {"steps": 3, "prompts_per_step": 4, "group_size": 4, "eval_samples": 8, "probe_samples": 4}
+    train(TrainConfig(**small, **sizes, device=placing.DEVICE.type, cache_dir=str(tmp_path / "cache")), tmp_path / "run")
+    lines = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    assert [line["step"] for line in lines] == [1, 2, 3] and all(line["loss"] > 0 for line in lines)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
