@@ -91,7 +91,9 @@ class Shard(Protocol):
 
     def sum_hidden_grad(self, dh: Tensor) -> None: ...
 
-    def entries(self, rows: Rows, stats: Tensor, spec: RowSpec, restriction: Support) -> tuple[Entries, Entries]: ...
+    def entries(
+        self, rows: Rows, stats: Tensor, spec: RowSpec, restriction: Support, ids: Tensor | None, logprobs: Tensor | None
+    ) -> tuple[Entries, Entries]: ...
 
 
 class Workspace:
@@ -207,7 +209,7 @@ class Loop:
         if self.shard is None:
             at = own = support.entries(chunk, stats, self.spec, self.restriction, *listed)
         else:
-            at, own = self.shard.entries(chunk, stats, self.spec, self.restriction)
+            at, own = self.shard.entries(chunk, stats, self.spec, self.restriction, *listed)
         result: Restricted = support.restricted(at, stats, self.spec, self.restriction.tail)
         if not self.saved:
             self._keep(rows, stats, result.loss, result.A, at_label)

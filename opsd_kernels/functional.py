@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import inputs, vocab_parallel
+from . import inputs
 from .evaluation import TokenStats, evaluate, make_job
 from .inputs import Head
 from .spec import Divergence, LogitTransform, RowSpec, Support, check_number, expect
@@ -60,12 +60,11 @@ class Options:
         )
 
     def evaluate(self, student: Head, teacher: Head, **policy: object) -> Tensor | tuple[Tensor, TokenStats]:
-        shard = None if self.group is None else vocab_parallel.shard_of(self.group, student.weight)
-        student, teacher = (Head(side.hidden, *vocab_parallel.local_head(name, side.weight, side.bias, shard)) for name, side in
-                            (("student", student), ("teacher", teacher)))  # fmt: skip
+        shard, sides = inputs.of_rank(self.group, student=student, teacher=teacher)
+        student, teacher = sides.values()
         support = Support.parse(self.topk, self.topk_support, self.topk_tail)
         spec = self.spec()
-        flat, other, shared = inputs.heads(student=student, teacher=teacher)
+        flat, other, shared = inputs.heads(**sides)
         valid, labels = inputs.valid_tokens(student.hidden, self.labels, self.ignore_index, self.mask)
         rows = (head.weight.shape[0] if shard is None else shard.vocab_size for head in (student, teacher))
         vocab = inputs.vocabulary(*rows, self.vocab_size)

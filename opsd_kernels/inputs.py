@@ -13,7 +13,7 @@ from .ops import Call, pack_support, pack_transform
 from .planner import DTYPES, parse_logits_dtype, workspace_budget
 from .projection import same_storage
 from .spec import REDUCTIONS, RowSpec, Support, check_choice, check_number, expect
-from .vocab_parallel import VocabShard
+from .vocab_parallel import VocabShard, local_head, shard_of
 
 
 class Head(NamedTuple):
@@ -28,6 +28,12 @@ class Head(NamedTuple):
 
 
 NO_TEACHER = (None, None, None)
+
+
+def of_rank(group: object, **sides: Head) -> tuple[VocabShard | None, dict[str, Head]]:
+    """What `group` says of the heads, the student's first, and the sides with plain tensors for DTensors. None, without a group."""
+    shard = None if group is None else shard_of(group, next(iter(sides.values())).weight)
+    return shard, {name: Head(side.hidden, *local_head(name, side.weight, side.bias, shard)) for name, side in sides.items()}
 
 
 def heads(**sides: Head) -> tuple[Head, Head | tuple[None, ...], bool]:

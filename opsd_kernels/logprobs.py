@@ -29,6 +29,7 @@ def linear_logprobs(
     logits_dtype: str | torch.dtype = "auto",
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    group: object | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each label under the head, `log_softmax(hidden @ weight.T / temperature)[label]`, (...) in nats; with the entropy if asked.
 
@@ -38,17 +39,17 @@ def linear_logprobs(
 
     Passes over the head: one, and in backward three with a trainable head, for the logits are made again. With a frozen head and no entropy `auto` computes
     the gradient in the forward pass (two, and none in backward); `backward="recompute"` does not. Raises ValueError if a label that counts lies outside the
-    vocabulary.
+    vocabulary. With `group` the head is this rank's slice, as in `linear_divergence`; labels speak of the whole vocabulary.
     """
     check_choice("backward", backward, BACKWARDS)
-    head = Head(hidden, weight, bias)
-    flat, nobody, _ = inputs.heads(**{"": head})
+    shard, head = inputs.of_rank(group, **{"": Head(hidden, weight, bias)})
+    flat, nobody, _ = inputs.heads(**head)
     expect(isinstance(labels, Tensor), "labels", "a tensor", type(labels).__name__, TypeError)
     valid, flat_labels = inputs.valid_tokens(hidden, labels, ignore_index, mask)
     transform = _transform(logit_scale, softcap, temperature)
-    vocab = inputs.vocabulary(weight.shape[0], None, vocab_size)
+    vocab = inputs.vocabulary(weight.shape[0] if shard is None else shard.vocab_size, None, vocab_size)
     spec = RowSpec(Divergence.parse("reverse_kl"), transform, LogitTransform())
-    call = inputs.make_call(spec, flat, nobody, False, valid, flat_labels, vocab, logits_dtype, workspace_bytes, backend)
+    call = inputs.make_call(spec, flat, nobody, False, valid, flat_labels, vocab, logits_dtype, workspace_bytes, backend, shard=shard)
     possible = call.grad_hidden and not (call.grad_weight or call.grad_bias or return_entropy)
     expect(
         possible or backward != "in_forward",

@@ -39,6 +39,7 @@ def linear_topk_divergence(
     logits_dtype: str | torch.dtype = "auto",
     workspace_bytes: int | None = None,
     backend: str | None = None,
+    group: object | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Divergence in nats between a student and a teacher behind a server, which returns log-probs of its K likeliest tokens.
 
@@ -50,11 +51,12 @@ def linear_topk_divergence(
     none: nothing; true log-probs, summed over the listed entries alone. With `forward_kl` this is verl's top-k loss before its clamps.
 
     The other arguments, the reductions, the returned loss and its gradients are those of `linear_divergence`; three GEMM passes, four with
-    `backward="recompute"`. Statistics that need the whole teacher are None in TokenStats, so weightings that read them cannot be used.
+    `backward="recompute"`. With `group` the ids speak of the whole vocabulary. Statistics that need the whole teacher are None in TokenStats, so weightings
+    that read them cannot be used.
     Raises ValueError for an id outside the vocabulary whose log-prob is above -inf.
     """
     check_choice("tail", tail, TAILS)
-    student = Head(student_hidden, student_weight, student_bias)
+    shard, sides = inputs.of_rank(group, student=Head(student_hidden, student_weight, student_bias))
     spec = RowSpec(
         Divergence.parse(divergence, beta),
         LogitTransform.parse("student", student_logit_scale, student_softcap, "temperature", temperature),
@@ -62,10 +64,10 @@ def linear_topk_divergence(
         entry_clip=clip("entry_clip", entry_clip),
         token_clip=clip("token_clip", token_clip),
     )
-    flat, nobody, _ = inputs.heads(student=student)
+    flat, nobody, _ = inputs.heads(**sides)
     valid, flat_labels = inputs.valid_tokens(student_hidden, labels, ignore_index, mask)
-    vocab = inputs.vocabulary(student_weight.shape[0], None, vocab_size)
+    vocab = inputs.vocabulary(student_weight.shape[0] if shard is None else shard.vocab_size, None, vocab_size)
     listed = inputs.listed_support(teacher_topk_ids, teacher_topk_logprobs, student_hidden.shape[:-1], valid)
     support = Support(listed[0].shape[1], None, tail)
-    call = inputs.make_call(spec, flat, nobody, False, valid, flat_labels, vocab, logits_dtype, workspace_bytes, backend, support, listed)
+    call = inputs.make_call(spec, flat, nobody, False, valid, flat_labels, vocab, logits_dtype, workspace_bytes, backend, support, listed, shard)
     return evaluate(make_job(call, student_hidden, token_weights, reduction, normalizer), backward, return_stats)

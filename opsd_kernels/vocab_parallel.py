@@ -109,8 +109,12 @@ class VocabShard:
         if self.reduce_hidden_grad:
             dist.all_reduce(dh, group=self.group)
 
-    def entries(self, rows: Rows, stats: Tensor, spec: RowSpec, restriction: Support) -> tuple[Entries, Entries]:
-        """The K largest entries of a side over all shards: (all of them, on every rank; the same with this rank's own columns live alone)."""
+    def entries(
+        self, rows: Rows, stats: Tensor, spec: RowSpec, restriction: Support, ids: Tensor | None, logprobs: Tensor | None
+    ) -> tuple[Entries, Entries]:
+        """The listed entries, or the K largest of a side over all shards: (all of them, on every rank; the same with this rank's own columns live alone)."""
+        if ids is not None:
+            return self._listed(rows, stats, spec, restriction, ids, logprobs)
         n = rows.S.shape[0]
         found = support.entries(rows, stats, spec, restriction, None, None)
         logits = torch_rows.logits(*found.raw[:2], spec, *found.raw[2:])
@@ -129,6 +133,15 @@ class VocabShard:
         whole = Entries(columns, torch.ones_like(mine), rows.at(columns), q, q, p, delta)
         return whole, whole._replace(live=mine, whole_q=own_q)
 
+    def _listed(self, rows: Rows, stats: Tensor, spec: RowSpec, restriction: Support, ids: Tensor, logprobs: Tensor) -> tuple[Entries, Entries]:
+        """The rank with an entry's column knows the student there: to it the list is its own entries and padding."""
+        local = self.local(ids)
+        own = support.entries(rows, stats, spec, restriction, local.clamp(min=0), torch.where(local >= 0, logprobs, -torch.inf))
+        summed = torch.stack([own.q, own.p, own.delta])  # zeros but on one rank: exact
+        dist.all_reduce(summed, group=self.group)
+        q, p, delta = summed
+        return own._replace(live=logprobs > -torch.inf, q=q, p=p, delta=delta), own
+
 
 def shard_of(group: object, weight: Tensor) -> VocabShard:
     """What `group`, a process group or a shard, says of a head of which `weight` is this rank's part."""
@@ -144,7 +157,7 @@ def shard_of(group: object, weight: Tensor) -> VocabShard:
 def local_head(side: str, weight: Tensor, bias: Tensor | None, shard: VocabShard | None) -> tuple[Tensor, Tensor | None]:
     """Weight and bias as plain tensors of this rank. Raises ValueError for a DTensor without a group, or with another layout than its rows over one mesh."""
     parts = []
-    for name, tensor in ((f"{side}_weight", weight), (f"{side}_bias", bias)):
+    for name, tensor in ((f"{side}_{part}".lstrip("_"), tensor) for part, tensor in (("weight", weight), ("bias", bias))):
         if is_dtensor(tensor):
             expect(shard is not None, name, "a plain tensor, or a DTensor with `group` (its rows are a shard); `gathered` makes it whole", "a DTensor")
             layout = tensor.placements

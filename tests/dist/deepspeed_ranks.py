@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from data_ranks import MANY_CHUNKS, RATE, STEPS, Collectives, Model, H, V, made, same_as_one, together
+from data_ranks import MANY_CHUNKS, RATE, STEPS, Collectives, H, Model, V, made, same_as_one, together
 from launching import join, leave
 from torch import Tensor
 

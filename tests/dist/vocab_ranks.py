@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +14,10 @@ import torch
 import torch.distributed as dist
 from launching import join, leave
 
-from opsd_kernels import VocabShard, linear_divergence
-from opsd_kernels.reference import linear_divergence_reference
+from opsd_kernels import VocabShard, linear_divergence, linear_logprobs, linear_topk_divergence
+from opsd_kernels.reference import linear_divergence_reference, linear_logprobs_reference, linear_topk_divergence_reference
 from opsd_kernels.spec import KIND_NAMES
-from opsd_kernels.testing import Case, Outcome, assert_no_worse, assert_on_target, evaluate, hard_case, plain_outcomes
+from opsd_kernels.testing import Case, Outcome, assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case, plain_outcomes
 from opsd_kernels.weights import EntropyGate, MeanOne, PrefixDiscrepancy
 
 V = 211
@@ -42,6 +44,26 @@ CASES |= {
     "gate": ({"batch": 4}, {"token_weights": EntropyGate("student", below=2.0)}, {}),
     "prefix": ({"batch": 4}, {"token_weights": MeanOne(PrefixDiscrepancy(0.5))}, {}),
     "prefix, several chunks": ({"batch": 4}, {"token_weights": PrefixDiscrepancy(0.5)}, {"workspace_bytes": 6200}),
+}
+# The same for linear_logprobs, and for linear_topk_divergence
+LOGPROBS: dict[str, tuple[dict, dict, dict]] = {
+    "trainable head": ({}, {}, {}),
+    "frozen head": ({"frozen_head": True}, {}, {}),
+    "frozen head, recompute": ({"frozen_head": True}, {}, {"backward": "recompute"}),
+    "entropy": ({"largest_logit": 8.0}, {"return_entropy": True}, {}),
+    "padded, transforms": ({"padding": 3}, {"temperature": 0.7, "logit_scale": 1.2, "softcap": 25.0, "return_entropy": True}, {}),
+}
+SMOOTH = {"largest_logit": 8.0}
+LISTS: dict[str, tuple[dict, dict, dict]] = {
+    f"{divergence}, {tail}": (SMOOTH, {"divergence": divergence, "tail": tail}, {})
+    for divergence in ("forward_kl", "reverse_kl", "jsd") for tail in ("bucket", "renormalize", "none")
+}  # fmt: skip
+LISTS |= {
+    "clips": (SMOOTH, {"entry_clip": 0.05, "token_clip": 0.6}, {}),
+    "recompute": (SMOOTH, {"tail": "none"}, {"backward": "recompute"}),
+    "per token": (SMOOTH, {"reduction": "none"}, {}),
+    "gate, padded": ({**SMOOTH, "batch": 4, "padding": 3}, {"token_weights": EntropyGate("student", below=2.0), "temperature": 0.7}, {}),
+    "frozen head": ({**SMOOTH, "frozen_head": True}, {"divergence": "tvd"}, {}),
 }
 SIDES = [f"{side}_{name}" for side in ("student", "teacher") for name in ("entropy", "max_prob", "logprob")]
 STATISTICS = ("divergence", "top1_agreement", *SIDES)
@@ -78,6 +100,43 @@ def shards(count: int) -> list[VocabShard]:
     world, group = dist.get_world_size(), dist.group.WORLD
     uneven = (0, *(count // 2 + 7 * rank for rank in range(world - 1)), count)
     return [VocabShard.from_vocab(count, group), VocabShard(uneven, group)]
+
+
+def logprobs_of(op: Callable) -> Callable:
+    """Of a case's student, in the signature of linear_divergence: log-probs, under entropies if asked."""
+
+    def run(h, W, t, Wt, *, labels, mask=None, student_bias=None, teacher_bias=None, token_weights=None, **options):
+        found = op(h, W, labels, bias=student_bias, mask=mask, **options)
+        return torch.stack(found) if options.get("return_entropy") else found
+
+    return run
+
+
+def topk_of(op: Callable, case: Case, K: int = 9, shift: int = 0) -> Callable:
+    """Against the K likeliest tokens of a case's teacher, fewer for every other row."""
+    head, vocab = case.teacher_weight.float(), case.vocab_size or case.teacher_weight.shape[0]
+    logits = torch.nan_to_num(case.teacher_hidden.float()) @ head.T + (0 if case.teacher_bias is None else case.teacher_bias.float())
+    logprobs, ids = logits[..., :vocab].log_softmax(-1).topk(K)
+    logprobs.flatten(0, -2)[::2, K // 2 :] = -torch.inf
+
+    def run(h, W, t, Wt, *, teacher_bias=None, **options):
+        return op(h, W, ids + shift, logprobs, **options)
+
+    return run
+
+
+def check_sibling(cases: dict[str, tuple[dict, dict, dict]], name: str, dtype: torch.dtype) -> None:
+    made, told, alone = cases[name]
+    case = hard_case(28, V, 48, dtype, **made)
+    ops = {True: (linear_logprobs, linear_logprobs_reference), False: (linear_topk_divergence, linear_topk_divergence_reference)}[cases is LOGPROBS]
+    op, reference = ((logprobs_of(op) if cases is LOGPROBS else topk_of(op, case)) for op in ops)
+    if cases is LISTS and "token_weights" in told:
+        case = replace(case, token_weights=None)
+    truth, plain, one = evaluate(reference, case.double(), **told), evaluate(reference, case, **told), evaluate(op, case, **told, **alone)
+    alone = {"workspace_bytes": V * dtype.itemsize * 9, **alone}
+    for shard in shards(case.student_weight.shape[0]):
+        ours = whole(evaluate(op, cut(case, shard), **told, **alone, group=shard))
+        assert_no_worse(ours, (plain, one), truth)
 
 
 def check(name: str, dtype: torch.dtype) -> None:
@@ -126,18 +185,44 @@ def check_unreduced() -> None:
     assert not torch.equal(summed, part)
     dist.all_reduce(part)
     assert_no_worse(part, summed, evaluate(linear_divergence_reference, case.double()).student_hidden)
+    for op in (logprobs_of(linear_logprobs), topk_of(linear_topk_divergence, case)):
+        kept, every = (evaluate(op, cut(case, shard), group=replace(shard, reduce_hidden_grad=reduced)).student_hidden for reduced in (False, True))
+        assert not torch.equal(kept, every)
+        dist.all_reduce(kept)
+        assert_no_worse(kept, every, evaluate(op, case.double()).student_hidden)
 
 
 def check_group_alone() -> None:
     """A bare group: the ranks tell each other how many rows they have."""
     case, shard = hard_case(28, V, 48), VocabShard.from_vocab(V, dist.group.WORLD)
-    by_group = evaluate(linear_divergence, cut(case, shard), group=dist.group.WORLD)
-    by_shard = evaluate(linear_divergence, cut(case, shard), group=shard)
-    assert all(torch.equal(a[1], b[1]) for a, b in zip(by_group.named(), by_shard.named(), strict=True))
+    for op in (linear_divergence, logprobs_of(linear_logprobs), topk_of(linear_topk_divergence, case)):
+        assert_same_bits(evaluate(op, cut(case, shard), group=dist.group.WORLD), evaluate(op, cut(case, shard), group=shard))
 
 
 def check_communication() -> None:
-    """Per chunk: the statistics of each row, once more two numbers for a divergence of two sweeps, two for a label; and dh once."""
+    """Per chunk: the statistics of each row, once more two numbers for a divergence of two sweeps, three for an entry of a list, two for a label; and dh."""
+    N, H, K, rows = 32, 48, 9, 8
+    case = replace(hard_case(N, V, H, views=False), mask=None, labels=torch.arange(N), token_weights=None)
+    frozen, shard = replace(case, trainable=("student_hidden",)), VocabShard.from_vocab(V, dist.group.WORLD)
+    calls = (
+        (linear_divergence, case, {"divergence": "jsd"}, 2, [("gather", 8), ("gather", 3), ("sum", 2), ("sum", H)]),
+        (topk_of(linear_topk_divergence, case, K), case, {}, 1, [("gather", 8), ("sum", 3 * K), ("sum", 2), ("sum", H)]),
+        (logprobs_of(linear_logprobs), frozen, {}, 1, [("gather", 8), ("sum", 2), ("sum", H)]),
+    )
+    for op, whole_case, options, sides, of_row in calls:
+        budget = sides * (-(-shard.widest // 16) * 16) * 4 * rows
+        with collectives() as sent:
+            evaluate(op, cut(whole_case, shard), **options, group=shard, workspace_bytes=budget)
+        chunks = [sent[i : i + len(of_row)] for i in range(0, len(sent), len(of_row))]
+        counts = [chunk[0][1] // 8 for chunk in chunks]
+        assert len(chunks) > 1 and sum(counts) == N, sent
+        for chunk, count in zip(chunks, counts, strict=True):
+            assert chunk == [(how, number * count) for how, number in of_row], sent
+
+
+@contextmanager
+def collectives() -> Iterator[list[tuple[str, int]]]:
+    """What is sent, with the number of values."""
     sent: list[tuple[str, int]] = []
     originals = dist.all_gather, dist.all_reduce
 
@@ -149,20 +234,11 @@ def check_communication() -> None:
         sent.append(("sum", values.numel()))
         return originals[1](values, group=group)
 
-    N, H, rows = 32, 48, 8
-    case = replace(hard_case(N, V, H, views=False), mask=None, labels=torch.arange(N), token_weights=None)
-    shard = VocabShard.from_vocab(V, dist.group.WORLD)
     dist.all_gather, dist.all_reduce = gather, reduce
     try:
-        budget = 2 * (-(-shard.widest // 16) * 16) * 4 * rows
-        evaluate(linear_divergence, cut(case, shard), divergence="jsd", group=shard, workspace_bytes=budget)
+        yield sent
     finally:
         dist.all_gather, dist.all_reduce = originals
-    chunks = [sent[i : i + 4] for i in range(0, len(sent), 4)]
-    counts = [chunk[0][1] // 8 for chunk in chunks]
-    assert len(chunks) > 1 and sum(counts) == N, sent
-    for chunk, rows in zip(chunks, counts, strict=True):
-        assert chunk == [("gather", 8 * rows), ("gather", 3 * rows), ("sum", 2 * rows), ("sum", H * rows)], sent
 
 
 def check_dtensor() -> None:
@@ -185,6 +261,8 @@ def check_dtensor() -> None:
         assert dW.placements == head.placements
         assert_no_worse(Outcome(loss.detach(), dh, dW.full_tensor()), plain_outcomes(expected), evaluate(linear_divergence_reference, expected.double()))
         assert truth.loss.shape == one.loss.shape
+        of_whole = linear_logprobs(hidden, case.student_weight, case.labels, mask=case.mask)
+        assert_no_worse(linear_logprobs(hidden, weight, case.labels, mask=case.mask, group=group), of_whole, of_whole)
     for weight, says in ((head, "with `group`"), (distribute_tensor(case.student_weight, mesh, [Replicate()]), "sharded on dimension 0")):
         try:
             linear_divergence(hidden, weight, case.teacher_hidden, case.teacher_weight, group=None if weight is head else dist.group.WORLD)
@@ -199,6 +277,8 @@ def check_errors() -> None:
     part = cut(case, shard)
     wrong = {
         "student_weight: expected": lambda: evaluate(linear_divergence, case, group=shard),
+        "weight: expected": lambda: linear_logprobs(case.student_hidden, case.student_weight, case.labels, mask=case.mask, group=shard),
+        "teacher_topk_ids: expected entries in [0, 211)": lambda: evaluate(topk_of(linear_topk_divergence, case, shift=V), part, group=shard),
         "group: expected": lambda: evaluate(linear_divergence, part, group="all"),
         "vocab_size: expected a size above": lambda: evaluate(linear_divergence, part, group=shard, vocab_size=3),
         "bounds: expected": lambda: VocabShard((0, 5), dist.group.WORLD),
@@ -216,6 +296,10 @@ def check_errors() -> None:
 def main(rank: str, world: str, rendezvous: str, result: str) -> None:
     join(rank, world, rendezvous)
     checks = {f"{name}, {dtype}": (check, name, dtype) for name in CASES for dtype in (torch.float32, torch.float64)}
+    checks |= {
+        f"{what}, {name}, {dtype}": (check_sibling, cases, name, dtype)
+        for what, cases in (("log-probs", LOGPROBS), ("list", LISTS)) for name in cases for dtype in (torch.float32, torch.float64)
+    }  # fmt: skip
     checks |= {f"statistics, {dtype}": (check_statistics, dtype) for dtype in (torch.float32, torch.float64)}
     apart = (check_peaks_in_the_same_place_of_two_shards, check_unreduced, check_group_alone, check_communication, check_dtensor, check_errors)
     checks |= {f.__name__.removeprefix("check_"): (f,) for f in apart}
