@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_kernels.train.durable import remove_pending, write_directory
+from opsd_kernels.train.sharding import cut_as, gathered, is_sharded
 from opsd_kernels.train.teacher import Teacher
 from opsd_kernels.train.types import CheckpointError
 
@@ -42,14 +43,23 @@ class RunState:
     facts: dict[str, Any]
 
 
-def save(folder: Path, state: RunState, log_offset: int, keep: int = 1) -> Path:
-    """Writes `folder/step_N` and removes all but the `keep` newest. A step that is there already is not written again.
+def tensors_of(state: RunState, keep: bool = True) -> dict[str, dict[str, Tensor] | None]:
+    """What a checkpoint holds besides random number generators, whole where `keep`. Of a sharded state all ranks must ask; else `model` is None, as it is."""
+    separate = state.reference is not None and state.reference is not state.teacher
+    parts = {"teacher": state.teacher.state(), "reference": state.reference.state() if separate else None, "optimizer": _optimizer_tensors(state)}
+    if is_sharded(state.model):
+        parts["model"] = state.model.state_dict(keep_vars=True)  # else tied weights would be two
+    return {"model": None} | {name: None if tensors is None else gathered(tensors, keep) for name, tensors in parts.items()}
+
+
+def save(folder: Path, state: RunState, log_offset: int, keep: int = 1, tensors: dict[str, dict[str, Tensor] | None] | None = None) -> Path:
+    """Writes `folder/step_N` and removes all but the `keep` newest. A step that is there already is not written again. `tensors` are those of the state.
 
     Raises CheckpointError if the write fails; the checkpoints before it are untouched.
     """
     path = folder / f"step_{state.step:06d}"
     try:
-        write_directory(path, lambda pending: _fill(pending, state, log_offset))
+        write_directory(path, lambda pending: _fill(pending, state, log_offset, tensors or tensors_of(state)))
     except (OSError, SafetensorError) as error:  # a full disk, above all
         raise CheckpointError(f"checkpoint: step {state.step} could not be written to {folder}: {error}; the last checkpoint before it is intact") from error
     # The new one is on the disk by now; a kill between these lines leaves more, and the newest one counts.
@@ -107,14 +117,13 @@ def restore(path: Path, state: RunState) -> int:
     return record["log_offset"]
 
 
-def _fill(pending: Path, state: RunState, log_offset: int) -> None:
+def _fill(pending: Path, state: RunState, log_offset: int, tensors: dict[str, dict[str, Tensor] | None]) -> None:
     # Tied weights are stored once here, and tied again by from_pretrained.
-    state.model.save_pretrained(pending)
+    state.model.save_pretrained(pending, state_dict=tensors["model"])
     state.tokenizer.save_pretrained(pending)
-    save_file({name: tensor.contiguous() for name, tensor in state.teacher.state().items()}, pending / "teacher.safetensors")
-    if state.reference is not None and state.reference is not state.teacher:
-        save_file({name: tensor.contiguous() for name, tensor in state.reference.state().items()}, pending / "reference.safetensors")
-    save_file(_optimizer_tensors(state), pending / "optimizer.safetensors")
+    for part in ("teacher", "reference", "optimizer"):
+        if tensors[part] is not None:
+            save_file({name: tensor.contiguous() for name, tensor in tensors[part].items()}, pending / f"{part}.safetensors")
     save_file(_random_tensors(), pending / "random.safetensors")
     record: dict[str, Any] = {"format": FORMAT, "step": state.step, "log_offset": log_offset, "facts": state.facts, "random": _random_record()}
     record["files"] = {str(file.relative_to(pending)): file.stat().st_size for file in sorted(pending.rglob("*")) if file.is_file()}
@@ -128,7 +137,7 @@ def _complete(folder: Path) -> list[tuple[int, Path]]:
 
 def _optimizer_tensors(state: RunState) -> dict[str, Tensor]:
     named = state.model.named_parameters()
-    return {f"{key}/{name}": value.contiguous() for name, parameter in named for key, value in state.optimizer.state.get(parameter, {}).items()}
+    return {f"{key}/{name}": value for name, parameter in named for key, value in state.optimizer.state.get(parameter, {}).items()}
 
 
 def _load_optimizer(state: RunState, tensors: dict[str, Tensor]) -> None:
@@ -137,7 +146,7 @@ def _load_optimizer(state: RunState, tensors: dict[str, Tensor]) -> None:
         key, _, name = entry.partition("/")
         parameter = parameters[name]
         # AdamW keeps its step count on the CPU whatever the device.
-        state.optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+        state.optimizer.state[parameter][key] = value if key == "step" else cut_as(parameter, value)
 
 
 # The trainer draws from seeds.py, which has no state; the generators are saved for models with dropout and for code that bends it.

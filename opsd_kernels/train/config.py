@@ -33,6 +33,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rollout_engine": ("transformers", "vllm"),
     "device": ("cpu", "cuda"),
     "dtype": ("float32", "bfloat16"),
+    "shard": ("none", "fsdp"),
 }
 POSITIVE = (
     "steps updates_per_batch prompts_per_step group_size rollout_temperature max_new_tokens rollout_batch distill_temperature reward_strength importance_clip "
@@ -43,7 +44,7 @@ POSITIVE_OR_NULL = ("teacher_temperature", "topk", "entry_clip", "token_clip", "
 SHARES = ("beta", "warm_accuracy", "warm_share", "teacher_accuracy")  # strictly between 0 and 1
 NOT_NEGATIVE = ("seed", "warm_seed", "weight_decay", "lr_warmup_steps", "successes", "failures", "rehearsal_prompts", "rehearsal_weight", "lora_rank",
                 "samples_kept", "clip_low", "clip_high")  # fmt: skip
-WHERE_NOT_WHAT = ("cache_dir", "tensorboard", "keep_checkpoints")  # a resumed run may differ in these
+WHERE_NOT_WHAT = ("cache_dir", "tensorboard", "keep_checkpoints", "shard")  # a resumed run may differ in these
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class TrainConfig:
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 1
+    shard: str = "none"
     # the user's own prompts
     data: str | None = None
     verifier: str = "exact"

@@ -16,6 +16,7 @@ COMMENTS: dict[str, dict[str, str]] = {
         "device": "",
         "dtype": "of the weights",
         "threads": "CPU threads; part of the numbers",
+        "shard": "over several ranks: each holds everything, or its part (FSDP2)",
     },
     "your own prompts, env: jsonl": {
         "data": "JSONL file with a prompt a line",

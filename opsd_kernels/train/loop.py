@@ -1,6 +1,6 @@
 """The whole story of a run, top to bottom.
 
-Deliberate simplifications: every rank holds the whole model; `updates_per_batch` repeats the whole batch, it does not cut it; the learning rate is constant
+Deliberate simplifications: `updates_per_batch` repeats the whole batch, it does not cut it; the learning rate is constant
 after its warm-up; the teacher's forward runs in the same micro-batches as the student's, again for every update; no mixed precision beyond the dtype of
 the weights.
 """
@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opsd_kernels.train import checkpoint, evaluate, models, report, report_page, seeds, warmstart
+from opsd_kernels.train import checkpoint, evaluate, models, report, report_page, seeds, sharding, warmstart
 from opsd_kernels.train import step as steps
 from opsd_kernels.train.batch import advantages, make_batch
 from opsd_kernels.train.checkpoint import RunState
@@ -54,8 +55,7 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> dict[str, Any
     task, out = make_task(config), Path(out)
     with joined(config.device) as ranks, reproducible(config), tempfile.TemporaryDirectory() as scratch:
         progress = Progress() if ranks.first else Progress(Console(quiet=True))
-        if ranks.first:
-            open_run_directory(config, out, resume)
+        ranks.on_first(lambda: open_run_directory(config, out, resume))
         if ranks.any((out / "summary.json").exists()):
             progress.say(f"{out}: this run is complete")
             return json.loads((out / "summary.json").read_text())
@@ -87,12 +87,15 @@ class Run:
     ranks: Ranks
 
     def save(self) -> None:
-        if not self.ranks.first:
-            return
+        """Called by all ranks: what is sharded is gathered, then the first one writes."""
+        tensors = checkpoint.tensors_of(self.state, self.ranks.first)
+        self.ranks.on_first(lambda: self._write(tensors))
+
+    def _write(self, tensors: dict[str, dict[str, Tensor] | None]) -> None:
         self.state.facts["seconds"] = time.monotonic() - self.started
         self.samples.sync()
         self.scalars.flush()
-        checkpoint.save(self.out / "checkpoint", self.state, self.log.sync(), self.config.keep_checkpoints)
+        checkpoint.save(self.out / "checkpoint", self.state, self.log.sync(), self.config.keep_checkpoints, tensors)
 
     def close(self) -> None:
         self.log.close()
@@ -108,8 +111,10 @@ def prepare(config: TrainConfig, task: Task, out: Path, progress: Progress, rank
     saved = ranks.first_then_all(lambda: checkpoint.latest(out / "checkpoint", progress.say))
     model, tokenizer = models.load_student(ranks.first_then_all(lambda: base_of(config, task, progress, saved)), saved, config)
     vocab = models.vocabulary(tokenizer)
-    teacher = make_teacher(model, config, ranks.first_then_all(lambda: external_teacher(config, task, tokenizer, progress)))
-    state = RunState(model, tokenizer, teacher, make_reference(model, config, teacher), steps.make_optimizer(model, config), 0, {})
+    teacher = make_teacher(model, config, ranks.first_then_all(lambda: external_teacher(config, task, tokenizer, progress)), ranks)
+    reference = make_reference(model, config, teacher, ranks)
+    model = sharding.place(model, config, ranks)  # after its copies: a sharded model cannot be copied
+    state = RunState(model, tokenizer, teacher, reference, steps.make_optimizer(model, config), 0, {})
     encoder = PromptEncoder(tokenizer, task.template)
     sampler = Sampler(encoder, config.max_new_tokens, config.rollout_temperature, config.rollout_batch, vocab, make_engine(config), ranks)
     offset = 0

@@ -9,15 +9,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_kernels import linear_divergence
-from opsd_kernels.hf_head import trunk, without_adapter
+from opsd_kernels.hf_head import without_adapter
 from opsd_kernels.train.batch import completion_hidden
 from opsd_kernels.train.config import ConfigError, TrainConfig
+from opsd_kernels.train.sharding import last_hidden
 from opsd_kernels.train.types import Sequences
 
 
 def hidden_states(model: PreTrainedModel, side: Sequences) -> Tensor:  # -> (B, T, H)
-    """The trunk's last hidden states at the rows that predict the completion. base_model is the model without its head: no logits are made."""
-    return completion_hidden(trunk(model)(input_ids=side.tokens_BL, use_cache=False).last_hidden_state, side.rows_BT)
+    """The trunk's last hidden states at the rows that predict the completion: no logits are made. A sharded model's head can be read afterwards."""
+    return completion_hidden(last_hidden(model, side.tokens_BL), side.rows_BT)
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:

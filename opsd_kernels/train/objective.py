@@ -51,7 +51,7 @@ def step_loss(student: PreTrainedModel, teacher: Teacher, batch: Batch, config: 
         return _policy_alone(student, batch, ppo, config, totals, vocab)
     with torch.no_grad(), teacher.using() as model:
         teacher_hidden, theirs = hidden_states(model, batch.teacher), Head.of(model)
-    mine = Head.of(student)
+    hidden, mine = hidden_states(student, batch.student), Head.of(student)
     weights = _token_weights(batch, config, totals)
     options: dict[str, Any] = {**_reduction(config, totals), **mine.options("student"), **theirs.options("teacher")}
     options |= {"divergence": config.divergence, "beta": config.beta, "temperature": config.distill_temperature, "vocab_size": _padded(vocab, mine, theirs)}
@@ -71,20 +71,19 @@ def step_loss(student: PreTrainedModel, teacher: Teacher, batch: Batch, config: 
         if config.policy_weight:
             options |= {"policy": ppo, "policy_weight": config.policy_weight}
             op = linear_policy_divergence
-    loss, stats = op(hidden_states(student, batch.student), mine.weight, teacher_hidden, theirs.weight, **options)
+    loss, stats = op(hidden, mine.weight, teacher_hidden, theirs.weight, **options)
     return _part(loss, batch, config, totals), stats
 
 
 @torch.no_grad()
 def sampling_logprobs(student: PreTrainedModel, batch: Batch, config: TrainConfig, vocab: int) -> Tensor:  # -> (B, T)
     """Log-probs, in nats, of the batch's tokens under the student as it is now."""
-    head = Head.of(student)
-    return linear_logprobs(hidden_states(student, batch.student), head.weight, batch.labels_BT, **_alone(head, config, vocab))
+    hidden, head = hidden_states(student, batch.student), Head.of(student)
+    return linear_logprobs(hidden, head.weight, batch.labels_BT, **_alone(head, config, vocab))
 
 
 def _policy_alone(student: PreTrainedModel, batch: Batch, ppo: PPOClip, config: TrainConfig, totals: Totals, vocab: int) -> tuple[Tensor, TokenStats]:
-    head = Head.of(student)
-    hidden = hidden_states(student, batch.student)
+    hidden, head = hidden_states(student, batch.student), Head.of(student)
     logprobs_BT, entropy_BT = linear_logprobs(hidden, head.weight, batch.labels_BT, return_entropy=True, **_alone(head, config, vocab))
     losses_BT = torch.where(batch.mask_BT, ppo(logprobs_BT, None, batch.mask_BT), 0.0)
     if config.reduction == "sequence_mean":

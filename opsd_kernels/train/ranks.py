@@ -67,11 +67,25 @@ class Ranks:
         """Whether it is so on any rank."""
         return flag if self.world == 1 else any(self.together([flag]))
 
+    def on_first(self, action: Callable[[], Item]) -> Item | None:
+        """Rank 0 acts while the others wait, who get None. What it raises all raise, so that none waits for a rank that has left."""
+        if self.world == 1:
+            return action()
+        result, error = None, None
+        if self.first:
+            try:
+                result = action()
+            except (Exception, KeyboardInterrupt) as raised:
+                error = raised
+        told: list[Any] = [error]
+        dist.broadcast_object_list(told)
+        if told[0] is not None:
+            raise error or told[0]
+        return result
+
     def first_then_all(self, action: Callable[[], Item]) -> Item:
         """Rank 0 acts, then the others: what it made is there for them."""
-        result = action() if self.first else None
-        if self.world > 1:
-            dist.barrier()
+        result = self.on_first(action)
         return result if self.first else action()
 
 

@@ -21,6 +21,7 @@ from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.envs.base import Task
 from opsd_kernels.train.prompts import PromptEncoder
 from opsd_kernels.train.ranks import ALONE, Ranks
+from opsd_kernels.train.sharding import whole
 from opsd_kernels.train.types import Context, Prompt, Rollout
 from opsd_kernels.train.vllm_engine import VllmEngine
 
@@ -67,10 +68,11 @@ class Sampler:
         """One verified rollout per request, in their order, all of them on every rank. `key` (seed, step) opens the stream of random numbers."""
         model.eval()  # no dropout in an answer
         rollouts: list[Rollout] = []
-        for chunk in _chunks(self.ranks.share(requests), self.batch):
-            prompts = self.encode([(r.prompt, r.context) for r in chunk])
-            answers = self._generate(model, prompts, chunk, key) if self.engine is None else self._through_engine(model, prompts, chunk, key)
-            rollouts += self._verified(task, chunk, prompts, answers, key)
+        with whole(model):
+            for chunk in _chunks(self.ranks.share(requests), self.batch):
+                prompts = self.encode([(r.prompt, r.context) for r in chunk])
+                answers = self._generate(model, prompts, chunk, key) if self.engine is None else self._through_engine(model, prompts, chunk, key)
+                rollouts += self._verified(task, chunk, prompts, answers, key)
         if self.ranks.world == 1:
             return rollouts
         # With the requests' own prompts, which `encode` knows by identity.
@@ -98,7 +100,8 @@ class Sampler:
         draw = PlacedSampler(torch.from_numpy(uniforms).to(model.device), self.temperature, self.vocab)
         greedy = GenerationConfig(max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=sorted(stops))  # `draw` has chosen
         with generating_as(model, greedy):
-            out = model.generate(padded, attention_mask=present, generation_config=greedy, logits_processor=[draw])
+            # Not in step with other ranks, as generate would by itself under FSDP: theirs may have fewer tokens to sample, or none.
+            out = model.generate(padded, attention_mask=present, generation_config=greedy, logits_processor=[draw], synced_gpus=False)
         return [_until_stop(row, stops) for row in out[:, length:].tolist()]
 
     def _through_engine(

@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd_kernels import TokenStats
-from opsd_kernels.train import objective
+from opsd_kernels.train import objective, sharding
 from opsd_kernels.train.batch import micro_batches
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.ranks import ALONE, Ranks
 from opsd_kernels.train.teacher import Teacher
 from opsd_kernels.train.types import Batch, Context, NonFiniteLoss, Rollout, StepMetrics
+from opsd_kernels.vocab_parallel import is_dtensor
 
 DIVERGENCE_METRICS = ("loss", "grad_norm", "divergence", "divergence_p95", "divergence_by_position", "student_entropy", "teacher_entropy")
 NAMED_ROWS = 8  # how many bad rows an error lists
@@ -66,8 +67,9 @@ def update_on(trainer: Trainer, batch: Batch, config: TrainConfig, step: int, re
     """`updates_per_batch` optimisation steps on one batch. Returns the first, at which the student is still the policy that sampled."""
     if objective.needs_old_logprobs(config):
         trainer.student.eval()
-        parts = [objective.sampling_logprobs(trainer.student, micro, config, trainer.vocab) for micro in share(batch, config, trainer.ranks)]
-        batch = replace(batch, old_logprobs_BT=torch.cat(trainer.ranks.together(parts)))
+        mine, filler = share(batch, config, trainer.ranks, sharding.is_sharded(trainer.student))
+        parts = [objective.sampling_logprobs(trainer.student, micro, config, trainer.vocab) for micro in (*mine, *filler)]
+        batch = replace(batch, old_logprobs_BT=torch.cat(trainer.ranks.together(parts[: len(mine)])))
     updates: list[Update] = []
     try:
         while len(updates) < config.updates_per_batch:
@@ -86,11 +88,13 @@ def optimisation_step(trainer: Trainer, batch: Batch, config: TrainConfig, step:
     parts = [(batch, stats)]
     kept = None
     if rehearsal is not None:
-        to_keep = (rehearsal.batch, objective.plain(config), trainer.vocab, config.rehearsal_weight, trainer.ranks)
-        kept, kept_stats = gradients(student, rehearsal.reference, *to_keep)
+        to_keep = (rehearsal.batch, objective.plain(config), trainer.vocab, config.rehearsal_weight)
+        kept, kept_stats = gradients(student, rehearsal.reference, *to_keep, ranks=trainer.ranks)
         parts.append((rehearsal.batch, kept_stats))
-    trainer.ranks.sum_gradients(student.parameters())
+    if not sharding.is_sharded(student):  # its backward has summed them
+        trainer.ranks.sum_gradients(student.parameters())
     grad_norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], config.max_grad_norm)
+    grad_norm = grad_norm.full_tensor() if is_dtensor(grad_norm) else grad_norm
     whole = loss if kept is None else loss + kept
     if not (torch.isfinite(whole) and torch.isfinite(grad_norm)):
         optimizer.zero_grad()  # a caller that catches this must not find the bad gradient
@@ -103,9 +107,12 @@ def optimisation_step(trainer: Trainer, batch: Batch, config: TrainConfig, step:
     return Update(float(loss), float(grad_norm), stats, None if kept is None else float(kept))
 
 
-def share(batch: Batch, config: TrainConfig, ranks: Ranks) -> list[Batch]:
-    """This rank's micro-batches: at least one for every rank where there are so many rollouts."""
-    return ranks.share(list(micro_batches(batch, min(config.micro_batch, -(-batch.size // ranks.world)))))
+def share(batch: Batch, config: TrainConfig, ranks: Ranks, equally: bool = False) -> tuple[list[Batch], list[Batch]]:
+    """This rank's micro-batches: at least one for every rank where there are so many rollouts. With `equally`, a filler where others have one more."""
+    parts = list(micro_batches(batch, min(config.micro_batch, -(-batch.size // ranks.world))))
+    mine = ranks.share(parts)
+    short = equally and len(mine) * ranks.world < len(parts)
+    return mine, list(micro_batches(batch, 1))[:1] if short else []
 
 
 def gradients(
@@ -116,11 +123,15 @@ def gradients(
     Returns the loss of the whole batch, 0-dim, in nats, and its statistics.
     """
     total, stats, totals = torch.zeros((), device=batch.labels_BT.device), [], batch.totals
-    for micro in share(batch, config, ranks):
+    mine, filler = share(batch, config, ranks, sharding.is_sharded(student))
+    for micro in mine:
         loss, tokens = objective.step_loss(student, teacher, micro, config, totals, vocab)
         (loss * weight).backward()
         total = total + loss.detach()
         stats.append(tokens)
+    for micro in filler:  # a rank that left this forward and backward out would leave the others waiting
+        (objective.step_loss(student, teacher, micro, config, totals, vocab)[0] * 0.0).backward()
+    sharding.release(teacher.model)
     return ranks.total(total) * weight, tuple(ranks.together(stats))
 
 

@@ -1,48 +1,82 @@
-"""The trainer on several ranks against one process: metrics, weights, and checkpoints that do not know how many ranks wrote them."""
+"""The trainer on several ranks against one process: metrics, weights, and checkpoints that do not know how many ranks wrote them, sharded or not."""
 
 import dataclasses
 import json
+import os
+import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from opsd_kernels.testing import assert_no_worse
-from opsd_kernels.train import loop
+from opsd_kernels.train import loop, tiny
 from opsd_kernels.train.config import TrainConfig
+from opsd_kernels.train.contexts import ContextTemplate
 from opsd_kernels.train.log import read_metrics
 
+HERE = Path(__file__).parent
 SMALL = {
-    "tiny_hidden": 16, "tiny_layers": 1, "tiny_heads": 2, "warm_accuracy": 2e-4, "warm_batch": 32, "warm_max_steps": 200, "tensorboard": False,
-    "steps": 6, "prompts_per_step": 4, "group_size": 3, "micro_batch": 3, "rehearsal_prompts": 3,
+    "tensorboard": False, "steps": 6, "prompts_per_step": 4, "group_size": 3, "micro_batch": 3, "rehearsal_prompts": 3,
     "eval_samples": 13, "probe_samples": 6, "eval_every": 4, "checkpoint_every": 2, "backend": "torch",
 }  # fmt: skip
+TINY = {"tiny_hidden": 16, "tiny_layers": 1, "tiny_heads": 2, "warm_accuracy": 2e-4, "warm_batch": 32, "warm_max_steps": 200}
 TIMES = ("seconds", "tokens_per_second")
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    """Its loss reads whole sequences, its batch is used twice, and half of it is a policy gradient."""
-    cache = str(tmp_path_factory.mktemp("cache"))
-    return TrainConfig(**SMALL, cache_dir=cache, updates_per_batch=2, policy_weight=0.5, token_weights="MeanOne(PrefixDiscrepancy(0.5))")
+def settings(tmp_path_factory):
+    """Models with random weights and tied embeddings, and questions about whose answers a verifier is often content."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = tiny.build_tokenizer((*"0123456789+-*", "right", "wrong"), ContextTemplate())
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    ends = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    for name, seed in (("student", 3), ("teacher", 4)):
+        torch.manual_seed(seed)
+        config = Qwen3Config(vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.3, tie_word_embeddings=True, **shape, **ends)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    splits = ["train"] * 12 + ["held_out"] * 5 + ["untrained"] * 3 + ["rehearsal"] * 4
+    rows = [{"prompt": f"{i} + {7 * i}", "feedback": f"wrong {8 * i}", "split": split} for i, split in enumerate(splits, 10)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(HERE))
+        patch.setenv("PYTHONPATH", str(HERE))
+        yield {**SMALL, "env": "jsonl", "feedback": "text", "model": str(folder / "student"), "data": str(folder / "rows.jsonl"), "verifier": "train_ranks:even"}
 
 
 @pytest.fixture(scope="module")
-def alone(config, tmp_path_factory):
-    """Two runs of one process, the second with other micro-batches: as far apart as the order of sums makes two runs."""
-    folder = tmp_path_factory.mktemp("alone")
-    loop.train(config, folder / "run")
-    loop.train(dataclasses.replace(config, micro_batch=5), folder / "cut")
-    return folder
+def config(settings):
+    """Its loss reads whole sequences, its batch is used twice, and half of it is a policy gradient."""
+    return TrainConfig(**settings, updates_per_batch=2, policy_weight=0.5, token_weights="MeanOne(PrefixDiscrepancy(0.5))")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Of a configuration, two runs of one process, the second with other micro-batches: as far apart as the order of sums makes two runs."""
+    made = {}
+
+    def runs(config):
+        config = dataclasses.replace(config, shard="none")
+        if config not in made:
+            made[config] = tmp_path_factory.mktemp("alone")
+            loop.train(config, made[config] / "run")
+            loop.train(dataclasses.replace(config, micro_batch=5), made[config] / "cut")
+        return made[config]
+
+    return runs
 
 
 def final(out):
-    """(lines of metrics without their times, weights)."""
+    """(lines of metrics without their times, the trained weights)."""
     lines = [{name: value for name, value in line.items() if name not in TIMES} for line in read_metrics(out / "metrics.jsonl")]
-    (newest,) = sorted((out / "checkpoint").iterdir())[-1:]
-    return lines, load_file(newest / "model.safetensors")
+    newest = max((out / "checkpoint").iterdir())
+    return lines, load_file(next(newest.glob("*model.safetensors")))
 
 
 def assert_same_run(out, alone):
@@ -52,6 +86,7 @@ def assert_same_run(out, alone):
         values = [torch.tensor([line[name] for line in run], dtype=torch.float64) for run in (lines, otherwise, expected) if is_number(run[0][name])]
         if values:
             assert_no_worse(*values)
+    assert weights.keys() == truth.keys()
     for name, weight in truth.items():
         assert_no_worse(weights[name], cut[name], weight)
 
@@ -60,31 +95,126 @@ def is_number(value):
     return isinstance(value, (int, float))
 
 
+def files(out):
+    """Of the newest checkpoint: every tensor's file, name, type and shape."""
+    newest = max((out / "checkpoint").iterdir())
+    return {(file.name, name): (t.dtype, t.shape) for file in newest.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
 def write(config, folder):
+    folder.mkdir(exist_ok=True)
     path = folder / "config.json"
     path.write_text(config.to_json())
-    return path
+    return str(path)
+
+
+def start(launching, world, folder, *jobs, **options):
+    """What each rank says of each job, a (configuration, run directory, how)."""
+    listed = [(write(config, folder / str(i)), str(out), how) for i, (config, out, how) in enumerate(jobs)]
+    return launching.launch("train_ranks.py", world, folder, json.dumps(listed), **options)
+
+
+def test_some_answers_are_right(config, alone):
+    """Else the policy gradient of all these runs would be zero."""
+    lines = read_metrics(alone(config) / "run" / "metrics.jsonl")
+    assert all(0 < line["reward"] < 1 for line in lines) and all(0 < line["samples_in_loss"] for line in lines)
 
 
 @pytest.mark.slow
-def test_torchrun(config, alone, tmp_path):
+@pytest.mark.parametrize("launcher", [
+    ("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    # What starts several processes; without a GPU they share the CPU. `--cpu` starts one.
+    ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+     "--main_process_port", "0"),
+], ids=["torchrun", "accelerate"])  # fmt: skip
+def test_launchers(config, alone, tmp_path, launcher):
+    pytest.importorskip(launcher[0].partition(".")[0])
     out = tmp_path / "run"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "opsd_kernels", "train"]
-    done = subprocess.run([*launcher, str(write(config, tmp_path)), "--out", str(out)], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", *launcher, "-m", "opsd_kernels", "train", write(config, tmp_path), "--out", str(out)]
+    path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("before: held out accuracy") == 1, "rank 0 alone speaks"
     assert json.loads((out / "summary.json").read_text())["steps"] == config.steps
-    assert_same_run(out, alone)
+    assert_same_run(out, alone(config))
 
 
 @pytest.mark.slow
 def test_four_ranks_stopped_in_the_middle_go_on_as_two(launching, config, alone, tmp_path):
-    out, path = tmp_path / "run", str(write(config, tmp_path))
+    out = tmp_path / "run"
     for world, how, folder in ((4, "interrupt", tmp_path / "a"), (2, "resume", tmp_path / "b")):
         folder.mkdir()
-        results = launching.launch("train_ranks.py", world, folder, path, str(out), how)
+        results = [result for (result,) in start(launching, world, folder, (config, out, how))]
         if how == "interrupt":
             assert all("stopped after step 3 of 6" in result["interrupted"] for result in results)
         else:
             assert all(result["held_out_accuracy_after"] == results[0]["held_out_accuracy_after"] for result in results)
-    assert_same_run(out, alone)
+    assert_same_run(out, alone(config))
+
+
+@pytest.fixture(scope="module")
+def lonely(config):
+    """Three answers a step, and one more that is rehearsed: too few micro-batches for four ranks."""
+    return dataclasses.replace(config, prompts_per_step=1, rehearsal_prompts=1, steps=2)
+
+
+@pytest.fixture(scope="module")
+def on_four(launching, config, lonely, tmp_path_factory):
+    """(folder, what each rank says): a sharded run that is stopped, and whole ones with too few micro-batches, sharded and not."""
+    folder = tmp_path_factory.mktemp("four")
+    sharded = dataclasses.replace(config, shard="fsdp")
+    jobs = [(sharded, "run", "interrupt"), (dataclasses.replace(lonely, shard="fsdp"), "lonely", "train"), (lonely, "replicas", "train")]
+    return folder, start(launching, 4, folder, *((job, folder / out, how) for job, out, how in jobs))
+
+
+@pytest.mark.slow
+def test_a_rank_without_a_micro_batch(on_four, lonely, alone):
+    for name in ("lonely", "replicas"):
+        assert_same_run(on_four[0] / name, alone(lonely))
+
+
+@pytest.mark.slow
+def test_ranks_hold_their_part(on_four):
+    """Weights, the optimiser's two moments, and the copies of teacher and reference. A part is padded to whole rows."""
+    _, results = on_four
+    whole = sum(t.numel() * t.element_size() for t in load_file(on_four[0] / "run" / "checkpoint" / "step_000003" / "model.safetensors").values())
+    for part, times in (("model", 1), ("optimizer", 2), ("copies", 2)):
+        held = [result[0]["bytes"][part] for result in results]
+        assert sum(held) == times * whole and max(held) < 1.1 * sum(held) / 4, (part, held)
+
+
+@pytest.mark.slow
+def test_the_head_is_gathered_once_a_micro_batch(on_four):
+    """And once a call for the teacher's; in the second step the op had many chunks."""
+    _, results = on_four
+    for result in results:
+        one, many, *_ = result[0]["gathers"]
+        assert one == many == [[count, count + 1] for count in (1, 1, 1, 1)]
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_with_fewer_ranks_and_with_one(launching, on_four, config, settings, alone, tmp_path):
+    folder, results = on_four
+    assert all("stopped after step 3 of 6" in result[0]["interrupted"] for result in results)
+    for name in ("two", "one"):
+        shutil.copytree(folder / "run", tmp_path / name)
+    loop.train(dataclasses.replace(config, shard="none"), tmp_path / "one", resume=True)
+    other = TrainConfig(**settings | {"steps": 2}, shard="fsdp", teacher="external", teacher_model=settings["model"].replace("student", "teacher"))
+    adapter = TrainConfig(**settings | {"steps": 2}, shard="fsdp", teacher="adapter_off", lora_rank=3, gradient_checkpointing=True)
+    live = TrainConfig(**settings | {"steps": 2}, shard="fsdp", teacher="live", max_grad_norm=0.01)
+    runs = [(dataclasses.replace(config, shard="fsdp"), "two", "resume"), (other, "other", "train"), (adapter, "adapter", "train"), (live, "live", "train")]
+    told = start(launching, 2, tmp_path, *((job, tmp_path / name, how) for job, name, how in runs), (dataclasses.replace(config, shard="fsdp"), tmp_path / "full", "full"))
+    assert all("No space left" in result[-1]["error"] for result in told), "no rank waits for the one that could not write"
+    for job, name, _ in runs:
+        assert_same_run(tmp_path / name, alone(job))
+        assert files(tmp_path / name) == files(alone(job) / "run")
+    assert_same_run(tmp_path / "one", alone(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["none", "fsdp"])
+def test_a_rank_that_is_killed_does_not_hang_the_others(launching, config, tmp_path, shard):
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match=r"(?s)rank 0 ended with .*rank 1 ended with -9"):
+        start(launching, 2, tmp_path, (dataclasses.replace(config, shard=shard), tmp_path / "run", "die"), timeout_s=120)
+    assert time.monotonic() - began < 60, "the others waited for their time-out"

@@ -1,4 +1,8 @@
-"""One rank of a run of the trainer, as a launcher would start it. `interrupt`: the last rank gets Ctrl-C after the third step. See test_train_ranks.py."""
+"""One rank of runs of the trainer, as a launcher would start it. See test_train_ranks.py.
+
+The jobs are a JSON list of [configuration, run directory, how]. `interrupt`: the last rank gets Ctrl-C after the third step. `resume`. `full`: the disk of
+the first rank is. `die`: the last rank is killed in the middle of a step.
+"""
 
 from __future__ import annotations
 
@@ -7,36 +11,136 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from launching import join, leave
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from opsd_kernels.train import loop
+from opsd_kernels.train import checkpoint, loop, objective, sharding, step
 from opsd_kernels.train.config import load_config
-from opsd_kernels.train.types import TrainingInterrupted
+from opsd_kernels.train.types import CheckpointError, TrainingInterrupted
+
+STOP_AFTER, DIE_AFTER = 3, 5  # steps; losses
 
 
-def interrupting(step: int):
-    """one_step that presses Ctrl-C in its own process."""
-    plain = loop.one_step
+def even(answer: str, row: dict[str, Any]) -> bool:
+    """A verifier that many answers of a model with random weights pass."""
+    return sum(map(ord, answer)) % 2 == 0
 
-    def one_step(run):
+
+def pressing_ctrl_c(plain: Any) -> Any:
+    """one_step that does so in its own process."""
+
+    def one_step(run: loop.Run) -> dict[str, Any]:
         metrics = plain(run)
-        if metrics["step"] == step:
+        if metrics["step"] == STOP_AFTER:
             os.kill(os.getpid(), signal.SIGINT)
         return metrics
 
     return one_step
 
 
-def main(rank: str, world: str, rendezvous: str, result: str, config: str, out: str, how: str) -> None:
+def dying(plain: Any) -> Any:
+    """step_loss that the process does not survive."""
+    calls = []
+
+    def step_loss(*arguments: Any) -> Any:
+        calls.append(None)
+        if len(calls) == DIE_AFTER:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*arguments)
+
+    return step_loss
+
+
+def no_space(path: Path, fill: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def local_bytes(run: loop.Run) -> dict[str, int]:
+    """What this rank holds of the state."""
+
+    def size(tensors: Any) -> int:
+        return sum(local.numel() * local.element_size() for local in (t.to_local() if hasattr(t, "to_local") else t for t in tensors))
+
+    state = run.state
+    moments = [value for entry in state.optimizer.state.values() for name, value in entry.items() if name != "step"]
+    copies = [teacher.model for teacher in (state.teacher, state.reference) if teacher is not None and teacher.model is not state.model]
+    return {"model": size(state.model.parameters()), "optimizer": size(moments), "copies": size(p for copy in copies for p in copy.parameters())}
+
+
+class Gathers(TorchDispatchMode):
+    """Sizes of all-gathers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.name() == "c10d::_allgather_base_":
+            self.sizes.append(arguments[0].numel())
+        return function(*arguments, **(options or {}))
+
+
+def counting(plain: Any, calls: list[tuple[int, int]]) -> Any:
+    """`gradients` that tells its micro-batches and how often the root unit, embedding and head, was gathered for them."""
+
+    def gradients(student: Any, teacher: Any, batch: Any, config: Any, *rest: Any, ranks: Any) -> Any:
+        sharding.release(student)  # old log-probs leave it whole
+        with Gathers() as gathers:
+            result = plain(student, teacher, batch, config, *rest, ranks=ranks)
+        inside = {id(p) for unit in sharding.units(student)[1:] for p in unit.parameters()}
+        padded = [-(-p.shape[0] // ranks.world) * ranks.world * p.numel() // p.shape[0] for p in student.parameters() if id(p) not in inside]
+        calls.append((sum(map(len, step.share(batch, config, ranks, equally=True))), gathers.sizes.count(sum(padded))))
+        return result
+
+    return gradients
+
+
+def measuring(plain: Any, told: dict[str, Any]) -> Any:
+    """one_step that counts, with the op in one chunk and, in the second step, in many."""
+    gradients = step.gradients
+
+    def one_step(run: loop.Run) -> dict[str, Any]:
+        calls: list[tuple[int, int]] = []
+        step.gradients = counting(gradients, calls)
+        if run.state.step == 1:
+            os.environ["OPSD_WORKSPACE_BYTES"] = "1000"
+        metrics = plain(run)
+        os.environ.pop("OPSD_WORKSPACE_BYTES", None)
+        told.setdefault("bytes", local_bytes(run))
+        told.setdefault("gathers", []).append(calls)
+        return metrics
+
+    return one_step
+
+
+def work(config: str, out: str, how: str, last: bool) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    plain, write, loss = loop.one_step, checkpoint.write_directory, objective.step_loss
+    gradients = step.gradients
+    if how == "interrupt":
+        loop.one_step = measuring(plain, told) if load_config(config).shard == "fsdp" else plain
+        loop.one_step = pressing_ctrl_c(loop.one_step) if last else loop.one_step
+    if how == "full":
+        checkpoint.write_directory = no_space
+    if how == "die" and last:
+        objective.step_loss = dying(loss)
+    try:
+        return told | loop.train(load_config(config), Path(out), resume=how == "resume")
+    except TrainingInterrupted as stopped:
+        return told | {"interrupted": str(stopped)}
+    except CheckpointError as error:
+        return {"error": str(error)}
+    finally:
+        loop.one_step, checkpoint.write_directory, objective.step_loss = plain, write, loss
+        step.gradients = gradients
+
+
+def main(rank: str, world: str, rendezvous: str, result: str, jobs: str) -> None:
     os.environ |= {"RANK": rank, "WORLD_SIZE": world}
     join(rank, world, rendezvous)
-    if how == "interrupt" and rank == str(int(world) - 1):
-        loop.one_step = interrupting(3)
-    try:
-        ended = loop.train(load_config(config), Path(out), resume=how == "resume")
-    except TrainingInterrupted as stopped:
-        ended = {"interrupted": str(stopped)}
+    ended = [work(*job, last=rank == str(int(world) - 1)) for job in json.loads(jobs)]
     Path(result).write_text(json.dumps(ended))
     leave()
 
