@@ -1,6 +1,7 @@
 """The trainer on several ranks against one process: metrics, weights, and checkpoints that do not know how many ranks wrote them, sharded or not."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -121,16 +122,16 @@ def test_some_answers_are_right(config, alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [
-    ("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+@pytest.mark.parametrize("shard, launcher", [
+    ("none", ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")),
     # What starts several processes; without a GPU they share the CPU. `--cpu` starts one.
-    ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-     "--main_process_port", "0"),
+    ("fsdp", ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+              "--dynamo_backend", "no", "--main_process_port", "0")),
 ], ids=["torchrun", "accelerate"])  # fmt: skip
-def test_launchers(config, alone, tmp_path, launcher):
+def test_launchers(config, alone, tmp_path, shard, launcher):
     pytest.importorskip(launcher[0].partition(".")[0])
     out = tmp_path / "run"
-    command = [sys.executable, "-m", *launcher, "-m", "opsd_kernels", "train", write(config, tmp_path), "--out", str(out)]
+    command = [sys.executable, "-m", *launcher, "-m", "opsd_kernels", "train", write(config, tmp_path), "--set", f"shard={shard}", "--out", str(out)]
     path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -139,17 +140,8 @@ def test_launchers(config, alone, tmp_path, launcher):
     assert_same_run(out, alone(config))
 
 
-@pytest.mark.slow
-def test_four_ranks_stopped_in_the_middle_go_on_as_two(launching, config, alone, tmp_path):
-    out = tmp_path / "run"
-    for world, how, folder in ((4, "interrupt", tmp_path / "a"), (2, "resume", tmp_path / "b")):
-        folder.mkdir()
-        results = [result for (result,) in start(launching, world, folder, (config, out, how))]
-        if how == "interrupt":
-            assert all("stopped after step 3 of 6" in result["interrupted"] for result in results)
-        else:
-            assert all(result["held_out_accuracy_after"] == results[0]["held_out_accuracy_after"] for result in results)
-    assert_same_run(out, alone(config))
+def sharded(config):
+    return dataclasses.replace(config, shard="fsdp")
 
 
 @pytest.fixture(scope="module")
@@ -160,24 +152,23 @@ def lonely(config):
 
 @pytest.fixture(scope="module")
 def on_four(launching, config, lonely, tmp_path_factory):
-    """(folder, what each rank says): a sharded run that is stopped, and whole ones with too few micro-batches, sharded and not."""
+    """(folder, what each rank says): two runs that are stopped, and two with too few micro-batches; sharded and not."""
     folder = tmp_path_factory.mktemp("four")
-    sharded = dataclasses.replace(config, shard="fsdp")
-    jobs = [(sharded, "run", "interrupt"), (dataclasses.replace(lonely, shard="fsdp"), "lonely", "train"), (lonely, "replicas", "train")]
+    jobs = [(sharded(config), "sharded", "interrupt"), (config, "replicas", "interrupt"), (sharded(lonely), "lonely", "train"), (lonely, "lonely replicas", "train")]
     return folder, start(launching, 4, folder, *((job, folder / out, how) for job, out, how in jobs))
 
 
 @pytest.mark.slow
 def test_a_rank_without_a_micro_batch(on_four, lonely, alone):
-    for name in ("lonely", "replicas"):
+    for name in ("lonely", "lonely replicas"):
         assert_same_run(on_four[0] / name, alone(lonely))
 
 
 @pytest.mark.slow
 def test_ranks_hold_their_part(on_four):
     """Weights, the optimiser's two moments, and the copies of teacher and reference. A part is padded to whole rows."""
-    _, results = on_four
-    whole = sum(t.numel() * t.element_size() for t in load_file(on_four[0] / "run" / "checkpoint" / "step_000003" / "model.safetensors").values())
+    folder, results = on_four
+    whole = sum(t.numel() * t.element_size() for t in load_file(folder / "sharded" / "checkpoint" / "step_000003" / "model.safetensors").values())
     for part, times in (("model", 1), ("optimizer", 2), ("copies", 2)):
         held = [result[0]["bytes"][part] for result in results]
         assert sum(held) == times * whole and max(held) < 1.1 * sum(held) / 4, (part, held)
@@ -188,33 +179,62 @@ def test_the_head_is_gathered_once_a_micro_batch(on_four):
     """And once a call for the teacher's; in the second step the op had many chunks."""
     _, results = on_four
     for result in results:
-        one, many, *_ = result[0]["gathers"]
-        assert one == many == [[count, count + 1] for count in (1, 1, 1, 1)]
+        one, many, _ = result[0]["gathers"]
+        assert one == many == [[count, count + 1] for count in (1, 1, 1, 1)]  # two updates, each on answers and on what is rehearsed
+
+
+@pytest.fixture(scope="module")
+def on_two(launching, on_four, config, settings, tmp_path_factory):
+    """(folder, configurations by run, what each rank says): runs that go on, whole ones with other teachers, and one whose first rank cannot write."""
+    stopped, results = on_four
+    assert all("stopped after step 3 of 6" in result[i]["interrupted"] for result in results for i in (0, 1))
+    folder = tmp_path_factory.mktemp("two")
+    for name in ("sharded", "replicas"):
+        shutil.copytree(stopped / name, folder / name)
+    short = TrainConfig(**settings | {"steps": 2}, shard="fsdp")
+    runs = {
+        "sharded": sharded(config),
+        "replicas": config,
+        "external": dataclasses.replace(short, teacher="external", teacher_model=settings["model"].replace("student", "teacher")),
+        "live": dataclasses.replace(short, teacher="live", max_grad_norm=0.01),
+    }
+    if importlib.util.find_spec("peft"):
+        runs["adapter"] = dataclasses.replace(short, teacher="adapter_off", lora_rank=3, gradient_checkpointing=True)
+    jobs = [(run, folder / name, "resume" if name in ("sharded", "replicas") else "train") for name, run in runs.items()]
+    return folder, runs, start(launching, 2, folder, *jobs, (sharded(config), folder / "full", "full"))
 
 
 @pytest.mark.slow
-def test_a_sharded_run_goes_on_with_fewer_ranks_and_with_one(launching, on_four, config, settings, alone, tmp_path):
-    folder, results = on_four
-    assert all("stopped after step 3 of 6" in result[0]["interrupted"] for result in results)
-    for name in ("two", "one"):
-        shutil.copytree(folder / "run", tmp_path / name)
-    loop.train(dataclasses.replace(config, shard="none"), tmp_path / "one", resume=True)
-    other = TrainConfig(**settings | {"steps": 2}, shard="fsdp", teacher="external", teacher_model=settings["model"].replace("student", "teacher"))
-    adapter = TrainConfig(**settings | {"steps": 2}, shard="fsdp", teacher="adapter_off", lora_rank=3, gradient_checkpointing=True)
-    live = TrainConfig(**settings | {"steps": 2}, shard="fsdp", teacher="live", max_grad_norm=0.01)
-    runs = [(dataclasses.replace(config, shard="fsdp"), "two", "resume"), (other, "other", "train"), (adapter, "adapter", "train"), (live, "live", "train")]
-    told = start(launching, 2, tmp_path, *((job, tmp_path / name, how) for job, name, how in runs), (dataclasses.replace(config, shard="fsdp"), tmp_path / "full", "full"))
-    assert all("No space left" in result[-1]["error"] for result in told), "no rank waits for the one that could not write"
-    for job, name, _ in runs:
-        assert_same_run(tmp_path / name, alone(job))
-        assert files(tmp_path / name) == files(alone(job) / "run")
-    assert_same_run(tmp_path / "one", alone(config))
+@pytest.mark.parametrize("name", ["sharded", "replicas", "external", "live", "adapter"])
+def test_two_ranks(on_two, alone, name):
+    """The first two were stopped after half of their steps, on four ranks."""
+    folder, runs, told = on_two
+    if name == "adapter":
+        pytest.importorskip("peft")
+    assert_same_run(folder / name, alone(runs[name]))
+    assert files(folder / name) == files(alone(runs[name]) / "run")
+    place = list(runs).index(name)
+    assert told[0][place]["held_out_accuracy_after"] == told[1][place]["held_out_accuracy_after"]
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_in_one_process(on_four, config, alone, tmp_path):
+    shutil.copytree(on_four[0] / "sharded", tmp_path / "run")
+    loop.train(config, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", alone(config))
+
+
+@pytest.mark.slow
+def test_no_rank_waits_for_the_one_that_cannot_write(on_two):
+    assert all("No space left" in result[-1]["error"] for result in on_two[2])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "fsdp"])
-def test_a_rank_that_is_killed_does_not_hang_the_others(launching, config, tmp_path, shard):
+def test_a_rank_that_is_killed_does_not_hang_the_others(launching, tmp_path, shard):
+    """In its first step, behind the warm start of a tiny model, which the first rank makes alone."""
+    config = TrainConfig(**SMALL, **TINY, cache_dir=str(tmp_path), updates_per_batch=2, shard=shard)
     began = time.monotonic()
     with pytest.raises(AssertionError, match=r"(?s)rank 0 ended with .*rank 1 ended with -9"):
-        start(launching, 2, tmp_path, (dataclasses.replace(config, shard=shard), tmp_path / "run", "die"), timeout_s=120)
+        start(launching, 2, tmp_path, (config, tmp_path / "run", "die"), timeout_s=120)
     assert time.monotonic() - began < 60, "the others waited for their time-out"
