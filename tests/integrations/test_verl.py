@@ -1,13 +1,11 @@
 """verl's distillation losses as shims, against dense float64 versions of what verl 0.9.1 computes: every aggregation mode, clamp, layout and mask."""
 
-import ast
 import math
 import os
 import re
 import runpy
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +16,10 @@ from torch import Tensor
 from opsd_kernels.integrations import verl
 from opsd_kernels.integrations.verl import AGG_MODES, agg_loss, agg_weights, distillation_loss, topk_distill
 from opsd_kernels.testing import Outcome, assert_no_worse, assert_on_target, assert_one_rounding, assert_same_bits
+
+sys.path.append(str(Path(__file__).parent))
+import verl_source
+from verl_source import nested
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROMPTS, RESPONSES = (4, 2, 7, 3), (9, 5, 1, 6)  # uneven; the third response is masked as a whole
@@ -33,10 +35,6 @@ def response_mask() -> Tensor:
     mask = torch.arange(9) < torch.tensor(RESPONSES)[:, None]
     mask[0, 3:5] = mask[1, 3:] = mask[2] = False
     return mask
-
-
-def nested(packed: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    return torch.nested.nested_tensor_from_jagged(packed, torch.tensor((0, *lengths)).cumsum(0))
 
 
 class Batch:
@@ -370,65 +368,21 @@ def test_pieces_of_the_gather_are_one(monkeypatch):
 
 # ---------------------------------------------------------------- verl's own code
 
-VERL = "0.9.1"
-FUNCTIONS = {  # taken one by one: verl as a whole needs ray, tensordict and a GPU's libraries
-    "utils/torch_functional.py": ["masked_sum"],
-    "trainer/ppo/core_algos.py": ["agg_loss"],
-    "workers/utils/padding.py": ["no_padding_2_padding"],
-    "trainer/distillation/fsdp/losses.py": ["_chunked_topk_log_probs", "kl_divergence", "compute_forward_kl_topk"],
-    "trainer/distillation/losses.py": ["compute_forward_kl_topk", "compute_distillation_loss_range", "distillation_loss"],
-}
-
-
-class Theirs:
-    """Functions of verl's files, each file's in a namespace of its own, over what this test gives them for the rest of verl."""
-
-    def __init__(self, root: Path) -> None:
-        for path, names in FUNCTIONS.items():
-            space = {"torch": torch, "F": torch.nn.functional, "verl_F": SimpleNamespace(), "tu": SimpleNamespace(), "DistillationLossConfig": object}
-            for node in ast.parse((root / path).read_text()).body:
-                if isinstance(node, ast.FunctionDef) and node.name in names:
-                    node.decorator_list, node.returns = [], None
-                    for argument in node.args.args:
-                        argument.annotation = None
-                    exec(compile(ast.Module([node], []), path, "exec"), space)
-            assert set(names) <= space.keys()
-            setattr(self, path.replace("/", "_").removesuffix(".py"), space)
-        self.trainer_ppo_core_algos["verl_F"].masked_sum = self.utils_torch_functional["masked_sum"]
-        self.workers_utils_padding["tu"].get_non_tensor_data = lambda data, key, default: data.get(key, default)
-        self.trainer_distillation_fsdp_losses["get_ulysses_sequence_parallel_world_size"] = lambda: 1
-        self.final = self.trainer_distillation_losses
-        self.final |= {
-            "no_padding_2_padding": self.workers_utils_padding["no_padding_2_padding"],
-            "agg_loss": self.trainer_ppo_core_algos["agg_loss"],
-            "get_distillation_loss_fn": {"forward_kl_topk": self.final["compute_forward_kl_topk"]}.__getitem__,
-            "Metric": lambda aggregation, value: value,
-            "AggregationType": SimpleNamespace(MIN="min", MAX="max"),
-        }
-
-    def loss(self, batch: Batch, config, distillation, temperature: float, **counts) -> tuple[Tensor, dict]:
-        whole = tuple(p + r for p, r in zip(PROMPTS, RESPONSES, strict=True))
-        data, masks = batch.data(**counts), [row[:n] for row, n in zip(batch.mask, RESPONSES, strict=True)]
-        data["response_mask"] = torch.nested.as_nested_tensor(masks, layout=torch.jagged)
-        config.global_batch_info, distillation.distillation_loss.topk = {}, K
-        logits = (batch.hidden @ batch.weight.T / temperature)[None]
-        per_token = self.trainer_distillation_fsdp_losses["compute_forward_kl_topk"](logits, data["teacher_logprobs"], data["teacher_ids"], distillation, "thd")
-        return self.final["distillation_loss"](config, distillation, {k: nested(x[0], whole) for k, x in per_token.items()}, data)
+def loss_of_verl(theirs: verl_source.Theirs, batch: Batch, config, distillation, temperature: float, **counts) -> tuple[Tensor, dict]:
+    data, masks = batch.data(**counts), [row[:n] for row, n in zip(batch.mask, RESPONSES, strict=True)]
+    data["response_mask"] = torch.nested.as_nested_tensor(masks, layout=torch.jagged)
+    distillation.distillation_loss.topk = K
+    return theirs.loss((batch.hidden @ batch.weight.T / temperature)[None], data, config, distillation)
 
 
 @pytest.fixture(scope="session")
-def theirs(tmp_path_factory) -> Theirs:
+def theirs(tmp_path_factory) -> verl_source.Theirs:
     """From the directory that VERL_SOURCE names (it holds `verl/`), or from the wheel that pip downloads. verl is not installed by it."""
-    if given := os.environ.get("VERL_SOURCE"):
-        return Theirs(Path(given) / "verl")
-    place = tmp_path_factory.mktemp("verl")
-    what = ["--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", "10", f"verl=={VERL}"]
     try:
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", *what, "-d", str(place)], check=True, capture_output=True, timeout=60)
+        root = Path(os.environ.get("VERL_SOURCE") or verl_source.download(tmp_path_factory.mktemp("verl")))
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"no wheel of verl {VERL}: pip download failed ({type(error).__name__})")
-    zipfile.ZipFile(next(place.glob("*.whl"))).extractall(place)
-    return Theirs(place / "verl")
+        pytest.skip(f"no wheel of verl {verl_source.VERSION}: pip download failed ({type(error).__name__})")
+    return verl_source.Theirs(root / "verl")
 
 
 @pytest.mark.parametrize("mode", AGG_MODES)
@@ -439,9 +393,9 @@ def test_is_verls(theirs, mode, counts, floor, highest, temperature):
     made = settings(mode, 32 if counts["dp_size"] > 1 else None, log_prob_min_clamp=floor, loss_max_clamp=highest)
     batch, data = Batch(), {"temperature": temperature, **counts}
     truth = outcome(lambda b: dense_loss(b, *made, temperature=temperature, **counts), batch.to(torch.float64))
-    expected = outcome(lambda b: theirs.loss(b, *made, temperature, **counts)[0], batch)
+    expected = outcome(lambda b: loss_of_verl(theirs, b, *made, temperature, **counts)[0], batch)
     assert_no_worse(outcome(lambda b: distillation_loss(*made, b.outputs(), b.data(**data))[0], batch), expected, truth)
-    ours, metrics = distillation_loss(*made, batch.outputs(), batch.data(**data))[1], theirs.loss(batch, *made, temperature, **counts)[1]
+    ours, metrics = distillation_loss(*made, batch.outputs(), batch.data(**data))[1], loss_of_verl(theirs, batch, *made, temperature, **counts)[1]
     assert ours.keys() <= metrics.keys()
     for name, value in ours.items():
         assert_one_rounding(value, torch.as_tensor(metrics[name]), torch.float32, magnitude=10.0, name=name)

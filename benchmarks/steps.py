@@ -1,0 +1,165 @@
+"""An integration's loss with the library's own code and with ours: time of loss and gradients in turn, and peak memory, at the vocabulary of Qwen2.5.
+
+The measuring behind trl_steps.py, liger_steps.py and verl_steps.py. Each row is one process that holds both sides and steps them in turn on one batch, so
+that what else the machine does falls on both; peaks are those of a process each. A step is the loss and its backward pass; the optimiser is the library's in
+either case. Losses are compared with the library's own in fp32 on the same weights: ours gets no number if it is off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsd_kernels.bench.results import PACKAGES
+from opsd_kernels.provenance import describe_machine, git_commit, package_version
+from opsd_kernels.terminal import console, new_table
+from opsd_kernels.testing import TARGETS, peak_bytes
+
+V, HIDDEN, SEQUENCES, PROMPT = 151_936, 256, 4, 32
+OURS = "opsd"
+
+# From (row, side, dtype, folder, fp32) to the parameters that get gradients and, for a number of tokens, the loss of one batch. With `fp32` the weights are
+# those of `dtype` in fp32.
+Build = Callable[[str, str, str, str, bool], tuple[list[Tensor], Callable[[int], Callable[[], Tensor]]]]
+
+
+@dataclass(frozen=True)
+class Integration:
+    side: str  # the library's, as it is named in reports
+    label: str
+    rows: dict[str, str]  # what is measured, and what its loss is
+    build: Build
+    warm_tokens: int | None = 4  # of the step before the one whose peak is measured; None: as many as that one's
+    versions: dict[str, str] = field(default_factory=dict)  # beyond those that are installed
+
+
+def lengths(tokens: int) -> Tensor:
+    """(SEQUENCES,) of completions of up to `tokens`: all, a half, three quarters and all of them."""
+    return torch.tensor([tokens, tokens // 2, 3 * tokens // 4, tokens])
+
+
+def stepper(built: tuple[list[Tensor], Callable[[int], Callable[[], Tensor]]], tokens: int) -> Callable[[], Tensor]:
+    parameters, losses = built
+    loss_of = losses(tokens)
+
+    def clear() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+
+    def step() -> Tensor:
+        clear()
+        loss = loss_of()
+        loss.backward()
+        return loss.detach()
+
+    clear()
+    return step
+
+
+def peak_step(integration: Integration, row: str, side: str, dtype: str, tokens: int) -> Callable[[], Tensor]:
+    """The call that `testing.peak_bytes` measures: gradients of all parameters included, weights not."""
+    built = integration.build(row, side, dtype, tempfile.mkdtemp(), False)
+    stepper(built, integration.warm_tokens or tokens)()
+    return stepper(built, tokens)
+
+
+def true_loss(integration: Integration, row: str, dtype: str, tokens: int, folder: str) -> float:
+    """The library's, in fp32, of the weights as `dtype` has them."""
+    _, losses = integration.build(row, integration.side, dtype, folder, True)
+    loss = losses(tokens)().item()
+    assert math.isfinite(loss)
+    return loss
+
+
+def times(integration: Integration, row: str, dtype: str, tokens: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds, wall and CPU, of both in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {side: stepper(integration.build(row, side, dtype, folder, False), tokens) for side in (integration.side, OURS)}
+        losses = {side: step().double().item() for side, step in sides.items()}
+        true = losses[integration.side] if dtype == "float32" else true_loss(integration, row, dtype, tokens, folder)
+        errors = {side: abs(loss - true) / abs(true) for side, loss in losses.items()}
+        if not errors[OURS] <= TARGETS["default"]:
+            raise SystemExit(f"{row}, {dtype}: the loss is {losses[OURS]}, {integration.label}'s in fp32 {true}: {errors[OURS]:.2%} apart")
+        taken: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+        for _ in range(rounds):
+            for side, step in sides.items():
+                wall, cpu = time.perf_counter(), time.process_time()
+                step()
+                taken[side].append((1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)))
+    result: dict[str, Any] = {"losses": losses, "loss_errors": errors}
+    for index, clock in enumerate(("wall", "cpu")):
+        result |= {f"{side}_{clock}_ms": statistics.median(pair[index] for pair in taken[side]) for side in sides}
+        result[f"{clock}_ratios"] = [theirs[index] / ours[index] for theirs, ours in zip(taken[integration.side], taken[OURS], strict=True)]
+        result[f"{clock}_ratio"] = statistics.median(result[f"{clock}_ratios"])
+    return result
+
+
+def measure(integration: Integration, row: str, dtype: str, tokens: int, rounds: int, threads: int) -> dict[str, Any]:
+    load, began = os.getloadavg()[0], time.monotonic()
+    program = [sys.executable, sys.argv[0], "--row", row, dtype, str(tokens), str(rounds), str(threads)]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("ROW")), None)
+    if line is None:
+        raise SystemExit(f"{row}, {dtype}: {done.stderr.strip()[-2000:]}")
+    source = f"from {Path(sys.argv[0]).stem} import INTEGRATION\nfrom steps import peak_step\ndef make(*args): return peak_step(INTEGRATION, *args)"
+    peaks = {f"{side}_peak_bytes": peak_bytes(source, row, side, dtype, tokens, threads=threads) for side in (integration.side, OURS)}
+    result = {"name": row, "loss": integration.rows[row], "dtype": dtype, "load": [load, os.getloadavg()[0]], **json.loads(line[3:]), **peaks}
+    console.print(f"{row}, {dtype}: {time.monotonic() - began:.0f} s", style="dim")
+    return {**result, "peak_ratio": result[f"{integration.side}_peak_bytes"] / result[f"{OURS}_peak_bytes"]}
+
+
+def show(integration: Integration, rows: list[dict[str, Any]]) -> None:
+    side, label = integration.side, integration.label
+    table = new_table("loss and gradients", "", "dtype", f"{label} ms", "ours ms", "ratio", "CPU ratio", f"{label} MiB", "ours MiB", "ratio", "load")
+    for row in rows:
+        clocks = (f"{row[f'{side}_wall_ms']:.0f}", f"{row['opsd_wall_ms']:.0f}", f"{row['wall_ratio']:.2f}", f"{row['cpu_ratio']:.2f}")
+        peaks = (f"{row[f'{side}_peak_bytes'] / 2**20:.0f}", f"{row['opsd_peak_bytes'] / 2**20:.0f}", f"{row['peak_ratio']:.2f}")
+        table.add_row(row["name"], row["dtype"], *clocks, *peaks, " - ".join(f"{load:.1f}" for load in row["load"]))
+    console.print(table)
+
+
+def main(integration: Integration) -> None:
+    parser = argparse.ArgumentParser(description=f"{integration.label}'s loss and ours: time and peak memory of loss and gradients.")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=64, help="of the longest completion")
+    parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--row", nargs=5, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.row is not None:
+        row, dtype, tokens, rounds, threads = arguments.row
+        torch.set_num_threads(int(threads))
+        print("ROW" + json.dumps(times(integration, row, dtype, int(tokens), int(rounds))))
+        return
+    result: dict[str, Any] = {
+        "kind": f"{integration.side}_steps",
+        "machine": describe_machine("cpu"),
+        "versions": {**{package: package_version(package) for package in PACKAGES}, **integration.versions},
+        "commit": git_commit(),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "shape": {"V": V, "H": HIDDEN, "sequences": SEQUENCES, "prompt": PROMPT, "completion": arguments.tokens, "rounds": arguments.rounds},
+        "threads": arguments.threads,
+        "rows": [],
+    }
+    for row, dtype in ((row, dtype) for dtype in arguments.dtype or ("float32", "bfloat16") for row in integration.rows):
+        result["rows"].append(measure(integration, row, dtype, arguments.tokens, arguments.rounds, arguments.threads))
+        if arguments.json is not None:  # after each row: a run may be cut short
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    show(integration, result["rows"])
