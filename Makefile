@@ -53,7 +53,7 @@ lint: $(DONE)/ruff
 docs: install $(DONE)/dev
 	@echo "==> docs/environment.md"
 	@$(PY) -c 'from opsd_kernels import env; print(env.markdown(), end="")' > docs/environment.md
-	@echo "==> docs/performance.md, docs/sizing.md, README's table"
+	@echo "==> docs/performance.md, docs/scaling.md, docs/sizing.md, README's table"
 	@$(PY) -m opsd_kernels.bench.pages
 	@echo "==> docs/reproduce"
 	@$(PY) -m opsd_kernels.train.reproduce.pages

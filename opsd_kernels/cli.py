@@ -76,6 +76,8 @@ def plan(
     workspace: Annotated[str | None, typer.Option("--workspace", help="Byte budget, such as 256MiB.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     divergence: Annotated[str, typer.Option("--divergence", help="The two plain KLs take one sweep less.")] = "reverse_kl",
+    vocab_ranks: Annotated[int, typer.Option("--vocab-ranks", min=1, help="Ranks that share the rows of the head: the plan is one rank's.")] = 1,
+    data_ranks: Annotated[int, typer.Option("--data-ranks", min=1, help="Ranks that share the tokens: the plan is one rank's.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Predict memory and work of one call.
@@ -91,6 +93,7 @@ def plan(
         budget = None if workspace is None else parse_bytes(workspace)
         options = {"shared_head": shared_head, "trainable_head": not frozen, "workspace_bytes": budget, "device_type": parse_device(device)}
         one_sweep = Divergence.parse(divergence).one_sweep
+        tokens, vocab = -(-tokens // data_ranks), -(-vocab // vocab_ranks)  # the fullest rank's
         made = make_plan(tokens, vocab, hidden, teacher_hidden, parse_dtype(dtype), one_sweep=one_sweep, **options)
     fields = made.as_dict()
     if as_json:

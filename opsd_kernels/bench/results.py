@@ -83,7 +83,7 @@ class Report:
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         head = {key: value for key, value in asdict(self).items() if key != "rows"}
-        lines = ",\n  ".join(json.dumps(_row_dict(row)) for row in self.rows)  # one row per line: a later run shows as a readable diff
+        lines = ",\n  ".join(json.dumps(row_dict(row)) for row in self.rows)  # one row per line: a later run shows as a readable diff
         path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n  {lines}\n ]\n}}\n')
 
 
@@ -91,12 +91,19 @@ def _rounded(value: object) -> object:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def _row_dict(row: Row) -> dict[str, object]:
+def row_dict(row: Row) -> dict[str, object]:
+    """Of JSON; what does not apply is left out."""
     out = {}
     for name, value in asdict(row).items():
         if value is not None and value != "":
             out[name] = {key: _rounded(part) for key, part in value.items()} if isinstance(value, dict) else _rounded(value)
     return out
+
+
+def parse_row(row: dict[str, object]) -> Row:
+    """Back from `row_dict`."""
+    known = {f.name for f in fields(Row)}
+    return Row(**{name: Sample(**value) if name in ("ms", "ratio") else value for name, value in row.items() if name in known})
 
 
 def load(path: Path) -> Report:
@@ -105,9 +112,7 @@ def load(path: Path) -> Report:
     found = data.get("schema") if isinstance(data, dict) else None
     if found != SCHEMA:
         raise ValueError(f"{path}: expected a report of opsd bench with schema {SCHEMA}, got {found}")
-    known = {f.name for f in fields(Row)}
-    rows = [{name: Sample(**value) if name in ("ms", "ratio") else value for name, value in row.items() if name in known} for row in data.pop("rows")]
-    return Report(**data, rows=[Row(**row) for row in rows])
+    return Report(**{**data, "rows": [parse_row(row) for row in data["rows"]]})
 
 
 def new_report(device: str, command: str, quick: bool, suites: list[str], commit: str | None = None) -> Report:
