@@ -176,7 +176,7 @@ def _per_row(job: Job, backward: str, metrics: bool) -> tuple[Tensor, ...]:
     """(loss, D, stats, logprobs) with weights after the fact: without gradients, or for any upstream gradient per row."""
     call = job.call
     trainable = call.grad_weight or call.grad_bias
-    if call.gradient:
+    if call.gradient():
         wide = stats_dtype(call.student_hidden.dtype)
         known = not job.scopes - {"index"}
         reached = (job.weights(None) != 0).to(wide) if known else job.mask().reshape(-1).to(wide)
@@ -200,7 +200,7 @@ def evaluate(job: Job, backward: str, return_stats: bool) -> Tensor | tuple[Tens
     expect(not refused, "backward", "'recompute' or 'auto' for reduction='none' with a trainable head: the upstream gradient comes too late", repr(backward))
     metrics = return_stats or job.needs_metrics
     known = not job.scopes - {"index"}
-    in_forward = job.scale is not None and backward != "recompute" and call.gradient and (known or trainable or job.policy is not None)
+    in_forward = job.scale is not None and backward != "recompute" and call.gradient() and (known or trainable or job.policy is not None)
     loss, D, stats, logprobs = _in_forward(job, metrics) if in_forward else _per_row(job, backward, metrics)
     if job.policy is not None:
         loss = loss + (job.policy_losses(job.stats(D, stats, logprobs))[0] * job.scale).sum()
@@ -214,5 +214,5 @@ def make_job(call: Call, hidden: Tensor, token_weights: object, reduction: str, 
         check_weighting(token_weights)
     reads_logprobs = policy.get("policy") is not None or getattr(token_weights, "needs_labels", False)
     if call.logits_dtype == "auto" and reads_logprobs:  # logits of 16 in bf16 are off by 0.03, and so would be the logarithm of a ratio of probabilities
-        call = call._replace(logits_dtype="float32")
+        call = Call(**{**call._asdict(), "logits_dtype": "float32"})  # after `_replace` torch.compile of 2.10 and 2.11 has lost the class
     return Job(call, hidden.shape[:-1], token_weights, row_scale(reduction, normalizer, hidden, call.valid), **policy)

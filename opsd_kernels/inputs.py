@@ -46,7 +46,7 @@ def heads(**sides: Head) -> tuple[Head, Head | tuple[None, ...], bool]:
         optional = name.endswith("bias")
         expect(isinstance(tensor, Tensor) or (optional and tensor is None), name, "a tensor" + " or None" * optional, type(tensor).__name__, TypeError)
     student, *others = sides.values()
-    shared = bool(others) and _shared(student.weight, others[0].weight)
+    shared = len(others) > 0 and _shared(student.weight, others[0].weight)
     student, *others = _autocast([student, *others], shared)
     for side, head in zip(sides, (student, *others), strict=True):
         _check_head(f"{side}_".lstrip("_"), head, student, f"{next(iter(sides))}_hidden".lstrip("_"))

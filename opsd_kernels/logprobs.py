@@ -67,7 +67,7 @@ def _transform(logit_scale: float, softcap: float | None, temperature: float) ->
 
 
 def _evaluate(call: inputs.Call, in_forward: bool, entropy: bool) -> tuple[Tensor, Tensor]:
-    if not call.gradient:
+    if not call.gradient():
         _, _, stats, logprobs, *_ = torch.ops.opsd_kernels.linear_divergence(*call, entropy, False)
         return logprobs[:, 0].clone(), stats[:, Column.STUDENT_ENTROPY].clone()
     if in_forward:

@@ -50,8 +50,7 @@ class Call(NamedTuple):
     grad_weight: bool
     grad_bias: bool
 
-    @property
-    def gradient(self) -> bool:
+    def gradient(self) -> bool:  # no property: torch.compile of 2.10 cannot trace one of a named tuple
         return self.grad_hidden or self.grad_weight or self.grad_bias
 
     @property
@@ -166,7 +165,7 @@ def _plan(call: Call, heads: Heads, tokens: int, scope: str = "index", longest: 
         heads.student_hidden.dtype,
         shared_head=call.shared_head,
         trainable_head=call.grad_weight,
-        grad=call.gradient,
+        grad=call.gradient(),
         logits_dtype=call.logits_dtype,
         bias_grad=call.grad_bias,
         workspace_bytes=call.workspace_bytes,

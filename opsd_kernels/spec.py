@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 
@@ -143,8 +143,8 @@ class RowSpec:
     """
 
     divergence: Divergence
-    student: LogitTransform = LogitTransform()
-    teacher: LogitTransform = LogitTransform()
+    student: LogitTransform = field(default_factory=LogitTransform)  # an object as a default is none that torch.compile of 2.10 and 2.11 can trace
+    teacher: LogitTransform = field(default_factory=LogitTransform)
     difference: bool = False
     teacher_mix: float = 0.0
     entry_clip: float = math.inf  # of each term of the sum
