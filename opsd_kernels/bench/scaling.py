@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..planner import CPU_SCRATCH_BYTES, DEFAULT_WORKSPACE_BYTES
+from ..spec import expect
 from .parallel import HEADS, Head, Link, Machine, Projection, crossover_tokens, gathered_numbers, project, reduced_numbers
-from .results import Row, parse_row
+from .results import Report, Row, parse_row
 from .shapes import Setting
 from .tables import NOISY_MARK, Table, mebibytes, milliseconds, percent, planned_off, size, times
 from .timing import NOISY, Sample
@@ -37,21 +38,22 @@ class Given(NamedTuple):
 PEAK = Given("bf16 peak, dense", 989.4e12, "989.4 TFLOP/s", "datasheet of the H100 SXM (half of its figure with sparsity)")
 GEMMS = Given("of it reached by large GEMMs", 0.74, "74 %", "assumed: the 730 TFLOP/s of the planner's model (`planner.py`, at TILE)")
 NVLINK = Given("NVLink, one direction", 450e9, "450 GB/s", "datasheet: 900 GB/s in both")
-NETWORK = Given("network of a GPU, one direction", 50e9, "50 GB/s", "datasheet of a 400 Gb/s adapter, one for each GPU")
+NETWORK = Given("network adapter of a GPU, one direction", 50e9, "50 GB/s", "datasheet of a 400 Gb/s adapter, one for each GPU")
 REACHED = Given("of a link reached by large collectives", 0.75, "75 %", "assumed")
 NEAR = Given("a collective within a node, besides its bytes", 20e-6, "20 µs", "assumed")
 FAR = Given("the same across nodes", 50e-6, "50 µs", "assumed")
 MEMORY = Given("memory of a GPU", 80 * 2**30, "80 GiB", "datasheet")
 NODE = Given("GPUs on one NVLink", 8, "8", "assumed: an HGX board")
 GIVEN = (PEAK, GEMMS, NVLINK, NETWORK, REACHED, NEAR, FAR, MEMORY, NODE)
-INSIDE, ACROSS = Link(NEAR.value, REACHED.value * NVLINK.value), Link(FAR.value, REACHED.value * NETWORK.value)
+INSIDE = Link(NEAR.value, REACHED.value * NVLINK.value)
 
 
 def gpus(vocab_ranks: int, data_ranks: int) -> Machine:
-    """Vocabulary ranks sit side by side in a node; data ranks too while all fit one."""
-    data = INSIDE if vocab_ranks * data_ranks <= NODE.value else ACROSS
-    vocabulary = INSIDE if vocab_ranks <= NODE.value else ACROSS
-    return Machine(GEMMS.value * PEAK.value, vocabulary, vocabulary, data)
+    """Vocabulary ranks share a node; data ranks fill it, then others: across nodes their rings leave by the adapters of all GPUs that they have in one."""
+    expect(NODE.value % vocab_ranks == 0, "vocab_ranks", f"a divisor of {NODE.value}, for ranks that share a node", vocab_ranks)
+    adapters = NODE.value // vocab_ranks
+    across = Link(FAR.value, REACHED.value * min(adapters * NETWORK.value, NVLINK.value))
+    return Machine(GEMMS.value * PEAK.value, INSIDE, INSIDE, INSIDE if vocab_ranks * data_ranks <= NODE.value else across)
 
 
 class Measured:
@@ -64,16 +66,16 @@ class Measured:
 
     @property
     def where(self) -> str:
-        d, shown = self.data, ", ".join(f"{name} {version}" for name, version in self.data["versions"].items() if version)
-        return f"{d['machine']['name']}; {shown}; commit {d['commit'][:12]}; {d['date']}. `{d['command']}`"
+        made = Report(**{name: self.data[name] for name in ("machine", "versions", "commit", "command", "date")}, quick=self.data["quick"], suites=[])
+        return f"{made.where}. `{made.command}`"
 
     def of(self, *providers: str) -> list[Row]:
         return [row for row in self.rows if row.provider in providers]
 
     def whole(self, row: Row) -> Row:
         """The bare GEMMs of one rank that has the whole vocabulary."""
-        alike = ("N", "H", "dtype", "divergence")
-        return next(r for r in self.of("gemms") if r.variant == "1" and all(getattr(r, name) == getattr(row, name) for name in alike) and r.V >= row.V)
+        share = (*_key(row)[1:], row.V)
+        return next(r for r in self.of("gemms") if r.variant == "1" and (*_key(r)[1:], -(-r.V // int(row.variant))) == share)
 
     def headline(self, group: bool) -> list[Row]:
         """The op on the whole head, or with the groups of several ranks, in the setting whose sums are the longest: that nearest to a large head."""
@@ -107,7 +109,7 @@ class Measured:
 def shards_table(measured: Measured) -> Table:
     rows = []
     for gemms in measured.of("gemms"):
-        same = {r.provider: r for r in measured.rows if (r.N, r.H, r.V, r.dtype, r.divergence, r.variant) == (*_key(gemms), gemms.variant)}
+        same = {r.provider: r for r in measured.of("op", "group", "added") if (_key(r), r.variant) == (_key(gemms), gemms.variant)}
         whole = measured.whole(gemms)
         shrunk = f"{int(gemms.variant) * gemms.ms.median / whole.ms.median:.2f}"
         cells = [times(same["op"]), times(same["group"]), times(same["added"]), percent(same["group"].gradient_error)]
@@ -118,7 +120,8 @@ def shards_table(measured: Measured) -> Table:
 
 
 def _key(row: Row) -> tuple[object, ...]:
-    return row.N, row.H, row.V, row.dtype, row.divergence
+    """The columns of a shard, and its setting."""
+    return row.V, row.N, row.H, row.dtype, row.divergence
 
 
 def sent_table(measured: Measured) -> Table:
@@ -160,8 +163,7 @@ def runs_table(measured: Measured) -> Table:
 MEASURED = """# Scaling
 
 Generated by `make docs` from `benchmarks/results/*/parallel.json`. What a rank of the loss head costs when the vocabulary is spread over R ranks and
-the tokens over D ([Parallel](parallel.md) says how), measured where there are two cores and no GPU, then projected onto heads and contexts that do
-not fit here.
+the tokens over D ([Parallel](parallel.md) says how), measured on a CPU, then projected onto heads and contexts that do not fit there.
 
 **The first half of this page is measured, the second half is arithmetic.** No number under [Projected](#projected) was ever timed. Nothing here has
 run on a GPU.
@@ -195,14 +197,14 @@ A chunk of 4096 rows on 8 ranks, with labels, at H = 8192: {gathered} x 4096 x 4
 
 ### What a collective costs here
 
-Two gloo processes on the two cores. A line, latency + bytes / bandwidth, through messages of {smallest} to {largest}, fitted to relative errors.
+Two gloo processes on the same machine. A line, latency + bytes / bandwidth, through messages of {smallest} to {largest}, fitted to relative errors.
 
 {links}
 
 ### Memory of a rank
 
 MiB above the inputs of a rank that has 1/R of the vocabulary, in a process of its own, beside what the planner says for a head of that many rows. It
-allows a CPU's math library {scratch} MiB, which is most of what is off.
+counts {scratch} MiB for what a CPU's math library may take, a large part of a small shard.
 
 {peaks}
 
@@ -298,8 +300,8 @@ def steps(made: Projection, machine: Machine, overhead: float) -> list[str]:
     memory = (made.weight_bytes, made.hidden_bytes, plan.peak_bytes, made.wide_bytes)
     return [
         f"Its share: {made.tokens:,} / {D} = {n:,} tokens and {made.head.V:,} / {R} = {V:,} rows of the head.",
-        f"`opsd plan -N {n} -V {V} --hidden {H} --device cuda`: {plan.chunks} chunks of {plan.rows} rows, {plan.passes} passes, "
-        f"peak {plan.peak_bytes / 2**30:.3f} GiB above the inputs.",
+        f"`opsd plan -N {made.tokens} -V {made.head.V} --hidden {H} --vocab-ranks {R} --data-ranks {D} --device cuda`: {plan.chunks} chunks of "
+        f"{plan.rows} rows, {plan.passes} passes, peak {plan.peak_bytes / 2**30:.3f} GiB above the inputs.",
         f"GEMMs: {plan.passes} x 2 x {n:,} x {H} x {V:,} = {plan.flops / 1e12:.2f} TFLOP, over {machine.rate / 1e12:.1f} TFLOP/s: {1e3 * made.gemms:.3f} ms.",
         f"The rest of the op: {overhead:.3f} - 1 of that: {1e3 * made.rest:.3f} ms.",
         f"Statistics: {gathered_numbers()} x 4 B x {n:,} x {R - 1} = {made.gather_bytes / 1e6:.2f} MB at {machine.gather.bandwidth / 1e9:.1f} GB/s, and "
@@ -319,13 +321,13 @@ def crossings_table() -> Table:
     """Tokens of a step at which both ways to split exchange for equally long, and what either way leaves whole."""
     rows = []
     for head in HEADS:
-        near, far = gpus(1, 8), Machine(1.0, INSIDE, INSIDE, ACROSS)
+        near, far = gpus(1, 8), gpus(8, 8)
         at = [crossover_tokens(head, ranks, machine) for ranks, machine in ((2, near), (8, near), (8, far))]
         weight = head.V * head.H * torch.bfloat16.itemsize
         held = (weight + weight + 4 * head.V * head.H, (2 + 1) * torch.bfloat16.itemsize * head.H)
         cells = [gibibytes(held[0]), f"{held[1] / 2**10:.0f}", f"{held[0] / held[1]:,.0f}"]
         rows.append([head.name, *(f"{tokens:,.0f}" for tokens in at), *cells])
-    ways = ["2 GPUs of a node", "8 GPUs of a node", "8, data ranks across nodes"]
+    ways = ["2 GPUs of a node", "8 GPUs of a node", "8 GPUs, as data ranks one to a node"]
     return Table("", ["head", *ways, "whole head, dW and its fp32 sum, GiB", "hidden states and dh, KiB a token", "tokens that weigh the same"], rows)
 
 
@@ -370,7 +372,8 @@ no optimiser. **Bold**: what fits {memory} and is within {alike:.0%} of the fast
 
 ### 64 GPUs, 8 to a node
 
-Vocabulary ranks share a node; dW is summed across nodes.
+Vocabulary ranks share a node; dW is summed across nodes, by the adapters of all 8 / R GPUs of a node that hold the same slice: it takes about as long
+in every column.
 
 {cluster}
 
