@@ -1,8 +1,8 @@
 """Several processes, one run, under a launcher such as `torchrun`: rollouts and micro-batches are split over the ranks, all else is the same on them.
 
-Each rank holds the whole model. Rollouts are exchanged as they are, so that contexts, metrics and evaluations are computed by every rank from the same
-answers; gradients are summed, each already divided by the totals of the whole step, so the number of ranks changes no mean. Rank 0 alone writes files:
-a checkpoint knows nothing of ranks, and resumes on any number of them.
+Each rank holds the whole model, or with `shard` its part (sharding.py). Rollouts are exchanged as they are, so that contexts, metrics and evaluations are
+computed by every rank from the same answers; gradients are summed, each already divided by the totals of the whole step, so the number of ranks changes no
+mean. Rank 0 alone writes files: a checkpoint knows nothing of ranks, and resumes on any number of them.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ of backward the root is whole, so that the op reads a plain head: one gather a m
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -48,9 +49,11 @@ def place(model: Module, config: TrainConfig, ranks: Ranks) -> Module:
 
 
 def blocks(root: Module) -> list[Module]:
-    """The modules that transformers would not split over devices, inner ones first; without any the model is one unit."""
+    """The modules that transformers would not split over devices, but those that share a weight with the head or each other: such a one is the root's."""
     names = set(getattr(root, "_no_split_modules", None) or ())
-    return [module for module in reversed(list(trunk(root).modules())) if type(module).__name__ in names]
+    found = [module for module in trunk(root).modules() if type(module).__name__ in names]
+    users = Counter(id(weight) for module in (*found, root.get_output_embeddings()) for weight in module.parameters())
+    return [module for module in found if all(users[id(weight)] == 1 for weight in module.parameters())]
 
 
 def units(root: Module) -> list[Any]:

@@ -146,8 +146,8 @@ def sharded(config):
 
 @pytest.fixture(scope="module")
 def lonely(config):
-    """Three answers a step, and one more that is rehearsed: too few micro-batches for four ranks."""
-    return dataclasses.replace(config, prompts_per_step=1, rehearsal_prompts=1, steps=2)
+    """Two answers a step, and one more that is rehearsed: of four ranks one has nothing to sample, and two or three have no micro-batch."""
+    return dataclasses.replace(config, prompts_per_step=1, group_size=2, rehearsal_prompts=1, steps=2)
 
 
 @pytest.fixture(scope="module")
