@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from opsd_kernels.train.config_values import ConfigError
+
 Item = TypeVar("Item")
 
 
@@ -99,6 +101,9 @@ def joined(device: str) -> Iterator[Ranks]:
     if world == 1 or "RANK" not in os.environ:
         yield ALONE
         return
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+        # transformers would load the weights in the first process alone, and leave them to accelerate's wrapper.
+        raise ConfigError("launcher: expected accelerate launch without --use_fsdp (shard=fsdp is the trainer's own), got ACCELERATE_USE_FSDP=true")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     own = not dist.is_initialized()

@@ -48,7 +48,8 @@ def settings(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(HERE))
         patch.setenv("PYTHONPATH", str(HERE))
-        yield {**SMALL, "env": "jsonl", "feedback": "text", "model": str(folder / "student"), "data": str(folder / "rows.jsonl"), "verifier": "train_ranks:even"}
+        paths = {"model": str(folder / "student"), "data": str(folder / "rows.jsonl")}
+        yield {**SMALL, **paths, "env": "jsonl", "feedback": "text", "verifier": "train_ranks:even"}
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +155,9 @@ def lonely(config):
 def on_four(launching, config, lonely, tmp_path_factory):
     """(folder, what each rank says): two runs that are stopped, and two with too few micro-batches; sharded and not."""
     folder = tmp_path_factory.mktemp("four")
-    jobs = [(sharded(config), "sharded", "interrupt"), (config, "replicas", "interrupt"), (sharded(lonely), "lonely", "train"), (lonely, "lonely replicas", "train")]
-    return folder, start(launching, 4, folder, *((job, folder / out, how) for job, out, how in jobs))
+    stopped = [(sharded(config), folder / "sharded", "interrupt"), (config, folder / "replicas", "interrupt")]
+    whole = [(sharded(lonely), folder / "lonely", "train"), (lonely, folder / "lonely replicas", "train")]
+    return folder, start(launching, 4, folder, *stopped, *whole)
 
 
 @pytest.mark.slow
