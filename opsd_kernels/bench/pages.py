@@ -1,4 +1,5 @@
-"""docs/performance.md and README's table from the reports under benchmarks/results/<machine>/, and docs/sizing.md's from the planner. `make docs` writes them.
+"""docs/performance.md, docs/scaling.md and README's table from the reports under benchmarks/results/<machine>/, docs/sizing.md's from the planner.
+`make docs` writes them.
 
 Every measured table carries the machine, the versions, the commit and the command of its report. A test fails where a page is stale.
 """
@@ -10,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..planner import plan
+from . import scaling
 from .providers import BASE, LABELS
 from .results import Report, Row, load
 from .tables import HIDES, NOISY_MARK, Table, mebibytes, milliseconds, percent, size, table, times
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE, README, SIZING = Path("benchmarks/results"), Path("docs/performance.md"), Path("README.md"), Path("docs/sizing.md")
+SCALING = Path("docs/scaling.md")
 MARKS = {README: ("<!-- performance -->", "<!-- /performance -->"), SIZING: ("<!-- plans -->", "<!-- /plans -->")}
 GPU = "h200"
 NOT_YET = "No result exists yet. `benchmarks/gpu_check.sh` on a machine with this GPU writes the reports for this section; until then nothing is claimed."
@@ -177,6 +180,7 @@ def with_block(text: str, block: str, page: Path = README) -> str:
 
 def main(root: Path = ROOT) -> None:
     (root / PAGE).write_text(performance(root / RESULTS))
+    (root / SCALING).write_text(scaling.page(root / RESULTS))
     for page, block in ((README, readme_block(root / RESULTS)), (SIZING, plans_block())):
         (root / page).write_text(with_block((root / page).read_text(), block, page))
 

@@ -14,7 +14,7 @@ from ..spec import expect
 from .parallel import HEADS, Head, Link, Machine, Projection, crossover_tokens, gathered_numbers, project, reduced_numbers
 from .results import Report, Row, parse_row
 from .shapes import Setting
-from .tables import NOISY_MARK, Table, mebibytes, milliseconds, percent, planned_off, size, times
+from .tables import HIDES, NOISY_MARK, Table, mebibytes, milliseconds, percent, planned_off, size, times
 from .timing import NOISY, Sample
 
 REPORT = "parallel.json"
@@ -83,8 +83,21 @@ class Measured:
         return [row for row in rows if row.H == max(row.H for row in rows)]
 
     def overhead(self, vocab_ranks: int) -> float:
-        """One number for all groups: it differs between them by less than a rerun moves it."""
-        return max(1.0, statistics.median(row.ratio.median for row in self.headline(vocab_ranks > 1)))
+        """One number for all groups, which differ by less than a rerun moves them; they do all that one rank does."""
+        return max(1.0, *(statistics.median(row.ratio.median for row in self.headline(group)) for group in (False, True)[: 1 + (vocab_ranks > 1)]))
+
+    @property
+    def warning(self) -> str:
+        """Of a report that the machine was too busy for."""
+        used = [*self.headline(False), *self.headline(True)]
+        unknown = sum(bool(row.noise) and row.ratio.uncertainty > HIDES for row in used)
+        if not unknown:
+            return ""
+        load = self.data["machine"]["load_before"]
+        return (
+            f"**The machine was too busy for its times to be relied on**: a load of {load:.1f} on {self.data['machine']['cores']} cores before the run, and "
+            f"{unknown} of the {len(used)} ratios that the projection takes are not known within {2 * HIDES:.0%}.\n\n"
+        )
 
     def on_gpus(self, head: Head, tokens: int, vocab_ranks: int, data_ranks: int, **how: bool) -> Projection:
         return project(head, tokens, vocab_ranks, data_ranks, gpus(vocab_ranks, data_ranks), self.overhead(vocab_ranks), **how)
@@ -154,7 +167,7 @@ def runs_table(measured: Measured) -> Table:
             taken, alone, made = ms[way], ms[f"{way} alone"], measured.predicted(run, way)
             mark = NOISY_MARK if max(taken.uncertainty, alone.uncertainty) > NOISY else ""
             cells = [ms["whole"], alone, ms[f"{way} apart"], taken]
-            predicted = [f"{1e3 * made.seconds:.3g}", f"{1e3 * made.exchange:.2g}", f"{mark}{1e3 * made.seconds / taken.median:.2f}"]
+            predicted = [figures(1e3 * made.seconds), figures(1e3 * made.exchange), f"{mark}{1e3 * made.seconds / taken.median:.2f}"]
             rows.append([f"N={run['N']} H={run['H']} V={run['V']}", text, *map(milliseconds, cells), *predicted])
     head = ["size", "two processes with", "one process, whole", "a share, alone", "both shares at once", "both, exchanging", "predicted", "of it exchange"]
     return Table("", [*head, "predicted / measured"], rows)
@@ -176,7 +189,7 @@ shards, put together, pass the gates of the unit tests against the whole vocabul
 
 {where}
 
-### One rank's shard
+{warning}### One rank's shard
 
 Forward and backward with a shared, trainable head. *rows*: of the head that a rank has. *x R / whole*: R times the GEMMs of the shard over those of
 the whole head; above 1, narrow GEMMs lose time. *op*: on the shard as on a smaller vocabulary, over the bare GEMMs of the shard. *op with group*:
@@ -220,6 +233,10 @@ does not know.
 """
 
 
+def figures(ms: float) -> str:
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
 def message_bytes(nbytes: float) -> str:
     return f"{nbytes / 2**20:.0f} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:.0f} KiB"
 
@@ -234,7 +251,7 @@ def crossing(measured: Measured) -> str:
     for run in measured.data["runs"]:
         costs = {way: run["ms"][way]["median"] - run["ms"][f"{way} apart"]["median"] for way in WAYS}
         said = {way: 1e3 * measured.predicted(run, way).exchange for way in WAYS}
-        parts = " and ".join(f"{costs[way]:.3g} ms with {WAYS[way]} ({said[way]:.3g} predicted)" for way in WAYS)
+        parts = " and ".join(f"{costs[way]:.0f} ms with {WAYS[way]} ({said[way]:.0f} predicted)" for way in WAYS)
         out.append(f"At N = {run['N']} exchanging added {parts}.")
     return " ".join(out)
 
@@ -243,7 +260,7 @@ def measured_half(measured: Measured) -> str:
     sizes = [point["bytes"] for point in measured.data["collectives"]]
     gathered, reduced = gathered_numbers(), reduced_numbers(8192)
     return MEASURED.format(
-        noisy=NOISY_MARK, where=measured.where, shards=shards_table(measured).markdown(), sent=sent_table(measured).markdown(),
+        noisy=NOISY_MARK, where=measured.where, warning=measured.warning, shards=shards_table(measured).markdown(), sent=sent_table(measured).markdown(),
         gathered=gathered, reduced=reduced, gathered_mb=gathered * 4096 * 4 * 7 / 1e6, reduced_mb=reduced * 4096 * 4 * 2 * 7 / 8 / 1e6,
         smallest=message_bytes(min(sizes)), largest=message_bytes(max(sizes)), links=links_table(measured).markdown(),
         scratch=CPU_SCRATCH_BYTES >> 20, peaks=peaks_table(measured).markdown(), runs=runs_table(measured).markdown(), crossing=crossing(measured),
@@ -263,9 +280,7 @@ def context(tokens: int) -> str:
 
 def cell(made: Projection) -> str:
     """Milliseconds and GiB of a rank, or that it does not fit."""
-    ms = 1e3 * made.seconds
-    text = f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
-    return f"{text} ms, {gibibytes(made.memory)} GiB" if made.memory <= MEMORY.value else f"{gibibytes(made.memory)} GiB: too much"
+    return f"{figures(1e3 * made.seconds)} ms, {gibibytes(made.memory)} GiB" if made.memory <= MEMORY.value else f"{gibibytes(made.memory)} GiB: too much"
 
 
 def layouts_table(measured: Measured, count: int) -> Table:
@@ -287,7 +302,7 @@ def inputs_table(measured: Measured) -> Table:
     for ranks, what in ((1, "the op over its bare GEMMs, one rank"), (2, "the same with a group, any R")):
         used = measured.headline(ranks > 1)
         source = f"measured above on a CPU, N={used[0].N} H={used[0].H}: {', '.join(times(row) for row in used)}"
-        rows.append([what, f"{measured.overhead(ranks):.3f}", source + ("; their median" if ranks > 1 else "") + "; at least 1"])
+        rows.append([what, f"{measured.overhead(ranks):.3f}", source + ("; their median, at least the number above" if ranks > 1 else "; at least 1")])
     rows.append(["numbers sent per row", f"{gathered_numbers()} gathered, H + {reduced_numbers(0)} summed", "counted above, with labels"])
     rows.append(["chunks, buffers, peak of a call", "`opsd plan`", f"the planner, CUDA, {DEFAULT_WORKSPACE_BYTES >> 20} MiB of workspace"])
     return Table("", ["input", "value", "source"], rows)

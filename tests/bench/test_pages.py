@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from opsd_kernels import cli, plan
-from opsd_kernels.bench import pages
+from opsd_kernels.bench import pages, scaling
 from opsd_kernels.bench.results import Report, Row
 from opsd_kernels.bench.timing import Sample
 
@@ -21,6 +21,10 @@ def test_performance_page_is_current():
 def test_readme_is_current():
     text = (ROOT / pages.README).read_text()
     assert text == pages.with_block(text, pages.readme_block(ROOT / pages.RESULTS)), "run `make docs`"
+
+
+def test_scaling_page_is_current():
+    assert (ROOT / pages.SCALING).read_text() == scaling.page(ROOT / pages.RESULTS), "run `make docs`"
 
 
 def test_sizing_page_is_current():
