@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..planner import plan
-from . import scaling
+from . import integration_pages, scaling
 from .providers import BASE, LABELS
 from .results import Report, Row, load
 from .tables import HIDES, NOISY_MARK, Table, mebibytes, milliseconds, percent, size, table, times
@@ -19,7 +19,7 @@ from .tables import HIDES, NOISY_MARK, Table, mebibytes, milliseconds, percent, 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE, README, SIZING = Path("benchmarks/results"), Path("docs/performance.md"), Path("README.md"), Path("docs/sizing.md")
 SCALING = Path("docs/scaling.md")
-MARKS = {README: ("<!-- performance -->", "<!-- /performance -->"), SIZING: ("<!-- plans -->", "<!-- /plans -->")}
+MARKS = {README: ("<!-- performance -->", "<!-- /performance -->"), SIZING: ("<!-- plans -->", "<!-- /plans -->"), **integration_pages.MARKS}
 GPU = "h200"
 NOT_YET = "No result exists yet. `benchmarks/gpu_check.sh` on a machine with this GPU writes the reports for this section; until then nothing is claimed."
 
@@ -181,7 +181,7 @@ def with_block(text: str, block: str, page: Path = README) -> str:
 def main(root: Path = ROOT) -> None:
     (root / PAGE).write_text(performance(root / RESULTS))
     (root / SCALING).write_text(scaling.page(root / RESULTS))
-    for page, block in ((README, readme_block(root / RESULTS)), (SIZING, plans_block())):
+    for page, block in ((README, readme_block(root / RESULTS)), (SIZING, plans_block()), *integration_pages.blocks(root / RESULTS).items()):
         (root / page).write_text(with_block((root / page).read_text(), block, page))
 
 

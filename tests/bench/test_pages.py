@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from opsd_kernels import cli, plan
-from opsd_kernels.bench import pages, scaling
+from opsd_kernels.bench import integration_pages, pages, scaling
 from opsd_kernels.bench.results import Report, Row
 from opsd_kernels.bench.timing import Sample
 
@@ -25,6 +25,31 @@ def test_readme_is_current():
 
 def test_scaling_page_is_current():
     assert (ROOT / pages.SCALING).read_text() == scaling.page(ROOT / pages.RESULTS), "run `make docs`"
+
+
+@pytest.mark.parametrize("side, page", integration_pages.PAGES.items())
+def test_integration_pages_are_current(side, page):
+    text = (ROOT / page).read_text()
+    assert text == pages.with_block(text, integration_pages.block(ROOT / pages.RESULTS, side), page), "run `make docs`"
+
+
+@pytest.mark.parametrize("load, heading, cells", [(2.1, "verl s | ours s", "3.00 | 1.50 | 2.00"), (9.0, "verl CPU s | ours CPU s", "2.40 | 0.80 | 3.00")])
+def test_a_busy_machine_shows_cpu_time(tmp_path, load, heading, cells):
+    row = {"name": "forward_kl_topk", "loss": "top-32", "dtype": "bfloat16", "load": [load, 2.0], "loss_errors": {"verl": 0.012, "opsd": 3e-6}}
+    row |= {"verl_wall_ms": 3000.0, "opsd_wall_ms": 1500.0, "wall_ratio": 2.0, "verl_cpu_ms": 2400.0, "opsd_cpu_ms": 800.0, "cpu_ratio": 3.0}
+    row |= {"verl_peak_bytes": 400 << 20, "opsd_peak_bytes": 200 << 20, "peak_ratio": 2.0}
+    report = {"kind": "verl_steps", "machine": {"name": "some machine", "threads": 2}, "versions": {"verl": "0.9.1"}, "commit": "c0ffee", "date": "2026-11-21"}
+    report |= {"command": "python benchmarks/verl_steps.py", "threads": 2, "rows": [row]}
+    report["shape"] = {"V": 151936, "H": 256, "sequences": 4, "prompt": 32, "completion": 64, "rounds": 3}
+    (tmp_path / "some-cpu").mkdir()
+    (tmp_path / "some-cpu" / "verl_steps.json").write_text(json.dumps(report))
+    block = integration_pages.block(tmp_path, "verl")
+    assert heading in block and f"| {cells} | 400 | 200 | 2.00 | 1e-02 | 3e-06 |" in block
+    assert ("CPU time" in block) == (load > 5) and "some machine; verl 0.9.1; commit c0ffee; 2026-11-21. `python benchmarks/verl_steps.py`" in block
+
+
+def test_an_integration_that_was_not_measured_says_how():
+    assert integration_pages.block(ROOT / "nothing", "verl") == "Not measured yet: `python benchmarks/verl_steps.py` does it."
 
 
 def test_sizing_page_is_current():
