@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import re
@@ -43,23 +44,23 @@ class RunState:
     facts: dict[str, Any]
 
 
-def tensors_of(state: RunState, keep: bool = True) -> dict[str, dict[str, Tensor] | None]:
-    """What a checkpoint holds besides random number generators, whole where `keep`. Of a sharded state all ranks must ask; else `model` is None, as it is."""
-    separate = state.reference is not None and state.reference is not state.teacher
-    parts = {"teacher": state.teacher.state(), "reference": state.reference.state() if separate else None, "optimizer": _optimizer_tensors(state)}
-    if is_sharded(state.model):
-        parts["model"] = state.model.state_dict(keep_vars=True)  # else tied weights would be two
-    return {"model": None} | {name: None if tensors is None else gathered(tensors, keep) for name, tensors in parts.items()}
+def part(state: RunState, name: str, keep: bool = True) -> dict[str, Tensor] | None:
+    """Tensors of the model, teacher, reference or optimizer, whole where `keep`; of a sharded state all ranks must ask. None for what is not saved so."""
+    if name == "model":
+        return gathered(state.model.state_dict(keep_vars=True), keep) if is_sharded(state.model) else None  # keep_vars: else tied weights would be two
+    if name == "reference" and (state.reference is None or state.reference is state.teacher):
+        return None
+    return gathered(_optimizer_tensors(state) if name == "optimizer" else getattr(state, name).state(), keep)
 
 
-def save(folder: Path, state: RunState, log_offset: int, keep: int = 1, tensors: dict[str, dict[str, Tensor] | None] | None = None) -> Path:
-    """Writes `folder/step_N` and removes all but the `keep` newest. A step that is there already is not written again. `tensors` are those of the state.
+def save(folder: Path, state: RunState, log_offset: int, keep: int = 1, ask: Callable[[str], dict[str, Tensor] | None] | None = None) -> Path:
+    """Writes `folder/step_N` and removes all but the `keep` newest. A step that is there already is not written again. `ask` gets a part from all ranks.
 
     Raises CheckpointError if the write fails; the checkpoints before it are untouched.
     """
     path = folder / f"step_{state.step:06d}"
     try:
-        write_directory(path, lambda pending: _fill(pending, state, log_offset, tensors or tensors_of(state)))
+        write_directory(path, lambda pending: _fill(pending, state, log_offset, ask or functools.partial(part, state)))
     except (OSError, SafetensorError) as error:  # a full disk, above all
         raise CheckpointError(f"checkpoint: step {state.step} could not be written to {folder}: {error}; the last checkpoint before it is intact") from error
     # The new one is on the disk by now; a kill between these lines leaves more, and the newest one counts.
@@ -117,13 +118,14 @@ def restore(path: Path, state: RunState) -> int:
     return record["log_offset"]
 
 
-def _fill(pending: Path, state: RunState, log_offset: int, tensors: dict[str, dict[str, Tensor] | None]) -> None:
+def _fill(pending: Path, state: RunState, log_offset: int, ask: Callable[[str], dict[str, Tensor] | None]) -> None:
     # Tied weights are stored once here, and tied again by from_pretrained.
-    state.model.save_pretrained(pending, state_dict=tensors["model"])
+    state.model.save_pretrained(pending, state_dict=ask("model"))
     state.tokenizer.save_pretrained(pending)
-    for part in ("teacher", "reference", "optimizer"):
-        if tensors[part] is not None:
-            save_file({name: tensor.contiguous() for name, tensor in tensors[part].items()}, pending / f"{part}.safetensors")
+    for name in ("teacher", "reference", "optimizer"):  # one after the other: no more than one is whole at a time
+        if (tensors := ask(name)) is not None:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, pending / f"{name}.safetensors")
+        del tensors
     save_file(_random_tensors(), pending / "random.safetensors")
     record: dict[str, Any] = {"format": FORMAT, "step": state.step, "log_offset": log_offset, "facts": state.facts, "random": _random_record()}
     record["files"] = {str(file.relative_to(pending)): file.stat().st_size for file in sorted(pending.rglob("*")) if file.is_file()}

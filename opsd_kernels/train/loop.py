@@ -12,7 +12,7 @@ import functools
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,15 +87,14 @@ class Run:
     ranks: Ranks
 
     def save(self) -> None:
-        """Called by all ranks: what is sharded is gathered, then the first one writes."""
-        tensors = checkpoint.tensors_of(self.state, self.ranks.first)
-        self.ranks.on_first(lambda: self._write(tensors))
+        """Called by all ranks: the first one writes, and what is sharded is gathered for it."""
+        self.ranks.on_first_asking(self._write, lambda name: checkpoint.part(self.state, name, self.ranks.first))
 
-    def _write(self, tensors: dict[str, dict[str, Tensor] | None]) -> None:
+    def _write(self, ask: Callable[[str], dict[str, Tensor] | None]) -> None:
         self.state.facts["seconds"] = time.monotonic() - self.started
         self.samples.sync()
         self.scalars.flush()
-        checkpoint.save(self.out / "checkpoint", self.state, self.log.sync(), self.config.keep_checkpoints, tensors)
+        checkpoint.save(self.out / "checkpoint", self.state, self.log.sync(), self.config.keep_checkpoints, ask)
 
     def close(self) -> None:
         self.log.close()

@@ -85,6 +85,30 @@ class Ranks:
             raise error or told[0]
         return result
 
+    def on_first_asking(self, action: Callable[[Callable[[str], Item]], Any], answer: Callable[[str], Item]) -> None:
+        """Rank 0 acts, and may ask: `ask(name)` is `answer(name)` there, which all ranks call."""
+
+        def told(name: str | None) -> str | None:
+            sent = [name]
+            if self.world > 1:
+                dist.broadcast_object_list(sent)
+            return sent[0]
+
+        def ask(name: str) -> Item:
+            told(name)
+            return answer(name)
+
+        def lead() -> None:
+            try:
+                action(ask)
+            finally:
+                told(None)
+
+        if not self.first:
+            while (name := told(None)) is not None:
+                answer(name)
+        self.on_first(lead)
+
     def first_then_all(self, action: Callable[[], Item]) -> Item:
         """Rank 0 acts, then the others: what it made is there for them."""
         result = self.on_first(action)

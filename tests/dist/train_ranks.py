@@ -53,8 +53,10 @@ def dying(plain: Any) -> Any:
     return step_loss
 
 
-def no_space(path: Path, fill: Any) -> None:
-    raise OSError(28, "No space left on device")
+def no_space(tensors: dict[str, Any], path: Path) -> None:
+    """As of the second file."""
+    if path.name != "teacher.safetensors":
+        raise OSError(28, "No space left on device")
 
 
 def local_bytes(run: loop.Run) -> dict[str, int]:
@@ -117,13 +119,13 @@ def measuring(plain: Any, told: dict[str, Any]) -> Any:
 
 def work(config: str, out: str, how: str, last: bool) -> dict[str, Any]:
     told: dict[str, Any] = {}
-    plain, write, loss = loop.one_step, checkpoint.write_directory, objective.step_loss
+    plain, write, loss = loop.one_step, checkpoint.save_file, objective.step_loss
     gradients = step.gradients
     if how == "interrupt":
         loop.one_step = measuring(plain, told) if load_config(config).shard == "fsdp" else plain
         loop.one_step = pressing_ctrl_c(loop.one_step) if last else loop.one_step
     if how == "full":
-        checkpoint.write_directory = no_space
+        checkpoint.save_file = no_space
     if how == "die" and last:
         objective.step_loss = dying(loss)
     try:
@@ -133,7 +135,7 @@ def work(config: str, out: str, how: str, last: bool) -> dict[str, Any]:
     except CheckpointError as error:
         return {"error": str(error)}
     finally:
-        loop.one_step, checkpoint.write_directory, objective.step_loss = plain, write, loss
+        loop.one_step, checkpoint.save_file, objective.step_loss = plain, write, loss
         step.gradients = gradients
 
 
