@@ -19,6 +19,7 @@ COLOURS = {
     "compiled": "#e08e45",
     "trl": "#3a6ea5",
     "liger-chunked": "#8e5ea2",
+    "liger-compiled": "#b48ec4",
     "liger-triton": "#5b3758",
 }
 
