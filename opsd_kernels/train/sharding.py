@@ -83,7 +83,7 @@ def release(model: Module) -> None:
     root = without_adapter(model)
     for unit in units(root):
         unit.reshard()
-    if hasattr(root, "reset_iter_state"):  # torch 2.13; before, FSDP's list of such forwards grows by an entry a block
+    if hasattr(root, "reset_iter_state"):  # not in torch 2.10, where FSDP's list of such forwards grows by an entry a block
         root.reset_iter_state()
 
 
