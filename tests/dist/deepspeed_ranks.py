@@ -98,7 +98,7 @@ def main(rank: str, world: str, rendezvous: str, result: str, packages: str) -> 
     import deepspeed
 
     deepspeed.ops.__compatible_ops__.clear()  # else each machine compiles DeepSpeed's all-reduce through shared memory, 20 s
-    join(rank, world, rendezvous)
+    join(rank, world, rendezvous, timeout_s=240)  # on a busy machine a stall of 100 s was seen twice, and not explained
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     outcomes = {}
     for function in (check_inside_the_engine, check_after_the_engine, check_gathers_of_the_head):

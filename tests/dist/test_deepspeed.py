@@ -26,6 +26,6 @@ def packages(tmp_path_factory):
 
 @pytest.mark.slow
 def test_ranks_equal_one_process(launching, packages, tmp_path):
-    results = launching.launch("deepspeed_ranks.py", 2, tmp_path, packages, timeout_s=150)
+    results = launching.launch("deepspeed_ranks.py", 2, tmp_path, packages)
     assert len(results[0]) == 3
     launching.assert_none_failed(results)
