@@ -25,6 +25,7 @@ WIDE_CPU_ROWS = 256  # of 32- and 64-bit inputs
 ALIGNED_ROWS = 1024  # to which a chunk may grow for the sake of a whole sequence
 SUPPORT_BYTES = 96  # of one entry of a support: a dozen numbers, each in a tensor of its own
 QUEUE_BYTES = 32  # of one column while torch.topk runs on two threads
+SWEEP_BYTES = 32  # of one column where a divergence takes two sweeps, which keep four rows for each of two threads (csrc/cpu/rows.cpp); else one or two
 # The model of a GPU, for the choice of rows alone. Its numbers are assumptions, to be replaced by measured ones: the output tile that cuBLAS gives one
 # multiprocessor of an H100 in a large 16-bit GEMM; how far it splits long sums (of dh) where the tiles are few; the multiprocessors of an H100 SXM or H200; 730
 # TFLOP/s of such GEMMs beside 2.85 TB/s of memory. With the last, dW costs 25 % of four passes at 1024 rows and 6 % at 4096.
@@ -284,7 +285,8 @@ def plan(
     buffer, difference = resolve_logits(dtype, logits_dtype, shared_head)
     trainable = trainable_head and grad
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V), device_type)
-    scratch = min(CPU_SCRATCH_BYTES + QUEUE_BYTES * V * (topk > 0), budget // 8) if device_type == "cpu" else 0
+    kept = CPU_SCRATCH_BYTES + V * (QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one_sweep))
+    scratch = min(kept, budget // 8) if device_type == "cpu" else 0
     held, head = held_dtype(dtype, buffer), V * H_student * (trainable and dtype.itemsize == 2)
     limit = _row_limit(dtype, trainable, device_type, longest_sequence or 0)
     most, accumulator = _room(N, limit, budget - scratch, per_row, head, held != dtype)
