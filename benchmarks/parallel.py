@@ -13,7 +13,6 @@ import argparse
 import datetime
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -33,11 +32,10 @@ from opsd_kernels.bench.gate import CHECKED_ROWS, TOKENS, outcome_of, reference
 from opsd_kernels.bench.measure import blank, describe, free, part_row
 from opsd_kernels.bench.parallel import fit_link, ring_gather, ring_sum
 from opsd_kernels.bench.providers import BASE, Op, bare_gemms, stepper
-from opsd_kernels.bench.results import PACKAGES, Row, row_dict
+from opsd_kernels.bench.results import Row, rounded, row_dict, script_report
 from opsd_kernels.bench.shapes import Setting, make_case
 from opsd_kernels.bench.timing import Variant, cpu_clock, interleave, ratio
 from opsd_kernels.planner import DEFAULT_WORKSPACE_BYTES
-from opsd_kernels.provenance import describe_machine, git_commit, package_version
 from opsd_kernels.testing import Case, Outcome, assert_no_worse, assert_on_target, assert_same_bits, evaluate, peak_bytes, relative_error
 
 WORLD = 2  # processes of the real runs
@@ -438,14 +436,6 @@ def measure(scope: Scope, quick: bool) -> dict[str, Any]:
     return {"exchanges": exchanges(), **pairs, "links": links(pairs["collectives"]), "rows": [row_dict(row) for row in rows]}
 
 
-def rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: rounded(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [rounded(part) for part in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
-
-
 def lines(report: dict[str, Any]) -> str:
     """JSON with one entry of each list per line: a later run shows as a readable diff."""
     parts = []
@@ -467,15 +457,7 @@ def main() -> None:
         rank_main(int(rank), f"{folder}/rendezvous", Path(folder) / "result.json", arguments.quick)
         return
     began = time.monotonic()
-    head = {
-        "kind": "parallel",
-        "machine": describe_machine("cpu"),
-        "versions": {package: package_version(package) for package in PACKAGES},
-        "commit": git_commit(),
-        "command": shlex.join(["python", "benchmarks/parallel.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
-        "quick": arguments.quick,
-    }
+    head = {**script_report("parallel", "parallel.py"), "quick": arguments.quick}
     found = measure(QUICK if arguments.quick else FULL, arguments.quick)
     report = rounded({**head, "seconds": time.monotonic() - began, "workspace_bytes": DEFAULT_WORKSPACE_BYTES, **found})
     if arguments.json is not None:

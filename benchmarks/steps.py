@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -25,8 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd_kernels.bench.results import PACKAGES
-from opsd_kernels.provenance import describe_machine, git_commit, package_version
+from opsd_kernels.bench.results import script_report
 from opsd_kernels.terminal import console, new_table
 from opsd_kernels.testing import TARGETS, peak_bytes
 
@@ -148,16 +146,12 @@ def main(integration: Integration) -> None:
         print("ROW" + json.dumps(times(integration, row, dtype, int(tokens), int(rounds))))
         return
     result: dict[str, Any] = {
-        "kind": f"{integration.side}_steps",
-        "machine": describe_machine("cpu"),
-        "versions": {**{package: package_version(package) for package in PACKAGES}, **integration.versions},
-        "commit": git_commit(),
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
+        **script_report(f"{integration.side}_steps", Path(sys.argv[0]).name),
         "shape": {"V": V, "H": HIDDEN, "sequences": SEQUENCES, "prompt": PROMPT, "completion": arguments.tokens, "rounds": arguments.rounds},
         "threads": arguments.threads,
         "rows": [],
     }
+    result["versions"] |= integration.versions
     for row, dtype in ((row, dtype) for dtype in arguments.dtype or ("float32", "bfloat16") for row in integration.rows):
         result["rows"].append(measure(integration, row, dtype, arguments.tokens, arguments.rounds, arguments.threads))
         if arguments.json is not None:  # after each row: a run may be cut short

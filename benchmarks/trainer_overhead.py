@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -26,8 +24,7 @@ from unittest import mock
 import torch
 from transformers import GenerationMixin, PrinterCallback, TrainerCallback
 
-from opsd_kernels.bench.results import PACKAGES
-from opsd_kernels.provenance import describe_machine, git_commit, package_version
+from opsd_kernels.bench.results import script_report
 from opsd_kernels.terminal import console, new_table
 from opsd_kernels.train import log, loop, objective, rollout, teacher, warmstart
 from opsd_kernels.train import step as steps
@@ -243,12 +240,7 @@ def main() -> None:
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     torch.set_num_threads(TrainConfig.threads)
     result: dict[str, Any] = {
-        "kind": "trainer_overhead",
-        "machine": describe_machine("cpu"),
-        "versions": {package: package_version(package) for package in PACKAGES},
-        "commit": git_commit(),
-        "command": shlex.join(["python", "benchmarks/trainer_overhead.py", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%d"),
+        **script_report("trainer_overhead", "trainer_overhead.py"),
         "config": dataclasses.asdict(settings(arguments.steps)),
         "clock": "CPU time of the process" if arguments.cpu_time else "wall",
         "parts": shares(arguments.rounds, arguments.steps, clock),

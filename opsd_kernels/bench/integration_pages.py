@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .results import Report
+from .results import where
 from .tables import Table, mebibytes
 
 LABELS = {"trl": "TRL", "liger": "Liger", "verl": "verl"}
@@ -48,8 +48,7 @@ def block(results: Path, side: str) -> str:
     for path in sorted(results.glob(f"*/{side}_steps.json")):
         report = json.loads(path.read_text())
         clock = "cpu" if _busy(report) else "wall"
-        where = Report(**{name: report[name] for name in ("machine", "versions", "commit", "command", "date")}, quick=False, suites=[]).where
-        out += [_about(report, clock), "", _table(side, report, clock).markdown(), "", f"{where}. `{report['command']}`", ""]
+        out += [_about(report, clock), "", _table(side, report, clock).markdown(), "", f"{where(report)}. `{report['command']}`", ""]
     return "\n".join(out).strip() or f"Not measured yet: `python benchmarks/{side}_steps.py` does it."
 
 

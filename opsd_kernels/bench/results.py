@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from ..provenance import describe_machine, git_commit, package_version
 from .timing import Sample
@@ -77,8 +81,7 @@ class Report:
     @property
     def where(self) -> str:
         """One line: machine, versions, commit."""
-        m, shown = self.machine, ", ".join(f"{name} {version}" for name, version in self.versions.items() if version)
-        return f"{m['name']}; {shown}; commit {self.commit[:12]}; {self.date}"
+        return where(vars(self))
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,17 +90,31 @@ class Report:
         path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n  {lines}\n ]\n}}\n')
 
 
-def _rounded(value: object) -> object:
+def where(report: Mapping[str, Any]) -> str:
+    """One line of a report of any kind: machine, versions, commit."""
+    shown = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
+    return f"{report['machine']['name']}; {shown}; commit {report['commit'][:12]}; {report['date']}"
+
+
+def script_report(kind: str, script: str) -> dict[str, Any]:
+    """What the report of a script under benchmarks/ begins with: its kind, where and how it was made."""
+    command = shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]])
+    made = new_report("cpu", command, quick=False, suites=[])
+    return {"kind": kind, **{name: getattr(made, name) for name in ("machine", "versions", "commit", "command", "date")}}
+
+
+def rounded(value: Any) -> Any:
+    """Every float inside to five digits."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def row_dict(row: Row) -> dict[str, object]:
     """Of JSON; what does not apply is left out."""
-    out = {}
-    for name, value in asdict(row).items():
-        if value is not None and value != "":
-            out[name] = {key: _rounded(part) for key, part in value.items()} if isinstance(value, dict) else _rounded(value)
-    return out
+    return {name: rounded(value) for name, value in asdict(row).items() if value is not None and value != ""}
 
 
 def parse_row(row: dict[str, object]) -> Row:

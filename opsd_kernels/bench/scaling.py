@@ -12,7 +12,7 @@ import torch
 from ..planner import CPU_SCRATCH_BYTES, DEFAULT_WORKSPACE_BYTES
 from ..spec import expect
 from .parallel import HEADS, Head, Link, Machine, Projection, crossover_tokens, gathered_numbers, project, reduced_numbers
-from .results import Report, Row, parse_row
+from .results import Row, parse_row, where
 from .shapes import Setting
 from .tables import HIDES, NOISY_MARK, Table, mebibytes, milliseconds, percent, planned_off, size, times
 from .timing import NOISY, Sample
@@ -66,8 +66,7 @@ class Measured:
 
     @property
     def where(self) -> str:
-        made = Report(**{name: self.data[name] for name in ("machine", "versions", "commit", "command", "date")}, quick=self.data["quick"], suites=[])
-        return f"{made.where}. `{made.command}`"
+        return f"{where(self.data)}. `{self.data['command']}`"
 
     def of(self, *providers: str) -> list[Row]:
         return [row for row in self.rows if row.provider in providers]
