@@ -240,6 +240,11 @@ def _room(tokens: int, limit: int, budget: int, per_row: int, head: int, held: b
     return most, accumulator
 
 
+def _scratch(V: int, topk: int, one_sweep: bool, budget: int) -> int:
+    """Of a CPU, beside the buffers."""
+    return min(CPU_SCRATCH_BYTES + V * (QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one_sweep)), budget // 8)
+
+
 def _bytes_per_logit(buffer: torch.dtype, dtype: torch.dtype, sides: int, sweeps: int, products: int, again: bool, twice: bool) -> int:
     """Of a whole call: `again`, projected once more in backward; `twice`, that or a statistics pass of its own."""
     known = logit_bytes(buffer, dtype, sides, sweeps, 0) if twice else 0
@@ -285,8 +290,7 @@ def plan(
     buffer, difference = resolve_logits(dtype, logits_dtype, shared_head)
     trainable = trainable_head and grad
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V), device_type)
-    kept = CPU_SCRATCH_BYTES + V * (QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one_sweep))
-    scratch = min(kept, budget // 8) if device_type == "cpu" else 0
+    scratch = _scratch(V, topk, one_sweep, budget) if device_type == "cpu" else 0
     held, head = held_dtype(dtype, buffer), V * H_student * (trainable and dtype.itemsize == 2)
     limit = _row_limit(dtype, trainable, device_type, longest_sequence or 0)
     most, accumulator = _room(N, limit, budget - scratch, per_row, head, held != dtype)
