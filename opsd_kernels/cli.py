@@ -29,7 +29,7 @@ PLAN_LABELS = {
     "passes": "GEMM passes",
     "flops": "work",
     "workspace_bytes": "logit buffers, packed rows",
-    "scratch_bytes": "packed by the math library",
+    "scratch_bytes": "scratch of the math library",
     "accumulator_bytes": "fp32 gradient of the head",
     "gradient_bytes": "gradients returned",
     "vector_bytes": "losses and statistics",

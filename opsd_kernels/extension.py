@@ -46,6 +46,21 @@ def capability() -> str:
 
 
 @cache
+def has_amx() -> bool:
+    """True on an x86 CPU with tile units (AMX), which Intel alone builds."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+@cache
+def mm_has_units(dtype: torch.dtype) -> bool:
+    """True if a library multiplies CPU matrices of `dtype` under `torch.mm`. Otherwise torch runs loops of its own, an order of magnitude slower."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
+
+
+@cache
 def gemm_unavailable() -> str | None:
     """None if `gemm_bf16_` (csrc/cpu/gemm.h) gives what it should here, else the reason why it is not used.
 

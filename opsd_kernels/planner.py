@@ -7,16 +7,16 @@ from functools import lru_cache
 
 import torch
 
-from . import env
+from . import env, extension
 from .kernels.contract import Column
 from .spec import BACKWARDS, SCOPES, check_choice, expect
 
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 ROW_MULTIPLE = 16
-# What a CPU's math library packs and the sweeps keep beside the buffers: 6 to 10 MiB measured in fp32 and bf16 at V = 151936 on two threads, with MKL's bf16
-# GEMM up to 20.
-# A small budget gives it an eighth.
-CPU_SCRATCH_BYTES = 14 << 20
+# Scratch of the math library and the row sweeps on a CPU, for the process and for each thread. Measured at V = 151936 with H = 64 on 1, 2, 4, 8 and 16 threads of an
+# AMD EPYC: fp32 3.9, 9.7, 20, 48 and 96 MiB, bf16 6.3, 8.7, 11.6, 24 and 48 MiB. oneDNN packs more of 16-bit operands for tile units (AMX): 14.8 MiB on two
+# threads under torch 2.13, 16.6 under 2.15. A budget gives scratch half of its bytes at most.
+CPU_SCRATCH_BYTES, CPU_SCRATCH_PER_THREAD, CPU_SCRATCH_PER_THREAD_AMX = 2 << 20, 6 << 20, 9 << 20
 # Rows beyond which a chunk gains nothing. A trainable head reads and writes the fp32 dW once per chunk. On two AVX-512 cores and bf16 inputs, 256, 512 and 1024
 # rows take 1.19, 1.13 and 1.05 of the bare GEMMs (H = 1024); fp32 inputs, whose GEMMs take four times as long, 1.00 at 256 and 1.11 at 1024, for fresh buffers
 # cost time as well. On CUDA 25 % of the floor goes into dW at 1024 rows and 6 % at 4096 (H = 4096).
@@ -24,8 +24,8 @@ ROW_LIMITS = {("cpu", True): 1024, ("cpu", False): 256, ("cuda", True): 4096, ("
 WIDE_CPU_ROWS = 256  # of 32- and 64-bit inputs
 ALIGNED_ROWS = 1024  # to which a chunk may grow for the sake of a whole sequence
 SUPPORT_BYTES = 96  # of one entry of a support: a dozen numbers, each in a tensor of its own
-QUEUE_BYTES = 32  # of one column while torch.topk runs on two threads
-SWEEP_BYTES = 32  # of one column where a divergence takes two sweeps, which keep four rows for each of two threads (csrc/cpu/rows.cpp); else one or two
+QUEUE_BYTES = 16  # per column and thread while torch.topk runs
+SWEEP_BYTES = 16  # per column and thread where a divergence takes two sweeps, which keep four rows (csrc/cpu/rows.cpp); else one or two
 # The model of a GPU, for the choice of rows alone. Its numbers are assumptions, to be replaced by measured ones: the output tile that cuBLAS gives one
 # multiprocessor of an H100 in a large 16-bit GEMM; how far it splits long sums (of dh) where the tiles are few; the multiprocessors of an H100 SXM or H200; 730
 # TFLOP/s of such GEMMs beside 2.85 TB/s of memory. With the last, dW costs 25 % of four passes at 1024 rows and 6 % at 4096.
@@ -51,7 +51,7 @@ class ChunkPlan:
     passes: int  # GEMM passes of 2 * tokens * hidden * vocabulary operations each
     flops: int
     workspace_bytes: int  # logits buffers and packed rows, freed before the call returns
-    scratch_bytes: int  # what the math library and the sweeps take beside them, an estimate
+    scratch_bytes: int  # of the math library and the sweeps on a CPU, on top of them: an estimate that grows with the threads
     accumulator_bytes: int  # fp32 dW beside a 16-bit gradient, likewise
     gradient_bytes: int  # dh, dW, dbias
     vector_bytes: int  # losses and statistics, N-sized
@@ -240,9 +240,11 @@ def _room(tokens: int, limit: int, budget: int, per_row: int, head: int, held: b
     return most, accumulator
 
 
-def _scratch(V: int, topk: int, one_sweep: bool, budget: int) -> int:
-    """Of a CPU, beside the buffers."""
-    return min(CPU_SCRATCH_BYTES + V * (QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one_sweep)), budget // 8)
+def _cpu_scratch(dtype: torch.dtype, V: int, topk: int, one_sweep: bool, threads: int) -> int:
+    """Scratch bytes of the math library and of the sweeps on a CPU, on top of the logits buffers."""
+    per_thread = CPU_SCRATCH_PER_THREAD_AMX if dtype.itemsize == 2 and extension.has_amx() else CPU_SCRATCH_PER_THREAD
+    columns = QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one_sweep)
+    return CPU_SCRATCH_BYTES + threads * (per_thread + V * columns)
 
 
 def _bytes_per_logit(buffer: torch.dtype, dtype: torch.dtype, sides: int, sweeps: int, products: int, again: bool, twice: bool) -> int:
@@ -272,13 +274,15 @@ def plan(
     topk: int = 0,
     one_sweep: bool = True,
     sm_count: int = SM_COUNT,
+    threads: int | None = None,
 ) -> ChunkPlan:
     """Plan `linear_divergence` for N valid tokens, a vocabulary of V and hidden sizes H_student and H_teacher (default: the same; 0: no teacher's head).
 
     `weights_scope` is that of the token weights. Those of scope `sequence` need all statistics of a sequence before its gradients: chunks end with
     sequences where `longest_sequence` rows fit one (four passes), else a statistics pass goes first (six): `ChunkPlan.weighting` and `weighting_reason`.
     With `policy`, a term of `objectives` is mixed in; with `topk`, a support has that many entries; `one_sweep` is RowSpec's. On CUDA (`device_type`,
-    `sm_count` multiprocessors) the rows of a chunk make whole waves of GEMM tiles, by a model whose assumptions stand at TILE.
+    `sm_count` multiprocessors) the rows of a chunk make whole waves of GEMM tiles, by a model whose assumptions stand at TILE. On a CPU scratch grows with
+    `threads` (default: torch.get_num_threads()).
 
     `workspace_bytes` is the budget (default OPSD_WORKSPACE_BYTES or 1 GiB) for logits buffers, packed rows, the math library's scratch, and the fp32 dW that
     stands beside a 16-bit gradient. The last claims half its size, but leaves the logits the bytes of the 16-bit dW, which takes their place in the end. Raises
@@ -290,11 +294,12 @@ def plan(
     buffer, difference = resolve_logits(dtype, logits_dtype, shared_head)
     trainable = trainable_head and grad
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V), device_type)
-    scratch = _scratch(V, topk, one_sweep, budget) if device_type == "cpu" else 0
+    threads = torch.get_num_threads() if threads is None else threads
+    scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads) if device_type == "cpu" else 0
     held, head = held_dtype(dtype, buffer), V * H_student * (trainable and dtype.itemsize == 2)
     limit = _row_limit(dtype, trainable, device_type, longest_sequence or 0)
-    most, accumulator = _room(N, limit, budget - scratch, per_row, head, held != dtype)
-    expect(most >= 1, "workspace_bytes", f"at least {3 * per_row} bytes, for a row of logits pairs", budget)
+    most, accumulator = _room(N, limit, budget - min(scratch, budget // 2), per_row, head, held != dtype)
+    expect(most >= 1, "workspace_bytes", f"at least {4 * per_row} bytes, for a row of logits pairs", budget)
     weighting, reason = _weighting(weights_scope, longest_sequence, most, in_loop=(trainable or policy) and grad and backward != "recompute")
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable)
     dW_itemsize = 4 if accumulator else dtype.itemsize
@@ -324,7 +329,7 @@ def plan(
         accumulator_bytes=accumulator,
         gradient_bytes=sum(gradient.values()),
         vector_bytes=vectors,
-        peak_bytes=max(walking, accumulator + gradient["dW"]) + gradient["dh"] + gradient["dbias"] + vectors,
+        peak_bytes=max(walking, accumulator + gradient["dW"] + scratch) + gradient["dh"] + gradient["dbias"] + vectors,
         sweep_bytes=N * V * _bytes_per_logit(buffer, dtype, projections, 1 if one_sweep else 2, grad + trainable, again, twice),
         head_bytes=gemms.head_bytes(-(-N // rows), dW_itemsize),
         tile_share=_tile_share(gemms, N, rows, sm_count) if device_type == "cuda" else 1.0,

@@ -1,8 +1,11 @@
 """The GEMMs of the loss head: logits (or logit differences) into reused buffers, the hidden gradient, and the head's gradient into an fp32 accumulator.
 
-The product of 16-bit matrices with an fp32 result has four homes. On CUDA: the library GEMM by `out_dtype`. On a CPU torch has no call for it, and we take
-the first there is of: the extension's `gemm_bf16_` on oneDNN's micro-kernel; `cblas_gemm_bf16bf16f32` / `f16f16f32` of the math library inside torch, which
-knows the bf16 units of Intel processors alone; fp32 GEMMs over slices of the vocabulary.
+The product of 16-bit matrices with an fp32 result has four homes. On CUDA: the library GEMM by `out_dtype`. On a CPU torch has no call for it. The first
+usable one of these serves: the extension's `gemm_bf16_` on oneDNN's micro-kernel; `cblas_gemm_bf16bf16f32` / `f16f16f32` of the math library inside torch,
+on Intel processors with units for the dtype; fp32 GEMMs over slices (`sliced_mm_`).
+
+Without such units the libraries are no choice. At 256 x 151936 `cblas_gemm_f16f16f32` takes 148 MiB of fp32 copies per thread, and `torch.mm` of fp16 takes
+14 times as long as slices do (N = 256, H = 512, V = 16000, AMD EPYC with AVX-512).
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from . import extension
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112  # CBLAS
 _CBLAS_NAMES = {torch.bfloat16: "cblas_gemm_bf16bf16f32", torch.float16: "cblas_gemm_f16f16f32"}
 _HUGE_PAGES, _PAGE = 14, 1 << 21  # MADV_HUGEPAGE and its page
-_SLICE_BYTES = 32 << 20  # fp32 copies of the fallback
+SLICE_BYTES = 8 << 20  # fp32 copies that one product of slices may hold
 
 
 def is_16_bit(dtype: torch.dtype) -> bool:
@@ -64,7 +67,9 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 
 @functools.cache
 def cblas_gemm(dtype: torch.dtype) -> Callable[..., None] | None:
-    """The math library's 16-bit x 16-bit -> fp32 GEMM, or None where torch was built without it."""
+    """Return the math library's 16-bit x 16-bit -> fp32 GEMM, or None where torch was built without it or the CPU lacks units for `dtype`."""
+    if not (extension.has_amx() if dtype == torch.bfloat16 else extension.mm_has_units(dtype)):
+        return None
     for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
         try:
             gemm = getattr(ctypes.CDLL(str(library)), _CBLAS_NAMES[dtype])
@@ -91,52 +96,94 @@ def _cblas_mm(gemm: Callable[..., None], a: Tensor, b: Tensor, out: Tensor, beta
     )  # fmt: skip
 
 
-def _slices(columns: int, rows: int) -> list[slice]:
-    step = max(64, _SLICE_BYTES // (4 * rows))
-    return [slice(start, start + step) for start in range(0, columns, step)]
+def sliced_mm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """Write a @ b, or add it, into `out` by fp32 GEMMs over slices of the longest dimension. (M, K), (K, N) -> (M, N).
+
+    The fp32 copies of a slice share one buffer of SLICE_BYTES; the operand that is not sliced is copied whole. A 16-bit `out` is rounded once.
+    """
+    (M, K), N = a.shape, b.shape[1]
+    narrow = out.dtype != torch.float32
+    if K >= max(M, N):
+        total, step = (torch.empty(M, N) if narrow else out), _slice_length(M + N)
+        buffer = torch.empty((M + N) * min(step, K))
+        for k in range(0, K, step):
+            left = _widened(a[:, k : k + step], buffer)
+            right = _widened(b[k : k + step], buffer[left.numel() :])
+            torch.addmm(total, left, right, beta=float(accumulate or k > 0), out=total)
+        if narrow:
+            out.copy_(total)
+        return
+    if M > N:
+        a, b, out = b.t(), a.t(), out.t()
+    (M, K), N = a.shape, b.shape[1]
+    step = _slice_length(K + M * narrow)
+    left, buffer = a.float(), torch.empty((K + M * narrow) * min(step, N))
+    for n in range(0, N, step):
+        part = out[:, n : n + step]
+        right = _widened(b[:, n : n + step], buffer)
+        if narrow:
+            part.copy_(torch.mm(left, right, out=buffer[right.numel() :][: part.numel()].view(part.shape)))
+        elif part.stride(1) == 1:
+            torch.addmm(part, left, right, beta=float(accumulate), out=part)
+        else:
+            torch.addmm(part.t(), right.t(), left.t(), beta=float(accumulate), out=part.t())
+
+
+def _slice_length(width: int) -> int:
+    return max(64, SLICE_BYTES // (4 * width))
+
+
+def _widened(x: Tensor, buffer: Tensor) -> Tensor:
+    """Copy a matrix into the fp32 buffer, in its own order of memory."""
+    if x.stride(0) == 1 != x.stride(1):
+        return _widened(x.t(), buffer).t()
+    return buffer[: x.numel()].view(x.shape).copy_(x)
 
 
 def cpu_gemm_name(dtype: torch.dtype) -> str:
-    """What multiplies 16-bit matrices into fp32 on this CPU."""
+    """Return what multiplies 16-bit matrices into fp32 on this CPU."""
     if dtype == torch.bfloat16 and extension.gemm_unavailable() is None:
         return "oneDNN's micro-kernel"
     return _CBLAS_NAMES[dtype] if cblas_gemm(dtype) else "fp32 GEMMs over slices"
 
 
-def _widening_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> bool:
-    """out (+)= a @ b of 16-bit matrices in fp32 on a CPU. False if no library here can."""
+def _widening_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """Write a @ b of 16-bit CPU matrices into an fp32 `out`, or add it."""
     if a.dtype == torch.bfloat16 and extension.gemm_unavailable() is None:
         torch.ops.opsd_kernels.gemm_bf16_(a, b, out, accumulate)
     elif gemm := cblas_gemm(a.dtype):
         _cblas_mm(gemm, a, b, out, beta=float(accumulate))
     else:
-        return False
-    return True
+        sliced_mm_(a, b, out, accumulate)
 
 
 def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """out = hidden @ weight.T. (C, H), (V, H) -> (C, V); `out` may be fp32 where the inputs are 16-bit."""
     if out.dtype == hidden.dtype:
-        torch.mm(hidden, weight.t(), out=out)
+        if out.device.type == "cpu" and not extension.mm_has_units(out.dtype):
+            sliced_mm_(hidden, weight.t(), out)
+        else:
+            torch.mm(hidden, weight.t(), out=out)
     elif out.device.type == "cuda":
         torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
-    elif not _widening_mm(hidden, weight.t(), out, accumulate=False):
-        wide = hidden.to(out.dtype)
-        for v in _slices(weight.shape[0], weight.shape[1]):
-            torch.mm(wide, weight[v].to(out.dtype).t(), out=out[:, v])
+    else:
+        _widening_mm(hidden, weight.t(), out, accumulate=False)
 
 
 def accumulate_weight_grad(G: Tensor, hidden: Tensor, dW: Tensor, first: bool) -> None:
     """dW (+)= G.T @ hidden. (C, V), (C, H) -> (V, H); `dW` may be fp32 where the inputs are 16-bit; what it held does not count if `first`."""
     Gt = G.t()
     if dW.dtype == G.dtype:
-        torch.mm(Gt, hidden, out=dW) if first else dW.addmm_(Gt, hidden)
+        if dW.device.type == "cpu" and first and not extension.mm_has_units(dW.dtype):
+            sliced_mm_(Gt, hidden, dW)
+        elif first:
+            torch.mm(Gt, hidden, out=dW)
+        else:
+            dW.addmm_(Gt, hidden)
     elif dW.device.type == "cuda":  # `self` of the output's type: from torch 2.10 on; as it is `out`, nothing is copied
         _ = torch.mm(Gt, hidden, out_dtype=dW.dtype, out=dW) if first else torch.addmm(dW, Gt, hidden, out_dtype=dW.dtype, out=dW)
-    elif not _widening_mm(Gt, hidden, dW, accumulate=not first):
-        wide = hidden.to(dW.dtype)
-        for v in _slices(dW.shape[0], max(G.shape[0], 1)):
-            torch.addmm(dW[v], Gt[v].to(dW.dtype), wide, beta=0 if first else 1, out=dW[v])
+    else:
+        _widening_mm(Gt, hidden, dW, accumulate=not first)
 
 
 def stack_difference(student: Tensor, teacher: Tensor, out: Tensor) -> None:

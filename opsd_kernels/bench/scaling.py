@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..planner import CPU_SCRATCH_BYTES, DEFAULT_WORKSPACE_BYTES
+from ..planner import CPU_SCRATCH_BYTES, CPU_SCRATCH_PER_THREAD, DEFAULT_WORKSPACE_BYTES
 from ..spec import expect
 from .parallel import HEADS, Head, Link, Machine, Projection, crossover_tokens, gathered_numbers, project, reduced_numbers
 from .results import Row, parse_row, where
@@ -216,7 +216,7 @@ Two gloo processes on the same machine. A line, latency + bytes / bandwidth, thr
 ### Memory of a rank
 
 MiB above the inputs of a rank that has 1/R of the vocabulary, in a process of its own, beside what the planner says for a head of that many rows. It
-counts {scratch} MiB for what a CPU's math library may take, a large part of a small shard.
+counts {scratch} MiB of scratch for the math library and the sweeps on two threads, a large part of a small shard.
 
 {peaks}
 
@@ -262,7 +262,7 @@ def measured_half(measured: Measured) -> str:
         noisy=NOISY_MARK, where=measured.where, warning=measured.warning, shards=shards_table(measured).markdown(), sent=sent_table(measured).markdown(),
         gathered=gathered, reduced=reduced, gathered_mb=gathered * 4096 * 4 * 7 / 1e6, reduced_mb=reduced * 4096 * 4 * 2 * 7 / 8 / 1e6,
         smallest=message_bytes(min(sizes)), largest=message_bytes(max(sizes)), links=links_table(measured).markdown(),
-        scratch=CPU_SCRATCH_BYTES >> 20, peaks=peaks_table(measured).markdown(), runs=runs_table(measured).markdown(), crossing=crossing(measured),
+        scratch=CPU_SCRATCH_BYTES + 2 * CPU_SCRATCH_PER_THREAD >> 20, peaks=peaks_table(measured).markdown(), runs=runs_table(measured).markdown(), crossing=crossing(measured),
     )  # fmt: skip
 
 

@@ -7,6 +7,13 @@ from opsd_kernels import backends, plan
 from opsd_kernels.testing import peak_bytes
 
 V, H, BUDGET = 151936, 64, 256 << 20
+SCRATCH_OF_TWO = 14 << 20
+
+
+@pytest.fixture
+def cpp():
+    if reason := backends.explain("cpu")["cpp"]:
+        pytest.skip(reason)
 
 CALL = """
 def make(N, V, H, name, budget, backend):
@@ -28,20 +35,31 @@ def make(N, V, H, name, budget, backend):
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("N", [2048, 32768])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_peak_is_within_the_budget_and_as_planned(backend, N, dtype):
-    """N-sized vectors (losses, statistics) come on top of the budget, as documented."""
-    if backend == "torch":
-        pytest.skip("plain torch sweeps hold some dozen rows of temporaries beside the buffers: about 45 MiB more at this vocabulary (docs/api.md)")
-    expected = plan(N, V, H, dtype=dtype, workspace_bytes=BUDGET)
-    peak = peak_bytes(CALL, N, V, H, str(dtype).removeprefix("torch."), BUDGET, backend)
-    gradients = (N + V) * H * dtype.itemsize
+def assert_as_planned(backend: str, N: int, dtype: torch.dtype, threads: int) -> None:
+    expected = plan(N, V, H, dtype=dtype, workspace_bytes=BUDGET, threads=threads)
+    peak = peak_bytes(CALL, N, V, H, str(dtype).removeprefix("torch."), BUDGET, backend, threads=threads)
+    gradients = expected.gradient_bytes
     above = peak - gradients - expected.vector_bytes
     assert above <= BUDGET, f"{above / 2**20:.1f} MiB above inputs, outputs and gradients; budget {BUDGET / 2**20:.0f} MiB"
     off = expected.peak_bytes / peak - 1
-    assert abs(off) <= 0.05, f"planned {expected.peak_bytes / 2**20:.1f} MiB, measured {peak / 2**20:.1f} MiB ({off:+.1%})"
+    slack = (expected.scratch_bytes - SCRATCH_OF_TWO) / peak  # more threads: scratch is an upper estimate
+    assert -0.05 <= off <= 0.05 + slack, f"planned {expected.peak_bytes / 2**20:.1f} MiB, measured {peak / 2**20:.1f} MiB ({off:+.1%})"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("N", [2048, 32768])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_peak_is_within_the_budget_and_as_planned(cpp, N, dtype):
+    """N-sized vectors (losses, statistics) come on top of the budget, as documented. (The torch backend's sweeps hold some dozen rows of temporaries.)"""
+    assert_as_planned("cpp", N, dtype, threads=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scratch_of_other_numbers_of_threads_is_counted(cpp, dtype, threads):
+    """The math library and the sweeps take scratch per thread: at 8 threads in fp32, 48 MiB."""
+    assert_as_planned("cpp", 1024, dtype, threads)
 
 
 DIALECTS = """
@@ -79,10 +97,8 @@ def make(N, V, H, dialect, budget):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["row", "sequence", "top-k", "teacher's top-k", "clip", "jsd", "policy"])
-def test_dialects_stay_in_the_budget(dialect):
+def test_dialects_stay_in_the_budget(cpp, dialect):
     """Beyond it, N-sized vectors and a few numbers per entry of a support."""
-    if backends.explain("cpu")["cpp"] is not None:
-        pytest.skip("the C++ extension is not built")
     N = 2048
     peak = peak_bytes(DIALECTS, N, V, H, dialect, BUDGET)
     above = peak - 4 * (N + V) * H - plan(N, V, H, dtype=torch.float32, workspace_bytes=BUDGET).vector_bytes
