@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import opsd_kernels
-from opsd_kernels import env
+from opsd_kernels import env, tested_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_FILE, MAX_FUNCTION = 500, 80
@@ -22,7 +22,7 @@ MAX_FILE, MAX_FUNCTION = 500, 80
 PEERS = 12  # the level whose members may import each other within a subpackage
 LEVELS = {
     0: ["env", "hf_head", "provenance", "report_json", "spec", "terminal", "train.types"],
-    1: ["divergences", "extension", "weighting", "kernels.contract", "kernels.triton_launch", "kernels.triton_math"],
+    1: ["divergences", "extension", "tested_versions", "weighting", "kernels.contract", "kernels.triton_launch", "kernels.triton_math"],
     2: ["planner", "reference", "weights", "projection", "kernels.torch_rows", "kernels.triton_rows", "kernels.ext_rows"],
     3: ["backends", "support", "testing"],
     4: ["chunked", "vocab_parallel"],
@@ -269,6 +269,10 @@ def test_environment_variables_are_in_the_table():
 
 def test_environment_page_is_current():
     assert (ROOT / "docs" / "environment.md").read_text() == env.markdown(), "run `make docs`"
+
+
+def test_page_of_tested_versions_is_current():
+    assert (ROOT / tested_versions.PAGE).read_text() == tested_versions.markdown(), "run `make docs`"
 
 
 def test_tolerances_live_in_testing():
