@@ -244,6 +244,7 @@ def versions(root: Path) -> set[str]:
         "pyproject.toml": r'^version = "([^"]+)"',
         "opsd_kernels/__init__.py": r'^__version__ = "([^"]+)"',
         "CHANGELOG.md": r"^## (\d\S*)",
+        "CITATION.cff": r"^version: (\S+)",
     }
     return {match[1] if (match := re.search(p, (root / f).read_text(), re.MULTILINE)) else f"none in {f}" for f, p in patterns.items()}
 
@@ -281,6 +282,13 @@ def test_tolerances_live_in_testing():
 
 def test_links_resolve():
     assert link_violations(ROOT) == []
+
+
+@pytest.mark.parametrize("form", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml")), ids=lambda form: form.stem)
+def test_issue_forms_ask_for_opsd_doctor(form):
+    fields = {field.get("id"): field for field in pytest.importorskip("yaml").safe_load(form.read_text())["body"]}
+    assert "opsd doctor" in fields["doctor"]["attributes"]["description"]
+    assert form.stem == "feature" or fields["doctor"]["validations"]["required"]
 
 
 def test_versions_agree():
@@ -392,4 +400,5 @@ def test_link_check_finds(tmp_path):
 
 def test_version_check_finds(tmp_path):
     files = {"pyproject.toml": 'version = "1.0"', "opsd_kernels/__init__.py": '__version__ = "1.1"', "CHANGELOG.md": "# Changelog"}
-    assert versions(plant(tmp_path, files)) == {"1.0", "1.1", "none in CHANGELOG.md"}
+    files["CITATION.cff"] = "cff-version: 1.2.0\nversion: 0.9"
+    assert versions(plant(tmp_path, files)) == {"1.0", "1.1", "none in CHANGELOG.md", "0.9"}
