@@ -42,10 +42,11 @@ all() {
     "$PYTHON" -m venv "$venv"
     PYTHON=$PWD/$venv/bin/python
     prepare
-    "$PYTHON" -m build --sdist --outdir "$out"
     local raw=build/wheels-raw
-    rm -rf "$raw" build/lib* build/bdist* # a module that was deleted since would be packed too
-    OPSD_BUILD_CUDA=0 "$PYTHON" -m build --wheel --no-isolation --outdir "$raw"
+    rm -rf "$raw"
+    # The wheel is built from the unpacked sdist: nothing that lies in this tree from earlier builds gets into it.
+    OPSD_BUILD_CUDA=0 "$PYTHON" -m build --no-isolation --outdir "$raw"
+    cp "$raw"/opsd_kernels-*.tar.gz "$out"
     if [ "$(uname -s)" = Linux ]; then
         PATH=$PWD/$venv/bin:$PATH repair "$raw"/opsd_kernels-*.whl "$out"
     else

@@ -32,6 +32,7 @@ class Record:
     failed: int  # errors included
     skipped: int
     seconds: float
+    files: int  # test files that took part
 
     @property
     def configuration(self) -> tuple[str, str, str, tuple]:
@@ -103,9 +104,9 @@ def markdown(records: tuple[Record, ...] | None = None) -> str:
     if not records:
         return "\n".join([*head, "No run has been recorded yet.", ""])
     packages = [package for package in PACKAGES if any(record.packages.get(package) for record in records)]
-    columns = ["Python", *packages, "passed", "failed", "skipped", "run"]
+    columns = ["Python", *packages, "test files", "passed", "failed", "skipped", "run"]
     rows = [
-        [record.python, *(record.packages.get(package) or "-" for package in packages), record.passed, record.failed, record.skipped, number]
+        [record.python, *(record.packages.get(package) or "-" for package in packages), record.files, record.passed, record.failed, record.skipped, number]
         for number, record in enumerate(records, 1)
     ]
     table = [f"| {' | '.join(map(str, row))} |" for row in (columns, ["---"] * len(columns), *rows)]
