@@ -53,6 +53,8 @@ lint: $(DONE)/ruff
 docs: install $(DONE)/dev
 	@echo "==> docs/environment.md"
 	@$(PY) -c 'from opsd_kernels import env; print(env.markdown(), end="")' > docs/environment.md
+	@echo "==> docs/tested-versions.md"
+	@$(PY) -c 'from opsd_kernels import tested_versions; print(tested_versions.markdown(), end="")' > docs/tested-versions.md
 	@echo "==> docs/performance.md, docs/scaling.md, docs/sizing.md, README's table"
 	@$(PY) -m opsd_kernels.bench.pages
 	@echo "==> docs/reproduce"

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opsd_kernels import VocabShard, linear_divergence
+from opsd_kernels import VocabShard, linear_divergence, report_json
 from opsd_kernels.bench.gate import CHECKED_ROWS, TOKENS, outcome_of, reference
 from opsd_kernels.bench.measure import blank, describe, free, part_row
 from opsd_kernels.bench.parallel import fit_link, ring_gather, ring_sum
@@ -436,15 +436,6 @@ def measure(scope: Scope, quick: bool) -> dict[str, Any]:
     return {"exchanges": exchanges(), **pairs, "links": links(pairs["collectives"]), "rows": [row_dict(row) for row in rows]}
 
 
-def lines(report: dict[str, Any]) -> str:
-    """JSON with one entry of each list per line: a later run shows as a readable diff."""
-    parts = []
-    for name, value in report.items():
-        inner = ",\n  ".join(json.dumps(entry) for entry in value) if isinstance(value, list) else None
-        parts.append(f' "{name}": ' + (f"[\n  {inner}\n ]" if inner else json.dumps(value)))
-    return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, for a test of this script")
@@ -462,7 +453,7 @@ def main() -> None:
     report = rounded({**head, "seconds": time.monotonic() - began, "workspace_bytes": DEFAULT_WORKSPACE_BYTES, **found})
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(lines(report))
+        arguments.json.write_text(report_json.dumps(report))
     print(f"{len(found['rows'])} rows, {len(found['runs'])} runs of {WORLD} processes, {report['seconds']:.0f} s")
 
 

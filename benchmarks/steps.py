@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opsd_kernels import report_json
 from opsd_kernels.bench.results import script_report
 from opsd_kernels.terminal import console, new_table
 from opsd_kernels.testing import TARGETS, peak_bytes
@@ -155,5 +156,5 @@ def main(integration: Integration) -> None:
     for row, dtype in ((row, dtype) for dtype in arguments.dtype or ("float32", "bfloat16") for row in integration.rows):
         result["rows"].append(measure(integration, row, dtype, arguments.tokens, arguments.rounds, arguments.threads))
         if arguments.json is not None:  # after each row: a run may be cut short
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+            arguments.json.write_text(report_json.dumps(result))
     show(integration, result["rows"])

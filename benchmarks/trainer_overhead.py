@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
 import tempfile
 import time
@@ -24,6 +23,7 @@ from unittest import mock
 import torch
 from transformers import GenerationMixin, PrinterCallback, TrainerCallback
 
+from opsd_kernels import report_json
 from opsd_kernels.bench.results import script_report
 from opsd_kernels.terminal import console, new_table
 from opsd_kernels.train import log, loop, objective, rollout, teacher, warmstart
@@ -249,7 +249,7 @@ def main() -> None:
         result["sdpo_trainer"] = against_trl(arguments.rounds, arguments.steps, clock)
     show(result)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        arguments.json.write_text(report_json.dumps(result))
 
 
 if __name__ == "__main__":

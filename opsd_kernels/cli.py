@@ -17,7 +17,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"opsd: error: the command line needs {missing.name}: pip install 'opsd_kernels[cli]' (or [train] for opsd train)") from None
 
-from . import __version__, env
+from . import __version__, env, tested_versions
 from .train import commands
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -212,9 +212,9 @@ def doctor() -> None:
 
     table = new_table("This machine", "", "")
     table.add_row("opsd_kernels", __version__)
-    table.add_row("python", f"{platform.python_version()} on {platform.platform()}")
+    table.add_row("python", f"{tested_versions.note('python', platform.python_version())} on {platform.platform()}")
     for package in PACKAGES:
-        table.add_row(package, installed_version(package))
+        table.add_row(package, tested_versions.note(package, installed_version(package)))
     table.add_row("CPU", f"{torch.get_num_threads()} threads, torch uses {torch.backends.cpu.get_cpu_capability()}")
     if too_old(torch.__version__):
         table.add_row("", too_old(torch.__version__))

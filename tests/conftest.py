@@ -1,14 +1,35 @@
 """Settings of the whole suite."""
 
+import json
 import os
+import platform
 
 # Before torch is loaded: threads that spin between small kernels made this suite 13 times slower on two busy cores (62 s against 4.6 s for the row tests).
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import pytest
 import torch
+from _pytest.junitxml import xml_key
 
-from opsd_kernels import backends
+from opsd_kernels import backends, provenance, tested_versions
+
+
+def pytest_sessionstart(session):
+    """Put versions and machine into the report that --junitxml writes: tests/record_versions.py makes a record of them."""
+    report = session.config.stash.get(xml_key, None)  # absent in the workers of pytest-xdist and without --junitxml
+    if report is None:
+        return
+    machine = provenance.describe_machine("cpu")
+    facts = {
+        "commit": provenance.git_commit(),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": f"{machine['processor']}, {machine['cores']} cores, {machine['capability']}",
+        "packages": tested_versions.installed(),
+        "arguments": [argument for argument in session.config.invocation_params.args if not argument.startswith("--junit")],  # --junitxml=FILE
+    }
+    for name, value in facts.items():
+        report.add_global_property(f"opsd_{name}", json.dumps(value))
 
 
 @pytest.fixture(scope="session", autouse=True)

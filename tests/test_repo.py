@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import opsd_kernels
-from opsd_kernels import env
+from opsd_kernels import env, tested_versions
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_FILE, MAX_FUNCTION = 500, 80
@@ -21,8 +21,8 @@ MAX_FILE, MAX_FUNCTION = 500, 80
 # each other as long as no circle closes. `__init__` is the public namespace: its users stand above it, and what it re-exports below.
 PEERS = 12  # the level whose members may import each other within a subpackage
 LEVELS = {
-    0: ["env", "hf_head", "provenance", "spec", "terminal", "train.types"],
-    1: ["divergences", "extension", "weighting", "kernels.contract", "kernels.triton_launch", "kernels.triton_math"],
+    0: ["env", "hf_head", "provenance", "report_json", "spec", "terminal", "train.types"],
+    1: ["divergences", "extension", "tested_versions", "weighting", "kernels.contract", "kernels.triton_launch", "kernels.triton_math"],
     2: ["planner", "reference", "weights", "projection", "kernels.torch_rows", "kernels.triton_rows", "kernels.ext_rows"],
     3: ["backends", "support", "testing"],
     4: ["chunked", "vocab_parallel"],
@@ -244,6 +244,7 @@ def versions(root: Path) -> set[str]:
         "pyproject.toml": r'^version = "([^"]+)"',
         "opsd_kernels/__init__.py": r'^__version__ = "([^"]+)"',
         "CHANGELOG.md": r"^## (\d\S*)",
+        "CITATION.cff": r"^version: (\S+)",
     }
     return {match[1] if (match := re.search(p, (root / f).read_text(), re.MULTILINE)) else f"none in {f}" for f, p in patterns.items()}
 
@@ -271,12 +272,23 @@ def test_environment_page_is_current():
     assert (ROOT / "docs" / "environment.md").read_text() == env.markdown(), "run `make docs`"
 
 
+def test_page_of_tested_versions_is_current():
+    assert (ROOT / tested_versions.PAGE).read_text() == tested_versions.markdown(), "run `make docs`"
+
+
 def test_tolerances_live_in_testing():
     assert tolerance_violations(ROOT) == []
 
 
 def test_links_resolve():
     assert link_violations(ROOT) == []
+
+
+@pytest.mark.parametrize("form", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml")), ids=lambda form: form.stem)
+def test_issue_forms_ask_for_opsd_doctor(form):
+    fields = {field.get("id"): field for field in pytest.importorskip("yaml").safe_load(form.read_text())["body"]}
+    assert "opsd doctor" in fields["doctor"]["attributes"]["description"]
+    assert form.stem == "feature" or fields["doctor"]["validations"]["required"]
 
 
 def test_versions_agree():
@@ -388,4 +400,5 @@ def test_link_check_finds(tmp_path):
 
 def test_version_check_finds(tmp_path):
     files = {"pyproject.toml": 'version = "1.0"', "opsd_kernels/__init__.py": '__version__ = "1.1"', "CHANGELOG.md": "# Changelog"}
-    assert versions(plant(tmp_path, files)) == {"1.0", "1.1", "none in CHANGELOG.md"}
+    files["CITATION.cff"] = "cff-version: 1.2.0\nversion: 0.9"
+    assert versions(plant(tmp_path, files)) == {"1.0", "1.1", "none in CHANGELOG.md", "0.9"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("mkdocs.yml", "mkdocs_hooks.py", "README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+PARTS = ("mkdocs.yml", "mkdocs_hooks.py", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 
 pytest.importorskip("mkdocs")
 

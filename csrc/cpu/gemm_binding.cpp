@@ -45,6 +45,7 @@ GemmOperand operand(const Tensor& x, const char* argument) {
   return {static_cast<const uint16_t*>(x.const_data_ptr()), std::max(stride, length), transposed};
 }
 
+#if defined(OPSD_X86)
 constexpr int64_t PANEL = 512;  // columns: 256 rows of c beside them are 512 KiB
 constexpr int64_t TILE = 64;
 
@@ -54,6 +55,7 @@ GemmCut cut(const GemmArgs& g, int64_t threads) {
   const int64_t panel = (share + TILE - 1) / TILE * TILE, panels = (g.N + panel - 1) / panel;  // each thread gets as many
   return {panel, panels, std::clamp<int64_t>(threads / panels, 1, (g.M + TILE - 1) / TILE)};
 }
+#endif
 
 }  // namespace
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .. import report_json
 from ..provenance import describe_machine, git_commit, package_version
 from .timing import Sample
 
@@ -86,8 +87,7 @@ class Report:
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         head = {key: value for key, value in asdict(self).items() if key != "rows"}
-        lines = ",\n  ".join(json.dumps(row_dict(row)) for row in self.rows)  # one row per line: a later run shows as a readable diff
-        path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n  {lines}\n ]\n}}\n')
+        path.write_text(report_json.dumps({**head, "rows": [row_dict(row) for row in self.rows]}))
 
 
 def where(report: Mapping[str, Any]) -> str:

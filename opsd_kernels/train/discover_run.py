@@ -7,7 +7,6 @@ other base models.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from opsd_kernels import report_json
 from opsd_kernels.train import discover as search
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.discover import Base, Budget, Search
@@ -50,7 +50,7 @@ def discover(config: TrainConfig, out: Path, questions: int, below: float, budge
         "methods": {name: {"discovery": described(matrices[name], points), **method} for name, method in methods.items()},
         "seconds": time.monotonic() - began,
     }
-    write_file(out / "discovery.json", json.dumps(found, indent=1) + "\n")
+    write_file(out / "discovery.json", report_json.dumps(found))
     draw(matrices, out / "discovery.png")
     print_table(progress.console, found, points, out)
     return found

@@ -19,6 +19,7 @@ from rich.table import Table
 from scipy import stats
 from transformers import PreTrainedModel
 
+from opsd_kernels import report_json
 from opsd_kernels.train import evaluate, loop, models
 from opsd_kernels.train.config import WHERE_NOT_WHAT, TrainConfig, field_types, load_config
 from opsd_kernels.train.config_values import check_key, expect, parse_value
@@ -172,7 +173,7 @@ class Law:
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps({"schema": SCHEMA, "kind": "law", **asdict(self), "error": self.error, "spread": self.spread}, indent=1) + "\n")
+        write_file(path, report_json.dumps({"schema": SCHEMA, "kind": "law", **asdict(self), "error": self.error, "spread": self.spread}))
 
 
 def coordinates(points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
@@ -267,7 +268,7 @@ def probe_command(configs: Sequence[TrainConfig], samples: int | None, law_file:
         progress.say(f"the law's runs differ from this configuration in {difference}")
     if out is not None:
         record = {"schema": SCHEMA, "kind": "probes", "probes": [asdict(probe) for probe in probes], "predictions": [asdict(one) for one in predictions]}
-        write_file(out, json.dumps(record, indent=1) + "\n")
+        write_file(out, report_json.dumps(record))
 
 
 def show_probes(console: Console, probes: Sequence[Probe], law: Law | None) -> None:

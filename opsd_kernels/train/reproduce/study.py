@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from opsd_kernels import report_json
 from opsd_kernels.train.durable import write_file
 from opsd_kernels.train.reproduce.statistics import Estimate
 
@@ -70,7 +71,7 @@ class Study:
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps(asdict(self), indent=1) + "\n")
+        write_file(path, report_json.dumps(asdict(self)))
 
 
 def load(path: Path) -> Study:
