@@ -20,16 +20,17 @@ TORCH  ?= torch>=2.10
 TRITON ?= triton
 else
 TORCH  ?= torch==2.13.0
-TRITON ?= triton==3.9.0
+TRITON ?= triton<=3.9.0   # the newest one tested; Python 3.10 gets an older one
 endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:   # one pip at a time in one environment
-.PHONY: help install train test lint docs bench-cpu clean distclean
+.PHONY: help install train test test-all lint docs bench-cpu clean distclean
 
 help:
 	@echo "make train      set up, then 'opsd train' on this machine (ARGS='--set steps=50', OUT=runs/name)"
-	@echo "make test       set up, then the test suite (PYTEST_ARGS='-k chunk')"
+	@echo "make test       set up, then the tests of every feature, in minutes (PYTEST_ARGS='-k chunk')"
+	@echo "make test-all   set up, then all tests"
 	@echo "make install    set up only: .venv, dependencies, compiled extension"
 	@echo "make lint       ruff"
 	@echo "make docs       regenerate the generated pages in docs/, and build the site into build/site; a broken link fails"
@@ -42,9 +43,16 @@ train: install
 	@echo "==> opsd train"
 	@$(VENV)/bin/opsd train $(if $(OUT),--out $(OUT)) $(ARGS)
 
+# Two processes, whole files each, so that what a file makes once is made once. Tests that compare times run alone afterwards. Exit code 5: nothing selected.
 test: install $(DONE)/dev
-	@echo "==> pytest"
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@echo "==> pytest, without slow tests"
+	@$(PY) -m pytest -n 2 --dist loadscope -m "not slow and not alone" $(PYTEST_ARGS)
+
+test-all: install $(DONE)/dev
+	@echo "==> pytest, all tests"
+	@$(PY) -m pytest -n 2 --dist loadscope -m "not alone" $(PYTEST_ARGS) || [ $$? = 5 ]
+	@echo "==> pytest, tests that compare times"
+	@$(PY) -m pytest -m alone $(PYTEST_ARGS) || [ $$? = 5 ]
 
 lint: $(DONE)/ruff
 	@echo "==> ruff check"

@@ -33,9 +33,9 @@ def pytest_sessionstart(session):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads():
-    """The machines that run this suite have two cores, and sums over another number of threads round differently."""
-    torch.set_num_threads(2)
+def threads():
+    """OMP_NUM_THREADS, or two: sums over another number of threads round differently, and a machine with more cores should see what CI saw."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,11 @@ def brief(monkeypatch):
     monkeypatch.setitem(measure.EFFORT, ("cpu", True), ((3, 3), 0.1))
 
 
-@pytest.mark.parametrize("suite", [name for name in runner.SUITES if name not in ("memory", "scaling", "step", "accuracy")])
+SLOWER = ("memory", "scaling", "step", "accuracy")
+TIMED = [name for name in runner.SUITES if name not in SLOWER]
+
+
+@pytest.mark.parametrize("suite", [name if name == "ratios" else pytest.param(name, marks=pytest.mark.slow) for name in TIMED])
 def test_a_suite_prints_and_writes(suite, tmp_path):
     result = opsd(
         "bench", "--suite", suite, "--quick", "--device", "cpu", "--shape", TINY, "--provider", "opsd", "--provider", "torch", "--json", tmp_path / "a.json"
@@ -35,7 +39,7 @@ def test_a_suite_prints_and_writes(suite, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["memory", "scaling", "step", "accuracy"])
+@pytest.mark.parametrize("suite", SLOWER)
 def test_the_slower_suites(suite, tmp_path):
     options = ("--shape", TINY) if suite in ("memory", "scaling") else ()
     result = opsd("bench", "--suite", suite, "--quick", "--device", "cpu", *options, "--provider", "opsd", "--provider", "torch", "--json", tmp_path / "a.json")

@@ -72,6 +72,7 @@ def test_an_added_copy_of_the_logits_is_found():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_doubled_sweep_is_found():
     rows = backends.select(None, torch.device("cpu"))
     fused = rows.row_fused_
@@ -84,6 +85,7 @@ def test_a_doubled_sweep_is_found():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_chunks_cut_to_64_rows_are_found(monkeypatch):
     """By the plan of each row. Not by its time: on some CPUs 64 rows cost less than two runs can tell apart."""
     setting = Setting(1024, 128, 8000, "bfloat16")

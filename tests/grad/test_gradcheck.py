@@ -41,7 +41,7 @@ def check(made: dict, names: tuple[str, ...], **options) -> None:
 
 @pytest.mark.parametrize("divergence", KIND_NAMES)
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("backward", ["in_forward", "recompute"])
+@pytest.mark.parametrize("backward", ["in_forward", pytest.param("recompute", marks=pytest.mark.slow)])
 def test_options(backend, divergence, option, backward):
     names = ("student_hidden", "student_weight", "student_bias")
     check(tensors(False, True), names, divergence=divergence, backward=backward, backend=backend, **OPTIONS[option])
@@ -49,7 +49,7 @@ def test_options(backend, divergence, option, backward):
 
 @pytest.mark.parametrize("divergence", KIND_NAMES)
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "sequence_mean"])
-@pytest.mark.parametrize("names", [("student_hidden",), ("student_hidden", "student_weight"), ("student_bias",)], ids=str)
+@pytest.mark.parametrize("names", [pytest.param(("student_hidden",), marks=pytest.mark.slow), ("student_hidden", "student_weight"), ("student_bias",)], ids=str)
 def test_reductions_with_weights_and_masks(backend, divergence, reduction, names):
     made = tensors(False, True, leading=(2, 3))
     rest = {"mask": torch.tensor([[1, 1, 0], [1, 1, 1]]), "token_weights": torch.tensor([[0.5, 2.0, 1.0], [0.0, -1.0, 3.0]], dtype=torch.float64)}

@@ -268,6 +268,7 @@ def test_ligers_own_tests_pass(liger_source):
     assert int(re.search(r"calls of the shims' ops: (\d+)", result.stdout)[1]) >= counts(result)["passed"]
 
 
+@pytest.mark.slow
 def test_ligers_own_tests_find_a_planted_mistake(liger_source):
     """beta for 1 - beta, where beta is not 1/2."""
     result = run_ligers(liger_source, "test_correctness and dtype1 and ((47 and 0.8) or (423 and 0.1))", LIGER_REDIRECT_PLANT="beta")

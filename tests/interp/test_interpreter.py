@@ -19,7 +19,7 @@ PARTS = {
 }
 AT_LEAST = {"values": 45, "the rest": 70, "options": 75}  # tests that passed: a selection that came to nothing must not look green
 
-pytestmark = [pytest.mark.interp, pytest.mark.slow]
+pytestmark = pytest.mark.interp
 
 
 def interpreted(*arguments: str) -> subprocess.Popen:
@@ -39,6 +39,7 @@ def runs():
             process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_the_row_contract(runs, part):
     output, _ = runs[part].communicate(timeout=900)

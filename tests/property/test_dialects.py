@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -117,6 +118,7 @@ def compare(op, reference, case: Case, options: dict, how: dict) -> None:
     assert_no_worse(evaluate(op, case, **options, **how), truth, truth)
 
 
+@pytest.mark.slow
 @given(made=CASES, options=DIVERGENCES, transform=st.sampled_from(TRANSFORMS), weighting=st.sampled_from(WEIGHTS), route=ROUTES)
 @many
 def test_all_dialects(backend, made, options, transform, weighting, route):

@@ -232,6 +232,32 @@ def test_numbers_are_compared_exactly(completion, answer, right):
     assert verifiers.numeric(completion, {"answer": answer}).success is right
 
 
+@pytest.mark.parametrize(
+    "completion, found",
+    [
+        ("see /tmp/pytest-of-user/pytest-1/log", None),
+        ("/1/trace", None),
+        ("C:\\run\\1\\log", None),
+        ("run-1", None),
+        ("v2.1", None),
+        ("2.10.1", None),
+        ("step_3", None),
+        ("1.txt", None),
+        ("3-tuple", None),
+        ("2b8f-11", None),
+        ("it is 42, a 2-digit number", 42),
+        ("it is 5.Next line", 5),
+        ("5/kg", 5),
+        ("5\\text{ cm}", 5),
+        ("x=-5", -5),
+        ("7 - 12", 12),
+        ("-2.5e1.", -25),
+    ],
+)
+def test_digits_inside_a_name_or_a_path_are_no_number(completion, found):
+    assert verifiers.last_number(completion) == found
+
+
 def test_exact_match_is_the_whole_answer():
     for completion, right in (("a  b\n", True), ("a b c", False), ("ab", False), ("A b", False)):
         assert verifiers.exact(completion, {"answer": "a b"}).success is right

@@ -42,6 +42,7 @@ def test_arms_of_a_block_differ_in_their_weights_alone(block, tmp_path):
         assert ("divergence" in text) == ("Prefix" in text and block.objective == iw_opd.FULL)
 
 
+@pytest.mark.slow
 def test_the_study_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("OPSD_CACHE", str(tmp_path))
     lab = Lab(tmp_path / "cells", workers=0, quick=True)

@@ -74,6 +74,7 @@ def test_rank_correlation_is_spearmans():
     assert law.rank_correlation(gaps, gains) == pytest.approx([spearman(a, b) for a, b in zip(gaps, gains, strict=True)])
 
 
+@pytest.mark.slow
 def test_the_whole_study(small, tmp_path, monkeypatch):
     monkeypatch.setenv("OPSD_CACHE", small["cache_dir"])
     made = command.reproduce("law", tmp_path, quick=True, workers=0, command=["reproduce", "law", "--quick"])

@@ -65,6 +65,7 @@ def test_controls_fill_the_blocks_of_the_arm_they_belong_to(model, sampler, task
     assert set(shapes[mopd.ONE]) == {(1, 0)} and set(shapes[mopd.FAILURE]) == {(0, 1)} and (2, 1) in shapes[mopd.CONTRASTIVE]
 
 
+@pytest.mark.slow
 def test_the_study_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("OPSD_CACHE", str(tmp_path))
     lab = Lab(tmp_path / "cells", workers=0, quick=True)

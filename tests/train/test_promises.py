@@ -43,6 +43,7 @@ def same_run(out, whole, steps=8):
         assert (out / folder / f"{name}.safetensors").read_bytes() == (whole / folder / f"{name}.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments(small, whole, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(opsd_kernels.__file__).parents[1])}
     command = [sys.executable, str(WORKER), json.dumps(small), str(tmp_path), "7"]
@@ -174,7 +175,8 @@ def test_no_answer_is_run(tmp_path, monkeypatch, config):
     from opsd_kernels.train.envs import DEMOS, make_task, verifiers
     from opsd_kernels.train.presets import PRESETS
 
-    trace = tmp_path / "trace"
+    trace = tmp_path / "1" / "trace"  # a number in a path is no answer
+    trace.parent.mkdir()
     answers = [f"__import__('pathlib').Path({str(trace)!r}).touch()", f"$(touch {trace})", f"`touch {trace}`", "{{ 7*7 }}", "%s%n", "\x00", "9" * 10_000]
     for name in DEMOS:
         task = make_task(TrainConfig(**{"env": name, **PRESETS[name]}))

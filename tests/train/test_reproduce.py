@@ -241,6 +241,7 @@ def quick(tmp_path_factory):
         return out, command.reproduce("sdpo", out, True, 0, ["reproduce", "sdpo", "--quick"])
 
 
+@pytest.mark.slow
 def test_the_quick_study_goes_through(quick, monkeypatch):
     out, study = quick
     assert load(out / "sdpo.json") == study

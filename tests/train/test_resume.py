@@ -14,6 +14,8 @@ import opsd_kernels
 CLOCK = {"seconds", "tokens_per_second"}
 WORKER = Path(__file__).with_name("kill_and_resume.py")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory, small):

@@ -58,11 +58,18 @@ def test_help_lists_the_commands_that_exist_and_leaves_slow_libraries_alone():
         (["train", "--resume"], ["--out"]),
     ],
 )
-def test_a_mistake_gets_a_line_that_names_it_and_exit_code_2(tmp_path, arguments, names):
-    result = run_opsd(*arguments, cwd=tmp_path)
-    assert result.returncode == 2
+def test_a_mistake_gets_a_line_that_names_it_and_exit_code_2(monkeypatch, tmp_path, arguments, names):
+    monkeypatch.chdir(tmp_path)
+    result = opsd(*arguments)
+    assert result.exit_code == 2
     assert "Traceback" not in result.stderr and all(name in result.stderr for name in names), result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_ends_the_process_with_code_2(tmp_path):
+    result = run_opsd("plan", "--dtype", "int8", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("opsd: error: --dtype") and "Traceback" not in result.stderr
 
 
 def test_plan_prints_the_planners_numbers():

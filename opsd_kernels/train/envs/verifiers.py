@@ -17,7 +17,12 @@ Row = Mapping[str, Any]
 Verifier = Callable[[str, Row], Verdict]
 
 # Lengths are bounded: a fraction of 10**9 digits would be computed for hours.
-NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3}){1,10}|\d{1,40})(?:\.\d{1,40})?(?:[eE][-+]?\d{1,3})?(?:\s*/\s*\d{1,40})?(?:\s*%)?(?!\w)")
+NUMBER = re.compile(r"(?<![\w.\\])[-+−]?(?:\d{1,3}(?:,\d{3}){1,10}|\d{1,40})(?:\.\d{1,40})?(?:[eE][-+]?\d{1,3})?(?:\s*/\s*\d{1,40})?(?:\s*%)?(?!\w)")
+# A word, path or version, as far as digits can stand in it. A full stop before a capital ends a sentence, not a word.
+WORD = re.compile(r"(?:[\w/−-]|\.(?![A-Z]))+")
+WRITTEN_NUMBER = re.compile(r"[-−]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
+RATE = re.compile(r"[-−]?\d+(?:\.\d+)?/[^\W\d_]+")  # 5/kg
+NAME = re.compile(r"[^\W\d]|^/|/.*/|\d\.\d+\.\d")  # a letter, a path, two slashes, a version
 BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
 MAX_FEEDBACK = 4000  # signs of a user's text that enter a context
 
@@ -62,7 +67,10 @@ def exact(completion: str, row: Row) -> Verdict:
 
 
 def numeric(completion: str, row: Row) -> Verdict:
-    """The last number of the answer, or of its last `\\boxed{}`, equals the row's exactly: 0.5, 1/2, 50% and 5e-1 are the same."""
+    """The last number of the answer, or of its last `\\boxed{}`, equals the row's exactly: 0.5, 1/2, 50% and 5e-1 are the same.
+
+    Digits inside a name, a path or a version (`run-1`, `/tmp/1/log`, `v2.1.0`) are no number.
+    """
     given, truth = last_number(completion), last_number(str(row["answer"]))
     if truth is None:
         raise ValueError(f"answer: expected a number in the data file, got {row['answer']!r}")
@@ -72,9 +80,17 @@ def numeric(completion: str, row: Row) -> Verdict:
 
 
 def last_number(text: str) -> Fraction | None:
+    """Return the last number of a text, exactly, or None. Digits inside names, paths and versions do not count."""
     boxes = BOXED.findall(text)
-    found = NUMBER.findall(boxes[-1] if boxes else text)
+    found = NUMBER.findall(WORD.sub(_without_names, boxes[-1] if boxes else text))
     return _value(found[-1]) if found else None
+
+
+def _without_names(match: re.Match[str]) -> str:
+    word = match[0].rstrip(".-/")
+    if WRITTEN_NUMBER.fullmatch(word) or RATE.fullmatch(word) or not NAME.search(word):
+        return match[0]
+    return " "
 
 
 def _value(text: str) -> Fraction | None:
