@@ -97,7 +97,7 @@ wanted doctor && cat "$WORK/doctor.log" | sed -n '1,60p'
 backend=$([ -n "$DRY_RUN" ] && echo torch || echo cuda)
 step correctness serves 60 "$PYTHON" -c "
 import sys, torch
-from opsd_kernels import backends
+from opsd_kernels._rows import backends
 backends.select('$backend', torch.device('$DEVICE'))
 print(backends.explain('$DEVICE'))"
 

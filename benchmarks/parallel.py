@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opsd_kernels import VocabShard, linear_divergence, report_json
+from opsd_kernels._core.planner import DEFAULT_WORKSPACE_BYTES
 from opsd_kernels.bench.gate import CHECKED_ROWS, TOKENS, outcome_of, reference
 from opsd_kernels.bench.measure import blank, describe, free, part_row
 from opsd_kernels.bench.parallel import fit_link, ring_gather, ring_sum
@@ -35,7 +36,6 @@ from opsd_kernels.bench.providers import BASE, Op, bare_gemms, stepper
 from opsd_kernels.bench.results import Row, rounded, row_dict, script_report
 from opsd_kernels.bench.shapes import Setting, make_case
 from opsd_kernels.bench.timing import Variant, cpu_clock, interleave, ratio
-from opsd_kernels.planner import DEFAULT_WORKSPACE_BYTES
 from opsd_kernels.testing import Case, Outcome, assert_no_worse, assert_on_target, assert_same_bits, evaluate, peak_bytes, relative_error
 
 WORLD = 2  # processes of the real runs

@@ -1,13 +1,13 @@
 """The loss head of on-policy self-distillation: LM head, log-softmax and token divergence between a teacher and a student, fused, chunk by chunk."""
 
 from . import objectives, weights
-from .evaluation import TokenStats
-from .functional import linear_divergence
+from ._core.planner import ChunkPlan, plan
+from ._core.reductions import TokenStats
+from ._core.shard import VocabShard
+from .divergence import linear_divergence
 from .logprobs import linear_logprobs
 from .modules import DistillationHead, LinearDivergenceLoss
-from .planner import ChunkPlan, plan
 from .topk import linear_topk_divergence
-from .vocab_parallel import VocabShard
 
 __all__ = [
     "ChunkPlan",

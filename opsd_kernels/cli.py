@@ -85,8 +85,8 @@ def plan(
     Chunks, buffers, peak, floating-point operations and memory traffic of linear_divergence at the given sizes, and how a GPU's row kernels
     are launched. Runs nothing.
     """
-    from . import backends
-    from .planner import plan as make_plan
+    from ._core.planner import plan as make_plan
+    from ._rows import backends
     from .spec import Divergence
 
     with one_line(ValueError, TypeError):
@@ -208,7 +208,8 @@ def doctor() -> None:
     """
     import torch
 
-    from . import backends, extension, projection
+    from ._core import gemm
+    from ._rows import backends, extension
 
     table = new_table("This machine", "", "")
     table.add_row("opsd_kernels", __version__)
@@ -220,7 +221,7 @@ def doctor() -> None:
         table.add_row("", too_old(torch.__version__))
     table.add_row("C++ kernels", extension_state())
     table.add_row("CUDA kernels", extension.cuda_unavailable() or "built, and the devices can run them")
-    table.add_row("bf16 to fp32", projection.cpu_gemm_name(torch.bfloat16))
+    table.add_row("bf16 to fp32", gemm.cpu_gemm_name(torch.bfloat16))
     devices = [f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB" for i in range(torch.cuda.device_count())]
     table.add_row("CUDA", "; ".join(devices) or f"no device (torch is built {'with CUDA ' + torch.version.cuda if torch.version.cuda else 'without CUDA'})")
     console.print(table)
@@ -240,7 +241,7 @@ def doctor() -> None:
 
 def extension_state() -> str:
     """The instruction set that the compiled kernels chose, or why there are none."""
-    from . import extension
+    from ._rows import extension
 
     try:
         return extension.load() or f"built, use {extension.capability()}"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import inputs
-from .autograd import LogProbs
-from .inputs import Head
-from .kernels.contract import Column
+from ._core import checks
+from ._core.autograd import LogProbs
+from ._core.checks import Head
+from ._rows.contract import Column
 from .spec import BACKWARDS, Divergence, LogitTransform, RowSpec, check_choice, expect
 
 
@@ -42,14 +42,14 @@ def linear_logprobs(
     vocabulary. With `group` the head is this rank's slice, as in `linear_divergence`; labels speak of the whole vocabulary.
     """
     check_choice("backward", backward, BACKWARDS)
-    shard, head = inputs.of_rank(group, **{"": Head(hidden, weight, bias)})
-    flat, nobody, _ = inputs.heads(**head)
+    shard, head = checks.of_rank(group, **{"": Head(hidden, weight, bias)})
+    flat, nobody, _ = checks.heads(**head)
     expect(isinstance(labels, Tensor), "labels", "a tensor", type(labels).__name__, TypeError)
-    valid, flat_labels = inputs.valid_tokens(hidden, labels, ignore_index, mask)
+    valid, flat_labels = checks.valid_tokens(hidden, labels, ignore_index, mask)
     transform = _transform(logit_scale, softcap, temperature)
-    vocab = inputs.vocabulary(weight.shape[0] if shard is None else shard.vocab_size, None, vocab_size)
+    vocab = checks.vocabulary(weight.shape[0] if shard is None else shard.vocab_size, None, vocab_size)
     spec = RowSpec(Divergence.parse("reverse_kl"), transform, LogitTransform())
-    call = inputs.make_call(spec, flat, nobody, False, valid, flat_labels, vocab, logits_dtype, workspace_bytes, backend, shard=shard)
+    call = checks.make_call(spec, flat, nobody, False, valid, flat_labels, vocab, logits_dtype, workspace_bytes, backend, shard=shard)
     possible = call.grad_hidden and not (call.grad_weight or call.grad_bias or return_entropy)
     expect(
         possible or backward != "in_forward",
@@ -66,11 +66,11 @@ def _transform(logit_scale: float, softcap: float | None, temperature: float) ->
     return LogitTransform.parse("", logit_scale, softcap, "temperature", temperature)
 
 
-def _evaluate(call: inputs.Call, in_forward: bool, entropy: bool) -> tuple[Tensor, Tensor]:
+def _evaluate(call: checks.Call, in_forward: bool, entropy: bool) -> tuple[Tensor, Tensor]:
     if not call.gradient():
         _, _, stats, logprobs, *_ = torch.ops.opsd_kernels.linear_divergence(*call, entropy, False)
         return logprobs[:, 0].clone(), stats[:, Column.STUDENT_ENTROPY].clone()
     if in_forward:
-        weights = inputs.known_weights(None, call.labels.shape, call.labels.device, inputs.stats_dtype(call.student_hidden.dtype), call.valid)
+        weights = checks.known_weights(None, call.labels.shape, call.labels.device, checks.stats_dtype(call.student_hidden.dtype), call.valid)
         call = call._replace(factor=torch.zeros_like(weights), policy=weights)
     return LogProbs.apply(*call, entropy)

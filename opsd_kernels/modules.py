@@ -7,9 +7,9 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
-from .evaluation import TokenStats
-from .functional import Options, linear_divergence
-from .inputs import row_scale
+from ._core.checks import row_scale
+from ._core.reductions import TokenStats
+from .divergence import Options, linear_divergence
 from .spec import expect
 
 _OPTIONS = {field.name for field in fields(Options)}

@@ -18,9 +18,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from .evaluation import TokenStats
-from .functional import Options
-from .inputs import Head
+from ._core.checks import Head
+from ._core.reductions import TokenStats
+from .divergence import Options
 from .spec import SCOPES, check_number, expect
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import inputs
-from .evaluation import TokenStats, evaluate, make_job
-from .functional import clip
-from .inputs import Head
+from ._core import checks
+from ._core.checks import Head
+from ._core.reductions import TokenStats, evaluate, make_job
+from .divergence import clip
 from .spec import TAILS, Divergence, LogitTransform, RowSpec, Support, check_choice
 
 
@@ -56,7 +56,7 @@ def linear_topk_divergence(
     Raises ValueError for an id outside the vocabulary whose log-prob is above -inf.
     """
     check_choice("tail", tail, TAILS)
-    shard, sides = inputs.of_rank(group, student=Head(student_hidden, student_weight, student_bias))
+    shard, sides = checks.of_rank(group, student=Head(student_hidden, student_weight, student_bias))
     spec = RowSpec(
         Divergence.parse(divergence, beta),
         LogitTransform.parse("student", student_logit_scale, student_softcap, "temperature", temperature),
@@ -64,10 +64,10 @@ def linear_topk_divergence(
         entry_clip=clip("entry_clip", entry_clip),
         token_clip=clip("token_clip", token_clip),
     )
-    flat, nobody, _ = inputs.heads(**sides)
-    valid, flat_labels = inputs.valid_tokens(student_hidden, labels, ignore_index, mask)
-    vocab = inputs.vocabulary(student_weight.shape[0] if shard is None else shard.vocab_size, None, vocab_size)
-    listed = inputs.listed_support(teacher_topk_ids, teacher_topk_logprobs, student_hidden.shape[:-1], valid)
+    flat, nobody, _ = checks.heads(**sides)
+    valid, flat_labels = checks.valid_tokens(student_hidden, labels, ignore_index, mask)
+    vocab = checks.vocabulary(student_weight.shape[0] if shard is None else shard.vocab_size, None, vocab_size)
+    listed = checks.listed_support(teacher_topk_ids, teacher_topk_logprobs, student_hidden.shape[:-1], valid)
     support = Support(listed[0].shape[1], None, tail)
-    call = inputs.make_call(spec, flat, nobody, False, valid, flat_labels, vocab, logits_dtype, workspace_bytes, backend, support, listed, shard)
+    call = checks.make_call(spec, flat, nobody, False, valid, flat_labels, vocab, logits_dtype, workspace_bytes, backend, support, listed, shard)
     return evaluate(make_job(call, student_hidden, token_weights, reduction, normalizer), backward, return_stats)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from _pytest.junitxml import xml_key
 
-from opsd_kernels import backends, provenance, tested_versions
+from opsd_kernels import provenance, tested_versions
+from opsd_kernels._rows import backends
 
 
 def pytest_sessionstart(session):

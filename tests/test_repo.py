@@ -18,29 +18,25 @@ from opsd_kernels import env, tested_versions
 ROOT = Path(__file__).resolve().parent.parent
 MAX_FILE, MAX_FUNCTION = 500, 80
 
-# Who may import whom: a module imports lower levels only. `package.*` stands for every module of a subpackage, and there the members may import
-# each other as long as no circle closes. `__init__` is the public namespace: its users stand above it, and what it re-exports below.
-PEERS = 12  # the level whose members may import each other within a subpackage
+# Who may import whom: a module imports lower levels only. `package.*` stands for every module of a folder, whose members may
+# import each other as long as no circle closes. `__init__` is the public namespace: its users stand above it, and what it
+# re-exports below.
 LEVELS = {
-    0: ["env", "hf_head", "provenance", "report_json", "spec", "terminal", "train.types"],
-    1: ["divergences", "extension", "tested_versions", "weighting", "kernels.contract", "kernels.triton_launch", "kernels.triton_math"],
-    2: ["planner", "reference", "weights", "projection", "kernels.torch_rows", "kernels.triton_rows", "kernels.ext_rows"],
-    3: ["backends", "support", "testing"],
-    4: ["chunked", "vocab_parallel"],
-    5: ["ops"],
-    6: ["autograd", "inputs"],
-    7: ["evaluation"],
-    8: ["functional", "logprobs"],
-    9: ["objectives", "topk"],
-    10: ["modules"],
-    11: ["__init__"],
-    PEERS: ["integrations.*", "train.*", "bench.*"],
-    13: ["cli"],
-    14: ["__main__"],
+    0: ["env", "provenance", "report_json", "spec", "terminal", "train.types"],
+    1: ["_rows.*", "weights.*", "testing.*", "tested_versions"],
+    2: ["_core.*"],
+    3: ["divergence", "logprobs", "vocab_parallel"],
+    4: ["topk", "objectives", "modules"],
+    5: ["__init__"],
+    6: ["integrations.*"],
+    7: ["train.*", "bench.*"],
+    8: ["cli"],
+    9: ["__main__"],
 }
 FORBIDDEN = {
-    "train": ("kernels", "ops", "backends", "chunked", "autograd", "projection"),  # the trainer stands on the public op
-    "reference": ("kernels",),  # it is the judge of the kernels
+    "train": ("_rows", "_core"),  # the trainer and the integrations stand on the public op
+    "integrations": ("_rows", "_core"),
+    "testing": ("_rows",),  # it judges the kernels
 }
 
 
@@ -109,7 +105,8 @@ def why_not(name: str, target: str, package: Path) -> str | None:
         return f"{group} may not"
     if level(target) is None:
         return None if empty_package(target, package) else "it has no level"
-    siblings = group == target.split(".")[0] and level(name) == level(target) == PEERS
+    folder = f"{group}.*" in LEVELS.get(level(name), ())
+    siblings = folder and group == target.split(".")[0] and level(name) == level(target)
     return None if level(target) < level(name) or siblings else f"level {level(target)} from level {level(name)}"
 
 
@@ -362,12 +359,12 @@ def plant(root: Path, files: dict[str, str]) -> Path:
 @pytest.mark.parametrize(
     "files, expected",
     [
-        ({"spec.py": "from .ops import run", "ops.py": ""}, "level 5 from level 0"),
-        ({"divergences.py": "def f():\n    import opsd_kernels.weighting", "weighting.py": ""}, "level 1 from level 1"),
+        ({"spec.py": "from ._core.loop import run", "_core/loop.py": ""}, "level 2 from level 0"),
+        ({"divergence.py": "def f():\n    import opsd_kernels.logprobs", "logprobs.py": ""}, "level 3 from level 3"),
         ({"train/a.py": "from . import b", "train/b.py": "from .a import x"}, "circle: train.a -> train.b -> train.a"),
-        ({"train/a.py": "from ..backends import select", "backends.py": ""}, "train may not"),
-        ({"reference.py": "from opsd_kernels.kernels import contract", "kernels/contract.py": ""}, "reference may not"),
-        ({"functional.py": "from . import linear", "__init__.py": "linear = 1"}, "level 11 from level 8"),
+        ({"train/a.py": "from .._rows.backends import select", "_rows/backends.py": ""}, "train may not"),
+        ({"testing/reference.py": "from opsd_kernels._rows import contract", "_rows/contract.py": ""}, "testing may not"),
+        ({"divergence.py": "from . import linear", "__init__.py": "linear = 1"}, "level 5 from level 3"),
         ({"novel.py": "x = 1"}, "novel has no level"),
     ],
 )

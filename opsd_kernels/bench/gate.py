@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..planner import resolve_logits
-from ..reference import linear_divergence_reference
+from .._core.planner import resolve_logits
 from ..spec import Divergence
 from ..testing import Case, Outcome, assert_no_worse, assert_on_target, evaluate, hard_case, relative_error
+from ..testing.reference import linear_divergence_reference
 from .providers import Provider
 from .shapes import Setting, make_case
 from .timing import reason_of

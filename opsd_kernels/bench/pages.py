@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ..planner import plan
+from .._core.planner import plan
 from . import integration_pages, scaling
 from .providers import BASE, LABELS
 from .results import Report, Row, load

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.contract import Column
-from ..planner import DEFAULT_WORKSPACE_BYTES, FLOPS_PER_BYTE, ChunkPlan, plan
+from .._core.planner import DEFAULT_WORKSPACE_BYTES, FLOPS_PER_BYTE, ChunkPlan, plan
+from .._rows.contract import Column
 from ..spec import expect
 
 FP32 = 4  # bytes of what vocabulary ranks exchange

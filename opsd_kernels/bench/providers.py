@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..functional import linear_divergence
+from .._rows import backends
+from ..divergence import linear_divergence
 from ..spec import check_choice
 from ..testing import Case
 from .shapes import PEER_DIVERGENCES, Setting

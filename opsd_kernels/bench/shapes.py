@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from ..planner import ChunkPlan, plan
+from .._core.planner import ChunkPlan, plan
 from ..spec import KIND_NAMES, check_choice, expect
 from ..testing import Case
 

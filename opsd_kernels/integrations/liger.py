@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..functional import linear_divergence
+from ..divergence import linear_divergence
 from ..logprobs import linear_logprobs
 from ..objectives import PolicyGradient, linear_policy_divergence
 from ..spec import check_number, expect

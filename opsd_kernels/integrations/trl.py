@@ -17,7 +17,7 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import maybe_gather_lm_head_ctx as whole_head
 
 from opsd_kernels import linear_divergence, linear_logprobs, linear_topk_divergence
-from opsd_kernels.hf_head import Head, check_head, on_heads, trunk
+from opsd_kernels.integrations.transformers import Head, check_head, on_heads, trunk
 from opsd_kernels.objectives import Mix, OnPolicyDistillation, PPOClip, linear_policy_divergence
 from opsd_kernels.spec import expect, interpolation
 from opsd_kernels.weights import Given, ImportanceRatio, PrefixDiscrepancy

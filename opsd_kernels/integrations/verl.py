@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import linear_divergence
+from ..divergence import linear_divergence
 from ..logprobs import linear_logprobs
 from ..spec import KIND_NAMES, check_choice, expect
 from ..topk import linear_topk_divergence

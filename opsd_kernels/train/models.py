@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_kernels import linear_divergence
-from opsd_kernels.hf_head import without_adapter
+from opsd_kernels.integrations.transformers import without_adapter
 from opsd_kernels.train.batch import completion_hidden
 from opsd_kernels.train.config import ConfigError, TrainConfig
 from opsd_kernels.train.sharding import last_hidden

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd_kernels import TokenStats, linear_divergence, linear_logprobs
-from opsd_kernels.hf_head import Head
+from opsd_kernels.integrations.transformers import Head
 from opsd_kernels.objectives import Mix, OnPolicyDistillation, PPOClip, linear_policy_divergence
 from opsd_kernels.train.batch import IGNORE
 from opsd_kernels.train.config import TrainConfig

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from opsd_kernels.hf_head import trunk, without_adapter
+from opsd_kernels.integrations.transformers import trunk, without_adapter
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.ranks import Ranks
 from opsd_kernels.vocab_parallel import is_dtensor

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from opsd_kernels import backends, planner
+from opsd_kernels._core import planner
+from opsd_kernels._rows import backends
 from opsd_kernels.bench import memory
 from opsd_kernels.bench.compare import changes_of
 from opsd_kernels.bench.measure import blank, compare_providers
@@ -44,17 +45,17 @@ def check_found_by_time(setting, plant, what):
 
 COPY = """
 def make(setting, provider, limit):
-    from opsd_kernels import projection
+    from opsd_kernels._core import gemm
     from opsd_kernels.bench.memory import prepare
 
-    project, kept = projection.project, []
+    project, kept = gemm.project, []
 
     def with_copy(hidden, weight, out):
         project(hidden, weight, out)
         if out.shape[1] == weight.shape[0]:
             kept[:] = [out.clone()]
 
-    projection.project = with_copy
+    gemm.project = with_copy
     return prepare(setting, provider, limit)
 """
 

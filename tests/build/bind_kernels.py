@@ -11,7 +11,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from opsd_kernels.kernels import triton_rows
+from opsd_kernels._rows import triton_rows
 from opsd_kernels.spec import Divergence, Kind, LogitTransform, RowSpec
 
 

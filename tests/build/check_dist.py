@@ -21,8 +21,9 @@ LIBRARY = "opsd_kernels/_C.abi3.so"
 # A hard case in fp32 and one in bf16, forward and backward through the compiled kernels, with the gates that tests/unit/test_op.py has for them.
 SMOKE = """
 import torch, opsd_kernels
-from opsd_kernels import backends, extension, linear_divergence
-from opsd_kernels.reference import linear_divergence_reference
+from opsd_kernels import linear_divergence
+from opsd_kernels._rows import backends, extension
+from opsd_kernels.testing.reference import linear_divergence_reference
 from opsd_kernels.testing import assert_no_worse, assert_on_target, evaluate, hard_case, plain_outcomes
 assert extension.load() is None, extension.load()
 assert backends.explain("cpu")["cpp"] is None, backends.explain("cpu")

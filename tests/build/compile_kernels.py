@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from opsd_kernels.kernels import triton_launch, triton_rows
+from opsd_kernels._rows import triton_launch, triton_rows
 from opsd_kernels.spec import Kind
 
 TYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

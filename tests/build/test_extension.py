@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsd_kernels import extension
-from opsd_kernels.kernels import ext_rows
-from opsd_kernels.kernels.contract import Column, stats_dtype
+from opsd_kernels._rows import compiled_rows, extension
+from opsd_kernels._rows.contract import Column, stats_dtype
 from opsd_kernels.spec import Divergence, Kind, LogitTransform, RowSpec
 from opsd_kernels.testing import assert_same_bits
 
@@ -93,7 +92,7 @@ def gradient(S: Tensor, T: Tensor, kind: Kind, A: float, out: torch.dtype = torc
     stats = torch.zeros(1, len(Column), dtype=wide)
     G = torch.zeros(1, S.numel(), dtype=out)
     one = torch.ones(1, dtype=wide)
-    ext_rows.row_grad_(S[None], T[None], stats, A * one, one, spec, None, None, G)
+    compiled_rows.row_grad_(S[None], T[None], stats, A * one, one, spec, None, None, G)
     return G[0]
 
 
@@ -141,7 +140,7 @@ def test_arithmetic_of_tanh(built):
     z = ladder(-30, 2.5)
     for cap, scale in ((30.0, 1.0), (50.0, -1.3)):
         spec = RowSpec(Divergence(Kind.TVD), LogitTransform(scale, cap), LogitTransform())
-        got = ext_rows.row_stats(z[:, None], z[:, None], spec, None, None, False)[:, Column.STUDENT_MAX]
+        got = compiled_rows.row_stats(z[:, None], z[:, None], spec, None, None, False)[:, Column.STUDENT_MAX]
         assert worst_ulps(got, cap * torch.tanh(scale * z.double() / cap)) < 2.5
 
 
@@ -185,7 +184,7 @@ def test_long_rows_have_the_same_bits_on_one_and_two_threads(built, kind):
         for count in (1, 2):
             torch.set_num_threads(count)
             G = torch.empty_like(S, dtype=torch.bfloat16)
-            results.append((*ext_rows.row_fused_(S, T, torch.ones(9), spec, None, None, True, G), G))
+            results.append((*compiled_rows.row_fused_(S, T, torch.ones(9), spec, None, None, True, G), G))
     finally:
         torch.set_num_threads(threads)
     for one, two in zip(*results, strict=True):
@@ -194,7 +193,7 @@ def test_long_rows_have_the_same_bits_on_one_and_two_threads(built, kind):
 
 def test_errors_name_the_argument(built):
     S, T, one, spec = torch.zeros(2, 5), torch.zeros(2, 5), torch.ones(2), RowSpec(Divergence(Kind.JSD))
-    fused = ext_rows.row_fused_
+    fused = compiled_rows.row_fused_
     cases = [
         (lambda: fused(S.long(), T.long(), one, spec, None, None, False, S), "S: expected float64, float32, bfloat16 or float16, got Long"),
         (lambda: fused(S, T.half(), one, spec, None, None, False, S), "T: expected Float, got Half"),
@@ -204,7 +203,7 @@ def test_errors_name_the_argument(built):
         (lambda: fused(S, T, one[:1], spec, None, None, False, S), r"factor: expected shape \(2\), got shape \(1\)"),
         (lambda: fused(S, T, one, spec, torch.zeros(4), None, False, S), r"bias_s: expected shape \(5\), got shape \(4\)"),
         (lambda: fused(S, T, one, spec, None, None, False, S.double()), "G: expected float32 or a 16-bit type, got Double"),
-        (lambda: ext_rows.row_dot(S, T, torch.zeros(2, 3), spec, None, None), r"stats: expected shape \(2, 15\), got shape \(2, 3\)"),
+        (lambda: compiled_rows.row_dot(S, T, torch.zeros(2, 3), spec, None, None), r"stats: expected shape \(2, 15\), got shape \(2, 3\)"),
     ]
     for call, text in cases:
         with pytest.raises(RuntimeError, match=text):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from opsd_kernels import extension, projection
+from opsd_kernels._core import gemm
+from opsd_kernels._rows import extension
 from opsd_kernels.testing import assert_no_worse, assert_same_bits
 
 LAYOUTS = {"rows": (False, False), "columns of b": (False, True), "columns of a": (True, False)}
@@ -55,7 +56,7 @@ def test_threads_change_no_bit(layout, threads=(1, 2, 7)):
 
 
 def test_it_is_what_the_projections_use():
-    assert projection.cpu_gemm_name(torch.bfloat16) == "oneDNN's micro-kernel"
+    assert gemm.cpu_gemm_name(torch.bfloat16) == "oneDNN's micro-kernel"
 
 
 def test_errors_name_the_argument():

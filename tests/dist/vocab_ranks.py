@@ -15,7 +15,7 @@ import torch.distributed as dist
 from launching import join, leave
 
 from opsd_kernels import VocabShard, linear_divergence, linear_logprobs, linear_topk_divergence
-from opsd_kernels.reference import linear_divergence_reference, linear_logprobs_reference, linear_topk_divergence_reference
+from opsd_kernels.testing.reference import linear_divergence_reference, linear_logprobs_reference, linear_topk_divergence_reference
 from opsd_kernels.spec import KIND_NAMES
 from opsd_kernels.testing import Case, Outcome, assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case, plain_outcomes
 from opsd_kernels.weights import EntropyGate, MeanOne, PrefixDiscrepancy
@@ -246,7 +246,7 @@ def check_dtensor() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    from opsd_kernels.vocab_parallel import gathered
+    from opsd_kernels._core.shard import gathered
 
     world = dist.get_world_size()
     mesh, case = init_device_mesh("cpu", (world,)), hard_case(28, V, 48, views=False, bias=False)

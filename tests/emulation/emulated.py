@@ -5,8 +5,7 @@ import os
 import pytest
 import torch
 
-from opsd_kernels import backends, extension
-from opsd_kernels.kernels import ext_rows
+from opsd_kernels._rows import backends, compiled_rows, extension
 
 extension.load()
 torch.ops.load_library(os.environ["OPSD_EMULATED_LIBRARY"])
@@ -26,8 +25,8 @@ COVERED = ("test_loss_and_gradient", "test_statistics", "test_clips", "test_mix"
 @pytest.fixture(autouse=True)
 def served(request, monkeypatch):
     """The emulated operators, whatever backend is asked for; and the part of the matrix that they run."""
-    monkeypatch.setattr(ext_rows, "OPERATORS", torch.ops.opsd_emulated)
-    monkeypatch.setattr(backends, "select", lambda *_: ext_rows)
+    monkeypatch.setattr(compiled_rows, "OPERATORS", torch.ops.opsd_emulated)
+    monkeypatch.setattr(backends, "select", lambda *_: compiled_rows)
     callspec = getattr(request.node, "callspec", None)
     params, test = callspec.params if callspec else {}, request.node.originalname
     dtype, form = params.get("dtype"), params.get("form")

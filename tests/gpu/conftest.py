@@ -12,7 +12,7 @@ import placing
 import pytest
 import torch
 
-from opsd_kernels import backends
+from opsd_kernels._rows import backends
 
 HERE = Path(__file__).resolve().parent
 # Of the parameter sets of a test, every which one runs: in turn by the sum of their positions. Triton takes half a second to compile each kernel of each;

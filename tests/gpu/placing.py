@@ -22,8 +22,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsd_kernels import backends, testing
-from opsd_kernels.reference import linear_divergence_reference
+from opsd_kernels import testing
+from opsd_kernels._rows import backends
+from opsd_kernels.testing.reference import linear_divergence_reference
 
 TESTS = Path(__file__).resolve().parent.parent
 DRY_RUN = os.environ.get("OPSD_GPU_TESTS") == "interpret"

@@ -14,7 +14,7 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor an allocation
 import placing
 import torch
 
-from opsd_kernels.kernels.contract import narrowed
+from opsd_kernels._rows.contract import narrowed
 from opsd_kernels.spec import Kind
 
 rows, options = placing.unit("test_rows"), placing.unit("test_rows_options")

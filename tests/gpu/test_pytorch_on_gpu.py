@@ -7,9 +7,9 @@ from placing import placed, unmasked
 from torch.library import opcheck
 
 from opsd_kernels import linear_divergence, plan
-from opsd_kernels.reference import linear_divergence_reference
 from opsd_kernels.spec import KIND_NAMES
 from opsd_kernels.testing import assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case, peak_bytes
+from opsd_kernels.testing.reference import linear_divergence_reference
 
 unit = placing.unit("test_autograd")
 

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from placing import placed, unmasked
 
 from opsd_kernels import VocabShard, linear_divergence
-from opsd_kernels.reference import linear_divergence_reference
 from opsd_kernels.testing import assert_no_worse, assert_on_target, evaluate, hard_case, plain_outcomes
+from opsd_kernels.testing.reference import linear_divergence_reference
 
 SIZES = (29, 211, 24) if placing.DRY_RUN else (301, 4099, 64)
 OPTIONS = {

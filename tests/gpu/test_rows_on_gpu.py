@@ -4,7 +4,7 @@ import placing
 import pytest
 import torch
 
-from opsd_kernels.kernels.triton_launch import aligned as begins_on_16_bytes
+from opsd_kernels._rows.triton_launch import aligned as begins_on_16_bytes
 from opsd_kernels.spec import Kind
 
 unit = placing.unit("test_rows")

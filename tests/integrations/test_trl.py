@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from opsd_kernels.reference import linear_divergence_reference
 from opsd_kernels.testing import Outcome, assert_no_worse, assert_same_bits
+from opsd_kernels.testing.reference import linear_divergence_reference
 
 trl = pytest.importorskip("trl", minversion="1.16", reason="trl is not installed")
 transformers, datasets, tokenizers = (pytest.importorskip(name) for name in ("transformers", "datasets", "tokenizers"))

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "unit"))
 import test_rows
 from test_rows import *  # noqa: F403
 
-from opsd_kernels.kernels.triton_launch import aligned as begins_on_16_bytes
+from opsd_kernels._rows.triton_launch import aligned as begins_on_16_bytes
 from opsd_kernels.spec import Kind
 
 test_rows.assert_one_rounding = functools.partial(test_rows.assert_one_rounding, interpreter=True)

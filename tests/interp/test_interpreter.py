@@ -52,7 +52,7 @@ LOSS = """
 import torch
 import opsd_kernels
 from opsd_kernels.testing import assert_no_worse, evaluate, hard_case
-from opsd_kernels.reference import linear_divergence_reference as reference
+from opsd_kernels.testing.reference import linear_divergence_reference as reference
 for options in (dict(shared_head=True, near=1e-2), dict()):
     case = hard_case(9, 1003, 8, torch.float32, **options)
     got = evaluate(opsd_kernels.linear_divergence, case, divergence="jsd", backend="triton")
@@ -68,7 +68,7 @@ def test_through_the_public_op():
 
 def test_without_the_interpreter_a_cpu_is_refused_with_the_reason():
     code = (
-        "import torch, opsd_kernels.backends as b\n"
+        "import torch, opsd_kernels._rows.backends as b\n"
         "assert 'cuda' in b.explain('cpu')['triton']\n"
         "try: b.select('triton', torch.device('cpu'))\n"
         "except ValueError as e: assert 'TRITON_INTERPRET' in str(e)\n"

@@ -7,23 +7,11 @@ import pytest
 import torch
 from planting import Mutant, arguments, check, kill, result
 
-from opsd_kernels import (
-    autograd,
-    chunked,
-    divergences,
-    evaluation,
-    linear_divergence,
-    linear_logprobs,
-    linear_topk_divergence,
-    objectives,
-    ops,
-    projection,
-    support,
-    weights,
-)
-from opsd_kernels.kernels import contract, torch_rows
-from opsd_kernels.reference import linear_divergence_reference, linear_logprobs_reference, linear_topk_divergence_reference
+from opsd_kernels import linear_divergence, linear_logprobs, linear_topk_divergence, objectives, weights
+from opsd_kernels._core import autograd, gemm, library, loop, reductions, topk_support
+from opsd_kernels._rows import contract, torch_math, torch_rows
 from opsd_kernels.testing import assert_no_worse, evaluate, hard_case
+from opsd_kernels.testing.reference import linear_divergence_reference, linear_logprobs_reference, linear_topk_divergence_reference
 
 B, T, V, H = 4, 6, 61, 12
 GEN = torch.Generator().manual_seed(3)
@@ -109,7 +97,7 @@ MUTANTS = {
     "clip keeps its gradient": Mutant(
         torch_rows,
         "terms",
-        lambda f: lambda q, p, d, spec: (f(q, p, d, spec)[0], divergences.entry(spec.divergence, q, p, d)[1], f(q, p, d, spec)[2]),
+        lambda f: lambda q, p, d, spec: (f(q, p, d, spec)[0], torch_math.entry(spec.divergence, q, p, d)[1], f(q, p, d, spec)[2]),
         check(dialect, entry_clip=0.01, divergence="jsd"),
     ),
     "reverse KL's clipped u is 0": Mutant(torch_rows, "clipped_u", lambda _: lambda divergence, q: torch.zeros_like(q), check(dialect, entry_clip=0.01)),
@@ -123,47 +111,49 @@ MUTANTS = {
         torch_rows, "logits", arguments(lambda S, T, spec, *b: (S, T, replace(spec, teacher_mix=1 - spec.teacher_mix), *b)), check(dialect, teacher_mix=0.3)
     ),
     "the largest of the other side": Mutant(
-        support, "_largest", arguments(lambda rows, spec, s: (rows, spec, replace(s, side="teacher"))), check(dialect, topk=4)
+        topk_support, "_largest", arguments(lambda rows, spec, s: (rows, spec, replace(s, side="teacher"))), check(dialect, topk=4)
     ),
-    "no gradient outside the support": Mutant(support, "restricted", result(field_zero("outside")), check(dialect, topk=4, topk_tail="none")),
+    "no gradient outside the support": Mutant(topk_support, "restricted", result(field_zero("outside")), check(dialect, topk=4, topk_tail="none")),
     "no gradient through the bucket": Mutant(
-        support, "restricted", result(lambda r, *_: r._replace(outside=-r.A)), check(dialect, topk=4, topk_tail="bucket", divergence="jsd")
+        topk_support, "restricted", result(lambda r, *_: r._replace(outside=-r.A)), check(dialect, topk=4, topk_tail="bucket", divergence="jsd")
     ),
-    "the bucket's mass is the support's": Mutant(support, "_tail", lambda _: lambda mass: mass, check(dialect, topk=4, topk_tail="bucket")),
+    "the bucket's mass is the support's": Mutant(topk_support, "_tail", lambda _: lambda mass: mass, check(dialect, topk=4, topk_tail="bucket")),
     "tails not renormalised": Mutant(
-        support, "_log_ratio", lambda _: lambda excess, p, q: torch.zeros_like(p), check(dialect, topk=4, topk_tail="renormalize")
+        topk_support, "_log_ratio", lambda _: lambda excess, p, q: torch.zeros_like(p), check(dialect, topk=4, topk_tail="renormalize")
     ),
-    "padding counts": Mutant(support, "entries", result(lambda e, *_: e._replace(live=torch.ones_like(e.live))), check(listed, tail="none", divergence="jsd")),
-    "padding overwrites an entry": Mutant(support, "_first", lambda _: lambda found, values, otherwise: otherwise, check(listed, tail="bucket")),
-    "weights one token late": Mutant(evaluation, "check_weights", result(lambda w, *_: w.roll(1, -1)), check(dialect, token_weights=ROW)),
+    "padding counts": Mutant(
+        topk_support, "entries", result(lambda e, *_: e._replace(live=torch.ones_like(e.live))), check(listed, tail="none", divergence="jsd")
+    ),
+    "padding overwrites an entry": Mutant(topk_support, "_first", lambda _: lambda found, values, otherwise: otherwise, check(listed, tail="bucket")),
+    "weights one token late": Mutant(reductions, "check_weights", result(lambda w, *_: w.roll(1, -1)), check(dialect, token_weights=ROW)),
     "the gradient is not weighted": Mutant(
-        chunked.Loop, "_fused", result(lambda r, *_: None if r is None else torch.ones_like(r)), check(dialect, token_weights=ROW)
+        loop.Loop, "_fused", result(lambda r, *_: None if r is None else torch.ones_like(r)), check(dialect, token_weights=ROW)
     ),
     "the head's gradient is not weighted": Mutant(
-        projection,
+        gemm,
         "accumulate_weight_grad",
         arguments(lambda G, h, dW, first: (G, h / h.norm(dim=1, keepdim=True), dW, first)),
         check(dialect, token_weights=ROW),
     ),
-    "the bias's gradient is not weighted": Mutant(chunked, "_weighted_sum", lambda _: lambda G, scale: G.sum(0), check(dialect, token_weights=ROW)),
+    "the bias's gradient is not weighted": Mutant(loop, "_weighted_sum", lambda _: lambda G, scale: G.sum(0), check(dialect, token_weights=ROW)),
     "chunks cut sequences": Mutant(
-        ops,
+        library,
         "align",
         lambda _: lambda lengths, rows: [slice(i, min(i + 4, sum(lengths))) for i in range(0, sum(lengths), 4)],
         check(dialect, token_weights=SEQUENCE),
     ),
-    "the aligned chunks lose the last sequence": Mutant(ops, "align", result(lambda bounds, *_: bounds[:-1]), check(dialect, token_weights=SEQUENCE)),
-    "the pass of its own sees half": Mutant(evaluation.ByStatistics, "factor", result(lambda f, *_: f * 0.5), check(planned_apart)),
+    "the aligned chunks lose the last sequence": Mutant(library, "align", result(lambda bounds, *_: bounds[:-1]), check(dialect, token_weights=SEQUENCE)),
+    "the pass of its own sees half": Mutant(reductions.ByStatistics, "factor", result(lambda f, *_: f * 0.5), check(planned_apart)),
     "a policy without its label": Mutant(
         torch_rows,
         "row_grad_",
         lambda f: lambda *args: f(*args[:-1], torch.full_like(args[-1], -1)) if args[-1] is not None else f(*args),
         check(mix, objectives.PolicyGradient(ADVANTAGES)),
     ),
-    "a policy of the wrong sign": Mutant(evaluation.Job, "policy_losses", result(lambda r, *_: (r[0], -r[1])), check(mix, PPO)),
-    "a policy's value forgotten": Mutant(evaluation.Job, "policy_losses", result(lambda r, *_: (0 * r[0], r[1])), check(mix, PPO)),
+    "a policy of the wrong sign": Mutant(reductions.Job, "policy_losses", result(lambda r, *_: (r[0], -r[1])), check(mix, PPO)),
+    "a policy's value forgotten": Mutant(reductions.Job, "policy_losses", result(lambda r, *_: (0 * r[0], r[1])), check(mix, PPO)),
     "a policy on a support without its label": Mutant(
-        support, "_values", lambda f: lambda *args: f(*args[:-1], torch.full_like(args[-1], 0) if args[-1] is not None else None), check(mix, PPO, topk=5)
+        topk_support, "_values", lambda f: lambda *args: f(*args[:-1], torch.full_like(args[-1], 0) if args[-1] is not None else None), check(mix, PPO, topk=5)
     ),
     "old log-probs ignored": Mutant(objectives.PPOClip, "scope", lambda _: "index", check(mix, PPO)),
     "the entropy's gradient forgotten": Mutant(

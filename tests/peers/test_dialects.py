@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import linear_divergence, linear_logprobs, linear_topk_divergence
-from opsd_kernels.reference import linear_divergence_reference, linear_logprobs_reference, linear_topk_divergence_reference
 from opsd_kernels.testing import Case, Outcome, assert_no_worse, assert_on_target, assert_one_rounding, evaluate, hard_case
+from opsd_kernels.testing.reference import linear_divergence_reference, linear_logprobs_reference, linear_topk_divergence_reference
 from opsd_kernels.weights import ImportanceRatio, PrefixDiscrepancy
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from opsd_kernels import linear_divergence
-from opsd_kernels.reference import linear_divergence_reference
 from opsd_kernels.testing import Case, assert_no_worse, assert_on_target, evaluate, hard_case, plain_outcomes
+from opsd_kernels.testing.reference import linear_divergence_reference
 
 PEER_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0}  # both libraries name the two ends so
 

@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from opsd_kernels import linear_divergence, linear_logprobs, linear_topk_divergence, weights
-from opsd_kernels.reference import linear_divergence_reference, linear_logprobs_reference, linear_topk_divergence_reference
 from opsd_kernels.spec import KIND_NAMES, TAILS
 from opsd_kernels.testing import Case, assert_no_worse, evaluate, hard_case
+from opsd_kernels.testing.reference import linear_divergence_reference, linear_logprobs_reference, linear_topk_divergence_reference
 
 many = settings(max_examples=1100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 some = settings(many, max_examples=200)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 
-from opsd_kernels.hf_head import Head
+from opsd_kernels.integrations.transformers import Head
 from opsd_kernels.testing import assert_no_worse, assert_same_bits
 from opsd_kernels.train import models, objective
 from opsd_kernels.train import step as steps

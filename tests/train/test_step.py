@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opsd_kernels.hf_head import Head
+from opsd_kernels.integrations.transformers import Head
 from opsd_kernels.testing import assert_no_worse, assert_same_bits
 from opsd_kernels.train import step as steps
 from opsd_kernels.train.batch import make_batch

@@ -2,14 +2,14 @@
 
 from dataclasses import replace
 
+import opsd_kernels._core.library  # noqa: F401 - registers the ops
 import pytest
 import torch
 from torch.library import opcheck
 
-import opsd_kernels.ops  # noqa: F401 - registers the ops
 from opsd_kernels import linear_divergence
-from opsd_kernels.reference import linear_divergence_reference
 from opsd_kernels.testing import assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case, plain_outcomes
+from opsd_kernels.testing.reference import linear_divergence_reference
 
 ROUTES = [{"reduction": "mean"}, {"reduction": "mean", "backward": "recompute"}, {"reduction": "none"}]
 
@@ -116,7 +116,7 @@ def test_double_backward_is_an_error_not_a_zero(backend):
 
 def recorded_calls(monkeypatch, run):
     """The arguments with which `run` calls the two ops."""
-    from opsd_kernels import autograd
+    from opsd_kernels._core import autograd
 
     calls = []
     for name in ("_op", "_op_backward"):

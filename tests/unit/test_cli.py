@@ -11,7 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 import opsd_kernels
-from opsd_kernels import backends, cli, env, planner
+from opsd_kernels import cli, env
+from opsd_kernels._core import planner
+from opsd_kernels._rows import backends
 from opsd_kernels.train import commands, loop
 from opsd_kernels.train.types import NonFiniteLoss, RunDirectoryError, TrainingInterrupted
 

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opsd_kernels import planner, projection
+from opsd_kernels._core import gemm, planner
 
 aten = torch.ops.aten
 C, V, H = 8, 33, 16
@@ -40,7 +40,7 @@ def test_logits(dtype, wide):
     with FakeTensorMode():
         hidden, weight, out = on_cuda(C, H, dtype=dtype), on_cuda(V, H, dtype=dtype), logits(torch.float32 if wide else dtype)
         with Gemms() as gemms:
-            projection.project(hidden, weight, out)
+            gemm.project(hidden, weight, out)
     ((function, args, kwargs),) = gemms.noted
     assert function == (aten.mm.dtype_out if out.dtype != dtype else aten.mm.out)
     assert args[0] is hidden and kwargs["out"] is out
@@ -54,7 +54,7 @@ def test_head_gradient_goes_into_its_accumulator(dtype, first):
     with FakeTensorMode():
         G, hidden, dW = logits(dtype), on_cuda(C, H, dtype=dtype), on_cuda(V, H, dtype=torch.float32)
         with Gemms() as gemms:
-            projection.accumulate_weight_grad(G, hidden, dW, first)
+            gemm.accumulate_weight_grad(G, hidden, dW, first)
     ((function, args, kwargs),) = gemms.noted
     narrow = dtype != torch.float32
     assert (

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from opsd_kernels import linear_divergence
-from opsd_kernels.reference import linear_divergence_reference
 from opsd_kernels.spec import KIND_NAMES
 from opsd_kernels.testing import Case, assert_no_worse, assert_on_target, assert_one_rounding, assert_same_bits, evaluate, hard_case, plain_outcomes
+from opsd_kernels.testing.reference import linear_divergence_reference
 
 DIVERGENCES = tuple(KIND_NAMES)
 

@@ -138,7 +138,7 @@ def test_in_forward_cannot_know_a_later_gradient():
 
 
 def test_an_absent_backend_says_why(monkeypatch):
-    from opsd_kernels import backends
+    from opsd_kernels._rows import backends
 
     broken = tuple(backends.Backend(b.name, b.module, lambda device, dtype: "no compiler was there") if b.name == "cpp" else b for b in backends.BACKENDS)
     monkeypatch.setattr(backends, "BACKENDS", broken)

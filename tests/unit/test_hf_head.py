@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opsd_kernels.hf_head import Head, check_head, on_heads
+from opsd_kernels.integrations.transformers import Head, check_head, on_heads
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from opsd_kernels import backends, plan
+from opsd_kernels import plan
+from opsd_kernels._rows import backends
 from opsd_kernels.testing import peak_bytes
 
 V, H, BUDGET = 151936, 64, 256 << 20

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from opsd_kernels import linear_divergence
-from opsd_kernels.reference import linear_divergence_reference
 from opsd_kernels.spec import KIND_NAMES
 from opsd_kernels.testing import Case, Outcome, assert_no_worse, assert_on_target, evaluate, hard_case, plain_outcomes
+from opsd_kernels.testing.reference import linear_divergence_reference
 
 KLS = (2.0, 1e-1, 1e-2, 1e-3, 1e-4)
 WIDTHS = {"normal": 4.0, "wide": 16.0}

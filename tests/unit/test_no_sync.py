@@ -12,7 +12,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opsd_kernels import chunked, extension, linear_divergence, linear_logprobs, linear_topk_divergence, objectives, ops, weights
+from opsd_kernels import linear_divergence, linear_logprobs, linear_topk_divergence, objectives, weights
+from opsd_kernels._core import library, loop
+from opsd_kernels._rows import extension
 from opsd_kernels.testing import assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case
 
 aten = torch.ops.aten
@@ -27,7 +29,7 @@ INDEXING = (aten.index, aten.index_put, aten.index_put_)
 
 
 READS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu)  # on a CPU the first two call no operator
-OURS = {torch.ops.opsd_kernels.linear_divergence: ops._forward, torch.ops.opsd_kernels.linear_divergence_backward: ops._backward}
+OURS = {torch.ops.opsd_kernels.linear_divergence: library._forward, torch.ops.opsd_kernels.linear_divergence_backward: library._backward}
 
 
 class Reads(TorchFunctionMode):
@@ -93,7 +95,7 @@ def test_waiting_is_noted(wait):
 def as_on_a_gpu(monkeypatch):
     """The branches of a GPU call, on this CPU, without packing."""
     monkeypatch.setenv("OPSD_PACK", "0")
-    monkeypatch.setattr(chunked, "on_host", lambda device: False)
+    monkeypatch.setattr(loop, "on_host", lambda device: False)
     extension.gemm_unavailable()  # tries its GEMM once
 
 
@@ -240,9 +242,9 @@ def test_rows_are_packed_unless_a_graph_is_captured_or_the_user_says_so(monkeypa
     monkeypatch.setenv("OPSD_PACK", packed)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     on_cuda = SimpleNamespace(valid=SimpleNamespace(device=SimpleNamespace(type="cuda")))
-    assert ops.packs(on_cuda) == expected
-    assert ops.packs(SimpleNamespace(valid=torch.ones(2, dtype=torch.bool))) == (packed == "1")
-    assert not ops.packs(SimpleNamespace(valid=None))
+    assert library.packs(on_cuda) == expected
+    assert library.packs(SimpleNamespace(valid=torch.ones(2, dtype=torch.bool))) == (packed == "1")
+    assert not library.packs(SimpleNamespace(valid=None))
 
 
 @pytest.mark.parametrize("pack", ["0", "1"])

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from opsd_kernels import TokenStats, linear_logprobs, projection, weights
+from opsd_kernels import TokenStats, linear_logprobs, weights
+from opsd_kernels._core import gemm
 from opsd_kernels.objectives import Mix, OnPolicyDistillation, PolicyGradient, PPOClip, group_advantages, linear_policy_divergence
-from opsd_kernels.reference import linear_divergence_reference
 from opsd_kernels.testing import Outcome, assert_no_worse, assert_on_target, evaluate, hard_case
+from opsd_kernels.testing.reference import linear_divergence_reference
 
 B, T, V, H = 4, 7, 211, 24
 GEN = torch.Generator().manual_seed(2)
@@ -94,8 +95,8 @@ def test_16_bit_inputs(backend, dtype):
 def test_a_mix_costs_no_gemm(backend, monkeypatch):
     calls = []
     for name in ("project", "accumulate_weight_grad"):
-        inner = getattr(projection, name)
-        monkeypatch.setattr(projection, name, lambda *args, inner=inner, name=name: (calls.append(name), inner(*args)))
+        inner = getattr(gemm, name)
+        monkeypatch.setattr(gemm, name, lambda *args, inner=inner, name=name: (calls.append(name), inner(*args)))
     case = hard_case(B * T, V, H, torch.float32, batch=B, largest_logit=8.0)
     evaluate(lambda *h, **o: linear_policy_divergence(*h, policy=PPOClip(ADVANTAGES), policy_weight=0.0, **o, backend=backend), case)
     without, calls[:] = list(calls), []

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opsd_kernels import chunked, linear_divergence, plan, planner
-from opsd_kernels.reference import linear_divergence_reference
+from opsd_kernels import linear_divergence, plan
+from opsd_kernels._core import loop, planner
 from opsd_kernels.spec import KIND_NAMES
 from opsd_kernels.testing import assert_no_growth, assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case, plain_outcomes
+from opsd_kernels.testing.reference import linear_divergence_reference
 
 DIVERGENCES = tuple(KIND_NAMES)
 TRANSFORM = {"temperature": 0.7, "teacher_temperature": 1.4, "student_logit_scale": 1.2, "teacher_logit_scale": 0.8}
@@ -158,7 +159,7 @@ def test_256_chunks_are_as_exact_as_one(backend, dtype, logits_dtype, divergence
 @pytest.mark.parametrize("options", [{}, {"backward": "recompute"}, {"logits_dtype": torch.float32}], ids=str)
 def test_rows_of_logits_may_lie_apart(backend, dtype, shared_head, options, monkeypatch):
     """As on CUDA, where they start at multiples of 128 bytes; what lies between is NaN, and nobody reads it."""
-    monkeypatch.setattr(chunked, "row_stride", lambda V, buffer, device_type: planner.row_stride(V, buffer, "cuda"))
+    monkeypatch.setattr(loop, "row_stride", lambda V, buffer, device_type: planner.row_stride(V, buffer, "cuda"))
     case = hard_case(29, 211, 48, dtype, shared_head=shared_head, near=1e-1, largest_logit=8.0)
     results = three(case, {"backend": backend, "workspace_bytes": 1 << 15, **options}, divergence="jsd")
     if dtype == torch.bfloat16:

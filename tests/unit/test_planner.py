@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsd_kernels import ChunkPlan, chunked, plan
-from opsd_kernels.planner import FLOPS_PER_BYTE, Products, logit_bytes, row_stride, wave_flops, whole_waves
+from opsd_kernels import ChunkPlan, plan
+from opsd_kernels._core import loop
+from opsd_kernels._core.planner import FLOPS_PER_BYTE, Products, logit_bytes, row_stride, wave_flops, whole_waves
 from opsd_kernels.testing import evaluate, hard_case
 
 many = settings(max_examples=200, deadline=None, derandomize=True)
@@ -87,8 +88,8 @@ def test_the_op_follows_its_plan(monkeypatch, budget):
     from opsd_kernels import linear_divergence
 
     followed: list[ChunkPlan] = []
-    original = chunked.run
-    monkeypatch.setattr(chunked, "run", lambda heads, spec, chunks, *args, **kwargs: followed.append(chunks) or original(heads, spec, chunks, *args, **kwargs))
+    original = loop.run
+    monkeypatch.setattr(loop, "run", lambda heads, spec, chunks, *args, **kwargs: followed.append(chunks) or original(heads, spec, chunks, *args, **kwargs))
     case = hard_case(29, 211, 24, shared_head=True)
     evaluate(linear_divergence, case, workspace_bytes=budget)
     assert followed == [plan(27, 211, 24, dtype=torch.float32, bias_grad=True, workspace_bytes=budget)]  # two of the tokens are ignored

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsd_kernels.reference import linear_divergence_reference, linear_logprobs_reference, linear_topk_divergence_reference, reference_divergence
 from opsd_kernels.spec import KIND_NAMES, Divergence
 from opsd_kernels.testing import assert_one_rounding, assert_same_bits
+from opsd_kernels.testing.reference import linear_divergence_reference, linear_logprobs_reference, linear_topk_divergence_reference, reference_divergence
 
 N, V, K = 5, 9, 4
 DIVERGENCES = pytest.mark.parametrize("divergence", KIND_NAMES)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsd_kernels import backends
-from opsd_kernels.kernels.contract import SPREAD_LIMIT, Column, RowBackend, narrowed, stats_dtype
-from opsd_kernels.reference import reference_divergence, reference_logits, reference_statistics
+from opsd_kernels._rows import backends
+from opsd_kernels._rows.contract import SPREAD_LIMIT, Column, RowBackend, narrowed, stats_dtype
 from opsd_kernels.spec import Divergence, Kind, LogitTransform, RowSpec
 from opsd_kernels.testing import FP32_ARITHMETIC, assert_one_rounding, assert_same_bits
+from opsd_kernels.testing.reference import reference_divergence, reference_logits, reference_statistics
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PLAIN, SCALED, CAPPED = LogitTransform(), LogitTransform(1.3, None, 0.7), LogitTransform(1.3, 30.0, 0.7)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsd_kernels import backends
-from opsd_kernels.kernels.contract import Column, RowBackend, narrowed, stats_dtype
-from opsd_kernels.reference import reference_logits
+from opsd_kernels._rows import backends
+from opsd_kernels._rows.contract import Column, RowBackend, narrowed, stats_dtype
 from opsd_kernels.spec import Divergence, Kind, LogitTransform, RowSpec
 from opsd_kernels.testing import assert_one_rounding, assert_same_bits
+from opsd_kernels.testing.reference import reference_logits
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PLAIN, CAPPED = LogitTransform(), LogitTransform(1.3, 20.0, 0.7)

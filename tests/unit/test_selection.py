@@ -7,7 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from opsd_kernels import backends, cli, extension, linear_divergence
+from opsd_kernels import cli, linear_divergence
+from opsd_kernels._rows import backends, extension
 from opsd_kernels.testing import evaluate, hard_case
 
 CUDA = torch.device("cuda")
@@ -110,7 +111,7 @@ def test_no_library_no_import_error(monkeypatch, tmp_path):
 
 
 def test_at_most_six_triton_configurations():
-    triton_launch = pytest.importorskip("opsd_kernels.kernels.triton_launch")
+    triton_launch = pytest.importorskip("opsd_kernels._rows.triton_launch")
     sizes = {*range(1, 5000), *(10**k for k in range(3, 7)), 32000, 128256, 151936, 256000, 262208}
     assert len({triton_launch.config(V, dtype) for V in sizes for dtype in DTYPES}) <= 6
 

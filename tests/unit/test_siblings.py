@@ -6,10 +6,11 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from opsd_kernels import DistillationHead, LinearDivergenceLoss, linear_divergence, linear_logprobs, linear_topk_divergence, projection
-from opsd_kernels.functional import Options
-from opsd_kernels.reference import linear_divergence_reference, linear_logprobs_reference, linear_topk_divergence_reference
+from opsd_kernels import DistillationHead, LinearDivergenceLoss, linear_divergence, linear_logprobs, linear_topk_divergence
+from opsd_kernels._core import gemm
+from opsd_kernels.divergence import Options
 from opsd_kernels.testing import assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case
+from opsd_kernels.testing.reference import linear_divergence_reference, linear_logprobs_reference, linear_topk_divergence_reference
 
 N, V, H = 29, 211, 24
 
@@ -40,8 +41,8 @@ def passes(monkeypatch):
     """Names of the GEMMs, one entry per call."""
     seen = []
     for name in ("project", "accumulate_weight_grad"):
-        inner = getattr(projection, name)
-        monkeypatch.setattr(projection, name, lambda *args, inner=inner, name=name: (seen.append(name), inner(*args)))
+        inner = getattr(gemm, name)
+        monkeypatch.setattr(gemm, name, lambda *args, inner=inner, name=name: (seen.append(name), inner(*args)))
     return seen
 
 

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from opsd_kernels.reference import linear_divergence_reference
 from opsd_kernels.testing import (
     FP64_ARITHMETIC,
     Outcome,
@@ -18,6 +17,7 @@ from opsd_kernels.testing import (
     hard_case,
     peak_bytes,
 )
+from opsd_kernels.testing.reference import linear_divergence_reference
 
 # ---------------------------------------------------------------- gates
 

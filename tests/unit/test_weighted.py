@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from opsd_kernels import linear_divergence, plan, projection, weights
-from opsd_kernels.planner import align
-from opsd_kernels.reference import linear_divergence_reference
+from opsd_kernels import linear_divergence, plan, weights
+from opsd_kernels._core import gemm
+from opsd_kernels._core.planner import align
 from opsd_kernels.testing import assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case, plain_outcomes
+from opsd_kernels.testing.reference import linear_divergence_reference
 
 B, T, V, H = 4, 7, 211, 24
 SEQUENCE = weights.PrefixDiscrepancy(0.5)
@@ -29,14 +30,14 @@ def budget_of(rows, dtype):
 @pytest.fixture
 def projected(monkeypatch):
     """Rows that the GEMMs of the logits have seen, one entry per GEMM."""
-    seen, project = [], projection.project
+    seen, project = [], gemm.project
 
     def spy(hidden, weight, out):
         if out.shape[1] == V:
             seen.append(hidden.shape[0])
         project(hidden, weight, out)
 
-    monkeypatch.setattr(projection, "project", spy)
+    monkeypatch.setattr(gemm, "project", spy)
     return seen
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from opsd_kernels import TokenStats
 from opsd_kernels import weights as W
 from opsd_kernels.testing import assert_one_rounding, assert_same_bits
-from opsd_kernels.weighting import check_weighting
+from opsd_kernels.weights.base import check_weighting
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 B, T = 8, 11

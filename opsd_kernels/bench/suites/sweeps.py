@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from ... import backends
-from ...planner import resolve_logits
+from ..._core.planner import resolve_logits
+from ..._rows import backends
 from ...spec import Divergence, RowSpec
 from .. import ceilings
 from ..gate import check

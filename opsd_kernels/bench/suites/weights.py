@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ... import weights as schemes
-from ...functional import linear_divergence
+from ..._core.planner import plan
+from ...divergence import linear_divergence
 from ...objectives import OnPolicyDistillation, PolicyGradient, PPOClip, linear_policy_divergence
-from ...planner import plan
-from ...reference import linear_divergence_reference
 from ...testing import TARGETS, Case, relative_error
+from ...testing.reference import linear_divergence_reference
 from ..gate import TOKENS
 from ..measure import Context, Task, blank, describe, free, part_row
 from ..results import Row

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import inputs
-from .evaluation import TokenStats, evaluate, make_job
-from .inputs import Head
+from ._core import checks
+from ._core.checks import Head
+from ._core.reductions import TokenStats, evaluate, make_job
 from .spec import Divergence, LogitTransform, RowSpec, Support, check_number, expect
 
 
@@ -60,15 +60,15 @@ class Options:
         )
 
     def evaluate(self, student: Head, teacher: Head, **policy: object) -> Tensor | tuple[Tensor, TokenStats]:
-        shard, sides = inputs.of_rank(self.group, student=student, teacher=teacher)
+        shard, sides = checks.of_rank(self.group, student=student, teacher=teacher)
         student, teacher = sides.values()
         support = Support.parse(self.topk, self.topk_support, self.topk_tail)
         spec = self.spec()
-        flat, other, shared = inputs.heads(**sides)
-        valid, labels = inputs.valid_tokens(student.hidden, self.labels, self.ignore_index, self.mask)
+        flat, other, shared = checks.heads(**sides)
+        valid, labels = checks.valid_tokens(student.hidden, self.labels, self.ignore_index, self.mask)
         rows = (head.weight.shape[0] if shard is None else shard.vocab_size for head in (student, teacher))
-        vocab = inputs.vocabulary(*rows, self.vocab_size)
-        call = inputs.make_call(spec, flat, other, shared, valid, labels, vocab, self.logits_dtype, self.workspace_bytes, self.backend, support, shard=shard)
+        vocab = checks.vocabulary(*rows, self.vocab_size)
+        call = checks.make_call(spec, flat, other, shared, valid, labels, vocab, self.logits_dtype, self.workspace_bytes, self.backend, support, shard=shard)
         job = make_job(call, student.hidden, self.token_weights, self.reduction, self.normalizer, **policy)
         return evaluate(job, self.backward, self.return_stats)
 

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .divergences import transform_slope
-from .kernels import torch_rows
-from .kernels.contract import GAP_BOUNDS, Column, RowBackend, clip_tokens
-from .spec import Kind, RowSpec, Support
+from .._rows import torch_rows
+from .._rows.contract import GAP_BOUNDS, Column, RowBackend, clip_tokens
+from .._rows.torch_math import transform_slope
+from ..spec import Kind, RowSpec, Support
 
 LEAST_TAIL = 1e-7  # the remaining mass is never taken for less: -log of the support's mass
 

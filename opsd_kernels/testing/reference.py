@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .spec import REDUCTIONS, Divergence, Kind, LogitTransform, check_choice, check_number, expect
+from ..spec import REDUCTIONS, Divergence, Kind, LogitTransform, check_choice, check_number, expect
 
 SMALLEST_TAIL = 1e-7  # minus the largest log of the mass that a support may have beside its bucket (SDPO's clamp)
 HOW = {"backend", "backward", "logits_dtype", "workspace_bytes"}  # arguments that only say how to compute

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import chunked
-from .kernels.contract import Column
-from .ops import Call, weighted_forward
-from .projection import empty
+from .._rows.contract import Column
+from . import loop
+from .library import Call, weighted_forward
+from .memory import empty
 
 _op = torch.ops.opsd_kernels.linear_divergence
 _op_backward = torch.ops.opsd_kernels.linear_divergence_backward
@@ -38,12 +38,12 @@ def _row_factors(call: Call) -> tuple[Call, Tensor | None]:
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * scale in `dtype`. Where the graph is freed after this backward, over the saved memory: a fresh dW costs a CPU more than the product does."""
     wide = scale.to(torch.promote_types(grad.dtype, torch.float32))
-    if not chunked.on_host(grad.device) and not wide.dim():
+    if not loop.on_host(grad.device) and not wide.dim():
         wide = wide.reshape((1,) * grad.dim())  # a GPU rounds a 0-dim factor to the other one's 16 bits
     if torch.compiler.is_compiling():
         return (grad * wide).to(dtype)
     kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    if not chunked.on_host(grad.device):
+    if not loop.on_host(grad.device):
         return torch.mul(grad, wide, out=torch.empty_like(grad, dtype=dtype) if kept or grad.dtype != dtype else grad)  # one pass, cast included
     if kept:
         return (grad * wide).to(dtype)
@@ -65,7 +65,7 @@ def _wanted(call: Call) -> tuple[bool, bool, bool]:
     return call.grad_hidden, call.grad_weight, call.grad_bias
 
 
-class Weighing(chunked.Weigh, Protocol):
+class Weighing(loop.Weigh, Protocol):
     """Row factors that depend on statistics: `factor` * `unit` is what multiplies a row."""
 
     scope: str
@@ -73,7 +73,7 @@ class Weighing(chunked.Weigh, Protocol):
 
     def lengths(self, valid: bool) -> list[int]: ...
 
-    def factor(self, out: chunked.Outputs) -> Tensor: ...
+    def factor(self, out: loop.Outputs) -> Tensor: ...
 
 
 class WeightedSum(torch.autograd.Function):

@@ -3,7 +3,7 @@
     weights = FirstFraction(0.3) * EntropyGate("teacher", below=2.0)
     loss = linear_divergence(..., token_weights=weights)
 
-What any object must do to be one, and what the schemes here promise beyond it: weighting.py.
+The contract of a weighting, and what the schemes here promise beyond it: base.py.
 """
 
 from __future__ import annotations
@@ -18,27 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .spec import check_choice, check_number, expect
-from .weighting import Constant, Given, Product, Schedule, TokenWeighting, Wrapper, check_weights, of_tokens, running_sum, statistic
-
-__all__ = [
-    "Constant",
-    "EntropyGate",
-    "ExponentialDecay",
-    "FirstFraction",
-    "Given",
-    "ImportanceRatio",
-    "LastFraction",
-    "LinearDecay",
-    "MeanOne",
-    "PackedSequences",
-    "PrefixDiscrepancy",
-    "Product",
-    "SegmentMean",
-    "Sigmoid",
-    "TokenWeighting",
-    "TrustGate",
-]
+from ..spec import check_choice, check_number, expect
+from .base import Schedule, TokenWeighting, Wrapper, check_weights, of_tokens, running_sum, statistic
 
 # ---------------------------------------------------------------- scope "index"
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..divergences import clipped_u, entry, transform, transform_slope
 from ..spec import RowSpec
 from .contract import GAP_BOUNDS, SPREAD_LIMIT, Column, clip_tokens, offset, plain_kl, stats_dtype
+from .torch_math import clipped_u, entry, transform, transform_slope
 
 # Rows are walked in blocks of about this many entries, so that the dozen temporaries of a sweep stay small beside the chunk's own buffers.
 BLOCK_ENTRIES = 1 << 17

@@ -1,35 +1,16 @@
-"""Hard inputs, the numeric gates with every tolerance of the project, and the memory of one call. For users' own tests as much as for ours.
-
-    case = hard_case(67, 1003, 48, torch.float32)
-    truth, peer = evaluate(linear_divergence_reference, case.double()), evaluate(linear_divergence_reference, case)
-    assert_no_worse(evaluate(linear_divergence, case), peer, truth)
-
-`case` draws from a generator of its own: it leaves torch's random state alone.
-"""
+"""Hard inputs, and the loss and gradients of an op on them. `hard_case` draws from a generator of its own: it leaves torch's random state alone."""
 
 from __future__ import annotations
 
 import math
-import pickle
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
+from ..spec import Divergence, expect
 from .reference import linear_divergence_reference, reference_divergence
-from .spec import Divergence, expect
-
-# The tolerances. A test that needs another number argues for it here.
-FP32_ARITHMETIC = 2e-6  # of the largest number that a row's sums pass through, or of 1
-FP64_ARITHMETIC = 1e-13  # the same for float64 buffers; the truth itself carries about this much
-TIMES_PLAIN = 2.0
-OF_LARGEST = 1e-5
-GROWTH = 1.5
-# Relative Frobenius error against float64, at any distance between teacher and student; "loss" is a relative error of the mean.
-TARGETS = {"default": 2e-2, "fp32_logits": 3e-3, "loss": 5e-3}
 
 LEAVES = ("student_hidden", "student_weight", "student_bias")
 
@@ -296,162 +277,3 @@ def hard_case(
         return case
     per_token = ("student_hidden", "teacher_hidden", "mask", "labels", "token_weights")
     return replace(case, **{name: getattr(case, name).unflatten(0, (batch, N // batch)) for name in per_token})
-
-
-# ---------------------------------------------------------------- the gates
-
-Checkable = Tensor | Outcome
-
-
-def _named(*checked: Checkable) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
-    """(name, the tensors of that name), for tensors and outcomes alike."""
-    if isinstance(checked[0], Tensor):
-        yield "tensor", checked
-        return
-    columns = [dict(outcome.named()) for outcome in checked]
-    for column in columns[1:]:
-        assert column.keys() == columns[0].keys(), f"one side has {sorted(columns[0])}, another {sorted(column)}"
-    for name in columns[0]:
-        yield name, tuple(column[name] for column in columns)
-
-
-def _where(excess: Tensor) -> tuple[int, ...]:
-    return tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape)) if excess.dim() else ()
-
-
-def _error(actual: Tensor, truth: Tensor, name: str) -> Tensor:
-    """|actual - truth| in float64. Entries that are not finite must be the same ones."""
-    assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
-    actual, truth = actual.detach().double().cpu(), truth.detach().double().cpu()
-    same = (actual == truth) | (actual.isnan() & truth.isnan())
-    wrong = ~same & ~(actual.isfinite() & truth.isfinite())
-    if wrong.any():
-        at = _where(wrong.double())
-        raise AssertionError(f"{name}: {int(wrong.sum())} of {wrong.numel()} entries differ in being finite; at {at} got {actual[at]}, truth {truth[at]}")
-    return torch.where(same, 0.0, (actual - truth).abs())
-
-
-def assert_one_rounding(
-    actual: Tensor, truth: Tensor, dtype: torch.dtype, interpreter: bool = False, *, magnitude: Tensor | float | None = None, name: str = "output"
-) -> None:
-    """A row kernel's output is the float64 result of the same rounded inputs, rounded once to `dtype`, plus the error of its own arithmetic.
-
-    That is half an ulp (a whole one for bf16 under Triton's interpreter, which truncates) plus 2e-6 of `magnitude`, the size of the numbers that cancel
-    in the output. Default: the largest magnitude of truth's row (last dimension of a matrix; the entry itself of a vector), at least 1.
-    """
-    info = torch.finfo(dtype)
-    error, exact = _error(actual, truth, name), truth.detach().double().cpu()
-    size = torch.where(exact.isfinite(), exact.abs(), 0.0)
-    if magnitude is None:
-        magnitude = (size.amax(-1, keepdim=True) if size.dim() > 1 else size).clamp(min=1)
-    ulps = 1.0 if interpreter and dtype == torch.bfloat16 else 0.5
-    arithmetic = FP64_ARITHMETIC if dtype == torch.float64 else FP32_ARITHMETIC
-    bound = ulps * (info.eps * size + info.tiny * info.eps) + arithmetic * torch.as_tensor(magnitude).double().cpu()
-    excess = error - bound
-    if (excess > 0).any():
-        at = _where(excess)
-        got, limit = actual.detach().double().cpu()[at], bound.expand_as(error)[at]
-        raise AssertionError(
-            f"{name}: {int((excess > 0).sum())} of {excess.numel()} entries are further than one rounding of {dtype} from the truth; worst at "
-            f"{at}: got {got:.9g}, truth {exact[at]:.9g}, error {error[at]:.2e}, bound {limit:.2e}"
-        )
-
-
-def assert_no_worse(actual: Checkable, peer: Checkable | Sequence[Checkable], truth: Checkable) -> None:
-    """Largest error against float64 `truth` at most twice that of `peer`, plain PyTorch at the same dtype with fp32 logits, plus 1e-5 of the largest value.
-
-    Of several peers (`plain_outcomes`) the one with the largest error counts.
-    """
-    peers = peer if isinstance(peer, (list, tuple)) else (peer,)
-    for name, (a, t, *others) in _named(actual, truth, *peers):
-        error = _error(a, t, name)
-        if error.numel() == 0:
-            continue
-        plain = max(_error(other, t, f"plain PyTorch's {name}").max().item() for other in others)
-        largest = torch.where(t.isfinite(), t.abs(), 0.0).max().item()
-        bound = TIMES_PLAIN * plain + OF_LARGEST * largest
-        at = _where(error)
-        assert error[at] <= bound, (
-            f"{name}: error {error[at]:.3e} at {at} (truth {t[at]:.6g}), bound {bound:.3e} = {TIMES_PLAIN} x plain PyTorch's {plain:.3e} "
-            f"+ {OF_LARGEST} x {largest:.3g}"
-        )
-
-
-def assert_same_bits(actual: Checkable, expected: Checkable) -> None:
-    """Equal bit for bit, NaN included."""
-    for name, (a, e) in _named(actual, expected):
-        assert a.dtype == e.dtype and a.shape == e.shape, f"{name}: {a.dtype} {tuple(a.shape)}, expected {e.dtype} {tuple(e.shape)}"
-        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-        differ = a.detach().cpu().view(bits) != e.detach().cpu().view(bits)
-        if differ.any():
-            raise AssertionError(f"{name}: {int(differ.sum())} of {differ.numel()} entries differ in their bits; first at {_where(differ.double())}")
-
-
-def relative_error(actual: Tensor, truth: Tensor, name: str = "value") -> float:
-    """Frobenius norm of the difference over that of the truth."""
-    return (_error(actual, truth, name).norm() / truth.detach().double().cpu().norm().clamp(min=1e-300)).item()
-
-
-def assert_no_growth(many: Checkable, one: Checkable, truth: Checkable) -> None:
-    """Relative error with many chunks at most 1.5 times that with one. Half a unit of the type passes in any case: one chunk may be right by luck."""
-    for name, (m, o, t) in _named(many, one, truth):
-        grown, base = relative_error(m, t, name), relative_error(o, t, f"{name} with one chunk")
-        bound = max(GROWTH * base, torch.finfo(m.dtype).eps / 2)
-        assert grown <= bound, f"{name}: relative error {grown:.3e} with many chunks against {base:.3e} with one; bound {bound:.3e}"
-
-
-def assert_on_target(actual: Checkable, truth: Checkable, target: str) -> None:
-    """Relative error within TARGETS: gradients within `target` ("default" or "fp32_logits"), the loss within "loss"."""
-    for name, (a, t) in _named(actual, truth):
-        bound = TARGETS["loss" if name == "loss" else target]
-        error = relative_error(a, t, name)
-        assert error <= bound, f"{name}: relative error {error:.3%}, target {bound:.2%}"
-
-
-# ---------------------------------------------------------------- memory
-
-_CHILD = """
-import ctypes, gc, pickle, sys
-sys.path[:] = {path!r}
-{source}
-import torch
-torch.set_num_threads({threads})
-call = make(*pickle.loads(bytes.fromhex({args!r})))
-gc.collect()
-if {cuda}:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    kept = call()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated()
-else:
-    def status(field):
-        with open("/proc/self/status") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
-    ctypes.CDLL(None).malloc_trim(0)
-    with open("/proc/self/clear_refs", "w") as handle:
-        handle.write("5")
-    before = status("VmRSS")
-    kept = call()
-    peak = status("VmHWM")
-print("peak", peak - before)
-"""
-
-
-def peak_bytes(make: Callable | str, *args: object, device: str = "cpu", threads: int = 2) -> int:
-    """Peak memory of one call above what was live before it, in bytes, outputs included; measured in a process of its own.
-
-    `make` is a function of an importable module, or source text that defines a function `make`. It is called with `args` (picklable), and returns
-    the call to measure, of no arguments; let it run a small call of the same kind first, so that libraries are loaded. On the CPU this is the
-    high-water mark of resident memory (Linux only), on CUDA the caching allocator's.
-    """
-    expect(device in ("cpu", "cuda"), "device", "'cpu' or 'cuda'", repr(device))
-    expect(device == "cuda" or sys.platform == "linux", "device", "'cuda', or Linux, whose /proc tells a process its own peak", f"'cpu' on {sys.platform}")
-    if callable(make):
-        make = f"from {make.__module__} import {make.__qualname__} as make"
-    program = _CHILD.format(path=sys.path, source=make, threads=threads, args=pickle.dumps(args).hex(), cuda=device == "cuda")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    if done.returncode or not done.stdout.startswith("peak"):
-        raise RuntimeError(f"the measured process ended with status {done.returncode}:\n{done.stdout}{done.stderr}")
-    return int(done.stdout.split()[1])

@@ -18,11 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import extension
+from .._rows import extension
 
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112  # CBLAS
 _CBLAS_NAMES = {torch.bfloat16: "cblas_gemm_bf16bf16f32", torch.float16: "cblas_gemm_f16f16f32"}
-_HUGE_PAGES, _PAGE = 14, 1 << 21  # MADV_HUGEPAGE and its page
 SLICE_BYTES = 8 << 20  # fp32 copies that one product of slices may hold
 
 
@@ -32,37 +31,6 @@ def is_16_bit(dtype: torch.dtype) -> bool:
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if is_16_bit(dtype) else dtype
-
-
-def same_storage(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors are the same memory seen the same way. Two absent tensors are."""
-    if a is None or b is None:
-        return a is b
-    return a is b or (a.data_ptr(), a.shape, a.stride(), a.dtype, a.device) == (b.data_ptr(), b.shape, b.stride(), b.dtype, b.device)
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor; on a CPU in 2 MiB pages where the system grants them.
-
-    First touch of 131 MiB takes 45 ms in 4 KiB pages and 14 ms in huge ones on a 2-core machine, a third of the four bf16 GEMMs it serves.
-    """
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    nbytes = tensor.numel() * tensor.element_size()
-    madvise = _madvise()
-    if device.type == "cpu" and nbytes >= 2 * _PAGE and madvise is not None:
-        start = -(-tensor.data_ptr() // _PAGE) * _PAGE
-        madvise(start, (tensor.data_ptr() + nbytes) // _PAGE * _PAGE - start, _HUGE_PAGES)  # advice only: a refusal changes nothing
-    return tensor
-
-
-@functools.cache
-def _madvise() -> Callable[[int, int, int], int] | None:
-    try:
-        function = ctypes.CDLL(None).madvise
-    except (AttributeError, OSError, TypeError):  # not a POSIX system
-        return None
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], ctypes.c_int
-    return function
 
 
 @functools.cache

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 
 import torch
 
-from . import env, extension
-from .kernels.contract import RowBackend
-from .spec import check_choice, expect
+from .. import env
+from ..spec import check_choice, expect
+from . import extension
+from .contract import RowBackend
 
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A module of kernels/, and in `reason` what `unsupported` says."""
+    """A module of this folder, and in `reason` what `unsupported` says."""
 
     name: str
     module: str
@@ -29,7 +30,7 @@ class Backend:
         return self.reason(device_type, dtype)
 
     def load(self) -> RowBackend:
-        return importlib.import_module(f"{__package__}.kernels.{self.module}")
+        return importlib.import_module(f"{__package__}.{self.module}")
 
 
 def _no_cuda(device_type: str, dtype: torch.dtype | None) -> str | None:
@@ -43,7 +44,7 @@ def _no_cuda(device_type: str, dtype: torch.dtype | None) -> str | None:
 def _no_triton(device_type: str, dtype: torch.dtype | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    return importlib.import_module(f"{__package__}.kernels.triton_rows").usable(device_type)
+    return importlib.import_module(f"{__package__}.triton_rows").usable(device_type)
 
 
 def _no_extension(device_type: str, dtype: torch.dtype | None) -> str | None:
@@ -53,9 +54,9 @@ def _no_extension(device_type: str, dtype: torch.dtype | None) -> str | None:
 
 
 BACKENDS = (
-    Backend("cuda", "ext_rows", _no_cuda),
+    Backend("cuda", "compiled_rows", _no_cuda),
     Backend("triton", "triton_rows", _no_triton),
-    Backend("cpp", "ext_rows", _no_extension),
+    Backend("cpp", "compiled_rows", _no_extension),
     Backend("torch", "torch_rows", lambda device_type, dtype: None),
 )
 NAMES = tuple(backend.name for backend in BACKENDS)
@@ -103,5 +104,5 @@ def _cuda_launch(V: int, dtype: torch.dtype) -> str:
 def _triton_launch(V: int, dtype: torch.dtype) -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    block, warps = importlib.import_module(f"{__package__}.kernels.triton_launch").config(V, dtype)
+    block, warps = importlib.import_module(f"{__package__}.triton_launch").config(V, dtype)
     return f"each sweep one block of {32 * warps} threads per row, {block} columns at a time"

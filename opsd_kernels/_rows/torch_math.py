@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .spec import Divergence, Kind, LogitTransform
+from ..spec import Divergence, Kind, LogitTransform
 
 Entry = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 

@@ -12,12 +12,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from . import projection, support
-from .kernels import torch_rows
-from .kernels.contract import Column, RowBackend, narrowed, stats_dtype
+from .._rows import torch_rows
+from .._rows.contract import Column, RowBackend, narrowed, stats_dtype
+from ..spec import RowSpec, Support
+from . import gemm, topk_support
+from .memory import empty
 from .planner import ChunkPlan, row_stride
-from .spec import RowSpec, Support
-from .support import Entries, Restricted, Rows
+from .topk_support import Entries, Restricted, Rows
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Tokens:
     factor: Tensor | None = None  # of the divergence's gradient
     policy: Tensor | None = None  # of the gradient of -log q(label)
     labels: Tensor | None = None
-    topk_ids: Tensor | None = None  # (N, K) a teacher's support, see support.entries
+    topk_ids: Tensor | None = None  # (N, K) a teacher's support, see topk_support.entries
     topk_logprobs: Tensor | None = None  # (N, K)
 
 
@@ -103,7 +104,7 @@ class Workspace:
         hidden, V = heads.student_hidden, heads.student_weight.shape[0]
         sides = 1 if heads.teacher_hidden is None else 2
         stride = row_stride(V, plan.logits_dtype, hidden.device.type)
-        self.pair = projection.empty((sides * plan.rows, stride), plan.logits_dtype, hidden.device)[:, :V]
+        self.pair = empty((sides * plan.rows, stride), plan.logits_dtype, hidden.device)[:, :V]
         self.zeros = self.pair.new_zeros(1, V) if sides == 1 else None
         self.stack = hidden.new_empty(2 * plan.rows, hidden.shape[1]) if spec.difference else None
         self.narrow = hidden.dtype
@@ -114,13 +115,13 @@ class Workspace:
         pair = self.pair[: 2 * rows]
         if self.stack is not None:
             stack = self.stack[: 2 * rows]
-            projection.stack_difference(student, teacher, stack)
-            projection.project(stack, heads.student_weight, pair)
+            gemm.stack_difference(student, teacher, stack)
+            gemm.project(stack, heads.student_weight, pair)
             return pair[:rows], pair[rows:]
-        projection.project(student, heads.student_weight, pair[:rows])
+        gemm.project(student, heads.student_weight, pair[:rows])
         if teacher is None:
             return pair[:rows], self.zeros.expand(rows, -1)
-        projection.project(teacher, heads.teacher_weight, pair[rows:])
+        gemm.project(teacher, heads.teacher_weight, pair[rows:])
         return pair[:rows], pair[rows:]
 
     def gradient(self, S: Tensor) -> Tensor:
@@ -163,7 +164,7 @@ class Loop:
             self._hidden_grad(G, rows, scale)
         if self.wanted.weight:
             scaled = student if scale is None else (student * scale[:, None]).to(student.dtype)
-            projection.accumulate_weight_grad(G, scaled, out.dW[: G.shape[1]], first)
+            gemm.accumulate_weight_grad(G, scaled, out.dW[: G.shape[1]], first)
         if self.wanted.bias:
             out.dbias[: G.shape[1]] += G.sum(0, dtype=stats_dtype(G.dtype)) if scale is None else _weighted_sum(G, scale)
 
@@ -207,16 +208,16 @@ class Loop:
         stats = self.out.stats[rows] if self.saved else self.backend.row_stats(chunk.S, chunk.T, self.spec, chunk.bias_s, chunk.bias_t, self.wanted.metrics)
         listed = (None if given is None else given[rows] for given in (self.tokens.topk_ids, self.tokens.topk_logprobs))
         if self.shard is None:
-            at = own = support.entries(chunk, stats, self.spec, self.restriction, *listed)
+            at = own = topk_support.entries(chunk, stats, self.spec, self.restriction, *listed)
         else:
             at, own = self.shard.entries(chunk, stats, self.spec, self.restriction, *listed)
-        result: Restricted = support.restricted(at, stats, self.spec, self.restriction.tail)
+        result: Restricted = topk_support.restricted(at, stats, self.spec, self.restriction.tail)
         if not self.saved:
             self._keep(rows, stats, result.loss, result.A, at_label)
         if self.wanted.gradient:
             factor, policy = (self._known("factor", rows), self._known("policy", rows)) if self.weigh is None else self._weighed(rows)
             labels = None if policy is None else self._columns(rows)
-            support.write_gradient_(self.backend, chunk, stats, self.spec, own, result, factor, policy, labels, self.space.gradient(chunk.S))
+            topk_support.write_gradient_(self.backend, chunk, stats, self.spec, own, result, factor, policy, labels, self.space.gradient(chunk.S))
 
     def _gradient(self, chunk: Rows, rows: slice | Tensor, stats: Tensor, A: Tensor, factor: Tensor, policy: Tensor | None) -> None:
         labels = None if policy is None else self._known("labels", rows)
@@ -262,9 +263,9 @@ class Loop:
         dh = self.out.dh
         in_place = isinstance(rows, slice) and self.shard is None
         # Parts that ranks add up are not rounded to 16 bits before.
-        dtype = dh.dtype if self.shard is None else projection.accumulator_dtype(dh.dtype)
+        dtype = dh.dtype if self.shard is None else gemm.accumulator_dtype(dh.dtype)
         packed = dh[rows] if in_place else dh.new_empty(G.shape[0], dh.shape[1], dtype=dtype)
-        projection.project(G, self.heads.student_weight.t(), packed)
+        gemm.project(G, self.heads.student_weight.t(), packed)
         if self.shard is not None:
             self.shard.sum_hidden_grad(packed)
         if scale is not None:
@@ -295,7 +296,7 @@ def run(
         loop.chunk(rows if tokens.index is None else tokens.index[rows], first=position == 0)
     del loop, space  # before dW is cast: the two never stand together
     if wanted.weight and out.dW.dtype != plan.gradient_dtype:
-        out.dW = projection.empty(tuple(out.dW.shape), plan.gradient_dtype, out.dW.device).copy_(out.dW)
+        out.dW = empty(tuple(out.dW.shape), plan.gradient_dtype, out.dW.device).copy_(out.dW)
     if wanted.bias:
         out.dbias = out.dbias.to(stats_dtype(heads.student_hidden.dtype))
     return out
@@ -324,15 +325,15 @@ def _allocate(heads: Heads, plan: ChunkPlan, wanted: Wanted, labels: Tensor | No
 def _weight_grad(heads: Heads, plan: ChunkPlan) -> Tensor:
     """Room for dW. A single chunk's GEMM may write the gradient's own dtype; several add up in the accumulator's."""
     weight = heads.student_weight
-    dtype = projection.accumulator_dtype(weight.dtype) if plan.chunks > 1 else plan.gradient_dtype
-    dW = projection.empty((heads.padded_vocab, weight.shape[1]), dtype, weight.device)
+    dtype = gemm.accumulator_dtype(weight.dtype) if plan.chunks > 1 else plan.gradient_dtype
+    dW = empty((heads.padded_vocab, weight.shape[1]), dtype, weight.device)
     dW[weight.shape[0] if plan.tokens else 0 :].zero_()
     return dW
 
 
 def _weighted_sum(G: Tensor, scale: Tensor) -> Tensor:
     """scale @ G, (V,), with 16-bit rows widened a few at a time."""
-    step = 16 if projection.is_16_bit(G.dtype) else G.shape[0]
+    step = 16 if gemm.is_16_bit(G.dtype) else G.shape[0]
     return sum(scale[start : start + step] @ G[start : start + step].to(scale.dtype) for start in range(0, G.shape[0], step))
 
 

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
-from . import backends, chunked, env
-from .chunked import Heads, Tokens, Wanted
-from .kernels.contract import Column, stats_dtype
+from .. import env
+from .._rows import backends
+from .._rows.contract import Column, stats_dtype
+from ..spec import TAILS, Divergence, Kind, LogitTransform, RowSpec, Support, expect
+from . import loop
+from .loop import Heads, Tokens, Wanted
+from .memory import same_storage
 from .planner import SM_COUNT, ChunkPlan, align, held_dtype, plan, resolve_logits
-from .projection import same_storage
-from .spec import TAILS, Divergence, Kind, LogitTransform, RowSpec, Support, expect
-from .vocab_parallel import ShardedRows, VocabShard
+from .shard import ShardedRows, VocabShard
 
 
 class Call(NamedTuple):
@@ -148,7 +150,7 @@ def _check_entries(name: str, otherwise: str, entries: Tensor | None, valid: Ten
     inside = (entries >= 0) & (entries < vocab)
     inside = inside if valid is None else inside | ~valid
     expected = f"entries in [0, {vocab}) {otherwise}"
-    if chunked.on_host(entries.device):
+    if loop.on_host(entries.device):
         expect(bool(inside.all()), name, expected, entries[~inside][:1].tolist())
     else:
         torch._assert_async(inside.all(), f"{name}: expected {expected}")
@@ -181,22 +183,22 @@ def _plan(call: Call, heads: Heads, tokens: int, scope: str = "index", longest: 
     return RowSpec(divergence, *transforms, chunks.difference, *call.dialect), chunks
 
 
-def _run(call: Call, *, gradients: bool, metrics: bool = False, saved: tuple[Tensor, Tensor] | None = None) -> chunked.Outputs:
+def _run(call: Call, *, gradients: bool, metrics: bool = False, saved: tuple[Tensor, Tensor] | None = None) -> loop.Outputs:
     heads, rows = _heads(call), _computed(call)
     spec, chunks = _plan(call, heads, rows.count)
     return _walk(call, heads, spec, chunks, rows, gradients=gradients, metrics=metrics, saved=saved)
 
 
-def _walk(call: Call, heads: Heads, spec: RowSpec, chunks: ChunkPlan, computed: Computed, *, gradients: bool, metrics: bool, **how: object) -> chunked.Outputs:
+def _walk(call: Call, heads: Heads, spec: RowSpec, chunks: ChunkPlan, computed: Computed, *, gradients: bool, metrics: bool, **how: object) -> loop.Outputs:
     wanted = Wanted(call.grad_hidden, call.grad_weight, call.grad_bias, metrics) if gradients else Wanted(metrics=metrics)
     tokens = Tokens(computed.index, computed.valid, call.factor, call.policy, call.labels, call.topk_ids, call.topk_logprobs)
     with torch.autocast(call.student_hidden.device.type, enabled=False):
         backend, shard = backends.select(call.backend, call.student_hidden.device, chunks.logits_dtype), call.slice
         backend = backend if shard is None else ShardedRows(backend, shard)
-        return chunked.run(heads, spec, chunks, backend, wanted, tokens, restriction=_unpack_support(call.support), shard=shard, **how)
+        return loop.run(heads, spec, chunks, backend, wanted, tokens, restriction=_unpack_support(call.support), shard=shard, **how)
 
 
-def weighted_forward(call: Call, weigh: chunked.Weigh, scope: str, lengths: Callable[[bool], list[int]]) -> chunked.Outputs:
+def weighted_forward(call: Call, weigh: loop.Weigh, scope: str, lengths: Callable[[bool], list[int]]) -> loop.Outputs:
     """Losses, statistics and gradients where row factors depend on the statistics themselves. `lengths`: rows of each sequence, for that scope; the valid
     ones if told so, which waits for a GPU.
 
@@ -213,7 +215,7 @@ def weighted_forward(call: Call, weigh: chunked.Weigh, scope: str, lengths: Call
     return _walk(call, heads, spec, chunks, rows, gradients=True, metrics=True, weigh=weigh, bounds=bounds)
 
 
-def _gradients(call: Call, out: chunked.Outputs) -> tuple[Tensor, ...]:
+def _gradients(call: Call, out: loop.Outputs) -> tuple[Tensor, ...]:
     """dh, dW, dbias; an empty tensor where a gradient was not asked for."""
     return tuple(call.student_hidden.new_empty(0) if grad is None else grad for grad in (out.dh, out.dW, out.dbias))
 

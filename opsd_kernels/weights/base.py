@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .spec import SCOPES, check_choice, check_number, expect
+from ..spec import SCOPES, check_choice, check_number, expect
 
 
 def check_weighting(weighting: Any, argument: str = "token_weights") -> Any:

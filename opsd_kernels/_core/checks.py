@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends
-from .kernels.contract import stats_dtype
-from .ops import Call, pack_support, pack_transform
+from .._rows import backends
+from .._rows.contract import stats_dtype
+from ..spec import REDUCTIONS, RowSpec, Support, check_choice, check_number, expect
+from .library import Call, pack_support, pack_transform
+from .memory import same_storage
 from .planner import DTYPES, parse_logits_dtype, workspace_budget
-from .projection import same_storage
-from .spec import REDUCTIONS, RowSpec, Support, check_choice, check_number, expect
-from .vocab_parallel import VocabShard, local_head, shard_of
+from .shard import VocabShard, local_head, shard_of
 
 
 class Head(NamedTuple):

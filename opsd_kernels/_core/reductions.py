@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import chunked
+from .._rows.contract import Column, stats_dtype
+from ..spec import BACKWARDS, check_choice, expect
+from ..weights.base import check_weighting, check_weights
+from . import loop
 from .autograd import PerRow, WeightedSum, weighted
-from .inputs import known_weights, row_scale
-from .kernels.contract import Column, stats_dtype
-from .ops import Call
-from .spec import BACKWARDS, check_choice, expect
-from .weighting import check_weighting, check_weights
+from .checks import known_weights, row_scale
+from .library import Call
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,13 @@ class ByStatistics:
             counts.append(sum(itertools.islice(flat, length)))
         return counts
 
-    def _stats(self, out: chunked.Outputs) -> TokenStats:
+    def _stats(self, out: loop.Outputs) -> TokenStats:
         return self._job.stats(out.loss, out.stats, out.logprobs)
 
-    def factor(self, out: chunked.Outputs) -> Tensor:
+    def factor(self, out: loop.Outputs) -> Tensor:
         return self._job.weights(self._stats(out)) * self._share * self.unit
 
-    def __call__(self, out: chunked.Outputs, rows: slice | Tensor) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, out: loop.Outputs, rows: slice | Tensor) -> tuple[Tensor, Tensor | None]:
         stats = self._stats(out)
         share = self._share.expand(out.loss.shape[0])
         policy = (self._job.policy_losses(stats)[1] * share)[rows] if self.has_policy else None

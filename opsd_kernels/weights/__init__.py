@@ -1,0 +1,36 @@
+"""Token weightings: how much each token of a rollout counts. The contract: base.py. The schemes: schemes.py."""
+
+from .base import Constant, Given, Product, TokenWeighting
+from .schemes import (
+    EntropyGate,
+    ExponentialDecay,
+    FirstFraction,
+    ImportanceRatio,
+    LastFraction,
+    LinearDecay,
+    MeanOne,
+    PackedSequences,
+    PrefixDiscrepancy,
+    SegmentMean,
+    Sigmoid,
+    TrustGate,
+)
+
+__all__ = [
+    "Constant",
+    "EntropyGate",
+    "ExponentialDecay",
+    "FirstFraction",
+    "Given",
+    "ImportanceRatio",
+    "LastFraction",
+    "LinearDecay",
+    "MeanOne",
+    "PackedSequences",
+    "PrefixDiscrepancy",
+    "Product",
+    "SegmentMean",
+    "Sigmoid",
+    "TokenWeighting",
+    "TrustGate",
+]
