@@ -305,10 +305,8 @@ class BuildPython(build_py):
 
     def run(self) -> None:
         super().run()
-        note = Path(self.build_lib, "opsd_kernels", "without_cpp_kernels.txt")
-        note.unlink(missing_ok=True)
         if not self.editable_mode and not self.distribution.ext_modules:
-            note.write_text(no_cpu_build())
+            Path(self.build_lib, "opsd_kernels", "without_cpp_kernels.txt").write_text(no_cpu_build())
 
 
 def object_path(name: str, key: str) -> Path:
