@@ -90,7 +90,7 @@ def select(name: str | None, device: torch.device, dtype: torch.dtype | None = N
 @cache
 def _warn_of_missing_kernels() -> None:
     text = (
-        f"this call runs on torch's own operators, several times slower than the C++ kernels: {extension.load()}. To build them: {extension.build_command()} "
+        f"this call runs on torch's own operators, which are slower than the C++ kernels: {extension.load()}. To build them: {extension.build_command()} "
         "(OPSD_BACKEND=torch keeps torch's operators, without this warning)"
     )
     warnings.warn(text, SlowBackendWarning, stacklevel=1 + _depth_of_caller())
