@@ -7,6 +7,7 @@ from .logprobs import linear_logprobs
 from .modules import DistillationHead, LinearDivergenceLoss
 from .planner import ChunkPlan, plan
 from .topk import linear_topk_divergence
+from .version import __version__ as __version__
 from .vocab_parallel import VocabShard
 
 __all__ = [
@@ -22,4 +23,3 @@ __all__ = [
     "plan",
     "weights",
 ]
-__version__ = "0.1.0"

@@ -13,9 +13,10 @@ from .spec import BACKWARDS, SCOPES, check_choice, expect
 
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 ROW_MULTIPLE = 16
-# Scratch of the math library and the row sweeps on a CPU, for the process and for each thread. Measured at V = 151936 with H = 64 on 1, 2, 4, 8 and 16 threads of an
-# AMD EPYC: fp32 3.9, 9.7, 20, 48 and 96 MiB, bf16 6.3, 8.7, 11.6, 24 and 48 MiB. oneDNN packs more of 16-bit operands for tile units (AMX): 14.8 MiB on two
-# threads under torch 2.13, 16.6 under 2.15. A budget gives scratch half of its bytes at most.
+# Scratch of the math library and the row sweeps on a CPU, for the process and for each thread. Measured on an AMD
+# EPYC at V = 151936 with H = 64 on 1, 2, 4, 8 and 16 threads: fp32 3.9, 9.7, 20, 48 and 96 MiB, bf16 6.3, 8.7, 11.6,
+# 24 and 48 MiB. oneDNN packs more of 16-bit operands for tile units (AMX): 14.8 MiB on two threads under torch 2.13,
+# 16.6 under 2.15. A budget gives scratch half of its bytes at most.
 CPU_SCRATCH_BYTES, CPU_SCRATCH_PER_THREAD, CPU_SCRATCH_PER_THREAD_AMX = 2 << 20, 6 << 20, 9 << 20
 # Rows beyond which a chunk gains nothing. A trainable head reads and writes the fp32 dW once per chunk. On two AVX-512 cores and bf16 inputs, 256, 512 and 1024
 # rows take 1.19, 1.13 and 1.05 of the bare GEMMs (H = 1024); fp32 inputs, whose GEMMs take four times as long, 1.00 at 256 and 1.11 at 1024, for fresh buffers

@@ -262,7 +262,8 @@ def measured_half(measured: Measured) -> str:
         noisy=NOISY_MARK, where=measured.where, warning=measured.warning, shards=shards_table(measured).markdown(), sent=sent_table(measured).markdown(),
         gathered=gathered, reduced=reduced, gathered_mb=gathered * 4096 * 4 * 7 / 1e6, reduced_mb=reduced * 4096 * 4 * 2 * 7 / 8 / 1e6,
         smallest=message_bytes(min(sizes)), largest=message_bytes(max(sizes)), links=links_table(measured).markdown(),
-        scratch=CPU_SCRATCH_BYTES + 2 * CPU_SCRATCH_PER_THREAD >> 20, peaks=peaks_table(measured).markdown(), runs=runs_table(measured).markdown(), crossing=crossing(measured),
+        scratch=CPU_SCRATCH_BYTES + 2 * CPU_SCRATCH_PER_THREAD >> 20,
+        peaks=peaks_table(measured).markdown(), runs=runs_table(measured).markdown(), crossing=crossing(measured),
     )  # fmt: skip
 
 

@@ -13,7 +13,10 @@ QUICK = {"rounds": (3, 3), "seconds": 1.0}
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["opsd", "opsd-cpp", "opsd-torch", "opsd-fp32", "torch", "trl", "liger-chunked", pytest.param("liger-compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    ["opsd", "opsd-cpp", "opsd-torch", "opsd-fp32", "torch", "trl", "liger-chunked", pytest.param("liger-compiled", marks=pytest.mark.slow)],
+)
 def test_every_provider_passes_or_says_why_not(name, mode):
     setting = TINY.at(mode=mode)
     (row,) = [row for row in measure.compare_providers("ratios", setting, [PROVIDERS[name]], **QUICK) if row.provider == name]
