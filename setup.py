@@ -1,31 +1,43 @@
-"""Builds the C++ extension where a C++20 compiler works, and the CUDA kernels where torch has CUDA and nvcc is found; installs without what cannot be built,
-saying so. Metadata: pyproject.toml.
+"""Builds the C++ kernels where torch and a C++20 compiler are found, and the CUDA kernels where that torch has CUDA and nvcc is found too.
 
-Both libraries use LibTorch's stable ABI and no Python API: one build serves torch >= 2.10 and any Python. They are two so that the CPU's loads under any torch.
-OPSD_BUILD_CUDA=1 makes a failure to build the CUDA kernels an error, 0 leaves them out. Nothing asks for a visible GPU.
+Metadata: pyproject.toml, and opsd_kernels/version.py. A wheel that cannot hold the C++ kernels is a pure one and its version ends in LABEL, because installers
+show the version and hide the output of a build. Both libraries use LibTorch's stable ABI and no Python API: one build serves torch >= 2.10 and any Python.
+They are two so that the CPU's loads under any torch. OPSD_BUILD_CPU and OPSD_BUILD_CUDA: 1 makes a failure to build these kernels an error, 0 leaves
+them out. No GPU needs to be visible.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+VERSION = runpy.run_path(str(ROOT / "opsd_kernels" / "version.py"))["__version__"]
+LABEL = "without.cpp.kernels"
+WHEEL = not {"dist_info", "bdist_wheel", "editable_wheel"}.isdisjoint(sys.argv)  # what build front ends call; an sdist's version has no label
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 KERNEL_FLAGS = ["-ffp-contract=off"]  # contraction would let the compiler choose where to round; the kernels say fma where they mean it
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -69,64 +81,193 @@ def cuda_home() -> Path:
     return Path(re.search(r"^#\$ TOP=(.+)$", printed, re.MULTILINE)[1]).resolve()
 
 
+# ---------------------------------------------------------------- what can be built here
+
+
+class Torch(NamedTuple):
+    """An installed torch, which need not be importable in the process that builds."""
+
+    home: str
+    version: str
+    cuda: str | None
+
+    @property
+    def include(self) -> str:
+        return os.path.join(self.home, "include")
+
+    @property
+    def lib(self) -> str:
+        return os.path.join(self.home, "lib")
+
+
+LOOK_FOR_TORCH = """
+import importlib.util, json, os, runpy
+spec = importlib.util.find_spec("torch")
+if spec and spec.origin:
+    home = os.path.dirname(spec.origin)
+    version = runpy.run_path(os.path.join(home, "version.py"))
+    print(json.dumps([home, str(version["__version__"]), version.get("cuda")]))
+"""
+
+
+def interpreters() -> Iterator[tuple[str, dict[str, str]]]:
+    """(Python, environment variables) to ask for torch, the likeliest one first.
+
+    An isolated pip build runs the Python that it installs into, behind a PYTHONPATH that hides its packages. uv and `build` run the Python of another
+    virtual environment and do not tell which one they install into. It is the .venv here, or first on the PATH behind theirs; and if it is neither,
+    the headers of any torch >= 2.10 make the same library.
+    """
+    bare = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    yield sys.executable, dict(os.environ)
+    yield sys.executable, bare
+    here = [os.path.join(folder, ".venv", "bin") for folder in (ROOT, os.environ.get("PWD", ROOT))]
+    for folder in dict.fromkeys([*here, *os.environ.get("PATH", "").split(os.pathsep)]):
+        python = next((path for path in (os.path.join(folder, name) for name in ("python3", "python")) if os.path.isabs(path) and os.path.exists(path)), None)
+        if python and python != sys.executable:
+            yield python, bare
+
+
+@cache
+def find_torch() -> Torch | None:
+    for python, environment in interpreters():
+        try:
+            done = subprocess.run([python, "-c", LOOK_FOR_TORCH], env=environment, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        if done.returncode == 0 and done.stdout.strip():
+            return Torch(*json.loads(done.stdout.splitlines()[-1]))
+    return None
+
+
+# With templates of C++20, an include of each kind, and a symbol to link.
+PROBE = """
+#include <concepts>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+template <std::floating_point T> constexpr T twice(T x) { return x + x; }
+static_assert(twice(1.0f) == 2.0f);
+STABLE_TORCH_LIBRARY_FRAGMENT(opsd_probe, m) { m.def("probe() -> ()"); }
+"""
+
+
+def wish(variable: str) -> str:
+    value = os.environ.get(variable, "").strip() or "auto"
+    if value not in ("auto", "0", "1"):
+        sys.exit(f"opsd_kernels: {variable}: expected one of 'auto', '0', '1', got {value!r}")
+    return value
+
+
+def no_cpu_build() -> str | None:
+    """Why the C++ kernels are not built; None if they are, or are there and up to date. Ends the build where OPSD_BUILD_CPU=1 forbids a reason."""
+    if wish("OPSD_BUILD_CPU") == "0":
+        return "OPSD_BUILD_CPU=0"
+    reason = None if up_to_date(in_place("_C")) else unsupported()
+    if reason and wish("OPSD_BUILD_CPU") == "1":
+        sys.exit(f"opsd_kernels: OPSD_BUILD_CPU=1: {reason}")
+    return reason
+
+
+@cache
+def unsupported() -> str | None:
+    """Why C++ against torch's headers cannot be compiled here; None if a small program could."""
+    from distutils.ccompiler import new_compiler  # setuptools brings them along, once it is imported
+    from distutils.sysconfig import customize_compiler
+
+    if os.name == "nt":
+        return "it needs GCC or Clang"
+    torch = find_torch()
+    if torch is None:
+        return "no torch was found (install torch >= 2.10 first, in the same environment)"
+    if tuple(int(part) for part in re.findall(r"\d+", torch.version)[:2]) < (2, 10):
+        return f"torch >= 2.10 is needed, got {torch.version} in {torch.home}"
+    compiler = new_compiler()
+    customize_compiler(compiler)
+    command = compiler.compiler_so_cxx
+    if not shutil.which(command[0]):
+        return f"no C++ compiler, {command[0]!r} is not there (CXX names one)"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text(PROBE)
+        flags = [*FLAGS, *(AVX512 if X86 else []), "-O0", "-shared", "-fPIC", "-isystem", torch.include]
+        done = subprocess.run([*command, *flags, source, "-o", f"{folder}/probe.so", f"-L{torch.lib}", "-ltorch_cpu"], capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    said = [line.replace(f"{folder}/", "") for line in done.stderr.splitlines() if "error" in line.lower()] or ["it said nothing"]
+    return f"{shlex.join(command[:1])} cannot compile a small C++20 program against the headers of torch {torch.version}: {said[0].strip()}"
+
+
 def no_cuda_build() -> str | None:
     """Why the CUDA kernels are not built here; None if they are."""
-    if os.environ.get("OPSD_BUILD_CUDA", "auto") == "0":
+    if wish("OPSD_BUILD_CUDA") == "0":
         return "OPSD_BUILD_CUDA=0"
-    import torch
-
-    if torch.version.cuda is None:
+    reason = no_cpu_build()  # the library of the CPU registers what that of CUDA implements
+    if reason is None and find_torch() and find_torch().cuda is None:
         return CPU_TORCH
-    return None if nvcc() else "nvcc is not there (CUDA_HOME or PATH)"
+    return reason or unsupported() or (None if nvcc() else "nvcc is not there (CUDA_HOME or PATH)")
 
 
+@cache
 def newest_source() -> float:
     return max(path.stat().st_mtime for path in [ROOT / "setup.py", *CSRC.rglob("*")] if path.is_file())
 
 
-def unsupported(compiler: str) -> str | None:
-    if os.name == "nt":
-        return "it needs GCC or Clang"
-    try:
-        import torch
-    except ImportError:
-        return "torch is not installed in this environment (pip install --no-build-isolation)"
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
-        return f"torch >= 2.10 is needed, got {torch.__version__}"
-    return None if shutil.which(compiler) else f"no C++ compiler, {compiler!r} is not there (CXX names one)"
+def in_place(name: str) -> Path:
+    return ROOT / "opsd_kernels" / f"{name}.abi3.so"
+
+
+def up_to_date(library: Path) -> bool:
+    return library.exists() and library.stat().st_mtime > newest_source()
+
+
+# ---------------------------------------------------------------- building it
+
+
+def tell(what: str, reason: str) -> None:
+    print(f"opsd_kernels: installed without its {what}: {reason}", file=sys.stderr)
 
 
 class BuildExtension(build_ext):
-    """Compiles what changed, in parallel. What cannot be built is left out, with the reason, unless OPSD_BUILD_CUDA=1 asked for it."""
+    """Compiles what changed, in parallel. In a checkout, what cannot be built is left out with the reason; a wheel holds what its metadata said."""
 
     def build_extension(self, ext: Extension) -> None:
-        cuda = ext.name.endswith("_cuda")
-        built, target = ROOT / "opsd_kernels" / f"{ext.name.rpartition('.')[2]}.abi3.so", Path(self.get_ext_fullpath(ext.name))
+        name = ext.name.rpartition(".")[2]
+        built, target = in_place(name), Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        if built.exists() and built.stat().st_mtime > newest_source():
+        if up_to_date(built) and not (name == "_C" and no_cpu_build()):
             if target != built:
                 shutil.copy2(built, target)
             return
         for stale in (built, target):
             stale.unlink(missing_ok=True)
-        compiler = self.compiler.compiler_so_cxx[0]
-        reason = unsupported(compiler) or (no_cuda_build() if cuda else None)
+        self.make_cuda(target) if name == "_cuda" else self.make_cpu(target)
+
+    def make_cpu(self, target: Path) -> None:
+        reason = no_cpu_build()
+        if reason:
+            tell("C++ kernels (slower on CPU)", reason)
+            return
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(lambda job: self.compile_one(*job), jobs()))
+            self.link(target, objects, ["torch_cpu"])
+        except Exception as error:  # distutils raises a different class for each way in which a compiler can fail; the compiler has said more above
+            reason = f"{self.compiler.compiler_so_cxx[0]!r} failed ({type(error).__name__}); it says why above"
+            if WHEEL or wish("OPSD_BUILD_CPU") == "1":
+                sys.exit(f"opsd_kernels: the C++ kernels were not built: {reason}. OPSD_BUILD_CPU=0 installs without them (slower on CPU).")
+            tell("C++ kernels (slower on CPU)", reason)
+
+    def make_cuda(self, target: Path) -> None:
+        reason = no_cuda_build()
         try:
             if reason is None:
-                self.build_cuda(target) if cuda else self.build_cpu(target)
-        except Exception as error:  # distutils raises a different class for each way in which a compiler can fail; the compiler has said more above
-            reason = f"{'nvcc' if cuda else compiler!r} failed ({type(error).__name__}); `python setup.py build_ext --inplace` shows how"
-        if reason is None or (cuda and reason == CPU_TORCH and os.environ.get("OPSD_BUILD_CUDA") != "1"):
-            return
-        if cuda and os.environ.get("OPSD_BUILD_CUDA") == "1":
-            raise RuntimeError(f"OPSD_BUILD_CUDA=1: {reason}")
-        what = "CUDA kernels (Triton serves GPUs)" if cuda else "C++ extension (slower on CPU)"
-        print(f"opsd_kernels: installed without its {what}: {reason}", file=sys.stderr)
-
-    def build_cpu(self, target: Path) -> None:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(lambda job: self.compile_one(*job), jobs()))
-        self.link(target, objects, ["torch_cpu"])
+                self.build_cuda(target)
+        except Exception as error:
+            reason = f"nvcc failed ({type(error).__name__}); `python setup.py build_ext --inplace` shows how"
+        if reason and wish("OPSD_BUILD_CUDA") == "1":
+            sys.exit(f"opsd_kernels: OPSD_BUILD_CUDA=1: {reason}")
+        if reason not in (None, CPU_TORCH, no_cpu_build()):
+            tell("CUDA kernels (Triton serves GPUs)", reason)
 
     def build_cuda(self, target: Path) -> None:
         home = cuda_home()
@@ -138,19 +279,15 @@ class BuildExtension(build_ext):
         self.link(target, objects, ["torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"], [str(home / "lib64"), str(home / "lib")])
 
     def link(self, target: Path, objects: list[str], libraries: list[str], folders: list[str] | None = None) -> None:
-        from torch.utils.cpp_extension import library_paths
-
-        self.compiler.link_shared_object(objects, str(target), libraries=libraries, library_dirs=[*library_paths(), *(folders or [])], target_lang="c++")
+        self.compiler.link_shared_object(objects, str(target), libraries=libraries, library_dirs=[find_torch().lib, *(folders or [])], target_lang="c++")
 
     def compile_one(self, source: str, name: str, flags: list[str]) -> str:
         """The object file, kept under build/ with a name that depends on the command."""
-        from torch.utils.cpp_extension import include_paths
-
-        command = [*FLAGS, *flags, *(flag for path in include_paths() for flag in ("-isystem", path))]
-        key = repr((self.compiler.executables, os.environ.get("CXX"), command))
-        done = object_path(name, key)
+        command = [*FLAGS, *flags, "-isystem", find_torch().include]
+        done = object_path(name, repr((self.compiler.executables, os.environ.get("CXX"), command)))
         if not done.exists() or done.stat().st_mtime < newest_source():
-            (made,) = self.compiler.compile([os.path.relpath(CSRC / source)], output_dir=str(done.parent), extra_postargs=command)
+            strict = [] if WHEEL else ["-Werror"]  # a compiler that warns of something new must not stop an installation
+            (made,) = self.compiler.compile([os.path.relpath(CSRC / source)], output_dir=str(done.parent), extra_postargs=[*command, *strict])
             os.replace(made, done)
         return str(done)
 
@@ -161,6 +298,15 @@ class BuildExtension(build_ext):
             done.parent.mkdir(parents=True, exist_ok=True)
             subprocess.run([*command, "-c", str(CSRC / "cuda" / "rows.cu"), "-o", str(done)], check=True)
         return str(done)
+
+
+class BuildPython(build_py):
+    """Puts the reason into a wheel without C++ kernels, for the warning of the first call (opsd_kernels/_rows/extension.py)."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode and not self.distribution.ext_modules:
+            Path(self.build_lib, "opsd_kernels", "without_cpp_kernels.txt").write_text(no_cpu_build())
 
 
 def object_path(name: str, key: str) -> Path:
@@ -175,11 +321,24 @@ def extension(name: str) -> Extension:
     return Extension(f"opsd_kernels.{name}", sources=["csrc/registration.cpp"], depends=FILES, py_limited_api=True, optional=True)
 
 
-if __name__ == "__main__":  # the tests import what is above
+def main() -> None:
     if int(setuptools.__version__.split(".")[0]) < 77:  # older ones stop at pyproject.toml's license with a page of schema
         sys.exit(f"opsd_kernels: setuptools >= 77 is needed, got {setuptools.__version__}: pip install -U setuptools")
+    reason = no_cpu_build() if WHEEL else None
+    if reason and wish("OPSD_BUILD_CUDA") == "1":
+        sys.exit(f"opsd_kernels: OPSD_BUILD_CUDA=1: {reason}")
+    if reason and "dist_info" not in sys.argv:
+        tell("C++ kernels (slower on CPU)", reason)
+    if reason and "editable_wheel" in sys.argv:
+        for name in ("_C", "_cuda"):  # code of yesterday
+            in_place(name).unlink(missing_ok=True)
     setup(
-        ext_modules=[extension("_C"), extension("_cuda")],
-        cmdclass={"build_ext": BuildExtension},
+        version=f"{VERSION}+{LABEL}" if reason else VERSION,
+        ext_modules=[] if reason else [extension("_C"), extension("_cuda")],
+        cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
+
+
+if __name__ == "__main__":  # the tests import what is above
+    main()

@@ -1,5 +1,5 @@
 // (f, u) of one vocabulary entry for every divergence: the C++ home of the formulas, host and device, torch-free.
-// What they mean and why they are written in delta = log p - log q: opsd_kernels/divergences.py.
+// What they mean and why they are written in delta = log p - log q: opsd_kernels/_rows/torch_math.py.
 //
 // X is a number: float, double, or a SIMD vector of floats that brings its own select, abs, max, reciprocal, exp_pair and log1p.
 // All of f and u are homogeneous of degree one in (q, p) at fixed delta, so a caller may fold a row's factor into both.

@@ -1,4 +1,4 @@
-// The compiled operators: the only file that names them. What the sweeps do: opsd_kernels/kernels/contract.py.
+// The compiled operators: the only file that names them. What the sweeps do: opsd_kernels/_rows/contract.py.
 //
 // Compiled into two libraries: one for the CPU, with the schemas, and with OPSD_CUDA one for CUDA. A third, of the tests, runs the CUDA sources on a CPU
 // under a namespace of its own (OPSD_EMULATED).

@@ -8,6 +8,7 @@ from .divergence import linear_divergence
 from .logprobs import linear_logprobs
 from .modules import DistillationHead, LinearDivergenceLoss
 from .topk import linear_topk_divergence
+from .version import __version__ as __version__
 
 __all__ = [
     "ChunkPlan",
@@ -22,4 +23,3 @@ __all__ = [
     "plan",
     "weights",
 ]
-__version__ = "0.1.0"

@@ -1,6 +1,19 @@
-"""`python -m opsd_kernels` is the `opsd` command."""
+"""The `opsd` command and `python -m opsd_kernels`. `opsd doctor` runs without the packages that the other commands need."""
 
-from .cli import main
+import sys
+from importlib.util import find_spec
+
+
+def main() -> None:
+    if sys.argv[1:] == ["doctor"] and not (find_spec("typer") and find_spec("rich")):
+        from .doctor import print_plainly
+
+        print_plainly()
+        return
+    from .cli import main as run
+
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +15,8 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"opsd: error: the command line needs {missing.name}: pip install 'opsd_kernels[cli]' (or [train] for opsd train)") from None
 
-from . import __version__, env, tested_versions
 from .train import commands
+from .version import __version__
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -38,8 +36,6 @@ PLAN_LABELS = {
     "head_bytes": "traffic of the head's gradient",
     "tile_share": "GEMM waves filled",
 }
-OLDEST_TORCH = (2, 10)
-PACKAGES = ("torch", "triton", "numpy", "transformers", "safetensors", "liger-kernel", "trl")
 
 
 def main() -> None:
@@ -206,67 +202,10 @@ def doctor() -> None:
 
     Versions, devices, row backends and, where one cannot serve, why not; environment variables in force.
     """
-    import torch
+    from .doctor import sections
 
-    from ._core import gemm
-    from ._rows import backends, extension
-
-    table = new_table("This machine", "", "")
-    table.add_row("opsd_kernels", __version__)
-    table.add_row("python", f"{tested_versions.note('python', platform.python_version())} on {platform.platform()}")
-    for package in PACKAGES:
-        table.add_row(package, tested_versions.note(package, installed_version(package)))
-    table.add_row("CPU", f"{torch.get_num_threads()} threads, torch uses {torch.backends.cpu.get_cpu_capability()}")
-    if too_old(torch.__version__):
-        table.add_row("", too_old(torch.__version__))
-    table.add_row("C++ kernels", extension_state())
-    table.add_row("CUDA kernels", extension.cuda_unavailable() or "built, and the devices can run them")
-    table.add_row("bf16 to fp32", gemm.cpu_gemm_name(torch.bfloat16))
-    devices = [f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB" for i in range(torch.cuda.device_count())]
-    table.add_row("CUDA", "; ".join(devices) or f"no device (torch is built {'with CUDA ' + torch.version.cuda if torch.version.cuda else 'without CUDA'})")
-    console.print(table)
-
-    kinds = ["cpu", *(["cuda"] if devices else [])]
-    reasons = {kind: backends.explain(kind) for kind in kinds}
-    table = new_table("Row backends, in order of preference", "backend", *kinds)
-    for name in backends.NAMES:
-        table.add_row(name, *(reasons[kind][name] or "usable" for kind in kinds))
-    console.print(table)
-
-    table = new_table("Environment", "variable", "value")
-    for variable in env.VARIABLES:
-        table.add_row(variable.name, environment_value(variable))
-    console.print(table)
-
-
-def extension_state() -> str:
-    """The instruction set that the compiled kernels chose, or why there are none."""
-    from ._rows import extension
-
-    try:
-        return extension.load() or f"built, use {extension.capability()}"
-    except RuntimeError as error:  # OPSD_CPU_CAPABILITY names no instruction set
-        return str(error).splitlines()[0]
-
-
-def too_old(version: str) -> str | None:
-    """What is missing with a torch below the oldest one that the package is made for; None from that on."""
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= OLDEST_TORCH:
-        return None
-    oldest = ".".join(map(str, OLDEST_TORCH))
-    return f"torch {version} is older than {oldest}: compiled kernels do not load, and a GPU may not multiply 16-bit matrices into an fp32 accumulator"
-
-
-def installed_version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def environment_value(variable: env.Variable) -> str:
-    try:
-        value = variable.get()
-    except ValueError as error:
-        return str(error)
-    return value if value is not None else f"not set ({variable.default})"
+    for title, headers, rows in sections():
+        table = new_table(title, *headers)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)

@@ -50,6 +50,12 @@ CUDA_CLUSTER = Variable(
     "The most thread blocks of a CUDA kernel that hold one row on chip together (compute capability 9.0 and above). 0: every sweep reads it from memory.",
     ("0", "1", "2", "4", "8"),
 )
+BUILD_CPU = Variable(
+    "OPSD_BUILD_CPU",
+    "auto",
+    "When the package is built. auto: C++ kernels where torch and a C++20 compiler are found. 1: an error if they cannot be built. 0: none.",
+    ("auto", "0", "1"),
+)
 BUILD_CUDA = Variable(
     "OPSD_BUILD_CUDA",
     "auto",
@@ -58,7 +64,7 @@ BUILD_CUDA = Variable(
 )
 CACHE = Variable("OPSD_CACHE", "opsd_kernels in XDG_CACHE_HOME, or in ~/.cache", "Directory of the trainer's warm-started base models. Safe to delete.")
 
-VARIABLES = (BACKEND, WORKSPACE_BYTES, CPU_CAPABILITY, PACK, CUDA_CLUSTER, BUILD_CUDA, CACHE)
+VARIABLES = (BACKEND, WORKSPACE_BYTES, CPU_CAPABILITY, PACK, CUDA_CLUSTER, BUILD_CPU, BUILD_CUDA, CACHE)
 
 
 def backend() -> str | None:

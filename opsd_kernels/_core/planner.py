@@ -17,7 +17,7 @@ ROW_MULTIPLE = 16
 # Scratch of the math library and the row sweeps on a CPU, for the process and for each thread. Measured on an AMD
 # EPYC at V = 151936 with H = 64 on 1, 2, 4, 8 and 16 threads: fp32 3.9, 9.7, 20, 48 and 96 MiB, bf16 6.3, 8.7, 11.6,
 # 24 and 48 MiB. oneDNN packs more of 16-bit operands for tile units (AMX): 14.8 MiB on two threads under torch 2.13,
-# 16.6 under 2.15. A budget gives scratch half of its bytes at most.
+# 16.6 under 2.15. A budget gives scratch at most half of its bytes, and never those of the last row.
 CPU_SCRATCH_BYTES, CPU_SCRATCH_PER_THREAD, CPU_SCRATCH_PER_THREAD_AMX = 2 << 20, 6 << 20, 9 << 20
 # Rows beyond which a chunk gains nothing. A trainable head reads and writes the fp32 dW once per chunk. On two AVX-512 cores and bf16 inputs, 256, 512 and 1024
 # rows take 1.19, 1.13 and 1.05 of the bare GEMMs (H = 1024); fp32 inputs, whose GEMMs take four times as long, 1.00 at 256 and 1.11 at 1024, for fresh buffers
@@ -242,11 +242,11 @@ def _room(tokens: int, limit: int, budget: int, per_row: int, head: int, held: b
     return most, accumulator
 
 
-def _cpu_scratch(dtype: torch.dtype, V: int, topk: int, one_sweep: bool, threads: int) -> int:
+def _cpu_scratch(dtype: torch.dtype, V: int, topk: int, one_sweep: bool, threads: int | None) -> int:
     """Scratch bytes of the math library and of the sweeps on a CPU, on top of the logits buffers."""
     per_thread = CPU_SCRATCH_PER_THREAD_AMX if dtype.itemsize == 2 and extension.has_amx() else CPU_SCRATCH_PER_THREAD
     columns = QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one_sweep)
-    return CPU_SCRATCH_BYTES + threads * (per_thread + V * columns)
+    return CPU_SCRATCH_BYTES + (threads or torch.get_num_threads()) * (per_thread + V * columns)
 
 
 def _bytes_per_logit(buffer: torch.dtype, dtype: torch.dtype, sides: int, sweeps: int, products: int, again: bool, twice: bool) -> int:
@@ -283,12 +283,11 @@ def plan(
     `weights_scope` is that of the token weights. Those of scope `sequence` need all statistics of a sequence before its gradients: chunks end with
     sequences where `longest_sequence` rows fit one (four passes), else a statistics pass goes first (six): `ChunkPlan.weighting` and `weighting_reason`.
     With `policy`, a term of `objectives` is mixed in; with `topk`, a support has that many entries; `one_sweep` is RowSpec's. On CUDA (`device_type`,
-    `sm_count` multiprocessors) the rows of a chunk make whole waves of GEMM tiles, by a model whose assumptions stand at TILE. On a CPU scratch grows with
-    `threads` (default: torch.get_num_threads()).
+    `sm_count` multiprocessors) the rows of a chunk make whole waves of GEMM tiles, by a model whose assumptions stand at TILE. CPU scratch: by `threads`.
 
     `workspace_bytes` is the budget (default OPSD_WORKSPACE_BYTES or 1 GiB) for logits buffers, packed rows, the math library's scratch, and the fp32 dW that
-    stands beside a 16-bit gradient. The last claims half its size, but leaves the logits the bytes of the 16-bit dW, which takes their place in the end. Raises
-    ValueError if the budget does not hold one row.
+    stands beside a 16-bit gradient. The last claims half its size, but leaves the logits the bytes of the 16-bit dW, which takes their place in the end.
+    Raises ValueError if the budget does not hold one row.
     """
     H_teacher = H_student if H_teacher is None else H_teacher
     _check(dtype, backward, weights_scope, N=N, V=V, H_student=H_student, H_teacher=H_teacher)
@@ -296,12 +295,11 @@ def plan(
     buffer, difference = resolve_logits(dtype, logits_dtype, shared_head)
     trainable = trainable_head and grad
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V), device_type)
-    threads = torch.get_num_threads() if threads is None else threads
     scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads) if device_type == "cpu" else 0
     held, head = held_dtype(dtype, buffer), V * H_student * (trainable and dtype.itemsize == 2)
     limit = _row_limit(dtype, trainable, device_type, longest_sequence or 0)
-    most, accumulator = _room(N, limit, budget - min(scratch, budget // 2), per_row, head, held != dtype)
-    expect(most >= 1, "workspace_bytes", f"at least {4 * per_row} bytes, for a row of logits pairs", budget)
+    most, accumulator = _room(N, limit, budget - min(scratch, budget // 2, max(budget - per_row, 0)), per_row, head, held != dtype)
+    expect(most >= 1, "workspace_bytes", f"at least {3 * per_row} bytes, for a row of logits pairs", budget)
     weighting, reason = _weighting(weights_scope, longest_sequence, most, in_loop=(trainable or policy) and grad and backward != "recompute")
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable)
     dW_itemsize = 4 if accumulator else dtype.itemsize
@@ -313,8 +311,7 @@ def plan(
     workspace = min(rows, N) * per_row
     vectors = N * 4 * (len(Column) + 8)  # statistics; loss, A, weights, factors and what multiplies them
     walking = workspace + scratch + (accumulator or gradient["dW"])
-    again = backward == "recompute" and grad
-    projections = 1 + bool(H_teacher)
+    again, projections = backward == "recompute" and grad, 1 + bool(H_teacher)
     twice = again or weighting == "own pass"
     passes = projections + grad + trainable + projections * twice
     return ChunkPlan(

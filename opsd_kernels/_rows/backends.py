@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -15,6 +19,10 @@ from . import extension
 from .contract import RowBackend
 
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class SlowBackendWarning(UserWarning):
+    """The C++ kernels could serve this CPU, but were not built or do not load."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +79,31 @@ def select(name: str | None, device: torch.device, dtype: torch.dtype | None = N
     """The backend asked for by `name` or by OPSD_BACKEND, else the first that sweeps logits of `dtype` on `device`.
 
     Raises ValueError with the reason where a backend asked for by name cannot serve. On a CPU Triton only interprets, so it serves there by name alone.
+    Warns once per process where nothing was asked for and torch's own operators serve a CPU because the C++ kernels are missing.
     """
-    return _chosen(name or env.backend(), device.type, dtype).load()
+    name = name or env.backend()
+    backend = _chosen(name, device.type, dtype)
+    if name is None and device.type == "cpu" and backend.name == "torch":
+        _warn_of_missing_kernels()
+    return backend.load()
+
+
+@cache
+def _warn_of_missing_kernels() -> None:
+    text = (
+        f"this call runs on torch's own operators, which are slower than the C++ kernels: {extension.load()}. To build them: {extension.build_command()} "
+        "(OPSD_BACKEND=torch keeps torch's operators, without this warning)"
+    )
+    warnings.warn(text, SlowBackendWarning, stacklevel=1 + _depth_of_caller())
+
+
+def _depth_of_caller() -> int:
+    """Frames between the function that calls this and the nearest one outside this package and torch. `skip_file_prefixes` needs Python 3.12."""
+    inside = (str(extension.PACKAGE), str(Path(torch.__file__).parent))
+    frame, depth = sys._getframe(1), 0
+    while frame is not None and frame.f_code.co_filename.startswith(inside):
+        frame, depth = frame.f_back, depth + 1
+    return depth
 
 
 def _chosen(name: str | None, device_type: str, dtype: torch.dtype | None) -> Backend:

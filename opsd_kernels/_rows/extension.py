@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import sys
 from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 
@@ -13,7 +19,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 def _load(stem: str, what: str) -> str | None:
     libraries = sorted(PACKAGE.glob(f"{stem}.*so")) + sorted(PACKAGE.glob(f"{stem}*.pyd"))
     if not libraries:
-        return f"the {what} not built (docs/build.md)"
+        recorded = PACKAGE / "without_cpp_kernels.txt"  # setup.py puts it into a wheel without kernels
+        return f"the {what} not built: {recorded.read_text()}" if recorded.exists() else f"the {what} not built (docs/build.md)"
     try:
         torch.ops.load_library(libraries[0])
     except OSError as error:
@@ -25,6 +32,33 @@ def _load(stem: str, what: str) -> str | None:
 def load() -> str | None:
     """Registers the C++ extension's operators, once. None if they are there, else the reason why they are not."""
     return _load("_C", "C++ extension was")
+
+
+def build_command() -> str:
+    """The shell command that builds the C++ kernels for this installation, from where it was installed."""
+    checkout = PACKAGE.parent
+    if (checkout / "setup.py").is_file() and (checkout / "csrc").is_dir():
+        return f"cd {shlex.quote(str(checkout))} && {shlex.quote(sys.executable)} setup.py build_ext --inplace"
+    try:
+        installed = distribution("opsd_kernels")
+        installer, origin = (installed.read_text("INSTALLER") or "").strip(), json.loads(installed.read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:
+        installer, origin = "", {}
+    if installer == "uv":  # which builds in an environment without torch, and keeps wheels
+        command = f"uv pip install --python {shlex.quote(sys.executable)} --no-build-isolation --reinstall --no-deps --no-cache"
+    else:
+        command = f"{shlex.quote(sys.executable)} -m pip install --force-reinstall --no-deps --no-cache-dir"
+    return f"{command} {_origin(origin)}"
+
+
+def _origin(direct_url: dict) -> str:
+    """What to install from: the folder, archive or repository of an installation by URL (PEP 610), else the source distribution of the index."""
+    url = direct_url.get("url", "")
+    if not url or url.endswith(".whl"):
+        return "--no-binary opsd_kernels opsd_kernels"
+    if "vcs_info" in direct_url:
+        return shlex.quote(f"{direct_url['vcs_info']['vcs']}+{url}@{direct_url['vcs_info']['commit_id']}")
+    return shlex.quote(url2pathname(urlsplit(url).path) if url.startswith("file:") else url)
 
 
 @cache

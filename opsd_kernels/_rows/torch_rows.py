@@ -1,4 +1,4 @@
-"""Row sweeps in plain torch: any device, any dtype, the oracle of the other backends. What a sweep must honour: contract.py. The formulas: divergences.py."""
+"""Row sweeps in plain torch: any device, any dtype, the oracle of the other backends. What a sweep must honour: contract.py. The formulas: torch_math.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton home of the formulas (Python: divergences.py, C++: csrc/divergence.h): entry, logit transform, and the functions that Triton lacks.
+"""The Triton home of the formulas (Python: torch_math.py, C++: csrc/divergence.h): entry, logit transform, and the functions that Triton lacks.
 
 Everything is written in what both the compiler and the interpreter know. Triton's own fp32 exp is the hardware's `ex2.approx`, good to 2 ulp of exp(x): its
 difference from 1 has no digits near 0, hence `exp_pair`. In float64 exp and log are the device library's.
@@ -101,7 +101,7 @@ def guarded(probability, term):
 
 @triton.jit
 def entry(q, p, delta, beta, KIND: tl.constexpr):
-    """(f, u) of divergences.py for entries with delta = log p - log q."""
+    """(f, u) of torch_math.py for entries with delta = log p - log q."""
     if KIND == REVERSE_KL:
         f = guarded(q, -q * delta)
         u = f

@@ -1,4 +1,4 @@
-"""What a provider must show before it gets a number: the gates of the unit tests (opsd_kernels/testing.py), on a case of the setting's own head.
+"""What a provider must show before it gets a number: the gates of the unit tests (opsd_kernels/testing/gates.py), on a case of the setting's own head.
 
 This package answers to its own promises: 16-bit inputs within the target of their logits (2 % or 0.3 %), wider ones no worse than twice plain PyTorch. Others
 answer for computing the same function, in fp32 within 0.3 %, as in tests/peers; how far off they are at the setting's dtype is part of their row.

@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-import opsd_kernels._core.library  # noqa: F401 - registers the ops
 import pytest
 import torch
 from torch.library import opcheck
 
+import opsd_kernels._core.library  # noqa: F401 - registers the ops
 from opsd_kernels import linear_divergence
 from opsd_kernels.testing import assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case, plain_outcomes
 from opsd_kernels.testing.reference import linear_divergence_reference

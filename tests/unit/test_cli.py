@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import opsd_kernels
-from opsd_kernels import cli, env
+from opsd_kernels import cli, doctor, env
 from opsd_kernels._core import planner
 from opsd_kernels._rows import backends
 from opsd_kernels.train import commands, loop
@@ -114,6 +114,41 @@ def test_without_typer_the_command_names_the_extra(tmp_path):
     code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {package!r}]; from opsd_kernels.cli import main"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 1
+    assert result.stderr == "opsd: error: the command line needs typer: pip install 'opsd_kernels[cli]' (or [train] for opsd train)\n"
+
+
+BARE = """
+import importlib.abc, sys
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("typer", "rich", "click", "transformers", "triton"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name in ("typer", "rich", "transformers", "triton") else find(name, package)
+from opsd_kernels.__main__ import main
+main()
+"""
+
+
+def run_bare(*arguments: str) -> subprocess.CompletedProcess:
+    """`opsd` where only torch and numpy are installed."""
+    package = str(Path(opsd_kernels.__file__).parent.parent)
+    return subprocess.run([sys.executable, "-c", BARE, *arguments], capture_output=True, text=True, cwd=package, timeout=120)
+
+
+def test_doctor_runs_on_the_bare_package():
+    result = run_bare("doctor")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert all(variable.name in result.stdout for variable in env.VARIABLES)
+    assert re.search(r"^  torch +\d", result.stdout, re.MULTILINE) and re.search(r"^  triton +triton is not installed$", result.stdout, re.MULTILINE)
+    assert [line for line in result.stdout.splitlines() if line and line[0] != " "] == [section.title for section in doctor.sections()]
+
+
+def test_other_commands_name_the_extra_on_the_bare_package():
+    result = run_bare("plan")
+    assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "opsd: error: the command line needs typer: pip install 'opsd_kernels[cli]' (or [train] for opsd train)\n"
 
 

@@ -1,4 +1,4 @@
-"""The row contract (kernels/contract.py), for every backend, against float64 of the same rounded inputs."""
+"""The row contract (_rows/contract.py), for every backend, against float64 of the same rounded inputs."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""The row contract's clips, teacher mix and policy term (kernels/contract.py), for every backend, against autograd in float64."""
+"""The row contract's clips, teacher mix and policy term (_rows/contract.py), for every backend, against autograd in float64."""
 
 import math
 from dataclasses import dataclass, replace

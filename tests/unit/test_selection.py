@@ -1,13 +1,17 @@
 """Which backend serves what, and what a user without a compiler, a GPU or a current torch is told."""
 
 import importlib.util
+import json
+import sys
+import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from opsd_kernels import cli, linear_divergence
+from opsd_kernels import cli, doctor, linear_divergence
 from opsd_kernels._rows import backends, extension
 from opsd_kernels.testing import evaluate, hard_case
 
@@ -33,8 +37,8 @@ def served(device, dtype=None, name=None):
 
 def test_cuda_is_preferred_then_triton_then_torch(usable):
     usable()
-    assert [served(CUDA, dtype) for dtype in DTYPES] == ["triton_rows", "ext_rows", "ext_rows", "ext_rows"]
-    assert served(CUDA) == "ext_rows"
+    assert [served(CUDA, dtype) for dtype in DTYPES] == ["triton_rows", "compiled_rows", "compiled_rows", "compiled_rows"]
+    assert served(CUDA) == "compiled_rows"
     usable(cuda="the CUDA kernels were not built")
     assert {served(CUDA, dtype) for dtype in DTYPES} == {"triton_rows"}
     usable(cuda="the CUDA kernels were not built", triton="triton is not installed")
@@ -95,8 +99,73 @@ def test_doctor_has_a_column_for_the_gpu_where_there_is_one(monkeypatch, usable)
 
 @pytest.mark.parametrize("version, old", [("2.9.1+cu128", True), ("2.10.0", False), ("2.13.0+cpu", False), ("3.0.0a0+git1", False), ("1.13", True)])
 def test_an_older_torch_is_named(version, old):
-    assert (cli.too_old(version) is not None) == old
-    assert not old or (version in cli.too_old(version) and "2.10" in cli.too_old(version))
+    assert (doctor.too_old(version) is not None) == old
+    assert not old or (version in doctor.too_old(version) and "2.10" in doctor.too_old(version))
+
+
+@pytest.fixture
+def unbuilt(monkeypatch):
+    """Without the C++ kernels, in a process that has not warned of it."""
+    monkeypatch.setattr(extension, "load", lambda: "the C++ extension was not built: no compiler")
+    backends._warn_of_missing_kernels.cache_clear()
+    yield
+    backends._warn_of_missing_kernels.cache_clear()
+
+
+def loss(**options):
+    h, w = torch.ones(2, 3, requires_grad=True), torch.eye(4, 3)
+    return linear_divergence(h, w, -h.detach(), w, **options)
+
+
+def test_the_first_call_without_cpp_kernels_warns_once_and_points_at_the_call(unbuilt):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss().backward()
+        loss()
+    (warning,) = [w for w in caught if w.category is backends.SlowBackendWarning]
+    assert warning.filename == __file__  # the nearest frame outside the package and torch
+    assert "no compiler" in str(warning.message) and extension.build_command() in str(warning.message)
+
+
+def test_torch_operators_that_were_asked_for_do_not_warn(unbuilt, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", backends.SlowBackendWarning)
+        loss(backend="torch").backward()
+        backends.select(None, torch.device("meta"))
+        monkeypatch.setenv("OPSD_BACKEND", "torch")
+        loss().backward()
+
+
+def test_the_warning_survives_compilation(unbuilt):
+    torch._dynamo.reset()
+    with pytest.warns(backends.SlowBackendWarning, match="no compiler"):
+        torch.compile(loss, backend="eager")()
+
+
+PIP = f"{sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir"
+UV = f"uv pip install --python {sys.executable} --no-build-isolation --reinstall --no-deps --no-cache"
+FOLDER = "file:///src/my%20copy"
+
+
+@pytest.mark.parametrize(
+    "installer, url, command",
+    [
+        ("pip", {"url": FOLDER, "dir_info": {}}, f"{PIP} '/src/my copy'"),
+        ("pip", {"url": "https://x.org/opsd.tar.gz", "archive_info": {}}, f"{PIP} https://x.org/opsd.tar.gz"),
+        ("pip", {"url": "https://x.org/o", "vcs_info": {"vcs": "git", "commit_id": "c0"}}, f"{PIP} git+https://x.org/o@c0"),
+        ("pip", {"url": "file:///w/opsd-py3-none-any.whl", "archive_info": {}}, f"{PIP} --no-binary opsd_kernels opsd_kernels"),
+        ("pip", None, f"{PIP} --no-binary opsd_kernels opsd_kernels"),
+        ("uv", {"url": FOLDER, "dir_info": {}}, f"{UV} '/src/my copy'"),
+    ],
+)
+def test_the_command_that_builds_installs_from_where_it_came(monkeypatch, tmp_path, installer, url, command):
+    files = {"INSTALLER": installer, "direct_url.json": url and json.dumps(url)}
+    monkeypatch.setattr(extension, "PACKAGE", tmp_path / "opsd_kernels")
+    monkeypatch.setattr(extension, "distribution", lambda name: SimpleNamespace(read_text=files.get))
+    assert extension.build_command() == command
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "setup.py").touch()
+    assert extension.build_command() == f"cd {tmp_path} && {sys.executable} setup.py build_ext --inplace"
 
 
 def test_no_library_no_import_error(monkeypatch, tmp_path):

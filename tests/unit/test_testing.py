@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from opsd_kernels.testing import (
-    FP64_ARITHMETIC,
     Outcome,
     assert_no_growth,
     assert_no_worse,
@@ -17,6 +16,7 @@ from opsd_kernels.testing import (
     hard_case,
     peak_bytes,
 )
+from opsd_kernels.testing.gates import FP64_ARITHMETIC
 from opsd_kernels.testing.reference import linear_divergence_reference
 
 # ---------------------------------------------------------------- gates

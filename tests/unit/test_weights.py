@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from opsd_kernels import TokenStats
 from opsd_kernels import weights as W
 from opsd_kernels.testing import assert_one_rounding, assert_same_bits
+from opsd_kernels.weights import base, schemes
 from opsd_kernels.weights.base import check_weighting
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
@@ -156,7 +157,7 @@ def test_matches_the_loop(name, dtype):
 def test_one_sequence_without_a_batch_dimension(name):
     weighting, stats, row = CASES[name][0], make_stats(MASK), 2
     one = TokenStats(**{f.name: getattr(stats, f.name)[row] for f in fields(TokenStats)})
-    parts = W._moved(weighting, lambda _, tensor: tensor[row])
+    parts = schemes._moved(weighting, lambda _, tensor: tensor[row])
     assert_same_bits(parts(one, MASK[row]), weighting(stats, MASK)[row])
 
 
@@ -183,7 +184,7 @@ JUNK = st.sampled_from([0.0, 1e30, -1e30, math.inf, -math.inf, math.nan])
 def test_masked_tokens_influence_nothing(seed, junk, name):
     clean, spoilt = make_stats(MASK, seed, masked=0.0), make_stats(MASK, seed, masked=junk)
     weighting = READERS[name]
-    moved = W._moved(weighting, lambda _, tensor: tensor if tensor.dtype == torch.bool else torch.where(MASK, tensor, junk))
+    moved = schemes._moved(weighting, lambda _, tensor: tensor if tensor.dtype == torch.bool else torch.where(MASK, tensor, junk))
     weights = moved(spoilt, MASK)
     assert_same_bits(weights, weighting(clean, MASK))
     assert (weights[~MASK] == 0).all()
@@ -229,9 +230,9 @@ def test_weights_carry_no_gradient_and_repeat_bit_for_bit(name):
 def test_nothing_is_read_back_from_the_device(name):
     """On the meta device there is nothing to read: `.item()` and branches on data raise."""
     stats = TokenStats(**{f.name: torch.zeros(B, T, device="meta") for f in fields(TokenStats)})
-    weighting = W._moved(CASES[name][0], lambda _, tensor: tensor.to("meta"))
+    weighting = schemes._moved(CASES[name][0], lambda _, tensor: tensor.to("meta"))
     assert weighting(stats, MASK.to("meta")).shape == (B, T)
-    packed = W.PackedSequences(W._moved(CASES[name][0], lambda _, tensor: tensor[:2].reshape(1, -1).to("meta")), (5, 0, 17))
+    packed = W.PackedSequences(schemes._moved(CASES[name][0], lambda _, tensor: tensor[:2].reshape(1, -1).to("meta")), (5, 0, 17))
     one = TokenStats(**{f.name: torch.zeros(1, 2 * T, device="meta") for f in fields(TokenStats)})
     assert packed(one, torch.ones(1, 2 * T, dtype=torch.bool, device="meta")).shape == (1, 2 * T)
 
@@ -285,7 +286,7 @@ def test_zero_tokens_and_zero_sequences():
         mask = torch.ones(shape, dtype=torch.bool)
         stats = make_stats(mask)
         for name, (weighting, _, _) in CASES.items():
-            assert W._moved(weighting, lambda _, tensor, shape=shape: tensor.new_zeros(shape))(stats, mask).shape == shape, name
+            assert schemes._moved(weighting, lambda _, tensor, shape=shape: tensor.new_zeros(shape))(stats, mask).shape == shape, name
 
 
 # ---------------------------------------------------------------- packed rows
@@ -304,7 +305,7 @@ def test_packed_rows_match_the_loop(name, rows):
     def pack(tensor):
         return tensor[keep] if rows is None else tensor[keep][None]
 
-    packed = W.PackedSequences(W._moved(weighting, lambda _, tensor: pack(tensor)), lengths)
+    packed = W.PackedSequences(schemes._moved(weighting, lambda _, tensor: pack(tensor)), lengths)
     assert packed.lengths == tuple(lengths.tolist()) and packed.scope == scope and packed.needs_labels == weighting.needs_labels
     given = TokenStats(**{f.name: pack(getattr(stats, f.name)) for f in fields(TokenStats)}) if scope != "index" else None
     assert_one_rounding(packed(given, pack(MASK)), pack(run_loop(loop, stats, MASK, STARTS & keep)), torch.float64)
@@ -397,7 +398,7 @@ DECAY = W.LinearDecay(0.5)
         (lambda: (DECAY * Theirs(result=3.0))(None, MASK), "token_weights"),
         (lambda: W.MeanOne(Theirs(result=MASK))(None, MASK), "token_weights"),
         (lambda: W.SegmentMean(Theirs(result=torch.ones(B, 1)), STARTS)(None, MASK), "token_weights"),
-        (lambda: W.check_weights(torch.ones(3), (4,)), "token_weights"),
+        (lambda: base.check_weights(torch.ones(3), (4,)), "token_weights"),
     ],
 )
 def test_errors_name_the_argument(make, name):

@@ -1,0 +1,96 @@
+"""What `opsd doctor` tells, as rows of text. Needs torch and numpy alone: the command runs without the packages of the other commands."""
+
+from __future__ import annotations
+
+import platform
+import re
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
+
+import torch
+
+from . import env, tested_versions
+from ._core import gemm
+from ._rows import backends, extension
+from .version import __version__
+
+OLDEST_TORCH = (2, 10)
+PACKAGES = ("torch", "triton", "numpy", "transformers", "safetensors", "liger-kernel", "trl")
+
+
+class Section(NamedTuple):
+    """A table: its title, its column headers (empty: none are shown), its rows."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def sections() -> list[Section]:
+    devices = [f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB" for i in range(torch.cuda.device_count())]
+    kinds = ("cpu", *(["cuda"] if devices else []))
+    reasons = {kind: backends.explain(kind) for kind in kinds}
+    return [
+        Section("This machine", ("", ""), machine(devices)),
+        Section(
+            "Row backends, in order of preference",
+            ("backend", *kinds),
+            [(name, *(reasons[kind][name] or "usable" for kind in kinds)) for name in backends.NAMES],
+        ),
+        Section("Environment", ("variable", "value"), [(variable.name, environment_value(variable)) for variable in env.VARIABLES]),
+    ]
+
+
+def machine(devices: list[str]) -> list[tuple[str, str]]:
+    rows = [("opsd_kernels", __version__), ("python", f"{tested_versions.note('python', platform.python_version())} on {platform.platform()}")]
+    rows += [(package, tested_versions.note(package, installed_version(package))) for package in PACKAGES]
+    rows.append(("CPU", f"{torch.get_num_threads()} threads, torch uses {torch.backends.cpu.get_cpu_capability()}"))
+    if too_old(torch.__version__):
+        rows.append(("", too_old(torch.__version__)))
+    rows.append(("C++ kernels", extension_state()))
+    if extension.load():
+        rows.append(("", f"to build them: {extension.build_command()}"))
+    rows.append(("CUDA kernels", extension.cuda_unavailable() or "built, and the devices can run them"))
+    rows.append(("bf16 to fp32", gemm.cpu_gemm_name(torch.bfloat16)))
+    cuda = f"with CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    rows.append(("CUDA", "; ".join(devices) or f"no device (torch is built {cuda})"))
+    return rows
+
+
+def print_plainly() -> None:
+    for title, headers, rows in sections():
+        shown = [row for row in (headers, *rows) if any(row)]
+        widths = [max(len(row[column]) for row in shown) for column in range(len(headers))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
+        print("\n".join([title, "", *("  " + line for line in lines), ""]))
+
+
+def extension_state() -> str:
+    """The instruction set that the compiled kernels chose, or why there are none."""
+    try:
+        return extension.load() or f"built, use {extension.capability()}"
+    except RuntimeError as error:  # OPSD_CPU_CAPABILITY names no instruction set
+        return str(error).splitlines()[0]
+
+
+def too_old(version: str) -> str | None:
+    """What is missing with a torch below the oldest one that the package is made for; None from that on."""
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= OLDEST_TORCH:
+        return None
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    return f"torch {version} is older than {oldest}: compiled kernels do not load, and a GPU may not multiply 16-bit matrices into an fp32 accumulator"
+
+
+def installed_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def environment_value(variable: env.Variable) -> str:
+    try:
+        value = variable.get()
+    except ValueError as error:
+        return str(error)
+    return value if value is not None else f"not set ({variable.default})"
