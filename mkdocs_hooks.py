@@ -23,4 +23,8 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
     markdown = re.sub(rf"\]\(\.\./({pages})", r"](\1", markdown)
     if page.file.src_path in PAGES:
         markdown = re.sub(r"\]\(docs/", "](", markdown)
-    return re.sub(r"\[([^\]]*)\]\((?:LICENSE|\.\./[^)]*|(?:opsd_kernels|benchmarks|tests|csrc|examples|\.ci)/?[^)]*)\)", r"\1", markdown)
+    return re.sub(
+        r"\[([^\]]*)\]\((?:LICENSE|\.\./[^)]*|(?:opsd_kernels|benchmarks|tests|csrc|examples|\.ci)/?[^)]*)\)",
+        r"\1",
+        markdown,
+    )

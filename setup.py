@@ -34,11 +34,23 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 VERSION = runpy.run_path(str(ROOT / "opsd_kernels" / "version.py"))["__version__"]
 LABEL = "without.cpp.kernels"
-WHEEL = not {"dist_info", "bdist_wheel", "editable_wheel"}.isdisjoint(sys.argv)  # what build front ends call; an sdist's version has no label
+WHEEL = not {"dist_info", "bdist_wheel", "editable_wheel"}.isdisjoint(
+    sys.argv
+)  # what build front ends call; an sdist's version has no label
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-KERNEL_FLAGS = ["-ffp-contract=off"]  # contraction would let the compiler choose where to round; the kernels say fma where they mean it
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+]
+KERNEL_FLAGS = [
+    "-ffp-contract=off"
+]  # contraction would let the compiler choose where to round; the kernels say fma where they mean it
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 
@@ -48,17 +60,25 @@ def jobs() -> list[tuple[str, str, list[str]]]:
     levels = {"baseline": ["-DOPSD_BASELINE"]}
     if X86:
         levels = {"avx512": AVX512, "avx2": AVX2, **levels}
-    kernels = [("cpu/rows.cpp", f"rows_{name}", [*KERNEL_FLAGS, f"-DOPSD_CAPABILITY={name}", *flags]) for name, flags in levels.items()]
+    kernels = [
+        ("cpu/rows.cpp", f"rows_{name}", [*KERNEL_FLAGS, f"-DOPSD_CAPABILITY={name}", *flags])
+        for name, flags in levels.items()
+    ]
     x86 = ["-DOPSD_X86"] if X86 else []
     if X86:
         kernels.append(("cpu/gemm.cpp", "gemm", AVX512))
-    plain = [(source, Path(source).stem, x86) for source in ("cpu/binding.cpp", "cpu/gemm_binding.cpp", "cpu/dispatch.cpp", "registration.cpp")]
+    plain = [
+        (source, Path(source).stem, x86)
+        for source in ("cpu/binding.cpp", "cpu/gemm_binding.cpp", "cpu/dispatch.cpp", "registration.cpp")
+    ]
     return [*kernels, *plain]
 
 
 # Machine code for the generations that are measured or compiled for in the tests, and PTX for those to come.
 CUDA_ARCHITECTURES = ("80", "90a", "100a")
-GENCODE = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES] + ["-gencode=arch=compute_100,code=compute_100"]
+GENCODE = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES] + [
+    "-gencode=arch=compute_100,code=compute_100"
+]
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 CPU_TORCH = "this torch was built without CUDA"
 CUDA_TYPES = {"float32": "float", "bfloat16": "BFloat16", "float16": "Half"}
@@ -66,7 +86,9 @@ CUDA_TYPES = {"float32": "float", "bfloat16": "BFloat16", "float16": "Half"}
 
 def cuda_kernels() -> list[tuple[str, list[str]]]:
     """(object name, macros) of the kernels: rows.cu once per type of buffer."""
-    return [(f"cuda_{name}", [f"-DOPSD_IN={cpp}", f"-DOPSD_RUN=run_{name}"]) for name, cpp in CUDA_TYPES.items()]
+    return [
+        (f"cuda_{name}", [f"-DOPSD_IN={cpp}", f"-DOPSD_RUN=run_{name}"]) for name, cpp in CUDA_TYPES.items()
+    ]
 
 
 def nvcc() -> str | None:
@@ -77,7 +99,9 @@ def nvcc() -> str | None:
 
 def cuda_home() -> Path:
     """The toolkit behind nvcc, which may be a script that calls another."""
-    printed = subprocess.run([nvcc(), "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=True).stderr
+    printed = subprocess.run(
+        [nvcc(), "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=True
+    ).stderr
     return Path(re.search(r"^#\$ TOP=(.+)$", printed, re.MULTILINE)[1]).resolve()
 
 
@@ -117,12 +141,21 @@ def interpreters() -> Iterator[tuple[str, dict[str, str]]]:
     virtual environment and do not tell which one they install into. It is the .venv here, or first on the PATH behind theirs; and if it is neither,
     the headers of any torch >= 2.10 make the same library.
     """
-    bare = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    bare = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONNOUSERSITE")
+    }
     yield sys.executable, dict(os.environ)
     yield sys.executable, bare
     here = [os.path.join(folder, ".venv", "bin") for folder in (ROOT, os.environ.get("PWD", ROOT))]
     for folder in dict.fromkeys([*here, *os.environ.get("PATH", "").split(os.pathsep)]):
-        python = next((path for path in (os.path.join(folder, name) for name in ("python3", "python")) if os.path.isabs(path) and os.path.exists(path)), None)
+        python = next(
+            (
+                path
+                for path in (os.path.join(folder, name) for name in ("python3", "python"))
+                if os.path.isabs(path) and os.path.exists(path)
+            ),
+            None,
+        )
         if python and python != sys.executable:
             yield python, bare
 
@@ -131,7 +164,9 @@ def interpreters() -> Iterator[tuple[str, dict[str, str]]]:
 def find_torch() -> Torch | None:
     for python, environment in interpreters():
         try:
-            done = subprocess.run([python, "-c", LOOK_FOR_TORCH], env=environment, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(
+                [python, "-c", LOOK_FOR_TORCH], env=environment, capture_output=True, text=True, timeout=60
+            )
         except (OSError, subprocess.TimeoutExpired):
             continue
         if done.returncode == 0 and done.stdout.strip():
@@ -190,10 +225,16 @@ def unsupported() -> str | None:
         source = Path(folder, "probe.cpp")
         source.write_text(PROBE)
         flags = [*FLAGS, *(AVX512 if X86 else []), "-O0", "-shared", "-fPIC", "-isystem", torch.include]
-        done = subprocess.run([*command, *flags, source, "-o", f"{folder}/probe.so", f"-L{torch.lib}", "-ltorch_cpu"], capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, *flags, source, "-o", f"{folder}/probe.so", f"-L{torch.lib}", "-ltorch_cpu"],
+            capture_output=True,
+            text=True,
+        )
     if done.returncode == 0:
         return None
-    said = [line.replace(f"{folder}/", "") for line in done.stderr.splitlines() if "error" in line.lower()] or ["it said nothing"]
+    said = [
+        line.replace(f"{folder}/", "") for line in done.stderr.splitlines() if "error" in line.lower()
+    ] or ["it said nothing"]
     return f"{shlex.join(command[:1])} cannot compile a small C++20 program against the headers of torch {torch.version}: {said[0].strip()}"
 
 
@@ -252,9 +293,13 @@ class BuildExtension(build_ext):
                 objects = list(pool.map(lambda job: self.compile_one(*job), jobs()))
             self.link(target, objects, ["torch_cpu"])
         except Exception as error:  # distutils raises a different class for each way in which a compiler can fail; the compiler has said more above
-            reason = f"{self.compiler.compiler_so_cxx[0]!r} failed ({type(error).__name__}); it says why above"
+            reason = (
+                f"{self.compiler.compiler_so_cxx[0]!r} failed ({type(error).__name__}); it says why above"
+            )
             if WHEEL or wish("OPSD_BUILD_CPU") == "1":
-                sys.exit(f"opsd_kernels: the C++ kernels were not built: {reason}. OPSD_BUILD_CPU=0 installs without them (slower on CPU).")
+                sys.exit(
+                    f"opsd_kernels: the C++ kernels were not built: {reason}. OPSD_BUILD_CPU=0 installs without them (slower on CPU)."
+                )
             tell("C++ kernels (slower on CPU)", reason)
 
     def make_cuda(self, target: Path) -> None:
@@ -274,25 +319,55 @@ class BuildExtension(build_ext):
         plain = [("cuda/binding.cpp", "cuda_binding"), ("registration.cpp", "cuda_registration")]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             kernels = pool.map(lambda job: self.compile_cuda(*job), cuda_kernels())
-            rest = pool.map(lambda job: self.compile_one(*job, ["-DOPSD_CUDA", f"-I{home / 'include'}"]), plain)
+            rest = pool.map(
+                lambda job: self.compile_one(*job, ["-DOPSD_CUDA", f"-I{home / 'include'}"]), plain
+            )
             objects = [*kernels, *rest]
-        self.link(target, objects, ["torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"], [str(home / "lib64"), str(home / "lib")])
+        self.link(
+            target,
+            objects,
+            ["torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"],
+            [str(home / "lib64"), str(home / "lib")],
+        )
 
-    def link(self, target: Path, objects: list[str], libraries: list[str], folders: list[str] | None = None) -> None:
-        self.compiler.link_shared_object(objects, str(target), libraries=libraries, library_dirs=[find_torch().lib, *(folders or [])], target_lang="c++")
+    def link(
+        self, target: Path, objects: list[str], libraries: list[str], folders: list[str] | None = None
+    ) -> None:
+        self.compiler.link_shared_object(
+            objects,
+            str(target),
+            libraries=libraries,
+            library_dirs=[find_torch().lib, *(folders or [])],
+            target_lang="c++",
+        )
 
     def compile_one(self, source: str, name: str, flags: list[str]) -> str:
         """The object file, kept under build/ with a name that depends on the command."""
         command = [*FLAGS, *flags, "-isystem", find_torch().include]
         done = object_path(name, repr((self.compiler.executables, os.environ.get("CXX"), command)))
         if not done.exists() or done.stat().st_mtime < newest_source():
-            strict = [] if WHEEL else ["-Werror"]  # a compiler that warns of something new must not stop an installation
-            (made,) = self.compiler.compile([os.path.relpath(CSRC / source)], output_dir=str(done.parent), extra_postargs=[*command, *strict])
+            strict = (
+                [] if WHEEL else ["-Werror"]
+            )  # a compiler that warns of something new must not stop an installation
+            (made,) = self.compiler.compile(
+                [os.path.relpath(CSRC / source)],
+                output_dir=str(done.parent),
+                extra_postargs=[*command, *strict],
+            )
             os.replace(made, done)
         return str(done)
 
     def compile_cuda(self, name: str, macros: list[str]) -> str:
-        command = [nvcc(), *CUDA_FLAGS, *GENCODE, "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", str(len(GENCODE)), *macros]
+        command = [
+            nvcc(),
+            *CUDA_FLAGS,
+            *GENCODE,
+            "-Xcompiler",
+            "-fPIC,-fvisibility=hidden",
+            "--threads",
+            str(len(GENCODE)),
+            *macros,
+        ]
         done = object_path(name, repr(command))
         if not done.exists() or done.stat().st_mtime < newest_source():
             done.parent.mkdir(parents=True, exist_ok=True)
@@ -318,12 +393,22 @@ FILES = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*") if path.i
 
 def extension(name: str) -> Extension:
     """`depends` puts the sources into source distributions; what is compiled how is said by jobs() and cuda_kernels()."""
-    return Extension(f"opsd_kernels.{name}", sources=["csrc/registration.cpp"], depends=FILES, py_limited_api=True, optional=True)
+    return Extension(
+        f"opsd_kernels.{name}",
+        sources=["csrc/registration.cpp"],
+        depends=FILES,
+        py_limited_api=True,
+        optional=True,
+    )
 
 
 def main() -> None:
-    if int(setuptools.__version__.split(".")[0]) < 77:  # older ones stop at pyproject.toml's license with a page of schema
-        sys.exit(f"opsd_kernels: setuptools >= 77 is needed, got {setuptools.__version__}: pip install -U setuptools")
+    if (
+        int(setuptools.__version__.split(".")[0]) < 77
+    ):  # older ones stop at pyproject.toml's license with a page of schema
+        sys.exit(
+            f"opsd_kernels: setuptools >= 77 is needed, got {setuptools.__version__}: pip install -U setuptools"
+        )
     reason = no_cpu_build() if WHEEL else None
     if reason and wish("OPSD_BUILD_CUDA") == "1":
         sys.exit(f"opsd_kernels: OPSD_BUILD_CUDA=1: {reason}")

@@ -28,7 +28,9 @@ def lines(rows: list[Row]) -> Iterator[str]:
     for row in rows:
         if row.suite == "accuracy":
             continue
-        setting = f"{row.suite}: N={row.N} H={row.H} V={row.V} {row.dtype} {row.head} {row.mode} {row.divergence}"
+        setting = (
+            f"{row.suite}: N={row.N} H={row.H} V={row.V} {row.dtype} {row.head} {row.mode} {row.divergence}"
+        )
         if setting != heading:
             yield setting
             heading = setting
@@ -38,7 +40,9 @@ def lines(rows: list[Row]) -> Iterator[str]:
         if row.suite == "accuracy" and row.gradient_error is not None:
             key = row.provider, row.dtype, row.head, row.variant.split(", ")[-1]
             worst[key] = max(worst.get(key, 0.0), row.gradient_error)
-    yield from (f"accuracy, worst gradient at any KL: {', '.join(key)}: {error:.2%}" for key, error in worst.items())
+    yield from (
+        f"accuracy, worst gradient at any KL: {', '.join(key)}: {error:.2%}" for key, error in worst.items()
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,11 @@ import torch
 from steps import HIDDEN, SEQUENCES, Integration, V, lengths, main
 from torch import Tensor
 
-SETTINGS = {"JSD with cross-entropy": {}, "the same at temperature 2": {"temperature": 2.0}, "JSD alone": {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0}}
+SETTINGS = {
+    "JSD with cross-entropy": {},
+    "the same at temperature 2": {"temperature": 2.0},
+    "JSD alone": {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0},
+}
 ROWS = {
     "JSD with cross-entropy": "a half of each, beta 0.5",
     "the same at temperature 2": "which divides the logits of the JSD alone",
@@ -22,7 +26,9 @@ ROWS = {
 }
 
 
-def build(name: str, side: str, dtype: str, folder: str, fp32: bool) -> tuple[list[Tensor], Callable[[int], Callable[[], Tensor]]]:
+def build(
+    name: str, side: str, dtype: str, folder: str, fp32: bool
+) -> tuple[list[Tensor], Callable[[int], Callable[[], Tensor]]]:
     warnings.simplefilter("ignore")
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
@@ -35,13 +41,19 @@ def build(name: str, side: str, dtype: str, folder: str, fp32: bool) -> tuple[li
         return (scale * torch.randn(rows, HIDDEN, generator=gen)).to(getattr(torch, dtype)).to(kept)
 
     student, teacher = drawn(V, 0.1).requires_grad_(), drawn(V, 0.1)
-    loss_of = (LigerFusedLinearJSDLoss if side == "liger" else liger.LigerFusedLinearJSDLoss)(**SETTINGS[name])
+    loss_of = (LigerFusedLinearJSDLoss if side == "liger" else liger.LigerFusedLinearJSDLoss)(
+        **SETTINGS[name]
+    )
     leaves = [student]
 
     def losses(tokens: int) -> Callable[[], Tensor]:
         gen.manual_seed(1)
         states, others = drawn(SEQUENCES * tokens, 1.0).requires_grad_(), drawn(SEQUENCES * tokens, 1.0)
-        labels = torch.where(torch.arange(tokens) < lengths(tokens)[:, None], torch.randint(V, (SEQUENCES, tokens), generator=gen), -100).flatten()
+        labels = torch.where(
+            torch.arange(tokens) < lengths(tokens)[:, None],
+            torch.randint(V, (SEQUENCES, tokens), generator=gen),
+            -100,
+        ).flatten()
         leaves[1:] = [states]
         return lambda: loss_of(states, student, others, teacher, labels)
 

@@ -36,7 +36,16 @@ from opsd_kernels.bench.providers import BASE, Op, bare_gemms, stepper
 from opsd_kernels.bench.results import Row, rounded, row_dict, script_report
 from opsd_kernels.bench.shapes import Setting, make_case
 from opsd_kernels.bench.timing import Variant, cpu_clock, interleave, ratio
-from opsd_kernels.testing import Case, Outcome, assert_no_worse, assert_on_target, assert_same_bits, evaluate, peak_bytes, relative_error
+from opsd_kernels.testing import (
+    Case,
+    Outcome,
+    assert_no_worse,
+    assert_on_target,
+    assert_same_bits,
+    evaluate,
+    peak_bytes,
+    relative_error,
+)
 
 WORLD = 2  # processes of the real runs
 LIMIT_S = 900  # of their run, which takes two minutes on an idle machine
@@ -71,7 +80,15 @@ FULL = Scope(
     rounds=5,
     message_rounds=8,
 )
-QUICK = Scope((1, 2, 3), (Setting(24, 32, 501), Setting(16, 32, 501, "float32", divergence="jsd")), (), (Setting(24, 32, 501),), (1 << 10, 1 << 22), 3, 3)
+QUICK = Scope(
+    (1, 2, 3),
+    (Setting(24, 32, 501), Setting(16, 32, 501, "float32", divergence="jsd")),
+    (),
+    (Setting(24, 32, 501),),
+    (1 << 10, 1 << 22),
+    3,
+    3,
+)
 
 
 # ---------------------------------------------------------------- groups without processes
@@ -125,7 +142,11 @@ def cut(case: Case, shard: VocabShard) -> Case:
     """This rank's part of a case without biases."""
     weight = case.student_weight[shard.start : shard.stop]
     shared = case.teacher_weight is case.student_weight
-    return replace(case, student_weight=weight, teacher_weight=weight if shared else case.teacher_weight[shard.start : shard.stop])
+    return replace(
+        case,
+        student_weight=weight,
+        teacher_weight=weight if shared else case.teacher_weight[shard.start : shard.stop],
+    )
 
 
 def whole(parts: list[Outcome]) -> Outcome:
@@ -153,7 +174,10 @@ def emulated(case: Case, divergence: str, ranks: int) -> Outcome:
         thread.start()
     for thread in threads:
         thread.join()
-    errors = sorted((part for part in parts if isinstance(part, Exception)), key=lambda error: isinstance(error, threading.BrokenBarrierError))
+    errors = sorted(
+        (part for part in parts if isinstance(part, Exception)),
+        key=lambda error: isinstance(error, threading.BrokenBarrierError),
+    )
     if errors:
         raise errors[0]
     return whole(parts)
@@ -187,7 +211,9 @@ def grouped(setting: Setting, group: dist.ProcessGroup, V: int) -> Op:
 
 
 def plainly(setting: Setting, normalizer: float | None = None) -> Op:
-    return lambda h, W, t, Wt: linear_divergence(h, W, t, Wt, divergence=setting.divergence, normalizer=normalizer)
+    return lambda h, W, t, Wt: linear_divergence(
+        h, W, t, Wt, divergence=setting.divergence, normalizer=normalizer
+    )
 
 
 def shard_rows(setting: Setting, scope: Scope) -> list[Row]:
@@ -208,8 +234,17 @@ def shard_rows(setting: Setting, scope: Scope) -> list[Row]:
     rows = []
     for ranks, own in settings.items():
         for name, base in ((BASE, BASE), ("op", BASE), ("group", BASE), ("added", "op")):
-            row = blank("parallel", name, own, variant=str(ranks), rows=own.plan().rows, **(errors[ranks] if name == "group" else {}))
-            rows.append(part_row(row, variants, f"{'group' if name == 'added' else name} {ranks}", f"{base} {ranks}"))
+            row = blank(
+                "parallel",
+                name,
+                own,
+                variant=str(ranks),
+                rows=own.plan().rows,
+                **(errors[ranks] if name == "group" else {}),
+            )
+            rows.append(
+                part_row(row, variants, f"{'group' if name == 'added' else name} {ranks}", f"{base} {ranks}")
+            )
     return rows
 
 
@@ -232,7 +267,17 @@ def peak_rows(setting: Setting, scope: Scope) -> list[Row]:
     for ranks in scope.ranks[::2]:
         own = setting.at(V=-(-setting.V // ranks))
         peak = peak_bytes("from parallel import prepare as make", setting.as_dict(), ranks, threads=1)
-        rows.append(blank("parallel", "peak", own, variant=str(ranks), peak_bytes=peak, predicted_bytes=own.plan().peak_bytes, rows=own.plan().rows))
+        rows.append(
+            blank(
+                "parallel",
+                "peak",
+                own,
+                variant=str(ranks),
+                peak_bytes=peak,
+                predicted_bytes=own.plan().peak_bytes,
+                rows=own.plan().rows,
+            )
+        )
     return rows
 
 
@@ -241,13 +286,27 @@ def exchanges() -> list[dict[str, Any]]:
     N, H, V, rows = 32, 48, 211, 8
     made = make_case(Setting(N, H, V, "float32"))
     found = []
-    for divergence, labels, statistics in (("reverse_kl", False, False), ("reverse_kl", True, False), ("jsd", True, False), ("jsd", True, True)):
+    for divergence, labels, statistics in (
+        ("reverse_kl", False, False),
+        ("reverse_kl", True, False),
+        ("jsd", True, False),
+        ("jsd", True, True),
+    ):
         group = Alone(0, WORLD)
         shard = VocabShard.from_vocab(V, group)
         case = replace(cut(made, shard), labels=torch.arange(N) if labels else None)
         budget = 2 * (-(-shard.widest // 16) * 16) * 4 * rows
-        evaluate(linear_divergence, case, divergence=divergence, group=shard, workspace_bytes=budget, return_stats=statistics)
-        calls = sum(kind == "reduce" and numbers >= H for kind, numbers in group.sent)  # dh; labels have two numbers for each row
+        evaluate(
+            linear_divergence,
+            case,
+            divergence=divergence,
+            group=shard,
+            workspace_bytes=budget,
+            return_stats=statistics,
+        )
+        calls = sum(
+            kind == "reduce" and numbers >= H for kind, numbers in group.sent
+        )  # dh; labels have two numbers for each row
         chunk = len(group.sent) // calls
         kinds = [kind for kind, _ in group.sent[:chunk]]
         totals = [sum(numbers for _, numbers in group.sent[at::chunk]) for at in range(chunk)]
@@ -298,7 +357,9 @@ def judge(setting: Setting, rank: int) -> dict[str, dict[str, float]]:
     case = make_case(setting.at(N=TOKENS))
     shard, part = VocabShard.from_vocab(setting.V, dist.group.WORLD), rows_of(case, rank)
     own = {
-        "vocabulary": evaluate(linear_divergence, cut(case, shard), divergence=setting.divergence, group=shard),
+        "vocabulary": evaluate(
+            linear_divergence, cut(case, shard), divergence=setting.divergence, group=shard
+        ),
         "data": evaluate(linear_divergence, part, divergence=setting.divergence, normalizer=float(TOKENS)),
     }
     dist.all_reduce(own["data"].student_weight)
@@ -310,8 +371,13 @@ def judge(setting: Setting, rank: int) -> dict[str, dict[str, float]]:
         dist.all_gather_object(parts, outcome)
         if gate is not None and verdict[0] is None:
             if name == "data":
-                hidden, step = torch.cat([part.student_hidden for part in parts]), max(1, setting.V // CHECKED_ROWS)
-                outcome = replace(outcome, student_hidden=hidden, student_weight=outcome.student_weight[::step])
+                hidden, step = (
+                    torch.cat([part.student_hidden for part in parts]),
+                    max(1, setting.V // CHECKED_ROWS),
+                )
+                outcome = replace(
+                    outcome, student_hidden=hidden, student_weight=outcome.student_weight[::step]
+                )
             try:
                 found[name] = gate.errors(whole(parts) if name == "vocabulary" else outcome)
             except AssertionError as error:
@@ -324,7 +390,11 @@ def judge(setting: Setting, rank: int) -> dict[str, dict[str, float]]:
 def run_setting(setting: Setting, scope: Scope, rank: int) -> dict[str, Any]:
     """One step by one process, by ranks that hold half of the vocabulary each, and by ranks that hold half of the tokens each."""
     errors = judge(setting, rank)
-    case, own, few = make_case(setting), setting.at(V=-(-setting.V // WORLD)), setting.at(N=setting.N // WORLD)
+    case, own, few = (
+        make_case(setting),
+        setting.at(V=-(-setting.V // WORLD)),
+        setting.at(N=setting.N // WORLD),
+    )
     part, tokens = cut(case, VocabShard.from_vocab(setting.V, dist.group.WORLD)), rows_of(case, rank)
     leaves = tokens.leaves()
     alone = stepper(grouped(own, Alone(rank, WORLD), setting.V), part, own)
@@ -343,9 +413,17 @@ def run_setting(setting: Setting, scope: Scope, rank: int) -> dict[str, Any]:
         },
         scope.rounds,
     )
-    ratios = {way: ratio(variants[f"{way} alone"], variants[f"{way} gemms"]) for way in ("vocabulary", "data")}
+    ratios = {
+        way: ratio(variants[f"{way} alone"], variants[f"{way} gemms"]) for way in ("vocabulary", "data")
+    }
     ms = {name: variant.sample().__dict__ for name, variant in variants.items()}
-    return {**setting.as_dict(), "world": WORLD, "errors": errors, "ms": ms, "overheads": {way: sample.__dict__ for way, sample in ratios.items()}}
+    return {
+        **setting.as_dict(),
+        "world": WORLD,
+        "errors": errors,
+        "ms": ms,
+        "overheads": {way: sample.__dict__ for way, sample in ratios.items()},
+    }
 
 
 def stepper_on(live: Case, op: Op) -> Callable[[], Tensor]:
@@ -367,7 +445,10 @@ def collectives(scope: Scope) -> list[dict[str, Any]]:
         wide, narrow = torch.ones(nbytes // 4), torch.zeros(nbytes // 2, dtype=torch.bfloat16)
         heard = [torch.empty_like(wide) for _ in range(WORLD)]
         zeros = torch.zeros_like(wide)  # sums of zeros stay what they are
-        variants[f"gather {nbytes}"] = (Variant(lambda heard=heard, wide=wide: dist.all_gather(heard, wide)), True)
+        variants[f"gather {nbytes}"] = (
+            Variant(lambda heard=heard, wide=wide: dist.all_gather(heard, wide)),
+            True,
+        )
         variants[f"reduce {nbytes}"] = (Variant(lambda zeros=zeros: dist.all_reduce(zeros)), True)
         variants[f"data {nbytes}"] = (Variant(lambda narrow=narrow: dist.all_reduce(narrow)), True)
     found = []
@@ -381,8 +462,13 @@ def collectives(scope: Scope) -> list[dict[str, Any]]:
 def rank_main(rank: int, rendezvous: str, result: Path, quick: bool) -> None:
     scope = QUICK if quick else FULL
     timeout = datetime.timedelta(seconds=120)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD, timeout=timeout)
-    found = {"collectives": collectives(scope), "runs": [run_setting(setting, scope, rank) for setting in scope.runs]}
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD, timeout=timeout
+    )
+    found = {
+        "collectives": collectives(scope),
+        "runs": [run_setting(setting, scope, rank) for setting in scope.runs],
+    }
     if rank == 0:
         result.write_text(json.dumps(found))
     dist.barrier()
@@ -394,9 +480,17 @@ def rank_main(rank: int, rendezvous: str, result: Path, quick: bool) -> None:
 def together(quick: bool) -> dict[str, Any]:
     """What rank 0 of WORLD processes found."""
     with tempfile.TemporaryDirectory() as folder:
-        result, program = Path(folder) / "result.json", [sys.executable, __file__, *["--quick"] * quick, "--rank"]
+        result, program = (
+            Path(folder) / "result.json",
+            [sys.executable, __file__, *["--quick"] * quick, "--rank"],
+        )
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        ranks = [subprocess.Popen([*program, str(rank), folder], env=environment, stderr=subprocess.PIPE, text=True) for rank in range(WORLD)]
+        ranks = [
+            subprocess.Popen(
+                [*program, str(rank), folder], env=environment, stderr=subprocess.PIPE, text=True
+            )
+            for rank in range(WORLD)
+        ]
         try:
             said = [process.communicate(timeout=LIMIT_S)[1] for process in ranks]
         finally:
@@ -414,7 +508,9 @@ def together(quick: bool) -> dict[str, Any]:
 def links(points: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     found = {}
     for kind in KINDS:
-        link, off = fit_link((point["bytes"], point["ms"]["median"] / 1e3) for point in points if point["kind"] == kind)
+        link, off = fit_link(
+            (point["bytes"], point["ms"]["median"] / 1e3) for point in points if point["kind"] == kind
+        )
         found[kind] = {"latency": link.latency, "bandwidth": link.bandwidth, "off": off}
     return found
 
@@ -433,7 +529,12 @@ def measure(scope: Scope, quick: bool) -> dict[str, Any]:
     for setting in scope.peaks:
         rows += peak_rows(setting, scope)
         done(f"memory of {describe(setting)}")
-    return {"exchanges": exchanges(), **pairs, "links": links(pairs["collectives"]), "rows": [row_dict(row) for row in rows]}
+    return {
+        "exchanges": exchanges(),
+        **pairs,
+        "links": links(pairs["collectives"]),
+        "rows": [row_dict(row) for row in rows],
+    }
 
 
 def main() -> None:
@@ -450,11 +551,15 @@ def main() -> None:
     began = time.monotonic()
     head = {**script_report("parallel", "parallel.py"), "quick": arguments.quick}
     found = measure(QUICK if arguments.quick else FULL, arguments.quick)
-    report = rounded({**head, "seconds": time.monotonic() - began, "workspace_bytes": DEFAULT_WORKSPACE_BYTES, **found})
+    report = rounded(
+        {**head, "seconds": time.monotonic() - began, "workspace_bytes": DEFAULT_WORKSPACE_BYTES, **found}
+    )
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(report_json.dumps(report))
-    print(f"{len(found['rows'])} rows, {len(found['runs'])} runs of {WORLD} processes, {report['seconds']:.0f} s")
+    print(
+        f"{len(found['rows'])} rows, {len(found['runs'])} runs of {WORLD} processes, {report['seconds']:.0f} s"
+    )
 
 
 if __name__ == "__main__":

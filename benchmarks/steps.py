@@ -43,7 +43,9 @@ class Integration:
     label: str
     rows: dict[str, str]  # what is measured, and what its loss is
     build: Build
-    warm_tokens: int | None = 4  # of the step before the one whose peak is measured; None: as many as that one's
+    warm_tokens: int | None = (
+        4  # of the step before the one whose peak is measured; None: as many as that one's
+    )
     versions: dict[str, str] = field(default_factory=dict)  # beyond those that are installed
 
 
@@ -52,7 +54,9 @@ def lengths(tokens: int) -> Tensor:
     return torch.tensor([tokens, tokens // 2, 3 * tokens // 4, tokens])
 
 
-def stepper(built: tuple[list[Tensor], Callable[[int], Callable[[], Tensor]]], tokens: int) -> Callable[[], Tensor]:
+def stepper(
+    built: tuple[list[Tensor], Callable[[int], Callable[[], Tensor]]], tokens: int
+) -> Callable[[], Tensor]:
     parameters, losses = built
     loss_of = losses(tokens)
 
@@ -88,12 +92,21 @@ def true_loss(integration: Integration, row: str, dtype: str, tokens: int, folde
 def times(integration: Integration, row: str, dtype: str, tokens: int, rounds: int) -> dict[str, Any]:
     """Milliseconds, wall and CPU, of both in turn."""
     with tempfile.TemporaryDirectory() as folder:
-        sides = {side: stepper(integration.build(row, side, dtype, folder, False), tokens) for side in (integration.side, OURS)}
+        sides = {
+            side: stepper(integration.build(row, side, dtype, folder, False), tokens)
+            for side in (integration.side, OURS)
+        }
         losses = {side: step().double().item() for side, step in sides.items()}
-        true = losses[integration.side] if dtype == "float32" else true_loss(integration, row, dtype, tokens, folder)
+        true = (
+            losses[integration.side]
+            if dtype == "float32"
+            else true_loss(integration, row, dtype, tokens, folder)
+        )
         errors = {side: abs(loss - true) / abs(true) for side, loss in losses.items()}
         if not errors[OURS] <= TARGETS["default"]:
-            raise SystemExit(f"{row}, {dtype}: the loss is {losses[OURS]}, {integration.label}'s in fp32 {true}: {errors[OURS]:.2%} apart")
+            raise SystemExit(
+                f"{row}, {dtype}: the loss is {losses[OURS]}, {integration.label}'s in fp32 {true}: {errors[OURS]:.2%} apart"
+            )
         taken: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
         for _ in range(rounds):
             for side, step in sides.items():
@@ -102,13 +115,20 @@ def times(integration: Integration, row: str, dtype: str, tokens: int, rounds: i
                 taken[side].append((1e3 * (time.perf_counter() - wall), 1e3 * (time.process_time() - cpu)))
     result: dict[str, Any] = {"losses": losses, "loss_errors": errors}
     for index, clock in enumerate(("wall", "cpu")):
-        result |= {f"{side}_{clock}_ms": statistics.median(pair[index] for pair in taken[side]) for side in sides}
-        result[f"{clock}_ratios"] = [theirs[index] / ours[index] for theirs, ours in zip(taken[integration.side], taken[OURS], strict=True)]
+        result |= {
+            f"{side}_{clock}_ms": statistics.median(pair[index] for pair in taken[side]) for side in sides
+        }
+        result[f"{clock}_ratios"] = [
+            theirs[index] / ours[index]
+            for theirs, ours in zip(taken[integration.side], taken[OURS], strict=True)
+        ]
         result[f"{clock}_ratio"] = statistics.median(result[f"{clock}_ratios"])
     return result
 
 
-def measure(integration: Integration, row: str, dtype: str, tokens: int, rounds: int, threads: int) -> dict[str, Any]:
+def measure(
+    integration: Integration, row: str, dtype: str, tokens: int, rounds: int, threads: int
+) -> dict[str, Any]:
     load, began = os.getloadavg()[0], time.monotonic()
     program = [sys.executable, sys.argv[0], "--row", row, dtype, str(tokens), str(rounds), str(threads)]
     done = subprocess.run(program, capture_output=True, text=True, check=False)
@@ -116,24 +136,59 @@ def measure(integration: Integration, row: str, dtype: str, tokens: int, rounds:
     if line is None:
         raise SystemExit(f"{row}, {dtype}: {done.stderr.strip()[-2000:]}")
     source = f"from {Path(sys.argv[0]).stem} import INTEGRATION\nfrom steps import peak_step\ndef make(*args): return peak_step(INTEGRATION, *args)"
-    peaks = {f"{side}_peak_bytes": peak_bytes(source, row, side, dtype, tokens, threads=threads) for side in (integration.side, OURS)}
-    result = {"name": row, "loss": integration.rows[row], "dtype": dtype, "load": [load, os.getloadavg()[0]], **json.loads(line[3:]), **peaks}
+    peaks = {
+        f"{side}_peak_bytes": peak_bytes(source, row, side, dtype, tokens, threads=threads)
+        for side in (integration.side, OURS)
+    }
+    result = {
+        "name": row,
+        "loss": integration.rows[row],
+        "dtype": dtype,
+        "load": [load, os.getloadavg()[0]],
+        **json.loads(line[3:]),
+        **peaks,
+    }
     console.print(f"{row}, {dtype}: {time.monotonic() - began:.0f} s", style="dim")
     return {**result, "peak_ratio": result[f"{integration.side}_peak_bytes"] / result[f"{OURS}_peak_bytes"]}
 
 
 def show(integration: Integration, rows: list[dict[str, Any]]) -> None:
     side, label = integration.side, integration.label
-    table = new_table("loss and gradients", "", "dtype", f"{label} ms", "ours ms", "ratio", "CPU ratio", f"{label} MiB", "ours MiB", "ratio", "load")
+    table = new_table(
+        "loss and gradients",
+        "",
+        "dtype",
+        f"{label} ms",
+        "ours ms",
+        "ratio",
+        "CPU ratio",
+        f"{label} MiB",
+        "ours MiB",
+        "ratio",
+        "load",
+    )
     for row in rows:
-        clocks = (f"{row[f'{side}_wall_ms']:.0f}", f"{row['opsd_wall_ms']:.0f}", f"{row['wall_ratio']:.2f}", f"{row['cpu_ratio']:.2f}")
-        peaks = (f"{row[f'{side}_peak_bytes'] / 2**20:.0f}", f"{row['opsd_peak_bytes'] / 2**20:.0f}", f"{row['peak_ratio']:.2f}")
-        table.add_row(row["name"], row["dtype"], *clocks, *peaks, " - ".join(f"{load:.1f}" for load in row["load"]))
+        clocks = (
+            f"{row[f'{side}_wall_ms']:.0f}",
+            f"{row['opsd_wall_ms']:.0f}",
+            f"{row['wall_ratio']:.2f}",
+            f"{row['cpu_ratio']:.2f}",
+        )
+        peaks = (
+            f"{row[f'{side}_peak_bytes'] / 2**20:.0f}",
+            f"{row['opsd_peak_bytes'] / 2**20:.0f}",
+            f"{row['peak_ratio']:.2f}",
+        )
+        table.add_row(
+            row["name"], row["dtype"], *clocks, *peaks, " - ".join(f"{load:.1f}" for load in row["load"])
+        )
     console.print(table)
 
 
 def main(integration: Integration) -> None:
-    parser = argparse.ArgumentParser(description=f"{integration.label}'s loss and ours: time and peak memory of loss and gradients.")
+    parser = argparse.ArgumentParser(
+        description=f"{integration.label}'s loss and ours: time and peak memory of loss and gradients."
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64, help="of the longest completion")
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
@@ -148,13 +203,24 @@ def main(integration: Integration) -> None:
         return
     result: dict[str, Any] = {
         **script_report(f"{integration.side}_steps", Path(sys.argv[0]).name),
-        "shape": {"V": V, "H": HIDDEN, "sequences": SEQUENCES, "prompt": PROMPT, "completion": arguments.tokens, "rounds": arguments.rounds},
+        "shape": {
+            "V": V,
+            "H": HIDDEN,
+            "sequences": SEQUENCES,
+            "prompt": PROMPT,
+            "completion": arguments.tokens,
+            "rounds": arguments.rounds,
+        },
         "threads": arguments.threads,
         "rows": [],
     }
     result["versions"] |= integration.versions
-    for row, dtype in ((row, dtype) for dtype in arguments.dtype or ("float32", "bfloat16") for row in integration.rows):
-        result["rows"].append(measure(integration, row, dtype, arguments.tokens, arguments.rounds, arguments.threads))
+    for row, dtype in (
+        (row, dtype) for dtype in arguments.dtype or ("float32", "bfloat16") for row in integration.rows
+    ):
+        result["rows"].append(
+            measure(integration, row, dtype, arguments.tokens, arguments.rounds, arguments.threads)
+        )
         if arguments.json is not None:  # after each row: a run may be cut short
             arguments.json.write_text(report_json.dumps(result))
     show(integration, result["rows"])

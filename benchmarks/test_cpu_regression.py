@@ -16,7 +16,12 @@ from opsd_kernels.bench.timing import Variant, interleave, noise, ratio
 
 SHAPE = SHAPES["cpu"]
 ROUNDS, SECONDS = (5, 20), 30.0
-CASES = [("float32", "shared", "trainable"), ("float32", "shared", "frozen"), ("bfloat16", "shared", "trainable"), ("bfloat16", "two heads", "trainable")]
+CASES = [
+    ("float32", "shared", "trainable"),
+    ("float32", "shared", "frozen"),
+    ("bfloat16", "shared", "trainable"),
+    ("bfloat16", "two heads", "trainable"),
+]
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
@@ -31,8 +36,12 @@ def test_time_against_the_bare_gemms(benchmark, dtype, head, mode, divergence):
     variants = {BASE: Variant(bare_gemms(case, setting, setting.plan().rows)), "opsd": Variant(step)}
     interleave(variants, BASE, "cpu", rounds=ROUNDS, seconds=SECONDS)
     found, unsure = ratio(variants["opsd"], variants[BASE]), noise(variants["opsd"], variants[BASE])
-    benchmark.extra_info.update(ratio=found.median, uncertainty=found.uncertainty, target=target(setting), noise=unsure)
+    benchmark.extra_info.update(
+        ratio=found.median, uncertainty=found.uncertainty, target=target(setting), noise=unsure
+    )
     benchmark.pedantic(step, rounds=3, warmup_rounds=1)
     if unsure:
         pytest.skip(unsure)
-    assert found.median <= target(setting) * (1 + found.uncertainty), f"{found.median:.2f} of the bare GEMMs, target {target(setting):.2f}"
+    assert found.median <= target(setting) * (1 + found.uncertainty), (
+        f"{found.median:.2f} of the bare GEMMs, target {target(setting):.2f}"
+    )

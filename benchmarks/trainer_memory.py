@@ -22,8 +22,23 @@ from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.contexts import ContextTemplate
 
 MIB = 2**20
-SHAPE = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8}
-RUN = {"steps": 2, "prompts_per_step": 2, "group_size": 2, "micro_batch": 1, "rehearsal_prompts": 1, "eval_samples": 2, "probe_samples": 2}
+SHAPE = {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+}
+RUN = {
+    "steps": 2,
+    "prompts_per_step": 2,
+    "group_size": 2,
+    "micro_batch": 1,
+    "rehearsal_prompts": 1,
+    "eval_samples": 2,
+    "probe_samples": 2,
+}
 
 
 class Resident:
@@ -35,7 +50,10 @@ class Resident:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def now(self) -> float:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MIB - self.start
+        return (
+            int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MIB
+            - self.start
+        )
 
     def _watch(self) -> None:
         while True:
@@ -57,25 +75,51 @@ def held(run: loop.Run) -> dict[str, float]:
     """MiB of the tensors of the state that this rank has."""
 
     def size(tensors: Any) -> float:
-        return sum(local.numel() * local.element_size() for local in (t.to_local() if hasattr(t, "to_local") else t for t in tensors)) / MIB
+        return (
+            sum(
+                local.numel() * local.element_size()
+                for local in (t.to_local() if hasattr(t, "to_local") else t for t in tensors)
+            )
+            / MIB
+        )
 
     state = run.state
-    moments = [value for entry in state.optimizer.state.values() for name, value in entry.items() if name != "step"]
+    moments = [
+        value for entry in state.optimizer.state.values() for name, value in entry.items() if name != "step"
+    ]
     copies = [weight for teacher in (state.teacher, state.reference) for weight in teacher.model.parameters()]
-    return {"weights": size(state.model.parameters()), "moments": size(moments), "teacher and reference": size(copies)}
+    return {
+        "weights": size(state.model.parameters()),
+        "moments": size(moments),
+        "teacher and reference": size(copies),
+    }
 
 
 def make_inputs(folder: Path) -> dict[str, str]:
     """A Llama of 34 million random weights and a dozen questions, the same in every rank."""
     tokenizer = tiny.build_tokenizer((*"0123456789+-*", "right", "wrong"), ContextTemplate())
-    ends = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    ends = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, **ends), dtype=torch.float32).save_pretrained(folder / "model")
+    AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, **ends), dtype=torch.float32).save_pretrained(
+        folder / "model"
+    )
     tokenizer.save_pretrained(folder / "model")
     splits = ["train"] * 8 + ["held_out"] * 2 + ["rehearsal"] * 2
-    rows = [{"prompt": f"{i} + {7 * i}", "answer": str(8 * i), "feedback": f"wrong {8 * i}", "split": split} for i, split in enumerate(splits, 10)]
+    rows = [
+        {"prompt": f"{i} + {7 * i}", "answer": str(8 * i), "feedback": f"wrong {8 * i}", "split": split}
+        for i, split in enumerate(splits, 10)
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"env": "jsonl", "feedback": "text", "model": str(folder / "model"), "data": str(folder / "rows.jsonl")}
+    return {
+        "env": "jsonl",
+        "feedback": "text",
+        "model": str(folder / "model"),
+        "data": str(folder / "rows.jsonl"),
+    }
 
 
 def main(shard: str = "none") -> None:

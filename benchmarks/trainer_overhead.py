@@ -33,7 +33,15 @@ from opsd_kernels.train.contexts import ContextTemplate
 from opsd_kernels.train.envs import make_task
 
 WARM = 10  # steps before the clock starts: allocations, caches of encoded prompts
-MODEL = ("generate", "student forward", "teacher forward", "loss op", "backward", "optimiser", "teacher update")
+MODEL = (
+    "generate",
+    "student forward",
+    "teacher forward",
+    "loss op",
+    "backward",
+    "optimiser",
+    "teacher update",
+)
 Name = str | Callable[[], str]
 Clock = Callable[[], float]
 
@@ -73,7 +81,11 @@ def places() -> list[tuple[Any, str, Name]]:
     """(owner, attribute, part) of every call that is timed; what none of them holds is the loop's own."""
     return [
         (GenerationMixin, "generate", "generate"),
-        (objective, "hidden_states", lambda: "student forward" if torch.is_grad_enabled() else "teacher forward"),
+        (
+            objective,
+            "hidden_states",
+            lambda: "student forward" if torch.is_grad_enabled() else "teacher forward",
+        ),
         (objective, "linear_divergence", "loss op"),
         (torch.Tensor, "backward", "backward"),
         (torch.nn.utils, "clip_grad_norm_", "optimiser"),
@@ -119,7 +131,10 @@ def ours(config: TrainConfig, clock: Clock, parts: Parts | None = None) -> list[
         for owner, name, part in places() if parts is not None else ():
             stack.enter_context(mock.patch.object(owner, name, parts.timed(part, getattr(owner, name))))
         loop.train(config, Path(folder) / "run")
-    return [1e3 * (b - a) for a, b in zip(ends[-(config.steps - WARM) - 1 :], ends[-(config.steps - WARM) :], strict=False)]
+    return [
+        1e3 * (b - a)
+        for a, b in zip(ends[-(config.steps - WARM) - 1 :], ends[-(config.steps - WARM) :], strict=False)
+    ]
 
 
 def shares(rounds: int, count: int, clock: Clock) -> dict[str, Any]:
@@ -129,7 +144,9 @@ def shares(rounds: int, count: int, clock: Clock) -> dict[str, Any]:
         parts = Parts(clock)
         ours(settings(count), clock, parts)
         tables.append({name: 1e3 * seconds / count for name, seconds in parts.seconds.items()})
-    outside = [sum(ms for name, ms in each.items() if name not in MODEL) / sum(each.values()) for each in tables]
+    outside = [
+        sum(ms for name, ms in each.items() if name not in MODEL) / sum(each.values()) for each in tables
+    ]
     names = sorted(tables[0], key=lambda name: (name not in MODEL, -tables[0][name]))
     medians = {name: statistics.median(each[name] for each in tables) for name in names}
     return {"parts_ms": medians, "overhead_share": statistics.median(outside), "rounds": outside}
@@ -159,7 +176,10 @@ def theirs(config: TrainConfig, base: Path, clock: Clock) -> list[float]:
     }
 
     def reward(completions: list[Any], problem: list[int], **_: Any) -> list[float]:
-        return [task.env(p, 0).verify(answer[0]["content"]).reward for answer, p in zip(completions, problem, strict=True)]
+        return [
+            task.env(p, 0).verify(answer[0]["content"]).reward
+            for answer, p in zip(completions, problem, strict=True)
+        ]
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = SDPOConfig(output_dir=folder, **trl_settings(config, task.template))
@@ -226,7 +246,9 @@ def show(result: dict[str, Any]) -> None:
     console.print(f"overhead: {result['parts']['overhead_share']:.1%} of a step of {whole:.0f} ms")
     if "sdpo_trainer" in result:
         peer = result["sdpo_trainer"]
-        console.print(f"a step of the same job: opsd {peer['opsd_ms']:.0f} ms, SDPOTrainer {peer['trl_ms']:.0f} ms, ratio {peer['ratio']:.2f}")
+        console.print(
+            f"a step of the same job: opsd {peer['opsd_ms']:.0f} ms, SDPOTrainer {peer['trl_ms']:.0f} ms, ratio {peer['ratio']:.2f}"
+        )
 
 
 def main() -> None:

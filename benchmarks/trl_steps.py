@@ -1,6 +1,6 @@
 """TRL's trainers with their loss and with ours (steps.py). A step is compute_loss and backward: sampling and the optimiser are TRL's in either case.
 
-    python benchmarks/trl_steps.py [--rounds 3] [--tokens 64] [--dtype float32 --dtype bfloat16] [--json FILE]
+python benchmarks/trl_steps.py [--rounds 3] [--tokens 64] [--dtype float32 --dtype bfloat16] [--json FILE]
 """
 
 from __future__ import annotations
@@ -30,8 +30,23 @@ def model(seed: int, dtype: str, folder: str) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
-    shape = {"hidden_size": HIDDEN, "intermediate_size": 4 * HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    made = Qwen2ForCausalLM(Qwen2Config(vocab_size=V, initializer_range=0.1, tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, **shape))
+    shape = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 4 * HIDDEN,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    made = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=V,
+            initializer_range=0.1,
+            tie_word_embeddings=False,
+            pad_token_id=0,
+            eos_token_id=1,
+            **shape,
+        )
+    )
     made.config._name_or_path = folder  # where IWOPDTrainer looks for the teacher's tokenizer
     return made.to(getattr(torch, dtype))
 
@@ -41,7 +56,9 @@ def tokenizer(folder: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
-    made = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
     made.save_pretrained(folder)
     return made
 
@@ -55,9 +72,24 @@ def trainer(name: str, side: str, dtype: str, folder: str) -> Any:
 
     from opsd_kernels.integrations import trl as fused
 
-    theirs = {"DistillationTrainer": trl.DistillationTrainer, "SDPOTrainer": sdpo.SDPOTrainer, "IWOPDTrainer": iw_opd.IWOPDTrainer}
-    config = {"DistillationTrainer": trl.DistillationConfig, "SDPOTrainer": sdpo.SDPOConfig, "IWOPDTrainer": iw_opd.IWOPDConfig}[name]
-    common = {"output_dir": folder, "per_device_train_batch_size": SEQUENCES, "bf16": False, "use_cpu": True, "report_to": [], "gradient_checkpointing": False}
+    theirs = {
+        "DistillationTrainer": trl.DistillationTrainer,
+        "SDPOTrainer": sdpo.SDPOTrainer,
+        "IWOPDTrainer": iw_opd.IWOPDTrainer,
+    }
+    config = {
+        "DistillationTrainer": trl.DistillationConfig,
+        "SDPOTrainer": sdpo.SDPOConfig,
+        "IWOPDTrainer": iw_opd.IWOPDConfig,
+    }[name]
+    common = {
+        "output_dir": folder,
+        "per_device_train_batch_size": SEQUENCES,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": [],
+        "gradient_checkpointing": False,
+    }
     words, student, teacher = tokenizer(folder), model(0, dtype, folder), model(1, dtype, folder)
     others = (lambda completions, **_: [0.0] * len(completions),) if name == "SDPOTrainer" else (teacher,)
     data = Dataset.from_dict({"prompt": ["a"] * 8})
@@ -71,17 +103,40 @@ def trainer(name: str, side: str, dtype: str, folder: str) -> Any:
 def batch(name: str, tokens: int) -> dict[str, Any]:
     """SEQUENCES completions of `tokens`, a half, three quarters and all of them long in turn."""
     gen = torch.Generator().manual_seed(0)
-    mask, asked = (torch.arange(tokens) < lengths(tokens)[:, None]).long(), torch.ones(SEQUENCES, PROMPT, dtype=torch.int64)
-    prompt, completion = (torch.randint(3, V, (SEQUENCES, width), generator=gen) for width in (PROMPT, tokens))
+    mask, asked = (
+        (torch.arange(tokens) < lengths(tokens)[:, None]).long(),
+        torch.ones(SEQUENCES, PROMPT, dtype=torch.int64),
+    )
+    prompt, completion = (
+        torch.randint(3, V, (SEQUENCES, width), generator=gen) for width in (PROMPT, tokens)
+    )
     if name == "IWOPDTrainer":
         labels = torch.cat([torch.full_like(prompt, -100), torch.where(mask == 1, completion, -100)], 1)
-        return {"input_ids": torch.cat([prompt, completion], 1), "attention_mask": torch.cat([asked, mask], 1), "labels": labels}
-    made: dict[str, Any] = {"prompt_ids": prompt, "prompt_mask": asked, "completion_ids": completion, "completion_mask": mask}
-    made |= {"teacher_input_ids": torch.cat([prompt, prompt, completion], 1), "teacher_attention_mask": torch.cat([asked, asked, mask], 1)}
-    return {**made, "advantages": torch.zeros(SEQUENCES), "old_per_token_logps": -12 - torch.rand(completion.shape, generator=gen)}
+        return {
+            "input_ids": torch.cat([prompt, completion], 1),
+            "attention_mask": torch.cat([asked, mask], 1),
+            "labels": labels,
+        }
+    made: dict[str, Any] = {
+        "prompt_ids": prompt,
+        "prompt_mask": asked,
+        "completion_ids": completion,
+        "completion_mask": mask,
+    }
+    made |= {
+        "teacher_input_ids": torch.cat([prompt, prompt, completion], 1),
+        "teacher_attention_mask": torch.cat([asked, asked, mask], 1),
+    }
+    return {
+        **made,
+        "advantages": torch.zeros(SEQUENCES),
+        "old_per_token_logps": -12 - torch.rand(completion.shape, generator=gen),
+    }
 
 
-def build(name: str, side: str, dtype: str, folder: str, fp32: bool) -> tuple[list[Tensor], Callable[[int], Callable[[], Tensor]]]:
+def build(
+    name: str, side: str, dtype: str, folder: str, fp32: bool
+) -> tuple[list[Tensor], Callable[[int], Callable[[], Tensor]]]:
     made = trainer(name, side, dtype, folder)
     made.model.train()
     if fp32:

@@ -25,7 +25,10 @@ import verl_source
 
 K = 32  # verl's distillation.yaml
 CLAMPS = {"forward_kl_topk": (None, None), "forward_kl_topk, clamped": (10.0, -10.0)}
-ROWS = {"forward_kl_topk": "top-32, token-mean", "forward_kl_topk, clamped": "the same, losses at 10 and log-probs at -10"}
+ROWS = {
+    "forward_kl_topk": "top-32, token-mean",
+    "forward_kl_topk, clamped": "the same, losses at 10 and log-probs at -10",
+}
 
 
 def micro_batch(tokens: int, gen: torch.Generator) -> dict[str, Any]:
@@ -37,23 +40,41 @@ def micro_batch(tokens: int, gen: torch.Generator) -> dict[str, Any]:
     data = {name: verl_source.nested(x, whole) for name, x in data.items()}
     data |= {"prompts": verl_source.nested(torch.zeros(SEQUENCES * PROMPT), [PROMPT] * SEQUENCES)}
     data |= {"responses": verl_source.nested(torch.zeros(sum(responses)), responses)}
-    data["response_mask"] = torch.nested.as_nested_tensor([torch.ones(length, dtype=torch.bool) for length in responses], layout=torch.jagged)
+    data["response_mask"] = torch.nested.as_nested_tensor(
+        [torch.ones(length, dtype=torch.bool) for length in responses], layout=torch.jagged
+    )
     return {**data, "dp_size": 1, "batch_num_tokens": None, "global_batch_size": None, "temperature": 1.0}
 
 
-def build(name: str, side: str, dtype: str, folder: str, fp32: bool) -> tuple[list[Tensor], Callable[[int], Callable[[], Tensor]]]:
+def build(
+    name: str, side: str, dtype: str, folder: str, fp32: bool
+) -> tuple[list[Tensor], Callable[[int], Callable[[], Tensor]]]:
     from opsd_kernels.integrations.verl import distillation_loss
 
     gen = torch.Generator().manual_seed(0)
     kept = torch.float32 if fp32 else getattr(torch, dtype)
 
     def drawn(rows: int, scale: float) -> Tensor:
-        return (scale * torch.randn(rows, HIDDEN, generator=gen)).to(getattr(torch, dtype)).to(kept).requires_grad_()
+        return (
+            (scale * torch.randn(rows, HIDDEN, generator=gen))
+            .to(getattr(torch, dtype))
+            .to(kept)
+            .requires_grad_()
+        )
 
     head, theirs = drawn(V, 0.1), verl_source.Theirs(Path(os.environ["VERL_SOURCE"]) / "verl")
     highest, floor = CLAMPS[name]
-    chosen = SimpleNamespace(loss_mode="forward_kl_topk", topk=K, loss_max_clamp=highest, log_prob_min_clamp=floor, use_policy_gradient=False)
-    config, distillation = SimpleNamespace(loss_agg_mode="token-mean", loss_scale_factor=None), SimpleNamespace(distillation_loss=chosen)
+    chosen = SimpleNamespace(
+        loss_mode="forward_kl_topk",
+        topk=K,
+        loss_max_clamp=highest,
+        log_prob_min_clamp=floor,
+        use_policy_gradient=False,
+    )
+    config, distillation = (
+        SimpleNamespace(loss_agg_mode="token-mean", loss_scale_factor=None),
+        SimpleNamespace(distillation_loss=chosen),
+    )
     leaves = [head]
 
     def losses(tokens: int) -> Callable[[], Tensor]:
@@ -63,7 +84,9 @@ def build(name: str, side: str, dtype: str, folder: str, fp32: bool) -> tuple[li
         leaves[1:] = [hidden]
         if side == "verl":
             return lambda: theirs.loss((hidden @ head.T)[None], data, config, distillation)[0]
-        return lambda: distillation_loss(config, distillation, {"hidden_states": hidden, "lm_head_weight": head}, data)[0]
+        return lambda: distillation_loss(
+            config, distillation, {"hidden_states": hidden, "lm_head_weight": head}, data
+        )[0]
 
     return leaves, losses
 

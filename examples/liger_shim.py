@@ -5,23 +5,38 @@ python examples/liger_shim.py
 
 import torch
 
-from opsd_kernels.integrations.liger import LigerFusedLinearJSDLoss  # was: from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+from opsd_kernels.integrations.liger import (
+    LigerFusedLinearJSDLoss,
+)  # was: from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
 B, T, V, H_STUDENT, H_TEACHER = 8, 32, 500, 64, 96
 torch.manual_seed(0)
-embedding = torch.nn.Embedding(V, H_TEACHER)  # stands for the two models' trunks: what the teacher sees, and what a student makes of it
+embedding = torch.nn.Embedding(
+    V, H_TEACHER
+)  # stands for the two models' trunks: what the teacher sees, and what a student makes of it
 teacher_head = torch.randn(V, H_TEACHER) / H_TEACHER**0.5
 narrow, student_head = torch.nn.Linear(H_TEACHER, H_STUDENT), torch.nn.Linear(H_STUDENT, V, bias=False)
 
-loss_of = LigerFusedLinearJSDLoss(weight_hard_loss=0.1, weight_soft_loss=0.9, beta=0.5, return_soft_hard_loss=True)
+loss_of = LigerFusedLinearJSDLoss(
+    weight_hard_loss=0.1, weight_soft_loss=0.9, beta=0.5, return_soft_hard_loss=True
+)
 optimizer = torch.optim.Adam([*narrow.parameters(), *student_head.parameters()], lr=1e-2)
 for step in range(61):
     tokens = torch.randint(V, (B, T + 1))
     hidden = 3 * embedding(tokens[:, :-1]).detach()
-    labels = (hidden @ teacher_head.T).softmax(-1).flatten(0, 1).multinomial(1).view(B, T).masked_fill(torch.arange(T) >= T - 4, -100)  # four of padding
+    labels = (
+        (hidden @ teacher_head.T)
+        .softmax(-1)
+        .flatten(0, 1)
+        .multinomial(1)
+        .view(B, T)
+        .masked_fill(torch.arange(T) >= T - 4, -100)
+    )  # four of padding
     loss, soft, hard = loss_of(narrow(hidden), student_head.weight, hidden, teacher_head, labels)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     if step % 20 == 0:
-        print(f"step {step:2}  loss {loss.item():.4f}  divergence {soft.item():.4f}  cross-entropy {hard.item():.3f}")
+        print(
+            f"step {step:2}  loss {loss.item():.4f}  divergence {soft.item():.4f}  cross-entropy {hard.item():.3f}"
+        )

@@ -15,12 +15,16 @@ torch.manual_seed(0)
 
 
 def nested(packed: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    return torch.nested.nested_tensor_from_jagged(packed, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+    return torch.nested.nested_tensor_from_jagged(
+        packed, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    )
 
 
 whole = PROMPTS + RESPONSES
 states = torch.randn(int(whole.sum()), H)  # stands for the trunk's output
-log_probs, ids = (states @ torch.randn(H, V) / 4).log_softmax(-1).topk(K)  # what a teacher's server returns, one row per token
+log_probs, ids = (
+    (states @ torch.randn(H, V) / 4).log_softmax(-1).topk(K)
+)  # what a teacher's server returns, one row per token
 trunk, lm_head = torch.nn.Linear(H, H), torch.nn.Linear(H, V, bias=False)
 
 data = {
@@ -34,7 +38,9 @@ data = {
     "global_batch_size": len(RESPONSES),
 }
 config = SimpleNamespace(loss_agg_mode="seq-mean-token-mean", loss_scale_factor=None)
-settings = SimpleNamespace(loss_mode="forward_kl_topk", loss_max_clamp=10.0, log_prob_min_clamp=-10.0, use_policy_gradient=False)
+settings = SimpleNamespace(
+    loss_mode="forward_kl_topk", loss_max_clamp=10.0, log_prob_min_clamp=-10.0, use_policy_gradient=False
+)
 
 optimizer = torch.optim.Adam([*trunk.parameters(), *lm_head.parameters()], lr=1e-2)
 for step in range(31):
@@ -45,4 +51,6 @@ for step in range(31):
     optimizer.step()
     if step % 10 == 0:
         masses = [metrics[f"distillation/{side}_mass"].item() for side in ("student", "teacher")]
-        print(f"step {step:2}  loss {loss.item():.4f}  mass on the list: student {masses[0]:.3f}, teacher {masses[1]:.3f}")
+        print(
+            f"step {step:2}  loss {loss.item():.4f}  mass on the list: student {masses[0]:.3f}, teacher {masses[1]:.3f}"
+        )

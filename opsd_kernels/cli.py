@@ -13,14 +13,27 @@ try:
 
     from .terminal import console, new_table, one_line
 except ModuleNotFoundError as missing:
-    raise SystemExit(f"opsd: error: the command line needs {missing.name}: pip install 'opsd_kernels[cli]' (or [train] for opsd train)") from None
+    raise SystemExit(
+        f"opsd: error: the command line needs {missing.name}: pip install 'opsd_kernels[cli]' (or [train] for opsd train)"
+    ) from None
 
 from .train import commands
 from .version import __version__
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+)
 
-BYTE_UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+BYTE_UNITS = {
+    "": 1,
+    "b": 1,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+}
 PLAN_LABELS = {
     "rows": "rows per chunk",
     "difference": "difference GEMM",
@@ -49,7 +62,11 @@ def print_version(value: bool) -> None:
 
 
 @app.callback()
-def root(version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")] = False) -> None:
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     """Fused loss head for on-policy self-distillation: the trainer and its experiments, the planner, benchmarks and a check of this machine."""
 
 
@@ -65,15 +82,30 @@ def plan(
     tokens: Annotated[int, typer.Option("--tokens", "-N", help="Valid tokens in one call.")] = 8192,
     vocab: Annotated[int, typer.Option("--vocab", "-V", help="Rows of the LM head.")] = 151936,
     hidden: Annotated[int, typer.Option("--hidden", help="Hidden size of the student.")] = 4096,
-    teacher_hidden: Annotated[int | None, typer.Option("--teacher-hidden", help="Hidden size of the teacher, if another.")] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16, float32 or float64.")] = "bfloat16",
-    shared_head: Annotated[bool, typer.Option("--shared-head/--two-heads", help="Do both sides project with the same head?")] = True,
+    teacher_hidden: Annotated[
+        int | None, typer.Option("--teacher-hidden", help="Hidden size of the teacher, if another.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="bfloat16, float16, float32 or float64.")
+    ] = "bfloat16",
+    shared_head: Annotated[
+        bool, typer.Option("--shared-head/--two-heads", help="Do both sides project with the same head?")
+    ] = True,
     frozen: Annotated[bool, typer.Option("--frozen", help="The head gets no gradient.")] = False,
     workspace: Annotated[str | None, typer.Option("--workspace", help="Byte budget, such as 256MiB.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
-    divergence: Annotated[str, typer.Option("--divergence", help="The two plain KLs take one sweep less.")] = "reverse_kl",
-    vocab_ranks: Annotated[int, typer.Option("--vocab-ranks", min=1, help="Ranks that share the rows of the head: the plan is one rank's.")] = 1,
-    data_ranks: Annotated[int, typer.Option("--data-ranks", min=1, help="Ranks that share the tokens: the plan is one rank's.")] = 1,
+    divergence: Annotated[
+        str, typer.Option("--divergence", help="The two plain KLs take one sweep less.")
+    ] = "reverse_kl",
+    vocab_ranks: Annotated[
+        int,
+        typer.Option(
+            "--vocab-ranks", min=1, help="Ranks that share the rows of the head: the plan is one rank's."
+        ),
+    ] = 1,
+    data_ranks: Annotated[
+        int, typer.Option("--data-ranks", min=1, help="Ranks that share the tokens: the plan is one rank's.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Predict memory and work of one call.
@@ -87,10 +119,17 @@ def plan(
 
     with one_line(ValueError, TypeError):
         budget = None if workspace is None else parse_bytes(workspace)
-        options = {"shared_head": shared_head, "trainable_head": not frozen, "workspace_bytes": budget, "device_type": parse_device(device)}
+        options = {
+            "shared_head": shared_head,
+            "trainable_head": not frozen,
+            "workspace_bytes": budget,
+            "device_type": parse_device(device),
+        }
         one_sweep = Divergence.parse(divergence).one_sweep
         tokens, vocab = -(-tokens // data_ranks), -(-vocab // vocab_ranks)  # the fullest rank's
-        made = make_plan(tokens, vocab, hidden, teacher_hidden, parse_dtype(dtype), one_sweep=one_sweep, **options)
+        made = make_plan(
+            tokens, vocab, hidden, teacher_hidden, parse_dtype(dtype), one_sweep=one_sweep, **options
+        )
     fields = made.as_dict()
     if as_json:
         typer.echo(json.dumps(fields, indent=2))
@@ -106,7 +145,9 @@ def plan(
 def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if not match or match[2] not in BYTE_UNITS:
-        raise ValueError(f"--workspace: expected a number of bytes such as 268435456, 256MiB or 1.5GiB, got {text!r}")
+        raise ValueError(
+            f"--workspace: expected a number of bytes such as 268435456, 256MiB or 1.5GiB, got {text!r}"
+        )
     return int(float(match[1]) * BYTE_UNITS[match[2]])
 
 
@@ -128,7 +169,10 @@ def parse_device(text: str) -> str:
 
 def readable(name: str, value: object) -> str:
     if name.endswith("_bytes") and isinstance(value, int):
-        unit, size = next(((u, s) for u, s in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)) if value >= s), ("B", 1))
+        unit, size = next(
+            ((u, s) for u, s in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)) if value >= s),
+            ("B", 1),
+        )
         return f"{value / size:.4g} {unit}"
     if name == "tile_share":
         return f"{value:.1%}"
@@ -148,17 +192,43 @@ app.add_typer(bench_app, name="bench", invoke_without_command=True)
 @bench_app.callback()
 def bench(
     context: typer.Context,
-    suites: Annotated[list[str] | None, typer.Option("--suite", help="ratios, latency, memory, accuracy, masked, weights, sweeps, scaling, step.")] = None,
-    shapes: Annotated[list[str] | None, typer.Option("--shape", help="A head such as qwen3-8b, or N=1024,H=512,V=32000. Repeatable.")] = None,
-    providers: Annotated[list[str] | None, typer.Option("--provider", help="opsd, torch, compiled, trl, liger-chunked, ... Repeatable.")] = None,
-    dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="float32, bfloat16 or float16. Repeatable.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda; without it, cuda where there is one.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Smaller sizes, fewer rounds: minutes instead of half an hour.")] = False,
+    suites: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--suite", help="ratios, latency, memory, accuracy, masked, weights, sweeps, scaling, step."
+        ),
+    ] = None,
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option("--shape", help="A head such as qwen3-8b, or N=1024,H=512,V=32000. Repeatable."),
+    ] = None,
+    providers: Annotated[
+        list[str] | None,
+        typer.Option("--provider", help="opsd, torch, compiled, trl, liger-chunked, ... Repeatable."),
+    ] = None,
+    dtypes: Annotated[
+        list[str] | None, typer.Option("--dtype", help="float32, bfloat16 or float16. Repeatable.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda; without it, cuda where there is one.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Smaller sizes, fewer rounds: minutes instead of half an hour.")
+    ] = False,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the report here.")] = None,
-    plots: Annotated[Path | None, typer.Option("--plots", help="Write PNG plots into this directory.")] = None,
-    profile: Annotated[Path | None, typer.Option("--profile", help="Instead: a torch.profiler trace in this directory, and where the time goes.")] = None,
+    plots: Annotated[
+        Path | None, typer.Option("--plots", help="Write PNG plots into this directory.")
+    ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            "--profile", help="Instead: a torch.profiler trace in this directory, and where the time goes."
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads.")] = None,
-    commit: Annotated[str | None, typer.Option("--commit", help="What to record as the commit, in a copy without git.")] = None,
+    commit: Annotated[
+        str | None, typer.Option("--commit", help="What to record as the commit, in a copy without git.")
+    ] = None,
 ) -> None:
     """Measure time, memory and accuracy, beside the libraries that are installed.
 

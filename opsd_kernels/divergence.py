@@ -49,10 +49,16 @@ class Options:
     group: object | None = None
 
     def spec(self) -> RowSpec:
-        t_temperature = ("temperature", self.temperature) if self.teacher_temperature is None else ("teacher_temperature", self.teacher_temperature)
+        t_temperature = (
+            ("temperature", self.temperature)
+            if self.teacher_temperature is None
+            else ("teacher_temperature", self.teacher_temperature)
+        )
         return RowSpec(
             Divergence.parse(self.divergence, self.beta),
-            LogitTransform.parse("student", self.student_logit_scale, self.student_softcap, "temperature", self.temperature),
+            LogitTransform.parse(
+                "student", self.student_logit_scale, self.student_softcap, "temperature", self.temperature
+            ),
             LogitTransform.parse("teacher", self.teacher_logit_scale, self.teacher_softcap, *t_temperature),
             teacher_mix=_mix(self.teacher_mix),
             entry_clip=clip("entry_clip", self.entry_clip),
@@ -68,7 +74,20 @@ class Options:
         valid, labels = checks.valid_tokens(student.hidden, self.labels, self.ignore_index, self.mask)
         rows = (head.weight.shape[0] if shard is None else shard.vocab_size for head in (student, teacher))
         vocab = checks.vocabulary(*rows, self.vocab_size)
-        call = checks.make_call(spec, flat, other, shared, valid, labels, vocab, self.logits_dtype, self.workspace_bytes, self.backend, support, shard=shard)
+        call = checks.make_call(
+            spec,
+            flat,
+            other,
+            shared,
+            valid,
+            labels,
+            vocab,
+            self.logits_dtype,
+            self.workspace_bytes,
+            self.backend,
+            support,
+            shard=shard,
+        )
         job = make_job(call, student.hidden, self.token_weights, self.reduction, self.normalizer, **policy)
         return evaluate(job, self.backward, self.return_stats)
 
@@ -152,4 +171,6 @@ def linear_divergence(
         reduction=reduction, normalizer=normalizer, return_stats=return_stats, topk=topk, topk_support=topk_support, topk_tail=topk_tail,
         backward=backward, logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, backend=backend, group=group,
     )  # fmt: skip
-    return options.evaluate(Head(student_hidden, student_weight, student_bias), Head(teacher_hidden, teacher_weight, teacher_bias))
+    return options.evaluate(
+        Head(student_hidden, student_weight, student_bias), Head(teacher_hidden, teacher_weight, teacher_bias)
+    )

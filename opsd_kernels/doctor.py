@@ -27,7 +27,10 @@ class Section(NamedTuple):
 
 
 def sections() -> list[Section]:
-    devices = [f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB" for i in range(torch.cuda.device_count())]
+    devices = [
+        f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
+        for i in range(torch.cuda.device_count())
+    ]
     kinds = ("cpu", *(["cuda"] if devices else []))
     reasons = {kind: backends.explain(kind) for kind in kinds}
     return [
@@ -37,14 +40,23 @@ def sections() -> list[Section]:
             ("backend", *kinds),
             [(name, *(reasons[kind][name] or "usable" for kind in kinds)) for name in backends.NAMES],
         ),
-        Section("Environment", ("variable", "value"), [(variable.name, environment_value(variable)) for variable in env.VARIABLES]),
+        Section(
+            "Environment",
+            ("variable", "value"),
+            [(variable.name, environment_value(variable)) for variable in env.VARIABLES],
+        ),
     ]
 
 
 def machine(devices: list[str]) -> list[tuple[str, str]]:
-    rows = [("opsd_kernels", __version__), ("python", f"{tested_versions.note('python', platform.python_version())} on {platform.platform()}")]
+    rows = [
+        ("opsd_kernels", __version__),
+        ("python", f"{tested_versions.note('python', platform.python_version())} on {platform.platform()}"),
+    ]
     rows += [(package, tested_versions.note(package, installed_version(package))) for package in PACKAGES]
-    rows.append(("CPU", f"{torch.get_num_threads()} threads, torch uses {torch.backends.cpu.get_cpu_capability()}"))
+    rows.append(
+        ("CPU", f"{torch.get_num_threads()} threads, torch uses {torch.backends.cpu.get_cpu_capability()}")
+    )
     if too_old(torch.__version__):
         rows.append(("", too_old(torch.__version__)))
     rows.append(("C++ kernels", extension_state()))
@@ -61,7 +73,10 @@ def print_plainly() -> None:
     for title, headers, rows in sections():
         shown = [row for row in (headers, *rows) if any(row)]
         widths = [max(len(row[column]) for row in shown) for column in range(len(headers))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in shown
+        ]
         print("\n".join([title, "", *("  " + line for line in lines), ""]))
 
 

@@ -20,7 +20,9 @@ class Variable:
         """The value, or None if unset. Raises ValueError where the variable has choices and holds none of them."""
         value = os.environ.get(self.name, "").strip()
         if value and self.choices and value not in self.choices:
-            raise ValueError(f"{self.name}: expected one of {', '.join(map(repr, self.choices))}, got {value!r}")
+            raise ValueError(
+                f"{self.name}: expected one of {', '.join(map(repr, self.choices))}, got {value!r}"
+            )
         return value or None
 
 
@@ -30,7 +32,11 @@ BACKEND = Variable(
     "Row backend of every call that names none. One that cannot serve is an error, not a fallback.",
     ("cuda", "triton", "cpp", "torch"),
 )
-WORKSPACE_BYTES = Variable("OPSD_WORKSPACE_BYTES", "the planner's", "Byte budget of the logit buffers of every call that sets no `workspace_bytes`.")
+WORKSPACE_BYTES = Variable(
+    "OPSD_WORKSPACE_BYTES",
+    "the planner's",
+    "Byte budget of the logit buffers of every call that sets no `workspace_bytes`.",
+)
 CPU_CAPABILITY = Variable(
     "OPSD_CPU_CAPABILITY",
     "the widest the processor has",
@@ -62,7 +68,11 @@ BUILD_CUDA = Variable(
     "When the package is built. auto: CUDA kernels where torch has CUDA and nvcc is found. 1: an error if they cannot be built. 0: none.",
     ("auto", "0", "1"),
 )
-CACHE = Variable("OPSD_CACHE", "opsd_kernels in XDG_CACHE_HOME, or in ~/.cache", "Directory of the trainer's warm-started base models. Safe to delete.")
+CACHE = Variable(
+    "OPSD_CACHE",
+    "opsd_kernels in XDG_CACHE_HOME, or in ~/.cache",
+    "Directory of the trainer's warm-started base models. Safe to delete.",
+)
 
 VARIABLES = (BACKEND, WORKSPACE_BYTES, CPU_CAPABILITY, PACK, CUDA_CLUSTER, BUILD_CPU, BUILD_CUDA, CACHE)
 
@@ -95,6 +105,9 @@ def cache_dir() -> Path:
 
 def markdown() -> str:
     """docs/environment.md."""
-    rows = [f"| `{v.name}` | {', '.join(f'`{c}`' for c in v.choices) or 'any'} | {v.default} | {v.meaning} |" for v in VARIABLES]
+    rows = [
+        f"| `{v.name}` | {', '.join(f'`{c}`' for c in v.choices) or 'any'} | {v.default} | {v.meaning} |"
+        for v in VARIABLES
+    ]
     head = ["# Environment variables", "", "Generated from `opsd_kernels/env.py` by `make docs`.", ""]
     return "\n".join([*head, "| name | values | default | meaning |", "| --- | --- | --- | --- |", *rows, ""])

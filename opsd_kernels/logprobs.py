@@ -49,7 +49,19 @@ def linear_logprobs(
     transform = _transform(logit_scale, softcap, temperature)
     vocab = checks.vocabulary(weight.shape[0] if shard is None else shard.vocab_size, None, vocab_size)
     spec = RowSpec(Divergence.parse("reverse_kl"), transform, LogitTransform())
-    call = checks.make_call(spec, flat, nobody, False, valid, flat_labels, vocab, logits_dtype, workspace_bytes, backend, shard=shard)
+    call = checks.make_call(
+        spec,
+        flat,
+        nobody,
+        False,
+        valid,
+        flat_labels,
+        vocab,
+        logits_dtype,
+        workspace_bytes,
+        backend,
+        shard=shard,
+    )
     possible = call.grad_hidden and not (call.grad_weight or call.grad_bias or return_entropy)
     expect(
         possible or backward != "in_forward",
@@ -71,6 +83,12 @@ def _evaluate(call: checks.Call, in_forward: bool, entropy: bool) -> tuple[Tenso
         _, _, stats, logprobs, *_ = torch.ops.opsd_kernels.linear_divergence(*call, entropy, False)
         return logprobs[:, 0].clone(), stats[:, Column.STUDENT_ENTROPY].clone()
     if in_forward:
-        weights = checks.known_weights(None, call.labels.shape, call.labels.device, checks.stats_dtype(call.student_hidden.dtype), call.valid)
+        weights = checks.known_weights(
+            None,
+            call.labels.shape,
+            call.labels.device,
+            checks.stats_dtype(call.student_hidden.dtype),
+            call.valid,
+        )
         call = call._replace(factor=torch.zeros_like(weights), policy=weights)
     return LogProbs.apply(*call, entropy)

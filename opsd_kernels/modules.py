@@ -26,7 +26,9 @@ def _checked(options: dict[str, object]) -> dict[str, object]:
 
 
 def _text(options: dict[str, object]) -> str:
-    return ", ".join(f"{name}={'...' if isinstance(value, Tensor) else repr(value)}" for name, value in options.items())
+    return ", ".join(
+        f"{name}={'...' if isinstance(value, Tensor) else repr(value)}" for name, value in options.items()
+    )
 
 
 class LinearDivergenceLoss(nn.Module):
@@ -43,10 +45,17 @@ class LinearDivergenceLoss(nn.Module):
         self.options = _checked(options)
 
     def forward(
-        self, student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, **tensors: object
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        **tensors: object,
     ) -> Tensor | tuple[Tensor, TokenStats]:
         """`tensors` are what changes from call to call (labels, mask, token_weights, normalizer, biases); they win over the options."""
-        return linear_divergence(student_hidden, student_weight, teacher_hidden, teacher_weight, **{**self.options, **tensors})
+        return linear_divergence(
+            student_hidden, student_weight, teacher_hidden, teacher_weight, **{**self.options, **tensors}
+        )
 
     def extra_repr(self) -> str:
         return _text(self.options)
@@ -77,7 +86,11 @@ class DistillationHead(nn.Module):
         self.options = _checked(options)
 
     def forward(
-        self, student_hidden: Tensor, teacher_hidden: Tensor, teacher_head: nn.Module | None = None, **tensors: object
+        self,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor,
+        teacher_head: nn.Module | None = None,
+        **tensors: object,
     ) -> Tensor | tuple[Tensor, TokenStats]:
         teacher = self.lm_head if teacher_head is None else teacher_head
         student, other = (self._whole(head.weight, head.bias) for head in (self.lm_head, teacher))

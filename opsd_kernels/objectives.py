@@ -78,7 +78,9 @@ class PPOClip:
         return "sequence" if self.per_sequence else "row"
 
     def __call__(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> Tensor:
-        old = logprob.detach() if self.old_logprobs is None else self.old_logprobs.detach().reshape(mask.shape)
+        old = (
+            logprob.detach() if self.old_logprobs is None else self.old_logprobs.detach().reshape(mask.shape)
+        )
         advantages = self.advantages.detach()
         gap = torch.where(mask, logprob - old, 0.0)
         if self.per_sequence:
@@ -133,7 +135,12 @@ class OnPolicyDistillation:
     def __post_init__(self) -> None:
         expect(self.reward in REWARDS, "reward", "one of " + ", ".join(map(repr, REWARDS)), repr(self.reward))
         below = 1.0 if self.reward == "proximal" else math.inf
-        expect(0 < check_number("strength", self.strength) < below, "strength", "a number above 0" + ", below 1 for 'proximal'" * (below == 1), self.strength)
+        expect(
+            0 < check_number("strength", self.strength) < below,
+            "strength",
+            "a number above 0" + ", below 1 for 'proximal'" * (below == 1),
+            self.strength,
+        )
         if self.clip is not None:
             check_number("clip", self.clip, positive=True)
 
@@ -154,19 +161,31 @@ class OnPolicyDistillation:
         if self.reward == "log_ratio":
             R = teacher - student
         elif self.reward == "proximal":
-            R = torch.logaddexp(teacher - student + math.log(self.strength), torch.full_like(student, math.log1p(-self.strength)))
+            R = torch.logaddexp(
+                teacher - student + math.log(self.strength),
+                torch.full_like(student, math.log1p(-self.strength)),
+            )
         else:
             R = (torch.exp(self.strength * teacher) - torch.exp(self.strength * student)) / self.strength
         return R if self.clip is None else R.clamp(-self.clip, self.clip)
 
-    def weighted_rewards(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> tuple[Tensor, Tensor | float]:
+    def weighted_rewards(
+        self, logprob: Tensor, stats: TokenStats | None, mask: Tensor
+    ) -> tuple[Tensor, Tensor | float]:
         """R, 0 where a token is not valid, and w."""
-        expect(stats is not None and stats.teacher_logprob is not None, "stats", "TokenStats with the teacher's log-probs of the labels", stats)
+        expect(
+            stats is not None and stats.teacher_logprob is not None,
+            "stats",
+            "TokenStats with the teacher's log-probs of the labels",
+            stats,
+        )
         if self.old_logprobs is not None:
             logprob = self.old_logprobs.reshape(mask.shape)
             stats = replace(stats, student_logprob=logprob.detach())
         R = torch.where(mask, self.rewards(logprob.detach(), stats.teacher_logprob), 0.0)
-        return R, 1.0 if self.weights is None else self.weights(None if self.weights.scope == "index" else stats, mask).detach()
+        return R, 1.0 if self.weights is None else self.weights(
+            None if self.weights.scope == "index" else stats, mask
+        ).detach()
 
     def __call__(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> Tensor:
         R, weights = self.weighted_rewards(logprob, stats, mask)
@@ -192,12 +211,30 @@ def linear_policy_divergence(
     """
     share = check_number("policy_weight", policy_weight)
     expect(0 <= share <= 1, "policy_weight", "a number in [0, 1]", share)
-    expect(callable(policy) and hasattr(policy, "scope"), "policy", "a policy term, a callable with a scope", type(policy).__name__, TypeError)
+    expect(
+        callable(policy) and hasattr(policy, "scope"),
+        "policy",
+        "a policy term, a callable with a scope",
+        type(policy).__name__,
+        TypeError,
+    )
     expect(isinstance(labels, Tensor), "labels", "a tensor", type(labels).__name__, TypeError)
     unknown = sorted(set(options) - {field.name for field in fields(Options)})
     expect(not unknown, "options", "arguments of linear_divergence", ", ".join(map(repr, unknown)), TypeError)
     given = Options(labels=labels, **options)
-    expect(given.reduction != "none", "reduction", "'mean', 'sum' or 'sequence_mean' beside a policy term", repr(given.reduction))
-    expect(given.backward != "recompute", "backward", "'auto' or 'in_forward' beside a policy term", repr(given.backward))
+    expect(
+        given.reduction != "none",
+        "reduction",
+        "'mean', 'sum' or 'sequence_mean' beside a policy term",
+        repr(given.reduction),
+    )
+    expect(
+        given.backward != "recompute",
+        "backward",
+        "'auto' or 'in_forward' beside a policy term",
+        repr(given.backward),
+    )
     student = Head(student_hidden, student_weight, given.student_bias)
-    return given.evaluate(student, Head(teacher_hidden, teacher_weight, given.teacher_bias), policy=policy, policy_weight=share)
+    return given.evaluate(
+        student, Head(teacher_hidden, teacher_weight, given.teacher_bias), policy=policy, policy_weight=share
+    )

@@ -24,7 +24,9 @@ def git_commit() -> str:
     root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, check=False
+        ).stdout.strip()
 
     try:
         commit = git("rev-parse", "HEAD")
@@ -32,7 +34,9 @@ def git_commit() -> str:
         commit = ""
     if not commit:
         return "unknown"
-    return commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", "opsd_kernels", "csrc") else "")
+    return commit + (
+        "-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", "opsd_kernels", "csrc") else ""
+    )
 
 
 def _processor() -> str:
@@ -54,11 +58,26 @@ def _memory_bytes() -> int | None:
 def describe_machine(device: str) -> dict[str, object]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     capability = torch.backends.cpu.get_cpu_capability()
-    cpu = {"processor": _processor(), "cores": cores, "threads": torch.get_num_threads(), "capability": capability, "memory_bytes": _memory_bytes()}
+    cpu = {
+        "processor": _processor(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "capability": capability,
+        "memory_bytes": _memory_bytes(),
+    }
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     if device == "cuda":
         gpu = torch.cuda.get_device_properties(0)
         name = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
-        own = {"gpu": gpu.name, "gpu_memory_bytes": gpu.total_memory, "multiprocessors": gpu.multi_processor_count, "cuda": torch.version.cuda}
+        own = {
+            "gpu": gpu.name,
+            "gpu_memory_bytes": gpu.total_memory,
+            "multiprocessors": gpu.multi_processor_count,
+            "cuda": torch.version.cuda,
+        }
         return {"name": name, **own, **cpu}
-    return {"name": f"{_processor()}, {cores} cores, {torch.get_num_threads()} threads, {capability}", **cpu, "load_before": load}
+    return {
+        "name": f"{_processor()}, {cores} cores, {torch.get_num_threads()} threads, {capability}",
+        **cpu,
+        "load_before": load,
+    }

@@ -19,22 +19,42 @@ def _layout(value: Any, depth: int, top: bool = False) -> str:
     """Return the text of `value`, whose children are indented by `depth` spaces where they get lines of their own."""
     line = json.dumps(value)
     if isinstance(value, dict) and value and (top or len(line) > WIDTH):
-        return _lines("{}", [f"{json.dumps(str(name))}: {_layout(part, depth + 1)}" for name, part in value.items()], depth)
+        return _lines(
+            "{}",
+            [f"{json.dumps(str(name))}: {_layout(part, depth + 1)}" for name, part in value.items()],
+            depth,
+        )
     if isinstance(value, list | tuple) and _is_list_of_records(value):
-        return _lines("[]", [_layout(part, depth + 1) if _holds_records(part) else json.dumps(part) for part in value], depth)
+        return _lines(
+            "[]",
+            [_layout(part, depth + 1) if _holds_records(part) else json.dumps(part) for part in value],
+            depth,
+        )
     if isinstance(value, list | tuple) and len(line) > WIDTH and all(isinstance(part, str) for part in value):
         return _lines("[]", [json.dumps(part) for part in value], depth)
     return line
 
 
 def _lines(brackets: str, parts: list[str], depth: int) -> str:
-    return f"{brackets[0]}\n{' ' * depth}" + f",\n{' ' * depth}".join(parts) + f"\n{' ' * (depth - 1)}{brackets[1]}"
+    return (
+        f"{brackets[0]}\n{' ' * depth}"
+        + f",\n{' ' * depth}".join(parts)
+        + f"\n{' ' * (depth - 1)}{brackets[1]}"
+    )
 
 
 def _is_list_of_records(value: Any) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(part, dict | list | tuple) for part in value)
+    return (
+        isinstance(value, list | tuple)
+        and bool(value)
+        and all(isinstance(part, dict | list | tuple) for part in value)
+    )
 
 
 def _holds_records(record: Any) -> bool:
     """True for a record that is broken into lines because it is long and holds a list of records."""
-    return isinstance(record, dict) and any(map(_is_list_of_records, record.values())) and len(json.dumps(record)) > LONG
+    return (
+        isinstance(record, dict)
+        and any(map(_is_list_of_records, record.values()))
+        and len(json.dumps(record)) > LONG
+    )

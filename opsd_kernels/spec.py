@@ -26,28 +26,39 @@ REDUCTIONS = ("mean", "sum", "none", "sequence_mean")
 BACKWARDS = ("auto", "in_forward", "recompute")
 
 
-def expect(condition: bool, argument: str, expected: str, got: object, error: type[Exception] = ValueError) -> None:
+def expect(
+    condition: bool, argument: str, expected: str, got: object, error: type[Exception] = ValueError
+) -> None:
     """The one form of an argument error: who, what was expected, what came."""
     if not condition:
         raise error(f"{argument}: expected {expected}, got {got}")
 
 
 def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
-    expect(isinstance(value, str) and value in choices, argument, "one of " + ", ".join(repr(c) for c in choices), repr(value))
+    expect(
+        isinstance(value, str) and value in choices,
+        argument,
+        "one of " + ", ".join(repr(c) for c in choices),
+        repr(value),
+    )
 
 
 def check_number(argument: str, value: object, *, positive: bool = False) -> float:
     """`value` as a float; finite, and above zero where asked."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{argument}: expected a number, got {value!r} of type {type(value).__name__}")
-    if not abs(value) < math.inf or (positive and value <= 0):  # a traced number (SymFloat) knows neither isfinite nor, in a text, its value
+    if not abs(value) < math.inf or (
+        positive and value <= 0
+    ):  # a traced number (SymFloat) knows neither isfinite nor, in a text, its value
         raise ValueError(f"{argument}: expected a {'positive ' * positive}finite number, got {value!r}")
     return float(value)
 
 
 def _mixture_weight(name: str, beta: float, hints: dict[float, str]) -> float:
     if not 0 < beta < 1:
-        raise ValueError(f"beta: expected a number strictly between 0 and 1 for divergence={name!r}{hints.get(beta, '')}, got {beta!r}")
+        raise ValueError(
+            f"beta: expected a number strictly between 0 and 1 for divergence={name!r}{hints.get(beta, '')}, got {beta!r}"
+        )
     return beta
 
 
@@ -64,7 +75,17 @@ class Divergence:
         kind = KIND_NAMES[name]
         beta = check_number("beta", beta)
         if kind == Kind.JSD:
-            return cls(kind, _mixture_weight(name, beta, {0.0: "; for beta=0 use divergence='forward_kl'", 1.0: "; for beta=1 use divergence='reverse_kl'"}))
+            return cls(
+                kind,
+                _mixture_weight(
+                    name,
+                    beta,
+                    {
+                        0.0: "; for beta=0 use divergence='forward_kl'",
+                        1.0: "; for beta=1 use divergence='reverse_kl'",
+                    },
+                ),
+            )
         return cls(kind, _mixture_weight(name, beta, {}) if cls(kind).mixes else beta)
 
     @property
@@ -102,7 +123,9 @@ class LogitTransform:
     temperature: float = 1.0
 
     @classmethod
-    def parse(cls, side: str, scale: float, softcap: float | None, temperature_name: str, temperature: float) -> LogitTransform:
+    def parse(
+        cls, side: str, scale: float, softcap: float | None, temperature_name: str, temperature: float
+    ) -> LogitTransform:
         prefix = f"{side}_" if side else ""
         scale = check_number(f"{prefix}logit_scale", scale)
         if softcap is not None:
@@ -129,7 +152,13 @@ class Support:
         check_choice(tail_name, tail, TAILS)
         if k is None:
             return None
-        expect(isinstance(k, int) and not isinstance(k, bool), "topk", "an int or None", type(k).__name__, TypeError)
+        expect(
+            isinstance(k, int) and not isinstance(k, bool),
+            "topk",
+            "an int or None",
+            type(k).__name__,
+            TypeError,
+        )
         expect(k >= 1, "topk", "at least 1", k)
         return cls(k, side, tail)
 
@@ -143,7 +172,9 @@ class RowSpec:
     """
 
     divergence: Divergence
-    student: LogitTransform = field(default_factory=LogitTransform)  # an object as a default is none that torch.compile of 2.10 and 2.11 can trace
+    student: LogitTransform = field(
+        default_factory=LogitTransform
+    )  # an object as a default is none that torch.compile of 2.10 and 2.11 can trace
     teacher: LogitTransform = field(default_factory=LogitTransform)
     difference: bool = False
     teacher_mix: float = 0.0

@@ -14,7 +14,19 @@ from . import report_json
 FILE = Path(__file__).with_name("tested_versions.json")
 PAGE = Path("docs/tested-versions.md")
 # The distributions whose versions a record holds, the libraries that the tests compare with last.
-PACKAGES = ("torch", "triton", "numpy", "transformers", "safetensors", "accelerate", "peft", "liger-kernel", "trl", "verl", "deepspeed")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "safetensors",
+    "accelerate",
+    "peft",
+    "liger-kernel",
+    "trl",
+    "verl",
+    "deepspeed",
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,12 @@ class Record:
     @property
     def configuration(self) -> tuple[str, str, str, tuple]:
         """What a later run must share to replace this record."""
-        return self.python, self.platform, self.command, tuple(sorted((name, value or "") for name, value in self.packages.items()))
+        return (
+            self.python,
+            self.platform,
+            self.command,
+            tuple(sorted((name, value or "") for name, value in self.packages.items())),
+        )
 
 
 def installed() -> dict[str, str | None]:
@@ -58,12 +75,21 @@ def load(path: Path = FILE) -> tuple[Record, ...]:
     try:
         return tuple(Record(**record) for record in data["records"])
     except (TypeError, KeyError) as error:
-        raise ValueError(f"{path}: expected records with {', '.join(field.name for field in fields(Record))}, got {error}") from None
+        raise ValueError(
+            f"{path}: expected records with {', '.join(field.name for field in fields(Record))}, got {error}"
+        ) from None
 
 
 def save(records: tuple[Record, ...], path: Path = FILE) -> None:
     """Write the records, sorted by Python and torch."""
-    ordered = sorted(records, key=lambda record: (_numbers(record.python), _numbers(record.packages["torch"] or ""), record.configuration))
+    ordered = sorted(
+        records,
+        key=lambda record: (
+            _numbers(record.python),
+            _numbers(record.packages["torch"] or ""),
+            record.configuration,
+        ),
+    )
     path.write_text(report_json.dumps({"records": [asdict(record) for record in ordered]}))
 
 
@@ -71,7 +97,10 @@ def save(records: tuple[Record, ...], path: Path = FILE) -> None:
 def tested(package: str) -> tuple[str, ...]:
     """Return the versions of `package`, or of `python`, that some run without a failure had, oldest first."""
     good = [record for record in load() if not record.failed and record.passed]
-    found = {record.python if package == "python" else public(record.packages.get(package) or "") for record in good}
+    found = {
+        record.python if package == "python" else public(record.packages.get(package) or "")
+        for record in good
+    }
     return tuple(sorted(found - {""}, key=_numbers))
 
 
@@ -106,11 +135,22 @@ def markdown(records: tuple[Record, ...] | None = None) -> str:
     packages = [package for package in PACKAGES if any(record.packages.get(package) for record in records)]
     columns = ["Python", *packages, "test files", "passed", "failed", "skipped", "run"]
     rows = [
-        [record.python, *(record.packages.get(package) or "-" for package in packages), record.files, record.passed, record.failed, record.skipped, number]
+        [
+            record.python,
+            *(record.packages.get(package) or "-" for package in packages),
+            record.files,
+            record.passed,
+            record.failed,
+            record.skipped,
+            number,
+        ]
         for number, record in enumerate(records, 1)
     ]
     table = [f"| {' | '.join(map(str, row))} |" for row in (columns, ["---"] * len(columns), *rows)]
-    runs = [f"{number}. {r.date}, commit {r.commit[:12]}, {r.cpu}, {r.platform}, {r.seconds:.0f} s: `{r.command}`" for number, r in enumerate(records, 1)]
+    runs = [
+        f"{number}. {r.date}, commit {r.commit[:12]}, {r.cpu}, {r.platform}, {r.seconds:.0f} s: `{r.command}`"
+        for number, r in enumerate(records, 1)
+    ]
     return "\n".join([*head, *table, "", *runs, ""])
 
 

@@ -66,8 +66,26 @@ def linear_topk_divergence(
     )
     flat, nobody, _ = checks.heads(**sides)
     valid, flat_labels = checks.valid_tokens(student_hidden, labels, ignore_index, mask)
-    vocab = checks.vocabulary(student_weight.shape[0] if shard is None else shard.vocab_size, None, vocab_size)
+    vocab = checks.vocabulary(
+        student_weight.shape[0] if shard is None else shard.vocab_size, None, vocab_size
+    )
     listed = checks.listed_support(teacher_topk_ids, teacher_topk_logprobs, student_hidden.shape[:-1], valid)
     support = Support(listed[0].shape[1], None, tail)
-    call = checks.make_call(spec, flat, nobody, False, valid, flat_labels, vocab, logits_dtype, workspace_bytes, backend, support, listed, shard)
-    return evaluate(make_job(call, student_hidden, token_weights, reduction, normalizer), backward, return_stats)
+    call = checks.make_call(
+        spec,
+        flat,
+        nobody,
+        False,
+        valid,
+        flat_labels,
+        vocab,
+        logits_dtype,
+        workspace_bytes,
+        backend,
+        support,
+        listed,
+        shard,
+    )
+    return evaluate(
+        make_job(call, student_hidden, token_weights, reduction, normalizer), backward, return_stats
+    )

@@ -17,7 +17,9 @@ from opsd_kernels._rows import backends
 
 def pytest_sessionstart(session):
     """Put versions and machine into the report that --junitxml writes: tests/record_versions.py makes a record of them."""
-    report = session.config.stash.get(xml_key, None)  # absent in the workers of pytest-xdist and without --junitxml
+    report = session.config.stash.get(
+        xml_key, None
+    )  # absent in the workers of pytest-xdist and without --junitxml
     if report is None:
         return
     machine = provenance.describe_machine("cpu")
@@ -27,7 +29,11 @@ def pytest_sessionstart(session):
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": f"{machine['processor']}, {machine['cores']} cores, {machine['capability']}",
         "packages": tested_versions.installed(),
-        "arguments": [argument for argument in session.config.invocation_params.args if not argument.startswith("--junit")],  # --junitxml=FILE
+        "arguments": [
+            argument
+            for argument in session.config.invocation_params.args
+            if not argument.startswith("--junit")
+        ],  # --junitxml=FILE
     }
     for name, value in facts.items():
         report.add_global_property(f"opsd_{name}", json.dumps(value))

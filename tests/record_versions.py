@@ -29,17 +29,34 @@ SELECTS = ("-k", "--lf", "--last-failed", "--sw", "--stepwise", "--deselect", "-
 def read(path: Path) -> tuple[dict[str, object], dict[str, float], set[str]]:
     """Return what conftest.py put into a report, its counts, and its test files. Raises ValueError for a report without that, and for a selection of tests."""
     suite = next(ET.parse(path).getroot().iter("testsuite"))
-    properties = {p.get("name"): json.loads(p.get("value")) for p in suite.iterfind("properties/property") if p.get("name", "").startswith("opsd_")}
+    properties = {
+        p.get("name"): json.loads(p.get("value"))
+        for p in suite.iterfind("properties/property")
+        if p.get("name", "").startswith("opsd_")
+    }
     facts = {name.removeprefix("opsd_"): value for name, value in properties.items()}
     missing = [name for name in (*SHARED, "arguments") if name not in facts]
     if missing:
-        raise ValueError(f"{path}: expected a report of this repository's tests, which holds {', '.join(missing)}")
-    selecting = [argument for argument in facts["arguments"] if argument.startswith(SELECTS) or "::" in argument]
+        raise ValueError(
+            f"{path}: expected a report of this repository's tests, which holds {', '.join(missing)}"
+        )
+    selecting = [
+        argument for argument in facts["arguments"] if argument.startswith(SELECTS) or "::" in argument
+    ]
     if selecting:
         raise ValueError(f"{path}: expected a run of the suite, got a selection of it: {' '.join(selecting)}")
     failed, skipped = int(suite.get("failures")) + int(suite.get("errors")), int(suite.get("skipped"))
-    counts = {"passed": int(suite.get("tests")) - failed - skipped, "failed": failed, "skipped": skipped, "seconds": float(suite.get("time"))}
-    return {**facts, "date": suite.get("timestamp")[:10]}, counts, {test_file(case) for case in suite.iterfind("testcase")}
+    counts = {
+        "passed": int(suite.get("tests")) - failed - skipped,
+        "failed": failed,
+        "skipped": skipped,
+        "seconds": float(suite.get("time")),
+    }
+    return (
+        {**facts, "date": suite.get("timestamp")[:10]},
+        counts,
+        {test_file(case) for case in suite.iterfind("testcase")},
+    )
 
 
 def test_file(case: ET.Element) -> str:
@@ -50,7 +67,9 @@ def test_file(case: ET.Element) -> str:
 
 
 def whole_suite() -> set[str]:
-    return {".".join(path.relative_to(TESTS.parent).with_suffix("").parts) for path in TESTS.rglob("test_*.py")}
+    return {
+        ".".join(path.relative_to(TESTS.parent).with_suffix("").parts) for path in TESTS.rglob("test_*.py")
+    }
 
 
 def make_record(paths: list[Path]) -> Record:
@@ -60,27 +79,45 @@ def make_record(paths: list[Path]) -> Record:
     for path, (facts, *_) in zip(paths, runs, strict=True):
         differs = [name for name in SHARED if facts[name] != first[name]]
         if differs:
-            raise ValueError(f"{path}: expected the {differs[0]} of {paths[0]}, {first[differs[0]]}, got {facts[differs[0]]}")
+            raise ValueError(
+                f"{path}: expected the {differs[0]} of {paths[0]}, {first[differs[0]]}, got {facts[differs[0]]}"
+            )
     files = whole_suite() & set().union(*(held for *_, held in runs))
     if len(files) < LEAST_SHARE * len(whole_suite()):
-        raise ValueError(f"{paths[0]}: expected a run of the suite, got tests of {len(files)} of its {len(whole_suite())} files")
+        raise ValueError(
+            f"{paths[0]}: expected a run of the suite, got tests of {len(files)} of its {len(whole_suite())} files"
+        )
     counts = {name: round(sum(count[name] for _, count, _ in runs), 1) for name in runs[0][1]}
     command = "; ".join(dict.fromkeys(shlex.join(["pytest", *facts["arguments"]]) for facts, *_ in runs))
-    return Record(**{name: first[name] for name in SHARED}, date=max(facts["date"] for facts, *_ in runs), files=len(files), command=command, **counts)
+    return Record(
+        **{name: first[name] for name in SHARED},
+        date=max(facts["date"] for facts, *_ in runs),
+        files=len(files),
+        command=command,
+        **counts,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("reports", nargs="+", type=Path, help="written by pytest --junitxml")
-    parser.add_argument("--to", type=Path, default=tested_versions.FILE, help="another file than the package's")
+    parser.add_argument(
+        "--to", type=Path, default=tested_versions.FILE, help="another file than the package's"
+    )
     arguments = parser.parse_args()
     try:
         record = make_record(arguments.reports)
     except (ValueError, OSError, ET.ParseError) as error:
         sys.exit(f"record_versions.py: {error}")
-    kept = [old for old in tested_versions.load(arguments.to) if old.configuration != record.configuration] if arguments.to.exists() else []
+    kept = (
+        [old for old in tested_versions.load(arguments.to) if old.configuration != record.configuration]
+        if arguments.to.exists()
+        else []
+    )
     tested_versions.save((*kept, record), arguments.to)
-    print(f"{record.passed} passed, {record.failed} failed, {record.skipped} skipped; python {record.python}, torch {record.packages['torch']}")
+    print(
+        f"{record.passed} passed, {record.failed} failed, {record.skipped} skipped; python {record.python}, torch {record.packages['torch']}"
+    )
 
 
 if __name__ == "__main__":

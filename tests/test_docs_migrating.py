@@ -13,7 +13,10 @@ from opsd_kernels.testing import Outcome, assert_no_worse
 pytestmark = pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
 
 PAGE = Path(__file__).parent.parent / "docs" / "migrating.md"
-INSTALLED = {"TRL": ("trl", "1.16"), "Liger": ("liger_kernel", None)}  # what the first word of a heading needs
+INSTALLED = {
+    "TRL": ("trl", "1.16"),
+    "Liger": ("liger_kernel", None),
+}  # what the first word of a heading needs
 
 
 def blocks(text: str) -> list[str]:
@@ -68,7 +71,10 @@ def outcome(section: str, block: str, name: str, dtype: str) -> Outcome:
 
 def test_every_library_has_a_section():
     titles = " ".join(SECTIONS)
-    assert all(name in titles for name in ("GKD", "DistillationTrainer", "SDPO", "IW-OPD", "Liger", "OPSD", "verl", "NeMo-RL")), titles
+    assert all(
+        name in titles
+        for name in ("GKD", "DistillationTrainer", "SDPO", "IW-OPD", "Liger", "OPSD", "verl", "NeMo-RL")
+    ), titles
 
 
 @pytest.mark.parametrize("section", SECTIONS)

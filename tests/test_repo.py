@@ -108,7 +108,9 @@ def why_not(name: str, target: str, package: Path) -> str | None:
         return None if empty_package(target, package) else "it has no level"
     folder = f"{group}.*" in LEVELS.get(level(name), ())
     siblings = folder and group == target.split(".")[0] and level(name) == level(target)
-    return None if level(target) < level(name) or siblings else f"level {level(target)} from level {level(name)}"
+    return (
+        None if level(target) < level(name) or siblings else f"level {level(target)} from level {level(name)}"
+    )
 
 
 def empty_package(target: str, package: Path) -> bool:
@@ -135,7 +137,9 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
 
 def without_comments(text: str) -> str:
     """C++ with comments, literals and preprocessor lines blanked, line numbers kept."""
-    pattern = r'//[^\n]*|/\*.*?\*/|R"\((?:.*?)\)"|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])\'|^[ \t]*#(?:\\\n|[^\n])*'
+    pattern = (
+        r'//[^\n]*|/\*.*?\*/|R"\((?:.*?)\)"|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])\'|^[ \t]*#(?:\\\n|[^\n])*'
+    )
     return re.sub(pattern, lambda match: "\n" * match[0].count("\n"), text, flags=re.DOTALL | re.MULTILINE)
 
 
@@ -145,7 +149,9 @@ def cpp_functions(text: str) -> Iterator[tuple[int, int]]:
     for char in without_comments(text):
         line += char == "\n"
         if char == "{":
-            stack.append("(" in header and not re.match(r"\s*(namespace|class|struct|union|enum|extern)\b", header))
+            stack.append(
+                "(" in header and not re.match(r"\s*(namespace|class|struct|union|enum|extern)\b", header)
+            )
             start = line - header.lstrip().count("\n") if stack.count(True) == 1 and stack[-1] else start
         elif char == "}" and stack:
             if stack.pop() and True not in stack:
@@ -161,7 +167,14 @@ def python_functions(text: str) -> Iterator[tuple[int, int]]:
 
 def source_files(root: Path) -> list[Path]:
     kinds = {".py", ".cpp", ".cu", ".h", ".cuh"}
-    places = [root / "setup.py", *(p for top in ("opsd_kernels", "csrc", "tests", "benchmarks") for p in sorted((root / top).rglob("*")))]
+    places = [
+        root / "setup.py",
+        *(
+            p
+            for top in ("opsd_kernels", "csrc", "tests", "benchmarks")
+            for p in sorted((root / top).rglob("*"))
+        ),
+    ]
     return [p for p in places if p.suffix in kinds and p.is_file()]
 
 
@@ -172,7 +185,9 @@ def length_violations(root: Path) -> list[str]:
         if text.count("\n") > MAX_FILE:
             found.append(f"{name}: {text.count(chr(10))} lines")
         functions = python_functions(text) if path.suffix == ".py" else cpp_functions(text)
-        found += [f"{name}:{line}: function of {lines} lines" for line, lines in functions if lines > MAX_FUNCTION]
+        found += [
+            f"{name}:{line}: function of {lines} lines" for line, lines in functions if lines > MAX_FUNCTION
+        ]
     return found
 
 
@@ -188,7 +203,11 @@ def variable_violations(root: Path, known: set[str]) -> list[str]:
         names = set(re.findall(r"""["'](OPSD_[A-Z0-9_]+)["']""", text))
         used |= names | {v.name for v in env.VARIABLES for getter in getters(v) if f"env.{getter}" in text}
         found += [f"{name}: {unknown} is not in env.py" for unknown in sorted(names - known)]
-        if path.suffix == ".py" and name.parts[0] == "opsd_kernels" and re.search(r"os\.(environ|getenv)[^\n]*OPSD_", text):
+        if (
+            path.suffix == ".py"
+            and name.parts[0] == "opsd_kernels"
+            and re.search(r"os\.(environ|getenv)[^\n]*OPSD_", text)
+        ):
             found.append(f"{name}: reads an OPSD_ variable itself")
     return found + [f"env.py: nothing reads {unused}" for unused in sorted(known - used)]
 
@@ -205,7 +224,9 @@ def tolerance_violations(root: Path) -> list[str]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and own_tolerance(node):
                 where = f"{path.relative_to(root)}:{node.lineno}"
-                found.append(f"{where}: {ast.unparse(node.func)} with a tolerance of its own; the gates of opsd_kernels.testing hold them")
+                found.append(
+                    f"{where}: {ast.unparse(node.func)} with a tolerance of its own; the gates of opsd_kernels.testing hold them"
+                )
     return found
 
 
@@ -214,7 +235,9 @@ def own_tolerance(call: ast.Call) -> bool:
     named = {keyword.arg: keyword.value for keyword in call.keywords}
     numbers = [named[name] for name in ("atol", "rtol", "abs", "rel", "tol") if name in named]
     compares = ast.unparse(call.func).rpartition(".")[2] in ("allclose", "assert_close", "isclose")
-    return any(isinstance(n, ast.Constant) and n.value for n in numbers) or (compares and not {"atol", "rtol"} <= named.keys())
+    return any(isinstance(n, ast.Constant) and n.value for n in numbers) or (
+        compares and not {"atol", "rtol"} <= named.keys()
+    )
 
 
 def slug(heading: str) -> str:
@@ -233,7 +256,9 @@ def link_violations(root: Path) -> list[str]:
             path = (page.parent / name) if name else page
             if not path.exists():
                 found.append(f"{page.relative_to(root)}: {target} does not exist")
-            elif anchor and anchor not in [slug(h) for h in re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)]:
+            elif anchor and anchor not in [
+                slug(h) for h in re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
+            ]:
                 found.append(f"{page.relative_to(root)}: {target} has no such heading")
     return found
 
@@ -244,7 +269,10 @@ def versions(root: Path) -> set[str]:
         "CHANGELOG.md": r"^## (\d\S*)",
         "CITATION.cff": r"^version: (\S+)",
     }
-    return {match[1] if (match := re.search(p, (root / f).read_text(), re.MULTILINE)) else f"none in {f}" for f, p in patterns.items()}
+    return {
+        match[1] if (match := re.search(p, (root / f).read_text(), re.MULTILINE)) else f"none in {f}"
+        for f, p in patterns.items()
+    }
 
 
 def examples(page: Path) -> list[str]:
@@ -282,9 +310,13 @@ def test_links_resolve():
     assert link_violations(ROOT) == []
 
 
-@pytest.mark.parametrize("form", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml")), ids=lambda form: form.stem)
+@pytest.mark.parametrize(
+    "form", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml")), ids=lambda form: form.stem
+)
 def test_issue_forms_ask_for_opsd_doctor(form):
-    fields = {field.get("id"): field for field in pytest.importorskip("yaml").safe_load(form.read_text())["body"]}
+    fields = {
+        field.get("id"): field for field in pytest.importorskip("yaml").safe_load(form.read_text())["body"]
+    }
     assert "opsd doctor" in fields["doctor"]["attributes"]["description"]
     assert form.stem == "feature" or fields["doctor"]["validations"]["required"]
 
@@ -303,7 +335,11 @@ def test_examples_run_as_pasted(page):
     result = run_python("\n".join(examples(ROOT / page)))
     assert result.returncode == 0, result.stderr
     assert result.stdout
-    assert result.stderr == "" if extension.load() is None else re.fullmatch(r".*SlowBackendWarning: .*\n", result.stderr), result.stderr
+    assert (
+        result.stderr == ""
+        if extension.load() is None
+        else re.fullmatch(r".*SlowBackendWarning: .*\n", result.stderr)
+    ), result.stderr
 
 
 def test_readme_example_is_short():
@@ -341,7 +377,11 @@ def test_import_needs_neither_triton_nor_the_extension_and_is_silent():
 def uncollected(root: Path, skipped: list[str]) -> list[str]:
     """Return the test files below a directory whose name pytest does not enter."""
     paths = [path.relative_to(root) for path in sorted((root / "tests").rglob("test_*.py"))]
-    return [str(path) for path in paths if any(fnmatch(part, pattern) for part in path.parent.parts for pattern in skipped)]
+    return [
+        str(path)
+        for path in paths
+        if any(fnmatch(part, pattern) for part in path.parent.parts for pattern in skipped)
+    ]
 
 
 def test_every_test_file_is_collected(pytestconfig):
@@ -363,10 +403,19 @@ def plant(root: Path, files: dict[str, str]) -> Path:
     "files, expected",
     [
         ({"spec.py": "from ._core.loop import run", "_core/loop.py": ""}, "level 2 from level 0"),
-        ({"divergence.py": "def f():\n    import opsd_kernels.logprobs", "logprobs.py": ""}, "level 3 from level 3"),
-        ({"train/a.py": "from . import b", "train/b.py": "from .a import x"}, "circle: train.a -> train.b -> train.a"),
+        (
+            {"divergence.py": "def f():\n    import opsd_kernels.logprobs", "logprobs.py": ""},
+            "level 3 from level 3",
+        ),
+        (
+            {"train/a.py": "from . import b", "train/b.py": "from .a import x"},
+            "circle: train.a -> train.b -> train.a",
+        ),
         ({"train/a.py": "from .._rows.backends import select", "_rows/backends.py": ""}, "train may not"),
-        ({"testing/reference.py": "from opsd_kernels._rows import contract", "_rows/contract.py": ""}, "testing may not"),
+        (
+            {"testing/reference.py": "from opsd_kernels._rows import contract", "_rows/contract.py": ""},
+            "testing may not",
+        ),
         ({"divergence.py": "from . import linear", "__init__.py": "linear = 1"}, "level 5 from level 3"),
         ({"novel.py": "x = 1"}, "novel has no level"),
     ],
@@ -394,14 +443,26 @@ def test_length_check_finds(tmp_path, name, text, violations):
 
 
 def test_variable_check_finds(tmp_path):
-    root = plant(tmp_path, {"opsd_kernels/a.py": 'import os\nx = os.environ["OPSD_" + "B"]\ny = "OPSD_NEW"', "csrc/b.cpp": 'getenv("OPSD_BACKEND")'})
+    root = plant(
+        tmp_path,
+        {
+            "opsd_kernels/a.py": 'import os\nx = os.environ["OPSD_" + "B"]\ny = "OPSD_NEW"',
+            "csrc/b.cpp": 'getenv("OPSD_BACKEND")',
+        },
+    )
     found = variable_violations(root, {"OPSD_BACKEND", "OPSD_CACHE"})
     assert [v.split(": ")[1].split()[0] for v in found] == ["OPSD_NEW", "reads", "nothing"]
 
 
 @pytest.mark.parametrize(
     "call, violations",
-    [("assert_close(a, b)", 1), ("f(a, atol=1e-3)", 1), ("approx(1, rel=.1)", 1), ("assert_close(a, b, atol=0, rtol=0)", 0), ("f(a, atol=GATE)", 0)],
+    [
+        ("assert_close(a, b)", 1),
+        ("f(a, atol=1e-3)", 1),
+        ("approx(1, rel=.1)", 1),
+        ("assert_close(a, b, atol=0, rtol=0)", 0),
+        ("f(a, atol=GATE)", 0),
+    ],
 )
 def test_tolerance_check_finds(tmp_path, call, violations):
     assert len(tolerance_violations(plant(tmp_path, {"tests/unit/test_a.py": call}))) == violations
@@ -414,10 +475,16 @@ def test_collection_check_finds(tmp_path):
 
 def test_link_check_finds(tmp_path):
     page = "# Top\n[a](gone.md) [b](#no-heading) [c](#top) [d](https://example.org) [e](docs/b.md#part-one)"
-    found = link_violations(plant(tmp_path, {"README.md": page, "docs/b.md": "## Part one\n[x](../README.md)"}))
+    found = link_violations(
+        plant(tmp_path, {"README.md": page, "docs/b.md": "## Part one\n[x](../README.md)"})
+    )
     assert found == ["README.md: gone.md does not exist", "README.md: #no-heading has no such heading"]
 
 
 def test_version_check_finds(tmp_path):
-    files = {"opsd_kernels/version.py": '__version__ = "1.0"', "CHANGELOG.md": "# Changelog", "CITATION.cff": "cff-version: 1.2.0\nversion: 0.9"}
+    files = {
+        "opsd_kernels/version.py": '__version__ = "1.0"',
+        "CHANGELOG.md": "# Changelog",
+        "CITATION.cff": "cff-version: 1.2.0\nversion: 0.9",
+    }
     assert versions(plant(tmp_path, files)) == {"1.0", "none in CHANGELOG.md", "0.9"}

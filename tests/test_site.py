@@ -14,7 +14,17 @@ pytest.importorskip("mkdocs")
 
 
 def build(root: Path, out: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(root / "mkdocs.yml"), "-d", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "-f",
+        str(root / "mkdocs.yml"),
+        "-d",
+        str(out),
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -24,7 +34,14 @@ def test_the_site_builds(tmp_path):
     assert (tmp_path / "site" / "performance.html").is_file()
 
 
-@pytest.mark.parametrize("page, text", [("sizing", "[x](nowhere.md)"), ("sizing", "[x](api.md#nothing)"), ("unlisted", "# A page that is in no menu")])
+@pytest.mark.parametrize(
+    "page, text",
+    [
+        ("sizing", "[x](nowhere.md)"),
+        ("sizing", "[x](api.md#nothing)"),
+        ("unlisted", "# A page that is in no menu"),
+    ],
+)
 def test_what_leads_nowhere_fails(tmp_path, page, text):
     for part in PARTS:
         shutil.copy(ROOT / part, tmp_path)

@@ -30,9 +30,15 @@ def _row_factors(call: Call) -> tuple[Call, Tensor | None]:
     if call.student_hidden.dtype != torch.float16:
         return call, None
     factors = [x for x in (call.factor, call.policy) if x is not None]
-    largest = torch.stack([x.abs().amax() for x in factors]).amax() if call.student_hidden.numel() else factors[0].new_ones(())
+    largest = (
+        torch.stack([x.abs().amax() for x in factors]).amax()
+        if call.student_hidden.numel()
+        else factors[0].new_ones(())
+    )
     unit = torch.where(largest > 0, largest, torch.ones_like(largest)) / FP16_ROW_FACTOR
-    return call._replace(factor=call.factor / unit, policy=None if call.policy is None else call.policy / unit), unit
+    return call._replace(
+        factor=call.factor / unit, policy=None if call.policy is None else call.policy / unit
+    ), unit
 
 
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,7 +50,9 @@ def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         return (grad * wide).to(dtype)
     kept = torch._C._autograd._get_current_graph_task_keep_graph()
     if not loop.on_host(grad.device):
-        return torch.mul(grad, wide, out=torch.empty_like(grad, dtype=dtype) if kept or grad.dtype != dtype else grad)  # one pass, cast included
+        return torch.mul(
+            grad, wide, out=torch.empty_like(grad, dtype=dtype) if kept or grad.dtype != dtype else grad
+        )  # one pass, cast included
     if kept:
         return (grad * wide).to(dtype)
     unchanged = scale.numel() == 1 and scale.item() == 1
@@ -58,7 +66,11 @@ def weighted(factor: Tensor, D: Tensor) -> Tensor:
 
 
 def _dtypes(call: Call) -> tuple[torch.dtype | None, ...]:
-    return call.student_hidden.dtype, call.student_weight.dtype, None if call.student_bias is None else call.student_bias.dtype
+    return (
+        call.student_hidden.dtype,
+        call.student_weight.dtype,
+        None if call.student_bias is None else call.student_bias.dtype,
+    )
 
 
 def _wanted(call: Call) -> tuple[bool, bool, bool]:
@@ -90,7 +102,9 @@ class WeightedSum(torch.autograd.Function):
             out = weighted_forward(call, weighing, weighing.scope, weighing.lengths)
             factor, unit = weighing.factor(out), weighing.unit
             loss, stats = out.loss, out.stats
-            logprobs, dh, dW, dbias = (loss.new_empty(0) if x is None else x for x in (out.logprobs, out.dh, out.dW, out.dbias))
+            logprobs, dh, dW, dbias = (
+                loss.new_empty(0) if x is None else x for x in (out.logprobs, out.dh, out.dW, out.dbias)
+            )
         ctx.save_for_backward(dh, dW, dbias, unit)
         ctx.wanted, ctx.dtypes = _wanted(call), _dtypes(call)
         ctx.mark_non_differentiable(loss, stats, logprobs)
@@ -104,7 +118,10 @@ class WeightedSum(torch.autograd.Function):
             return (None,) * (len(Call._fields) + 2)
         *grads, unit = ctx.saved_tensors
         scale = upstream if unit is None else upstream * unit
-        dh, dW, dbias = (_scaled(grad, scale, dtype) if wanted else None for grad, dtype, wanted in zip(grads, ctx.dtypes, ctx.wanted, strict=True))
+        dh, dW, dbias = (
+            _scaled(grad, scale, dtype) if wanted else None
+            for grad, dtype, wanted in zip(grads, ctx.dtypes, ctx.wanted, strict=True)
+        )
         return dh, dW, dbias, *(None,) * (len(Call._fields) - 1)
 
 
@@ -117,7 +134,12 @@ def _save(ctx, call: Call, *results: Tensor | None) -> None:
 def _saved(ctx) -> tuple[Call, list[Tensor | None]]:
     tensors = ctx.saved_tensors
     count = len(ctx.constants)
-    call = Call(*(constant if tensor is None else tensor for tensor, constant in zip(tensors[:count], ctx.constants, strict=True)))
+    call = Call(
+        *(
+            constant if tensor is None else tensor
+            for tensor, constant in zip(tensors[:count], ctx.constants, strict=True)
+        )
+    )
     return call, list(tensors[count:])
 
 
@@ -126,7 +148,10 @@ def _projected_again(call: Call, stats: Tensor, A: Tensor) -> tuple[Tensor | Non
     scaled, unit = _row_factors(call)
     grads = _op_backward(*scaled, stats, A)
     one = call.factor.new_ones(()) if unit is None else unit
-    return tuple(_scaled(grad, one, dtype) if want else None for grad, dtype, want in zip(grads, _dtypes(call), _wanted(call), strict=True))
+    return tuple(
+        _scaled(grad, one, dtype) if want else None
+        for grad, dtype, want in zip(grads, _dtypes(call), _wanted(call), strict=True)
+    )
 
 
 class PerRow(torch.autograd.Function):
@@ -190,8 +215,12 @@ class LogProbs(torch.autograd.Function):
             dh, unit = ctx.saved_tensors
             if of_logprob is None:
                 return None, *none
-            return _scaled(dh, -(of_logprob if unit is None else of_logprob * unit)[:, None], ctx.dtype), *none
+            return _scaled(
+                dh, -(of_logprob if unit is None else of_logprob * unit)[:, None], ctx.dtype
+            ), *none
         call, (stats, A) = _saved(ctx)
         nothing = torch.zeros_like(A)
-        factor, policy = (nothing if grad is None else -grad.contiguous() for grad in (of_entropy, of_logprob))
+        factor, policy = (
+            nothing if grad is None else -grad.contiguous() for grad in (of_entropy, of_logprob)
+        )
         return *_projected_again(call._replace(factor=factor, policy=policy), stats, A), *none[2:]

@@ -33,7 +33,10 @@ NO_TEACHER = (None, None, None)
 def of_rank(group: object, **sides: Head) -> tuple[VocabShard | None, dict[str, Head]]:
     """What `group` says of the heads, the student's first, and the sides with plain tensors for DTensors. None, without a group."""
     shard = None if group is None else shard_of(group, next(iter(sides.values())).weight)
-    return shard, {name: Head(side.hidden, *local_head(name, side.weight, side.bias, shard)) for name, side in sides.items()}
+    return shard, {
+        name: Head(side.hidden, *local_head(name, side.weight, side.bias, shard))
+        for name, side in sides.items()
+    }
 
 
 def heads(**sides: Head) -> tuple[Head, Head | tuple[None, ...], bool]:
@@ -41,10 +44,20 @@ def heads(**sides: Head) -> tuple[Head, Head | tuple[None, ...], bool]:
 
     The names of the sides are the prefixes of their arguments, the student's first; one side alone is a student without a teacher.
     """
-    named = {f"{side}_{part}".lstrip("_"): value for side, head in sides.items() for part, value in head._asdict().items()}
+    named = {
+        f"{side}_{part}".lstrip("_"): value
+        for side, head in sides.items()
+        for part, value in head._asdict().items()
+    }
     for name, tensor in named.items():
         optional = name.endswith("bias")
-        expect(isinstance(tensor, Tensor) or (optional and tensor is None), name, "a tensor" + " or None" * optional, type(tensor).__name__, TypeError)
+        expect(
+            isinstance(tensor, Tensor) or (optional and tensor is None),
+            name,
+            "a tensor" + " or None" * optional,
+            type(tensor).__name__,
+            TypeError,
+        )
     student, *others = sides.values()
     shared = len(others) > 0 and _shared(student.weight, others[0].weight)
     student, *others = _autocast([student, *others], shared)
@@ -53,7 +66,9 @@ def heads(**sides: Head) -> tuple[Head, Head | tuple[None, ...], bool]:
     if not others:
         return student.flat(), NO_TEACHER, False
     leading, other = student.hidden.shape[:-1], others[0].hidden.shape[:-1]
-    expect(leading == other, "teacher_hidden", f"leading shape {tuple(leading)}, as student_hidden", tuple(other))
+    expect(
+        leading == other, "teacher_hidden", f"leading shape {tuple(leading)}, as student_hidden", tuple(other)
+    )
     return student.flat(), Head(*(None if x is None else x.detach() for x in others[0].flat())), shared
 
 
@@ -79,15 +94,32 @@ def _shared(student: Tensor, teacher: Tensor) -> bool:
 def _check_head(prefix: str, head: Head, student: Head, first: str) -> None:
     states, weight, bias = head
     expect(states.dim() >= 1, f"{prefix}hidden", "shape (..., H)", tuple(states.shape))
-    expect(weight.dim() == 2 and min(weight.shape) >= 1, f"{prefix}weight", "shape (V, H) with V, H >= 1", tuple(weight.shape))
-    expect(states.shape[-1] == weight.shape[1], f"{prefix}hidden", f"(..., {weight.shape[1]}), the hidden size of {prefix}weight", tuple(states.shape))
+    expect(
+        weight.dim() == 2 and min(weight.shape) >= 1,
+        f"{prefix}weight",
+        "shape (V, H) with V, H >= 1",
+        tuple(weight.shape),
+    )
+    expect(
+        states.shape[-1] == weight.shape[1],
+        f"{prefix}hidden",
+        f"(..., {weight.shape[1]}), the hidden size of {prefix}weight",
+        tuple(states.shape),
+    )
     if bias is not None:
-        expect(bias.shape == weight.shape[:1], f"{prefix}bias", f"shape ({weight.shape[0]},)", tuple(bias.shape))
+        expect(
+            bias.shape == weight.shape[:1], f"{prefix}bias", f"shape ({weight.shape[0]},)", tuple(bias.shape)
+        )
     hidden = student.hidden
     expect(hidden.dtype in DTYPES, first, "float64, float32, bfloat16 or float16", hidden.dtype, TypeError)
     for part, tensor in head._asdict().items():
         if tensor is not None:
-            expect(tensor.device == hidden.device, f"{prefix}{part}", f"a tensor on {hidden.device}, as {first}", tensor.device)
+            expect(
+                tensor.device == hidden.device,
+                f"{prefix}{part}",
+                f"a tensor on {hidden.device}, as {first}",
+                tensor.device,
+            )
             same = tensor.dtype == hidden.dtype or (part == "bias" and tensor.is_floating_point())
             expect(same, f"{prefix}{part}", f"dtype {hidden.dtype}, as {first}", tensor.dtype, TypeError)
 
@@ -100,7 +132,9 @@ def per_token(name: str, value: object, leading: torch.Size, device: torch.devic
     return value.detach().reshape(-1)
 
 
-def valid_tokens(hidden: Tensor, labels: Tensor | None, ignore_index: int, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def valid_tokens(
+    hidden: Tensor, labels: Tensor | None, ignore_index: int, mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     """(valid (N,) bool or None for all, labels (N,) or None), for hidden states (..., H)."""
     expect(isinstance(ignore_index, int), "ignore_index", "an int", type(ignore_index).__name__, TypeError)
     valid = None
@@ -114,15 +148,28 @@ def valid_tokens(hidden: Tensor, labels: Tensor | None, ignore_index: int, mask:
     return valid, labels
 
 
-def listed_support(ids: object, logprobs: object, leading: torch.Size, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+def listed_support(
+    ids: object, logprobs: object, leading: torch.Size, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """A teacher's top-k entries, (N, K) each. Entries with log-prob -inf are padding, and what is listed of a token that is not valid does not count."""
     for name, value in (("teacher_topk_ids", ids), ("teacher_topk_logprobs", logprobs)):
         expect(isinstance(value, Tensor), name, "a tensor", type(value).__name__, TypeError)
         shaped = value.dim() == len(leading) + 1 and value.shape[:-1] == leading and value.shape[-1] >= 1
         expect(shaped, name, f"shape ({', '.join(map(str, leading))}, K) with K >= 1", tuple(value.shape))
     expect(ids.dtype == torch.int64, "teacher_topk_ids", "dtype int64", ids.dtype, TypeError)
-    expect(logprobs.is_floating_point(), "teacher_topk_logprobs", "a floating-point tensor", logprobs.dtype, TypeError)
-    expect(ids.shape == logprobs.shape, "teacher_topk_logprobs", f"shape {tuple(ids.shape)}, as teacher_topk_ids", tuple(logprobs.shape))
+    expect(
+        logprobs.is_floating_point(),
+        "teacher_topk_logprobs",
+        "a floating-point tensor",
+        logprobs.dtype,
+        TypeError,
+    )
+    expect(
+        ids.shape == logprobs.shape,
+        "teacher_topk_logprobs",
+        f"shape {tuple(ids.shape)}, as teacher_topk_ids",
+        tuple(logprobs.shape),
+    )
     ids, logprobs = ids.detach().reshape(-1, ids.shape[-1]), logprobs.detach().reshape(-1, ids.shape[-1])
     counted = (logprobs > -torch.inf) if valid is None else (logprobs > -torch.inf) & valid[:, None]
     return torch.where(counted, ids, 0), torch.where(counted, logprobs, -torch.inf)
@@ -180,15 +227,37 @@ def make_call(
 def vocabulary(V_s: int, V_t: int | None, vocab_size: int | None) -> int:
     """Columns in use; V_t None: one head alone."""
     if vocab_size is None:
-        expect(V_t in (V_s, None), "vocab_size", f"a size <= {min(V_s, V_t or V_s)}, since student_weight has {V_s} rows and teacher_weight {V_t}", None)
+        expect(
+            V_t in (V_s, None),
+            "vocab_size",
+            f"a size <= {min(V_s, V_t or V_s)}, since student_weight has {V_s} rows and teacher_weight {V_t}",
+            None,
+        )
         return V_s
     least = min(V_s, V_t or V_s)
-    expect(isinstance(vocab_size, int) and not isinstance(vocab_size, bool), "vocab_size", "an int or None", type(vocab_size).__name__, TypeError)
-    expect(1 <= vocab_size <= least, "vocab_size", f"a size in [1, {least}], the rows of the smaller head", vocab_size)
+    expect(
+        isinstance(vocab_size, int) and not isinstance(vocab_size, bool),
+        "vocab_size",
+        "an int or None",
+        type(vocab_size).__name__,
+        TypeError,
+    )
+    expect(
+        1 <= vocab_size <= least,
+        "vocab_size",
+        f"a size in [1, {least}], the rows of the smaller head",
+        vocab_size,
+    )
     return vocab_size
 
 
-def known_weights(token_weights: Tensor | None, leading: torch.Size, device: torch.device, wide: torch.dtype, valid: Tensor | None) -> Tensor:
+def known_weights(
+    token_weights: Tensor | None,
+    leading: torch.Size,
+    device: torch.device,
+    wide: torch.dtype,
+    valid: Tensor | None,
+) -> Tensor:
     """(N,) weights in the dtype of the statistics, 0 where a token is not valid."""
     if token_weights is None:
         ones = torch.ones(leading.numel(), dtype=wide, device=device)
@@ -199,27 +268,54 @@ def known_weights(token_weights: Tensor | None, leading: torch.Size, device: tor
     return weights if valid is None else torch.where(valid, weights, 0.0)
 
 
-def row_scale(reduction: str, normalizer: float | Tensor | None, hidden: Tensor, valid: Tensor | None) -> Tensor | float | None:
+def row_scale(
+    reduction: str, normalizer: float | Tensor | None, hidden: Tensor, valid: Tensor | None
+) -> Tensor | float | None:
     """What a weighted row is multiplied by before the sum: a number, or (N,); None for `none`."""
     check_choice("reduction", reduction, REDUCTIONS)
-    expect(normalizer is None or reduction == "mean", "normalizer", "None, unless reduction='mean'", f"{normalizer!r} with reduction={reduction!r}")
+    expect(
+        normalizer is None or reduction == "mean",
+        "normalizer",
+        "None, unless reduction='mean'",
+        f"{normalizer!r} with reduction={reduction!r}",
+    )
     if reduction == "mean":
         return 1.0 / _denominator(normalizer, hidden, valid)
     if reduction != "sequence_mean":
         return None if reduction == "none" else 1.0
-    expect(hidden.dim() == 3, "student_hidden", "shape (B, T, H) for reduction='sequence_mean'", tuple(hidden.shape))
+    expect(
+        hidden.dim() == 3,
+        "student_hidden",
+        "shape (B, T, H) for reduction='sequence_mean'",
+        tuple(hidden.shape),
+    )
     B, T, _ = hidden.shape
     wide = stats_dtype(hidden.dtype)
-    counts = torch.full((B,), T, dtype=wide, device=hidden.device) if valid is None else valid.reshape(B, T).sum(1).to(wide)
+    counts = (
+        torch.full((B,), T, dtype=wide, device=hidden.device)
+        if valid is None
+        else valid.reshape(B, T).sum(1).to(wide)
+    )
     per_row = 1.0 / (counts.clamp(min=1) * (counts > 0).sum().clamp(min=1))
     return per_row[:, None].expand(B, T).reshape(-1)
 
 
 def _denominator(normalizer: float | Tensor | None, hidden: Tensor, valid: Tensor | None) -> Tensor | float:
     if isinstance(normalizer, Tensor):
-        expect(normalizer.dim() == 0, "normalizer", "a number or a 0-dim tensor", f"shape {tuple(normalizer.shape)}")
+        expect(
+            normalizer.dim() == 0,
+            "normalizer",
+            "a number or a 0-dim tensor",
+            f"shape {tuple(normalizer.shape)}",
+        )
         from_host = normalizer.device.type == "cpu"  # that copy need not be waited for, unlike one from a GPU
-        return normalizer.detach().to(device=hidden.device, dtype=stats_dtype(hidden.dtype), non_blocking=from_host)
+        return normalizer.detach().to(
+            device=hidden.device, dtype=stats_dtype(hidden.dtype), non_blocking=from_host
+        )
     if normalizer is not None:
         return check_number("normalizer", normalizer, positive=True)
-    return max(hidden.shape[:-1].numel(), 1) if valid is None else valid.sum().clamp(min=1).to(stats_dtype(hidden.dtype))
+    return (
+        max(hidden.shape[:-1].numel(), 1)
+        if valid is None
+        else valid.sum().clamp(min=1).to(stats_dtype(hidden.dtype))
+    )

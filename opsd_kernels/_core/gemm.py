@@ -58,7 +58,10 @@ def _cblas_mm(gemm: Callable[..., None], a: Tensor, b: Tensor, out: Tensor, beta
 
     (trans_a, ld_a), (trans_b, ld_b) = layout(a), layout(b)
     m, n, k = a.shape[0], b.shape[1], a.shape[1]
-    ld_a, ld_b = max(ld_a, k if trans_a == _NO_TRANS else m), max(ld_b, n if trans_b == _NO_TRANS else k)  # a single row may carry any stride
+    ld_a, ld_b = (
+        max(ld_a, k if trans_a == _NO_TRANS else m),
+        max(ld_b, n if trans_b == _NO_TRANS else k),
+    )  # a single row may carry any stride
     gemm(
         _ROW_MAJOR, trans_a, trans_b, m, n, k, 1.0, a.data_ptr(), ld_a, b.data_ptr(), ld_b, beta, out.data_ptr(), max(out.stride(0), n)
     )  # fmt: skip
@@ -148,8 +151,14 @@ def accumulate_weight_grad(G: Tensor, hidden: Tensor, dW: Tensor, first: bool) -
             torch.mm(Gt, hidden, out=dW)
         else:
             dW.addmm_(Gt, hidden)
-    elif dW.device.type == "cuda":  # `self` of the output's type: from torch 2.10 on; as it is `out`, nothing is copied
-        _ = torch.mm(Gt, hidden, out_dtype=dW.dtype, out=dW) if first else torch.addmm(dW, Gt, hidden, out_dtype=dW.dtype, out=dW)
+    elif (
+        dW.device.type == "cuda"
+    ):  # `self` of the output's type: from torch 2.10 on; as it is `out`, nothing is copied
+        _ = (
+            torch.mm(Gt, hidden, out_dtype=dW.dtype, out=dW)
+            if first
+            else torch.addmm(dW, Gt, hidden, out_dtype=dW.dtype, out=dW)
+        )
     else:
         _widening_mm(Gt, hidden, dW, accumulate=not first)
 

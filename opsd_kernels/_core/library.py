@@ -114,7 +114,9 @@ def _heads(call: Call) -> Heads:
     bias_t = bias_s if same_storage(call.student_bias, call.teacher_bias) else cut(call.teacher_bias)
     hidden_s, hidden_t = rows(call.student_hidden), rows(call.teacher_hidden)
     weight_t = None if weight_t is None else weight_t[: call.columns]
-    return Heads(hidden_s, weight_s[: call.columns], bias_s, hidden_t, weight_t, bias_t, padded_vocab=weight_s.shape[0])
+    return Heads(
+        hidden_s, weight_s[: call.columns], bias_s, hidden_t, weight_t, bias_t, padded_vocab=weight_s.shape[0]
+    )
 
 
 class Computed(NamedTuple):
@@ -136,14 +138,18 @@ def _computed(call: Call, count: int | None = None) -> Computed:
     """The rows to compute, labels and listed entries checked. Where rows are packed this waits for a GPU, once; not if it is told how many `count`."""
     N = call.student_hidden.shape[0]
     _check_entries("labels", "or ignore_index", call.labels, call.valid, call.vocab)
-    _check_entries("teacher_topk_ids", "wherever teacher_topk_logprobs is above -inf", call.topk_ids, None, call.vocab)  # the others are 0
+    _check_entries(
+        "teacher_topk_ids", "wherever teacher_topk_logprobs is above -inf", call.topk_ids, None, call.vocab
+    )  # the others are 0
     if not packs(call):
         return Computed(N, valid=call.valid)
     index = (call.valid.nonzero() if count is None else call.valid.nonzero_static(size=count)).squeeze(1)
     return Computed(N) if index.shape[0] == N else Computed(index.shape[0], index)
 
 
-def _check_entries(name: str, otherwise: str, entries: Tensor | None, valid: Tensor | None, vocab: int) -> None:
+def _check_entries(
+    name: str, otherwise: str, entries: Tensor | None, valid: Tensor | None, vocab: int
+) -> None:
     """ValueError where an entry that counts lies outside the vocabulary. On a GPU a device-side assertion, which nobody waits for."""
     if entries is None:
         return
@@ -156,7 +162,14 @@ def _check_entries(name: str, otherwise: str, entries: Tensor | None, valid: Ten
         torch._assert_async(inside.all(), f"{name}: expected {expected}")
 
 
-def _plan(call: Call, heads: Heads, tokens: int, scope: str = "index", longest: int | None = None, policy: bool = False) -> tuple[RowSpec, ChunkPlan]:
+def _plan(
+    call: Call,
+    heads: Heads,
+    tokens: int,
+    scope: str = "index",
+    longest: int | None = None,
+    policy: bool = False,
+) -> tuple[RowSpec, ChunkPlan]:
     """The plan of forward and backward alike: in recompute mode saved statistics must meet the same logits again."""
     divergence, device = Divergence(Kind(call.kind), call.beta), heads.student_hidden.device
     chunks = plan(
@@ -177,28 +190,69 @@ def _plan(call: Call, heads: Heads, tokens: int, scope: str = "index", longest: 
         policy=policy,
         topk=call.support[0] if call.support else 0,
         one_sweep=RowSpec(divergence, entry_clip=call.dialect[1]).one_sweep,
-        sm_count=torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else SM_COUNT,
+        sm_count=torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else SM_COUNT,
     )
     transforms = _unpack_transform(call.student_transform), _unpack_transform(call.teacher_transform)
     return RowSpec(divergence, *transforms, chunks.difference, *call.dialect), chunks
 
 
-def _run(call: Call, *, gradients: bool, metrics: bool = False, saved: tuple[Tensor, Tensor] | None = None) -> loop.Outputs:
+def _run(
+    call: Call, *, gradients: bool, metrics: bool = False, saved: tuple[Tensor, Tensor] | None = None
+) -> loop.Outputs:
     heads, rows = _heads(call), _computed(call)
     spec, chunks = _plan(call, heads, rows.count)
     return _walk(call, heads, spec, chunks, rows, gradients=gradients, metrics=metrics, saved=saved)
 
 
-def _walk(call: Call, heads: Heads, spec: RowSpec, chunks: ChunkPlan, computed: Computed, *, gradients: bool, metrics: bool, **how: object) -> loop.Outputs:
-    wanted = Wanted(call.grad_hidden, call.grad_weight, call.grad_bias, metrics) if gradients else Wanted(metrics=metrics)
-    tokens = Tokens(computed.index, computed.valid, call.factor, call.policy, call.labels, call.topk_ids, call.topk_logprobs)
+def _walk(
+    call: Call,
+    heads: Heads,
+    spec: RowSpec,
+    chunks: ChunkPlan,
+    computed: Computed,
+    *,
+    gradients: bool,
+    metrics: bool,
+    **how: object,
+) -> loop.Outputs:
+    wanted = (
+        Wanted(call.grad_hidden, call.grad_weight, call.grad_bias, metrics)
+        if gradients
+        else Wanted(metrics=metrics)
+    )
+    tokens = Tokens(
+        computed.index,
+        computed.valid,
+        call.factor,
+        call.policy,
+        call.labels,
+        call.topk_ids,
+        call.topk_logprobs,
+    )
     with torch.autocast(call.student_hidden.device.type, enabled=False):
-        backend, shard = backends.select(call.backend, call.student_hidden.device, chunks.logits_dtype), call.slice
+        backend, shard = (
+            backends.select(call.backend, call.student_hidden.device, chunks.logits_dtype),
+            call.slice,
+        )
         backend = backend if shard is None else ShardedRows(backend, shard)
-        return loop.run(heads, spec, chunks, backend, wanted, tokens, restriction=_unpack_support(call.support), shard=shard, **how)
+        return loop.run(
+            heads,
+            spec,
+            chunks,
+            backend,
+            wanted,
+            tokens,
+            restriction=_unpack_support(call.support),
+            shard=shard,
+            **how,
+        )
 
 
-def weighted_forward(call: Call, weigh: loop.Weigh, scope: str, lengths: Callable[[bool], list[int]]) -> loop.Outputs:
+def weighted_forward(
+    call: Call, weigh: loop.Weigh, scope: str, lengths: Callable[[bool], list[int]]
+) -> loop.Outputs:
     """Losses, statistics and gradients where row factors depend on the statistics themselves. `lengths`: rows of each sequence, for that scope; the valid
     ones if told so, which waits for a GPU.
 
@@ -210,14 +264,24 @@ def weighted_forward(call: Call, weigh: loop.Weigh, scope: str, lengths: Callabl
     if chunks.weighting == "own pass" or weigh.exchanges:
         known = _walk(call, heads, spec, chunks, rows, gradients=False, metrics=True)
         factor, policy = weigh(known, slice(None))
-        return _walk(call._replace(factor=factor, policy=policy), heads, spec, chunks, rows, gradients=True, metrics=True)
+        return _walk(
+            call._replace(factor=factor, policy=policy),
+            heads,
+            spec,
+            chunks,
+            rows,
+            gradients=True,
+            metrics=True,
+        )
     bounds = align(sequences, chunks.rows) if chunks.weighting == "aligned" else None
     return _walk(call, heads, spec, chunks, rows, gradients=True, metrics=True, weigh=weigh, bounds=bounds)
 
 
 def _gradients(call: Call, out: loop.Outputs) -> tuple[Tensor, ...]:
     """dh, dW, dbias; an empty tensor where a gradient was not asked for."""
-    return tuple(call.student_hidden.new_empty(0) if grad is None else grad for grad in (out.dh, out.dW, out.dbias))
+    return tuple(
+        call.student_hidden.new_empty(0) if grad is None else grad for grad in (out.dh, out.dW, out.dbias)
+    )
 
 
 def _forward(*args) -> tuple[Tensor, ...]:
@@ -240,7 +304,9 @@ def _fake_gradients(call: Call) -> tuple[Tensor, ...]:
     return (
         hidden.new_empty(hidden.shape, dtype=held) if call.grad_hidden else hidden.new_empty(0),
         weight.new_empty(weight.shape, dtype=held) if call.grad_weight else hidden.new_empty(0),
-        hidden.new_empty(bias.shape, dtype=stats_dtype(hidden.dtype)) if call.grad_bias else hidden.new_empty(0),
+        hidden.new_empty(bias.shape, dtype=stats_dtype(hidden.dtype))
+        if call.grad_bias
+        else hidden.new_empty(0),
     )
 
 
@@ -255,7 +321,13 @@ def _forward_fake(*args) -> tuple[Tensor, ...]:
         return call.student_hidden.new_empty(shape, dtype=wide)
 
     labelled = call.labels is not None
-    return vector(N), vector(N), vector(N, len(Column)), vector(N if labelled else 0, 2), *_fake_gradients(call)
+    return (
+        vector(N),
+        vector(N),
+        vector(N, len(Column)),
+        vector(N if labelled else 0, 2),
+        *_fake_gradients(call),
+    )
 
 
 def _backward_fake(*args) -> tuple[Tensor, ...]:
@@ -263,7 +335,9 @@ def _backward_fake(*args) -> tuple[Tensor, ...]:
 
 
 library = Library("opsd_kernels", "FRAGMENT")
-for _schema, _impl, _fake in zip(_SCHEMAS, (_forward, _backward), (_forward_fake, _backward_fake), strict=True):
+for _schema, _impl, _fake in zip(
+    _SCHEMAS, (_forward, _backward), (_forward_fake, _backward_fake), strict=True
+):
     _name = library.define(_schema)
     library.impl(_name, _impl, "CompositeExplicitAutograd")
     register_fake(f"opsd_kernels::{_name}", _fake, lib=library)

@@ -39,7 +39,9 @@ class Tokens:
     """What a call knows of its rows, each (N,) or (N, K), or None."""
 
     index: Tensor | None = None  # (n_valid,) int64 rows that are computed; None: all
-    valid: Tensor | None = None  # (N,) bool where all are computed though not all count: those that do not are projected as zeros and give zeros
+    valid: Tensor | None = (
+        None  # (N,) bool where all are computed though not all count: those that do not are projected as zeros and give zeros
+    )
     factor: Tensor | None = None  # of the divergence's gradient
     policy: Tensor | None = None  # of the gradient of -log q(label)
     labels: Tensor | None = None
@@ -93,7 +95,13 @@ class Shard(Protocol):
     def sum_hidden_grad(self, dh: Tensor) -> None: ...
 
     def entries(
-        self, rows: Rows, stats: Tensor, spec: RowSpec, restriction: Support, ids: Tensor | None, logprobs: Tensor | None
+        self,
+        rows: Rows,
+        stats: Tensor,
+        spec: RowSpec,
+        restriction: Support,
+        ids: Tensor | None,
+        logprobs: Tensor | None,
     ) -> tuple[Entries, Entries]: ...
 
 
@@ -153,7 +161,9 @@ class Loop:
 
     def chunk(self, rows: slice | Tensor, first: bool) -> None:
         heads, out = self.heads, self.out
-        student = self._counted(heads.student_hidden[rows], rows)  # inf or NaN would pass a row gradient of zeros into dW
+        student = self._counted(
+            heads.student_hidden[rows], rows
+        )  # inf or NaN would pass a row gradient of zeros into dW
         teacher = None if heads.teacher_hidden is None else self._counted(heads.teacher_hidden[rows], rows)
         chunk = Rows(*self.space.project(heads, student, teacher), heads.student_bias, heads.teacher_bias)
         scale = self._sweep(chunk, rows)
@@ -166,12 +176,21 @@ class Loop:
             scaled = student if scale is None else (student * scale[:, None]).to(student.dtype)
             gemm.accumulate_weight_grad(G, scaled, out.dW[: G.shape[1]], first)
         if self.wanted.bias:
-            out.dbias[: G.shape[1]] += G.sum(0, dtype=stats_dtype(G.dtype)) if scale is None else _weighted_sum(G, scale)
+            out.dbias[: G.shape[1]] += (
+                G.sum(0, dtype=stats_dtype(G.dtype)) if scale is None else _weighted_sum(G, scale)
+            )
 
     def _sweep(self, chunk: Rows, rows: slice | Tensor) -> Tensor | None:
         """Results of the rows, and the gradient over S. What comes back is still to multiply each row of the gradient."""
         if self.saved and self.restriction is None:
-            self._gradient(chunk, rows, self.out.stats[rows], self.out.A[rows], self._known("factor", rows), self._known("policy", rows))
+            self._gradient(
+                chunk,
+                rows,
+                self.out.stats[rows],
+                self.out.A[rows],
+                self._known("factor", rows),
+                self._known("policy", rows),
+            )
             return None
         if self.restriction is not None:
             return self._restricted(chunk, rows)
@@ -179,7 +198,9 @@ class Loop:
         deferred = not known and on_host(chunk.S.device) and not self.weigh.has_policy
         if self.wanted.gradient and (known or deferred):
             return self._fused(chunk, rows, deferred)
-        stats = self.backend.row_stats(chunk.S, chunk.T, self.spec, chunk.bias_s, chunk.bias_t, self.wanted.metrics)
+        stats = self.backend.row_stats(
+            chunk.S, chunk.T, self.spec, chunk.bias_s, chunk.bias_t, self.wanted.metrics
+        )
         loss, A = self.backend.row_dot(chunk.S, chunk.T, stats, self.spec, chunk.bias_s, chunk.bias_t)
         self._keep(rows, stats, loss, A, self._label_logits(chunk, rows))
         if self.wanted.gradient:
@@ -194,7 +215,15 @@ class Loop:
         policy, labels = self._known("policy", rows), self._known("labels", rows)
         biases = chunk.bias_s, chunk.bias_t
         stats, loss, A = self.backend.row_fused_(
-            chunk.S, chunk.T, factor, self.spec, *biases, self.wanted.metrics, G, policy, labels if policy is not None else None
+            chunk.S,
+            chunk.T,
+            factor,
+            self.spec,
+            *biases,
+            self.wanted.metrics,
+            G,
+            policy,
+            labels if policy is not None else None,
         )
         self._keep(rows, stats, loss, A, at_label)
         if not deferred:
@@ -205,8 +234,17 @@ class Loop:
 
     def _restricted(self, chunk: Rows, rows: slice | Tensor) -> None:
         at_label = self._label_logits(chunk, rows)
-        stats = self.out.stats[rows] if self.saved else self.backend.row_stats(chunk.S, chunk.T, self.spec, chunk.bias_s, chunk.bias_t, self.wanted.metrics)
-        listed = (None if given is None else given[rows] for given in (self.tokens.topk_ids, self.tokens.topk_logprobs))
+        stats = (
+            self.out.stats[rows]
+            if self.saved
+            else self.backend.row_stats(
+                chunk.S, chunk.T, self.spec, chunk.bias_s, chunk.bias_t, self.wanted.metrics
+            )
+        )
+        listed = (
+            None if given is None else given[rows]
+            for given in (self.tokens.topk_ids, self.tokens.topk_logprobs)
+        )
         if self.shard is None:
             at = own = topk_support.entries(chunk, stats, self.spec, self.restriction, *listed)
         else:
@@ -215,14 +253,39 @@ class Loop:
         if not self.saved:
             self._keep(rows, stats, result.loss, result.A, at_label)
         if self.wanted.gradient:
-            factor, policy = (self._known("factor", rows), self._known("policy", rows)) if self.weigh is None else self._weighed(rows)
+            factor, policy = (
+                (self._known("factor", rows), self._known("policy", rows))
+                if self.weigh is None
+                else self._weighed(rows)
+            )
             labels = None if policy is None else self._columns(rows)
-            topk_support.write_gradient_(self.backend, chunk, stats, self.spec, own, result, factor, policy, labels, self.space.gradient(chunk.S))
+            topk_support.write_gradient_(
+                self.backend,
+                chunk,
+                stats,
+                self.spec,
+                own,
+                result,
+                factor,
+                policy,
+                labels,
+                self.space.gradient(chunk.S),
+            )
 
-    def _gradient(self, chunk: Rows, rows: slice | Tensor, stats: Tensor, A: Tensor, factor: Tensor, policy: Tensor | None) -> None:
+    def _gradient(
+        self,
+        chunk: Rows,
+        rows: slice | Tensor,
+        stats: Tensor,
+        A: Tensor,
+        factor: Tensor,
+        policy: Tensor | None,
+    ) -> None:
         labels = None if policy is None else self._known("labels", rows)
         G = self.space.gradient(chunk.S)
-        self.backend.row_grad_(chunk.S, chunk.T, stats, A, factor, self.spec, chunk.bias_s, chunk.bias_t, G, policy, labels)
+        self.backend.row_grad_(
+            chunk.S, chunk.T, stats, A, factor, self.spec, chunk.bias_s, chunk.bias_t, G, policy, labels
+        )
 
     def _known(self, name: str, rows: slice | Tensor) -> Tensor | None:
         value = getattr(self.tokens, name)
@@ -243,7 +306,9 @@ class Loop:
         factor, policy = self.weigh(self.out, rows)
         return self._counted(factor, rows), None if policy is None else self._counted(policy, rows)
 
-    def _keep(self, rows: slice | Tensor, stats: Tensor, loss: Tensor, A: Tensor, at_label: torch_rows.Logits | None) -> None:
+    def _keep(
+        self, rows: slice | Tensor, stats: Tensor, loss: Tensor, A: Tensor, at_label: torch_rows.Logits | None
+    ) -> None:
         out = self.out
         out.stats[rows], out.loss[rows], out.A[rows] = (self._counted(x, rows) for x in (stats, loss, A))
         if at_label is not None:
@@ -283,7 +348,8 @@ def run(
     tokens: Tokens,
     *,
     restriction: Support | None = None,
-    saved: tuple[Tensor, Tensor] | None = None,  # (stats, A) of an earlier call: only the gradients are computed
+    saved: tuple[Tensor, Tensor]
+    | None = None,  # (stats, A) of an earlier call: only the gradients are computed
     weigh: Weigh | None = None,  # the factors, where they depend on statistics
     bounds: list[slice] | None = None,  # chunks other than the plan's, none longer
     shard: Shard | None = None,
@@ -291,7 +357,9 @@ def run(
     """Losses, statistics and gradients of all chunks. `tokens.index` has plan.tokens rows."""
     out = _allocate(heads, plan, wanted, tokens.labels, saved)
     space = Workspace(heads, spec, plan)
-    loop = Loop(heads, spec, plan, backend, wanted, tokens, restriction, saved is not None, weigh, shard, out, space)
+    loop = Loop(
+        heads, spec, plan, backend, wanted, tokens, restriction, saved is not None, weigh, shard, out, space
+    )
     for position, rows in enumerate(plan.bounds() if bounds is None else bounds):
         loop.chunk(rows if tokens.index is None else tokens.index[rows], first=position == 0)
     del loop, space  # before dW is cast: the two never stand together
@@ -302,13 +370,19 @@ def run(
     return out
 
 
-def _allocate(heads: Heads, plan: ChunkPlan, wanted: Wanted, labels: Tensor | None, saved: tuple[Tensor, Tensor] | None) -> Outputs:
+def _allocate(
+    heads: Heads, plan: ChunkPlan, wanted: Wanted, labels: Tensor | None, saved: tuple[Tensor, Tensor] | None
+) -> Outputs:
     hidden = heads.student_hidden
     N, wide = hidden.shape[0], stats_dtype(hidden.dtype)
     all_valid = plan.tokens == N
 
     def rows(*shape: int, dtype: torch.dtype = wide) -> Tensor:
-        return hidden.new_empty(N, *shape, dtype=dtype) if all_valid else hidden.new_zeros(N, *shape, dtype=dtype)
+        return (
+            hidden.new_empty(N, *shape, dtype=dtype)
+            if all_valid
+            else hidden.new_zeros(N, *shape, dtype=dtype)
+        )
 
     stats, A = saved or (rows(len(Column)), rows())
     return Outputs(
@@ -334,11 +408,20 @@ def _weight_grad(heads: Heads, plan: ChunkPlan) -> Tensor:
 def _weighted_sum(G: Tensor, scale: Tensor) -> Tensor:
     """scale @ G, (V,), with 16-bit rows widened a few at a time."""
     step = 16 if gemm.is_16_bit(G.dtype) else G.shape[0]
-    return sum(scale[start : start + step] @ G[start : start + step].to(scale.dtype) for start in range(0, G.shape[0], step))
+    return sum(
+        scale[start : start + step] @ G[start : start + step].to(scale.dtype)
+        for start in range(0, G.shape[0], step)
+    )
 
 
 def _label_logprobs(at: torch_rows.Logits, stats: Tensor) -> Tensor:
     """(n, 2) log q and log p of the label."""
     column = stats[:, :, None]
     references = column[:, Column.STUDENT_MAX], column[:, Column.TEACHER_MAX]
-    return torch.cat([at.s - references[0] - column[:, Column.STUDENT_LOGSUM], at.teacher_above(*references) - column[:, Column.TEACHER_LOGSUM]], dim=1)
+    return torch.cat(
+        [
+            at.s - references[0] - column[:, Column.STUDENT_LOGSUM],
+            at.teacher_above(*references) - column[:, Column.TEACHER_LOGSUM],
+        ],
+        dim=1,
+    )

@@ -16,7 +16,13 @@ def same_storage(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two tensors are the same memory seen the same way. Two absent tensors are."""
     if a is None or b is None:
         return a is b
-    return a is b or (a.data_ptr(), a.shape, a.stride(), a.dtype, a.device) == (b.data_ptr(), b.shape, b.stride(), b.dtype, b.device)
+    return a is b or (a.data_ptr(), a.shape, a.stride(), a.dtype, a.device) == (
+        b.data_ptr(),
+        b.shape,
+        b.stride(),
+        b.dtype,
+        b.device,
+    )
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -29,7 +35,9 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     madvise = _madvise()
     if device.type == "cpu" and nbytes >= 2 * _PAGE and madvise is not None:
         start = -(-tensor.data_ptr() // _PAGE) * _PAGE
-        madvise(start, (tensor.data_ptr() + nbytes) // _PAGE * _PAGE - start, _HUGE_PAGES)  # advice only: a refusal changes nothing
+        madvise(
+            start, (tensor.data_ptr() + nbytes) // _PAGE * _PAGE - start, _HUGE_PAGES
+        )  # advice only: a refusal changes nothing
     return tensor
 
 

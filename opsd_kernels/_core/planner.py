@@ -58,7 +58,9 @@ class ChunkPlan:
     gradient_bytes: int  # dh, dW, dbias
     vector_bytes: int  # losses and statistics, N-sized
     peak_bytes: int  # above the inputs, at the worst moment of forward and backward
-    sweep_bytes: int  # moved to and from the logits buffers, by GEMMs and by sweeps that read memory each time
+    sweep_bytes: (
+        int  # moved to and from the logits buffers, by GEMMs and by sweeps that read memory each time
+    )
     head_bytes: int  # moved to and from dW: it is read and written once per chunk
     tile_share: float  # of the time of whole waves of tiles that the GEMMs compute in; 1 on a CPU, which is not modelled
     weighting: str = "before"  # when token weights are found: before the pass, after it, in each chunk, in chunks aligned with sequences, in a pass of its own
@@ -66,10 +68,15 @@ class ChunkPlan:
 
     def bounds(self) -> list[slice]:
         """The chunks, as slices of the valid rows."""
-        return [slice(start, min(start + self.rows, self.tokens)) for start in range(0, self.tokens, self.rows)]
+        return [
+            slice(start, min(start + self.rows, self.tokens)) for start in range(0, self.tokens, self.rows)
+        ]
 
     def as_dict(self) -> dict[str, object]:
-        return {name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value for name, value in asdict(self).items()}
+        return {
+            name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+            for name, value in asdict(self).items()
+        }
 
 
 def parse_logits_dtype(logits_dtype: str | torch.dtype) -> str:
@@ -79,7 +86,9 @@ def parse_logits_dtype(logits_dtype: str | torch.dtype) -> str:
     return "float32" if logits_dtype is torch.float32 else logits_dtype
 
 
-def resolve_logits(dtype: torch.dtype, logits_dtype: str | torch.dtype, shared_head: bool) -> tuple[torch.dtype, bool]:
+def resolve_logits(
+    dtype: torch.dtype, logits_dtype: str | torch.dtype, shared_head: bool
+) -> tuple[torch.dtype, bool]:
     """(buffer dtype, difference form). `auto`: 16-bit buffers for a shared head, where the difference GEMM loses nothing; else fp32.
 
     In fp32 buffers of 16-bit inputs both sides are projected whole: rounding h_t - h_s to 16 bits would cost more than the subtraction does.
@@ -116,17 +125,32 @@ def row_stride(V: int, buffer: torch.dtype, device_type: str) -> int:
     return _round_up(V, CUDA_ROW_BYTES // buffer.itemsize) if device_type == "cuda" else V
 
 
-def row_bytes(V: int, H_student: int, H_teacher: int, dtype: torch.dtype, buffer: torch.dtype, topk: int = 0, device_type: str = "cpu") -> int:
+def row_bytes(
+    V: int,
+    H_student: int,
+    H_teacher: int,
+    dtype: torch.dtype,
+    buffer: torch.dtype,
+    topk: int = 0,
+    device_type: str = "cpu",
+) -> int:
     """Workspace of one row: the logits pair, its packed hidden rows, the hidden gradient before it is scattered, a support. H_teacher 0: no teacher."""
     logits = (2 if H_teacher else 1) * row_stride(V, buffer, device_type) * buffer.itemsize
-    return SUPPORT_BYTES * topk + logits + (H_student + H_teacher) * dtype.itemsize + H_student * held_dtype(dtype, buffer).itemsize
+    return (
+        SUPPORT_BYTES * topk
+        + logits
+        + (H_student + H_teacher) * dtype.itemsize
+        + H_student * held_dtype(dtype, buffer).itemsize
+    )
 
 
 def wave_flops(rows: int, columns: int, length: int, sm_count: int = SM_COUNT) -> int:
     """Of a GEMM with sums of `length`. Multiprocessors work on whole tiles, and the last wave of tiles leaves some of them idle: 132 tiles cost what 1 does."""
     tiles = -(-rows // TILE[0]) * -(-columns // TILE[1])
     splits = range(1, max(1, min(MOST_SPLITS, length // SPLIT_LENGTH)) + 1)
-    return min(2 * _round_up(tiles * split, sm_count) * TILE[0] * TILE[1] * -(-length // split) for split in splits)
+    return min(
+        2 * _round_up(tiles * split, sm_count) * TILE[0] * TILE[1] * -(-length // split) for split in splits
+    )
 
 
 @dataclass(frozen=True)
@@ -142,21 +166,40 @@ class Products:
 
     def of_chunk(self, rows: int) -> list[tuple[int, int, int]]:
         """(rows and columns of the output, length of the sums): logits, dh, dW."""
-        sides = [(2 * rows, self.V, self.H_student)] if self.difference else [(rows, self.V, H) for H in (self.H_student, self.H_teacher) if H]
-        return sides + [(rows, self.H_student, self.V)] * self.grad + [(self.V, self.H_student, rows)] * self.trainable
+        sides = (
+            [(2 * rows, self.V, self.H_student)]
+            if self.difference
+            else [(rows, self.V, H) for H in (self.H_student, self.H_teacher) if H]
+        )
+        return (
+            sides
+            + [(rows, self.H_student, self.V)] * self.grad
+            + [(self.V, self.H_student, rows)] * self.trainable
+        )
 
     def wave_flops(self, tokens: int, rows: int, sm_count: int = SM_COUNT) -> int:
         """Of `tokens` in chunks of `rows`."""
         full, last = divmod(tokens, rows)
         chunks = [(full, rows)] * (full > 0) + [(1, last)] * (last > 0)
-        return sum(times * wave_flops(*product, sm_count) for times, size in chunks for product in self.of_chunk(size))
+        return sum(
+            times * wave_flops(*product, sm_count)
+            for times, size in chunks
+            for product in self.of_chunk(size)
+        )
 
     def head_bytes(self, chunks: int, itemsize: int) -> int:
         """Moved by the GEMMs of dW: written by each, and read by all but the first."""
         return self.V * self.H_student * itemsize * (2 * chunks - 1) if chunks and self.trainable else 0
 
 
-def logit_bytes(buffer: torch.dtype, gradient: torch.dtype, sides: int = 2, sweeps: int = 1, products: int = 2, on_chip: bool = False) -> int:
+def logit_bytes(
+    buffer: torch.dtype,
+    gradient: torch.dtype,
+    sides: int = 2,
+    sweeps: int = 1,
+    products: int = 2,
+    on_chip: bool = False,
+) -> int:
     """Bytes moved per token and vocabulary entry: logits written by GEMMs and read by `sweeps`; then read for a gradient, written and read by `products` GEMMs.
 
     Where a kernel holds a row pair `on_chip`, one read serves all sweeps and the gradient.
@@ -173,7 +216,9 @@ def whole_waves(tokens: int, most: int, gemms: Products, dW_itemsize: int, sm_co
     """
 
     def cost(rows: int) -> tuple[int, int]:
-        return gemms.wave_flops(tokens, rows, sm_count) + FLOPS_PER_BYTE * gemms.head_bytes(-(-tokens // rows), dW_itemsize), -rows
+        return gemms.wave_flops(tokens, rows, sm_count) + FLOPS_PER_BYTE * gemms.head_bytes(
+            -(-tokens // rows), dW_itemsize
+        ), -rows
 
     return min(range(CUDA_ROW_MULTIPLE, most + 1, CUDA_ROW_MULTIPLE), key=cost, default=most)
 
@@ -205,7 +250,10 @@ def _weighting(scope: str, longest: int | None, most: int, in_loop: bool) -> tup
     if longest is None:
         return "own pass", "the sequences have no known length"
     fits = longest <= most
-    return "aligned" if fits else "own pass", f"the longest sequence has {longest} rows, a chunk {'holds' if fits else 'at most'} {most}"
+    return (
+        "aligned" if fits else "own pass",
+        f"the longest sequence has {longest} rows, a chunk {'holds' if fits else 'at most'} {most}",
+    )
 
 
 def _row_limit(dtype: torch.dtype, trainable: bool, device_type: str, longest_sequence: int) -> int:
@@ -220,7 +268,13 @@ def workspace_budget(workspace_bytes: int | None) -> int:
     """The byte budget of a call: its own, else OPSD_WORKSPACE_BYTES, else 1 GiB."""
     if workspace_bytes is None:
         return env.workspace_bytes() or DEFAULT_WORKSPACE_BYTES
-    expect(isinstance(workspace_bytes, int) and not isinstance(workspace_bytes, bool), "workspace_bytes", "an int", type(workspace_bytes).__name__, TypeError)
+    expect(
+        isinstance(workspace_bytes, int) and not isinstance(workspace_bytes, bool),
+        "workspace_bytes",
+        "an int",
+        type(workspace_bytes).__name__,
+        TypeError,
+    )
     expect(workspace_bytes > 0, "workspace_bytes", "a positive number of bytes", workspace_bytes)
     return workspace_bytes
 
@@ -244,12 +298,16 @@ def _room(tokens: int, limit: int, budget: int, per_row: int, head: int, held: b
 
 def _cpu_scratch(dtype: torch.dtype, V: int, topk: int, one_sweep: bool, threads: int | None) -> int:
     """Scratch bytes of the math library and of the sweeps on a CPU, on top of the logits buffers."""
-    per_thread = CPU_SCRATCH_PER_THREAD_AMX if dtype.itemsize == 2 and extension.has_amx() else CPU_SCRATCH_PER_THREAD
+    per_thread = (
+        CPU_SCRATCH_PER_THREAD_AMX if dtype.itemsize == 2 and extension.has_amx() else CPU_SCRATCH_PER_THREAD
+    )
     columns = QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one_sweep)
     return CPU_SCRATCH_BYTES + (threads or torch.get_num_threads()) * (per_thread + V * columns)
 
 
-def _bytes_per_logit(buffer: torch.dtype, dtype: torch.dtype, sides: int, sweeps: int, products: int, again: bool, twice: bool) -> int:
+def _bytes_per_logit(
+    buffer: torch.dtype, dtype: torch.dtype, sides: int, sweeps: int, products: int, again: bool, twice: bool
+) -> int:
     """Of a whole call: `again`, projected once more in backward; `twice`, that or a statistics pass of its own."""
     known = logit_bytes(buffer, dtype, sides, sweeps, 0) if twice else 0
     return known + logit_bytes(buffer, dtype, sides, 0 if again else sweeps, products)
@@ -298,15 +356,30 @@ def plan(
     scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads) if device_type == "cpu" else 0
     held, head = held_dtype(dtype, buffer), V * H_student * (trainable and dtype.itemsize == 2)
     limit = _row_limit(dtype, trainable, device_type, longest_sequence or 0)
-    most, accumulator = _room(N, limit, budget - min(scratch, budget // 2, max(budget - per_row, 0)), per_row, head, held != dtype)
+    most, accumulator = _room(
+        N, limit, budget - min(scratch, budget // 2, max(budget - per_row, 0)), per_row, head, held != dtype
+    )
     expect(most >= 1, "workspace_bytes", f"at least {3 * per_row} bytes, for a row of logits pairs", budget)
-    weighting, reason = _weighting(weights_scope, longest_sequence, most, in_loop=(trainable or policy) and grad and backward != "recompute")
+    weighting, reason = _weighting(
+        weights_scope,
+        longest_sequence,
+        most,
+        in_loop=(trainable or policy) and grad and backward != "recompute",
+    )
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable)
     dW_itemsize = 4 if accumulator else dtype.itemsize
     rows = max(min(N, most), 1)
     if weighting != "aligned" and N > most:
-        rows = whole_waves(N, most, gemms, dW_itemsize, sm_count) if device_type == "cuda" else _balanced_rows(N, most)
-    gradient = {"dh": N * H_student * dtype.itemsize * grad, "dW": V * H_student * dtype.itemsize * trainable, "dbias": 4 * V * bias_grad}
+        rows = (
+            whole_waves(N, most, gemms, dW_itemsize, sm_count)
+            if device_type == "cuda"
+            else _balanced_rows(N, most)
+        )
+    gradient = {
+        "dh": N * H_student * dtype.itemsize * grad,
+        "dW": V * H_student * dtype.itemsize * trainable,
+        "dbias": 4 * V * bias_grad,
+    }
     gradient["dh"] *= 3 if held != dtype else 1  # the fp32 one, and the 16-bit one beside it
     workspace = min(rows, N) * per_row
     vectors = N * 4 * (len(Column) + 8)  # statistics; loss, A, weights, factors and what multiplies them
@@ -328,8 +401,13 @@ def plan(
         accumulator_bytes=accumulator,
         gradient_bytes=sum(gradient.values()),
         vector_bytes=vectors,
-        peak_bytes=max(walking, accumulator + gradient["dW"] + scratch) + gradient["dh"] + gradient["dbias"] + vectors,
-        sweep_bytes=N * V * _bytes_per_logit(buffer, dtype, projections, 1 if one_sweep else 2, grad + trainable, again, twice),
+        peak_bytes=max(walking, accumulator + gradient["dW"] + scratch)
+        + gradient["dh"]
+        + gradient["dbias"]
+        + vectors,
+        sweep_bytes=N
+        * V
+        * _bytes_per_logit(buffer, dtype, projections, 1 if one_sweep else 2, grad + trainable, again, twice),
         head_bytes=gemms.head_bytes(-(-N // rows), dW_itemsize),
         tile_share=_tile_share(gemms, N, rows, sm_count) if device_type == "cuda" else 1.0,
         weighting=weighting,

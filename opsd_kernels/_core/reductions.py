@@ -25,15 +25,26 @@ class TokenStats:
     divergence: Tensor  # unweighted, under the clips
     student_entropy: Tensor
     student_max_prob: Tensor
-    teacher_entropy: Tensor | None = None  # None, like all of the teacher's, where only its top-k entries are known
+    teacher_entropy: Tensor | None = (
+        None  # None, like all of the teacher's, where only its top-k entries are known
+    )
     teacher_max_prob: Tensor | None = None
     top1_agreement: Tensor | None = None  # 1 where student and teacher have the same most likely token
     student_logprob: Tensor | None = None  # of the label, with labels
     teacher_logprob: Tensor | None = None
-    clipped_fraction: Tensor | None = None  # with a clip: share of the token's terms that entry_clip took; 1 where token_clip took the token
+    clipped_fraction: Tensor | None = (
+        None  # with a clip: share of the token's terms that entry_clip took; 1 where token_clip took the token
+    )
 
 
-def token_stats(D: Tensor, stats: Tensor, logprobs: Tensor | None, call: Call, leading: torch.Size, dtype: torch.dtype = torch.float32) -> TokenStats:
+def token_stats(
+    D: Tensor,
+    stats: Tensor,
+    logprobs: Tensor | None,
+    call: Call,
+    leading: torch.Size,
+    dtype: torch.dtype = torch.float32,
+) -> TokenStats:
     def shaped(column: Tensor) -> Tensor:
         return column.detach().to(dtype).reshape(leading)
 
@@ -45,7 +56,9 @@ def token_stats(D: Tensor, stats: Tensor, logprobs: Tensor | None, call: Call, l
         student_max_prob=shaped(stats[:, Column.STUDENT_MAX_PROB]),
         teacher_entropy=shaped(stats[:, Column.TEACHER_ENTROPY]) if teacher else None,
         teacher_max_prob=shaped(stats[:, Column.TEACHER_MAX_PROB]) if teacher else None,
-        top1_agreement=shaped(agreement if call.valid is None else agreement & call.valid) if teacher else None,
+        top1_agreement=shaped(agreement if call.valid is None else agreement & call.valid)
+        if teacher
+        else None,
         student_logprob=shaped(logprobs[:, 0]) if labelled else None,
         teacher_logprob=shaped(logprobs[:, 1]) if labelled and teacher else None,
         clipped_fraction=shaped(stats[:, Column.CLIPPED]) if min(call.dialect[1:]) < torch.inf else None,
@@ -59,18 +72,26 @@ class Job:
     call: Call
     leading: torch.Size
     token_weights: object  # tensor, weighting or None
-    scale: Tensor | float | None  # what a weighted row is multiplied by before the sum; None: the loss is per row
+    scale: (
+        Tensor | float | None
+    )  # what a weighted row is multiplied by before the sum; None: the loss is per row
     policy: object = None
     policy_weight: float = 0.0
 
     @property
     def sequences(self) -> torch.Size:
         """(B, T): a leading shape of one dimension is one sequence."""
-        return torch.Size((self.leading[:-1].numel(), self.leading[-1])) if self.leading else torch.Size((1, 1))
+        return (
+            torch.Size((self.leading[:-1].numel(), self.leading[-1])) if self.leading else torch.Size((1, 1))
+        )
 
     @property
     def weighting(self) -> object | None:
-        return None if self.token_weights is None or isinstance(self.token_weights, Tensor) else self.token_weights
+        return (
+            None
+            if self.token_weights is None or isinstance(self.token_weights, Tensor)
+            else self.token_weights
+        )
 
     @property
     def scopes(self) -> set[str]:
@@ -79,11 +100,18 @@ class Job:
 
     @property
     def needs_metrics(self) -> bool:
-        return any(part is not None and part.scope != "index" and getattr(part, "needs_metrics", True) for part in (self.weighting, self.policy))
+        return any(
+            part is not None and part.scope != "index" and getattr(part, "needs_metrics", True)
+            for part in (self.weighting, self.policy)
+        )
 
     def mask(self) -> Tensor:
         call = self.call
-        valid = torch.ones(self.leading.numel(), dtype=torch.bool, device=call.student_hidden.device) if call.valid is None else call.valid
+        valid = (
+            torch.ones(self.leading.numel(), dtype=torch.bool, device=call.student_hidden.device)
+            if call.valid is None
+            else call.valid
+        )
         return valid.reshape(self.sequences)
 
     def stats(self, D: Tensor, stats: Tensor, logprobs: Tensor | None) -> TokenStats:
@@ -94,7 +122,9 @@ class Job:
         """(N,) of the share that the divergence has, 0 where a token is not valid. `stats` None for a scope that needs none."""
         wide = stats_dtype(self.call.student_hidden.dtype)
         if self.weighting is None:
-            weights = known_weights(self.token_weights, self.leading, self.call.student_hidden.device, wide, self.call.valid)
+            weights = known_weights(
+                self.token_weights, self.leading, self.call.student_hidden.device, wide, self.call.valid
+            )
         else:
             mask = self.mask()
             given = check_weights(self.weighting(stats, mask), mask.shape).detach()
@@ -106,11 +136,17 @@ class Job:
         mask = self.mask()
         wide = stats_dtype(self.call.student_hidden.dtype)
         with torch.enable_grad():
-            start = torch.zeros(mask.shape, dtype=wide, device=mask.device) if stats is None else stats.student_logprob.to(wide)
+            start = (
+                torch.zeros(mask.shape, dtype=wide, device=mask.device)
+                if stats is None
+                else stats.student_logprob.to(wide)
+            )
             logprob = torch.where(mask, start, 0.0).detach().requires_grad_()
             losses = torch.where(mask, self.policy(logprob, stats, mask), 0.0)
             (slope,) = torch.autograd.grad(losses.sum(), logprob)
-        return (self.policy_weight * losses.detach()).reshape(-1), (-self.policy_weight * slope).to(wide).reshape(-1)
+        return (self.policy_weight * losses.detach()).reshape(-1), (-self.policy_weight * slope).to(
+            wide
+        ).reshape(-1)
 
 
 class ByStatistics:
@@ -124,7 +160,9 @@ class ByStatistics:
         scale = job.scale
         wide = stats_dtype(job.call.student_hidden.dtype)
         if not isinstance(scale, Tensor):
-            scale = torch.full((), scale, dtype=wide, device=job.call.student_hidden.device)  # torch.tensor would copy from the host, and wait
+            scale = torch.full(
+                (), scale, dtype=wide, device=job.call.student_hidden.device
+            )  # torch.tensor would copy from the host, and wait
         largest = scale.amax() if scale.numel() else scale.new_ones(())
         self.unit = torch.where(largest > 0, largest, 1.0)
         self._share = scale / self.unit
@@ -132,8 +170,15 @@ class ByStatistics:
     def lengths(self, valid: bool) -> list[int]:
         """Rows of each sequence, in order: those that count, for which the host reads the mask, or all."""
         B, T = self._job.sequences
-        whole = list(getattr(self._job.weighting, "lengths", (T,) * B))  # a packed row has sequences of its own lengths
-        expect(sum(whole) == B * T, "lengths", f"lengths that add up to the {B * T} tokens of the packed row", sum(whole))
+        whole = list(
+            getattr(self._job.weighting, "lengths", (T,) * B)
+        )  # a packed row has sequences of its own lengths
+        expect(
+            sum(whole) == B * T,
+            "lengths",
+            f"lengths that add up to the {B * T} tokens of the packed row",
+            sum(whole),
+        )
         if not valid:
             return whole
         counts, flat = [], iter(self._job.mask().reshape(-1).tolist())
@@ -169,7 +214,9 @@ def _in_forward(job: Job, metrics: bool) -> tuple[Tensor, ...]:
     if job.scopes - {"index"}:
         return _weighed_in_the_loop(job, metrics)
     policy = None if job.policy is None else job.policy_losses(None)[1] * job.scale
-    return WeightedSum.apply(*job.call._replace(factor=job.weights(None) * job.scale, policy=policy), metrics, None)
+    return WeightedSum.apply(
+        *job.call._replace(factor=job.weights(None) * job.scale, policy=policy), metrics, None
+    )
 
 
 def _per_row(job: Job, backward: str, metrics: bool) -> tuple[Tensor, ...]:
@@ -180,7 +227,9 @@ def _per_row(job: Job, backward: str, metrics: bool) -> tuple[Tensor, ...]:
         wide = stats_dtype(call.student_hidden.dtype)
         known = not job.scopes - {"index"}
         reached = (job.weights(None) != 0).to(wide) if known else job.mask().reshape(-1).to(wide)
-        D, stats, logprobs = PerRow.apply(*call._replace(factor=reached), metrics, trainable or backward == "recompute")
+        D, stats, logprobs = PerRow.apply(
+            *call._replace(factor=reached), metrics, trainable or backward == "recompute"
+        )
     else:
         D, _, stats, logprobs, *_ = torch.ops.opsd_kernels.linear_divergence(*call, metrics, False)
     factor = job.weights(job.stats(D, stats, logprobs)) * (1.0 if job.scale is None else job.scale)
@@ -194,13 +243,28 @@ def evaluate(job: Job, backward: str, return_stats: bool) -> Tensor | tuple[Tens
     call = job.call
     if job.weighting is not None:
         labelled = call.labels is not None or not getattr(job.weighting, "needs_labels", False)
-        expect(labelled, "labels", f"the sampled tokens, whose log-probs {type(job.weighting).__name__} needs", None)
+        expect(
+            labelled,
+            "labels",
+            f"the sampled tokens, whose log-probs {type(job.weighting).__name__} needs",
+            None,
+        )
     trainable = call.grad_weight or call.grad_bias
     refused = backward == "in_forward" and job.scale is None and trainable
-    expect(not refused, "backward", "'recompute' or 'auto' for reduction='none' with a trainable head: the upstream gradient comes too late", repr(backward))
+    expect(
+        not refused,
+        "backward",
+        "'recompute' or 'auto' for reduction='none' with a trainable head: the upstream gradient comes too late",
+        repr(backward),
+    )
     metrics = return_stats or job.needs_metrics
     known = not job.scopes - {"index"}
-    in_forward = job.scale is not None and backward != "recompute" and call.gradient() and (known or trainable or job.policy is not None)
+    in_forward = (
+        job.scale is not None
+        and backward != "recompute"
+        and call.gradient()
+        and (known or trainable or job.policy is not None)
+    )
     loss, D, stats, logprobs = _in_forward(job, metrics) if in_forward else _per_row(job, backward, metrics)
     if job.policy is not None:
         loss = loss + (job.policy_losses(job.stats(D, stats, logprobs))[0] * job.scale).sum()
@@ -208,11 +272,30 @@ def evaluate(job: Job, backward: str, return_stats: bool) -> Tensor | tuple[Tens
     return (loss, token_stats(D, stats, logprobs, call, job.leading)) if return_stats else loss
 
 
-def make_job(call: Call, hidden: Tensor, token_weights: object, reduction: str, normalizer: float | Tensor | None, **policy: object) -> Job:
+def make_job(
+    call: Call,
+    hidden: Tensor,
+    token_weights: object,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    **policy: object,
+) -> Job:
     if token_weights is not None and not isinstance(token_weights, Tensor):
-        expect(callable(token_weights), "token_weights", "a tensor, a weighting (see opsd_kernels.weights) or None", type(token_weights).__name__, TypeError)
+        expect(
+            callable(token_weights),
+            "token_weights",
+            "a tensor, a weighting (see opsd_kernels.weights) or None",
+            type(token_weights).__name__,
+            TypeError,
+        )
         check_weighting(token_weights)
     reads_logprobs = policy.get("policy") is not None or getattr(token_weights, "needs_labels", False)
-    if call.logits_dtype == "auto" and reads_logprobs:  # logits of 16 in bf16 are off by 0.03, and so would be the logarithm of a ratio of probabilities
-        call = Call(**{**call._asdict(), "logits_dtype": "float32"})  # after `_replace` torch.compile of 2.10 and 2.11 has lost the class
-    return Job(call, hidden.shape[:-1], token_weights, row_scale(reduction, normalizer, hidden, call.valid), **policy)
+    if (
+        call.logits_dtype == "auto" and reads_logprobs
+    ):  # logits of 16 in bf16 are off by 0.03, and so would be the logarithm of a ratio of probabilities
+        call = Call(
+            **{**call._asdict(), "logits_dtype": "float32"}
+        )  # after `_replace` torch.compile of 2.10 and 2.11 has lost the class
+    return Job(
+        call, hidden.shape[:-1], token_weights, row_scale(reduction, normalizer, hidden, call.valid), **policy
+    )

@@ -25,7 +25,9 @@ from ..spec import RowSpec, Support, check_choice, expect
 from . import topk_support
 from .topk_support import Entries, Rows
 
-_GROUPS: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()  # an operator's schema holds a name, no group
+_GROUPS: WeakValueDictionary[str, dist.ProcessGroup] = (
+    WeakValueDictionary()
+)  # an operator's schema holds a name, no group
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,25 @@ class VocabShard:
 
     def __post_init__(self) -> None:
         world, widths = self.group.size(), [b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
-        expect(len(widths) == world, "bounds", f"{world + 1} numbers for a group of {world} ranks", self.bounds)
-        expect(self.bounds[0] == 0 and min(widths) >= 1, "bounds", "ascending numbers from 0, at least one row for each rank", self.bounds)
+        expect(
+            len(widths) == world, "bounds", f"{world + 1} numbers for a group of {world} ranks", self.bounds
+        )
+        expect(
+            self.bounds[0] == 0 and min(widths) >= 1,
+            "bounds",
+            "ascending numbers from 0, at least one row for each rank",
+            self.bounds,
+        )
 
     @classmethod
     def from_vocab(cls, V: int, group: dist.ProcessGroup, reduce_hidden_grad: bool = True) -> VocabShard:
         """V rows over the ranks, as evenly as they go: the first V % world ranks have one more. Raises ValueError for fewer rows than ranks."""
         each, more = divmod(V, group.size())
-        return cls(tuple(rank * each + min(rank, more) for rank in range(group.size() + 1)), group, reduce_hidden_grad)
+        return cls(
+            tuple(rank * each + min(rank, more) for rank in range(group.size() + 1)),
+            group,
+            reduce_hidden_grad,
+        )
 
     @classmethod
     def from_rows(cls, rows: int, device: torch.device, group: dist.ProcessGroup) -> VocabShard:
@@ -79,7 +92,12 @@ class VocabShard:
 
     def cut(self, vocab: int) -> VocabShard:
         """Without the columns from `vocab` on, which have probability zero."""
-        expect(vocab > self.bounds[-2], "vocab_size", f"a size above {self.bounds[-2]}, so that every rank has a column", vocab)
+        expect(
+            vocab > self.bounds[-2],
+            "vocab_size",
+            f"a size above {self.bounds[-2]}, so that every rank has a column",
+            vocab,
+        )
         return replace(self, bounds=tuple(min(bound, vocab) for bound in self.bounds))
 
     # How it travels through an operator's schema.
@@ -110,7 +128,13 @@ class VocabShard:
             dist.all_reduce(dh, group=self.group)
 
     def entries(
-        self, rows: Rows, stats: Tensor, spec: RowSpec, restriction: Support, ids: Tensor | None, logprobs: Tensor | None
+        self,
+        rows: Rows,
+        stats: Tensor,
+        spec: RowSpec,
+        restriction: Support,
+        ids: Tensor | None,
+        logprobs: Tensor | None,
     ) -> tuple[Entries, Entries]:
         """The listed entries, or the K largest of a side over all shards: (all of them, on every rank; the same with this rank's own columns live alone)."""
         if ids is not None:
@@ -121,22 +145,32 @@ class VocabShard:
         order = logits.s if restriction.side == "student" else logits.t
         k = min(restriction.k, self.widest)
         candidates = order.new_full((4, n, k), -torch.inf)
-        candidates[:, :, : order.shape[1]] = torch.stack([order.clamp(min=torch.finfo(order.dtype).min), found.q, found.p, found.delta])  # no filler is chosen
+        candidates[:, :, : order.shape[1]] = torch.stack(
+            [order.clamp(min=torch.finfo(order.dtype).min), found.q, found.p, found.delta]
+        )  # no filler is chosen
         every = _gathered(candidates, self.group).permute(1, 2, 0, 3).reshape(4, n, -1)
         # A stable sort: equal logits are chosen alike on all ranks.
-        chosen = every[0].argsort(dim=-1, descending=True, stable=True)[:, : min(restriction.k, self.vocab_size)]
+        chosen = every[0].argsort(dim=-1, descending=True, stable=True)[
+            :, : min(restriction.k, self.vocab_size)
+        ]
         q, p, delta = (part.gather(1, chosen) for part in every[1:])
         mine = torch.div(chosen, k, rounding_mode="floor") == self.rank
         at = torch.where(mine, chosen % k, 0)
-        at = torch.where(mine, at, at.gather(1, mine.to(torch.int8).argmax(1, keepdim=True)))  # a foreign entry repeats the first own one, if there is any
+        at = torch.where(
+            mine, at, at.gather(1, mine.to(torch.int8).argmax(1, keepdim=True))
+        )  # a foreign entry repeats the first own one, if there is any
         columns, own_q = found.columns.gather(1, at), found.whole_q.gather(1, at)
         whole = Entries(columns, torch.ones_like(mine), rows.at(columns), q, q, p, delta)
         return whole, whole._replace(live=mine, whole_q=own_q)
 
-    def _listed(self, rows: Rows, stats: Tensor, spec: RowSpec, restriction: Support, ids: Tensor, logprobs: Tensor) -> tuple[Entries, Entries]:
+    def _listed(
+        self, rows: Rows, stats: Tensor, spec: RowSpec, restriction: Support, ids: Tensor, logprobs: Tensor
+    ) -> tuple[Entries, Entries]:
         """The rank with an entry's column knows the student there: to it the list is its own entries and padding."""
         local = self.local(ids)
-        own = topk_support.entries(rows, stats, spec, restriction, local.clamp(min=0), torch.where(local >= 0, logprobs, -torch.inf))
+        own = topk_support.entries(
+            rows, stats, spec, restriction, local.clamp(min=0), torch.where(local >= 0, logprobs, -torch.inf)
+        )
         summed = torch.stack([own.q, own.p, own.delta])  # zeros but on one rank: exact
         dist.all_reduce(summed, group=self.group)
         q, p, delta = summed
@@ -147,21 +181,41 @@ def shard_of(group: object, weight: Tensor) -> VocabShard:
     """What `group`, a process group or a shard, says of a head of which `weight` is this rank's part."""
     if isinstance(group, VocabShard):
         return group
-    expect(isinstance(group, dist.ProcessGroup), "group", "a torch.distributed process group, a VocabShard or None", type(group).__name__, TypeError)
+    expect(
+        isinstance(group, dist.ProcessGroup),
+        "group",
+        "a torch.distributed process group, a VocabShard or None",
+        type(group).__name__,
+        TypeError,
+    )
     if is_dtensor(weight):  # cut as torch.chunk cuts
         each = -(-weight.shape[0] // group.size())
         return VocabShard(tuple(min(rank * each, weight.shape[0]) for rank in range(group.size() + 1)), group)
     return VocabShard.from_rows(weight.shape[0], weight.device, group)
 
 
-def local_head(side: str, weight: Tensor, bias: Tensor | None, shard: VocabShard | None) -> tuple[Tensor, Tensor | None]:
+def local_head(
+    side: str, weight: Tensor, bias: Tensor | None, shard: VocabShard | None
+) -> tuple[Tensor, Tensor | None]:
     """Weight and bias as plain tensors of this rank. Raises ValueError for a DTensor without a group, or with another layout than its rows over one mesh."""
     parts = []
-    for name, tensor in ((f"{side}_{part}".lstrip("_"), tensor) for part, tensor in (("weight", weight), ("bias", bias))):
+    for name, tensor in (
+        (f"{side}_{part}".lstrip("_"), tensor) for part, tensor in (("weight", weight), ("bias", bias))
+    ):
         if is_dtensor(tensor):
-            expect(shard is not None, name, "a plain tensor, or a DTensor with `group` (its rows are a shard); `gathered` makes it whole", "a DTensor")
+            expect(
+                shard is not None,
+                name,
+                "a plain tensor, or a DTensor with `group` (its rows are a shard); `gathered` makes it whole",
+                "a DTensor",
+            )
             layout = tensor.placements
-            expect(len(layout) == 1 and layout[0].is_shard(0), name, "a DTensor sharded on dimension 0 over a mesh of one dimension", layout)
+            expect(
+                len(layout) == 1 and layout[0].is_shard(0),
+                name,
+                "a DTensor sharded on dimension 0 over a mesh of one dimension",
+                layout,
+            )
             tensor = tensor.to_local()
         if shard is not None and isinstance(tensor, Tensor):
             expect(tensor.dim() > 0 and tensor.shape[0] == shard.stop - shard.start, name, f"{shard.stop - shard.start} rows, those of rank {shard.rank}",
@@ -186,7 +240,9 @@ def gathered(weight: Tensor, gradient: str = "mean") -> Tensor:
         return weight
     from torch.distributed.tensor import Partial
 
-    return weight.full_tensor(grad_placements=[Partial("avg" if gradient == "mean" else "sum")] * weight.device_mesh.ndim)
+    return weight.full_tensor(
+        grad_placements=[Partial("avg" if gradient == "mean" else "sum")] * weight.device_mesh.ndim
+    )
 
 
 def _gathered(values: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -203,7 +259,9 @@ class ShardedRows:
     backend: RowBackend
     shard: VocabShard
 
-    def row_stats(self, S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool) -> Tensor:
+    def row_stats(
+        self, S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool
+    ) -> Tensor:
         own = self.backend.row_stats(S, T, spec, bias_s, bias_t, metrics)
         own[:, Column.STUDENT_ARGMAX : Column.CLIPPED] += self.shard.start
         sent = own[:, : Column.CLIPPED if metrics else Column.STUDENT_ENTROPY].contiguous()
@@ -212,12 +270,16 @@ class ShardedRows:
         own[:, : merged.shape[1]] = merged
         return own
 
-    def row_dot(self, S: Tensor, T: Tensor, stats: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> tuple[Tensor, Tensor]:
+    def row_dot(
+        self, S: Tensor, T: Tensor, stats: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         if spec.one_sweep:
             return plain_kl(stats, spec)
         part = self.backend.row_dot(S, T, stats, replace(spec, token_clip=torch.inf), bias_s, bias_t)
         share = stats[:, Column.CLIPPED] * (S.shape[1] / self.shard.vocab_size)
-        loss, A, clipped = _gathered(torch.stack([*part, share]), self.shard.group).double().sum(0).to(stats.dtype)
+        loss, A, clipped = (
+            _gathered(torch.stack([*part, share]), self.shard.group).double().sum(0).to(stats.dtype)
+        )
         stats[:, Column.CLIPPED] = clipped
         return clip_tokens(loss, stats, spec), A
 
@@ -283,7 +345,10 @@ def merge(parts: Tensor, linear: bool) -> Tensor:
     ]
     if Column.STUDENT_ENTROPY in column:
         none = torch.zeros_like(p, dtype=torch.bool)
-        top_s, top_t = q * column[Column.STUDENT_MAX_PROB], torch.where(p > 0, p * column[Column.TEACHER_MAX_PROB], 0.0)
+        top_s, top_t = (
+            q * column[Column.STUDENT_MAX_PROB],
+            torch.where(p > 0, p * column[Column.TEACHER_MAX_PROB], 0.0),
+        )
         columns += [
             _mean(q, column[Column.STUDENT_ENTROPY], -q.log(), none),
             _mean(p, column[Column.TEACHER_ENTROPY], -p.log(), none),
@@ -303,10 +368,16 @@ def _masses(column: dict[Column, Tensor], parts: Tensor, linear: bool) -> _Masse
     lse_s = torch.where(max_s == -torch.inf, -torch.inf, max_s + column[Column.STUDENT_LOGSUM])
     lse_t = torch.where(max_t == -torch.inf, -torch.inf, max_t + column[Column.TEACHER_LOGSUM])
     # What the sweeps take for c: they round the difference of the maxima where d is exact, else they subtract each side's own.
-    c = (parts[:, :, Column.TEACHER_MAX] - parts[:, :, Column.STUDENT_MAX]).double() if linear else max_t - max_s
+    c = (
+        (parts[:, :, Column.TEACHER_MAX] - parts[:, :, Column.STUDENT_MAX]).double()
+        if linear
+        else max_t - max_s
+    )
     peak = max_s.argmax(0)
     of_row = _at(c, peak)
-    spread = torch.nan_to_num(column[Column.SPREAD] + (c - of_row).abs(), nan=torch.inf, posinf=torch.inf).amax(0)  # at least the row's own
+    spread = torch.nan_to_num(
+        column[Column.SPREAD] + (c - of_row).abs(), nan=torch.inf, posinf=torch.inf
+    ).amax(0)  # at least the row's own
     near = spread <= SPREAD_LIMIT
     reference_s, reference_t = _at(max_s, peak), torch.where(near, _at(max_t, peak), max_t.amax(0))
     whole_s = torch.logsumexp(lse_s, 0)

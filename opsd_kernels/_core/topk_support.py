@@ -30,7 +30,9 @@ class Rows(NamedTuple):
     def at(self, columns: Tensor) -> Rows:
         """The same at (n, K) columns; one bias on both sides stays one object."""
         bias_s = None if self.bias_s is None else self.bias_s[columns]
-        bias_t = bias_s if self.bias_t is self.bias_s else None if self.bias_t is None else self.bias_t[columns]
+        bias_t = (
+            bias_s if self.bias_t is self.bias_s else None if self.bias_t is None else self.bias_t[columns]
+        )
         return Rows(self.S.gather(1, columns), self.T.gather(1, columns), bias_s, bias_t)
 
 
@@ -55,12 +57,18 @@ class Restricted(NamedTuple):
     outside: Tensor  # (n,) of all others, as a multiple of q
 
 
-def entries(rows: Rows, stats: Tensor, spec: RowSpec, support: Support, ids: Tensor | None, logprobs: Tensor | None) -> Entries:
+def entries(
+    rows: Rows, stats: Tensor, spec: RowSpec, support: Support, ids: Tensor | None, logprobs: Tensor | None
+) -> Entries:
     """`ids` and `logprobs` (n, K) list a teacher's support; a log-prob of -inf is padding, whose id may be anything."""
     columns = _largest(rows, spec, support) if ids is None else ids
     live = torch.ones_like(columns, dtype=torch.bool) if ids is None else logprobs > -torch.inf
-    if ids is not None:  # padding repeats the first live entry of its row, so that whatever is written there twice is written alike
-        first = torch.where(live.any(1), columns.gather(1, live.to(torch.int8).argmax(1, keepdim=True))[:, 0], 0)
+    if (
+        ids is not None
+    ):  # padding repeats the first live entry of its row, so that whatever is written there twice is written alike
+        first = torch.where(
+            live.any(1), columns.gather(1, live.to(torch.int8).argmax(1, keepdim=True))[:, 0], 0
+        )
         columns = torch.where(live, columns, first[:, None])
     raw = rows.at(columns)
     logits = torch_rows.logits(*raw[:2], spec, *raw[2:])
@@ -78,10 +86,14 @@ def _largest(rows: Rows, spec: RowSpec, support: Support) -> Tensor:
     if support.side == "student" and rows.bias_s is None and spec.student.factor > 0:
         return rows.S.topk(k, dim=1, sorted=False).indices  # the transform keeps the order
     step = max(1, 2 * torch_rows.BLOCK_ENTRIES // V)
-    columns = rows.S.new_empty(n, k, dtype=torch.int64)  # a list of small results would each pin a block of the heap: 114 MiB at V = 152k
+    columns = rows.S.new_empty(
+        n, k, dtype=torch.int64
+    )  # a list of small results would each pin a block of the heap: 114 MiB at V = 152k
     for b in (slice(start, start + step) for start in range(0, n, step)):
         logits = torch_rows.logits(rows.S[b], rows.T[b], spec, rows.bias_s, rows.bias_t)
-        columns[b] = (logits.s if support.side == "student" else logits.t).topk(k, dim=1, sorted=False).indices
+        columns[b] = (
+            (logits.s if support.side == "student" else logits.t).topk(k, dim=1, sorted=False).indices
+        )
     return columns
 
 
@@ -114,7 +126,9 @@ def restricted(at: Entries, stats: Tensor, spec: RowSpec, tail: str) -> Restrict
     live = at.live if tail != "bucket" else torch.cat([at.live, torch.ones_like(saturated)], 1)
     f, u, clipped = torch.where(live, f, 0.0), torch.where(live, u, 0.0), clipped & live
     if tail == "none" and spec.divergence.kind == Kind.REVERSE_KL:
-        u = torch.where(live, u + q, 0.0)  # q does not sum to 1 here: the constant times q that u = f leaves out counts
+        u = torch.where(
+            live, u + q, 0.0
+        )  # q does not sum to 1 here: the constant times q that u = f leaves out counts
     if tail == "bucket":
         u[:, -1:] = torch.where(saturated, 0.0, u[:, -1:])
     missing = torch_rows.missing(stats)
@@ -123,18 +137,31 @@ def restricted(at: Entries, stats: Tensor, spec: RowSpec, tail: str) -> Restrict
     loss = clip_tokens(loss, stats, spec)
     K = at.q.shape[1]
     inside = u[:, :K] - q[:, :K] * A[:, None]
-    outside = {"bucket": lambda: u[:, -1] / q[:, -1] - A, "none": lambda: -A, "renormalize": lambda: torch.zeros_like(A)}[tail]()
+    outside = {
+        "bucket": lambda: u[:, -1] / q[:, -1] - A,
+        "none": lambda: -A,
+        "renormalize": lambda: torch.zeros_like(A),
+    }[tail]()
     stopped = stats[:, Column.CLIPPED] == 1
     return Restricted(loss, A, torch.where(stopped[:, None], 0.0, inside), torch.where(stopped, 0.0, outside))
 
 
 def _first(found: Tensor, values: Tensor, otherwise: Tensor) -> Tensor:
     """(n, 1) the value at each row's first True, or `otherwise`."""
-    return torch.where(found.any(1, keepdim=True), values.gather(1, found.to(torch.int8).argmax(1, keepdim=True)), otherwise)
+    return torch.where(
+        found.any(1, keepdim=True), values.gather(1, found.to(torch.int8).argmax(1, keepdim=True)), otherwise
+    )
 
 
 def _values(
-    rows: Rows, stats: Tensor, spec: RowSpec, at: Entries, result: Restricted, factor: Tensor, policy: Tensor | None, labels: Tensor | None
+    rows: Rows,
+    stats: Tensor,
+    spec: RowSpec,
+    at: Entries,
+    result: Restricted,
+    factor: Tensor,
+    policy: Tensor | None,
+    labels: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(columns, gradient over the raw logit) of the support's entries and, with a policy, of the label. A column that is named twice has one value."""
     ignored = (factor == 0)[:, None]
@@ -149,7 +176,11 @@ def _values(
         beside = rows.at(label)
         q_label = torch_rows.distributions(torch_rows.logits(*beside[:2], spec, *beside[2:]), stats)[0]
         of_label = _first((columns == label) & at.live, values, outside * q_label)
-        columns, q, values = torch.cat([columns, label], 1), torch.cat([q, q_label], 1), torch.cat([values, of_label], 1)
+        columns, q, values = (
+            torch.cat([columns, label], 1),
+            torch.cat([q, q_label], 1),
+            torch.cat([values, of_label], 1),
+        )
         raw = rows.at(columns)
         values = values + policy[:, None] * (q - (columns == labels[:, None]).to(q.dtype))
     return columns, values * transform_slope(raw.S.to(values.dtype), spec.student, raw.bias_s)
@@ -172,5 +203,7 @@ def write_gradient_(
     multiple_of_q = torch.where(factor == 0, 0.0, factor * result.outside) + (0 if policy is None else policy)
     nothing = torch.zeros_like(factor)
     nowhere = torch.full_like(columns[:, 0], -1)
-    backend.row_grad_(rows.S, rows.T, stats, nothing, nothing, spec, rows.bias_s, rows.bias_t, G, multiple_of_q, nowhere)
+    backend.row_grad_(
+        rows.S, rows.T, stats, nothing, nothing, spec, rows.bias_s, rows.bias_t, G, multiple_of_q, nowhere
+    )
     G.scatter_(1, columns, values.to(G.dtype))

@@ -109,11 +109,15 @@ def _depth_of_caller() -> int:
 def _chosen(name: str | None, device_type: str, dtype: torch.dtype | None) -> Backend:
     check_name(name)
     for backend in BACKENDS:
-        if name in (None, backend.name) and not (name is None and backend.name == "triton" and device_type == "cpu"):
+        if name in (None, backend.name) and not (
+            name is None and backend.name == "triton" and device_type == "cpu"
+        ):
             reason = backend.unsupported(device_type, dtype)
             if reason is None:
                 return backend
-            expect(name is None, "backend", f"one that is usable on {device_type}", f"{backend.name!r}: {reason}")
+            expect(
+                name is None, "backend", f"one that is usable on {device_type}", f"{backend.name!r}: {reason}"
+            )
     raise AssertionError("the torch backend serves everywhere")
 
 

@@ -20,14 +20,25 @@ def _spec_values(spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) ->
     divergence = int(spec.divergence.kind), spec.divergence.beta
     transforms = *_transform_values(spec.student), *_transform_values(spec.teacher)
     dialect = spec.teacher_mix, spec.entry_clip, spec.token_clip
-    return *divergence, *transforms, spec.difference, spec.linear_difference(bias_s is bias_t), *dialect, SPREAD_LIMIT
+    return (
+        *divergence,
+        *transforms,
+        spec.difference,
+        spec.linear_difference(bias_s is bias_t),
+        *dialect,
+        SPREAD_LIMIT,
+    )
 
 
-def row_stats(S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool) -> Tensor:
+def row_stats(
+    S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool
+) -> Tensor:
     return OPERATORS.row_stats(S, T, bias_s, bias_t, metrics, *_spec_values(spec, bias_s, bias_t))
 
 
-def row_dot(S: Tensor, T: Tensor, stats: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> tuple[Tensor, Tensor]:
+def row_dot(
+    S: Tensor, T: Tensor, stats: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None
+) -> tuple[Tensor, Tensor]:
     if spec.one_sweep:
         return plain_kl(stats, spec)
     return OPERATORS.row_dot(S, T, stats, bias_s, bias_t, *_spec_values(spec, bias_s, bias_t))
@@ -46,7 +57,9 @@ def row_grad_(
     policy: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> None:
-    OPERATORS.row_grad_(S, T, stats, A, factor, policy, labels, bias_s, bias_t, G, *_spec_values(spec, bias_s, bias_t))
+    OPERATORS.row_grad_(
+        S, T, stats, A, factor, policy, labels, bias_s, bias_t, G, *_spec_values(spec, bias_s, bias_t)
+    )
 
 
 def row_fused_(
@@ -61,4 +74,6 @@ def row_fused_(
     policy: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return OPERATORS.row_fused_(S, T, factor, policy, labels, bias_s, bias_t, metrics, G, *_spec_values(spec, bias_s, bias_t))
+    return OPERATORS.row_fused_(
+        S, T, factor, policy, labels, bias_s, bias_t, metrics, G, *_spec_values(spec, bias_s, bias_t)
+    )

@@ -83,9 +83,13 @@ class Column(IntEnum):
 
 
 class RowBackend(Protocol):
-    def row_stats(self, S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool) -> Tensor: ...
+    def row_stats(
+        self, S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool
+    ) -> Tensor: ...
 
-    def row_dot(self, S: Tensor, T: Tensor, stats: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> tuple[Tensor, Tensor]: ...
+    def row_dot(
+        self, S: Tensor, T: Tensor, stats: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None
+    ) -> tuple[Tensor, Tensor]: ...
 
     def row_grad_(
         self,

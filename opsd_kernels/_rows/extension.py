@@ -20,7 +20,11 @@ def _load(stem: str, what: str) -> str | None:
     libraries = sorted(PACKAGE.glob(f"{stem}.*so")) + sorted(PACKAGE.glob(f"{stem}*.pyd"))
     if not libraries:
         recorded = PACKAGE / "without_cpp_kernels.txt"  # setup.py puts it into a wheel without kernels
-        return f"the {what} not built: {recorded.read_text()}" if recorded.exists() else f"the {what} not built (docs/build.md)"
+        return (
+            f"the {what} not built: {recorded.read_text()}"
+            if recorded.exists()
+            else f"the {what} not built (docs/build.md)"
+        )
     try:
         torch.ops.load_library(libraries[0])
     except OSError as error:
@@ -38,10 +42,15 @@ def build_command() -> str:
     """The shell command that builds the C++ kernels for this installation, from where it was installed."""
     checkout = PACKAGE.parent
     if (checkout / "setup.py").is_file() and (checkout / "csrc").is_dir():
-        return f"cd {shlex.quote(str(checkout))} && {shlex.quote(sys.executable)} setup.py build_ext --inplace"
+        return (
+            f"cd {shlex.quote(str(checkout))} && {shlex.quote(sys.executable)} setup.py build_ext --inplace"
+        )
     try:
         installed = distribution("opsd_kernels")
-        installer, origin = (installed.read_text("INSTALLER") or "").strip(), json.loads(installed.read_text("direct_url.json") or "{}")
+        installer, origin = (
+            (installed.read_text("INSTALLER") or "").strip(),
+            json.loads(installed.read_text("direct_url.json") or "{}"),
+        )
     except PackageNotFoundError:
         installer, origin = "", {}
     if installer == "uv":  # which builds in an environment without torch, and keeps wheels

@@ -62,7 +62,9 @@ def skew_forward_kl(q: Tensor, p: Tensor, delta: Tensor, beta: float) -> tuple[T
 
 
 def tvd(q: Tensor, p: Tensor, delta: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    half_gap = torch.where(torch.isnan(delta), torch.zeros_like(q), -0.5 * torch.expm1(-delta.abs()) * torch.maximum(p, q))
+    half_gap = torch.where(
+        torch.isnan(delta), torch.zeros_like(q), -0.5 * torch.expm1(-delta.abs()) * torch.maximum(p, q)
+    )
     return half_gap, _guard(q, -0.5 * q * torch.sign(delta))
 
 

@@ -62,7 +62,9 @@ def distributions(logits: Logits, stats: Tensor) -> tuple[Tensor, Tensor, Tensor
     q = torch.exp(logits.s - references[0] - column[Column.STUDENT_LOGSUM])
     delta = logits.offset(*references) - column[Column.GAP]
     far_p = torch.exp(logits.teacher_above(*references) - column[Column.TEACHER_LOGSUM])
-    near_p = torch.where(logits.t == -torch.inf, 0.0, q * torch.exp(delta))  # delta is NaN where neither side has the entry
+    near_p = torch.where(
+        logits.t == -torch.inf, 0.0, q * torch.exp(delta)
+    )  # delta is NaN where neither side has the entry
     return q, torch.where(column[Column.SPREAD] <= SPREAD_LIMIT, near_p, far_p), delta
 
 
@@ -77,8 +79,13 @@ def _normalisers(logits: Logits) -> tuple[Tensor, ...]:
     max_t = torch.where(near, at_peak, t.amax(-1, keepdim=True))
     e = torch.exp(s - max_s)
     Z = e.sum(-1, keepdim=True)
-    logsum_s, logsum_t = torch.log(Z), torch.log(torch.exp(logits.teacher_above(max_s, max_t)).sum(-1, keepdim=True))
-    x = (e * torch.expm1(o)).sum(-1, keepdim=True) / Z  # of one e: a q whose sum is 1 + eps would put eps into L, and L into the KL at first order
+    logsum_s, logsum_t = (
+        torch.log(Z),
+        torch.log(torch.exp(logits.teacher_above(max_s, max_t)).sum(-1, keepdim=True)),
+    )
+    x = (e * torch.expm1(o)).sum(
+        -1, keepdim=True
+    ) / Z  # of one e: a q whose sum is 1 + eps would put eps into L, and L into the KL at first order
     close = near & (x > GAP_BOUNDS[0]) & (x < GAP_BOUNDS[1])
     return max_s, logsum_s, max_t, logsum_t, torch.where(close, torch.log1p(x), logsum_t - logsum_s), spread
 
@@ -98,7 +105,9 @@ def _block_stats(logits: Logits, metrics: bool) -> Tensor:
     stats[:, Column.FORWARD_KL] = _expected(p, delta) + missing(stats)
     if metrics:
         above = logits.teacher_above(max_s, max_t)
-        above = above - above.amax(-1, keepdim=True)  # a near row's reference may lie 20 below the teacher's own maximum
+        above = above - above.amax(
+            -1, keepdim=True
+        )  # a near row's reference may lie 20 below the teacher's own maximum
         teacher_sum = torch.exp(above).sum(-1)
         stats[:, Column.STUDENT_ENTROPY] = logsum_s[:, 0] - _expected(q, s - max_s)
         stats[:, Column.TEACHER_ENTROPY] = torch.log(teacher_sum) - _expected(p, above)
@@ -109,7 +118,9 @@ def _block_stats(logits: Logits, metrics: bool) -> Tensor:
     return stats
 
 
-def row_stats(S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool) -> Tensor:
+def row_stats(
+    S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool
+) -> Tensor:
     return torch.cat([_block_stats(logits(S[b], T[b], spec, bias_s, bias_t), metrics) for b in _blocks(S)])
 
 
@@ -117,10 +128,16 @@ def terms(q: Tensor, p: Tensor, delta: Tensor, spec: RowSpec) -> tuple[Tensor, T
     """(f, u, clipped) of every entry, under the entry clip."""
     f, u = entry(spec.divergence, q, p, delta)
     clipped = f > spec.entry_clip
-    return torch.where(clipped, spec.entry_clip, f), torch.where(clipped, clipped_u(spec.divergence, q), u), clipped
+    return (
+        torch.where(clipped, spec.entry_clip, f),
+        torch.where(clipped, clipped_u(spec.divergence, q), u),
+        clipped,
+    )
 
 
-def row_dot(S: Tensor, T: Tensor, stats: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> tuple[Tensor, Tensor]:
+def row_dot(
+    S: Tensor, T: Tensor, stats: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None
+) -> tuple[Tensor, Tensor]:
     if spec.one_sweep:
         return plain_kl(stats, spec)
     loss, A = torch.empty_like(stats[:, 0]), torch.empty_like(stats[:, 0])

@@ -60,7 +60,14 @@ def transforms(spec: RowSpec) -> dict[str, object]:
     inner_s, outer_s = _scalars(spec.student)
     inner_t, outer_t = _scalars(spec.teacher)
     caps = {"CAP_S": spec.student.softcap is not None, "CAP_T": spec.teacher.softcap is not None}
-    return {"inner_s": inner_s, "outer_s": outer_s, "inner_t": inner_t, "outer_t": (1 - spec.teacher_mix) * outer_t, "mix": spec.teacher_mix, **caps}
+    return {
+        "inner_s": inner_s,
+        "outer_s": outer_s,
+        "inner_t": inner_t,
+        "outer_t": (1 - spec.teacher_mix) * outer_t,
+        "mix": spec.teacher_mix,
+        **caps,
+    }
 
 
 def terms(spec: RowSpec) -> dict[str, object]:

@@ -21,13 +21,17 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # ln 2 in two parts; the first has zeros in its low bits, so that a whole number below 2**15 times it is exact in fp32.
 LN2_HIGH = tl.constexpr(0.693145751953125)
 LN2_LOW = tl.constexpr(1.4286068203094172e-06)
-ROUND_TO_INT = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it to an fp32 leaves the nearest whole number in the low bits
+ROUND_TO_INT = tl.constexpr(
+    12582912.0
+)  # 1.5 * 2**23: adding it to an fp32 leaves the nearest whole number in the low bits
 
 
 @triton.jit
 def _exp_pair_fp32(x):
     whole = tl.fma(x, LOG2_E, ROUND_TO_INT) - ROUND_TO_INT
-    r = tl.fma(whole, -LN2_LOW, tl.fma(whole, -LN2_HIGH, x))  # |r| <= ln(2) / 2: Taylor to r**7 leaves 2e-8 of r
+    r = tl.fma(
+        whole, -LN2_LOW, tl.fma(whole, -LN2_HIGH, x)
+    )  # |r| <= ln(2) / 2: Taylor to r**7 leaves 2e-8 of r
     c = tl.fma(r, 1.0 / 5040, 1.0 / 720)
     c = tl.fma(c, r, 1.0 / 120)
     c = tl.fma(c, r, 1.0 / 24)

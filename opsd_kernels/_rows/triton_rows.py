@@ -14,7 +14,20 @@ from torch import Tensor
 
 from ..spec import RowSpec
 from .contract import GAP_BOUNDS, SPREAD_LIMIT, Column, clip_tokens, plain_kl, stats_dtype
-from .triton_launch import COMPILER_OPTIONS, DIFFERENCE, DIFFERENCE_MIXED, LINEAR, PLAIN_MIXED, aligned, config, is_narrowed, mode, pack, terms, transforms
+from .triton_launch import (
+    COMPILER_OPTIONS,
+    DIFFERENCE,
+    DIFFERENCE_MIXED,
+    LINEAR,
+    PLAIN_MIXED,
+    aligned,
+    config,
+    is_narrowed,
+    mode,
+    pack,
+    terms,
+    transforms,
+)
 from .triton_math import FORWARD_KL, REVERSE_KL, bend, bend_slope, clipped_entry, exp_pair, guarded, log1p
 
 LIMIT = tl.constexpr(SPREAD_LIMIT)
@@ -153,7 +166,9 @@ def _near_sums(
             es = shrink * (es + (m - top) * e_sum)
             e_sum, g_sum, gt = shrink * e_sum, grow * g_sum, grow * gt
             high, low = high + shift, low - shift
-            peak_s = tl.fma(tl.sum(tl.where(v == at_s, y_s, 0.0), 0), row[5][1], -top)  # what rounding made of s
+            peak_s = tl.fma(
+                tl.sum(tl.where(v == at_s, y_s, 0.0), 0), row[5][1], -top
+            )  # what rounding made of s
             peak_t += m_t - t_there
             m, m_t = top, t_there
         x, y, o = _relative(row, v, y_s, y_t, m, m_t, MODE)
@@ -177,7 +192,10 @@ def _near_sums(
         if METRICS:
             es += _fold(guarded(e, e * x), BLOCK_V, PACK)
             gt += _fold(guarded(g, g * (y - peak_t)), BLOCK_V, PACK)
-        high, low = tl.maximum(high, _fold_max(o, BLOCK_V, PACK)), tl.maximum(low, _fold_max(-o, BLOCK_V, PACK))
+        high, low = (
+            tl.maximum(high, _fold_max(o, BLOCK_V, PACK)),
+            tl.maximum(low, _fold_max(-o, BLOCK_V, PACK)),
+        )
         v0 += BLOCK_V
     em_sum = tl.sum(em, 0)
     spread = tl.maximum(tl.max(high, 0), tl.max(low, 0))
@@ -187,7 +205,16 @@ def _near_sums(
 
 
 @triton.jit
-def _far_sums(row, m, METRICS: tl.constexpr, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr, PACK: tl.constexpr):
+def _far_sums(
+    row,
+    m,
+    METRICS: tl.constexpr,
+    MODE: tl.constexpr,
+    CAP_S: tl.constexpr,
+    CAP_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    PACK: tl.constexpr,
+):
     """The sums of a row whose teacher is far: relative to each side's own maximum, every term guarded by its probability.
 
     With e = exp(s - m), r = exp(t - m_t): m_t, sum e * o, sum r, sum r * o, sum r * (t - m_t), max (t - m_t), which is what rounding made of m_t.
@@ -239,7 +266,10 @@ def _row_stats(
     logsum_t = tl.log(g_sum)
     forward = go / g_sum - gap
     exp_peak, _ = exp_pair(-peak_t)
-    h_t, top_p = tl.log(g_sum * exp_peak) - gt / g_sum, 1.0 / (g_sum * exp_peak)  # relative to max t, which may lie 20 above m_t
+    h_t, top_p = (
+        tl.log(g_sum * exp_peak) - gt / g_sum,
+        1.0 / (g_sum * exp_peak),
+    )  # relative to max t, which may lie 20 above m_t
     if spread > LIMIT:
         m_t, eo, r_sum, ro, rt, peak_t = _far_sums(row, m, METRICS, MODE, CAP_S, CAP_T, BLOCK_V, PACK)
         logsum_t = tl.log(r_sum)
@@ -276,7 +306,14 @@ def _load_policy(Policy, Labels, HAS_POLICY: tl.constexpr, ACC: tl.constexpr):
 def _load_stats(Stats):
     """The columns that a distribution needs."""
     Stats += tl.program_id(0).to(tl.int64) * COLUMNS
-    return tl.load(Stats), tl.load(Stats + 1), tl.load(Stats + 2), tl.load(Stats + 3), tl.load(Stats + 4), tl.load(Stats + 5)
+    return (
+        tl.load(Stats),
+        tl.load(Stats + 1),
+        tl.load(Stats + 2),
+        tl.load(Stats + 3),
+        tl.load(Stats + 4),
+        tl.load(Stats + 5),
+    )
 
 
 @triton.jit
@@ -348,7 +385,15 @@ def _row_stats_kernel(
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)  # n * V passes 2**31 at 16k rows x 152k columns
     ACC: tl.constexpr = Stats.dtype.element_ty
-    row = (S + n * stride_s, T + n * stride_t, BiasS, BiasT, V, _side(inner_s, outer_s, 0.0, ACC), _side(inner_t, outer_t, mix, ACC))
+    row = (
+        S + n * stride_s,
+        T + n * stride_t,
+        BiasS,
+        BiasT,
+        V,
+        _side(inner_s, outer_s, 0.0, ACC),
+        _side(inner_t, outer_t, mix, ACC),
+    )
     _store_stats(Stats, _row_stats(row, KIND, METRICS, MODE, CAP_S, CAP_T, BLOCK_V, PACK))
     tl.store(Stats + n * COLUMNS + CLIPPED, 0.0)
 
@@ -361,9 +406,19 @@ def _row_dot_kernel(
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     ACC: tl.constexpr = Stats.dtype.element_ty
-    row = (S + n * stride_s, T + n * stride_t, BiasS, BiasT, V, _side(inner_s, outer_s, 0.0, ACC), _side(inner_t, outer_t, mix, ACC))
+    row = (
+        S + n * stride_s,
+        T + n * stride_t,
+        BiasS,
+        BiasT,
+        V,
+        _side(inner_s, outer_s, 0.0, ACC),
+        _side(inner_t, outer_t, mix, ACC),
+    )
     beta, clip = tl.full((), beta, ACC), tl.full((), clip, ACC)
-    loss, a, share = _row_dot(row, _load_stats(Stats), beta, clip, KIND, CLIP, MODE, CAP_S, CAP_T, BLOCK_V, PACK)
+    loss, a, share = _row_dot(
+        row, _load_stats(Stats), beta, clip, KIND, CLIP, MODE, CAP_S, CAP_T, BLOCK_V, PACK
+    )
     tl.store(Loss + n, loss)
     tl.store(A + n, a)
     if CLIP:
@@ -379,11 +434,37 @@ def _row_grad_kernel(
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     ACC: tl.constexpr = Stats.dtype.element_ty
-    row = (S + n * stride_s, T + n * stride_t, BiasS, BiasT, V, _side(inner_s, outer_s, 0.0, ACC), _side(inner_t, outer_t, mix, ACC))
+    row = (
+        S + n * stride_s,
+        T + n * stride_t,
+        BiasS,
+        BiasT,
+        V,
+        _side(inner_s, outer_s, 0.0, ACC),
+        _side(inner_t, outer_t, mix, ACC),
+    )
     beta, clip, a = tl.full((), beta, ACC), tl.full((), clip, ACC), tl.load(A + n)
     factor = tl.where(tl.load(Stats + n * COLUMNS + CLIPPED) == 1, 0.0, tl.load(Factor + n))
     policy, label = _load_policy(Policy, Labels, HAS_POLICY, ACC)
-    _row_grad(row, _load_stats(Stats), a, factor, policy, label, beta, clip, G + n * stride_g, KIND, CLIP, HAS_POLICY, MODE, CAP_S, CAP_T, NARROWED, BLOCK_V)
+    _row_grad(
+        row,
+        _load_stats(Stats),
+        a,
+        factor,
+        policy,
+        label,
+        beta,
+        clip,
+        G + n * stride_g,
+        KIND,
+        CLIP,
+        HAS_POLICY,
+        MODE,
+        CAP_S,
+        CAP_T,
+        NARROWED,
+        BLOCK_V,
+    )
 
 
 @triton.jit
@@ -396,7 +477,15 @@ def _row_fused_kernel(
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     ACC: tl.constexpr = Stats.dtype.element_ty
-    row = (S + n * stride_s, T + n * stride_t, BiasS, BiasT, V, _side(inner_s, outer_s, 0.0, ACC), _side(inner_t, outer_t, mix, ACC))
+    row = (
+        S + n * stride_s,
+        T + n * stride_t,
+        BiasS,
+        BiasT,
+        V,
+        _side(inner_s, outer_s, 0.0, ACC),
+        _side(inner_t, outer_t, mix, ACC),
+    )
     beta, clip, token_clip = tl.full((), beta, ACC), tl.full((), clip, ACC), tl.full((), token_clip, ACC)
     columns = _row_stats(row, KIND, METRICS, MODE, CAP_S, CAP_T, BLOCK_V, PACK)
     _store_stats(Stats, columns)
@@ -415,10 +504,33 @@ def _row_fused_kernel(
     tl.store(Stats + n * COLUMNS + CLIPPED, share)
     factor = tl.where(share == 1, 0.0, tl.load(Factor + n))
     policy, label = _load_policy(Policy, Labels, HAS_POLICY, ACC)
-    _row_grad(row, stats, a, factor, policy, label, beta, clip, G + n * stride_g, KIND, CLIP, HAS_POLICY, MODE, CAP_S, CAP_T, NARROWED, BLOCK_V)
+    _row_grad(
+        row,
+        stats,
+        a,
+        factor,
+        policy,
+        label,
+        beta,
+        clip,
+        G + n * stride_g,
+        KIND,
+        CLIP,
+        HAS_POLICY,
+        MODE,
+        CAP_S,
+        CAP_T,
+        NARROWED,
+        BLOCK_V,
+    )
 
 
-KERNELS = {"stats": _row_stats_kernel, "dot": _row_dot_kernel, "grad": _row_grad_kernel, "fused": _row_fused_kernel}
+KERNELS = {
+    "stats": _row_stats_kernel,
+    "dot": _row_dot_kernel,
+    "grad": _row_grad_kernel,
+    "fused": _row_fused_kernel,
+}
 
 
 def interpreted() -> bool:
@@ -429,13 +541,27 @@ def interpreted() -> bool:
 def usable(device_type: str) -> str | None:
     """None if the kernels can serve tensors of `device_type`, else the reason."""
     if interpreted():
-        return None if device_type == "cpu" else f"TRITON_INTERPRET is set, and the interpreter serves cpu, not {device_type}"
+        return (
+            None
+            if device_type == "cpu"
+            else f"TRITON_INTERPRET is set, and the interpreter serves cpu, not {device_type}"
+        )
     if device_type != "cuda":
-        return f"Triton compiles for cuda, not for {device_type} (TRITON_INTERPRET=1 interprets on cpu, slowly)"
+        return (
+            f"Triton compiles for cuda, not for {device_type} (TRITON_INTERPRET=1 interprets on cpu, slowly)"
+        )
     return None if torch.cuda.is_available() else "no CUDA device is visible"
 
 
-def _launch(name: str, S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, **arguments: object) -> None:
+def _launch(
+    name: str,
+    S: Tensor,
+    T: Tensor,
+    spec: RowSpec,
+    bias_s: Tensor | None,
+    bias_t: Tensor | None,
+    **arguments: object,
+) -> None:
     BLOCK_V, num_warps = config(S.shape[1], S.dtype)
     PACK = pack(aligned(S, T), S.dtype, BLOCK_V, num_warps)
     options = {} if interpreted() else {"num_warps": num_warps, **COMPILER_OPTIONS}
@@ -446,13 +572,17 @@ def _launch(name: str, S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | Non
         )  # fmt: skip
 
 
-def row_stats(S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool) -> Tensor:
+def row_stats(
+    S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool
+) -> Tensor:
     stats = S.new_empty((S.shape[0], len(Column)), dtype=stats_dtype(S.dtype))
     _launch("stats", S, T, spec, bias_s, bias_t, Stats=stats, METRICS=metrics)
     return stats
 
 
-def row_dot(S: Tensor, T: Tensor, stats: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> tuple[Tensor, Tensor]:
+def row_dot(
+    S: Tensor, T: Tensor, stats: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None
+) -> tuple[Tensor, Tensor]:
     if spec.one_sweep:
         return plain_kl(stats, spec)
     loss, A = stats.new_empty(S.shape[0]), stats.new_empty(S.shape[0])

@@ -11,7 +11,10 @@ import torch
 from .shapes import Setting
 from .timing import Variant, clock_for
 
-GEMM_SIZES = {"cpu": ((1024, 1024, 1024), (1024, 4096, 1024)), "cuda": ((8192, 8192, 8192), (4096, 16384, 4096))}
+GEMM_SIZES = {
+    "cpu": ((1024, 1024, 1024), (1024, 4096, 1024)),
+    "cuda": ((8192, 8192, 8192), (4096, 16384, 4096)),
+}
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # far above any cache
 REPEATS = 7
 
@@ -41,7 +44,13 @@ def gemm_rate(dtype: torch.dtype, device: str) -> float:
     for m, n, k in GEMM_SIZES[device]:
         a, b = (torch.randn(size, device=device).to(dtype) for size in ((m, k), (n, k)))
         out = torch.empty(m, n, dtype=dtype, device=device)
-        rates.append(2 * m * n * k / statistics.median(_seconds(lambda a=a, b=b, out=out: torch.mm(a, b.t(), out=out), device)))
+        rates.append(
+            2
+            * m
+            * n
+            * k
+            / statistics.median(_seconds(lambda a=a, b=b, out=out: torch.mm(a, b.t(), out=out), device))
+        )
     return max(rates)
 
 

@@ -19,14 +19,24 @@ from . import compare, plots, profiling, runner, tables
 from .results import Report, load
 
 # Which change what is measured: part of the command that repeats it.
-VARIABLES = ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "CUBLAS_WORKSPACE_CONFIG", *(variable.name for variable in env.VARIABLES))
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "GOMP_SPINCOUNT",
+    "OMP_WAIT_POLICY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    *(variable.name for variable in env.VARIABLES),
+)
 
 OUTPUTS = ("--json", "--plots")
 
 
 def without_outputs(arguments: list[str]) -> list[str]:
     """Where the files went is not part of what was measured."""
-    kept = [a for before, a in zip(["", *arguments], arguments, strict=False) if before not in OUTPUTS and a not in OUTPUTS]
+    kept = [
+        a
+        for before, a in zip(["", *arguments], arguments, strict=False)
+        if before not in OUTPUTS and a not in OUTPUTS
+    ]
     return [a for a in kept if not a.startswith(tuple(f"{name}=" for name in OUTPUTS))]
 
 
@@ -36,9 +46,18 @@ def shown_progress() -> Iterator[runner.Progress]:
     errors = Console(stderr=True, highlight=False)
     if not runner.on_a_terminal():
         began = time.monotonic()
-        yield lambda label, done, total: errors.print(f"{time.monotonic() - began:4.0f} s, {done}/{total} done; {label}", soft_wrap=True)
+        yield lambda label, done, total: errors.print(
+            f"{time.monotonic() - began:4.0f} s, {done}/{total} done; {label}", soft_wrap=True
+        )
         return
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=errors, transient=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=errors,
+        transient=True,
+    )
     with bar:
         task = bar.add_task("", total=None)
         yield lambda label, done, total: bar.update(task, description=label, completed=done, total=total)
@@ -54,7 +73,14 @@ def show(table: tables.Table, console: Console) -> None:
     console.print(out)
 
 
-def bench(suites: list[str], context: runner.Context, path: Path | None, plots_dir: Path | None, arguments: list[str], commit: str | None) -> Report:
+def bench(
+    suites: list[str],
+    context: runner.Context,
+    path: Path | None,
+    plots_dir: Path | None,
+    arguments: list[str],
+    commit: str | None,
+) -> Report:
     """Measures, prints, writes."""
     variables = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
     command = shlex.join([*variables, "opsd", "bench", *without_outputs(arguments)])
@@ -94,5 +120,7 @@ def compare_files(before: Path, after: Path) -> bool:
         show(compare.change_table(changes), console)
     matched = len({row.key for row in old.rows} & {row.key for row in new.rows})
     worse = [change for change in changes if change.bad]
-    console.print(f"{matched} rows compared, {len(worse)} worse, {len(changes) - len(worse)} otherwise changed")
+    console.print(
+        f"{matched} rows compared, {len(worse)} worse, {len(changes) - len(worse)} otherwise changed"
+    )
     return bool(worse)

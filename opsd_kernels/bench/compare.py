@@ -61,12 +61,28 @@ def _other_changes(before: Row, after: Row) -> list[Change]:
         moved, bound = after.peak_bytes - before.peak_bytes, MEMORY_LEAST * before.peak_bytes + MEMORY_SLACK
         if abs(moved) > bound:
             what = "more memory" if moved > 0 else "less memory"
-            changes.append(Change(after, what, f"{before.peak_bytes / 2**20:.0f} MiB", f"{after.peak_bytes / 2**20:.0f} MiB", f"{bound / 2**20:.0f} MiB"))
+            changes.append(
+                Change(
+                    after,
+                    what,
+                    f"{before.peak_bytes / 2**20:.0f} MiB",
+                    f"{after.peak_bytes / 2**20:.0f} MiB",
+                    f"{bound / 2**20:.0f} MiB",
+                )
+            )
     if before.gradient_error and after.gradient_error:
         moved = after.gradient_error / before.gradient_error - 1
         if abs(moved) > ERROR_LEAST:
             what = "less exact" if moved > 0 else "more exact"
-            changes.append(Change(after, what, f"{before.gradient_error:.2e}", f"{after.gradient_error:.2e}", f"{ERROR_LEAST:.0%}"))
+            changes.append(
+                Change(
+                    after,
+                    what,
+                    f"{before.gradient_error:.2e}",
+                    f"{after.gradient_error:.2e}",
+                    f"{ERROR_LEAST:.0%}",
+                )
+            )
     if before.rows and after.rows and before.rows != after.rows and before.provider != BASE:
         what = "smaller chunks" if after.rows < before.rows else "larger chunks"
         changes.append(Change(after, what, str(before.rows), str(after.rows)))
@@ -79,30 +95,57 @@ def changes_of(before: Report, after: Report) -> list[Change]:
     for row in after.rows:
         then = old.pop(row.key, None)
         if off_plan(row) and not (then and off_plan(then)):
-            found.append(Change(row, "above plan", f"planned {row.predicted_bytes / 2**20:.0f} MiB", f"{row.peak_bytes / 2**20:.0f} MiB"))
+            found.append(
+                Change(
+                    row,
+                    "above plan",
+                    f"planned {row.predicted_bytes / 2**20:.0f} MiB",
+                    f"{row.peak_bytes / 2**20:.0f} MiB",
+                )
+            )
         if then is None:
             continue
         if row.reason and not then.reason:
             found.append(Change(row, "failed", "measured", row.reason))
         elif not row.reason and not then.reason:
             found += _time_changes(then, row) + _other_changes(then, row)
-    gone = [row for row in old.values() if not row.reason and row.suite in after.suites and before.quick == after.quick]
+    gone = [
+        row
+        for row in old.values()
+        if not row.reason and row.suite in after.suites and before.quick == after.quick
+    ]
     found += [Change(row, "missing", "measured", "no such row") for row in gone]
     return sorted(found, key=lambda change: not change.bad)
 
 
 def comparable(before: Report, after: Report) -> list[str]:
     """What differs between the two runs, so that a change need not be this package's."""
-    notes = [f"machines differ: {before.machine['name']} | {after.machine['name']}"] if before.machine["name"] != after.machine["name"] else []
+    notes = (
+        [f"machines differ: {before.machine['name']} | {after.machine['name']}"]
+        if before.machine["name"] != after.machine["name"]
+        else []
+    )
     names = sorted(before.versions.keys() & after.versions.keys() - {"opsd_kernels"})
-    notes += [f"{name} {before.versions[name]} | {after.versions[name]}" for name in names if before.versions[name] != after.versions[name]]
-    return notes + ([f"quick and full run: {before.quick} | {after.quick}"] if before.quick != after.quick else [])
+    notes += [
+        f"{name} {before.versions[name]} | {after.versions[name]}"
+        for name in names
+        if before.versions[name] != after.versions[name]
+    ]
+    return notes + (
+        [f"quick and full run: {before.quick} | {after.quick}"] if before.quick != after.quick else []
+    )
 
 
 def change_table(changes: list[Change]) -> Table:
     def cells(c: Change) -> list[str]:
         r = c.row
-        what = f"{size(r)} {r.dtype}, {r.head}, {r.mode}, {r.divergence}" + (f", {r.variant}" if r.variant else "")
+        what = f"{size(r)} {r.dtype}, {r.head}, {r.mode}, {r.divergence}" + (
+            f", {r.variant}" if r.variant else ""
+        )
         return [c.what, r.suite, LABELS.get(r.provider, r.provider), what, c.before, c.after, c.bound]
 
-    return Table("What changed", ["change", "suite", "provider", "setting", "before", "after", "noise"], [cells(c) for c in changes])
+    return Table(
+        "What changed",
+        ["change", "suite", "provider", "setting", "before", "after", "noise"],
+        [cells(c) for c in changes],
+    )

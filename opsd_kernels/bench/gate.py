@@ -59,7 +59,9 @@ def _judged(setting: Setting) -> tuple[Case, Outcome, Outcome]:
 
 def check(provider: Provider, setting: Setting) -> Verdict:
     """Whether `provider` may be measured at `setting`, and its errors there."""
-    return _checked(provider, setting.at(N=TOKENS, masked=0.0))  # of fewer tokens, the roundings of a bf16 loss would not average out
+    return _checked(
+        provider, setting.at(N=TOKENS, masked=0.0)
+    )  # of fewer tokens, the roundings of a bf16 loss would not average out
 
 
 @functools.cache
@@ -77,7 +79,9 @@ def _checked(provider: Provider, setting: Setting) -> Verdict:
 def _own(provider: Provider, setting: Setting) -> Verdict:
     case, truth, plain = _judged(setting)
     actual = outcome_of(provider.make(setting), case)
-    buffer, _ = resolve_logits(setting.torch_dtype, "float32" if provider.name == "opsd-fp32" else "auto", setting.head == "shared")
+    buffer, _ = resolve_logits(
+        setting.torch_dtype, "float32" if provider.name == "opsd-fp32" else "auto", setting.head == "shared"
+    )
     if Divergence.parse(setting.divergence).kinked and buffer.itemsize == 2:
         buffer = torch.float32
     if setting.torch_dtype.itemsize == 2:
@@ -98,10 +102,16 @@ def _peer(provider: Provider, setting: Setting) -> Verdict:
     if not provider.same_loss:
         return Verdict()
     narrow = setting.at(N=29, V=211, H=24, dtype="float32", head="two heads")
-    case = hard_case(29, 211, 24, torch.float32, masked_entry=None, views=False, bias=False, seed=1).to(setting.device)
-    clean = {name: getattr(case, name).nan_to_num(0.3, 0.3, 0.3) for name in ("student_hidden", "teacher_hidden")}
+    case = hard_case(29, 211, 24, torch.float32, masked_entry=None, views=False, bias=False, seed=1).to(
+        setting.device
+    )
+    clean = {
+        name: getattr(case, name).nan_to_num(0.3, 0.3, 0.3) for name in ("student_hidden", "teacher_hidden")
+    }
     leaves = tuple(name for name in make_case(setting.at(N=1, V=2, H=1)).trainable)
     case = replace(case, **clean, mask=None, labels=None, token_weights=None, trainable=leaves)
-    assert_on_target(outcome_of(provider.make(narrow), case), outcome_of(reference(narrow), case.double()), "fp32_logits")
+    assert_on_target(
+        outcome_of(provider.make(narrow), case), outcome_of(reference(narrow), case.double()), "fp32_logits"
+    )
     case, truth, _ = _judged(setting)
     return _errors(outcome_of(provider.make(setting), case), truth)

@@ -36,9 +36,27 @@ def _table(side: str, report: dict[str, Any], clock: str) -> Table:
     for row in report["rows"]:
         timed = [f"{row[f'{who}_{clock}_ms'] / 1e3:.2f}" for who in (side, "opsd")]
         peaks = [mebibytes(row[f"{who}_peak_bytes"]) for who in (side, "opsd")]
-        off = ["" if row["dtype"] == "float32" and who == side else f"{row['loss_errors'][who]:.0e}" for who in (side, "opsd")]
-        rows.append([row["name"], row["loss"], row["dtype"], *timed, f"{row[f'{clock}_ratio']:.2f}", *peaks, f"{row['peak_ratio']:.2f}", *off])
-    head = [f"{who} {what}" for what in ("CPU s" if clock == "cpu" else "s", "MiB", "off") for who in (label, "ours")]
+        off = [
+            "" if row["dtype"] == "float32" and who == side else f"{row['loss_errors'][who]:.0e}"
+            for who in (side, "opsd")
+        ]
+        rows.append(
+            [
+                row["name"],
+                row["loss"],
+                row["dtype"],
+                *timed,
+                f"{row[f'{clock}_ratio']:.2f}",
+                *peaks,
+                f"{row['peak_ratio']:.2f}",
+                *off,
+            ]
+        )
+    head = [
+        f"{who} {what}"
+        for what in ("CPU s" if clock == "cpu" else "s", "MiB", "off")
+        for who in (label, "ours")
+    ]
     return Table("", ["", "loss", "dtype", *head[:2], "ratio", *head[2:4], "ratio", *head[4:]], rows)
 
 
@@ -48,7 +66,14 @@ def block(results: Path, side: str) -> str:
     for path in sorted(results.glob(f"*/{side}_steps.json")):
         report = json.loads(path.read_text())
         clock = "cpu" if _busy(report) else "wall"
-        out += [_about(report, clock), "", _table(side, report, clock).markdown(), "", f"{where(report)}. `{report['command']}`", ""]
+        out += [
+            _about(report, clock),
+            "",
+            _table(side, report, clock).markdown(),
+            "",
+            f"{where(report)}. `{report['command']}`",
+            "",
+        ]
     return "\n".join(out).strip() or f"Not measured yet: `python benchmarks/{side}_steps.py` does it."
 
 

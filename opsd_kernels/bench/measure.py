@@ -19,7 +19,12 @@ from .shapes import DEFAULT_SHAPES, SHAPES, Setting, Shape, make_case
 from .timing import Variant, interleave, noise, ratio
 
 # (fewest, most) rounds and seconds of one comparison, by device and whether the run is quick.
-EFFORT = {("cpu", True): ((6, 15), 5.0), ("cpu", False): ((4, 30), 10.0), ("cuda", True): ((8, 30), 2.0), ("cuda", False): ((10, 50), 5.0)}
+EFFORT = {
+    ("cpu", True): ((6, 15), 5.0),
+    ("cpu", False): ((4, 30), 10.0),
+    ("cuda", True): ((8, 30), 2.0),
+    ("cuda", False): ((10, 50), 5.0),
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,9 @@ class Context:
 
     def centre(self) -> tuple[Shape, ...]:
         """The shapes that a suite varies around: on a CPU one whose step takes a fifth of a second."""
-        return self.shapes or (SHAPES["cpu-quick" if self.device == "cpu" else DEFAULT_SHAPES[self.device, self.quick]],)
+        return self.shapes or (
+            SHAPES["cpu-quick" if self.device == "cpu" else DEFAULT_SHAPES[self.device, self.quick]],
+        )
 
     def headline(self) -> tuple[Shape, ...]:
         """The shapes of the targets."""
@@ -81,30 +88,51 @@ def free() -> None:
 
 
 def compare_providers(
-    suite: str, setting: Setting, providers: Iterable[Provider], *, rounds: tuple[int, int], seconds: float, variant: str = "", target: float | None = None
+    suite: str,
+    setting: Setting,
+    providers: Iterable[Provider],
+    *,
+    rounds: tuple[int, int],
+    seconds: float,
+    variant: str = "",
+    target: float | None = None,
 ) -> list[Row]:
     """One row for each provider and for the bare GEMMs, timed in turn. `target` is what this package's ratio stands under."""
     refused: dict[str, Row] = {}
     admitted: dict[str, tuple[Provider, Row]] = {}
     for provider in providers:
-        row = blank(suite, provider.name, setting, variant=variant, target=target if provider.name == "opsd" else None)
+        row = blank(
+            suite, provider.name, setting, variant=variant, target=target if provider.name == "opsd" else None
+        )
         reason = provider.unsupported(setting)
         verdict = None if reason else check(provider, setting)
         if reason or verdict.failure:
             refused[provider.name] = replace(row, reason=reason or verdict.failure, target=None)
             continue
         errors = {"gradient_error": verdict.gradient_error, "loss_error": verdict.loss_error}
-        admitted[provider.name] = (provider, replace(row, **errors, rows=setting.plan().rows if provider.exact else None))
+        admitted[provider.name] = (
+            provider,
+            replace(row, **errors, rows=setting.plan().rows if provider.exact else None),
+        )
     free()
     case = make_case(setting)
-    variants = {BASE: Variant(bare_gemms(case, setting, setting.plan().rows)), "whole": Variant(bare_gemms(case, setting, WHOLE[setting.device]))}
+    variants = {
+        BASE: Variant(bare_gemms(case, setting, setting.plan().rows)),
+        "whole": Variant(bare_gemms(case, setting, WHOLE[setting.device])),
+    }
     ops = {name: provider.make(setting) for name, (provider, _) in admitted.items()}
     variants |= {name: Variant(stepper(op, case, setting)) for name, op in ops.items()}
     interleave(variants, BASE, setting.device, rounds=rounds, seconds=seconds)
     if setting.device == "cuda":  # on a CPU it takes a process of its own: suite `memory`
         for name, op in ops.items():
-            admitted[name] = (admitted[name][0], with_peak(admitted[name][1], variants[name], op, case, setting))
-    rows = [blank(suite, BASE, setting, variant=variant, rows=setting.plan().rows), blank(suite, "whole", setting, variant=variant)]
+            admitted[name] = (
+                admitted[name][0],
+                with_peak(admitted[name][1], variants[name], op, case, setting),
+            )
+    rows = [
+        blank(suite, BASE, setting, variant=variant, rows=setting.plan().rows),
+        blank(suite, "whole", setting, variant=variant),
+    ]
     rows += [row for _, row in admitted.values()]
     done = [timed_row(row, variants, setting) for row in rows]
     del variants, case
@@ -121,7 +149,9 @@ def with_peak(row: Row, variant: Variant, op: Op, case: Case, setting: Setting) 
     except torch.OutOfMemoryError:  # it has run, beside fewer gradients of others
         free()
         return row
-    return replace(row, peak_bytes=peak, predicted_bytes=setting.plan().peak_bytes if row.provider in PLANNED else None)
+    return replace(
+        row, peak_bytes=peak, predicted_bytes=setting.plan().peak_bytes if row.provider in PLANNED else None
+    )
 
 
 def timed_row(row: Row, variants: dict[str, Variant], setting: Setting) -> Row:
@@ -137,7 +167,9 @@ def timed_row(row: Row, variants: dict[str, Variant], setting: Setting) -> Row:
     known = None if row.provider == BASE else noise(mine, base)
     share = ceilings.ceiling(setting).floor_seconds(setting.flops, setting.bytes) / seconds
     relative = ratio(mine, whole).median if whole and whole.times.keys() & mine.times.keys() else None
-    return replace(row, **common, ratio=ratio(mine, base), base=BASE, whole=relative, noise=known, ceiling=share)
+    return replace(
+        row, **common, ratio=ratio(mine, base), base=BASE, whole=relative, noise=known, ceiling=share
+    )
 
 
 def part_row(row: Row, variants: dict[str, Variant], name: str, base: str) -> Row:
@@ -145,4 +177,10 @@ def part_row(row: Row, variants: dict[str, Variant], name: str, base: str) -> Ro
     mine, whole = variants[name], variants[base]
     if mine.failure or not mine.times or not whole.times:
         return replace(row, reason=mine.failure or whole.failure or "not measured", target=None)
-    return replace(row, ms=mine.sample(), ratio=ratio(mine, whole), base=base, noise=None if name == base else noise(mine, whole))
+    return replace(
+        row,
+        ms=mine.sample(),
+        ratio=ratio(mine, whole),
+        base=base,
+        noise=None if name == base else noise(mine, whole),
+    )

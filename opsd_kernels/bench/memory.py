@@ -69,7 +69,10 @@ def cuda_peak(step: Callable[[], Tensor]) -> int:
 
 
 def _out_of_memory(text: str, limit: int | None) -> OutOfMemory | None:
-    if any(sign in text for sign in ("can't allocate memory", "MemoryError", "bad_alloc", "out of memory", "status -9")):
+    if any(
+        sign in text
+        for sign in ("can't allocate memory", "MemoryError", "bad_alloc", "out of memory", "status -9")
+    ):
         return OutOfMemory("out of memory" + (f" (limit {limit / 2**20:.0f} MiB)" if limit else ""))
     return None
 
@@ -77,7 +80,9 @@ def _out_of_memory(text: str, limit: int | None) -> OutOfMemory | None:
 # ---------------------------------------------------------------- time under a limit
 
 
-def time_pair(setting: Setting, provider: str, limit: int | None, rounds: tuple[int, int], seconds: float) -> dict[str, Variant]:
+def time_pair(
+    setting: Setting, provider: str, limit: int | None, rounds: tuple[int, int], seconds: float
+) -> dict[str, Variant]:
     """Provider and bare GEMMs in turn, the provider under `limit` bytes beyond the inputs. A failure stands in its variant."""
     case = make_case(setting)
     variants = {
@@ -102,16 +107,24 @@ print("RESULT" + json.dumps({name: [v.times, v.failure] for name, v in variants.
 """
 
 
-def time_under_limit(setting: Setting, provider: str, limit: int | None, rounds: tuple[int, int], seconds: float) -> dict[str, Variant]:
+def time_under_limit(
+    setting: Setting, provider: str, limit: int | None, rounds: tuple[int, int], seconds: float
+) -> dict[str, Variant]:
     """`time_pair`; on a CPU in a child process, which alone may run out of memory. Raises OutOfMemory."""
     if setting.device == "cuda":
         return time_pair(setting, provider, None, rounds, seconds)
     arguments = json.dumps([setting.as_dict(), provider, limit, rounds, seconds, torch.get_num_threads()])
-    done = subprocess.run([sys.executable, "-c", _CHILD, arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD, arguments], capture_output=True, text=True, check=False
+    )
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
     if line is None:
-        raise _out_of_memory(f"status {done.returncode} {done.stderr}", limit) or RuntimeError(f"status {done.returncode}: {done.stderr.strip()[-200:]}")
+        raise _out_of_memory(f"status {done.returncode} {done.stderr}", limit) or RuntimeError(
+            f"status {done.returncode}: {done.stderr.strip()[-200:]}"
+        )
     out = {}
     for name, (times, failure) in json.loads(line.removeprefix("RESULT")).items():
-        out[name] = Variant(run=lambda: None, times={int(turn): value for turn, value in times.items()}, failure=failure)
+        out[name] = Variant(
+            run=lambda: None, times={int(turn): value for turn, value in times.items()}, failure=failure
+        )
     return out

@@ -17,9 +17,18 @@ from .results import Report, Row, load
 from .tables import HIDES, NOISY_MARK, Table, mebibytes, milliseconds, percent, size, table, times
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS, PAGE, README, SIZING = Path("benchmarks/results"), Path("docs/performance.md"), Path("README.md"), Path("docs/sizing.md")
+RESULTS, PAGE, README, SIZING = (
+    Path("benchmarks/results"),
+    Path("docs/performance.md"),
+    Path("README.md"),
+    Path("docs/sizing.md"),
+)
 SCALING = Path("docs/scaling.md")
-MARKS = {README: ("<!-- performance -->", "<!-- /performance -->"), SIZING: ("<!-- plans -->", "<!-- /plans -->"), **integration_pages.MARKS}
+MARKS = {
+    README: ("<!-- performance -->", "<!-- /performance -->"),
+    SIZING: ("<!-- plans -->", "<!-- /plans -->"),
+    **integration_pages.MARKS,
+}
 GPU = "h200"
 NOT_YET = "No result exists yet. `benchmarks/gpu_check.sh` on a machine with this GPU writes the reports for this section; until then nothing is claimed."
 
@@ -48,7 +57,13 @@ ABOUT = {
     "scaling": "Time over the bare GEMMs by N, each call under a limit on its memory: on a CPU 256 MiB (quick) or 1 GiB (full).",
     "step": "A randomly initialised Qwen3 that is its own teacher. *of the step*: share of the whole step's time.",
 }
-REASONS = (("out of memory", "out of memory"), ("not installed", "absent"), ("needs an NVIDIA GPU", "GPU only"), ("has no", "none"), ("not written", "none"))
+REASONS = (
+    ("out of memory", "out of memory"),
+    ("not installed", "absent"),
+    ("needs an NVIDIA GPU", "GPU only"),
+    ("has no", "none"),
+    ("not written", "none"),
+)
 
 
 def short(row: Row | None, show: Callable[[Row], str]) -> str:
@@ -60,19 +75,41 @@ def short(row: Row | None, show: Callable[[Row], str]) -> str:
     return next((word for sign, word in REASONS if sign in row.reason), "failed")
 
 
-def pivot(rows: list[Row], index: list[tuple[str, Callable[[Row], str]]], show: Callable[[Row], str], first: list[tuple[str, str, Callable]] = ()) -> Table:
+def pivot(
+    rows: list[Row],
+    index: list[tuple[str, Callable[[Row], str]]],
+    show: Callable[[Row], str],
+    first: list[tuple[str, str, Callable]] = (),
+) -> Table:
     """One line for each setting, one column for each provider. `first`: (heading, provider, value) of columns in front. What serves nowhere is left out."""
     lines: dict[tuple, dict[str, Row]] = {}
     for row in rows:
         lines.setdefault(tuple(value(row) for _, value in index), {})[row.provider] = row
     served = {row.provider for row in rows if row.reason is None or "out of memory" in row.reason}
     providers = [name for name in LABELS if name in served and name not in (BASE, "whole")]
-    head = [*(name for name, _ in index), *(heading for heading, _, _ in first), *(LABELS[name] for name in providers)]
-    cells = [[*key, *(short(line.get(p), value) for _, p, value in first), *(short(line.get(p), show) for p in providers)] for key, line in lines.items()]
+    head = [
+        *(name for name, _ in index),
+        *(heading for heading, _, _ in first),
+        *(LABELS[name] for name in providers),
+    ]
+    cells = [
+        [
+            *key,
+            *(short(line.get(p), value) for _, p, value in first),
+            *(short(line.get(p), show) for p in providers),
+        ]
+        for key, line in lines.items()
+    ]
     return Table("", head, cells)
 
 
-SETTING = [("size", size), ("dtype", lambda r: r.dtype), ("head", lambda r: r.head), ("mode", lambda r: r.mode), ("divergence", lambda r: r.divergence)]
+SETTING = [
+    ("size", size),
+    ("dtype", lambda r: r.dtype),
+    ("head", lambda r: r.head),
+    ("mode", lambda r: r.mode),
+    ("divergence", lambda r: r.divergence),
+]
 GEMMS_MS = [("bare GEMMs, ms", BASE, lambda r: milliseconds(r.ms))]
 
 
@@ -86,9 +123,18 @@ def suite_table(suite: str, rows: list[Row]) -> Table:
     if suite == "masked":
         return pivot(rows, [("tokens", lambda r: r.variant), *SETTING[:2]], times, GEMMS_MS)
     if suite == "memory":
-        return pivot(rows, SETTING[:2], lambda r: mebibytes(r.peak_bytes), [("planned", "opsd", lambda r: mebibytes(r.predicted_bytes))])
+        return pivot(
+            rows,
+            SETTING[:2],
+            lambda r: mebibytes(r.peak_bytes),
+            [("planned", "opsd", lambda r: mebibytes(r.predicted_bytes))],
+        )
     if suite == "accuracy":
-        return pivot(rows, [*SETTING[1:3], SETTING[4], ("teacher", lambda r: r.variant)], lambda r: percent(r.gradient_error))
+        return pivot(
+            rows,
+            [*SETTING[1:3], SETTING[4], ("teacher", lambda r: r.variant)],
+            lambda r: percent(r.gradient_error),
+        )
     if suite == "scaling":
         return pivot(rows, SETTING[:2], with_time)
     return table(suite, rows)
@@ -99,18 +145,37 @@ def section(report: Report) -> list[str]:
     for suite in report.suites:
         rows = [row for row in report.rows if row.suite == suite]
         if rows:
-            heading = f"### {suite}" + (f", {report.rows[0].dtype}" if len({row.dtype for row in rows}) == 1 and suite == "ratios" else "")
-            out += [heading, "", ABOUT[suite], "", suite_table(suite, rows).markdown(), "", f"{report.where}. `{report.command}`", ""]
+            heading = f"### {suite}" + (
+                f", {report.rows[0].dtype}"
+                if len({row.dtype for row in rows}) == 1 and suite == "ratios"
+                else ""
+            )
+            out += [
+                heading,
+                "",
+                ABOUT[suite],
+                "",
+                suite_table(suite, rows).markdown(),
+                "",
+                f"{report.where}. `{report.command}`",
+                "",
+            ]
     return out
 
 
 def reports(folder: Path) -> list[Report]:
     """Those of opsd bench; a script beside it may keep measurements of its own, which name their kind."""
-    return [load(path) for path in sorted(folder.glob("*.json")) if "kind" not in json.loads(path.read_text())]
+    return [
+        load(path) for path in sorted(folder.glob("*.json")) if "kind" not in json.loads(path.read_text())
+    ]
 
 
 def machines(results: Path) -> list[Path]:
-    return [path for path in sorted(results.iterdir()) if path.is_dir() and any(path.glob("*.json"))] if results.is_dir() else []
+    return (
+        [path for path in sorted(results.iterdir()) if path.is_dir() and any(path.glob("*.json"))]
+        if results.is_dir()
+        else []
+    )
 
 
 def performance(results: Path) -> str:
@@ -161,11 +226,37 @@ def plans_block() -> str:
     rows = []
     for what, options, arguments in EXAMPLES:
         made = plan(**arguments, device_type="cuda")
-        sizes = (made.workspace_bytes, made.accumulator_bytes, made.gradient_bytes, made.vector_bytes, made.peak_bytes)
+        sizes = (
+            made.workspace_bytes,
+            made.accumulator_bytes,
+            made.gradient_bytes,
+            made.vector_bytes,
+            made.peak_bytes,
+        )
         command = f"`opsd plan {options} --device cuda`"
         mebi = [f"{value / 2**20:,.0f}" for value in sizes]
-        rows.append([what, command, f"{made.chunks} x {made.rows}", str(made.passes), *mebi, f"{made.flops / 1e12:.1f}"])
-    head = ["", "command", "chunks x rows", "passes", "buffers MiB", "fp32 dW MiB", "gradients MiB", "vectors MiB", "peak MiB", "TFLOP"]
+        rows.append(
+            [
+                what,
+                command,
+                f"{made.chunks} x {made.rows}",
+                str(made.passes),
+                *mebi,
+                f"{made.flops / 1e12:.1f}",
+            ]
+        )
+    head = [
+        "",
+        "command",
+        "chunks x rows",
+        "passes",
+        "buffers MiB",
+        "fp32 dW MiB",
+        "gradients MiB",
+        "vectors MiB",
+        "peak MiB",
+        "TFLOP",
+    ]
     return Table("", head, rows).markdown()
 
 
@@ -182,7 +273,11 @@ def with_block(text: str, block: str, page: Path = README) -> str:
 def main(root: Path = ROOT) -> None:
     (root / PAGE).write_text(performance(root / RESULTS))
     (root / SCALING).write_text(scaling.page(root / RESULTS))
-    for page, block in ((README, readme_block(root / RESULTS)), (SIZING, plans_block()), *integration_pages.blocks(root / RESULTS).items()):
+    for page, block in (
+        (README, readme_block(root / RESULTS)),
+        (SIZING, plans_block()),
+        *integration_pages.blocks(root / RESULTS).items(),
+    ):
         (root / page).write_text(with_block((root / page).read_text(), block, page))
 
 

@@ -156,7 +156,14 @@ def project(
     expect(overhead >= 1, "overhead", "at least 1, for the GEMMs cannot be avoided", overhead)
     n, V = -(-tokens // data_ranks), -(-head.V // vocab_ranks)
     made = plan(
-        n, V, head.H, dtype=dtype, shared_head=shared_head, one_sweep=one_sweep, device_type=machine.device_type, workspace_bytes=DEFAULT_WORKSPACE_BYTES
+        n,
+        V,
+        head.H,
+        dtype=dtype,
+        shared_head=shared_head,
+        one_sweep=one_sweep,
+        device_type=machine.device_type,
+        workspace_bytes=DEFAULT_WORKSPACE_BYTES,
     )
     split, size = vocab_ranks > 1, dtype.itemsize
     gathers, reduces = (calls * made.chunks * split for calls in chunk_calls(one_sweep, labels))
@@ -178,7 +185,9 @@ def project(
     )  # fmt: skip
 
 
-def crossover_tokens(head: Head, ranks: int, machine: Machine, *, dtype: torch.dtype = torch.bfloat16, labels: bool = True) -> float:
+def crossover_tokens(
+    head: Head, ranks: int, machine: Machine, *, dtype: torch.dtype = torch.bfloat16, labels: bool = True
+) -> float:
     """Tokens of a step at which splitting them over `ranks` and splitting the vocabulary over them cost the same exchange, by bandwidth alone.
 
     Vocabulary ranks send so much per token; data ranks send the gradient of the head, once. More tokens: split the tokens.
@@ -197,7 +206,9 @@ def fit_link(points: Iterable[tuple[float, float]]) -> tuple[Link, float]:
     points = list(points)
     expect(len({nbytes for nbytes, _ in points}) >= 2, "points", "at least two sizes", points)
     u, v = [1 / t for _, t in points], [x / t for x, t in points]
-    uu, uv, vv = (sum(a * b for a, b in zip(left, right, strict=True)) for left, right in ((u, u), (u, v), (v, v)))
+    uu, uv, vv = (
+        sum(a * b for a, b in zip(left, right, strict=True)) for left, right in ((u, u), (u, v), (v, v))
+    )
     determinant = uu * vv - uv * uv
     link = Link((sum(u) * vv - sum(v) * uv) / determinant, determinant / (sum(v) * uu - sum(u) * uv))
     return link, max(abs(link.seconds(1, x) / t - 1) for x, t in points)

@@ -65,7 +65,9 @@ def _by(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
 def latency_bars(axes: Any, rows: list[Row], report: Report) -> None:
     """Time over that of the bare GEMMs; the line at 1 is the ceiling."""
     settings = _by(rows, lambda r: f"{r.dtype}, {r.head}\n{r.mode}, {r.divergence}")
-    providers = [name for name in LABELS if any(row.provider == name for row in rows) and name not in (BASE, "whole")]
+    providers = [
+        name for name in LABELS if any(row.provider == name for row in rows) and name not in (BASE, "whole")
+    ]
     width = 0.8 / max(1, len(providers))
     for i, provider in enumerate(providers):
         places, heights, errors = [], [], []
@@ -74,9 +76,19 @@ def latency_bars(axes: Any, rows: list[Row], report: Report) -> None:
             if row:
                 places.append(place + i * width - 0.4)
                 heights.append(row.ratio.median)
-                errors.append((max(0.0, row.ratio.median - row.ratio.q1), max(0.0, row.ratio.q3 - row.ratio.median)))
+                errors.append(
+                    (max(0.0, row.ratio.median - row.ratio.q1), max(0.0, row.ratio.q3 - row.ratio.median))
+                )
         if places:
-            axes.bar(places, heights, width, label=LABELS[provider], color=colour(provider), yerr=list(zip(*errors, strict=True)), error_kw={"lw": 0.8})
+            axes.bar(
+                places,
+                heights,
+                width,
+                label=LABELS[provider],
+                color=colour(provider),
+                yerr=list(zip(*errors, strict=True)),
+                error_kw={"lw": 0.8},
+            )
     axes.axhline(1, color="black", lw=1, ls="--", label="bare GEMMs: the ceiling")
     axes.set_xticks(range(len(settings)), settings.keys(), fontsize=7)
     axes.set_ylabel("time / bare GEMMs")
@@ -89,10 +101,23 @@ def memory_lines(axes: Any, rows: list[Row], report: Report) -> None:
     for (provider, dtype), group in _by(rows, lambda r: (r.provider, r.dtype)).items():
         group = sorted((r for r in group if r.peak_bytes), key=lambda r: r.N)
         line = "-" if dtype == "bfloat16" else ":"
-        axes.plot([r.N for r in group], [r.peak_bytes / 2**20 for r in group], line, marker="o", color=colour(provider), label=f"{LABELS[provider]}, {dtype}")
+        axes.plot(
+            [r.N for r in group],
+            [r.peak_bytes / 2**20 for r in group],
+            line,
+            marker="o",
+            color=colour(provider),
+            label=f"{LABELS[provider]}, {dtype}",
+        )
         planned = [r for r in group if r.predicted_bytes]
         if planned and provider == "opsd":
-            axes.plot([r.N for r in planned], [r.predicted_bytes / 2**20 for r in planned], "x", color="black", label=f"planner's prediction, {dtype}")
+            axes.plot(
+                [r.N for r in planned],
+                [r.predicted_bytes / 2**20 for r in planned],
+                "x",
+                color="black",
+                label=f"planner's prediction, {dtype}",
+            )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("tokens")
@@ -102,10 +127,20 @@ def memory_lines(axes: Any, rows: list[Row], report: Report) -> None:
 
 
 def error_lines(axes: Any, rows: list[Row], report: Report) -> None:
-    chosen = [r for r in rows if r.dtype == "bfloat16" and r.head == "shared" and r.divergence == "reverse_kl" and r.gradient_error]
+    chosen = [
+        r
+        for r in rows
+        if r.dtype == "bfloat16" and r.head == "shared" and r.divergence == "reverse_kl" and r.gradient_error
+    ]
     for (provider, wide), group in _by(chosen, lambda r: (r.provider, "wide" in r.variant)).items():
         points = sorted((float(re.search(r"KL ([\d.e-]+)", r.variant)[1]), r.gradient_error) for r in group)
-        axes.plot(*zip(*points, strict=True), "--" if wide else "-", marker="o", color=colour(provider), label=f"{LABELS[provider]}{', wide logits' * wide}")
+        axes.plot(
+            *zip(*points, strict=True),
+            "--" if wide else "-",
+            marker="o",
+            color=colour(provider),
+            label=f"{LABELS[provider]}{', wide logits' * wide}",
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.invert_xaxis()
@@ -123,7 +158,12 @@ def roofline(axes: Any, rows: list[Row], report: Report) -> None:
     for name, rate in report.ceilings.items():
         if name.startswith("gemm "):
             copy, grid = report.ceilings["copy"], [low * (high / low) ** (i / 99) for i in range(100)]
-            axes.plot(grid, [min(rate, x * copy) / 1e12 for x in grid], lw=1, label=f"ceiling, {name.removeprefix('gemm ')}")
+            axes.plot(
+                grid,
+                [min(rate, x * copy) / 1e12 for x in grid],
+                lw=1,
+                label=f"ceiling, {name.removeprefix('gemm ')}",
+            )
     for provider, group in _by(points, lambda r: r.provider).items():
         spots = [(1e3 * r.tflops / r.gbs, r.tflops) for r in group]
         axes.plot(*zip(*spots, strict=True), "o", ms=4, color=colour(provider), label=LABELS[provider])

@@ -19,7 +19,10 @@ WARM_UP, STEPS = 2, 3
 KINDS = (
     ("GEMMs", re.compile(r"gemm|::mm|addmm|matmul|cutlass|nvjet|cublas|sm\d+_xmma", re.I)),
     ("row sweeps", re.compile(r"row_(stats|dot|grad|fused)|_row_|sweep", re.I)),
-    ("copies and fills", re.compile(r"copy|_to_copy|fill|zero|memcpy|memset|::index|gather|scatter|cat", re.I)),
+    (
+        "copies and fills",
+        re.compile(r"copy|_to_copy|fill|zero|memcpy|memset|::index|gather|scatter|cat", re.I),
+    ),
     ("the op itself", re.compile(r"opsd_kernels::linear_divergence|WeightedSum|PerRow", re.I)),
 )
 OTHER = "other operators"
@@ -67,5 +70,13 @@ def _table(profiler: torch.profiler.profile, setting: Setting) -> Table:
     rows = []
     for kind in sorted(spent, key=spent.get, reverse=True):
         largest = max(names[kind], key=names[kind].get)
-        rows.append([kind, f"{spent[kind] / STEPS / 1e3:.3g}", f"{spent[kind] / total:.0%}", str(calls[kind] // STEPS), largest[:80]])
+        rows.append(
+            [
+                kind,
+                f"{spent[kind] / STEPS / 1e3:.3g}",
+                f"{spent[kind] / total:.0%}",
+                str(calls[kind] // STEPS),
+                largest[:80],
+            ]
+        )
     return Table(f"Where a step goes: {describe(setting)}", ["kind", "ms", "share", "calls", "mostly"], rows)

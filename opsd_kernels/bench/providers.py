@@ -20,7 +20,11 @@ from ..spec import check_choice
 from ..testing import Case
 from .shapes import PEER_DIVERGENCES, Setting
 
-PEER_BETA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}  # TRL's and Liger's; both take the two ends as special cases
+PEER_BETA = {
+    "forward_kl": 0.0,
+    "jsd": 0.5,
+    "reverse_kl": 1.0,
+}  # TRL's and Liger's; both take the two ends as special cases
 BASE = "gemms"
 WHOLE_ROWS = {"cpu": 1024, "cuda": 8192}  # of the GEMMs that no planner has cut; above, they gain nothing
 Op = Callable[..., Tensor]
@@ -64,7 +68,9 @@ def _ours(**options: object) -> Callable[[Setting], Op]:
         if setting.mode == "recompute":
             chosen |= {"reduction": "none", "backward": "recompute"}
         if setting.mode == "statistics":
-            return lambda h, W, t, Wt, labels=None: linear_divergence(h, W, t, Wt, labels=labels, return_stats=True, **chosen)[0]
+            return lambda h, W, t, Wt, labels=None: linear_divergence(
+                h, W, t, Wt, labels=labels, return_stats=True, **chosen
+            )[0]
         return lambda h, W, t, Wt, labels=None: linear_divergence(h, W, t, Wt, labels=labels, **chosen)
 
     return make
@@ -94,8 +100,13 @@ def plain(setting: Setting, wide: torch.dtype = torch.float32) -> Op:
         elif setting.divergence == "forward_kl":
             losses = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
         else:
-            log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, dtype=log_q.dtype, device=log_q.device))
-            losses = 0.5 * sum(torch.nn.functional.kl_div(log_m, x, log_target=True, reduction="none").sum(-1) for x in (log_p, log_q))
+            log_m = torch.logaddexp(log_p, log_q) - torch.log(
+                torch.tensor(2.0, dtype=log_q.dtype, device=log_q.device)
+            )
+            losses = 0.5 * sum(
+                torch.nn.functional.kl_div(log_m, x, log_target=True, reduction="none").sum(-1)
+                for x in (log_p, log_q)
+            )
         return _mean(losses, labels, setting)
 
     return op
@@ -112,7 +123,9 @@ def _compiled(setting: Setting) -> Op:
 def _trl(setting: Setting) -> Op:
     function = importlib.import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
     beta = PEER_BETA[setting.divergence]
-    return lambda h, W, t, Wt, labels=None: _mean(function.apply(h, W, None, t, Wt, None, beta)[0], labels, setting)
+    return lambda h, W, t, Wt, labels=None: _mean(
+        function.apply(h, W, None, t, Wt, None, beta)[0], labels, setting
+    )
 
 
 def _no_labels(h: Tensor) -> Tensor:
@@ -122,7 +135,9 @@ def _no_labels(h: Tensor) -> Tensor:
 def _liger_chunked(setting: Setting, compiled: bool | None = None) -> Op:
     loss = importlib.import_module("liger_kernel.chunked_loss.jsd_loss").LigerFusedLinearJSDLoss
     compiled = setting.device == "cuda" if compiled is None else compiled
-    module = loss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=PEER_BETA[setting.divergence], compiled=compiled)
+    module = loss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=PEER_BETA[setting.divergence], compiled=compiled
+    )
     return lambda h, W, t, Wt, labels=None: module(h, W, t, Wt, _no_labels(h) if labels is None else labels)
 
 
@@ -132,17 +147,23 @@ def _liger_compiled(setting: Setting) -> Op:
 
 
 def _liger_triton(setting: Setting) -> Op:
-    module = importlib.import_module("liger_kernel.transformers.fused_linear_jsd").LigerFusedLinearJSD(jsd_beta=PEER_BETA[setting.divergence])
+    module = importlib.import_module("liger_kernel.transformers.fused_linear_jsd").LigerFusedLinearJSD(
+        jsd_beta=PEER_BETA[setting.divergence]
+    )
     return lambda h, W, t, Wt, labels=None: module(h, W, t, Wt, _no_labels(h) if labels is None else labels)
 
 
 def _cut_cross_entropy(setting: Setting) -> Op:
     function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
     targets = torch.randint(setting.V, (setting.N,), device=setting.device)
-    return lambda h, W, t, Wt, labels=None: function(h, W, targets[: h.shape[0]] if labels is None else labels)
+    return lambda h, W, t, Wt, labels=None: function(
+        h, W, targets[: h.shape[0]] if labels is None else labels
+    )
 
 
-def _peer_reason(*modules: str, missing: str, cuda_only: bool = False, cpu_only: bool = False, per_token: bool = True) -> Callable[[Setting], str | None]:
+def _peer_reason(
+    *modules: str, missing: str, cuda_only: bool = False, cpu_only: bool = False, per_token: bool = True
+) -> Callable[[Setting], str | None]:
     def reason(setting: Setting) -> str | None:
         if setting.divergence not in PEER_DIVERGENCES:
             return f"has no {setting.divergence}"
@@ -184,9 +205,15 @@ PROVIDERS = {
         ),
     )
 }  # fmt: skip
-LABELS = {name: provider.label for name, provider in PROVIDERS.items()} | {BASE: "bare GEMMs", "whole": "bare GEMMs, chunks as large as pays"}
+LABELS = {name: provider.label for name, provider in PROVIDERS.items()} | {
+    BASE: "bare GEMMs",
+    "whole": "bare GEMMs, chunks as large as pays",
+}
 DEFAULT = ("opsd", "torch", "compiled", "trl", "liger-chunked", "liger-compiled", "liger-triton", "cce")
-SLOW = ("compiled", "liger-compiled")  # to start, not to run: left out of the quick suite, where it would take most of the time
+SLOW = (
+    "compiled",
+    "liger-compiled",
+)  # to start, not to run: left out of the quick suite, where it would take most of the time
 
 
 def parse_providers(names: list[str] | None, quick: bool) -> list[Provider]:

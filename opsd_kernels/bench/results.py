@@ -52,7 +52,10 @@ class Row:
     @property
     def key(self) -> tuple:
         """What makes two rows the same measurement."""
-        return tuple(getattr(self, name) for name in ("suite", "provider", "N", "H", "V", "dtype", "head", "mode", "divergence", "variant"))
+        return tuple(
+            getattr(self, name)
+            for name in ("suite", "provider", "N", "H", "V", "dtype", "head", "mode", "divergence", "variant")
+        )
 
     @property
     def verdict(self) -> str | None:
@@ -100,7 +103,10 @@ def script_report(kind: str, script: str) -> dict[str, Any]:
     """What the report of a script under benchmarks/ begins with: its kind, where and how it was made."""
     command = shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]])
     made = new_report("cpu", command, quick=False, suites=[])
-    return {"kind": kind, **{name: getattr(made, name) for name in ("machine", "versions", "commit", "command", "date")}}
+    return {
+        "kind": kind,
+        **{name: getattr(made, name) for name in ("machine", "versions", "commit", "command", "date")},
+    }
 
 
 def rounded(value: Any) -> Any:
@@ -120,7 +126,13 @@ def row_dict(row: Row) -> dict[str, object]:
 def parse_row(row: dict[str, object]) -> Row:
     """Back from `row_dict`."""
     known = {f.name for f in fields(Row)}
-    return Row(**{name: Sample(**value) if name in ("ms", "ratio") else value for name, value in row.items() if name in known})
+    return Row(
+        **{
+            name: Sample(**value) if name in ("ms", "ratio") else value
+            for name, value in row.items()
+            if name in known
+        }
+    )
 
 
 def load(path: Path) -> Report:
@@ -132,6 +144,16 @@ def load(path: Path) -> Report:
     return Report(**{**data, "rows": [parse_row(row) for row in data["rows"]]})
 
 
-def new_report(device: str, command: str, quick: bool, suites: list[str], commit: str | None = None) -> Report:
+def new_report(
+    device: str, command: str, quick: bool, suites: list[str], commit: str | None = None
+) -> Report:
     versions = {package: package_version(package) for package in PACKAGES}
-    return Report(describe_machine(device), versions, commit or git_commit(), command, time.strftime("%Y-%m-%d"), quick, suites)
+    return Report(
+        describe_machine(device),
+        versions,
+        commit or git_commit(),
+        command,
+        time.strftime("%Y-%m-%d"),
+        quick,
+        suites,
+    )

@@ -38,12 +38,21 @@ Progress = Callable[[str, int, int], None]  # (what runs now, tasks done, tasks 
 
 
 def make_context(
-    device: str | None = None, quick: bool = False, shapes: list[str] | None = None, providers: list[str] | None = None, dtypes: list[str] | None = None
+    device: str | None = None,
+    quick: bool = False,
+    shapes: list[str] | None = None,
+    providers: list[str] | None = None,
+    dtypes: list[str] | None = None,
 ) -> Context:
     """Raises ValueError for a name that is not known, or a device that is not there."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_choice("device", device, DEVICES)
-    expect(device == "cpu" or torch.cuda.is_available(), "device", "'cpu' on a machine without a usable NVIDIA GPU", repr(device))
+    expect(
+        device == "cpu" or torch.cuda.is_available(),
+        "device",
+        "'cpu' on a machine without a usable NVIDIA GPU",
+        repr(device),
+    )
     for dtype in dtypes or ():
         check_choice("dtype", dtype, DTYPES)
     chosen = tuple(parse_shape(text) for text in shapes or ())
@@ -51,7 +60,12 @@ def make_context(
 
 
 def run(
-    suites: list[str], context: Context, command: str, progress: Progress | None = None, commit: str | None = None, path: Path | None = None
+    suites: list[str],
+    context: Context,
+    command: str,
+    progress: Progress | None = None,
+    commit: str | None = None,
+    path: Path | None = None,
 ) -> Report:
     """Everything that `suites` measure, also written to `path` after each task. A task that fails as a whole is an error: what a provider raises is a row."""
     for name in suites:

@@ -11,7 +11,17 @@ import torch
 
 from .._core.planner import CPU_SCRATCH_BYTES, CPU_SCRATCH_PER_THREAD, DEFAULT_WORKSPACE_BYTES
 from ..spec import expect
-from .parallel import HEADS, Head, Link, Machine, Projection, crossover_tokens, gathered_numbers, project, reduced_numbers
+from .parallel import (
+    HEADS,
+    Head,
+    Link,
+    Machine,
+    Projection,
+    crossover_tokens,
+    gathered_numbers,
+    project,
+    reduced_numbers,
+)
 from .results import Row, parse_row, where
 from .shapes import Setting
 from .tables import HIDES, NOISY_MARK, Table, mebibytes, milliseconds, percent, planned_off, size, times
@@ -35,10 +45,25 @@ class Given(NamedTuple):
     source: str
 
 
-PEAK = Given("bf16 peak, dense", 989.4e12, "989.4 TFLOP/s", "datasheet of the H100 SXM (half of its figure with sparsity)")
-GEMMS = Given("of it reached by large GEMMs", 0.74, "74 %", "assumed: the 730 TFLOP/s of the planner's model (`planner.py`, at TILE)")
+PEAK = Given(
+    "bf16 peak, dense",
+    989.4e12,
+    "989.4 TFLOP/s",
+    "datasheet of the H100 SXM (half of its figure with sparsity)",
+)
+GEMMS = Given(
+    "of it reached by large GEMMs",
+    0.74,
+    "74 %",
+    "assumed: the 730 TFLOP/s of the planner's model (`planner.py`, at TILE)",
+)
 NVLINK = Given("NVLink, one direction", 450e9, "450 GB/s", "datasheet: 900 GB/s in both")
-NETWORK = Given("network adapter of a GPU, one direction", 50e9, "50 GB/s", "datasheet of a 400 Gb/s adapter, one for each GPU")
+NETWORK = Given(
+    "network adapter of a GPU, one direction",
+    50e9,
+    "50 GB/s",
+    "datasheet of a 400 Gb/s adapter, one for each GPU",
+)
 REACHED = Given("of a link reached by large collectives", 0.75, "75 %", "assumed")
 NEAR = Given("a collective within a node, besides its bytes", 20e-6, "20 µs", "assumed")
 FAR = Given("the same across nodes", 50e-6, "50 µs", "assumed")
@@ -50,10 +75,17 @@ INSIDE = Link(NEAR.value, REACHED.value * NVLINK.value)
 
 def gpus(vocab_ranks: int, data_ranks: int) -> Machine:
     """Vocabulary ranks share a node; data ranks fill it, then others: across nodes their rings leave by the adapters of all GPUs that they have in one."""
-    expect(NODE.value % vocab_ranks == 0, "vocab_ranks", f"a divisor of {NODE.value}, for ranks that share a node", vocab_ranks)
+    expect(
+        NODE.value % vocab_ranks == 0,
+        "vocab_ranks",
+        f"a divisor of {NODE.value}, for ranks that share a node",
+        vocab_ranks,
+    )
     adapters = NODE.value // vocab_ranks
     across = Link(FAR.value, REACHED.value * min(adapters * NETWORK.value, NVLINK.value))
-    return Machine(GEMMS.value * PEAK.value, INSIDE, INSIDE, INSIDE if vocab_ranks * data_ranks <= NODE.value else across)
+    return Machine(
+        GEMMS.value * PEAK.value, INSIDE, INSIDE, INSIDE if vocab_ranks * data_ranks <= NODE.value else across
+    )
 
 
 class Measured:
@@ -62,7 +94,9 @@ class Measured:
     def __init__(self, path: Path) -> None:
         self.data: dict[str, Any] = json.loads(path.read_text())
         self.rows: list[Row] = [parse_row(row) for row in self.data["rows"]]
-        self.links = {kind: Link(link["latency"], link["bandwidth"]) for kind, link in self.data["links"].items()}
+        self.links = {
+            kind: Link(link["latency"], link["bandwidth"]) for kind, link in self.data["links"].items()
+        }
 
     @property
     def where(self) -> str:
@@ -74,16 +108,30 @@ class Measured:
     def whole(self, row: Row) -> Row:
         """The bare GEMMs of one rank that has the whole vocabulary."""
         share = (*_key(row)[1:], row.V)
-        return next(r for r in self.of("gemms") if r.variant == "1" and (*_key(r)[1:], -(-r.V // int(row.variant))) == share)
+        return next(
+            r
+            for r in self.of("gemms")
+            if r.variant == "1" and (*_key(r)[1:], -(-r.V // int(row.variant))) == share
+        )
 
     def headline(self, group: bool) -> list[Row]:
         """The op on the whole head, or with the groups of several ranks, in the setting whose sums are the longest: that nearest to a large head."""
-        rows = [r for r in self.of("group" if group else "op") if r.dtype == "bfloat16" and r.divergence == "reverse_kl" and (r.variant != "1") == group]
+        rows = [
+            r
+            for r in self.of("group" if group else "op")
+            if r.dtype == "bfloat16" and r.divergence == "reverse_kl" and (r.variant != "1") == group
+        ]
         return [row for row in rows if row.H == max(row.H for row in rows)]
 
     def overhead(self, vocab_ranks: int) -> float:
         """One number for all groups, which differ by less than a rerun moves them; they do all that one rank does."""
-        return max(1.0, *(statistics.median(row.ratio.median for row in self.headline(group)) for group in (False, True)[: 1 + (vocab_ranks > 1)]))
+        return max(
+            1.0,
+            *(
+                statistics.median(row.ratio.median for row in self.headline(group))
+                for group in (False, True)[: 1 + (vocab_ranks > 1)]
+            ),
+        )
 
     @property
     def warning(self) -> str:
@@ -99,7 +147,15 @@ class Measured:
         )
 
     def on_gpus(self, head: Head, tokens: int, vocab_ranks: int, data_ranks: int, **how: bool) -> Projection:
-        return project(head, tokens, vocab_ranks, data_ranks, gpus(vocab_ranks, data_ranks), self.overhead(vocab_ranks), **how)
+        return project(
+            head,
+            tokens,
+            vocab_ranks,
+            data_ranks,
+            gpus(vocab_ranks, data_ranks),
+            self.overhead(vocab_ranks),
+            **how,
+        )
 
     def predicted(self, run: dict[str, Any], way: str) -> Projection:
         """What the projection says of a run of two processes, from the bare GEMMs of one rank, the op's ratio to them, and the links."""
@@ -121,13 +177,45 @@ class Measured:
 def shards_table(measured: Measured) -> Table:
     rows = []
     for gemms in measured.of("gemms"):
-        same = {r.provider: r for r in measured.of("op", "group", "added") if (_key(r), r.variant) == (_key(gemms), gemms.variant)}
+        same = {
+            r.provider: r
+            for r in measured.of("op", "group", "added")
+            if (_key(r), r.variant) == (_key(gemms), gemms.variant)
+        }
         whole = measured.whole(gemms)
         shrunk = f"{int(gemms.variant) * gemms.ms.median / whole.ms.median:.2f}"
-        cells = [times(same["op"]), times(same["group"]), times(same["added"]), percent(same["group"].gradient_error)]
+        cells = [
+            times(same["op"]),
+            times(same["group"]),
+            times(same["added"]),
+            percent(same["group"].gradient_error),
+        ]
         sizes = f"N={gemms.N} H={gemms.H} V={whole.V}"
-        rows.append([sizes, gemms.dtype, gemms.divergence, gemms.variant, f"{gemms.V:,}", milliseconds(gemms.ms), shrunk, *cells])
-    head = ["size", "dtype", "divergence", "R", "rows", "bare GEMMs, ms", "x R / whole", "op", "op with group", "group adds", "gradient error"]
+        rows.append(
+            [
+                sizes,
+                gemms.dtype,
+                gemms.divergence,
+                gemms.variant,
+                f"{gemms.V:,}",
+                milliseconds(gemms.ms),
+                shrunk,
+                *cells,
+            ]
+        )
+    head = [
+        "size",
+        "dtype",
+        "divergence",
+        "R",
+        "rows",
+        "bare GEMMs, ms",
+        "x R / whole",
+        "op",
+        "op with group",
+        "group adds",
+        "gradient error",
+    ]
     return Table("", head, rows)
 
 
@@ -139,7 +227,10 @@ def _key(row: Row) -> tuple[object, ...]:
 def sent_table(measured: Measured) -> Table:
     rows = []
     for found in measured.data["exchanges"]:
-        kinds = {kind: " + ".join(f"{numbers:g}" for at, numbers in found["per_row"] if at == kind) for kind in ("gather", "reduce")}
+        kinds = {
+            kind: " + ".join(f"{numbers:g}" for at, numbers in found["per_row"] if at == kind)
+            for kind in ("gather", "reduce")
+        }
         reduced = kinds["reduce"].replace(str(found["H"]), "H")
         asked = " and ".join(name for name in ("labels", "statistics") if found[name]) or "the loss"
         rows.append([found["divergence"], asked, kinds["gather"], reduced, str(len(found["per_row"]))])
@@ -147,14 +238,24 @@ def sent_table(measured: Measured) -> Table:
 
 
 def links_table(measured: Measured) -> Table:
-    what = {"gather": "all-gather, fp32: statistics", "reduce": "all-reduce, fp32: dh", "data": "all-reduce, bf16: dW"}
+    what = {
+        "gather": "all-gather, fp32: statistics",
+        "reduce": "all-reduce, fp32: dh",
+        "data": "all-reduce, bf16: dW",
+    }
     found = measured.data["links"]
-    cells = [[what[k], f"{1e6 * link['latency']:.0f}", f"{link['bandwidth'] / 1e9:.2f}", percent(link["off"])] for k, link in found.items()]
+    cells = [
+        [what[k], f"{1e6 * link['latency']:.0f}", f"{link['bandwidth'] / 1e9:.2f}", percent(link["off"])]
+        for k, link in found.items()
+    ]
     return Table("", ["collective", "latency, µs", "bandwidth, GB/s", "largest miss of the line"], cells)
 
 
 def peaks_table(measured: Measured) -> Table:
-    cells = [[size(r), r.variant, mebibytes(r.predicted_bytes), mebibytes(r.peak_bytes), planned_off(r)] for r in measured.of("peak")]
+    cells = [
+        [size(r), r.variant, mebibytes(r.predicted_bytes), mebibytes(r.peak_bytes), planned_off(r)]
+        for r in measured.of("peak")
+    ]
     return Table("", ["size of a rank", "R", "planned", "measured", "off"], cells)
 
 
@@ -166,9 +267,24 @@ def runs_table(measured: Measured) -> Table:
             taken, alone, made = ms[way], ms[f"{way} alone"], measured.predicted(run, way)
             mark = NOISY_MARK if max(taken.uncertainty, alone.uncertainty) > NOISY else ""
             cells = [ms["whole"], alone, ms[f"{way} apart"], taken]
-            predicted = [figures(1e3 * made.seconds), figures(1e3 * made.exchange), f"{mark}{1e3 * made.seconds / taken.median:.2f}"]
-            rows.append([f"N={run['N']} H={run['H']} V={run['V']}", text, *map(milliseconds, cells), *predicted])
-    head = ["size", "two processes with", "one process, whole", "a share, alone", "both shares at once", "both, exchanging", "predicted", "of it exchange"]
+            predicted = [
+                figures(1e3 * made.seconds),
+                figures(1e3 * made.exchange),
+                f"{mark}{1e3 * made.seconds / taken.median:.2f}",
+            ]
+            rows.append(
+                [f"N={run['N']} H={run['H']} V={run['V']}", text, *map(milliseconds, cells), *predicted]
+            )
+    head = [
+        "size",
+        "two processes with",
+        "one process, whole",
+        "a share, alone",
+        "both shares at once",
+        "both, exchanging",
+        "predicted",
+        "of it exchange",
+    ]
     return Table("", [*head, "predicted / measured"], rows)
 
 
@@ -244,13 +360,22 @@ def crossing(measured: Measured) -> str:
     """Where splitting tokens becomes cheaper than splitting the vocabulary here, and what the runs say."""
     run = measured.data["runs"][0]
     links = measured.links
-    at = crossover_tokens(Head("", run["H"], run["V"]), run["world"], Machine(1.0, links["gather"], links["reduce"], links["data"]), labels=False)
+    at = crossover_tokens(
+        Head("", run["H"], run["V"]),
+        run["world"],
+        Machine(1.0, links["gather"], links["reduce"], links["data"]),
+        labels=False,
+    )
     sizes = f"H={run['H']} V={run['V']}"
-    out = [f"By these lines both ways exchange for equally long at {at:,.0f} tokens of this head ({sizes}); with more, splitting tokens is cheaper."]
+    out = [
+        f"By these lines both ways exchange for equally long at {at:,.0f} tokens of this head ({sizes}); with more, splitting tokens is cheaper."
+    ]
     for run in measured.data["runs"]:
         costs = {way: run["ms"][way]["median"] - run["ms"][f"{way} apart"]["median"] for way in WAYS}
         said = {way: 1e3 * measured.predicted(run, way).exchange for way in WAYS}
-        parts = " and ".join(f"{costs[way]:.0f} ms with {WAYS[way]} ({said[way]:.0f} predicted)" for way in WAYS)
+        parts = " and ".join(
+            f"{costs[way]:.0f} ms with {WAYS[way]} ({said[way]:.0f} predicted)" for way in WAYS
+        )
         out.append(f"At N = {run['N']} exchanging added {parts}.")
     return " ".join(out)
 
@@ -280,7 +405,11 @@ def context(tokens: int) -> str:
 
 def cell(made: Projection) -> str:
     """Milliseconds and GiB of a rank, or that it does not fit."""
-    return f"{figures(1e3 * made.seconds)} ms, {gibibytes(made.memory)} GiB" if made.memory <= MEMORY.value else f"{gibibytes(made.memory)} GiB: too much"
+    return (
+        f"{figures(1e3 * made.seconds)} ms, {gibibytes(made.memory)} GiB"
+        if made.memory <= MEMORY.value
+        else f"{gibibytes(made.memory)} GiB: too much"
+    )
 
 
 def layouts_table(measured: Measured, count: int) -> Table:
@@ -290,7 +419,10 @@ def layouts_table(measured: Measured, count: int) -> Table:
         for tokens in CONTEXTS:
             made = [measured.on_gpus(head, tokens, *layout) for layout in LAYOUTS[count]]
             best = min((p.seconds for p in made if p.memory <= MEMORY.value), default=0.0)
-            cells = [f"**{cell(p)}**" if p.memory <= MEMORY.value and p.seconds <= best * (1 + ALIKE) else cell(p) for p in made]
+            cells = [
+                f"**{cell(p)}**" if p.memory <= MEMORY.value and p.seconds <= best * (1 + ALIKE) else cell(p)
+                for p in made
+            ]
             alone = [cell(measured.on_gpus(head, tokens, 1, 1))] if count == NODE.value else []
             rows.append([head.name, context(tokens), *alone, *cells])
     names = [f"{r} x {d}" for r, d in LAYOUTS[count]]
@@ -301,16 +433,43 @@ def inputs_table(measured: Measured) -> Table:
     rows = [[g.what, g.text, f"{g.source}; not measured"] for g in GIVEN]
     for ranks, what in ((1, "the op over its bare GEMMs, one rank"), (2, "the same with a group, any R")):
         used = measured.headline(ranks > 1)
-        source = f"measured above on a CPU, N={used[0].N} H={used[0].H}: {', '.join(times(row) for row in used)}"
-        rows.append([what, f"{measured.overhead(ranks):.3f}", source + ("; their median, at least the number above" if ranks > 1 else "; at least 1")])
-    rows.append(["numbers sent per row", f"{gathered_numbers()} gathered, H + {reduced_numbers(0)} summed", "counted above, with labels"])
-    rows.append(["chunks, buffers, peak of a call", "`opsd plan`", f"the planner, CUDA, {DEFAULT_WORKSPACE_BYTES >> 20} MiB of workspace"])
+        source = (
+            f"measured above on a CPU, N={used[0].N} H={used[0].H}: {', '.join(times(row) for row in used)}"
+        )
+        rows.append(
+            [
+                what,
+                f"{measured.overhead(ranks):.3f}",
+                source + ("; their median, at least the number above" if ranks > 1 else "; at least 1"),
+            ]
+        )
+    rows.append(
+        [
+            "numbers sent per row",
+            f"{gathered_numbers()} gathered, H + {reduced_numbers(0)} summed",
+            "counted above, with labels",
+        ]
+    )
+    rows.append(
+        [
+            "chunks, buffers, peak of a call",
+            "`opsd plan`",
+            f"the planner, CUDA, {DEFAULT_WORKSPACE_BYTES >> 20} MiB of workspace",
+        ]
+    )
     return Table("", ["input", "value", "source"], rows)
 
 
 def steps(made: Projection, machine: Machine, overhead: float) -> list[str]:
     """The arithmetic of a projection, for a reader to redo."""
-    R, D, n, V, H, plan = made.vocab_ranks, made.data_ranks, made.own_tokens, made.own_vocab, made.head.H, made.plan
+    R, D, n, V, H, plan = (
+        made.vocab_ranks,
+        made.data_ranks,
+        made.own_tokens,
+        made.own_vocab,
+        made.head.H,
+        made.plan,
+    )
     parts = (made.gemms, made.rest, made.gather, made.reduce, made.data)
     memory = (made.weight_bytes, made.hidden_bytes, plan.peak_bytes, made.wide_bytes)
     return [
@@ -343,7 +502,17 @@ def crossings_table() -> Table:
         cells = [gibibytes(held[0]), f"{held[1] / 2**10:.0f}", f"{held[0] / held[1]:,.0f}"]
         rows.append([head.name, *(f"{tokens:,.0f}" for tokens in at), *cells])
     ways = ["2 GPUs of a node", "8 GPUs of a node", "8 GPUs, as data ranks one to a node"]
-    return Table("", ["head", *ways, "whole head, dW and its fp32 sum, GiB", "hidden states and dh, KiB a token", "tokens that weigh the same"], rows)
+    return Table(
+        "",
+        [
+            "head",
+            *ways,
+            "whole head, dW and its fp32 sum, GiB",
+            "hidden states and dh, KiB a token",
+            "tokens that weigh the same",
+        ],
+        rows,
+    )
 
 
 def doubt_table(measured: Measured) -> Table:
@@ -354,8 +523,30 @@ def doubt_table(measured: Measured) -> Table:
             made = measured.on_gpus(head, CONTEXTS[1], ranks, 1)
             ms = 1e3 * made.seconds, 1e3 * (made.gemms * made.modelled_overhead + made.exchange)
             ratios = f"{measured.overhead(ranks):.2f}", f"{made.modelled_overhead:.2f}"
-            rows.append([head.name, str(ranks), f"{made.own_vocab:,}", *ratios, f"{made.plan.tile_share:.0%}", *(f"{value:.0f}" for value in ms)])
-    return Table("", ["head", "R", "rows", "used here", "planner's model", "of GEMM waves filled", "ms, as above", "ms, by the model"], rows)
+            rows.append(
+                [
+                    head.name,
+                    str(ranks),
+                    f"{made.own_vocab:,}",
+                    *ratios,
+                    f"{made.plan.tile_share:.0%}",
+                    *(f"{value:.0f}" for value in ms),
+                ]
+            )
+    return Table(
+        "",
+        [
+            "head",
+            "R",
+            "rows",
+            "used here",
+            "planner's model",
+            "of GEMM waves filled",
+            "ms, as above",
+            "ms, by the model",
+        ],
+        rows,
+    )
 
 
 PROJECTED = """## Projected
@@ -430,7 +621,9 @@ Take the two as the ends of a range.
 def projected_half(measured: Measured) -> str:
     head, tokens, R, D = CELL
     made, two = measured.on_gpus(*CELL), measured.on_gpus(*CELL, shared_head=False)
-    numbered = "\n".join(f"{i}. {text}" for i, text in enumerate(steps(made, gpus(R, D), measured.overhead(R)), 1))
+    numbered = "\n".join(
+        f"{i}. {text}" for i, text in enumerate(steps(made, gpus(R, D), measured.overhead(R)), 1)
+    )
     return PROJECTED.format(
         inputs=inputs_table(measured).markdown(), name=head.name, tokens=f"{tokens:,}", R=R, D=D, count=R * D, steps=numbered,
         two_gib=gibibytes(two.memory), memory=MEMORY.text, alike=ALIKE, node=layouts_table(measured, 8).markdown(),

@@ -38,7 +38,12 @@ SHAPES = {
         Shape("tiny", 64, 32, 501),
     )
 }
-DEFAULT_SHAPES = {("cpu", False): "cpu", ("cpu", True): "cpu-quick", ("cuda", False): "qwen3-8b", ("cuda", True): "qwen3-0.6b"}
+DEFAULT_SHAPES = {
+    ("cpu", False): "cpu",
+    ("cpu", True): "cpu-quick",
+    ("cuda", False): "qwen3-8b",
+    ("cuda", True): "qwen3-0.6b",
+}
 
 
 def parse_shape(text: str) -> Shape:
@@ -46,7 +51,12 @@ def parse_shape(text: str) -> Shape:
     if text in SHAPES:
         return SHAPES[text]
     match = re.fullmatch(r"N=(\d+),H=(\d+),V=(\d+)", text.replace(" ", ""))
-    expect(match is not None and min(map(int, match.groups())) > 0, "shape", f"one of {', '.join(SHAPES)}, or N=1024,H=512,V=32000", repr(text))
+    expect(
+        match is not None and min(map(int, match.groups())) > 0,
+        "shape",
+        f"one of {', '.join(SHAPES)}, or N=1024,H=512,V=32000",
+        repr(text),
+    )
     return Shape(text, *map(int, match.groups()))
 
 
@@ -126,10 +136,24 @@ def make_case(setting: Setting, seed: int = 0) -> Case:
     student = normal(setting.N, setting.H)
     teacher = (student + 0.1 * normal(setting.N, setting.H)).to(dtype)
     student_weight = weight.to(dtype)
-    teacher_weight = student_weight if setting.head == "shared" else weight.add_(normal(setting.V, setting.H), alpha=0.05).to(dtype)
+    teacher_weight = (
+        student_weight
+        if setting.head == "shared"
+        else weight.add_(normal(setting.V, setting.H), alpha=0.05).to(dtype)
+    )
     labels = None
     if setting.masked:
         labels = torch.randint(setting.V, (setting.N,), generator=gen, device=setting.device)
         labels[torch.randperm(setting.N, generator=gen, device=setting.device)[setting.valid :]] = -100
-    leaves = {"statistics": (), "frozen": ("student_hidden",)}.get(setting.mode, ("student_hidden", "student_weight"))
-    return Case(student.to(dtype), student_weight, teacher, teacher_weight, labels=labels, upstream=1.0, trainable=leaves)
+    leaves = {"statistics": (), "frozen": ("student_hidden",)}.get(
+        setting.mode, ("student_hidden", "student_weight")
+    )
+    return Case(
+        student.to(dtype),
+        student_weight,
+        teacher,
+        teacher_weight,
+        labels=labels,
+        upstream=1.0,
+        trainable=leaves,
+    )

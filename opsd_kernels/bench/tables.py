@@ -10,7 +10,10 @@ from .results import Row
 from .timing import Sample
 
 NOISY_MARK = "~"
-HIDES, HIDDEN = 0.15, "too noisy"  # the half-width from which a ratio is not printed, and what stands in its place
+HIDES, HIDDEN = (
+    0.15,
+    "too noisy",
+)  # the half-width from which a ratio is not printed, and what stands in its place
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,17 @@ def times(row: Row) -> str:
     """The ratio; `~` in front of one that is not known within 10 %, and no number where it says next to nothing."""
     if row.ratio is None:
         return ""
-    return HIDDEN if row.noise and row.ratio.uncertainty > HIDES else f"{NOISY_MARK if row.noise else ''}{row.ratio.median:.2f}"
+    return (
+        HIDDEN
+        if row.noise and row.ratio.uncertainty > HIDES
+        else f"{NOISY_MARK if row.noise else ''}{row.ratio.median:.2f}"
+    )
 
 
 def mebibytes(nbytes: int | None) -> str:
-    return "" if nbytes is None else f"{nbytes / 2**20:.0f}" if nbytes < 10 << 30 else f"{nbytes / 2**20:,.0f}"
+    return (
+        "" if nbytes is None else f"{nbytes / 2**20:.0f}" if nbytes < 10 << 30 else f"{nbytes / 2**20:,.0f}"
+    )
 
 
 def percent(value: float | None) -> str:
@@ -48,7 +57,11 @@ def size(row: Row) -> str:
 
 
 def planned_off(row: Row) -> str:
-    return "" if not row.predicted_bytes or not row.peak_bytes else f"{row.predicted_bytes / row.peak_bytes - 1:+.1%}"
+    return (
+        ""
+        if not row.predicted_bytes or not row.peak_bytes
+        else f"{row.predicted_bytes / row.peak_bytes - 1:+.1%}"
+    )
 
 
 def number(value: float | None, digits: str = ".3g") -> str:
@@ -65,10 +78,18 @@ SETTING: list[Column] = [
     ("divergence", lambda r: r.divergence),
 ]
 TIME: list[Column] = [("ms", lambda r: milliseconds(r.ms)), ("ratio", times)]
-RATES: list[Column] = [("TFLOP/s", lambda r: number(r.tflops)), ("GB/s", lambda r: number(r.gbs)), ("of ceiling", lambda r: percent(r.ceiling))]
+RATES: list[Column] = [
+    ("TFLOP/s", lambda r: number(r.tflops)),
+    ("GB/s", lambda r: number(r.gbs)),
+    ("of ceiling", lambda r: percent(r.ceiling)),
+]
 ERRORS: list[Column] = [("gradient error", lambda r: percent(r.gradient_error))]
 VERDICT: list[Column] = [("target", lambda r: f"{r.target:.2f} {r.verdict}" if r.verdict else "")]
-PEAK: list[Column] = [("peak MiB", lambda r: mebibytes(r.peak_bytes)), ("predicted MiB", lambda r: mebibytes(r.predicted_bytes)), ("off", planned_off)]
+PEAK: list[Column] = [
+    ("peak MiB", lambda r: mebibytes(r.peak_bytes)),
+    ("predicted MiB", lambda r: mebibytes(r.predicted_bytes)),
+    ("off", planned_off),
+]
 NOTE: list[Column] = [("note", lambda r: r.reason or r.noise or "")]
 
 
@@ -77,21 +98,50 @@ def variant(name: str) -> Column:
 
 
 COLUMNS: dict[str, tuple[str, list[Column]]] = {
-    "ratios": ("Forward and backward against the bare GEMMs", [*SETTING, *WHO, *TIME, *RATES, *ERRORS, *PEAK, *VERDICT, *NOTE]),
+    "ratios": (
+        "Forward and backward against the bare GEMMs",
+        [*SETTING, *WHO, *TIME, *RATES, *ERRORS, *PEAK, *VERDICT, *NOTE],
+    ),
     "latency": ("Time by size, mode and divergence", [*SETTING, *WHO, *TIME, *RATES, *NOTE]),
     "memory": ("Peak memory above the inputs, gradients included", [*SETTING[:2], *WHO, *PEAK, *NOTE]),
     "accuracy": (
         "Error against float64 as the teacher comes nearer",
-        [variant("case"), *SETTING[1:3], SETTING[4], *WHO, *ERRORS, ("loss error", lambda r: percent(r.loss_error)), *NOTE],
+        [
+            variant("case"),
+            *SETTING[1:3],
+            SETTING[4],
+            *WHO,
+            *ERRORS,
+            ("loss error", lambda r: percent(r.loss_error)),
+            *NOTE,
+        ],
     ),
-    "masked": ("Ignored tokens, against the bare GEMMs over all tokens", [variant("tokens"), *SETTING[:2], *WHO, *TIME, *NOTE]),
-    "weights": ("Dialects against a plain tensor of weights", [variant("dialect"), *SETTING[:2], SETTING[4], *TIME, *VERDICT, *NOTE]),
+    "masked": (
+        "Ignored tokens, against the bare GEMMs over all tokens",
+        [variant("tokens"), *SETTING[:2], *WHO, *TIME, *NOTE],
+    ),
+    "weights": (
+        "Dialects against a plain tensor of weights",
+        [variant("dialect"), *SETTING[:2], SETTING[4], *TIME, *VERDICT, *NOTE],
+    ),
     "sweeps": (
         "Row sweeps against the copy bandwidth",
-        [variant("sweep"), *WHO, ("rows", lambda r: f"{r.rows} x {r.V}"), *SETTING[1:3], SETTING[4], TIME[0], *RATES[1:], *NOTE],
+        [
+            variant("sweep"),
+            *WHO,
+            ("rows", lambda r: f"{r.rows} x {r.V}"),
+            *SETTING[1:3],
+            SETTING[4],
+            TIME[0],
+            *RATES[1:],
+            *NOTE,
+        ],
     ),
     "scaling": ("Time by N under a memory limit", [*SETTING[:2], *WHO, *TIME, *NOTE]),
-    "step": ("Where a training step goes", [variant("part"), *SETTING[:2], ("loss head by", WHO[0][1]), TIME[0], ("of the step", times), *NOTE]),
+    "step": (
+        "Where a training step goes",
+        [variant("part"), *SETTING[:2], ("loss head by", WHO[0][1]), TIME[0], ("of the step", times), *NOTE],
+    ),
 }
 
 
@@ -99,5 +149,7 @@ def table(suite: str, rows: Iterable[Row]) -> Table:
     title, columns = COLUMNS[suite]
     chosen = [row for row in rows if row.suite == suite]
     cells = [[show(row) for _, show in columns] for row in chosen]
-    kept = [i for i in range(len(columns)) if any(line[i] for line in cells)]  # a column that is empty throughout says nothing
+    kept = [
+        i for i in range(len(columns)) if any(line[i] for line in cells)
+    ]  # a column that is empty throughout says nothing
     return Table(title, [columns[i][0] for i in kept], [[line[i] for i in kept] for line in cells])

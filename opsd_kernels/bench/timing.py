@@ -33,7 +33,9 @@ class Sample:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Sample:
-        quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+        quartiles = (
+            statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+        )
         return cls(statistics.median(values), quartiles[0], quartiles[2], len(values))
 
     @property
@@ -124,7 +126,9 @@ def _turn(variant: Variant, clock: Callable[[Variant], Callable[[], float]]) -> 
     return _attempt(variant, both)
 
 
-def interleave(variants: dict[str, Variant], base: str, device: str, *, rounds: tuple[int, int], seconds: float) -> None:
+def interleave(
+    variants: dict[str, Variant], base: str, device: str, *, rounds: tuple[int, int], seconds: float
+) -> None:
     """Fills in the times of `variants`, one of each in turn, after a round that is not counted.
 
     At least rounds[0] rounds and at most rounds[1]; between them until every ratio to `base` is settled or `seconds` are over. A variant that is done, for
@@ -132,12 +136,19 @@ def interleave(variants: dict[str, Variant], base: str, device: str, *, rounds: 
     """
     clock = clock_for(device)
     for variant in variants.values():
-        _attempt(variant, variant.run) if variant.setup is None else _attempt(variant, lambda v=variant: (v.setup(), v.run()))
+        _attempt(variant, variant.run) if variant.setup is None else _attempt(
+            variant, lambda v=variant: (v.setup(), v.run())
+        )
     began, spent = time.monotonic(), dict.fromkeys(variants, 0.0)
     share = seconds / len(variants)
     for turn in range(rounds[1]):
         enough = turn >= rounds[0]
-        active = [name for name, v in variants.items() if v.failure is None and not (enough and name != base and _done(v, variants[base], spent[name], share))]
+        active = [
+            name
+            for name, v in variants.items()
+            if v.failure is None
+            and not (enough and name != base and _done(v, variants[base], spent[name], share))
+        ]
         if enough and (active in ([base], []) or time.monotonic() - began > seconds):
             return
         readings = {}
@@ -146,7 +157,9 @@ def interleave(variants: dict[str, Variant], base: str, device: str, *, rounds: 
             readings[name] = _turn(variants[name], clock)
             spent[name] += time.monotonic() - start
         for name, read in readings.items():
-            value = None if read is None else _attempt(variants[name], read)  # an asynchronous failure of CUDA shows here
+            value = (
+                None if read is None else _attempt(variants[name], read)
+            )  # an asynchronous failure of CUDA shows here
             if value is not None:
                 variants[name].times[turn] = value
 
@@ -154,7 +167,9 @@ def interleave(variants: dict[str, Variant], base: str, device: str, *, rounds: 
 def _done(variant: Variant, base: Variant, spent: float, share: float) -> bool:
     if not base.times:
         return spent > share
-    return ratio(variant, base).uncertainty < SETTLED or spent > (share if noise(variant, base) is None else 3 * share)
+    return ratio(variant, base).uncertainty < SETTLED or spent > (
+        share if noise(variant, base) is None else 3 * share
+    )
 
 
 def ratio(variant: Variant, base: Variant) -> Sample:
@@ -172,4 +187,8 @@ def noise(variant: Variant, base: Variant) -> str | None:
         return "fewer than three rounds"
     if off > NOISY:
         return f"the machine was too noisy: the ratio is known within {off:.0%}"
-    return f"the machine was too noisy: the ratio moved by {drift:.0%} during the run" if drift > 2 * NOISY else None
+    return (
+        f"the machine was too noisy: the ratio moved by {drift:.0%} during the run"
+        if drift > 2 * NOISY
+        else None
+    )

@@ -86,22 +86,35 @@ class LigerFusedLinearJSDLoss(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """The loss, 0-dim; or (loss, soft loss, hard loss)."""
         heads = (student_input, student_weight, teacher_input, teacher_weight)
-        shape = {"student_bias": student_bias, "teacher_bias": teacher_bias, "vocab_size": _vocab_size(student_weight, teacher_weight)}
+        shape = {
+            "student_bias": student_bias,
+            "teacher_bias": teacher_bias,
+            "vocab_size": _vocab_size(student_weight, teacher_weight),
+        }
         both = self.temperature == 1 and min(self.weight_hard_loss, self.weight_soft_loss) > 0
         loss, soft, hard = (self._in_one_pass if both else self._one_by_one)(heads, shape, true_labels)
         return (loss, soft.detach(), hard.detach()) if self.return_soft_hard_loss else loss
 
-    def _in_one_pass(self, heads: tuple[Tensor, ...], shape: dict[str, object], labels: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _in_one_pass(
+        self, heads: tuple[Tensor, ...], shape: dict[str, object], labels: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Cross-entropy is the policy gradient with advantages of 1."""
         total = self.weight_hard_loss + self.weight_soft_loss
-        options = {**shape, **_divergence("beta", self.beta), "labels": labels, "ignore_index": self.ignore_index}
+        options = {
+            **shape,
+            **_divergence("beta", self.beta),
+            "labels": labels,
+            "ignore_index": self.ignore_index,
+        }
         policy = {"policy": PolicyGradient(torch.ones(())), "policy_weight": self.weight_hard_loss / total}
         if not self.return_soft_hard_loss:
             return total * linear_policy_divergence(*heads, **policy, **options), None, None
         loss, stats = linear_policy_divergence(*heads, **policy, **options, return_stats=True)
         return total * loss, self._mean(stats.divergence, labels), self._mean(-stats.student_logprob, labels)
 
-    def _one_by_one(self, heads: tuple[Tensor, ...], shape: dict[str, object], labels: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _one_by_one(
+        self, heads: tuple[Tensor, ...], shape: dict[str, object], labels: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         soft = hard = None
         gradient, weights = torch.is_grad_enabled(), (self.weight_soft_loss, self.weight_hard_loss)
         if weights[0] or self.return_soft_hard_loss or not weights[1]:
@@ -110,8 +123,15 @@ class LigerFusedLinearJSDLoss(nn.Module):
                 soft = linear_divergence(*heads, **options, mask=labels != self.ignore_index)
         if weights[1] or self.return_soft_hard_loss:
             with torch.set_grad_enabled(gradient and weights[1] != 0):
-                hard = self._mean(-linear_logprobs(*heads[:2], labels, bias=shape["student_bias"], ignore_index=self.ignore_index), labels)
-        loss = sum(weight * term for weight, term in zip(weights, (soft, hard), strict=True) if term is not None)
+                hard = self._mean(
+                    -linear_logprobs(
+                        *heads[:2], labels, bias=shape["student_bias"], ignore_index=self.ignore_index
+                    ),
+                    labels,
+                )
+        loss = sum(
+            weight * term for weight, term in zip(weights, (soft, hard), strict=True) if term is not None
+        )
         return loss, soft, hard
 
     def _mean(self, per_token: Tensor, labels: Tensor) -> Tensor:
@@ -133,7 +153,13 @@ class LigerFusedLinearJSD(nn.Module):
     the device to count tokens without labels. It runs on a CPU too, takes any leading shape, and a teacher head with padded rows (LigerFusedLinearJSDLoss).
     """
 
-    def __init__(self, jsd_beta: float = 0.5, ignore_index: int = -100, temperature: float = 1.0, accum_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        jsd_beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        accum_dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         _divergence("jsd_beta", jsd_beta)
         self.temperature = check_number("temperature", temperature, positive=True)
@@ -149,11 +175,17 @@ class LigerFusedLinearJSD(nn.Module):
     ) -> Tensor:
         heads = (student_input, student_weight, teacher_input, teacher_weight)
         mask = None if shift_labels is None else shift_labels != self.ignore_index
-        options = {**_divergence("jsd_beta", self.jsd_beta), "temperature": self.temperature, "vocab_size": _vocab_size(student_weight, teacher_weight)}
+        options = {
+            **_divergence("jsd_beta", self.jsd_beta),
+            "temperature": self.temperature,
+            "vocab_size": _vocab_size(student_weight, teacher_weight),
+        }
         return linear_divergence(*heads, **options, mask=mask)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)}" for name in ("jsd_beta", "ignore_index", "temperature"))
+        return ", ".join(
+            f"{name}={getattr(self, name)}" for name in ("jsd_beta", "ignore_index", "temperature")
+        )
 
 
 def fused_linear_jsd_loss(
@@ -163,8 +195,19 @@ def fused_linear_jsd_loss(
     return_soft_hard_loss: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """LigerFusedLinearJSDLoss as a function, in the argument order of `liger_kernel.chunked_loss.functional.liger_fused_linear_jsd`."""
-    loss = LigerFusedLinearJSDLoss(weight_hard_loss, weight_soft_loss, beta, ignore_index, temperature, compiled, chunk_size, return_soft_hard_loss)
-    return loss(student_input, student_weight, teacher_input, teacher_weight, true_labels, student_bias, teacher_bias)
+    loss = LigerFusedLinearJSDLoss(
+        weight_hard_loss,
+        weight_soft_loss,
+        beta,
+        ignore_index,
+        temperature,
+        compiled,
+        chunk_size,
+        return_soft_hard_loss,
+    )
+    return loss(
+        student_input, student_weight, teacher_input, teacher_weight, true_labels, student_bias, teacher_bias
+    )
 
 
 def fused_linear_jsd(

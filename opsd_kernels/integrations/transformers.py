@@ -31,26 +31,42 @@ class Head:
         model = without_adapter(model)
         module = model.get_output_embeddings()
         weight = getattr(module, "weight", None)
-        if weight is None or hasattr(module, "base_layer") or len(getattr(weight, "ds_shape", weight.shape)) != 2:  # ds_shape: ZeRO-3's, of the whole
-            raise ValueError(f"model: expected a causal language model with a linear head that has no adapter of its own, got {type(model).__name__}")
+        if (
+            weight is None
+            or hasattr(module, "base_layer")
+            or len(getattr(weight, "ds_shape", weight.shape)) != 2
+        ):  # ds_shape: ZeRO-3's, of the whole
+            raise ValueError(
+                f"model: expected a causal language model with a linear head that has no adapter of its own, got {type(model).__name__}"
+            )
         config = model.config.get_text_config()
-        softcap = next((value for name in SOFTCAPS if (value := getattr(config, name, None)) is not None), None)
+        softcap = next(
+            (value for name in SOFTCAPS if (value := getattr(config, name, None)) is not None), None
+        )
         return cls(_whole(weight), _whole(getattr(module, "bias", None)), _logit_scale(config), softcap)
 
     def options(self, side: str = "") -> dict[str, Any]:
         """Arguments of linear_divergence for one side, "student" or "teacher"; without a side those of linear_logprobs."""
         prefix = side and f"{side}_"
-        return {f"{prefix}bias": self.bias, f"{prefix}logit_scale": self.logit_scale, f"{prefix}softcap": self.softcap}
+        return {
+            f"{prefix}bias": self.bias,
+            f"{prefix}logit_scale": self.logit_scale,
+            f"{prefix}softcap": self.softcap,
+        }
 
 
 def on_heads(
     op: Callable[..., Any],
-    sides: dict[str, tuple[Tensor, Head]],  # "student" and "teacher", or "" alone: hidden states and the head above them
+    sides: dict[
+        str, tuple[Tensor, Head]
+    ],  # "student" and "teacher", or "" alone: hidden states and the head above them
     *tensors: Tensor,
     **options: Any,
 ) -> Any:
     """`op`, linear_divergence or a sibling, with hidden states, weights and logit transforms of `sides`, then `tensors`; `options` win."""
-    settings = {name: value for side, (_, head) in sides.items() for name, value in head.options(side).items()}
+    settings = {
+        name: value for side, (_, head) in sides.items() for name, value in head.options(side).items()
+    }
     operands = [operand for hidden, head in sides.values() for operand in (hidden, head.weight)]
     return op(*operands, *tensors, **{**settings, **options})
 
@@ -66,7 +82,9 @@ def _logit_scale(config: Any) -> float:
     factor = getattr(config, "logits_scaling", None)
     if factor is None:
         return 1.0
-    return float(factor) if config.model_type == "hyperclovax" else 1.0 / factor  # Granite and MiniCPM3 divide by it
+    return (
+        float(factor) if config.model_type == "hyperclovax" else 1.0 / factor
+    )  # Granite and MiniCPM3 divide by it
 
 
 def without_adapter(model: Module) -> Module:
@@ -86,9 +104,18 @@ def check_head(name: str, model: Module) -> None:
     model.eval()
     try:
         head = Head.of(model)
-        tokens = torch.arange(min(4, head.weight.shape[0]), device=model.device)[None]  # one alone may be padding, whose embedding is 0
-        expected = model(input_ids=tokens, use_cache=False).logits[:, -tokens.shape[1] :].float()  # of the whole model: prompt tuning shows
-        logits = F.linear(trunk(model)(input_ids=tokens, use_cache=False).last_hidden_state, head.weight, head.bias).float() * head.logit_scale
+        tokens = torch.arange(min(4, head.weight.shape[0]), device=model.device)[
+            None
+        ]  # one alone may be padding, whose embedding is 0
+        expected = (
+            model(input_ids=tokens, use_cache=False).logits[:, -tokens.shape[1] :].float()
+        )  # of the whole model: prompt tuning shows
+        logits = (
+            F.linear(
+                trunk(model)(input_ids=tokens, use_cache=False).last_hidden_state, head.weight, head.bias
+            ).float()
+            * head.logit_scale
+        )
         logits = logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
     finally:
         model.train(training)

@@ -29,7 +29,13 @@ from ..logprobs import linear_logprobs
 from ..spec import KIND_NAMES, check_choice, expect
 from ..topk import linear_topk_divergence
 
-AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
+AGG_MODES = (
+    "token-mean",
+    "token-sum",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+    "seq-mean-token-mean",
+)
 GATHERED = 2**24  # entries of the head that are gathered at a time
 
 
@@ -47,12 +53,25 @@ def agg_weights(
     weights = mask.double() * dp_size
     if loss_agg_mode == "token-sum":
         return weights
-    name, count = ("global_batch_size", global_batch_size) if by_sequence else ("batch_num_tokens", batch_num_tokens)
-    expect(count is not None or dp_size == 1, name, f"the count of the global batch, since dp_size is {dp_size}", None)
-    weights = weights / (((lengths if by_sequence else mask) > 0).sum().clamp(min=1) if count is None else count)
+    name, count = (
+        ("global_batch_size", global_batch_size) if by_sequence else ("batch_num_tokens", batch_num_tokens)
+    )
+    expect(
+        count is not None or dp_size == 1,
+        name,
+        f"the count of the global batch, since dp_size is {dp_size}",
+        None,
+    )
+    weights = weights / (
+        ((lengths if by_sequence else mask) > 0).sum().clamp(min=1) if count is None else count
+    )
     if loss_agg_mode == "seq-mean-token-mean":
         return weights / lengths.clamp(min=1)
-    return weights / (mask.shape[-1] if loss_scale_factor is None else loss_scale_factor) if loss_agg_mode.endswith("norm") else weights
+    return (
+        weights / (mask.shape[-1] if loss_scale_factor is None else loss_scale_factor)
+        if loss_agg_mode.endswith("norm")
+        else weights
+    )
 
 
 def agg_loss(loss_mat: Tensor, loss_mask: Tensor, loss_agg_mode: str, **global_batch_info: Any) -> Tensor:
@@ -79,15 +98,39 @@ def topk_distill(
     """
     labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
     valid = labels != ignore_index
-    log_probs, entropy = linear_logprobs(hidden_states, weights, labels, temperature=temperature, ignore_index=ignore_index, return_entropy=True)
+    log_probs, entropy = linear_logprobs(
+        hidden_states,
+        weights,
+        labels,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        return_entropy=True,
+    )
     known = torch.where(valid, labels, 0), log_probs.detach()
-    teacher = _listed(hidden_states, weights, teacher_topk_ids, teacher_topk_log_probs, valid, temperature, log_prob_min_clamp, known)
-    options = {"divergence": "forward_kl", "tail": "none", "temperature": temperature, "mask": valid, "reduction": "none"}
+    teacher = _listed(
+        hidden_states,
+        weights,
+        teacher_topk_ids,
+        teacher_topk_log_probs,
+        valid,
+        temperature,
+        log_prob_min_clamp,
+        known,
+    )
+    options = {
+        "divergence": "forward_kl",
+        "tail": "none",
+        "temperature": temperature,
+        "mask": valid,
+        "reduction": "none",
+    }
     losses = linear_topk_divergence(hidden_states, weights, teacher.ids, teacher.log_probs, **options)
     return log_probs, entropy, losses + teacher.base.to(losses.dtype), teacher.student_mass, teacher.mass
 
 
-def distillation_loss(config: Any, distillation_config: Any, model_output: dict[str, Any], data: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def distillation_loss(
+    config: Any, distillation_config: Any, model_output: dict[str, Any], data: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, metrics), the arguments as verl hands them over; what `distillation_loss` of verl gives on the same model, with `use_policy_gradient` False.
 
     model_output: `hidden_states`, nested (bsz, seqlen, H) or packed (tokens, H), and `lm_head_weight` (V, H); `teacher_lm_head_weight` for a whole teacher.
@@ -100,7 +143,12 @@ def distillation_loss(config: Any, distillation_config: Any, model_output: dict[
     verl's names, before `loss_max_clamp`. Raises ValueError for a `loss_mode` that is neither, and for `use_policy_gradient`.
     """
     settings = distillation_config.distillation_loss
-    expect(not settings.use_policy_gradient, "use_policy_gradient", "False: a loss as a reward needs no gradient, so no fused loss", True)
+    expect(
+        not settings.use_policy_gradient,
+        "use_policy_gradient",
+        "False: a loss as a reward needs no gradient, so no fused loss",
+        True,
+    )
     check_choice("loss_mode", settings.loss_mode, ("forward_kl_topk", *KIND_NAMES))
     mask, responses = _responses(data)
     hidden, weight = responses(model_output["hidden_states"]), model_output["lm_head_weight"]
@@ -114,16 +162,31 @@ def distillation_loss(config: Any, distillation_config: Any, model_output: dict[
         teacher = _listed(hidden, weight, ids, log_probs, mask, temperature, settings.log_prob_min_clamp)
         clamped = _Clamped(weights, teacher.base, 0.0, most)
         listed = {"divergence": "forward_kl", "tail": "none", "token_weights": clamped}
-        loss, stats = linear_topk_divergence(hidden, weight, teacher.ids, teacher.log_probs, **listed, **options)
+        loss, stats = linear_topk_divergence(
+            hidden, weight, teacher.ids, teacher.log_probs, **listed, **options
+        )
         masses = {"student": teacher.student_mass, "teacher": teacher.mass}
-        metrics = {f"distillation/{side}_mass": x.sum() / mask.sum().clamp(min=1) for side, x in masses.items() if x is not None}
+        metrics = {
+            f"distillation/{side}_mass": x.sum() / mask.sum().clamp(min=1)
+            for side, x in masses.items()
+            if x is not None
+        }
     else:
         clamped = _Clamped(weights, torch.zeros_like(weights), -most, most)
-        chosen = {"divergence": settings.loss_mode, "beta": getattr(settings, "jsd_beta", 0.5), "token_weights": clamped}
+        chosen = {
+            "divergence": settings.loss_mode,
+            "beta": getattr(settings, "jsd_beta", 0.5),
+            "token_weights": clamped,
+        }
         teacher_hidden, metrics = responses(data["teacher_hidden_states"]), {}
-        loss, stats = linear_divergence(hidden, weight, teacher_hidden, model_output["teacher_lm_head_weight"], **chosen, **options)
+        loss, stats = linear_divergence(
+            hidden, weight, teacher_hidden, model_output["teacher_lm_head_weight"], **chosen, **options
+        )
     losses = (stats.divergence + clamped.base).clamp(min=clamped.low)
-    metrics |= {"distillation/loss_min": torch.where(mask, losses, math.inf).amin(), "distillation/loss_max": torch.where(mask, losses, -math.inf).amax()}
+    metrics |= {
+        "distillation/loss_min": torch.where(mask, losses, math.inf).amin(),
+        "distillation/loss_max": torch.where(mask, losses, -math.inf).amax(),
+    }
     return loss + clamped.rest(stats).to(loss.dtype), metrics
 
 
@@ -165,7 +228,10 @@ def _listed(
     mass = log_p.exp().sum(-1)
     if known is None and floor is None:
         return _List(ids, log_p, torch.zeros_like(mass), mass, None)
-    label, logprob = known or (ids[..., 0], linear_logprobs(hidden, weight, ids[..., 0], temperature=temperature, mask=valid))
+    label, logprob = known or (
+        ids[..., 0],
+        linear_logprobs(hidden, weight, ids[..., 0], temperature=temperature, mask=valid),
+    )
     log_q = torch.where(counts, _logprobs_at(hidden, weight, ids, label, logprob, temperature), -math.inf)
     student_mass = log_q.exp().sum(-1)
     if floor is None:
@@ -176,12 +242,16 @@ def _listed(
     return _List(ids, torch.where(counts & ~stopped, log_p, -math.inf), base, mass, student_mass)
 
 
-def _logprobs_at(hidden: Tensor, weight: Tensor, ids: Tensor, label: Tensor, logprob: Tensor, temperature: float) -> Tensor:
+def _logprobs_at(
+    hidden: Tensor, weight: Tensor, ids: Tensor, label: Tensor, logprob: Tensor, temperature: float
+) -> Tensor:
     """Log-probs (..., K) of ids from that of one label: K + 1 rows of the head per token, not a pass over it."""
     columns = torch.cat([label[..., None], ids], -1).flatten(0, -2)
     step = max(1, GATHERED // (columns.shape[1] * weight.shape[1]))
     pieces = zip(hidden.reshape(-1, hidden.shape[-1]).split(step), columns.split(step), strict=True)
-    logits = torch.cat([torch.einsum("nkh,nh->nk", weight[at].to(logprob.dtype), h.to(logprob.dtype)) for h, at in pieces])
+    logits = torch.cat(
+        [torch.einsum("nkh,nh->nk", weight[at].to(logprob.dtype), h.to(logprob.dtype)) for h, at in pieces]
+    )
     return ((logits[:, 1:] - logits[:, :1]) / temperature).reshape(ids.shape) + logprob[..., None]
 
 
@@ -193,7 +263,9 @@ def _responses(data: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     if responses.is_nested:
         before, length = prompts.offsets().diff(), responses.offsets().diff()
     else:
-        before, length = (part.sum(1) for part in data["attention_mask"].tensor_split([prompts.shape[1]], dim=1))
+        before, length = (
+            part.sum(1) for part in data["attention_mask"].tensor_split([prompts.shape[1]], dim=1)
+        )
     first, at = (before + length).cumsum(0) - length - 1, torch.arange(mask.shape[1], device=mask.device)
     rows = torch.where(at < length[:, None], first[:, None] + at, 0)
     return mask.bool(), lambda packed: (packed.values() if packed.is_nested else packed.flatten(0, -2))[rows]

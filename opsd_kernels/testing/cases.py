@@ -87,7 +87,9 @@ def evaluate(op: Callable, case: Case, **options: object) -> Outcome:
     loss, stats = result if isinstance(result, tuple) else (result, None)
     upstream = torch.full_like(loss, case.upstream)
     if loss.dim():
-        upstream = upstream * torch.linspace(0.25, 1.0, loss.numel(), dtype=loss.dtype, device=loss.device).view(loss.shape)
+        upstream = upstream * torch.linspace(
+            0.25, 1.0, loss.numel(), dtype=loss.dtype, device=loss.device
+        ).view(loss.shape)
     names = [name for name in case.trainable if getattr(live, name) is not None]
     grads = torch.autograd.grad(loss, [getattr(live, name) for name in names], upstream) if names else ()
     return Outcome(loss.detach(), **dict(zip(names, grads, strict=True)), stats=stats)
@@ -97,14 +99,22 @@ def _reordered(case: Case, gen: torch.Generator) -> tuple[Case, Callable[[Outcom
     """The case with its hidden and vocabulary axes shuffled, and what brings an outcome back into the old order."""
     V, (rows, H) = case.vocab_size or case.student_weight.shape[0], case.student_weight.shape
     columns, states = torch.randperm(V, generator=gen), torch.randperm(H, generator=gen)
-    teacher_states = states if case.teacher_weight is case.student_weight else torch.randperm(case.teacher_weight.shape[1], generator=gen)
+    teacher_states = (
+        states
+        if case.teacher_weight is case.student_weight
+        else torch.randperm(case.teacher_weight.shape[1], generator=gen)
+    )
 
     def order(size: int) -> Tensor:  # padding stays behind
         return torch.cat([columns, torch.arange(V, size)])
 
     back, back_states = order(rows).argsort(), states.argsort()
     weight = case.student_weight[order(rows)][:, states]
-    teacher = weight if case.teacher_weight is case.student_weight else case.teacher_weight[order(case.teacher_weight.shape[0])][:, teacher_states]
+    teacher = (
+        weight
+        if case.teacher_weight is case.student_weight
+        else case.teacher_weight[order(case.teacher_weight.shape[0])][:, teacher_states]
+    )
     shuffled = replace(
         case,
         student_hidden=case.student_hidden[..., states],
@@ -112,8 +122,12 @@ def _reordered(case: Case, gen: torch.Generator) -> tuple[Case, Callable[[Outcom
         teacher_hidden=case.teacher_hidden[..., teacher_states],
         teacher_weight=teacher,
         student_bias=None if case.student_bias is None else case.student_bias[order(rows)],
-        teacher_bias=None if case.teacher_bias is None else case.teacher_bias[order(case.teacher_bias.shape[0])],
-        labels=None if case.labels is None else torch.where(case.labels < 0, case.labels, back[case.labels.clamp(min=0)]),
+        teacher_bias=None
+        if case.teacher_bias is None
+        else case.teacher_bias[order(case.teacher_bias.shape[0])],
+        labels=None
+        if case.labels is None
+        else torch.where(case.labels < 0, case.labels, back[case.labels.clamp(min=0)]),
     )
     home = {
         "student_hidden": lambda grad: grad[..., back_states],
@@ -122,7 +136,14 @@ def _reordered(case: Case, gen: torch.Generator) -> tuple[Case, Callable[[Outcom
     }
 
     def restore(outcome: Outcome) -> Outcome:
-        return replace(outcome, **{name: move(getattr(outcome, name)) for name, move in home.items() if getattr(outcome, name) is not None})
+        return replace(
+            outcome,
+            **{
+                name: move(getattr(outcome, name))
+                for name, move in home.items()
+                if getattr(outcome, name) is not None
+            },
+        )
 
     return shuffled, restore
 
@@ -159,16 +180,22 @@ def _hidden(weight: Tensor, widths: Tensor, gen: torch.Generator) -> Tensor:
     return hidden * (widths / (hidden @ weight.T).abs().amax(-1).clamp(min=1e-3))[:, None]
 
 
-def _near_hidden(hidden: Tensor, weight: Tensor, bias: Tensor | float, target: float, gen: torch.Generator) -> Tensor:
+def _near_hidden(
+    hidden: Tensor, weight: Tensor, bias: Tensor | float, target: float, gen: torch.Generator
+) -> Tensor:
     """Teacher hidden states at forward KL `target` nats from the student's, row by row: bisection on the logarithm of the step."""
     noise = torch.randn(hidden.shape, generator=gen, dtype=torch.float64)
     student = hidden @ weight.T + bias
 
     def gap(step: Tensor) -> Tensor:
-        return reference_divergence(student, (hidden + step * noise) @ weight.T + bias, Divergence.parse("forward_kl"))[:, None]
+        return reference_divergence(
+            student, (hidden + step * noise) @ weight.T + bias, Divergence.parse("forward_kl")
+        )[:, None]
 
     one = torch.ones(hidden.shape[0], 1, dtype=torch.float64)
-    noise = torch.where(gap(100 * one) > gap(-100 * one), noise, -noise)  # the other way a peaked row may only sharpen, and never be `target` away
+    noise = torch.where(
+        gap(100 * one) > gap(-100 * one), noise, -noise
+    )  # the other way a peaked row may only sharpen, and never be `target` away
     low, high = (torch.full((hidden.shape[0], 1), exponent, dtype=torch.float64) for exponent in (-8.0, 2.0))
     for _ in range(20):
         middle = (low + high) / 2
@@ -185,7 +212,9 @@ def _as_view(tensor: Tensor, column_stride: int) -> Tensor:
     return view.copy_(tensor)
 
 
-def _biases(V: int, padding: tuple[int, int], same: bool, masked_entry: str | None, gen: torch.Generator) -> tuple[Tensor, Tensor]:
+def _biases(
+    V: int, padding: tuple[int, int], same: bool, masked_entry: str | None, gen: torch.Generator
+) -> tuple[Tensor, Tensor]:
     student, teacher = (torch.randn(V + extra, generator=gen, dtype=torch.float64) / 2 for extra in padding)
     if same:
         teacher[:V] = student[:V]
@@ -239,7 +268,12 @@ def hard_case(
     are offset, strided views of storages with NaN in the gaps; upstream gradient 3. With `near` the teacher stands at that forward KL (nats) from the
     student: over the very same head, over an equal one, or with `teacher_width` > H over a wider one. `batch` gives hidden states (batch, N / batch, H).
     """
-    expect(masked_entry in ("both", "teacher", None), "masked_entry", "'both', 'teacher' or None", repr(masked_entry))
+    expect(
+        masked_entry in ("both", "teacher", None),
+        "masked_entry",
+        "'both', 'teacher' or None",
+        repr(masked_entry),
+    )
     H_t = teacher_width or H
     expect(H_t == H or not shared_head, "teacher_width", f"H = {H} for a shared head", H_t)
     expect(H_t >= H or near is None, "teacher_width", f"at least H = {H} for a near teacher", H_t)
@@ -255,7 +289,9 @@ def hard_case(
     else:
         if not shared_head:
             W_t[:V, :H] = W_s[:V]
-        h_t = _near_hidden(torch.cat([h_s, h_s.new_zeros(N, H_t - H)], 1), W_t[:V], b_s[:V] if bias else 0.0, near, gen)
+        h_t = _near_hidden(
+            torch.cat([h_s, h_s.new_zeros(N, H_t - H)], 1), W_t[:V], b_s[:V] if bias else 0.0, near, gen
+        )
 
     cast = (lambda t, stride: _as_view(t.to(dtype), stride)) if views else (lambda t, stride: t.to(dtype))
     student_weight, student_bias = cast(W_s, 1), b_s.to(dtype)
@@ -265,7 +301,9 @@ def hard_case(
         teacher_hidden=cast(h_t, 1),
         teacher_weight=student_weight if shared_head else cast(W_t, 1),
         student_bias=student_bias if bias else None,
-        teacher_bias=(student_bias if shared_head and masked_entry != "teacher" else b_t.to(dtype)) if bias else None,
+        teacher_bias=(student_bias if shared_head and masked_entry != "teacher" else b_t.to(dtype))
+        if bias
+        else None,
         mask=torch.ones(N, dtype=torch.bool),
         labels=torch.randint(max(1, V // 2), (N,), generator=gen),
         token_weights=torch.rand(N, generator=gen) + 0.5,
@@ -276,4 +314,6 @@ def hard_case(
     if batch is None:
         return case
     per_token = ("student_hidden", "teacher_hidden", "mask", "labels", "token_weights")
-    return replace(case, **{name: getattr(case, name).unflatten(0, (batch, N // batch)) for name in per_token})
+    return replace(
+        case, **{name: getattr(case, name).unflatten(0, (batch, N // batch)) for name in per_token}
+    )

@@ -28,7 +28,9 @@ def _named(*checked: Checkable) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
         return
     columns = [dict(outcome.named()) for outcome in checked]
     for column in columns[1:]:
-        assert column.keys() == columns[0].keys(), f"one side has {sorted(columns[0])}, another {sorted(column)}"
+        assert column.keys() == columns[0].keys(), (
+            f"one side has {sorted(columns[0])}, another {sorted(column)}"
+        )
     for name in columns[0]:
         yield name, tuple(column[name] for column in columns)
 
@@ -45,12 +47,20 @@ def _error(actual: Tensor, truth: Tensor, name: str) -> Tensor:
     wrong = ~same & ~(actual.isfinite() & truth.isfinite())
     if wrong.any():
         at = _where(wrong.double())
-        raise AssertionError(f"{name}: {int(wrong.sum())} of {wrong.numel()} entries differ in being finite; at {at} got {actual[at]}, truth {truth[at]}")
+        raise AssertionError(
+            f"{name}: {int(wrong.sum())} of {wrong.numel()} entries differ in being finite; at {at} got {actual[at]}, truth {truth[at]}"
+        )
     return torch.where(same, 0.0, (actual - truth).abs())
 
 
 def assert_one_rounding(
-    actual: Tensor, truth: Tensor, dtype: torch.dtype, interpreter: bool = False, *, magnitude: Tensor | float | None = None, name: str = "output"
+    actual: Tensor,
+    truth: Tensor,
+    dtype: torch.dtype,
+    interpreter: bool = False,
+    *,
+    magnitude: Tensor | float | None = None,
+    name: str = "output",
 ) -> None:
     """A row kernel's output is the float64 result of the same rounded inputs, rounded once to `dtype`, plus the error of its own arithmetic.
 
@@ -64,7 +74,10 @@ def assert_one_rounding(
         magnitude = (size.amax(-1, keepdim=True) if size.dim() > 1 else size).clamp(min=1)
     ulps = 1.0 if interpreter and dtype == torch.bfloat16 else 0.5
     arithmetic = FP64_ARITHMETIC if dtype == torch.float64 else FP32_ARITHMETIC
-    bound = ulps * (info.eps * size + info.tiny * info.eps) + arithmetic * torch.as_tensor(magnitude).double().cpu()
+    bound = (
+        ulps * (info.eps * size + info.tiny * info.eps)
+        + arithmetic * torch.as_tensor(magnitude).double().cpu()
+    )
     excess = error - bound
     if (excess > 0).any():
         at = _where(excess)
@@ -98,16 +111,22 @@ def assert_no_worse(actual: Checkable, peer: Checkable | Sequence[Checkable], tr
 def assert_same_bits(actual: Checkable, expected: Checkable) -> None:
     """Equal bit for bit, NaN included."""
     for name, (a, e) in _named(actual, expected):
-        assert a.dtype == e.dtype and a.shape == e.shape, f"{name}: {a.dtype} {tuple(a.shape)}, expected {e.dtype} {tuple(e.shape)}"
+        assert a.dtype == e.dtype and a.shape == e.shape, (
+            f"{name}: {a.dtype} {tuple(a.shape)}, expected {e.dtype} {tuple(e.shape)}"
+        )
         bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
         differ = a.detach().cpu().view(bits) != e.detach().cpu().view(bits)
         if differ.any():
-            raise AssertionError(f"{name}: {int(differ.sum())} of {differ.numel()} entries differ in their bits; first at {_where(differ.double())}")
+            raise AssertionError(
+                f"{name}: {int(differ.sum())} of {differ.numel()} entries differ in their bits; first at {_where(differ.double())}"
+            )
 
 
 def relative_error(actual: Tensor, truth: Tensor, name: str = "value") -> float:
     """Frobenius norm of the difference over that of the truth."""
-    return (_error(actual, truth, name).norm() / truth.detach().double().cpu().norm().clamp(min=1e-300)).item()
+    return (
+        _error(actual, truth, name).norm() / truth.detach().double().cpu().norm().clamp(min=1e-300)
+    ).item()
 
 
 def assert_no_growth(many: Checkable, one: Checkable, truth: Checkable) -> None:
@@ -115,7 +134,9 @@ def assert_no_growth(many: Checkable, one: Checkable, truth: Checkable) -> None:
     for name, (m, o, t) in _named(many, one, truth):
         grown, base = relative_error(m, t, name), relative_error(o, t, f"{name} with one chunk")
         bound = max(GROWTH * base, torch.finfo(m.dtype).eps / 2)
-        assert grown <= bound, f"{name}: relative error {grown:.3e} with many chunks against {base:.3e} with one; bound {bound:.3e}"
+        assert grown <= bound, (
+            f"{name}: relative error {grown:.3e} with many chunks against {base:.3e} with one; bound {bound:.3e}"
+        )
 
 
 def assert_on_target(actual: Checkable, truth: Checkable, target: str) -> None:

@@ -46,11 +46,20 @@ def peak_bytes(make: Callable | str, *args: object, device: str = "cpu", threads
     high-water mark of resident memory (Linux only), on CUDA the caching allocator's.
     """
     expect(device in ("cpu", "cuda"), "device", "'cpu' or 'cuda'", repr(device))
-    expect(device == "cuda" or sys.platform == "linux", "device", "'cuda', or Linux, whose /proc tells a process its own peak", f"'cpu' on {sys.platform}")
+    expect(
+        device == "cuda" or sys.platform == "linux",
+        "device",
+        "'cuda', or Linux, whose /proc tells a process its own peak",
+        f"'cpu' on {sys.platform}",
+    )
     if callable(make):
         make = f"from {make.__module__} import {make.__qualname__} as make"
-    program = _CHILD.format(path=sys.path, source=make, threads=threads, args=pickle.dumps(args).hex(), cuda=device == "cuda")
+    program = _CHILD.format(
+        path=sys.path, source=make, threads=threads, args=pickle.dumps(args).hex(), cuda=device == "cuda"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     if done.returncode or not done.stdout.startswith("peak"):
-        raise RuntimeError(f"the measured process ended with status {done.returncode}:\n{done.stdout}{done.stderr}")
+        raise RuntimeError(
+            f"the measured process ended with status {done.returncode}:\n{done.stdout}{done.stderr}"
+        )
     return int(done.stdout.split()[1])

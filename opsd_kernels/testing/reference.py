@@ -20,7 +20,9 @@ from torch import Tensor
 
 from ..spec import REDUCTIONS, Divergence, Kind, LogitTransform, check_choice, check_number, expect
 
-SMALLEST_TAIL = 1e-7  # minus the largest log of the mass that a support may have beside its bucket (SDPO's clamp)
+SMALLEST_TAIL = (
+    1e-7  # minus the largest log of the mass that a support may have beside its bucket (SDPO's clamp)
+)
 HOW = {"backend", "backward", "logits_dtype", "workspace_bytes"}  # arguments that only say how to compute
 
 # ---------------------------------------------------------------- the terms
@@ -96,7 +98,11 @@ def _renormalized(log_probs: Tensor) -> Tensor:
     return log_probs - torch.where(mass == -math.inf, 0.0, mass)
 
 
-TAILS: dict[str, Callable[[Tensor], Tensor]] = {"bucket": _with_bucket, "renormalize": _renormalized, "none": lambda log_probs: log_probs}
+TAILS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bucket": _with_bucket,
+    "renormalize": _renormalized,
+    "none": lambda log_probs: log_probs,
+}
 
 
 def _on_support(log_q: Tensor, log_p: Tensor, tail: str, count: Tensor) -> Entries:
@@ -111,7 +117,9 @@ def _largest_entries(student: Tensor, teacher: Tensor, topk: int | None, side: s
         return Entries(log_q, log_p, torch.full((n,), V, device=student.device))
     k = min(topk, V)
     support = (student if side == "student" else teacher).detach().topk(k, -1).indices
-    return _on_support(log_q.gather(-1, support), log_p.gather(-1, support), tail, torch.full((n,), k, device=student.device))
+    return _on_support(
+        log_q.gather(-1, support), log_p.gather(-1, support), tail, torch.full((n,), k, device=student.device)
+    )
 
 
 def _listed_entries(student: Tensor, ids: Tensor, logprobs: Tensor, tail: str) -> Entries:
@@ -134,7 +142,12 @@ class Clips:
     @classmethod
     def parse(cls, entry: float | None, token: float | None) -> Clips:
         given = {"entry_clip": entry, "token_clip": token}
-        return cls(*(math.inf if value is None else check_number(name, value, positive=True) for name, value in given.items()))
+        return cls(
+            *(
+                math.inf if value is None else check_number(name, value, positive=True)
+                for name, value in given.items()
+            )
+        )
 
     def __bool__(self) -> bool:
         return min(self.entry, self.token) < math.inf
@@ -159,7 +172,9 @@ def _judge(entries: Entries, divergence: Divergence, clips: Clips) -> Judged:
     return Judged(torch.where(rows, clips.token, D), torch.where(rows, 1.0, share), terms, rows)
 
 
-def _differentiable(entries: Entries, divergence: Divergence, clips: Clips, judged: Judged, unused: Tensor) -> Tensor:
+def _differentiable(
+    entries: Entries, divergence: Divergence, clips: Clips, judged: Judged, unused: Tensor
+) -> Tensor:
     """D per row once more, now with its gradient. `unused` rows (n,) have none."""
     stopped = judged.rows | unused
     log_q = torch.where(judged.terms | stopped[:, None], 0.0, entries.log_q)
@@ -188,7 +203,13 @@ def _wide(hidden: Tensor) -> torch.dtype:
 
 
 def _packed_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, vocab_size: int | None, transform: LogitTransform, wide: torch.dtype
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    vocab_size: int | None,
+    transform: LogitTransform,
+    wide: torch.dtype,
 ) -> Tensor:
     """Transformed logits of the valid rows, (n, vocab_size): the others never enter the graph."""
     packed = hidden.reshape(-1, hidden.shape[-1])[rows].to(wide)
@@ -204,7 +225,9 @@ def _of_labels(log_probs: Tensor, labels: Tensor) -> Tensor:
     return log_probs.gather(-1, labels[:, None])[:, 0]
 
 
-def reference_statistics(student: Tensor, teacher: Tensor | None, labels: Tensor | None = None) -> dict[str, Tensor]:
+def reference_statistics(
+    student: Tensor, teacher: Tensor | None, labels: Tensor | None = None
+) -> dict[str, Tensor]:
     """The fields of TokenStats, beside those of the divergence itself, from transformed logits (n, V): each (n,). Without a teacher, the student's."""
     log_q = student.detach().log_softmax(-1)
     stats = {"student_entropy": _entropy(log_q), "student_max_prob": log_q.exp().amax(-1)}
@@ -222,7 +245,14 @@ def reference_statistics(student: Tensor, teacher: Tensor | None, labels: Tensor
 
 # ---------------------------------------------------------------- tokens, weights, reductions
 
-STATISTICS = ("divergence", "student_entropy", "teacher_entropy", "student_max_prob", "teacher_max_prob", "top1_agreement")
+STATISTICS = (
+    "divergence",
+    "student_entropy",
+    "teacher_entropy",
+    "student_max_prob",
+    "teacher_max_prob",
+    "top1_agreement",
+)
 STATISTICS += ("student_logprob", "teacher_logprob", "clipped_fraction")
 
 
@@ -239,7 +269,11 @@ class _Tokens:
 
     def pack(self, values: Tensor) -> Tensor:
         """(..., *rest) -> (n, *rest)"""
-        return values.flatten(end_dim=self.valid.dim() - 1)[self.rows] if self.valid.dim() else values[None][self.rows]
+        return (
+            values.flatten(end_dim=self.valid.dim() - 1)[self.rows]
+            if self.valid.dim()
+            else values[None][self.rows]
+        )
 
     def unpack(self, values: Tensor) -> Tensor:
         """(n,) -> (...), zeros where not valid."""
@@ -251,8 +285,12 @@ class _Tokens:
             return torch.ones_like(stats["divergence"])
         if not isinstance(given, Tensor):
             shape = (self.valid.shape[:-1].numel(), self.valid.shape[-1]) if self.valid.dim() else (1, 1)
-            known = dict.fromkeys(STATISTICS) | {name: self.unpack(values).view(shape) for name, values in stats.items()}
-            given = given(None if given.scope == "index" else SimpleNamespace(**known), self.valid.view(shape)).view(self.valid.shape)
+            known = dict.fromkeys(STATISTICS) | {
+                name: self.unpack(values).view(shape) for name, values in stats.items()
+            }
+            given = given(
+                None if given.scope == "index" else SimpleNamespace(**known), self.valid.view(shape)
+            ).view(self.valid.shape)
         return self.pack(given.detach()).to(stats["divergence"].dtype)
 
 
@@ -284,7 +322,9 @@ class _Loss:
     normalizer: float | Tensor | None
     return_stats: bool
 
-    def of(self, entries: Entries, statistics: dict[str, Tensor], tokens: _Tokens) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    def of(
+        self, entries: Entries, statistics: dict[str, Tensor], tokens: _Tokens
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         check_choice("reduction", self.reduction, REDUCTIONS)
         judged = _judge(entries, self.divergence, self.clips)
         stats = {"divergence": judged.divergence, **statistics}
@@ -292,9 +332,15 @@ class _Loss:
             stats["clipped_fraction"] = judged.clipped_fraction
         weights = tokens.weights(self.token_weights, stats)
         per_token = _differentiable(entries, self.divergence, self.clips, judged, weights == 0)
-        weighted = torch.where(weights == 0, 0.0, per_token) * weights  # a token of weight zero may be infinitely far
+        weighted = (
+            torch.where(weights == 0, 0.0, per_token) * weights
+        )  # a token of weight zero may be infinitely far
         loss = _reduce(tokens.unpack(weighted), tokens.valid, self.reduction, self.normalizer)
-        return (loss, {name: tokens.unpack(values) for name, values in stats.items()}) if self.return_stats else loss
+        return (
+            (loss, {name: tokens.unpack(values) for name, values in stats.items()})
+            if self.return_stats
+            else loss
+        )
 
 
 # ---------------------------------------------------------------- the ops
@@ -339,17 +385,32 @@ def linear_divergence_reference(
     _check_how(how, "linear_divergence")
     check_choice("topk_support", topk_support, ("student", "teacher"))
     check_choice("topk_tail", topk_tail, tuple(TAILS))
-    expect(0 <= check_number("teacher_mix", teacher_mix) < 1, "teacher_mix", "a number in [0, 1)", teacher_mix)
-    loss = _Loss(Divergence.parse(divergence, beta), Clips.parse(entry_clip, token_clip), token_weights, reduction, normalizer, return_stats)
-    student = LogitTransform.parse("student", student_logit_scale, student_softcap, "temperature", temperature)
+    expect(
+        0 <= check_number("teacher_mix", teacher_mix) < 1, "teacher_mix", "a number in [0, 1)", teacher_mix
+    )
+    loss = _Loss(
+        Divergence.parse(divergence, beta),
+        Clips.parse(entry_clip, token_clip),
+        token_weights,
+        reduction,
+        normalizer,
+        return_stats,
+    )
+    student = LogitTransform.parse(
+        "student", student_logit_scale, student_softcap, "temperature", temperature
+    )
     teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
-    teacher = LogitTransform.parse("teacher", teacher_logit_scale, teacher_softcap, "teacher_temperature", teacher_temperature)
+    teacher = LogitTransform.parse(
+        "teacher", teacher_logit_scale, teacher_softcap, "teacher_temperature", teacher_temperature
+    )
 
     tokens = _Tokens(student_hidden, mask, labels, ignore_index)
     wide = _wide(student_hidden)
     s = _packed_logits(student_hidden, student_weight, student_bias, tokens.rows, vocab_size, student, wide)
     with torch.no_grad():
-        t = _packed_logits(teacher_hidden, teacher_weight, teacher_bias, tokens.rows, vocab_size, teacher, wide)
+        t = _packed_logits(
+            teacher_hidden, teacher_weight, teacher_bias, tokens.rows, vocab_size, teacher, wide
+        )
         t = reference_mix(s, t, teacher_mix)
     statistics = reference_statistics(s, t, None if labels is None else tokens.pack(labels))
     return loss.of(_largest_entries(s, t, topk, topk_support, topk_tail), statistics, tokens)
@@ -383,11 +444,22 @@ def linear_topk_divergence_reference(
     """`linear_topk_divergence` by its definition, as `linear_divergence_reference` is. The statistics are those of the student."""
     _check_how(how, "linear_topk_divergence")
     check_choice("tail", tail, tuple(TAILS))
-    loss = _Loss(Divergence.parse(divergence, beta), Clips.parse(entry_clip, token_clip), token_weights, reduction, normalizer, return_stats)
-    student = LogitTransform.parse("student", student_logit_scale, student_softcap, "temperature", temperature)
+    loss = _Loss(
+        Divergence.parse(divergence, beta),
+        Clips.parse(entry_clip, token_clip),
+        token_weights,
+        reduction,
+        normalizer,
+        return_stats,
+    )
+    student = LogitTransform.parse(
+        "student", student_logit_scale, student_softcap, "temperature", temperature
+    )
 
     tokens = _Tokens(student_hidden, mask, labels, ignore_index)
-    s = _packed_logits(student_hidden, student_weight, student_bias, tokens.rows, vocab_size, student, _wide(student_hidden))
+    s = _packed_logits(
+        student_hidden, student_weight, student_bias, tokens.rows, vocab_size, student, _wide(student_hidden)
+    )
     logprobs = tokens.pack(teacher_topk_logprobs.detach()).to(s.dtype)
     statistics = reference_statistics(s, None, None if labels is None else tokens.pack(labels))
     return loss.of(_listed_entries(s, tokens.pack(teacher_topk_ids), logprobs, tail), statistics, tokens)
@@ -412,6 +484,8 @@ def linear_logprobs_reference(
     _check_how(how, "linear_logprobs")
     tokens = _Tokens(hidden, mask, labels, ignore_index)
     transform = LogitTransform.parse("", logit_scale, softcap, "temperature", temperature)
-    log_q = _packed_logits(hidden, weight, bias, tokens.rows, vocab_size, transform, _wide(hidden)).log_softmax(-1)
+    log_q = _packed_logits(
+        hidden, weight, bias, tokens.rows, vocab_size, transform, _wide(hidden)
+    ).log_softmax(-1)
     logprobs = tokens.unpack(_of_labels(log_q, tokens.pack(labels)))
     return (logprobs, tokens.unpack(_entropy(log_q))) if return_entropy else logprobs

@@ -46,15 +46,24 @@ class Scale:
 
 def line_chart(title: str, series: Sequence[tuple[str, Points]], x_label: str = "step") -> str:
     """A figure with a legend that names each curve's last value. A curve with few points is drawn with markers."""
-    drawn = [(index, name, [point for point in points if all(map(math.isfinite, point))]) for index, (name, points) in enumerate(series)]
+    drawn = [
+        (index, name, [point for point in points if all(map(math.isfinite, point))])
+        for index, (name, points) in enumerate(series)
+    ]
     drawn = [entry for entry in drawn if entry[2]]
     if not drawn:
         return f'<figure><figcaption>{escape(title)}</figcaption><p class="none">nothing yet</p></figure>'
     x = Scale.over([point[0] for *_, points in drawn for point in points], LEFT, WIDTH - RIGHT)
     y = Scale.over([point[1] for *_, points in drawn for point in points], HEIGHT - BOTTOM, TOP)
     most = max(len(points) for *_, points in drawn)
-    curves = "".join(_curve(index, name, points, x, y, len(points) < most / 2 or most < 12) for index, name, points in drawn)
-    legend = "".join(f'<li class="s{index}">{escape(name)} <b>{_number(points[-1][1])}</b></li>' for index, name, points in drawn)
+    curves = "".join(
+        _curve(index, name, points, x, y, len(points) < most / 2 or most < 12)
+        for index, name, points in drawn
+    )
+    legend = "".join(
+        f'<li class="s{index}">{escape(name)} <b>{_number(points[-1][1])}</b></li>'
+        for index, name, points in drawn
+    )
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
         f'{_axes(x, y, x_label)}{curves}</svg><ul class="legend">{legend}</ul></figure>'
@@ -88,7 +97,10 @@ def _axes(x: Scale, y: Scale, x_label: str) -> str:
         f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{text}</text>'
         for tick, text in y.ticks()
     )
-    columns = "".join(f'<text x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{text}</text>' for tick, text in x.ticks())
+    columns = "".join(
+        f'<text x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{text}</text>'
+        for tick, text in x.ticks()
+    )
     middle = (LEFT + WIDTH - RIGHT) / 2
     return f'<g class="axes">{rows}{columns}<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text></g>'
 

@@ -47,22 +47,34 @@ class RunState:
 def part(state: RunState, name: str, keep: bool = True) -> dict[str, Tensor] | None:
     """Tensors of the model, teacher, reference or optimizer, whole where `keep`; of a sharded state all ranks must ask. None for what is not saved so."""
     if name == "model":
-        return gathered(state.model.state_dict(keep_vars=True), keep) if is_sharded(state.model) else None  # keep_vars: else tied weights would be two
+        return (
+            gathered(state.model.state_dict(keep_vars=True), keep) if is_sharded(state.model) else None
+        )  # keep_vars: else tied weights would be two
     if name == "reference" and (state.reference is None or state.reference is state.teacher):
         return None
     return gathered(_optimizer_tensors(state) if name == "optimizer" else getattr(state, name).state(), keep)
 
 
-def save(folder: Path, state: RunState, log_offset: int, keep: int = 1, ask: Callable[[str], dict[str, Tensor] | None] | None = None) -> Path:
+def save(
+    folder: Path,
+    state: RunState,
+    log_offset: int,
+    keep: int = 1,
+    ask: Callable[[str], dict[str, Tensor] | None] | None = None,
+) -> Path:
     """Writes `folder/step_N` and removes all but the `keep` newest. A step that is there already is not written again. `ask` gets a part from all ranks.
 
     Raises CheckpointError if the write fails; the checkpoints before it are untouched.
     """
     path = folder / f"step_{state.step:06d}"
     try:
-        write_directory(path, lambda pending: _fill(pending, state, log_offset, ask or functools.partial(part, state)))
+        write_directory(
+            path, lambda pending: _fill(pending, state, log_offset, ask or functools.partial(part, state))
+        )
     except (OSError, SafetensorError) as error:  # a full disk, above all
-        raise CheckpointError(f"checkpoint: step {state.step} could not be written to {folder}: {error}; the last checkpoint before it is intact") from error
+        raise CheckpointError(
+            f"checkpoint: step {state.step} could not be written to {folder}: {error}; the last checkpoint before it is intact"
+        ) from error
     # The new one is on the disk by now; a kill between these lines leaves more, and the newest one counts.
     for _, old in [entry for entry in _complete(folder) if entry[0] <= state.step][:-keep]:
         shutil.rmtree(old)
@@ -87,7 +99,9 @@ def latest(folder: Path, say: Callable[[str], None] = lambda text: None) -> Path
             return path
         damaged.append((path, damage))
     if damaged:
-        raise CheckpointError("checkpoint: expected an intact one, got " + "; ".join(why for _, why in damaged))
+        raise CheckpointError(
+            "checkpoint: expected an intact one, got " + "; ".join(why for _, why in damaged)
+        )
     return None
 
 
@@ -118,17 +132,35 @@ def restore(path: Path, state: RunState) -> int:
     return record["log_offset"]
 
 
-def _fill(pending: Path, state: RunState, log_offset: int, ask: Callable[[str], dict[str, Tensor] | None]) -> None:
+def _fill(
+    pending: Path, state: RunState, log_offset: int, ask: Callable[[str], dict[str, Tensor] | None]
+) -> None:
     # Tied weights are stored once here, and tied again by from_pretrained.
     state.model.save_pretrained(pending, state_dict=ask("model"))
     state.tokenizer.save_pretrained(pending)
-    for name in ("teacher", "reference", "optimizer"):  # one after the other: no more than one is whole at a time
+    for name in (
+        "teacher",
+        "reference",
+        "optimizer",
+    ):  # one after the other: no more than one is whole at a time
         if (tensors := ask(name)) is not None:
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, pending / f"{name}.safetensors")
+            save_file(
+                {key: tensor.contiguous() for key, tensor in tensors.items()}, pending / f"{name}.safetensors"
+            )
         del tensors
     save_file(_random_tensors(), pending / "random.safetensors")
-    record: dict[str, Any] = {"format": FORMAT, "step": state.step, "log_offset": log_offset, "facts": state.facts, "random": _random_record()}
-    record["files"] = {str(file.relative_to(pending)): file.stat().st_size for file in sorted(pending.rglob("*")) if file.is_file()}
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "step": state.step,
+        "log_offset": log_offset,
+        "facts": state.facts,
+        "random": _random_record(),
+    }
+    record["files"] = {
+        str(file.relative_to(pending)): file.stat().st_size
+        for file in sorted(pending.rglob("*"))
+        if file.is_file()
+    }
     (pending / "state.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -139,7 +171,11 @@ def _complete(folder: Path) -> list[tuple[int, Path]]:
 
 def _optimizer_tensors(state: RunState) -> dict[str, Tensor]:
     named = state.model.named_parameters()
-    return {f"{key}/{name}": value for name, parameter in named for key, value in state.optimizer.state.get(parameter, {}).items()}
+    return {
+        f"{key}/{name}": value
+        for name, parameter in named
+        for key, value in state.optimizer.state.get(parameter, {}).items()
+    }
 
 
 def _load_optimizer(state: RunState, tensors: dict[str, Tensor]) -> None:
@@ -153,7 +189,10 @@ def _load_optimizer(state: RunState, tensors: dict[str, Tensor]) -> None:
 
 # The trainer draws from seeds.py, which has no state; the generators are saved for models with dropout and for code that bends it.
 def _random_tensors() -> dict[str, Tensor]:
-    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.random.get_state()[1].astype(np.int64))}
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.random.get_state()[1].astype(np.int64)),
+    }
     if torch.cuda.is_initialized():
         tensors |= {f"cuda_{index}": value for index, value in enumerate(torch.cuda.get_rng_state_all())}
     return tensors

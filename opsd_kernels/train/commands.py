@@ -18,11 +18,20 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Annotated[Path | None, typer.Argument(help="JSON or YAML file; without it, the defaults.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting. Repeatable.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Run directory; without it, a new one under runs/.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="JSON or YAML file; without it, the defaults.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting. Repeatable.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run directory; without it, a new one under runs/.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-    write_config: Annotated[Path | None, typer.Option("--write-config", help="Write the settings to this YAML file, with comments, and stop.")] = None,
+    write_config: Annotated[
+        Path | None,
+        typer.Option("--write-config", help="Write the settings to this YAML file, with comments, and stop."),
+    ] = None,
 ) -> None:
     """Train a model on its own answers.
 
@@ -48,7 +57,10 @@ def train(
         with one_line(FileExistsError, FileNotFoundError, CheckpointError, ConfigError, NonFiniteLoss):
             loop.train(parsed, out, resume)
     except KeyboardInterrupt as interrupt:
-        typer.echo(f"\n{str(interrupt) or 'stopped at once; the last checkpoint counts'}\n    {resume_command(out)}", err=True)
+        typer.echo(
+            f"\n{str(interrupt) or 'stopped at once; the last checkpoint counts'}\n    {resume_command(out)}",
+            err=True,
+        )
         raise typer.Exit(130) from None
 
 
@@ -78,8 +90,16 @@ def resume_command(out: Path) -> str:
 
 def reproduce(
     paper: Annotated[str, typer.Argument(help="sdpo, discovery, mopd, iw_opd or law.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Directory of the results and of the cells they are made from; a second run goes on there.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One seed and few steps: shows that it runs, proves nothing.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Directory of the results and of the cells they are made from; a second run goes on there.",
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One seed and few steps: shows that it runs, proves nothing.")
+    ] = False,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes of one thread each.")] = 2,
 ) -> None:
     """Put the claims of a paper to the test on toys.
@@ -96,8 +116,13 @@ def reproduce(
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run, complete or in progress.")],
-    out: Annotated[Path | None, typer.Option("--out", help="The page; without it, RUN_DIR/report.html. curves.png goes beside it.")] = None,
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run, complete or in progress.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The page; without it, RUN_DIR/report.html. curves.png goes beside it."),
+    ] = None,
 ) -> None:
     """Draw the curves of a run, and a page of its curves, tables and samples.
 
@@ -117,16 +142,35 @@ def report(
 
 
 def probe(
-    paths: Annotated[list[Path] | None, typer.Argument(metavar="[CONFIG]", help="JSON or YAML file; with --fit, directories of finished runs.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting. Repeatable.")] = None,
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[CONFIG]", help="JSON or YAML file; with --fit, directories of finished runs."
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting. Repeatable.")
+    ] = None,
     contexts: Annotated[
         list[str] | None,
-        typer.Option("--context", metavar="KIND", help="A kind of feedback; settings of the view after commas: none,siblings=true. Repeatable."),
+        typer.Option(
+            "--context",
+            metavar="KIND",
+            help="A kind of feedback; settings of the view after commas: none,siblings=true. Repeatable.",
+        ),
     ] = None,
-    samples: Annotated[int | None, typer.Option("--samples", min=1, help="Answers per accuracy; without it, eval_samples.")] = None,
-    law: Annotated[Path | None, typer.Option("--law", help="A law that was fitted: predict the improvement.")] = None,
-    fit: Annotated[bool, typer.Option("--fit", help="Fit the law to finished runs that differ in context and seeds.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the probes, or the law, here as JSON.")] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="Answers per accuracy; without it, eval_samples.")
+    ] = None,
+    law: Annotated[
+        Path | None, typer.Option("--law", help="A law that was fitted: predict the improvement.")
+    ] = None,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Fit the law to finished runs that differ in context and seeds.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the probes, or the law, here as JSON.")
+    ] = None,
 ) -> None:
     """Measure what a context is worth before training.
 
@@ -152,14 +196,35 @@ def probe(
 
 
 def discover(
-    config: Annotated[Path | None, typer.Argument(help="JSON or YAML file; without it and without --set, the environment mastermind.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting. Repeatable.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="JSON or YAML file; without it and without --set, the environment mastermind."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting. Repeatable.")
+    ] = None,
     questions: Annotated[int, typer.Option("--questions", min=1, help="How many held-out questions.")] = 24,
-    below: Annotated[float, typer.Option("--below", help="Only questions that one attempt of the base model solves with a chance below this.")] = 0.01,
-    attempts: Annotated[int, typer.Option("--attempts", min=1, help="Answers to a question that each method may have verified.")] = 256,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Attempts that an optimisation step learns from.")] = 8,
-    window: Annotated[int, typer.Option("--window", min=1, help="Past failures that the multi-turn prompt shows.")] = 3,
-    out: Annotated[Path | None, typer.Option("--out", help="Directory of the results; without it, a new one under runs/.")] = None,
+    below: Annotated[
+        float,
+        typer.Option(
+            "--below",
+            help="Only questions that one attempt of the base model solves with a chance below this.",
+        ),
+    ] = 0.01,
+    attempts: Annotated[
+        int,
+        typer.Option("--attempts", min=1, help="Answers to a question that each method may have verified."),
+    ] = 256,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, help="Attempts that an optimisation step learns from.")
+    ] = 8,
+    window: Annotated[
+        int, typer.Option("--window", min=1, help="Past failures that the multi-turn prompt shows.")
+    ] = 3,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Directory of the results; without it, a new one under runs/."),
+    ] = None,
 ) -> None:
     """Search for first right answers at test time.
 
@@ -177,7 +242,9 @@ def discover(
     budget = discover_run.Budget(attempts, batch, window)
     try:
         with one_line(FileExistsError, ConfigError, ValueError, NonFiniteLoss):
-            discover_run.discover(parsed, out or new_run_directory(f"discover-{parsed.env}"), questions, below, budget)
+            discover_run.discover(
+                parsed, out or new_run_directory(f"discover-{parsed.env}"), questions, below, budget
+            )
     except KeyboardInterrupt:
         typer.echo("\nstopped; a search is not resumed", err=True)
         raise typer.Exit(130) from None

@@ -13,7 +13,16 @@ from typing import Any
 from opsd_kernels import env as environment
 from opsd_kernels.objectives import REWARDS
 from opsd_kernels.spec import KIND_NAMES
-from opsd_kernels.train.config_values import ConfigError, check_key, check_type, expect, expect_choice, nearest, parse_value, read_file
+from opsd_kernels.train.config_values import (
+    ConfigError,
+    check_key,
+    check_type,
+    expect,
+    expect_choice,
+    nearest,
+    parse_value,
+    read_file,
+)
 from opsd_kernels.train.presets import FEEDBACK, PRESETS
 from opsd_kernels.train.weight_text import parse_weights
 
@@ -44,7 +53,12 @@ POSITIVE_OR_NULL = ("teacher_temperature", "topk", "entry_clip", "token_clip", "
 SHARES = ("beta", "warm_accuracy", "warm_share", "teacher_accuracy")  # strictly between 0 and 1
 NOT_NEGATIVE = ("seed", "warm_seed", "weight_decay", "lr_warmup_steps", "successes", "failures", "rehearsal_prompts", "rehearsal_weight", "lora_rank",
                 "samples_kept", "clip_low", "clip_high")  # fmt: skip
-WHERE_NOT_WHAT = ("cache_dir", "tensorboard", "keep_checkpoints", "shard")  # a resumed run may differ in these
+WHERE_NOT_WHAT = (
+    "cache_dir",
+    "tensorboard",
+    "keep_checkpoints",
+    "shard",
+)  # a resumed run may differ in these
 
 
 @dataclass(frozen=True)
@@ -156,37 +170,117 @@ class TrainConfig:
         for field in POSITIVE:
             expect(getattr(self, field) > 0, field, "a number above 0", getattr(self, field))
         for field in POSITIVE_OR_NULL:
-            expect(getattr(self, field) is None or getattr(self, field) > 0, field, "null or a number above 0", getattr(self, field))
+            expect(
+                getattr(self, field) is None or getattr(self, field) > 0,
+                field,
+                "null or a number above 0",
+                getattr(self, field),
+            )
         for field in NOT_NEGATIVE:
             expect(getattr(self, field) >= 0, field, "a number of at least 0", getattr(self, field))
         for field in SHARES:
-            expect(0 < getattr(self, field) < 1, field, "a number strictly between 0 and 1", getattr(self, field))
+            expect(
+                0 < getattr(self, field) < 1, field, "a number strictly between 0 and 1", getattr(self, field)
+            )
         backends = environment.BACKEND.choices
-        expect(self.backend in (None, *backends), "backend", "null or one of " + ", ".join(backends), self.backend, nearest(self.backend, backends))
-        expect(self.ema_rate is None or 0 < self.ema_rate <= 1, "ema_rate", "null or a number in (0, 1]", self.ema_rate)
+        expect(
+            self.backend in (None, *backends),
+            "backend",
+            "null or one of " + ", ".join(backends),
+            self.backend,
+            nearest(self.backend, backends),
+        )
+        expect(
+            self.ema_rate is None or 0 < self.ema_rate <= 1,
+            "ema_rate",
+            "null or a number in (0, 1]",
+            self.ema_rate,
+        )
         expect(0 <= self.trust_region < 1, "trust_region", "a number in [0, 1)", self.trust_region)
         expect(0 <= self.policy_weight <= 1, "policy_weight", "a number in [0, 1]", self.policy_weight)
         expect(self.clip_low < 1, "clip_low", "a number below 1", self.clip_low)
-        expect(self.tiny_hidden % (2 * self.tiny_heads) == 0, "tiny_hidden", f"a multiple of 2 * tiny_heads = {2 * self.tiny_heads}", self.tiny_hidden)
+        expect(
+            self.tiny_hidden % (2 * self.tiny_heads) == 0,
+            "tiny_hidden",
+            f"a multiple of 2 * tiny_heads = {2 * self.tiny_heads}",
+            self.tiny_hidden,
+        )
         self._check_together()
 
     def _check_together(self) -> None:
         """What one key demands of another."""
         told = self.context != "sdpo" or self.siblings or self.feedback != "none"
-        expect(told, "siblings", "true when feedback is 'none' (else no rollout has a context)", self.siblings)
-        expect(self.context not in ("positive", "contrastive") or self.successes > 0, "successes", f"at least 1 for context={self.context}", self.successes)
-        expect(self.context not in ("failure", "contrastive") or self.failures > 0, "failures", f"at least 1 for context={self.context}", self.failures)
-        expect(self.shows_peers or self.control == "none", "control", "none unless context is positive, contrastive or failure", self.control)
-        expect(self.control != "successes_only" or self.context == "contrastive", "context", "contrastive for control=successes_only", self.context)
-        expect((self.teacher == "external") == (self.teacher_model is not None), "teacher_model", "a model exactly if teacher is external", self.teacher_model)
-        expect(self.teacher != "adapter_off" or self.lora_rank > 0, "lora_rank", "a number above 0 for teacher=adapter_off", self.lora_rank)
-        expect(self.reward_strength < 1 or self.token_reward != "proximal", "reward_strength", "a number below 1 for proximal", self.reward_strength)
-        expect(self.objective == "full" or self.topk is None, "topk", "null for objective=sampled_token", self.topk)
-        expect(self.rollout_engine != "vllm" or self.device == "cuda", "device", "cuda for rollout_engine=vllm", self.device)
-        expect(self.policy_weight == 0 or self.group_size > 1, "group_size", "at least 2 with a policy gradient, whose baseline is the group", self.group_size)
+        expect(
+            told, "siblings", "true when feedback is 'none' (else no rollout has a context)", self.siblings
+        )
+        expect(
+            self.context not in ("positive", "contrastive") or self.successes > 0,
+            "successes",
+            f"at least 1 for context={self.context}",
+            self.successes,
+        )
+        expect(
+            self.context not in ("failure", "contrastive") or self.failures > 0,
+            "failures",
+            f"at least 1 for context={self.context}",
+            self.failures,
+        )
+        expect(
+            self.shows_peers or self.control == "none",
+            "control",
+            "none unless context is positive, contrastive or failure",
+            self.control,
+        )
+        expect(
+            self.control != "successes_only" or self.context == "contrastive",
+            "context",
+            "contrastive for control=successes_only",
+            self.context,
+        )
+        expect(
+            (self.teacher == "external") == (self.teacher_model is not None),
+            "teacher_model",
+            "a model exactly if teacher is external",
+            self.teacher_model,
+        )
+        expect(
+            self.teacher != "adapter_off" or self.lora_rank > 0,
+            "lora_rank",
+            "a number above 0 for teacher=adapter_off",
+            self.lora_rank,
+        )
+        expect(
+            self.reward_strength < 1 or self.token_reward != "proximal",
+            "reward_strength",
+            "a number below 1 for proximal",
+            self.reward_strength,
+        )
+        expect(
+            self.objective == "full" or self.topk is None,
+            "topk",
+            "null for objective=sampled_token",
+            self.topk,
+        )
+        expect(
+            self.rollout_engine != "vllm" or self.device == "cuda",
+            "device",
+            "cuda for rollout_engine=vllm",
+            self.device,
+        )
+        expect(
+            self.policy_weight == 0 or self.group_size > 1,
+            "group_size",
+            "at least 2 with a policy gradient, whose baseline is the group",
+            self.group_size,
+        )
         if self.env == "jsonl":
             expect(self.data is not None, "data", "a JSONL file for env=jsonl", self.data)
-            expect(self.model != "tiny" and self.teacher_model != "tiny", "model", "a Hugging Face model for env=jsonl", "tiny")
+            expect(
+                self.model != "tiny" and self.teacher_model != "tiny",
+                "model",
+                "a Hugging Face model for env=jsonl",
+                "tiny",
+            )
         if self.token_weights is not None:
             parse_weights(self.token_weights)
 

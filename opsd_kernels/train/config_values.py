@@ -33,12 +33,16 @@ def expect_choice(key: str, value: Any, choices: tuple[str, ...]) -> None:
 def check_key(key: str, known: typing.Iterable[str]) -> None:
     known = tuple(known)
     if key not in known:
-        raise ConfigError(f"unknown config key {key!r}{nearest(key, known)}; the keys are " + ", ".join(known))
+        raise ConfigError(
+            f"unknown config key {key!r}{nearest(key, known)}; the keys are " + ", ".join(known)
+        )
 
 
 def check_type(key: str, value: Any, kind: Any) -> None:
     members = _members(kind)
-    right = type(value) in members or (float in members and type(value) is int)  # type(): a bool is no number here
+    right = type(value) in members or (
+        float in members and type(value) is int
+    )  # type(): a bool is no number here
     expect(right and not (isinstance(value, float) and not math.isfinite(value)), key, _describe(kind), value)
 
 
@@ -68,8 +72,12 @@ def read_file(path: Path) -> dict[str, Any]:
         else:
             values = json.loads(path.read_text())
     except ValueError as error:
-        raise ConfigError(f"config: expected valid JSON or YAML in {path} (YAML files end in .yaml), got {error}") from error
-    expect(isinstance(values, dict), "config", f"a mapping of keys to values in {path}", type(values).__name__)
+        raise ConfigError(
+            f"config: expected valid JSON or YAML in {path} (YAML files end in .yaml), got {error}"
+        ) from error
+    expect(
+        isinstance(values, dict), "config", f"a mapping of keys to values in {path}", type(values).__name__
+    )
     return values
 
 
@@ -78,12 +86,16 @@ def _read_yaml(text: str) -> Any:
     try:
         import yaml
     except ImportError as error:
-        raise ConfigError("config: expected a JSON file, as PyYAML is not installed; got a YAML file") from error
+        raise ConfigError(
+            "config: expected a JSON file, as PyYAML is not installed; got a YAML file"
+        ) from error
 
     class Loader(yaml.SafeLoader):
         """1e-6 is a number in YAML 1.2, and text in the 1.1 that PyYAML reads."""
 
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
@@ -95,5 +107,11 @@ def _members(kind: Any) -> tuple[type, ...]:
 
 
 def _describe(kind: Any) -> str:
-    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a string", types.NoneType: "null"}
+    names = {
+        int: "a whole number",
+        float: "a finite number",
+        bool: "true or false",
+        str: "a string",
+        types.NoneType: "null",
+    }
     return " or ".join(names[member] for member in _members(kind))

@@ -37,16 +37,26 @@ class ContextTemplate:
 
     demonstration: tuple[str, str] = ("<solution>\nA correct solution:\n", "\n</solution>")
     failure: tuple[str, str] | None = ("<failure>\nAn unsuccessful attempt, to be avoided:\n", "\n</failure>")
-    feedback: tuple[str, str] = ("<feedback>\nFeedback on your earlier, unsuccessful attempt:\n", "\n</feedback>")
+    feedback: tuple[str, str] = (
+        "<feedback>\nFeedback on your earlier, unsuccessful attempt:\n",
+        "\n</feedback>",
+    )
     instruction: str = "Solve the original problem."
 
     @classmethod
     def words(cls, instruction: str, failures: bool) -> ContextTemplate:
         """Nothing but the markers, each one token of the tiny tokenizer, which has those of failures only if it is to read some."""
-        return cls(("<solution>", "</solution>"), ("<failure>", "</failure>") if failures else None, ("<feedback>", "</feedback>"), instruction)
+        return cls(
+            ("<solution>", "</solution>"),
+            ("<failure>", "</failure>") if failures else None,
+            ("<feedback>", "</feedback>"),
+            instruction,
+        )
 
     def blocks(self) -> tuple[tuple[str, str], ...]:
-        return tuple(block for block in (self.demonstration, self.feedback, self.failure) if block is not None)
+        return tuple(
+            block for block in (self.demonstration, self.feedback, self.failure) if block is not None
+        )
 
     def markers(self) -> tuple[str, ...]:
         """The strings whose appearance inside a block could end it or open another."""
@@ -57,9 +67,17 @@ class ContextTemplate:
         """The user turn. Without a context it is the problem alone; the texts in the blocks are neutralised."""
         if context is None or context == Context():
             return problem
-        blocks = [(self.demonstration, text) for text in context.demonstrations] + [(self.failure or self.feedback, text) for text in context.failures]
+        blocks = [(self.demonstration, text) for text in context.demonstrations] + [
+            (self.failure or self.feedback, text) for text in context.failures
+        ]
         blocks += [] if context.feedback is None else [(self.feedback, context.feedback)]
-        return "\n".join([problem, *(opening + _neutral(text, tuple(markers)) + closing for (opening, closing), text in blocks), self.instruction])
+        return "\n".join(
+            [
+                problem,
+                *(opening + _neutral(text, tuple(markers)) + closing for (opening, closing), text in blocks),
+                self.instruction,
+            ]
+        )
 
 
 def build_contexts(rollouts: Sequence[Rollout], config: TrainConfig, *key: int) -> list[Context | None]:
@@ -72,7 +90,9 @@ def build_contexts(rollouts: Sequence[Rollout], config: TrainConfig, *key: int) 
     for rollout in pool:
         groups.setdefault(rollout.group, []).append(rollout)
     places = np.array([(rollout.group, rollout.sample) for rollout in rollouts], dtype=np.uint64)
-    keys = seeds.mix(*key, places[:, :1], places[:, 1:], np.array([RIGHT, WRONG, INSTEAD])).tolist()  # all at once: one by one they took 3 % of a step
+    keys = seeds.mix(
+        *key, places[:, :1], places[:, 1:], np.array([RIGHT, WRONG, INSTEAD])
+    ).tolist()  # all at once: one by one they took 3 % of a step
     contexts: list[Context | None] = []
     for rollout, draws in zip(rollouts, keys, strict=True):
         right, wrong = _siblings(rollout, groups[rollout.group], config, draws)
@@ -83,7 +103,9 @@ def build_contexts(rollouts: Sequence[Rollout], config: TrainConfig, *key: int) 
     return contexts
 
 
-def _siblings(mine: Rollout, group: Sequence[Rollout], config: TrainConfig, draws: Sequence[int]) -> tuple[list[Rollout], list[Rollout]]:
+def _siblings(
+    mine: Rollout, group: Sequence[Rollout], config: TrainConfig, draws: Sequence[int]
+) -> tuple[list[Rollout], list[Rollout]]:
     """Right and wrong answers of the rollout's group, other than itself, as many as the view shows. Drawn at random."""
     counts = {
         "sdpo": (int(config.siblings), 0),
@@ -111,15 +133,27 @@ def _controlled(
         drawn = _draw(siblings, len(right) + len(wrong), key)
         return drawn[: len(right)], drawn[len(right) :]
     if control == "successes_only":
-        return right + _draw([peer for peer in siblings if peer.verdict.success and peer not in right] or right, len(wrong), key), []
+        return right + _draw(
+            [peer for peer in siblings if peer.verdict.success and peer not in right] or right,
+            len(wrong),
+            key,
+        ), []
     replaced = [
-        _nearest(strangers, block, lambda peer, like=block: peer.verdict.success == like.verdict.success, key, index)
+        _nearest(
+            strangers,
+            block,
+            lambda peer, like=block: peer.verdict.success == like.verdict.success,
+            key,
+            index,
+        )
         for index, block in enumerate(right + wrong)
     ]
     return replaced[: len(right)], replaced[len(right) :]
 
 
-def _nearest(candidates: Sequence[Rollout], block: Rollout, fits: Callable[[Rollout], bool], *key: int) -> Rollout:
+def _nearest(
+    candidates: Sequence[Rollout], block: Rollout, fits: Callable[[Rollout], bool], *key: int
+) -> Rollout:
     """A random one of those whose length is nearest to the block's, in tokens; one that fits if there is any, the block itself without a candidate."""
     among = [peer for peer in candidates if fits(peer)] or list(candidates) or [block]
     least = min(abs(len(peer.tokens) - len(block.tokens)) for peer in among)
@@ -143,7 +177,9 @@ def neutralise(text: str, markers: Sequence[str]) -> str:
     since a break may complete another marker. A text without markers stays as it is.
     """
     pattern = _pattern(tuple(markers))
-    plain = "".join(char for char in unicodedata.normalize("NFKC", text) if unicodedata.category(char) != "Cf")
+    plain = "".join(
+        char for char in unicodedata.normalize("NFKC", text) if unicodedata.category(char) != "Cf"
+    )
     if not pattern.search(plain) and not pattern.search(text):
         return text
     while pattern.search(plain):
@@ -164,7 +200,9 @@ def _pattern(markers: tuple[str, ...]) -> re.Pattern[str]:
 def forbidden_markers(tokenizer: PreTrainedTokenizerBase, template: ContextTemplate) -> tuple[str, ...]:
     """Every string that means something to the tokenizer, the chat template or the blocks."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    frame = tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], tokenize=False, add_generation_prompt=True)
+    frame = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROBE}], tokenize=False, add_generation_prompt=True
+    )
     pieces = [piece.strip() for piece in frame.split(PROBE)]
     candidates = [*added, *tokenizer.all_special_tokens, *pieces, *template.markers()]
     # A single character cannot be broken in two, and ends no block; nor do the runs of spaces that some tokenizers hold.

@@ -49,7 +49,9 @@ class Budget:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name}: expected a whole number of at least 1, got {getattr(self, field.name)}")
+                raise ValueError(
+                    f"{field.name}: expected a whole number of at least 1, got {getattr(self, field.name)}"
+                )
 
 
 @dataclass
@@ -105,8 +107,19 @@ def load_base(config: TrainConfig, progress: Progress) -> Base:
     task = make_task(config)
     model, tokenizer = models.load_student(loop.base_of(config, task, progress), None, config)
     encoder = PromptEncoder(tokenizer, task.template)
-    sampler = Sampler(encoder, config.max_new_tokens, config.rollout_temperature, config.rollout_batch, models.vocabulary(tokenizer), make_engine(config))
-    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    sampler = Sampler(
+        encoder,
+        config.max_new_tokens,
+        config.rollout_temperature,
+        config.rollout_batch,
+        models.vocabulary(tokenizer),
+        make_engine(config),
+    )
+    start = {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     return Base(config, task, model, loop.external_teacher(config, task, tokenizer, progress), sampler, start)
 
 
@@ -168,24 +181,45 @@ def conversation(base: Base, prompt: Prompt, failures: Sequence[Rollout], attemp
     if not told:
         return Request(prompt, prompt.problem, attempt)
     if isinstance(base.task, DemoTask):
-        return Request(prompt, prompt.problem, attempt, Context((), "\n".join(failure.verdict.feedback for failure in told)))
+        return Request(
+            prompt,
+            prompt.problem,
+            attempt,
+            Context((), "\n".join(failure.verdict.feedback for failure in told)),
+        )
     markers = base.sampler.encoder.markers
     turns, asked = list(prompt.before), prompt.text
     for failure in told:
-        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": neutralise(failure.text, markers)}]
+        turns += [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": neutralise(failure.text, markers)},
+        ]
         asked = neutralise(failure.verdict.feedback, markers) + "\n" + base.task.template.instruction
     return Request(Prompt(prompt.problem, asked, tuple(turns)), prompt.problem, attempt)
 
 
 def _together(
-    base: Base, problems: Sequence[int], budget: Budget, stream: int, asks: Callable[[Search], list[Request]], heard: Callable[..., None] | None = None
+    base: Base,
+    problems: Sequence[int],
+    budget: Budget,
+    stream: int,
+    asks: Callable[[Search], list[Request]],
+    heard: Callable[..., None] | None = None,
 ) -> list[Search]:
     """Searches that leave the model as it is, side by side in one batch. A request's group is its problem, so that neighbours change no draw."""
     base.restore()
     searches = [Search(problem) for problem in problems]
     while running := [search for search in searches if search.goes_on(budget)]:
         asked = [asks(search) for search in running]
-        rollouts = iter(base.sampler.sample(base.model, base.task, [request for each in asked for request in each], base.config.seed, stream))
+        rollouts = iter(
+            base.sampler.sample(
+                base.model,
+                base.task,
+                [request for each in asked for request in each],
+                base.config.seed,
+                stream,
+            )
+        )
         for search, each in zip(running, asked, strict=True):
             answers = [next(rollouts) for _ in each]
             search.count(answers)
@@ -195,22 +229,35 @@ def _together(
 
 
 @torch.no_grad()
-def success_probabilities(base: Base, problems: Sequence[int], contexts: Sequence[Context | None] | None = None) -> list[float] | None:
+def success_probabilities(
+    base: Base, problems: Sequence[int], contexts: Sequence[Context | None] | None = None
+) -> list[float] | None:
     """The base model's exact chance of being right in one attempt; None where more than one answer may be right, or none fits `max_new_tokens`."""
     if base.config.env not in SOLE_ANSWER:
         return None
     encoder = base.sampler.encoder
-    prompts, answers = [base.prompt(problem) for problem in problems], encoder.answer([base.task.solution(problem) for problem in problems])
+    prompts, answers = (
+        [base.prompt(problem) for problem in problems],
+        encoder.answer([base.task.solution(problem) for problem in problems]),
+    )
     if max(map(len, answers)) > base.config.max_new_tokens:
         return None
     base.restore()
     base.model.eval()
     places = zip(prompts, encoder.encode(prompts, contexts or [None] * len(prompts)), answers, strict=True)
-    rollouts = [Rollout(prompt, i, 0, tokens, answer, "", Verdict(1.0)) for i, (prompt, tokens, answer) in enumerate(places)]
+    rollouts = [
+        Rollout(prompt, i, 0, tokens, answer, "", Verdict(1.0))
+        for i, (prompt, tokens, answer) in enumerate(places)
+    ]
     batch = make_batch(rollouts, [None] * len(rollouts), base.sampler.pad_token, base.config.device)
     policy = dataclasses.replace(base.config, distill_temperature=base.config.rollout_temperature)
     micros = micro_batches(batch, base.config.micro_batch)
-    logprobs_B = torch.cat([objective.sampling_logprobs(base.model, micro, policy, base.sampler.vocab).double().sum(1) for micro in micros])
+    logprobs_B = torch.cat(
+        [
+            objective.sampling_logprobs(base.model, micro, policy, base.sampler.vocab).double().sum(1)
+            for micro in micros
+        ]
+    )
     return logprobs_B.exp().clamp(max=1.0).tolist()  # rounding may leave a sure answer a hair above 1
 
 
@@ -218,7 +265,10 @@ def sampled_probabilities(base: Base, problems: Sequence[int]) -> list[float]:
     """Shares of right answers among `PROBES` attempts, in a stream of their own: the searches must not begin with attempts that are known to fail."""
     base.restore()
     asked = [Request(base.prompt(problem), problem, i) for problem in problems for i in range(PROBES)]
-    right = [rollout.verdict.success for rollout in base.sampler.sample(base.model, base.task, asked, base.config.seed, PROBE)]
+    right = [
+        rollout.verdict.success
+        for rollout in base.sampler.sample(base.model, base.task, asked, base.config.seed, PROBE)
+    ]
     return np.reshape(right, (len(problems), PROBES)).mean(1).tolist()
 
 
@@ -235,12 +285,16 @@ def hard_questions(base: Base, count: int, below: float, skip: int = 0) -> dict[
         found += [(problem, chance) for problem, chance in zip(part, chances, strict=True) if chance < below]
         if len(found) >= skip + count:
             return dict(found[skip : skip + count])
-    raise ValueError(f"questions: expected at most {max(0, len(found) - skip)}, the held-out problems with a chance below {below}, got {count}")
+    raise ValueError(
+        f"questions: expected at most {max(0, len(found) - skip)}, the held-out problems with a chance below {below}, got {count}"
+    )
 
 
 def solved_within(firsts: Sequence[int | None], attempts: int) -> np.ndarray:  # -> (Q, K)
     """1 where a question was solved within k = 1 ... `attempts` attempts."""
-    return np.array([[first is not None and first <= k for k in range(1, attempts + 1)] for first in firsts], dtype=float)
+    return np.array(
+        [[first is not None and first <= k for k in range(1, attempts + 1)] for first in firsts], dtype=float
+    )
 
 
 def chance_within(probabilities: Sequence[float], attempts: int | np.ndarray) -> np.ndarray:  # -> (Q, K)

@@ -39,15 +39,23 @@ def discover(config: TrainConfig, out: Path, questions: int, below: float, budge
         base = search.load_base(config, progress)
         asked = search.hard_questions(base, questions, below)
         mean = np.mean(list(asked.values()))
-        progress.say(f"{len(asked)} held-out questions that the base model gets right with a chance below {below:g}, on average {mean:.2%}")
+        progress.say(
+            f"{len(asked)} held-out questions that the base model gets right with a chance below {below:g}, on average {mean:.2%}"
+        )
         methods, matrices = run_methods(base, asked, budget, progress)
     points = powers_of_two(budget.attempts)
     found = {
         "config": dataclasses.asdict(base.config),
         "budget": dataclasses.asdict(budget),
         "below": below,
-        "questions": [{"problem": problem, "text": base.prompt(problem).text, "chance": chance} for problem, chance in asked.items()],
-        "methods": {name: {"discovery": described(matrices[name], points), **method} for name, method in methods.items()},
+        "questions": [
+            {"problem": problem, "text": base.prompt(problem).text, "chance": chance}
+            for problem, chance in asked.items()
+        ],
+        "methods": {
+            name: {"discovery": described(matrices[name], points), **method}
+            for name, method in methods.items()
+        },
         "seconds": time.monotonic() - began,
     }
     write_file(out / "discovery.json", report_json.dumps(found))
@@ -56,7 +64,9 @@ def discover(config: TrainConfig, out: Path, questions: int, below: float, budge
     return found
 
 
-def run_methods(base: Base, asked: dict[int, float], budget: Budget, progress: Progress) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
+def run_methods(
+    base: Base, asked: dict[int, float], budget: Budget, progress: Progress
+) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
     """What each method's searches were and cost, and a (questions, attempts) matrix of what it had solved by when."""
     problems, searches = list(asked), []
     with progress.bar("self-distillation", len(problems)) as bar:
@@ -66,7 +76,11 @@ def run_methods(base: Base, asked: dict[int, float], budget: Budget, progress: P
     methods, matrices = {}, {}
 
     def add(name: str, searches: Sequence[Search]) -> None:
-        methods[name] = {"sampled": True, "first": [found.first for found in searches], "costs": costs(searches)}
+        methods[name] = {
+            "sampled": True,
+            "first": [found.first for found in searches],
+            "costs": costs(searches),
+        }
         matrices[name] = search.solved_within(methods[name]["first"], budget.attempts)
 
     add("self-distillation", searches)
@@ -120,12 +134,21 @@ def described(solved: np.ndarray, points: Sequence[int]) -> dict[str, list[float
 
 
 def print_table(console: Console, found: dict[str, Any], points: Sequence[int], out: Path) -> None:
-    table = Table(title=f"discovery@k, {len(found['questions'])} questions, {found['seconds']:.0f} s", title_justify="left")
+    table = Table(
+        title=f"discovery@k, {len(found['questions'])} questions, {found['seconds']:.0f} s",
+        title_justify="left",
+    )
     table.add_column("k", justify="right")
     for name, method in found["methods"].items():
         table.add_column(name + ("" if method["sampled"] else ", exact"), justify="right")
     for k in points:
-        table.add_row(str(k), *("{:.1%} [{:.0%}, {:.0%}]".format(*method["discovery"][str(k)]) for method in found["methods"].values()))
+        table.add_row(
+            str(k),
+            *(
+                "{:.1%} [{:.0%}, {:.0%}]".format(*method["discovery"][str(k)])
+                for method in found["methods"].values()
+            ),
+        )
     table.add_row("attempts", *(f"{method['costs']['attempts']:.1f}" for method in found["methods"].values()))
     console.print(table)
     for name in ("discovery.json", "discovery.png"):

@@ -34,7 +34,13 @@ class Progress:
         if not self.console.is_terminal:
             yield PlainBar(self, title, total)
             return
-        columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[values]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[values]}"),
+            TimeRemainingColumn(),
+        )
         with RichProgress(*columns, console=self.console) as live:
             yield LiveBar(live, live.add_task(title, total=total, completed=start, values=""))
 
@@ -113,7 +119,11 @@ class Scalars:
 
     def write(self, metrics: StepMetrics) -> None:
         if self._writer is not None:
-            numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float)) and name != "step"}
+            numbers = {
+                name: value
+                for name, value in metrics.items()
+                if isinstance(value, (int, float)) and name != "step"
+            }
             # One event a step: add_scalar makes one of each number, .9 ms instead of .09.
             values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
             self._writer.file_writer.add_summary(self._summary(value=values), metrics["step"])

@@ -39,7 +39,15 @@ from opsd_kernels.train.samples import sample_lines, samples_due
 from opsd_kernels.train.session import graceful_interrupt, open_run_directory, reproducible
 from opsd_kernels.train.step import Rehearsal, Trainer
 from opsd_kernels.train.teacher import make_reference, make_teacher
-from opsd_kernels.train.types import Batch, Context, NonFiniteLoss, Prompt, Rollout, StepMetrics, TrainingInterrupted
+from opsd_kernels.train.types import (
+    Batch,
+    Context,
+    NonFiniteLoss,
+    Prompt,
+    Rollout,
+    StepMetrics,
+    TrainingInterrupted,
+)
 
 PROMPTS, CONTEXTS, ROLLOUTS, REHEARSAL = 11, 12, 13, 14  # streams of random numbers
 
@@ -88,13 +96,17 @@ class Run:
 
     def save(self) -> None:
         """Called by all ranks: the first one writes, and what is sharded is gathered for it."""
-        self.ranks.on_first_asking(self._write, lambda name: checkpoint.part(self.state, name, self.ranks.first))
+        self.ranks.on_first_asking(
+            self._write, lambda name: checkpoint.part(self.state, name, self.ranks.first)
+        )
 
     def _write(self, ask: Callable[[str], dict[str, Tensor] | None]) -> None:
         self.state.facts["seconds"] = time.monotonic() - self.started
         self.samples.sync()
         self.scalars.flush()
-        checkpoint.save(self.out / "checkpoint", self.state, self.log.sync(), self.config.keep_checkpoints, ask)
+        checkpoint.save(
+            self.out / "checkpoint", self.state, self.log.sync(), self.config.keep_checkpoints, ask
+        )
 
     def close(self) -> None:
         self.log.close()
@@ -106,16 +118,33 @@ def prepare(config: TrainConfig, task: Task, out: Path, progress: Progress, rank
     """The state of the newest checkpoint, or a new one: base model, teacher, optimiser, and the measurements before training. This rank logs into `logs`."""
     started = time.monotonic()
     if config.rehearsal_prompts and not task.rehearsal:
-        raise ConfigError(f"rehearsal_prompts: expected 0, as {config.env} has no problems to rehearse, got {config.rehearsal_prompts}")
+        raise ConfigError(
+            f"rehearsal_prompts: expected 0, as {config.env} has no problems to rehearse, got {config.rehearsal_prompts}"
+        )
     saved = ranks.first_then_all(lambda: checkpoint.latest(out / "checkpoint", progress.say))
-    model, tokenizer = models.load_student(ranks.first_then_all(lambda: base_of(config, task, progress, saved)), saved, config)
+    model, tokenizer = models.load_student(
+        ranks.first_then_all(lambda: base_of(config, task, progress, saved)), saved, config
+    )
     vocab = models.vocabulary(tokenizer)
-    teacher = make_teacher(model, config, ranks.first_then_all(lambda: external_teacher(config, task, tokenizer, progress)), ranks)
+    teacher = make_teacher(
+        model,
+        config,
+        ranks.first_then_all(lambda: external_teacher(config, task, tokenizer, progress)),
+        ranks,
+    )
     reference = make_reference(model, config, teacher, ranks)
     model = sharding.place(model, config, ranks)  # after its copies: a sharded model cannot be copied
     state = RunState(model, tokenizer, teacher, reference, steps.make_optimizer(model, config), 0, {})
     encoder = PromptEncoder(tokenizer, task.template)
-    sampler = Sampler(encoder, config.max_new_tokens, config.rollout_temperature, config.rollout_batch, vocab, make_engine(config), ranks)
+    sampler = Sampler(
+        encoder,
+        config.max_new_tokens,
+        config.rollout_temperature,
+        config.rollout_batch,
+        vocab,
+        make_engine(config),
+        ranks,
+    )
     offset = 0
     if saved is not None:
         offset = checkpoint.restore(saved, state)
@@ -129,7 +158,9 @@ def prepare(config: TrainConfig, task: Task, out: Path, progress: Progress, rank
         # The gap between the two first numbers predicts what training will bring (arXiv:2605.30070).
         state.facts |= {f"{name}_before": value for name, value in measure(run, config.eval_samples).items()}
         known = {name: value for name, value in measured(state.facts, "_before").items() if value is not None}
-        progress.say("before: " + ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in known.items()))
+        progress.say(
+            "before: " + ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in known.items())
+        )
         run.save()
     return run
 
@@ -141,13 +172,17 @@ def base_of(config: TrainConfig, task: Task, progress: Progress, saved: Path | N
     return warmstart.base_model(config, task, progress)
 
 
-def external_teacher(config: TrainConfig, task: Task, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> PreTrainedModel | None:
+def external_teacher(
+    config: TrainConfig, task: Task, tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> PreTrainedModel | None:
     """The other model, if the teacher is one. `tiny` is warm-started like the student's base, until it has `teacher_accuracy`."""
     if config.teacher_model is None:
         return None
     source: str | Path = config.teacher_model
     if source == "tiny":
-        source = warmstart.base_model(dataclasses.replace(config, warm_accuracy=config.teacher_accuracy), task, progress)
+        source = warmstart.base_model(
+            dataclasses.replace(config, warm_accuracy=config.teacher_accuracy), task, progress
+        )
     model, theirs = models.load_pretrained(source, config)
     models.check_same_vocabulary(tokenizer, theirs)
     return model
@@ -156,26 +191,39 @@ def external_teacher(config: TrainConfig, task: Task, tokenizer: PreTrainedToken
 def run_steps(run: Run) -> None:
     """Steps until the last one, with a checkpoint now and then, and one on the way out."""
     config, state = run.config, run.state
-    with graceful_interrupt(run.progress) as interrupted, run.progress.bar("train", config.steps, state.step) as bar:
+    with (
+        graceful_interrupt(run.progress) as interrupted,
+        run.progress.bar("train", config.steps, state.step) as bar,
+    ):
         while state.step < config.steps:
             try:
                 metrics = one_step(run)
             except NonFiniteLoss as error:
                 if error.updates == 0:
                     run.save()
-                where = "The state before this step" if error.updates == 0 else "The last checkpoint, of an earlier step,"
+                where = (
+                    "The state before this step"
+                    if error.updates == 0
+                    else "The last checkpoint, of an earlier step,"
+                )
                 raise NonFiniteLoss(f"{error}. {where} is saved in {run.out / 'checkpoint'}") from None
             run.log.write(metrics)
             run.scalars.write(metrics)
             state.step += 1
-            shown = {"reward": metrics["reward"], "divergence": metrics["divergence"], "gap": metrics["sampled_logprob_gap"]}
+            shown = {
+                "reward": metrics["reward"],
+                "divergence": metrics["divergence"],
+                "gap": metrics["sampled_logprob_gap"],
+            }
             bar.update(state.step, **shown, tokens_per_second=metrics["tokens_per_second"])
             # After the log, so that the checkpoint's offset covers the line of this step.
             stopping = run.ranks.any(interrupted.is_set())
             if state.step % config.checkpoint_every == 0 or state.step == config.steps or stopping:
                 run.save()
             if stopping and state.step < config.steps:
-                raise TrainingInterrupted(f"stopped after step {state.step} of {config.steps}; the state is saved, --resume continues")
+                raise TrainingInterrupted(
+                    f"stopped after step {state.step} of {config.steps}; the state is saved, --resume continues"
+                )
 
 
 def one_step(run: Run) -> StepMetrics:
@@ -183,8 +231,14 @@ def one_step(run: Run) -> StepMetrics:
     began = time.monotonic()
     config, state, number = run.config, run.state, run.state.step + 1
     # The student answers, the world judges; the teacher's view of each answer follows from the judgement. What is rehearsed is sampled along.
-    asked = requests(prompts_of_step(run, run.task.train, config.prompts_per_step, PROMPTS), config.group_size)
-    kept = requests(prompts_of_step(run, run.task.rehearsal, config.rehearsal_prompts, REHEARSAL), 1, config.prompts_per_step)
+    asked = requests(
+        prompts_of_step(run, run.task.train, config.prompts_per_step, PROMPTS), config.group_size
+    )
+    kept = requests(
+        prompts_of_step(run, run.task.rehearsal, config.rehearsal_prompts, REHEARSAL),
+        1,
+        config.prompts_per_step,
+    )
     answers = run.sampler.sample(state.model, run.task, [*asked, *kept], config.seed, ROLLOUTS, state.step)
     rollouts, rehearsed = answers[: len(asked)], answers[len(asked) :]
     contexts = build_contexts(rollouts, config, config.seed, CONTEXTS, state.step)
@@ -194,7 +248,13 @@ def one_step(run: Run) -> StepMetrics:
     metrics = {"step": number, **steps.rollout_metrics(rollouts, contexts)}
     if batch is not None:
         rehearsal = rehearse(run, rehearsed, metrics) if state.reference is not None else None
-        update = steps.update_on(Trainer(state.model, state.teacher, state.optimizer, run.sampler.vocab, run.ranks), batch, config, number, rehearsal)
+        update = steps.update_on(
+            Trainer(state.model, state.teacher, state.optimizer, run.sampler.vocab, run.ranks),
+            batch,
+            config,
+            number,
+            rehearsal,
+        )
 
     metrics |= {**steps.update_metrics(update, batch), **steps.reading_metrics(update, batch)}
     metrics["learning_rate"] = steps.learning_rate(config, number)
@@ -211,7 +271,9 @@ def one_step(run: Run) -> StepMetrics:
     return metrics
 
 
-def batch_of_step(config: TrainConfig, sampler: Sampler, rollouts: list[Rollout], contexts: list[Context | None]) -> Batch | None:
+def batch_of_step(
+    config: TrainConfig, sampler: Sampler, rollouts: list[Rollout], contexts: list[Context | None]
+) -> Batch | None:
     """The rollouts that have a view of the teacher, and with a policy gradient the others too. None without any."""
     gains = advantages(rollouts, config.advantage_std) if config.policy_weight else [0.0] * len(rollouts)
     kept = [i for i, context in enumerate(contexts) if context is not None or config.policy_weight > 0]
@@ -219,21 +281,39 @@ def batch_of_step(config: TrainConfig, sampler: Sampler, rollouts: list[Rollout]
         return None
     views = iter(sampler.encode([(rollouts[i].prompt, contexts[i]) for i in kept if contexts[i] is not None]))
     prompts = [next(views) if contexts[i] is not None else None for i in kept]
-    separators = sampler.encoder.containing(config.segment_separator) if "SegmentMean" in (config.token_weights or "") else frozenset()
-    return make_batch([rollouts[i] for i in kept], prompts, sampler.pad_token, config.device, [gains[i] for i in kept], separators)
+    separators = (
+        sampler.encoder.containing(config.segment_separator)
+        if "SegmentMean" in (config.token_weights or "")
+        else frozenset()
+    )
+    return make_batch(
+        [rollouts[i] for i in kept],
+        prompts,
+        sampler.pad_token,
+        config.device,
+        [gains[i] for i in kept],
+        separators,
+    )
 
 
 def rehearse(run: Run, rollouts: list[Rollout], metrics: StepMetrics) -> Rehearsal:
     """Answers to prompts of the skills to keep. What the model would have said before the run is their target: no verdict, no context."""
     metrics["rehearsal_reward"] = sum(rollout.verdict.reward for rollout in rollouts) / len(rollouts)
     views = [rollout.prompt_tokens for rollout in rollouts]
-    return Rehearsal(make_batch(rollouts, views, run.sampler.pad_token, run.config.device), run.state.reference)
+    return Rehearsal(
+        make_batch(rollouts, views, run.sampler.pad_token, run.config.device), run.state.reference
+    )
 
 
 def prompts_of_step(run: Run, problems: Sequence[int], count: int, stream: int) -> list[Prompt]:
     """The next prompts of an endless walk through the problems, shuffled anew in every epoch."""
     places = range(run.state.step * count, (run.state.step + 1) * count)
-    chosen = [problems[epoch_order(len(problems), run.config.seed, stream, place // len(problems))[place % len(problems)]] for place in places]
+    chosen = [
+        problems[
+            epoch_order(len(problems), run.config.seed, stream, place // len(problems))[place % len(problems)]
+        ]
+        for place in places
+    ]
     return [run.task.env(problem, 0).prompt() for problem in chosen]
 
 
@@ -248,7 +328,9 @@ def measure(run: Run, samples: int) -> dict[str, float | None]:
     state, task, seed = run.state, run.task, run.config.seed
     return {
         "held_out_accuracy": evaluate.accuracy(run.sampler, state.model, task, task.held_out, samples, seed),
-        "self_teacher_accuracy": evaluate.self_teacher_accuracy(run.sampler, state.model, state.teacher, task, run.config, samples),
+        "self_teacher_accuracy": evaluate.self_teacher_accuracy(
+            run.sampler, state.model, state.teacher, task, run.config, samples
+        ),
         "untrained_skill": evaluate.accuracy(run.sampler, state.model, task, task.untrained, samples, seed),
     }
 

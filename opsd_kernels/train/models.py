@@ -26,19 +26,27 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def load_pretrained(source: str | Path, config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_pretrained(
+    source: str | Path, config: TrainConfig
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Weights from safetensors only, no remote code. Raises ConfigError where transformers finds no model it can load so."""
     dtype = getattr(torch, config.dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"model: expected 'tiny' or a Hugging Face model with safetensors weights, got {str(source)!r}: {reason}") from error
+        raise ConfigError(
+            f"model: expected 'tiny' or a Hugging Face model with safetensors weights, got {str(source)!r}: {reason}"
+        ) from error
     return model.to(config.device), tokenizer
 
 
-def load_student(base: str | Path, saved: Path | None, config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_student(
+    base: str | Path, saved: Path | None, config: TrainConfig
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model to train: the base, or what a checkpoint holds; with `lora_rank`, the base frozen below an adapter, new or saved."""
     if not config.lora_rank:
         model, tokenizer = load_pretrained(saved or base, config)
@@ -69,10 +77,18 @@ def with_adapter(model: PreTrainedModel, saved: Path | None, config: TrainConfig
     try:
         import peft
     except ImportError as error:
-        raise ConfigError(f"lora_rank: expected 0, as peft is not installed (pip install peft), got {config.lora_rank}") from error
+        raise ConfigError(
+            f"lora_rank: expected 0, as peft is not installed (pip install peft), got {config.lora_rank}"
+        ) from error
     if saved is not None:
         return peft.PeftModel.from_pretrained(model, str(saved), is_trainable=True).to(config.device)
-    adapter = peft.LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+    adapter = peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules="all-linear",
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
     # Forked, so that building the adapter leaves the run's own generator where it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

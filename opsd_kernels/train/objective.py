@@ -38,10 +38,21 @@ def needs_old_logprobs(config: TrainConfig) -> bool:
 @functools.cache
 def plain(config: TrainConfig) -> TrainConfig:
     """The full divergence to a teacher and nothing else: what rehearsal uses."""
-    return replace(config, policy_weight=0.0, objective="full", token_weights=None, updates_per_batch=1, topk=None, entry_clip=None, token_clip=None)
+    return replace(
+        config,
+        policy_weight=0.0,
+        objective="full",
+        token_weights=None,
+        updates_per_batch=1,
+        topk=None,
+        entry_clip=None,
+        token_clip=None,
+    )
 
 
-def step_loss(student: PreTrainedModel, teacher: Teacher, batch: Batch, config: TrainConfig, totals: Totals, vocab: int) -> tuple[Tensor, TokenStats]:
+def step_loss(
+    student: PreTrainedModel, teacher: Teacher, batch: Batch, config: TrainConfig, totals: Totals, vocab: int
+) -> tuple[Tensor, TokenStats]:
     """This micro-batch's part of the step's loss, in nats, and the statistics of its tokens.
 
     `totals` count the whole optimisation step, so that the parts add up to what one batch would give.
@@ -53,16 +64,44 @@ def step_loss(student: PreTrainedModel, teacher: Teacher, batch: Batch, config: 
         teacher_hidden, theirs = hidden_states(model, batch.teacher), Head.of(model)
     hidden, mine = hidden_states(student, batch.student), Head.of(student)
     weights = _token_weights(batch, config, totals)
-    options: dict[str, Any] = {**_reduction(config, totals), **mine.options("student"), **theirs.options("teacher")}
-    options |= {"divergence": config.divergence, "beta": config.beta, "temperature": config.distill_temperature, "vocab_size": _padded(vocab, mine, theirs)}
-    options |= {"teacher_temperature": config.teacher_temperature, "teacher_mix": teacher.mix, "labels": batch.labels_BT, "ignore_index": IGNORE}
-    options |= {"entry_clip": config.entry_clip, "token_clip": config.token_clip, "topk": config.topk, "return_stats": True, "backend": config.backend}
+    options: dict[str, Any] = {
+        **_reduction(config, totals),
+        **mine.options("student"),
+        **theirs.options("teacher"),
+    }
+    options |= {
+        "divergence": config.divergence,
+        "beta": config.beta,
+        "temperature": config.distill_temperature,
+        "vocab_size": _padded(vocab, mine, theirs),
+    }
+    options |= {
+        "teacher_temperature": config.teacher_temperature,
+        "teacher_mix": teacher.mix,
+        "labels": batch.labels_BT,
+        "ignore_index": IGNORE,
+    }
+    options |= {
+        "entry_clip": config.entry_clip,
+        "token_clip": config.token_clip,
+        "topk": config.topk,
+        "return_stats": True,
+        "backend": config.backend,
+    }
     options |= {"topk_support": config.topk_support, "topk_tail": config.topk_tail}
     op: Callable[..., Any] = linear_divergence
     if config.objective == "sampled_token":
-        distilled = OnPolicyDistillation(config.token_reward, config.reward_strength, config.reward_clip, weights)
+        distilled = OnPolicyDistillation(
+            config.token_reward, config.reward_strength, config.reward_clip, weights
+        )
         options |= {
-            "policy": Mix(tuple((share, term) for share, term in ((config.policy_weight, ppo), (1 - config.policy_weight, distilled)) if share)),
+            "policy": Mix(
+                tuple(
+                    (share, term)
+                    for share, term in ((config.policy_weight, ppo), (1 - config.policy_weight, distilled))
+                    if share
+                )
+            ),
             "policy_weight": 1.0,
         }
         op = linear_policy_divergence
@@ -76,33 +115,53 @@ def step_loss(student: PreTrainedModel, teacher: Teacher, batch: Batch, config: 
 
 
 @torch.no_grad()
-def sampling_logprobs(student: PreTrainedModel, batch: Batch, config: TrainConfig, vocab: int) -> Tensor:  # -> (B, T)
+def sampling_logprobs(
+    student: PreTrainedModel, batch: Batch, config: TrainConfig, vocab: int
+) -> Tensor:  # -> (B, T)
     """Log-probs, in nats, of the batch's tokens under the student as it is now."""
     hidden, head = hidden_states(student, batch.student), Head.of(student)
     return linear_logprobs(hidden, head.weight, batch.labels_BT, **_alone(head, config, vocab))
 
 
-def _policy_alone(student: PreTrainedModel, batch: Batch, ppo: PPOClip, config: TrainConfig, totals: Totals, vocab: int) -> tuple[Tensor, TokenStats]:
+def _policy_alone(
+    student: PreTrainedModel, batch: Batch, ppo: PPOClip, config: TrainConfig, totals: Totals, vocab: int
+) -> tuple[Tensor, TokenStats]:
     hidden, head = hidden_states(student, batch.student), Head.of(student)
-    logprobs_BT, entropy_BT = linear_logprobs(hidden, head.weight, batch.labels_BT, return_entropy=True, **_alone(head, config, vocab))
+    logprobs_BT, entropy_BT = linear_logprobs(
+        hidden, head.weight, batch.labels_BT, return_entropy=True, **_alone(head, config, vocab)
+    )
     losses_BT = torch.where(batch.mask_BT, ppo(logprobs_BT, None, batch.mask_BT), 0.0)
     if config.reduction == "sequence_mean":
         loss = (losses_BT.sum(1) / batch.mask_BT.sum(1)).sum() / totals.sequences
     else:
         loss = losses_BT.sum() / totals.tokens
-    nothing = torch.full_like(logprobs_BT, torch.nan).detach()  # no teacher, hence neither divergence nor largest probability was computed
-    return loss, TokenStats(divergence=nothing, student_entropy=entropy_BT.detach(), student_max_prob=nothing, student_logprob=logprobs_BT.detach())
+    nothing = torch.full_like(
+        logprobs_BT, torch.nan
+    ).detach()  # no teacher, hence neither divergence nor largest probability was computed
+    return loss, TokenStats(
+        divergence=nothing,
+        student_entropy=entropy_BT.detach(),
+        student_max_prob=nothing,
+        student_logprob=logprobs_BT.detach(),
+    )
 
 
 def _alone(head: Head, config: TrainConfig, vocab: int) -> dict[str, Any]:
-    settings = {"temperature": config.distill_temperature, "vocab_size": _padded(vocab, head), "ignore_index": IGNORE, "backend": config.backend}
+    settings = {
+        "temperature": config.distill_temperature,
+        "vocab_size": _padded(vocab, head),
+        "ignore_index": IGNORE,
+        "backend": config.backend,
+    }
     return {**settings, **head.options()}
 
 
 def _padded(vocab: int, *heads: Head) -> int | None:
     """`vocab_size` for the op: None where no head has rows beyond the tokenizer's."""
     smallest = min(head.weight.shape[0] for head in heads)
-    return None if all(head.weight.shape[0] == min(vocab, smallest) for head in heads) else min(vocab, smallest)
+    return (
+        None if all(head.weight.shape[0] == min(vocab, smallest) for head in heads) else min(vocab, smallest)
+    )
 
 
 def _reduction(config: TrainConfig, totals: Totals) -> dict[str, Any]:
@@ -120,7 +179,9 @@ def _token_weights(batch: Batch, config: TrainConfig, totals: Totals) -> Any:
     """The setting's weights, the importance ratio where a batch is used more than once, and 0 for rollouts that the teacher has no view of."""
     factors = []
     if config.token_weights is not None:
-        factors.append(parse_weights(config.token_weights)(TokenData(batch.old_logprobs_BT, batch.boundaries_BT)))
+        factors.append(
+            parse_weights(config.token_weights)(TokenData(batch.old_logprobs_BT, batch.boundaries_BT))
+        )
     if batch.old_logprobs_BT is not None and "ImportanceRatio" not in (config.token_weights or ""):
         factors.append(ImportanceRatio(batch.old_logprobs_BT, config.importance_clip))
     if totals.distilled_sequences < totals.sequences:

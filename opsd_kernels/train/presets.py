@@ -18,9 +18,23 @@ PRESETS: dict[str, dict[str, Any]] = {
     "secret_op": {},
     "expr": {"feedback": "case", "max_new_tokens": 8, "warm_share": 0.5},
     # `opsd discover`, 12 hard questions, rate 1e-3: in 256 attempts forward KL found 11 and reverse KL 9; of 6 in 128, rate 3e-3, EMA .1 found 4, .003 found 3.
-    "mastermind": {"feedback": "counts", "warm_share": 0.6, "warm_accuracy": 0.03, "learning_rate": 2e-3, "ema_rate": 0.1, "divergence": "forward_kl"},
+    "mastermind": {
+        "feedback": "counts",
+        "warm_share": 0.6,
+        "warm_accuracy": 0.03,
+        "learning_rate": 2e-3,
+        "ema_rate": 0.1,
+        "divergence": "forward_kl",
+    },
     # Told only where it went wrong, the teacher of `chain` is worse than its student (.31 against .39), which 100 steps bring to 0: hence the whole answer.
     "chain": {"max_new_tokens": 13, "warm_share": 0.3},
     "plan": {"max_new_tokens": 10, "warm_share": 0.05, "warm_accuracy": 0.3},
-    "jsonl": {"feedback": "text", "max_new_tokens": 256, "rehearsal_prompts": 0, "ema_rate": None, "learning_rate": 1e-6, "micro_batch": 8},
+    "jsonl": {
+        "feedback": "text",
+        "max_new_tokens": 256,
+        "rehearsal_prompts": 0,
+        "ema_rate": None,
+        "learning_rate": 1e-6,
+        "micro_batch": 8,
+    },
 }

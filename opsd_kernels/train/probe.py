@@ -36,17 +36,33 @@ from opsd_kernels.train.types import Rollout
 
 VIEW = ("context", "feedback", "siblings", "successes", "failures", "control")  # the keys that a law varies
 SEEDS = ("seed", "warm_seed")
-WATCHING = ("eval_every", "eval_samples", "probe_samples", "checkpoint_every", "samples_every", "samples_kept")
+WATCHING = (
+    "eval_every",
+    "eval_samples",
+    "probe_samples",
+    "checkpoint_every",
+    "samples_every",
+    "samples_kept",
+)
 SCHEMA = 1
 SAME = 1e-12  # squares below it are rounding: accuracies are multiples of one answer in thousands
 
 
 def context_name(config: TrainConfig) -> str:
     """Short: `answer`, `siblings`, `siblings + last`, `contrastive 2+1 (unrelated)`."""
-    counts = {"none": "nothing", "sdpo": "siblings" if config.siblings else "", "positive": f"positive {config.successes}"}
-    counts |= {"contrastive": f"contrastive {config.successes}+{config.failures}", "failure": f"failure {config.failures}"}
+    counts = {
+        "none": "nothing",
+        "sdpo": "siblings" if config.siblings else "",
+        "positive": f"positive {config.successes}",
+    }
+    counts |= {
+        "contrastive": f"contrastive {config.successes}+{config.failures}",
+        "failure": f"failure {config.failures}",
+    }
     told = config.feedback if config.context != "none" and config.feedback != "none" else ""
-    return " + ".join(filter(None, (counts[config.context], told))) + (f" ({config.control})" if config.control != "none" else "")
+    return " + ".join(filter(None, (counts[config.context], told))) + (
+        f" ({config.control})" if config.control != "none" else ""
+    )
 
 
 def with_context(config: TrainConfig, text: str) -> TrainConfig:
@@ -80,13 +96,22 @@ class Recorder:
     def __init__(self, sampler: Sampler):
         self.sampler, self.calls = sampler, []
 
-    def sample(self, model: PreTrainedModel, task: Task, requests: Sequence[Request], *key: int) -> list[Rollout]:
+    def sample(
+        self, model: PreTrainedModel, task: Task, requests: Sequence[Request], *key: int
+    ) -> list[Rollout]:
         rollouts = self.sampler.sample(model, task, requests, *key)
         self.calls.append((requests, rollouts, key))
         return rollouts
 
 
-def measure_context(sampler: Sampler, student: PreTrainedModel, teacher: Teacher, task: Task, config: TrainConfig, samples: int) -> Probe:
+def measure_context(
+    sampler: Sampler,
+    student: PreTrainedModel,
+    teacher: Teacher,
+    task: Task,
+    config: TrainConfig,
+    samples: int,
+) -> Probe:
     """About `samples` rollouts, as many of each problem."""
     recorder, groups, problems = Recorder(sampler), max(1, samples // config.group_size), len(task.held_out)
     if groups > problems:
@@ -94,14 +119,20 @@ def measure_context(sampler: Sampler, student: PreTrainedModel, teacher: Teacher
     evaluate.self_teacher_accuracy(recorder, student, teacher, task, config, groups * config.group_size)
     (_, attempts, _), (asked, answers, key) = recorder.calls
     # At the teacher's own random numbers, so that what both draw in the same way cancels.
-    again = sampler.sample(student, task, [Request(request.prompt, request.group, request.sample) for request in asked], *key)
+    again = sampler.sample(
+        student, task, [Request(request.prompt, request.group, request.sample) for request in asked], *key
+    )
     place = {(rollout.group, rollout.sample): i for i, rollout in enumerate(attempts)}
-    right = np.repeat([[float(rollout.verdict.success)] for rollout in attempts], 3, axis=1)  # (B, 3): student, teacher, second try
+    right = np.repeat(
+        [[float(rollout.verdict.success)] for rollout in attempts], 3, axis=1
+    )  # (B, 3): student, teacher, second try
     for column, drawn in ((1, answers), (2, again)):
         for rollout in drawn:
             right[place[rollout.group, rollout.sample], column] = rollout.verdict.success
     _, problem_B = np.unique([rollout.prompt.problem for rollout in attempts], return_inverse=True)
-    alone, taught, twice = (np.bincount(problem_B, right[:, column]) / np.bincount(problem_B) for column in range(3))
+    alone, taught, twice = (
+        np.bincount(problem_B, right[:, column]) / np.bincount(problem_B) for column in range(3)
+    )
     estimates = [estimate(values) for values in (alone, taught, twice, taught - twice, taught - alone)]
     return Probe(context_name(config), len(asked) / len(attempts), *estimates)
 
@@ -112,7 +143,10 @@ def measure_contexts(configs: Sequence[TrainConfig], samples: int | None, progre
     for config in configs:
         models.check_machine(config)
         task = make_task(config)
-        wanted = ({name: value for name, value in asdict(config).items() if name not in VIEW}, config.shows_peers)
+        wanted = (
+            {name: value for name, value in asdict(config).items() if name not in VIEW},
+            config.shows_peers,
+        )
         with reproducible(config):
             if wanted != key:
                 loaded, key = _load(config, task, progress), wanted
@@ -124,7 +158,18 @@ def _load(config: TrainConfig, task: Task, progress: Progress) -> tuple[Sampler,
     model, tokenizer = models.load_student(loop.base_of(config, task, progress), None, config)
     teacher = make_teacher(model, config, loop.external_teacher(config, task, tokenizer, progress))
     encoder, vocab = PromptEncoder(tokenizer, task.template), models.vocabulary(tokenizer)
-    return Sampler(encoder, config.max_new_tokens, config.rollout_temperature, config.rollout_batch, vocab, make_engine(config)), model, teacher
+    return (
+        Sampler(
+            encoder,
+            config.max_new_tokens,
+            config.rollout_temperature,
+            config.rollout_batch,
+            vocab,
+            make_engine(config),
+        ),
+        model,
+        teacher,
+    )
 
 
 @dataclass(frozen=True)
@@ -163,8 +208,14 @@ class Law:
     def predict(self, gap: float) -> Estimate:
         """The improvement of one more context, with its 95 % prediction interval. A line through all points knows no more of it than their scatter."""
         gaps, _ = coordinates(self.points)
-        value, varied, far = self.slope * gap + self.intercept, float(np.sum((gaps - gaps.mean()) ** 2)), (gap - gaps.mean()) ** 2
-        lever = far / varied if varied > SAME else 0.0 if far < SAME else np.inf  # gaps that were all the same say nothing about another one
+        value, varied, far = (
+            self.slope * gap + self.intercept,
+            float(np.sum((gaps - gaps.mean()) ** 2)),
+            (gap - gaps.mean()) ** 2,
+        )
+        lever = (
+            far / varied if varied > SAME else 0.0 if far < SAME else np.inf
+        )  # gaps that were all the same say nothing about another one
         wide = stats.t.ppf((1 + LEVEL) / 2, len(gaps) - 2) * self.scatter * np.sqrt(1 + 1 / len(gaps) + lever)
         return Estimate(value, float(value - wide), float(value + wide), len(gaps))
 
@@ -173,7 +224,12 @@ class Law:
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, report_json.dumps({"schema": SCHEMA, "kind": "law", **asdict(self), "error": self.error, "spread": self.spread}))
+        write_file(
+            path,
+            report_json.dumps(
+                {"schema": SCHEMA, "kind": "law", **asdict(self), "error": self.error, "spread": self.spread}
+            ),
+        )
 
 
 def coordinates(points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
@@ -200,7 +256,10 @@ def by_context(runs: Sequence[Point]) -> list[Point]:
 
 def _mean(group: Sequence[Point]) -> Point:
     counts = [point.runs for point in group]
-    gap, improvement = (float(np.average([getattr(point, name) for point in group], weights=counts)) for name in ("gap", "improvement"))
+    gap, improvement = (
+        float(np.average([getattr(point, name) for point in group], weights=counts))
+        for name in ("gap", "improvement")
+    )
     return Point(group[0].context, gap, improvement, sum(counts))
 
 
@@ -208,7 +267,9 @@ def fit(runs: Sequence[Point], settings: dict[str, Any] | None = None) -> Law:
     """Raises ValueError for fewer than three contexts: a line goes through any two."""
     points = by_context(runs)
     if len(points) < 3:
-        raise ValueError(f"fit: expected runs of at least 3 contexts, got {len(points)}: {', '.join(point.context for point in points)}")
+        raise ValueError(
+            f"fit: expected runs of at least 3 contexts, got {len(points)}: {', '.join(point.context for point in points)}"
+        )
     gaps, gains = coordinates(points)
     slope, intercept, r2 = map(float, line(gaps, gains))
     scatter = np.sqrt(np.sum((gains - slope * gaps - intercept) ** 2) / (len(points) - 2))
@@ -226,17 +287,27 @@ def load_law(path: Path) -> Law:
     except ValueError as error:
         raise ValueError(f"law: expected a JSON file that a fit wrote, got {path}: {error}") from error
     if not isinstance(data, dict) or (data.get("kind"), data.get("schema")) != ("law", SCHEMA):
-        raise ValueError(f"law: expected a file of opsd probe --fit or of opsd reproduce law (fits/law.json), got {path}, which is another")
+        raise ValueError(
+            f"law: expected a file of opsd probe --fit or of opsd reproduce law (fits/law.json), got {path}, which is another"
+        )
     return fit([Point(**point) for point in data["points"]], data["settings"])
 
 
 def common_settings(config: TrainConfig) -> dict[str, Any]:
     """What the runs of one law must share."""
-    return {name: value for name, value in asdict(config).items() if name not in (*VIEW, *SEEDS, *WATCHING, *WHERE_NOT_WHAT)}
+    return {
+        name: value
+        for name, value in asdict(config).items()
+        if name not in (*VIEW, *SEEDS, *WATCHING, *WHERE_NOT_WHAT)
+    }
 
 
 def differences(settings: dict[str, Any], others: dict[str, Any]) -> list[str]:
-    return [f"{name}: {value!r}, {others[name]!r}" for name, value in settings.items() if name in others and others[name] != value]
+    return [
+        f"{name}: {value!r}, {others[name]!r}"
+        for name, value in settings.items()
+        if name in others and others[name] != value
+    ]
 
 
 def fit_runs(folders: Sequence[Path], samples: int | None, progress: Progress) -> Law:
@@ -247,18 +318,29 @@ def fit_runs(folders: Sequence[Path], samples: int | None, progress: Progress) -
     configs = []
     for folder in folders:
         if not (folder / "summary.json").is_file() or not (folder / "config.json").is_file():
-            raise ValueError(f"fit: expected directories of finished runs, with config.json and summary.json, got {folder}")
+            raise ValueError(
+                f"fit: expected directories of finished runs, with config.json and summary.json, got {folder}"
+            )
         configs.append(load_config(folder / "config.json"))
         differ = differences(common_settings(configs[0]), common_settings(configs[-1]))
         if differ:
-            raise ValueError(f"fit: expected runs that differ in context and seeds alone, got {folders[0]} and {folder} with {'; '.join(differ)}")
+            raise ValueError(
+                f"fit: expected runs that differ in context and seeds alone, got {folders[0]} and {folder} with {'; '.join(differ)}"
+            )
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
-    gains = [summary["held_out_accuracy_after"] - summary["held_out_accuracy_before"] for summary in summaries]
+    gains = [
+        summary["held_out_accuracy_after"] - summary["held_out_accuracy_before"] for summary in summaries
+    ]
     probes = measure_contexts(configs, samples, progress)
-    return fit([Point(probe.context, probe.gap.value, gain) for probe, gain in zip(probes, gains, strict=True)], common_settings(configs[0]) if configs else {})
+    return fit(
+        [Point(probe.context, probe.gap.value, gain) for probe, gain in zip(probes, gains, strict=True)],
+        common_settings(configs[0]) if configs else {},
+    )
 
 
-def probe_command(configs: Sequence[TrainConfig], samples: int | None, law_file: Path | None, out: Path | None) -> None:
+def probe_command(
+    configs: Sequence[TrainConfig], samples: int | None, law_file: Path | None, out: Path | None
+) -> None:
     """`opsd probe`: a table of the contexts, with what the law predicts for each if there is one."""
     progress, law = Progress(), load_law(law_file) if law_file else None
     probes = measure_contexts(configs, samples, progress)
@@ -267,17 +349,35 @@ def probe_command(configs: Sequence[TrainConfig], samples: int | None, law_file:
     for difference in differences(law.settings, common_settings(configs[0])) if law else ():
         progress.say(f"the law's runs differ from this configuration in {difference}")
     if out is not None:
-        record = {"schema": SCHEMA, "kind": "probes", "probes": [asdict(probe) for probe in probes], "predictions": [asdict(one) for one in predictions]}
+        record = {
+            "schema": SCHEMA,
+            "kind": "probes",
+            "probes": [asdict(probe) for probe in probes],
+            "predictions": [asdict(one) for one in predictions],
+        }
         write_file(out, report_json.dumps(record))
 
 
 def show_probes(console: Console, probes: Sequence[Probe], law: Law | None) -> None:
     table = Table(title="accuracy before training [95 % over problems]")
-    for column in ("context", "student", "self-teacher", "second try", "gap", *(["predicted improvement [95 %]"] if law else [])):
+    for column in (
+        "context",
+        "student",
+        "self-teacher",
+        "second try",
+        "gap",
+        *(["predicted improvement [95 %]"] if law else []),
+    ):
         table.add_column(column)
     for probe in probes:
-        predicted = [str(law.predict(probe.gap.value)) + ("" if law.inside(probe.gap.value) else " *")] if law else []
-        table.add_row(probe.context, *(str(value) for value in (probe.student, probe.teacher, probe.second_try, probe.gap)), *predicted)
+        predicted = (
+            [str(law.predict(probe.gap.value)) + ("" if law.inside(probe.gap.value) else " *")] if law else []
+        )
+        table.add_row(
+            probe.context,
+            *(str(value) for value in (probe.student, probe.teacher, probe.second_try, probe.gap)),
+            *predicted,
+        )
     console.print(table)
     if law is not None and not all(law.inside(probe.gap.value) for probe in probes):
         console.print("* beyond the gaps that the law was fitted on", markup=False)
@@ -291,9 +391,13 @@ def fit_command(folders: Sequence[Path], samples: int | None, out: Path | None) 
     for column in ("context", "runs", "gap", "improvement", "as predicted by the others"):
         table.add_column(column)
     for point, left in zip(law.points, law.left_out, strict=True):
-        table.add_row(point.context, str(point.runs), f"{point.gap:.3f}", f"{point.improvement:.3f}", f"{left:.3f}")
+        table.add_row(
+            point.context, str(point.runs), f"{point.gap:.3f}", f"{point.improvement:.3f}", f"{left:.3f}"
+        )
     progress.console.print(table)
     progress.say(f"improvement = {law.slope:.3f} gap {law.intercept:+.3f}, R^2 {law.r2:.3f}")
-    progress.say(f"error on a context that was left out {law.error:.3f}, without the gap {law.spread:.3f} (root mean square)")
+    progress.say(
+        f"error on a context that was left out {law.error:.3f}, without the gap {law.spread:.3f} (root mean square)"
+    )
     if out is not None:
         law.save(out)

@@ -62,7 +62,9 @@ class Ranks:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         flat = self.total(torch.cat([parameter.grad.flatten().float() for parameter in trained]))
-        for parameter, summed in zip(trained, flat.split([parameter.numel() for parameter in trained]), strict=True):
+        for parameter, summed in zip(
+            trained, flat.split([parameter.numel() for parameter in trained]), strict=True
+        ):
             parameter.grad.copy_(summed.view_as(parameter))
 
     def any(self, flag: bool) -> bool:
@@ -85,7 +87,9 @@ class Ranks:
             raise error or told[0]
         return result
 
-    def on_first_asking(self, action: Callable[[Callable[[str], Item]], Any], answer: Callable[[str], Item]) -> None:
+    def on_first_asking(
+        self, action: Callable[[Callable[[str], Item]], Any], answer: Callable[[str], Item]
+    ) -> None:
         """Rank 0 acts, and may ask: `ask(name)` is `answer(name)` there, which all ranks call."""
 
         def told(name: str | None) -> str | None:
@@ -127,7 +131,9 @@ def joined(device: str) -> Iterator[Ranks]:
         return
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
         # transformers would load the weights in the first process alone, and leave them to accelerate's wrapper.
-        raise ConfigError("launcher: expected accelerate launch without --use_fsdp (shard=fsdp is the trainer's own), got ACCELERATE_USE_FSDP=true")
+        raise ConfigError(
+            "launcher: expected accelerate launch without --use_fsdp (shard=fsdp is the trainer's own), got ACCELERATE_USE_FSDP=true"
+        )
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     own = not dist.is_initialized()

@@ -46,24 +46,41 @@ class Record:
         """The value and its step: at the end, or of the latest probe on the way."""
         if self.complete:
             return self.facts.get(f"{name}_after"), self.facts["steps"]
-        return next(((line[name], line["step"]) for line in reversed(self.metrics) if line.get(name) is not None), (None, 0))
+        return next(
+            ((line[name], line["step"]) for line in reversed(self.metrics) if line.get(name) is not None),
+            (None, 0),
+        )
 
 
 def read_run(folder: Path, summary: dict[str, Any] | None = None) -> Record:
     """`summary` stands for a summary.json that is not written yet. Raises FileNotFoundError for a directory without a run."""
     config, written = folder / "config.json", folder / "summary.json"
     if not config.is_file():
-        raise FileNotFoundError(f"RUN_DIR: expected the directory of a run, got {folder}, which holds no config.json")
+        raise FileNotFoundError(
+            f"RUN_DIR: expected the directory of a run, got {folder}, which holds no config.json"
+        )
     if summary is None and written.is_file():
         summary = json.loads(written.read_text())
-    lines = {name: read_metrics(folder / name) if (folder / name).is_file() else [] for name in ("metrics.jsonl", "samples.jsonl")}
+    lines = {
+        name: read_metrics(folder / name) if (folder / name).is_file() else []
+        for name in ("metrics.jsonl", "samples.jsonl")
+    }
     facts = newest_facts(folder / "checkpoint") if summary is None else summary
-    return Record(folder.resolve().name, json.loads(config.read_text()), lines["metrics.jsonl"], lines["samples.jsonl"], facts, summary is not None)
+    return Record(
+        folder.resolve().name,
+        json.loads(config.read_text()),
+        lines["metrics.jsonl"],
+        lines["samples.jsonl"],
+        facts,
+        summary is not None,
+    )
 
 
 def newest_facts(checkpoints: Path) -> dict[str, Any]:
     """What was measured before training, as the newest checkpoint has it; nothing before the first one."""
-    records = sorted(checkpoints.glob("step_*/state.json"), key=lambda path: int(path.parent.name.removeprefix("step_")))
+    records = sorted(
+        checkpoints.glob("step_*/state.json"), key=lambda path: int(path.parent.name.removeprefix("step_"))
+    )
     return json.loads(records[-1].read_text())["facts"] if records else {}
 
 
@@ -84,7 +101,12 @@ def draw_curves(path: Path, metrics: list[StepMetrics]) -> None:
             points = points_of(metrics, name)
             if points:
                 sparse = len(points) < len(metrics) / 2
-                axes.plot(*zip(*points, strict=True), marker="o" if sparse else None, linewidth=1.2, label=name.replace("_", " "))
+                axes.plot(
+                    *zip(*points, strict=True),
+                    marker="o" if sparse else None,
+                    linewidth=1.2,
+                    label=name.replace("_", " "),
+                )
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)

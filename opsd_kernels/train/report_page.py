@@ -75,7 +75,9 @@ def before_and_after(run: Record) -> str:
     rows = []
     for label, name in MEASURED:
         before, (after, step) = run.before(name), run.after(name)
-        if before is None and after is None:  # an environment without an untrained skill, or a run that has not measured yet
+        if (
+            before is None and after is None
+        ):  # an environment without an untrained skill, or a run that has not measured yet
             continue
         gained = "" if before is None or after is None else f"{100 * (after - before):+.1f} points"
         rows.append((label, _percent(before), _percent(after), gained, "" if after is None else str(step)))
@@ -86,20 +88,41 @@ def before_and_after(run: Record) -> str:
 
 
 def curves(run: Record) -> str:
-    charts = [line_chart(title, [(name.replace("_", " "), points_of(run.metrics, name)) for name in names]) for title, names in PANELS]
+    charts = [
+        line_chart(title, [(name.replace("_", " "), points_of(run.metrics, name)) for name in names])
+        for title, names in PANELS
+    ]
     steps = points_of(run.metrics, "divergence_by_position")
     lines = []
-    for step, values in dict(steps[i] for i in (0, len(steps) // 2, -1) if steps).items():  # the first, one in the middle, the last
-        lines.append((f"step {step}", [(place, value) for place, value in enumerate(values, 1) if value is not None]))
+    for step, values in dict(
+        steps[i] for i in (0, len(steps) // 2, -1) if steps
+    ).items():  # the first, one in the middle, the last
+        lines.append(
+            (f"step {step}", [(place, value) for place, value in enumerate(values, 1) if value is not None])
+        )
     return "\n".join([*charts, line_chart("divergence by position, nats", lines, "token of the answer")])
 
 
 def settings(config: dict[str, Any]) -> str:
     """What differs from the defaults, and everything folded away."""
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)} | PRESETS.get(config["env"], {}) | {"env": config["env"]}
-    theirs = {key: json.dumps(defaults[key]) if key in defaults else "-" for key in config}  # a run of another version may have other keys
-    changed = [(key, json.dumps(value), theirs[key]) for key, value in config.items() if theirs[key] != json.dumps(value)]
-    shown = table(("setting", "this run", f"default of {config['env']}"), changed) if changed else f"<p>The defaults of {escape(config['env'])}.</p>"
+    defaults = (
+        {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+        | PRESETS.get(config["env"], {})
+        | {"env": config["env"]}
+    )
+    theirs = {
+        key: json.dumps(defaults[key]) if key in defaults else "-" for key in config
+    }  # a run of another version may have other keys
+    changed = [
+        (key, json.dumps(value), theirs[key])
+        for key, value in config.items()
+        if theirs[key] != json.dumps(value)
+    ]
+    shown = (
+        table(("setting", "this run", f"default of {config['env']}"), changed)
+        if changed
+        else f"<p>The defaults of {escape(config['env'])}.</p>"
+    )
     every = "\n".join(f"{key}: {json.dumps(value)}" for key, value in config.items())
     return f"{shown}\n<details><summary>all settings</summary><pre>{escape(every)}</pre></details>"
 
@@ -109,16 +132,26 @@ def samples(lines: list[dict[str, Any]]) -> str:
     if not lines:
         return '<p class="none">None were kept (samples_kept, samples_every).</p>'
     steps = sorted({line["step"] for line in lines})
-    shown = steps if len(steps) <= SHOWN_STEPS else sorted({steps[round(i * (len(steps) - 1) / (SHOWN_STEPS - 1))] for i in range(SHOWN_STEPS)})
+    shown = (
+        steps
+        if len(steps) <= SHOWN_STEPS
+        else sorted({steps[round(i * (len(steps) - 1) / (SHOWN_STEPS - 1))] for i in range(SHOWN_STEPS)})
+    )
     told = f"{len(lines)} answers of {len(steps)} steps, drawn at random"
-    told += f"; those of {len(shown)} steps are shown, all are in samples.jsonl." if len(shown) < len(steps) else "."
+    told += (
+        f"; those of {len(shown)} steps are shown, all are in samples.jsonl."
+        if len(shown) < len(steps)
+        else "."
+    )
     told += " Shaded: tokens that the teacher finds likelier than the student (blue) or less likely (orange)."
     out = [f"<p class=dim>{told}</p>"]
     for step in shown:
         mine = [line for line in lines if line["step"] == step]
         right = sum(line["reward"] >= 1 for line in mine)
         opened = " open" if step == shown[-1] else ""
-        out.append(f"<details{opened}><summary>step {step}: {right} of {len(mine)} right</summary>{''.join(map(sample, mine))}</details>")
+        out.append(
+            f"<details{opened}><summary>step {step}: {right} of {len(mine)} right</summary>{''.join(map(sample, mine))}</details>"
+        )
     return "\n".join(out)
 
 
@@ -130,10 +163,19 @@ def sample(line: dict[str, Any]) -> str:
         ("answer", shaded(line)),
         ("reward", f"{line['reward']:g}"),
         ("feedback", _text(line["feedback"])),
-        ("teacher saw", "<span class=none>no context: not distilled</span>" if line["teacher_view"] is None else _text(line["teacher_view"])),
+        (
+            "teacher saw",
+            "<span class=none>no context: not distilled</span>"
+            if line["teacher_view"] is None
+            else _text(line["teacher_view"]),
+        ),
         ("gap", f"{sum(gaps) / len(gaps):+.3f} nats a token" if gaps else "<span class=none>-</span>"),
     ]
-    return "<article><dl>" + "".join(f"<dt>{label}</dt><dd>{value}</dd>" for label, value in rows) + "</dl></article>"
+    return (
+        "<article><dl>"
+        + "".join(f"<dt>{label}</dt><dd>{value}</dd>" for label, value in rows)
+        + "</dl></article>"
+    )
 
 
 def shaded(line: dict[str, Any]) -> str:
@@ -153,7 +195,10 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]], numbers: Iterabl
     right = set(numbers)
 
     def line(cells: Iterable[str], tag: str) -> str:
-        return "".join(f'<{tag}{" class=number" if i in right else ""}>{escape(cell)}</{tag}>' for i, cell in enumerate(cells))
+        return "".join(
+            f"<{tag}{' class=number' if i in right else ''}>{escape(cell)}</{tag}>"
+            for i, cell in enumerate(cells)
+        )
 
     body = "\n".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
     return f"<table><thead><tr>{line(header, 'th')}</tr></thead><tbody>\n{body}\n</tbody></table>"

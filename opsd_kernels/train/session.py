@@ -21,27 +21,39 @@ from opsd_kernels.train.types import RunDirectoryError
 def open_run_directory(config: TrainConfig, out: Path, resume: bool) -> None:
     """Claims `out` for this configuration, or checks that it was claimed for it."""
     if resume and not out.is_dir():
-        raise FileNotFoundError(f"out: expected the directory of a run to resume, got {out}, which does not exist")
+        raise FileNotFoundError(
+            f"out: expected the directory of a run to resume, got {out}, which does not exist"
+        )
     if out.exists() and not out.is_dir():
         raise RunDirectoryError(f"out: expected a directory, got the file {out}")
     if not resume and out.exists() and any(out.iterdir()):
-        raise RunDirectoryError(f"out: expected a new or empty directory, got {out}, which is not empty; --resume continues the run in it")
+        raise RunDirectoryError(
+            f"out: expected a new or empty directory, got {out}, which is not empty; --resume continues the run in it"
+        )
     out.mkdir(parents=True, exist_ok=True)
     remove_pending(out)
     record = out / "config.json"
     if not record.exists():  # killed before it had written anything, or no run at all
         if any(out.iterdir()):
-            raise RunDirectoryError(f"out: expected the directory of a run, got {out}, which holds no config.json")
+            raise RunDirectoryError(
+                f"out: expected the directory of a run, got {out}, which holds no config.json"
+            )
         write_file(record, config.to_json())
     differences = config.differences(load_config(record))
     if differences:
-        raise RunDirectoryError(f"out: expected the configuration of the run in {out}, got another one: " + "; ".join(differences))
+        raise RunDirectoryError(
+            f"out: expected the configuration of the run in {out}, got another one: " + "; ".join(differences)
+        )
 
 
 @contextmanager
 def reproducible(config: TrainConfig) -> Iterator[None]:
     """Seeds, threads and deterministic algorithms for the length of a run; the caller's settings come back afterwards."""
-    threads, strict, warn = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    threads, strict, warn = (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -63,7 +75,9 @@ def reproducible(config: TrainConfig) -> Iterator[None]:
 def graceful_interrupt(progress: Progress) -> Iterator[threading.Event]:
     """The first Ctrl-C sets the event, so that a step can end and be saved; the second interrupts at once."""
     event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # Python hands signals to the main thread alone
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # Python hands signals to the main thread alone
         yield event
         return
 

@@ -33,7 +33,10 @@ def place(model: Module, config: TrainConfig, ranks: Ranks) -> Module:
 
     root = without_adapter(model)
     # Gradients of bf16 weights are summed over the ranks in fp32, as Ranks.sum_gradients does.
-    options: dict[str, Any] = {"mesh": init_device_mesh(config.device, (ranks.world,)), "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(config.device, (ranks.world,)),
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+    }
     for block in blocks(root):
         fully_shard(block, reshard_after_forward=True, **options)
     fully_shard(root, reshard_after_forward=False, **options)
@@ -43,7 +46,9 @@ def place(model: Module, config: TrainConfig, ranks: Ranks) -> Module:
     setattr(root, FORWARD, MethodType(_last_hidden, root))
     register_fsdp_forward_method(root, FORWARD)
     with torch.no_grad():
-        last_hidden(model, torch.zeros(1, 1, dtype=torch.int64, device=config.device))  # FSDP learns in a first forward which unit is the root
+        last_hidden(
+            model, torch.zeros(1, 1, dtype=torch.int64, device=config.device)
+        )  # FSDP learns in a first forward which unit is the root
     release(model)
     return model
 
@@ -52,7 +57,9 @@ def blocks(root: Module) -> list[Module]:
     """The modules that transformers would not split over devices, but those that share a weight with the head or each other: such a one is the root's."""
     names = set(getattr(root, "_no_split_modules", None) or ())
     found = [module for module in trunk(root).modules() if type(module).__name__ in names]
-    users = Counter(id(weight) for module in (*found, root.get_output_embeddings()) for weight in module.parameters())
+    users = Counter(
+        id(weight) for module in (*found, root.get_output_embeddings()) for weight in module.parameters()
+    )
     return [module for module in found if all(users[id(weight)] == 1 for weight in module.parameters())]
 
 
@@ -83,7 +90,9 @@ def release(model: Module) -> None:
     root = without_adapter(model)
     for unit in units(root):
         unit.reshard()
-    if hasattr(root, "reset_iter_state"):  # not in torch 2.10, where FSDP's list of such forwards grows by an entry a block
+    if hasattr(
+        root, "reset_iter_state"
+    ):  # not in torch 2.10, where FSDP's list of such forwards grows by an entry a block
         root.reset_iter_state()
 
 
@@ -122,4 +131,6 @@ def cut_as(like: Tensor, value: Tensor) -> Tensor:
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).clone()  # a view would keep the whole
+    return distribute_tensor(
+        value, like.device_mesh, like.placements, src_data_rank=None
+    ).clone()  # a view would keep the whole

@@ -19,7 +19,15 @@ from opsd_kernels.train.teacher import Teacher
 from opsd_kernels.train.types import Batch, Context, NonFiniteLoss, Rollout, StepMetrics
 from opsd_kernels.vocab_parallel import is_dtensor
 
-DIVERGENCE_METRICS = ("loss", "grad_norm", "divergence", "divergence_p95", "divergence_by_position", "student_entropy", "teacher_entropy")
+DIVERGENCE_METRICS = (
+    "loss",
+    "grad_norm",
+    "divergence",
+    "divergence_p95",
+    "divergence_by_position",
+    "student_entropy",
+    "teacher_entropy",
+)
 NAMED_ROWS = 8  # how many bad rows an error lists
 
 
@@ -36,7 +44,9 @@ class Update:
 def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW. Simplification: no fp32 master copy of bf16 weights."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    return torch.optim.AdamW(
+        trained, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
+    )
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -63,12 +73,17 @@ class Trainer:
     ranks: Ranks = ALONE
 
 
-def update_on(trainer: Trainer, batch: Batch, config: TrainConfig, step: int, rehearsal: Rehearsal | None = None) -> Update:
+def update_on(
+    trainer: Trainer, batch: Batch, config: TrainConfig, step: int, rehearsal: Rehearsal | None = None
+) -> Update:
     """`updates_per_batch` optimisation steps on one batch. Returns the first, at which the student is still the policy that sampled."""
     if objective.needs_old_logprobs(config):
         trainer.student.eval()
         mine, filler = share(batch, config, trainer.ranks, sharding.is_sharded(trainer.student))
-        parts = [objective.sampling_logprobs(trainer.student, micro, config, trainer.vocab) for micro in (*mine, *filler)]
+        parts = [
+            objective.sampling_logprobs(trainer.student, micro, config, trainer.vocab)
+            for micro in (*mine, *filler)
+        ]
         batch = replace(batch, old_logprobs_BT=torch.cat(trainer.ranks.together(parts[: len(mine)])))
     updates: list[Update] = []
     try:
@@ -80,7 +95,9 @@ def update_on(trainer: Trainer, batch: Batch, config: TrainConfig, step: int, re
     return updates[0]
 
 
-def optimisation_step(trainer: Trainer, batch: Batch, config: TrainConfig, step: int, rehearsal: Rehearsal | None = None) -> Update:
+def optimisation_step(
+    trainer: Trainer, batch: Batch, config: TrainConfig, step: int, rehearsal: Rehearsal | None = None
+) -> Update:
     """Updates student and teacher. Raises NonFiniteLoss before any weight has changed."""
     student, optimizer = trainer.student, trainer.optimizer
     student.train()  # gradient checkpointing of transformers works in this mode only
@@ -93,7 +110,9 @@ def optimisation_step(trainer: Trainer, batch: Batch, config: TrainConfig, step:
         parts.append((rehearsal.batch, kept_stats))
     if not sharding.is_sharded(student):  # its backward has summed them
         trainer.ranks.sum_gradients(student.parameters())
-    grad_norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], config.max_grad_norm)
+    grad_norm = torch.nn.utils.clip_grad_norm_(
+        [p for group in optimizer.param_groups for p in group["params"]], config.max_grad_norm
+    )
     grad_norm = grad_norm.full_tensor() if is_dtensor(grad_norm) else grad_norm
     whole = loss if kept is None else loss + kept
     if not (torch.isfinite(whole) and torch.isfinite(grad_norm)):
@@ -107,7 +126,9 @@ def optimisation_step(trainer: Trainer, batch: Batch, config: TrainConfig, step:
     return Update(float(loss), float(grad_norm), stats, None if kept is None else float(kept))
 
 
-def share(batch: Batch, config: TrainConfig, ranks: Ranks, equally: bool = False) -> tuple[list[Batch], list[Batch]]:
+def share(
+    batch: Batch, config: TrainConfig, ranks: Ranks, equally: bool = False
+) -> tuple[list[Batch], list[Batch]]:
     """This rank's micro-batches: at least one for every rank where there are so many rollouts. With `equally`, a filler where others have one more."""
     parts = list(micro_batches(batch, min(config.micro_batch, -(-batch.size // ranks.world))))
     mine = ranks.share(parts)
@@ -116,7 +137,13 @@ def share(batch: Batch, config: TrainConfig, ranks: Ranks, equally: bool = False
 
 
 def gradients(
-    student: PreTrainedModel, teacher: Teacher, batch: Batch, config: TrainConfig, vocab: int, weight: float = 1.0, ranks: Ranks = ALONE
+    student: PreTrainedModel,
+    teacher: Teacher,
+    batch: Batch,
+    config: TrainConfig,
+    vocab: int,
+    weight: float = 1.0,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, tuple[TokenStats, ...]]:
     """Adds this rank's part of the step's gradient to the student's; how the batch is cut into micro-batches, and by how many ranks, does not matter.
 
@@ -135,15 +162,25 @@ def gradients(
     return ranks.total(total) * weight, tuple(ranks.together(stats))
 
 
-def describe_bad_rows(step: int, loss: float, grad_norm: float, parts: Sequence[tuple[Batch, Sequence[TokenStats]]]) -> str:
+def describe_bad_rows(
+    step: int, loss: float, grad_norm: float, parts: Sequence[tuple[Batch, Sequence[TokenStats]]]
+) -> str:
     """Which rollouts, and which tokens of theirs, have a divergence, or without a teacher a log-prob, that is not finite."""
     rows = []
     for batch, stats in parts:
-        values_BT = torch.cat([part.student_logprob if part.teacher_logprob is None else part.divergence for part in stats])
+        values_BT = torch.cat(
+            [part.student_logprob if part.teacher_logprob is None else part.divergence for part in stats]
+        )
         for b, t in (~torch.isfinite(values_BT) & batch.mask_BT).nonzero().tolist():
-            rows.append(f"prompt {batch.rollouts[b].prompt.problem}, sample {batch.rollouts[b].sample}, token {t}")
+            rows.append(
+                f"prompt {batch.rollouts[b].prompt.problem}, sample {batch.rollouts[b].sample}, token {t}"
+            )
     more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
-    where = "; ".join(rows[:NAMED_ROWS]) + more if rows else "every token's divergence is finite, the gradient is not"
+    where = (
+        "; ".join(rows[:NAMED_ROWS]) + more
+        if rows
+        else "every token's divergence is finite, the gradient is not"
+    )
     return f"step {step}: expected a finite loss and gradient, got loss {loss} and gradient norm {grad_norm}; rows: {where}"
 
 
@@ -152,7 +189,11 @@ def rollout_metrics(rollouts: Sequence[Rollout], contexts: Sequence[Context | No
     groups = {rollout.group for rollout in rollouts}
     solved = {rollout.group for rollout in rollouts if rollout.verdict.success}
     tokens = sum(len(rollout.tokens) for rollout in rollouts)
-    kept = sum(len(rollout.tokens) for rollout, context in zip(rollouts, contexts, strict=True) if context is not None)
+    kept = sum(
+        len(rollout.tokens)
+        for rollout, context in zip(rollouts, contexts, strict=True)
+        if context is not None
+    )
     given = [context for context in contexts if context is not None]
     return {
         "reward": sum(rollout.verdict.reward for rollout in rollouts) / len(rollouts),
@@ -178,7 +219,11 @@ def update_metrics(update: Update | None, batch: Batch | None) -> StepMetrics:
     mask_BT = batch.mask_BT & batch.distilled_B[:, None]
     if update.stats[0].teacher_logprob is None or not mask_BT.any():
         values = dict.fromkeys((*DIVERGENCE_METRICS, "sampled_logprob_gap", "top1_agreement"))
-        return {**values, **metrics, "student_entropy": tokens("student_entropy")[batch.mask_BT].mean().item()}
+        return {
+            **values,
+            **metrics,
+            "student_entropy": tokens("student_entropy")[batch.mask_BT].mean().item(),
+        }
     divergence_BT = tokens("divergence")
     gap_BT = tokens("teacher_logprob") - tokens("student_logprob")
     return {
@@ -186,11 +231,17 @@ def update_metrics(update: Update | None, batch: Batch | None) -> StepMetrics:
         "divergence": divergence_BT[mask_BT].mean().item(),
         "divergence_p95": divergence_BT[mask_BT].quantile(0.95).item(),
         # Position 0 is the answer's first token; a column without a token of a distilled rollout is null.
-        "divergence_by_position": [_finite(value) for value in ((divergence_BT * mask_BT).sum(0) / mask_BT.sum(0)).tolist()],
+        "divergence_by_position": [
+            _finite(value) for value in ((divergence_BT * mask_BT).sum(0) / mask_BT.sum(0)).tolist()
+        ],
         "student_entropy": tokens("student_entropy")[mask_BT].mean().item(),
-        "teacher_entropy": _mean(tokens("teacher_entropy")[mask_BT]) if update.stats[0].teacher_entropy is not None else None,
+        "teacher_entropy": _mean(tokens("teacher_entropy")[mask_BT])
+        if update.stats[0].teacher_entropy is not None
+        else None,
         "sampled_logprob_gap": _mean(gap_BT[mask_BT]),
-        "top1_agreement": _mean(tokens("top1_agreement")[mask_BT].float()) if update.stats[0].top1_agreement is not None else None,
+        "top1_agreement": _mean(tokens("top1_agreement")[mask_BT].float())
+        if update.stats[0].top1_agreement is not None
+        else None,
     }
 
 
@@ -201,7 +252,9 @@ def reading_metrics(update: Update | None, batch: Batch | None) -> StepMetrics:
     """
     if update is None or batch is None or update.stats[0].teacher_logprob is None:
         return {"teacher_tokens": 0, "context_tokens": 0}
-    prompts_2B = torch.stack([side.rows_BT[:, 0] + 1 for side in (batch.teacher, batch.student)])  # the first row is the prompt's last token
+    prompts_2B = torch.stack(
+        [side.rows_BT[:, 0] + 1 for side in (batch.teacher, batch.student)]
+    )  # the first row is the prompt's last token
     theirs, mine = (prompts_2B * batch.distilled_B).sum(1).tolist()
     return {"teacher_tokens": theirs + batch.totals.distilled_tokens, "context_tokens": theirs - mine}
 
@@ -211,4 +264,6 @@ def _mean(values: Tensor) -> float | None:
 
 
 def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no infinity: a teacher may give a sampled token probability zero
+    return (
+        value if math.isfinite(value) else None
+    )  # JSON has no infinity: a teacher may give a sampled token probability zero

@@ -44,11 +44,23 @@ class Copy(Teacher):
     The average is kept in fp32: at bf16 a step of .01 times an update falls below half an ulp and is lost. Only what trains is averaged and saved.
     """
 
-    def __init__(self, student: PreTrainedModel, rate: float, mix: float = 0.0, placed: Callable[[PreTrainedModel], PreTrainedModel] = lambda model: model):
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        rate: float,
+        mix: float = 0.0,
+        placed: Callable[[PreTrainedModel], PreTrainedModel] = lambda model: model,
+    ):
         trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
-        self.model, self.rate, self.mix = placed(copy.deepcopy(student).requires_grad_(False).eval()), rate, mix
+        self.model, self.rate, self.mix = (
+            placed(copy.deepcopy(student).requires_grad_(False).eval()),
+            rate,
+            mix,
+        )
         # fp32 parameters are shared, not copied
-        self.average = {name: parameter.float() for name, parameter in self.model.named_parameters() if name in trained}
+        self.average = {
+            name: parameter.float() for name, parameter in self.model.named_parameters() if name in trained
+        }
 
     @torch.no_grad()
     def update(self, student: PreTrainedModel) -> None:
@@ -106,20 +118,33 @@ class External(Teacher):
         self.model = model.requires_grad_(False).eval()
 
 
-def make_teacher(student: PreTrainedModel, config: TrainConfig, other: PreTrainedModel | None = None, ranks: Ranks = ALONE) -> Teacher:
+def make_teacher(
+    student: PreTrainedModel, config: TrainConfig, other: PreTrainedModel | None = None, ranks: Ranks = ALONE
+) -> Teacher:
     """The teacher that the settings name; `other` is the external one. The student is not sharded yet."""
     if config.teacher == "external":
         return External(place(other, config, ranks))
     if config.teacher in ("live", "adapter_off"):
         return (Live if config.teacher == "live" else AdapterOff)(student)
     mix = config.trust_region if config.teacher == "trust_region" else 0.0
-    return Copy(student, config.teacher_rate if config.teacher == "ema" else 0.0, mix, lambda model: place(model, config, ranks))
+    return Copy(
+        student,
+        config.teacher_rate if config.teacher == "ema" else 0.0,
+        mix,
+        lambda model: place(model, config, ranks),
+    )
 
 
-def make_reference(student: PreTrainedModel, config: TrainConfig, teacher: Teacher, ranks: Ranks = ALONE) -> Teacher | None:
+def make_reference(
+    student: PreTrainedModel, config: TrainConfig, teacher: Teacher, ranks: Ranks = ALONE
+) -> Teacher | None:
     """The model as it was before the run, which rehearsal keeps to; None without rehearsal. The teacher itself where it is that model."""
     if config.rehearsal_prompts == 0:
         return None
     if config.teacher in ("frozen", "trust_region", "adapter_off"):
         return teacher
-    return AdapterOff(student) if config.lora_rank else Copy(student, 0.0, placed=lambda model: place(model, config, ranks))
+    return (
+        AdapterOff(student)
+        if config.lora_rank
+        else Copy(student, 0.0, placed=lambda model: place(model, config, ranks))
+    )

@@ -47,7 +47,10 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Llam
         num_key_value_heads=config.tiny_heads,
         max_position_embeddings=MAX_LENGTH,
         initializer_range=0.06,  # at transformers' .02 one seed knew no addition after 1250 steps; at .06 the warm start was over after 725
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # positions within 30 tokens; 10000 learns the contexts more slowly
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 100.0,
+        },  # positions within 30 tokens; 10000 learns the contexts more slowly
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

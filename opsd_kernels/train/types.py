@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-StepMetrics = dict[str, Any]  # one line of metrics.jsonl: plain numbers, and lists of them for values by position
+StepMetrics = dict[
+    str, Any
+]  # one line of metrics.jsonl: plain numbers, and lists of them for values by position
 Messages = tuple[dict[str, str], ...]  # a conversation: {"role": ..., "content": ...}
 
 
@@ -83,7 +85,9 @@ class Batch:
     @property
     def totals(self) -> Totals:
         distilled_BT = self.mask_BT & self.distilled_B[:, None]
-        return Totals(int(self.mask_BT.sum()), self.size, int(distilled_BT.sum()), int(self.distilled_B.sum()))
+        return Totals(
+            int(self.mask_BT.sum()), self.size, int(distilled_BT.sum()), int(self.distilled_B.sum())
+        )
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,13 @@ from opsd_kernels.train.prompts import PromptEncoder
 LR_WARMUP, CHECK_EVERY, CHECK_PROBLEMS = 100, 25, 512
 DECIDING = ("env", "threads")
 SOURCES = (base, batch, contexts, prompts, tiny)
-OWN_SOURCES = {"secret_op": (secret_op,), "expr": (arithmetic, expr), "mastermind": (mastermind,), "chain": (chain,), "plan": (chain, plan)}
+OWN_SOURCES = {
+    "secret_op": (secret_op,),
+    "expr": (arithmetic, expr),
+    "mastermind": (mastermind,),
+    "chain": (chain,),
+    "plan": (chain, plan),
+}
 
 
 def base_model(config: TrainConfig, task: DemoTask, progress: Progress) -> Path:
@@ -42,7 +48,9 @@ def base_model(config: TrainConfig, task: DemoTask, progress: Progress) -> Path:
         return folder
     tokenizer = tiny.build_tokenizer(task.vocabulary, task.template)
     model = tiny.build_model(config, tokenizer)
-    progress.say(f"base model: {sum(p.numel() for p in model.parameters()):,} parameters, supervised warm start, once")
+    progress.say(
+        f"base model: {sum(p.numel() for p in model.parameters()):,} parameters, supervised warm start, once"
+    )
     WarmStart(config, task, PromptEncoder(tokenizer, task.template), model).run(progress)
 
     def fill(pending: Path) -> None:
@@ -50,13 +58,19 @@ def base_model(config: TrainConfig, task: DemoTask, progress: Progress) -> Path:
         tokenizer.save_pretrained(pending)
         (pending / "settings.json").write_text(json.dumps(settings(config), indent=2) + "\n")
 
-    write_directory(folder, fill)  # two runs that warm up at once write the same weights; the first one's stay
+    write_directory(
+        folder, fill
+    )  # two runs that warm up at once write the same weights; the first one's stay
     return folder
 
 
 def settings(config: TrainConfig) -> dict[str, str | int | float]:
     """What decides the weights."""
-    names = [name for name in config.__dataclass_fields__ if name.startswith(("tiny_", "warm_")) or name in DECIDING]
+    names = [
+        name
+        for name in config.__dataclass_fields__
+        if name.startswith(("tiny_", "warm_")) or name in DECIDING
+    ]
     sources = b"".join(Path(module.__file__).read_bytes() for module in (*SOURCES, *OWN_SOURCES[config.env]))
     own = Path(__file__).read_bytes()
     return {
@@ -83,7 +97,9 @@ class WarmStart:
     def run(self, progress: Progress) -> None:
         config = self.config
         rng = np.random.default_rng(config.warm_seed)
-        optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.warm_learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.warm_learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+        )
         accuracy = 0.0
         with progress.bar("warm start", None) as bar:
             for step in range(1, config.warm_max_steps + 1):
@@ -91,7 +107,11 @@ class WarmStart:
                 self._step(optimizer, rng)
                 if step % CHECK_EVERY == 0:
                     accuracy = self.success_probability(self.check_problems)
-                    bar.update(step, accuracy=accuracy, untrained=self.success_probability(self.task.untrained[:CHECK_PROBLEMS]))
+                    bar.update(
+                        step,
+                        accuracy=accuracy,
+                        untrained=self.success_probability(self.task.untrained[:CHECK_PROBLEMS]),
+                    )
                     if accuracy >= config.warm_accuracy:
                         return
         raise RuntimeError(
@@ -102,25 +122,39 @@ class WarmStart:
     def _step(self, optimizer: torch.optim.Optimizer, rng: np.random.Generator) -> None:
         bare, privileged = self.task.warm_examples(rng, self.config.warm_batch, self.config.warm_share)
         total = len(bare) + len(privileged)
-        for examples in filter(None, (bare, privileged)):  # apart, as the ones without a context are half as long
+        for examples in filter(
+            None, (bare, privileged)
+        ):  # apart, as the ones without a context are half as long
             log_probs = self._answer_log_probs(examples)
             (-log_probs.sum() / total).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    def _answer_log_probs(self, examples: Sequence[WarmExample]) -> Tensor:  # -> (B,) mean over the answer's tokens, nats
+    def _answer_log_probs(
+        self, examples: Sequence[WarmExample]
+    ) -> Tensor:  # -> (B,) mean over the answer's tokens, nats
         prompts = self.encoder.encode([e.prompt for e in examples], [e.context for e in examples])
         answers = self.encoder.answer([e.answer for e in examples])
-        side, labels_BT = align(prompts, answers, self.encoder.tokenizer.pad_token_id), completion_labels(answers)
-        hidden_BTH = completion_hidden(self.model.base_model(input_ids=side.tokens_BL, use_cache=False).last_hidden_state, side.rows_BT)
+        side, labels_BT = (
+            align(prompts, answers, self.encoder.tokenizer.pad_token_id),
+            completion_labels(answers),
+        )
+        hidden_BTH = completion_hidden(
+            self.model.base_model(input_ids=side.tokens_BL, use_cache=False).last_hidden_state, side.rows_BT
+        )
         logits = self.model.get_output_embeddings()(hidden_BTH)
-        losses_BT = cross_entropy(logits.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORE, reduction="none").view_as(labels_BT)
+        losses_BT = cross_entropy(
+            logits.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORE, reduction="none"
+        ).view_as(labels_BT)
         return -losses_BT.sum(1) / (labels_BT != IGNORE).sum(1)
 
     @torch.no_grad()
     def success_probability(self, problems: Sequence[int]) -> float:
         """Mean probability of sampling the right answer without a context: exact, where a sampled accuracy would scatter."""
-        examples = [WarmExample(self.task.env(problem, 0).prompt(), None, self.task.solution(problem)) for problem in problems]
+        examples = [
+            WarmExample(self.task.env(problem, 0).prompt(), None, self.task.solution(problem))
+            for problem in problems
+        ]
         lengths = torch.tensor([len(answer) for answer in self.encoder.answer([e.answer for e in examples])])
         return (self._answer_log_probs(examples) * lengths).exp().mean().item()

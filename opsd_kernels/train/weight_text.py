@@ -15,7 +15,18 @@ from torch import Tensor
 from opsd_kernels import weights
 from opsd_kernels.train.config_values import ConfigError, nearest
 
-PLAIN = ("Constant", "EntropyGate", "ExponentialDecay", "FirstFraction", "LastFraction", "LinearDecay", "MeanOne", "PrefixDiscrepancy", "Sigmoid", "TrustGate")
+PLAIN = (
+    "Constant",
+    "EntropyGate",
+    "ExponentialDecay",
+    "FirstFraction",
+    "LastFraction",
+    "LinearDecay",
+    "MeanOne",
+    "PrefixDiscrepancy",
+    "Sigmoid",
+    "TrustGate",
+)
 FROM_THE_BATCH = ("ImportanceRatio", "SegmentMean")
 MAX_LENGTH = 500  # bounds the depth of the syntax tree
 

@@ -31,16 +31,39 @@ from ..spec import SCOPES, check_choice, check_number, expect
 
 def check_weighting(weighting: Any, argument: str = "token_weights") -> Any:
     """`weighting`, if it is callable and has a known scope. TypeError or ValueError otherwise."""
-    expect(callable(weighting) and hasattr(weighting, "scope"), argument, "a callable with a scope", type(weighting).__name__, TypeError)
+    expect(
+        callable(weighting) and hasattr(weighting, "scope"),
+        argument,
+        "a callable with a scope",
+        type(weighting).__name__,
+        TypeError,
+    )
     check_choice(f"{argument}.scope", weighting.scope, SCOPES)
     return weighting
 
 
 def check_weights(weights: Any, shape: Sequence[int]) -> Tensor:
     """What a weighting returned, if it is a floating-point tensor of the mask's shape. TypeError or ValueError otherwise."""
-    expect(isinstance(weights, Tensor), "token_weights", "a weighting that returns a tensor", type(weights).__name__, TypeError)
-    expect(weights.is_floating_point(), "token_weights", "a weighting that returns floating-point numbers", weights.dtype, TypeError)
-    expect(weights.shape == torch.Size(shape), "token_weights", f"a weighting that returns shape {tuple(shape)}", tuple(weights.shape))
+    expect(
+        isinstance(weights, Tensor),
+        "token_weights",
+        "a weighting that returns a tensor",
+        type(weights).__name__,
+        TypeError,
+    )
+    expect(
+        weights.is_floating_point(),
+        "token_weights",
+        "a weighting that returns floating-point numbers",
+        weights.dtype,
+        TypeError,
+    )
+    expect(
+        weights.shape == torch.Size(shape),
+        "token_weights",
+        f"a weighting that returns shape {tuple(shape)}",
+        tuple(weights.shape),
+    )
     return weights
 
 
@@ -54,7 +77,11 @@ def statistic(stats: Any, name: str, mask: Tensor, reader: object) -> Tensor:
     scheme = type(reader).__name__
     expect(stats is not None, "stats", f"token statistics, which {scheme} reads", None)
     value = getattr(stats, name)
-    missing = ("labels", "the sampled tokens, whose log-probs") if name.endswith("logprob") else ("token_weights", f"a whole teacher, whose {name}")
+    missing = (
+        ("labels", "the sampled tokens, whose log-probs")
+        if name.endswith("logprob")
+        else ("token_weights", f"a whole teacher, whose {name}")
+    )
     expect(value is not None, missing[0], f"{missing[1]} {scheme} reads", None)
     return torch.where(mask, value.double(), 0.0)
 
@@ -63,7 +90,9 @@ def of_tokens(name: str, value: Tensor, mask: Tensor) -> Tensor:
     """`value` in the mask's shape, where it has the leading shape of the hidden states: of that, the op folds all but the last dimension into rows."""
     fits = value.numel() == mask.numel() and value.shape[-1:] == mask.shape[-1:]
     expect(fits, name, f"shape {tuple(mask.shape)}, one entry per token", tuple(value.shape))
-    expect(value.device == mask.device, name, f"a tensor on {mask.device}, as the hidden states", value.device)
+    expect(
+        value.device == mask.device, name, f"a tensor on {mask.device}, as the hidden states", value.device
+    )
     return value.reshape(mask.shape)
 
 
@@ -92,7 +121,9 @@ class TokenWeighting:
 
     @property
     def needs_metrics(self) -> bool:
-        return self.reads_metrics or any(getattr(getattr(self, part), "needs_metrics", True) for part in self.parts)
+        return self.reads_metrics or any(
+            getattr(getattr(self, part), "needs_metrics", True) for part in self.parts
+        )
 
     def values(self, stats: Any, mask: Tensor) -> Tensor:
         """(B, T) float64 weights; what stands at masked tokens does not matter."""
@@ -150,7 +181,11 @@ class Product(TokenWeighting):
     def __post_init__(self) -> None:
         check_weighting(self.left)
         check_weighting(self.right)
-        lengths = [getattr(factor, "lengths", None) for factor in (self.left, self.right) if factor.scope == self.scope]
+        lengths = [
+            getattr(factor, "lengths", None)
+            for factor in (self.left, self.right)
+            if factor.scope == self.scope
+        ]
         if lengths[0] is not None and lengths[0] == lengths[-1]:  # otherwise a factor needs the whole row
             object.__setattr__(self, "lengths", lengths[0])
 
@@ -163,7 +198,9 @@ class Product(TokenWeighting):
         return needs_labels(self.left) or needs_labels(self.right)
 
     def values(self, stats: Any, mask: Tensor) -> Tensor:
-        left, right = (check_weights(factor(stats, mask), mask.shape).double() for factor in (self.left, self.right))
+        left, right = (
+            check_weights(factor(stats, mask), mask.shape).double() for factor in (self.left, self.right)
+        )
         return left * right
 
 
@@ -172,7 +209,9 @@ class Schedule(TokenWeighting):
 
     scope: ClassVar[str] = "index"
 
-    at: ClassVar[Callable[[Any, Tensor, Tensor], Tensor]]  # (t, T) float64 -> weights at positions t = 1..T of sequences of T >= 1 tokens
+    at: ClassVar[
+        Callable[[Any, Tensor, Tensor], Tensor]
+    ]  # (t, T) float64 -> weights at positions t = 1..T of sequences of T >= 1 tokens
 
     def values(self, stats: Any, mask: Tensor) -> Tensor:
         return self.at(mask.cumsum(-1).double(), mask.sum(-1, keepdim=True).clamp(min=1).double())
@@ -200,7 +239,13 @@ class Given(TokenWeighting):
     per_token: ClassVar[tuple[str, ...]] = ("weights",)
 
     def __post_init__(self) -> None:
-        expect(self.weights.is_floating_point(), "weights", "a floating-point tensor", self.weights.dtype, TypeError)
+        expect(
+            self.weights.is_floating_point(),
+            "weights",
+            "a floating-point tensor",
+            self.weights.dtype,
+            TypeError,
+        )
 
     def values(self, stats: Any, mask: Tensor) -> Tensor:
         return of_tokens("weights", self.weights, mask).double()

@@ -143,8 +143,15 @@ class EntropyGate(TokenWeighting):
 
     def __post_init__(self) -> None:
         check_choice("of", self.of, ("student", "teacher"))
-        expect((self.below is None) != (self.above is None), "below, above", "exactly one of the two", f"below={self.below}, above={self.above}")
-        check_number("above" if self.below is None else "below", self.above if self.below is None else self.below)
+        expect(
+            (self.below is None) != (self.above is None),
+            "below, above",
+            "exactly one of the two",
+            f"below={self.below}, above={self.above}",
+        )
+        check_number(
+            "above" if self.below is None else "below", self.above if self.below is None else self.below
+        )
 
     def values(self, stats: Any, mask: Tensor) -> Tensor:
         entropy = statistic(stats, f"{self.of}_entropy", mask, self)
@@ -163,10 +170,17 @@ class TrustGate(TokenWeighting):
     needs_labels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        expect(0 < check_number("threshold", self.threshold) <= 1, "threshold", "a ratio in (0, 1]", self.threshold)
+        expect(
+            0 < check_number("threshold", self.threshold) <= 1,
+            "threshold",
+            "a ratio in (0, 1]",
+            self.threshold,
+        )
 
     def values(self, stats: Any, mask: Tensor) -> Tensor:
-        teacher, student = (statistic(stats, f"{side}_logprob", mask, self) for side in ("teacher", "student"))
+        teacher, student = (
+            statistic(stats, f"{side}_logprob", mask, self) for side in ("teacher", "student")
+        )
         return (teacher - student >= math.log(self.threshold)).double()
 
 
@@ -204,7 +218,10 @@ class PrefixDiscrepancy(TokenWeighting):
         if self.of == "divergence":
             d = statistic(stats, "divergence", mask, self).clamp(min=0)
         else:
-            d = (statistic(stats, "student_logprob", mask, self) - statistic(stats, "teacher_logprob", mask, self)).abs()
+            d = (
+                statistic(stats, "student_logprob", mask, self)
+                - statistic(stats, "teacher_logprob", mask, self)
+            ).abs()
         infinite = d == math.inf
         return torch.where(infinite.any(-1, keepdim=True), infinite.double(), torch.where(d.isnan(), 0.0, d))
 
@@ -223,13 +240,27 @@ class SegmentMean(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect(isinstance(self.boundaries, Tensor), "boundaries", "a tensor", type(self.boundaries).__name__, TypeError)
-        expect(self.boundaries.dtype == torch.bool, "boundaries", "dtype bool, True where a segment starts", self.boundaries.dtype, TypeError)
+        expect(
+            isinstance(self.boundaries, Tensor),
+            "boundaries",
+            "a tensor",
+            type(self.boundaries).__name__,
+            TypeError,
+        )
+        expect(
+            self.boundaries.dtype == torch.bool,
+            "boundaries",
+            "dtype bool, True where a segment starts",
+            self.boundaries.dtype,
+            TypeError,
+        )
 
     def values(self, stats: Any, mask: Tensor) -> Tensor:
         segments = of_tokens("boundaries", self.boundaries, mask).cumsum(-1)
         inner = self.inner_values(stats, mask)
-        ends = torch.searchsorted(segments, segments, right=True) - 1  # each token's last neighbour in its segment
+        ends = (
+            torch.searchsorted(segments, segments, right=True) - 1
+        )  # each token's last neighbour in its segment
         total, count = (running_sum(x, segments).gather(-1, ends) for x in (inner, mask.double()))
         return total / count.clamp(min=1)
 
@@ -266,7 +297,11 @@ class _Layout(NamedTuple):
         return cls(torch.where(inside, starts + columns, 0), inside, inside.flatten().nonzero().flatten())
 
     def pad(self, packed: Tensor) -> Tensor:
-        return torch.where(self.inside, packed.reshape(-1)[self.source], torch.zeros((), dtype=packed.dtype, device=packed.device))
+        return torch.where(
+            self.inside,
+            packed.reshape(-1)[self.source],
+            torch.zeros((), dtype=packed.dtype, device=packed.device),
+        )
 
 
 class _PaddedStats:
@@ -298,7 +333,9 @@ class PackedSequences(Wrapper):
     Raises ValueError at the call where the lengths do not add up to N.
     """
 
-    lengths: tuple[int, ...]  # given as ints or as a 1-D tensor of them: it is read once, here, and the index tensors stay on its device
+    lengths: tuple[
+        int, ...
+    ]  # given as ints or as a 1-D tensor of them: it is read once, here, and the index tensors stay on its device
     _layout: _Layout = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -312,20 +349,50 @@ class PackedSequences(Wrapper):
         return self.inner.scope
 
     def values(self, stats: Any, mask: Tensor) -> Tensor:
-        expect(mask.dim() == 1 or (mask.dim() == 2 and mask.shape[0] == 1), "mask", "a packed row, (1, N) or (N,)", tuple(mask.shape))
-        expect(sum(self.lengths) == mask.numel(), "lengths", f"lengths that add up to the {mask.numel()} tokens of the packed row", sum(self.lengths))
-        layout = _Layout(*(index.to(mask.device, non_blocking=True) for index in self._layout))  # a blocking copy waits for the device
+        expect(
+            mask.dim() == 1 or (mask.dim() == 2 and mask.shape[0] == 1),
+            "mask",
+            "a packed row, (1, N) or (N,)",
+            tuple(mask.shape),
+        )
+        expect(
+            sum(self.lengths) == mask.numel(),
+            "lengths",
+            f"lengths that add up to the {mask.numel()} tokens of the packed row",
+            sum(self.lengths),
+        )
+        layout = _Layout(
+            *(index.to(mask.device, non_blocking=True) for index in self._layout)
+        )  # a blocking copy waits for the device
         inner = _moved(self.inner, lambda name, tensor: layout.pad(of_tokens(name, tensor, mask)))
         padded = inner(None if stats is None else _PaddedStats(stats, layout), layout.pad(mask))
-        return check_weights(padded, layout.inside.shape).double().flatten()[layout.target].reshape(mask.shape)
+        return (
+            check_weights(padded, layout.inside.shape).double().flatten()[layout.target].reshape(mask.shape)
+        )
 
 
 def _parse_lengths(lengths: Any) -> tuple[int, ...]:
     if isinstance(lengths, Tensor):
-        expect(lengths.dim() == 1, "lengths", "a 1-D tensor or a sequence of ints", f"shape {tuple(lengths.shape)}")
+        expect(
+            lengths.dim() == 1,
+            "lengths",
+            "a 1-D tensor or a sequence of ints",
+            f"shape {tuple(lengths.shape)}",
+        )
         lengths = lengths.tolist()
-    expect(isinstance(lengths, (list, tuple)), "lengths", "a 1-D tensor or a sequence of ints", type(lengths).__name__, TypeError)
-    expect(all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in lengths), "lengths", "ints >= 0", lengths)
+    expect(
+        isinstance(lengths, (list, tuple)),
+        "lengths",
+        "a 1-D tensor or a sequence of ints",
+        type(lengths).__name__,
+        TypeError,
+    )
+    expect(
+        all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in lengths),
+        "lengths",
+        "ints >= 0",
+        lengths,
+    )
     return tuple(lengths)
 
 

@@ -25,24 +25,59 @@ SLOWER = ("memory", "scaling", "step", "accuracy")
 TIMED = [name for name in runner.SUITES if name not in SLOWER]
 
 
-@pytest.mark.parametrize("suite", [name if name == "ratios" else pytest.param(name, marks=pytest.mark.slow) for name in TIMED])
+@pytest.mark.parametrize(
+    "suite", [name if name == "ratios" else pytest.param(name, marks=pytest.mark.slow) for name in TIMED]
+)
 def test_a_suite_prints_and_writes(suite, tmp_path):
     result = opsd(
-        "bench", "--suite", suite, "--quick", "--device", "cpu", "--shape", TINY, "--provider", "opsd", "--provider", "torch", "--json", tmp_path / "a.json"
+        "bench",
+        "--suite",
+        suite,
+        "--quick",
+        "--device",
+        "cpu",
+        "--shape",
+        TINY,
+        "--provider",
+        "opsd",
+        "--provider",
+        "torch",
+        "--json",
+        tmp_path / "a.json",
     )
     assert result.exit_code == 0, result.output
     report = load(tmp_path / "a.json")
     measured = [row for row in report.rows if row.reason is None]
-    assert measured and {row.suite for row in report.rows} == {suite} and all(row.ms.median > 0 for row in measured)
+    assert (
+        measured
+        and {row.suite for row in report.rows} == {suite}
+        and all(row.ms.median > 0 for row in measured)
+    )
     assert not [row.reason for row in report.rows if row.reason and "no number" in row.reason]
-    assert report.commit[:12] in result.output and report.machine["name"].split(",")[0] in result.output.replace("\n", " ")
+    assert report.commit[:12] in result.output and report.machine["name"].split(",")[
+        0
+    ] in result.output.replace("\n", " ")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", SLOWER)
 def test_the_slower_suites(suite, tmp_path):
     options = ("--shape", TINY) if suite in ("memory", "scaling") else ()
-    result = opsd("bench", "--suite", suite, "--quick", "--device", "cpu", *options, "--provider", "opsd", "--provider", "torch", "--json", tmp_path / "a.json")
+    result = opsd(
+        "bench",
+        "--suite",
+        suite,
+        "--quick",
+        "--device",
+        "cpu",
+        *options,
+        "--provider",
+        "opsd",
+        "--provider",
+        "torch",
+        "--json",
+        tmp_path / "a.json",
+    )
     assert result.exit_code == 0, result.output
     assert [row for row in load(tmp_path / "a.json").rows if row.reason is None]
 
@@ -50,7 +85,22 @@ def test_the_slower_suites(suite, tmp_path):
 def test_plots_and_compare(tmp_path):
     pytest.importorskip("matplotlib")
     a, b = tmp_path / "a.json", tmp_path / "b.json"
-    arguments = ("bench", "--suite", "ratios", "--quick", "--device", "cpu", "--shape", TINY, "--provider", "opsd", "--json", a, "--plots", tmp_path / "plots")
+    arguments = (
+        "bench",
+        "--suite",
+        "ratios",
+        "--quick",
+        "--device",
+        "cpu",
+        "--shape",
+        TINY,
+        "--provider",
+        "opsd",
+        "--json",
+        a,
+        "--plots",
+        tmp_path / "plots",
+    )
     assert opsd(*arguments).exit_code == 0
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["latency.png", "roofline.png"]
     data = json.loads(a.read_text())
@@ -85,5 +135,9 @@ def test_profile_writes_a_trace_and_a_table(tmp_path):
     ],
 )
 def test_a_mistake_is_one_line(arguments, says):
-    result = opsd("bench", "--device", "cpu", *arguments) if arguments[0] != "compare" else opsd("bench", *arguments)
+    result = (
+        opsd("bench", "--device", "cpu", *arguments)
+        if arguments[0] != "compare"
+        else opsd("bench", *arguments)
+    )
     assert result.exit_code == 2 and says in result.output and len(result.output.strip().splitlines()) == 1

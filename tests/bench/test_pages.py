@@ -30,26 +30,55 @@ def test_scaling_page_is_current():
 @pytest.mark.parametrize("side, page", integration_pages.PAGES.items())
 def test_integration_pages_are_current(side, page):
     text = (ROOT / page).read_text()
-    assert text == pages.with_block(text, integration_pages.block(ROOT / pages.RESULTS, side), page), "run `make docs`"
+    assert text == pages.with_block(text, integration_pages.block(ROOT / pages.RESULTS, side), page), (
+        "run `make docs`"
+    )
 
 
-@pytest.mark.parametrize("load, heading, cells", [(2.1, "verl s | ours s", "3.00 | 1.50 | 2.00"), (9.0, "verl CPU s | ours CPU s", "2.40 | 0.80 | 3.00")])
+@pytest.mark.parametrize(
+    "load, heading, cells",
+    [(2.1, "verl s | ours s", "3.00 | 1.50 | 2.00"), (9.0, "verl CPU s | ours CPU s", "2.40 | 0.80 | 3.00")],
+)
 def test_a_busy_machine_shows_cpu_time(tmp_path, load, heading, cells):
-    row = {"name": "forward_kl_topk", "loss": "top-32", "dtype": "bfloat16", "load": [load, 2.0], "loss_errors": {"verl": 0.012, "opsd": 3e-6}}
-    row |= {"verl_wall_ms": 3000.0, "opsd_wall_ms": 1500.0, "wall_ratio": 2.0, "verl_cpu_ms": 2400.0, "opsd_cpu_ms": 800.0, "cpu_ratio": 3.0}
+    row = {
+        "name": "forward_kl_topk",
+        "loss": "top-32",
+        "dtype": "bfloat16",
+        "load": [load, 2.0],
+        "loss_errors": {"verl": 0.012, "opsd": 3e-6},
+    }
+    row |= {
+        "verl_wall_ms": 3000.0,
+        "opsd_wall_ms": 1500.0,
+        "wall_ratio": 2.0,
+        "verl_cpu_ms": 2400.0,
+        "opsd_cpu_ms": 800.0,
+        "cpu_ratio": 3.0,
+    }
     row |= {"verl_peak_bytes": 400 << 20, "opsd_peak_bytes": 200 << 20, "peak_ratio": 2.0}
-    report = {"kind": "verl_steps", "machine": {"name": "some machine", "threads": 2}, "versions": {"verl": "0.9.1"}, "commit": "c0ffee", "date": "2026-11-21"}
+    report = {
+        "kind": "verl_steps",
+        "machine": {"name": "some machine", "threads": 2},
+        "versions": {"verl": "0.9.1"},
+        "commit": "c0ffee",
+        "date": "2026-11-21",
+    }
     report |= {"command": "python benchmarks/verl_steps.py", "threads": 2, "rows": [row]}
     report["shape"] = {"V": 151936, "H": 256, "sequences": 4, "prompt": 32, "completion": 64, "rounds": 3}
     (tmp_path / "some-cpu").mkdir()
     (tmp_path / "some-cpu" / "verl_steps.json").write_text(json.dumps(report))
     block = integration_pages.block(tmp_path, "verl")
     assert heading in block and f"| {cells} | 400 | 200 | 2.00 | 1e-02 | 3e-06 |" in block
-    assert ("CPU time" in block) == (load > 5) and "some machine; verl 0.9.1; commit c0ffee; 2026-11-21. `python benchmarks/verl_steps.py`" in block
+    assert ("CPU time" in block) == (
+        load > 5
+    ) and "some machine; verl 0.9.1; commit c0ffee; 2026-11-21. `python benchmarks/verl_steps.py`" in block
 
 
 def test_an_integration_that_was_not_measured_says_how():
-    assert integration_pages.block(ROOT / "nothing", "verl") == "Not measured yet: `python benchmarks/verl_steps.py` does it."
+    assert (
+        integration_pages.block(ROOT / "nothing", "verl")
+        == "Not measured yet: `python benchmarks/verl_steps.py` does it."
+    )
 
 
 def test_sizing_page_is_current():
@@ -61,25 +90,85 @@ def test_sizing_page_is_current():
 def test_the_command_of_an_example_says_the_same(example):
     _, options, arguments = example
     result = CliRunner().invoke(cli.app, ["plan", *options.split(), "--device", "cuda", "--json"])
-    assert result.exit_code == 0 and json.loads(result.output) == plan(**arguments, device_type="cuda").as_dict()
+    assert (
+        result.exit_code == 0 and json.loads(result.output) == plan(**arguments, device_type="cuda").as_dict()
+    )
 
 
 @pytest.fixture
 def results(tmp_path):
     rows = [
-        Row("ratios", provider, 8, 4, 9, "bfloat16", "shared", "trainable", "jsd", ms=Sample(2, 2, 2, 5), ratio=Sample(value, value, value, 5), noise=noise)
-        for provider, value, noise in (("gemms", 1.0, None), ("whole", 0.9, None), ("opsd", 1.05, None), ("torch", 3.21, "the machine was too noisy"))
+        Row(
+            "ratios",
+            provider,
+            8,
+            4,
+            9,
+            "bfloat16",
+            "shared",
+            "trainable",
+            "jsd",
+            ms=Sample(2, 2, 2, 5),
+            ratio=Sample(value, value, value, 5),
+            noise=noise,
+        )
+        for provider, value, noise in (
+            ("gemms", 1.0, None),
+            ("whole", 0.9, None),
+            ("opsd", 1.05, None),
+            ("torch", 3.21, "the machine was too noisy"),
+        )
     ]
-    rows.append(Row("ratios", "trl", 8, 4, 9, "bfloat16", "shared", "trainable", "jsd", reason="trl >= 1.16 is not installed"))
-    rows += [Row("memory", name, 8, 4, 9, "bfloat16", "shared", "trainable", "jsd", reason="out of memory (limit 1 MiB)") for name in ("opsd", "torch")]
-    made = Report({"name": "some machine"}, {"torch": "2.13.0"}, "c0ffee", "opsd bench --suite ratios", "2026-11-21", False, ["ratios", "memory"], rows=rows)
+    rows.append(
+        Row(
+            "ratios",
+            "trl",
+            8,
+            4,
+            9,
+            "bfloat16",
+            "shared",
+            "trainable",
+            "jsd",
+            reason="trl >= 1.16 is not installed",
+        )
+    )
+    rows += [
+        Row(
+            "memory",
+            name,
+            8,
+            4,
+            9,
+            "bfloat16",
+            "shared",
+            "trainable",
+            "jsd",
+            reason="out of memory (limit 1 MiB)",
+        )
+        for name in ("opsd", "torch")
+    ]
+    made = Report(
+        {"name": "some machine"},
+        {"torch": "2.13.0"},
+        "c0ffee",
+        "opsd bench --suite ratios",
+        "2026-11-21",
+        False,
+        ["ratios", "memory"],
+        rows=rows,
+    )
     made.save(tmp_path / "some-cpu" / "ratios.json")
     return tmp_path
 
 
 def test_every_table_carries_machine_versions_commit_and_command(results):
     page = pages.performance(results)
-    assert page.count("\n| --- |") == page.count("some machine; torch 2.13.0; commit c0ffee; 2026-11-21. `opsd bench --suite ratios`") == 2
+    assert (
+        page.count("\n| --- |")
+        == page.count("some machine; torch 2.13.0; commit c0ffee; 2026-11-21. `opsd bench --suite ratios`")
+        == 2
+    )
     assert "| N=8 H=4 V=9 | bfloat16 | shared | trainable | jsd | 2 | 1.05 | ~3.21 |" in page
     assert "out of memory" in page and "TRL" not in page
     block = pages.readme_block(results)

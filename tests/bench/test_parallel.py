@@ -61,14 +61,20 @@ def test_the_slowest_rank_counts():
 
 
 def test_two_sweeps_two_heads_and_no_labels():
-    plain, other = (project(HEAD, 4096, 2, 1, MACHINE, 1.0, **how) for how in ({}, {"one_sweep": False, "shared_head": False, "labels": False}))
+    plain, other = (
+        project(HEAD, 4096, 2, 1, MACHINE, 1.0, **how)
+        for how in ({}, {"one_sweep": False, "shared_head": False, "labels": False})
+    )
     assert other.gather_bytes * 8 == plain.gather_bytes * 11 and other.gathers == 2 * other.plan.chunks
     assert other.reduce_bytes * 1026 == plain.reduce_bytes * 1024 and other.reduces == other.plan.chunks
     assert other.weight_bytes == 2 * plain.weight_bytes
     assert other.wide_bytes == 0  # its gradients are held in fp32 as it is
 
 
-@pytest.mark.parametrize("wrong, says", [({"tokens": 0}, "tokens"), ({"data_ranks": 0}, "data_ranks"), ({"overhead": 0.9}, "overhead")])
+@pytest.mark.parametrize(
+    "wrong, says",
+    [({"tokens": 0}, "tokens"), ({"data_ranks": 0}, "data_ranks"), ({"overhead": 0.9}, "overhead")],
+)
 def test_errors_name_the_argument(wrong, says):
     told = {"tokens": 8, "vocab_ranks": 1, "data_ranks": 1, "machine": MACHINE, "overhead": 1.0, **wrong}
     with pytest.raises(ValueError, match=f"^{says}: expected"):
@@ -81,13 +87,20 @@ def test_at_the_crossover_both_ways_exchange_alike():
     ways = project(HEAD, tokens, 8, 1, machine, 1.0), project(HEAD, tokens, 1, 8, machine, 1.0)
     assert abs(ways[0].exchange / ways[1].exchange - 1) < 1 / tokens
     equal = Machine(1.0, *[Link(0, 1e9)] * 3)
-    assert abs(parallel.crossover_tokens(Head("large", 1 << 16, 1 << 17), 2, equal) / (1 << 16) - 1) < 1e-3  # V / 2
+    assert (
+        abs(parallel.crossover_tokens(Head("large", 1 << 16, 1 << 17), 2, equal) / (1 << 16) - 1) < 1e-3
+    )  # V / 2
 
 
 def test_data_ranks_leave_a_node_by_all_adapters_that_they_have_there():
     share = scaling.REACHED.value
     assert scaling.gpus(2, 4).data == scaling.gpus(8, 1).gather == scaling.INSIDE
-    assert [scaling.gpus(ranks, 64 // ranks).data.bandwidth / share for ranks in (1, 2, 4, 8)] == [400e9, 200e9, 100e9, 50e9]
+    assert [scaling.gpus(ranks, 64 // ranks).data.bandwidth / share for ranks in (1, 2, 4, 8)] == [
+        400e9,
+        200e9,
+        100e9,
+        50e9,
+    ]
     with pytest.raises(ValueError, match="vocab_ranks: expected a divisor of 8"):
         scaling.gpus(3, 1)
 
@@ -105,17 +118,24 @@ def test_what_is_sent_is_what_the_projection_counts(script):
     for found in script.exchanges():
         one_sweep, H = found["divergence"] == "reverse_kl", found["H"]
         kinds = [kind for kind, _ in found["per_row"]]
-        sent = {kind: sum(numbers for at, numbers in found["per_row"] if at == kind) for kind in ("gather", "reduce")}
+        sent = {
+            kind: sum(numbers for at, numbers in found["per_row"] if at == kind)
+            for kind in ("gather", "reduce")
+        }
         assert found["chunks"] > 1
         assert sent["gather"] == parallel.gathered_numbers(one_sweep, found["statistics"])
         assert sent["reduce"] == parallel.reduced_numbers(H, found["labels"])
-        assert (kinds.count("gather"), kinds.count("reduce")) == parallel.chunk_calls(one_sweep, found["labels"])
+        assert (kinds.count("gather"), kinds.count("reduce")) == parallel.chunk_calls(
+            one_sweep, found["labels"]
+        )
 
 
 def test_a_wrong_shard_gets_no_number(script, monkeypatch):
     setting = Setting(8, 32, 501)
     script.Gate(setting).errors(script.emulated(script.Gate(setting).case, "reverse_kl", 3))
-    monkeypatch.setattr(script.VocabShard, "sum_hidden_grad", lambda shard, dh: dh.mul_(shard.group.size()))  # each rank's part for the sum
+    monkeypatch.setattr(
+        script.VocabShard, "sum_hidden_grad", lambda shard, dh: dh.mul_(shard.group.size())
+    )  # each rank's part for the sum
     with pytest.raises(AssertionError, match="student_hidden"):
         script.shard_rows(setting, script.QUICK)
 
@@ -136,12 +156,18 @@ def test_the_script_measures(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     report = json.loads(path.read_text())
-    assert {"kind", "machine", "versions", "commit", "command", "date"} <= report.keys() and report["kind"] == "parallel"
+    assert {"kind", "machine", "versions", "commit", "command", "date"} <= report.keys() and report[
+        "kind"
+    ] == "parallel"
     assert {row["provider"] for row in report["rows"]} == {"gemms", "op", "group", "added"}
     assert all("ms" in row and "reason" not in row for row in report["rows"])
     assert set(report["links"]) == {"gather", "reduce", "data"} and len(report["runs"]) == 1
     measured = scaling.Measured(path)
-    assert measured.predicted(report["runs"][0], "vocabulary").data_bytes == 0 < measured.predicted(report["runs"][0], "data").data_bytes
+    assert (
+        measured.predicted(report["runs"][0], "vocabulary").data_bytes
+        == 0
+        < measured.predicted(report["runs"][0], "data").data_bytes
+    )
     half = scaling.measured_half(measured)
     assert "benchmarks/parallel.py --quick" in half and report["commit"][:12] in half
 
@@ -149,14 +175,21 @@ def test_the_script_measures(tmp_path):
 def test_the_worked_cell_adds_up():
     """A reader's pocket calculator, on the page as it stands."""
     text = (ROOT / "docs" / "scaling.md").read_text().replace(",", "")
-    found = re.search(r"GEMMs: (\d+) x 2 x (\d+) x (\d+) x (\d+) = (\S+) TFLOP over (\S+) TFLOP/s: (\S+) ms", text)
+    found = re.search(
+        r"GEMMs: (\d+) x 2 x (\d+) x (\d+) x (\d+) = (\S+) TFLOP over (\S+) TFLOP/s: (\S+) ms", text
+    )
     passes, tokens, H, V, tflop, rate, ms = map(float, found.groups())
     assert abs(passes * 2 * tokens * H * V / 1e12 - tflop) < 0.01 and abs(1e3 * tflop / rate - ms) < 0.02
     parts, total = re.search(r"Together (.*?) = \*\*(\S+) ms", text).groups()
     assert abs(sum(float(part) for part in parts.split(" + ")) - float(total)) < 0.01
     options, chunks, rows = re.search(r"`opsd (plan [^`]*)`: (\d+) chunks of (\d+) rows", text).groups()
     made = json.loads(CliRunner().invoke(cli.app, [*options.split(), "--json"]).output)
-    assert (made["chunks"], made["rows"], made["tokens"], made["flops"]) == (int(chunks), int(rows), tokens, passes * 2 * tokens * H * V)
+    assert (made["chunks"], made["rows"], made["tokens"], made["flops"]) == (
+        int(chunks),
+        int(rows),
+        tokens,
+        passes * 2 * tokens * H * V,
+    )
     sizes, whole = re.search(r"Memory: (.*?): \*\*(\S+) GiB", text).groups()
     assert abs(sum(float(size) for size in re.findall(r"(\S+) GiB", sizes)) - float(whole)) < 0.01
 
@@ -164,7 +197,10 @@ def test_the_worked_cell_adds_up():
 def test_opsd_plan_of_a_rank_is_that_of_its_share():
     options = ["plan", "-N", "20001", "-V", "128256", "--hidden", "8192", "--device", "cuda", "--json"]
     result = CliRunner().invoke(cli.app, [*options, "--vocab-ranks", "16", "--data-ranks", "2"])
-    assert result.exit_code == 0 and json.loads(result.output) == plan(10001, 8016, 8192, device_type="cuda").as_dict()
+    assert (
+        result.exit_code == 0
+        and json.loads(result.output) == plan(10001, 8016, 8192, device_type="cuda").as_dict()
+    )
     result = CliRunner().invoke(cli.app, [*options, "--vocab-ranks", "0"])
     assert result.exit_code != 0
 
@@ -188,7 +224,9 @@ def test_a_group_costs_at_least_what_one_rank_does(tmp_path):
     quiet = report_with(tmp_path, op=1.04, group=1.07, spread=0.0)
     assert (quiet.overhead(1), quiet.overhead(8)) == (1.04, 1.07) and quiet.warning == ""
     assert report_with(tmp_path, op=1.04, group=1.02, spread=0.0).overhead(8) == 1.04
-    assert report_with(tmp_path, op=0.97, group=0.98, spread=0.0).overhead(8) == 1.0  # noise: the GEMMs cannot be avoided
+    assert (
+        report_with(tmp_path, op=0.97, group=0.98, spread=0.0).overhead(8) == 1.0
+    )  # noise: the GEMMs cannot be avoided
 
 
 def test_a_busy_machine_is_named(tmp_path):

@@ -15,31 +15,60 @@ QUICK = {"rounds": (3, 3), "seconds": 1.0}
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "name",
-    ["opsd", "opsd-cpp", "opsd-torch", "opsd-fp32", "torch", "trl", "liger-chunked", pytest.param("liger-compiled", marks=pytest.mark.slow)],
+    [
+        "opsd",
+        "opsd-cpp",
+        "opsd-torch",
+        "opsd-fp32",
+        "torch",
+        "trl",
+        "liger-chunked",
+        pytest.param("liger-compiled", marks=pytest.mark.slow),
+    ],
 )
 def test_every_provider_passes_or_says_why_not(name, mode):
     setting = TINY.at(mode=mode)
-    (row,) = [row for row in measure.compare_providers("ratios", setting, [PROVIDERS[name]], **QUICK) if row.provider == name]
+    (row,) = [
+        row
+        for row in measure.compare_providers("ratios", setting, [PROVIDERS[name]], **QUICK)
+        if row.provider == name
+    ]
     if row.reason is not None:
-        assert "not installed" in row.reason or "no loss per token" in row.reason or "built" in row.reason, row.reason
+        assert "not installed" in row.reason or "no loss per token" in row.reason or "built" in row.reason, (
+            row.reason
+        )
         return
     assert row.ratio.median > 0 and row.ms.n == 3 and 0 < row.ceiling
     assert row.loss_error is not None and (row.gradient_error is None) == (mode == "statistics")
 
 
-@pytest.mark.parametrize("name, says", [("liger-triton", "NVIDIA GPU"), ("opsd-triton", "interprets"), ("cce", "NVIDIA GPU")])
+@pytest.mark.parametrize(
+    "name, says", [("liger-triton", "NVIDIA GPU"), ("opsd-triton", "interprets"), ("cce", "NVIDIA GPU")]
+)
 def test_what_cannot_serve_is_a_row(name, says):
-    rows = {row.provider: row for row in measure.compare_providers("ratios", TINY, [PROVIDERS[name]], **QUICK)}
+    rows = {
+        row.provider: row for row in measure.compare_providers("ratios", TINY, [PROVIDERS[name]], **QUICK)
+    }
     assert says in rows[name].reason and rows[name].ms is None
     assert rows[BASE].ms.n == 3 and rows["whole"].ratio.median > 0
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["ours", "a peer"])
 def test_a_wrong_kernel_gets_no_number(exact):
-    wrong = Provider("opsd", "wrong", lambda s: lambda *heads, labels=None: 1.02 * PROVIDERS["opsd"].make(s)(*heads), lambda s: None, exact=exact)
+    wrong = Provider(
+        "opsd",
+        "wrong",
+        lambda s: lambda *heads, labels=None: 1.02 * PROVIDERS["opsd"].make(s)(*heads),
+        lambda s: None,
+        exact=exact,
+    )
     verdict = gate.check(wrong, TINY)
     assert "no number" in verdict.failure and verdict.gradient_error is None
-    (row,) = [row for row in measure.compare_providers("ratios", TINY, [wrong], target=9.0, **QUICK) if row.provider == "opsd"]
+    (row,) = [
+        row
+        for row in measure.compare_providers("ratios", TINY, [wrong], target=9.0, **QUICK)
+        if row.provider == "opsd"
+    ]
     assert row.reason == verdict.failure and row.ms is None and row.verdict is None
 
 
@@ -60,7 +89,9 @@ def test_accuracy_tells_a_rounded_pair_from_the_difference():
     """At KL 1e-3 logits rounded to bf16 lose the direction, and the row says by how much."""
 
     setting = Setting(48, 64, 2048, "bfloat16")
-    found = {row.provider: row for row in errors(setting, (PROVIDERS["opsd"], PROVIDERS["torch"]), 1e-3, "normal")}
+    found = {
+        row.provider: row for row in errors(setting, (PROVIDERS["opsd"], PROVIDERS["torch"]), 1e-3, "normal")
+    }
     assert found["torch"].gradient_error > 4 * found["opsd"].gradient_error > 0
 
 

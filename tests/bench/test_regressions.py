@@ -12,7 +12,10 @@ from opsd_kernels.bench.providers import PROVIDERS
 from opsd_kernels.bench.results import Report
 from opsd_kernels.bench.shapes import Setting
 
-ATTEMPTS, MISSES = 8, 3  # on a machine that others use, a comparison may be too noisy to tell, and one without a mark may miss
+ATTEMPTS, MISSES = (
+    8,
+    3,
+)  # on a machine that others use, a comparison may be too noisy to tell, and one without a mark may miss
 
 
 def report(rows):
@@ -24,7 +27,9 @@ def measured(setting):
 
 
 def what_changed(before, after):
-    return {change.what for change in changes_of(before, after) if change.row.provider == "opsd" and change.bad}
+    return {
+        change.what for change in changes_of(before, after) if change.row.provider == "opsd" and change.bad
+    }
 
 
 def check_found_by_time(setting, plant, what):
@@ -66,7 +71,18 @@ def test_an_added_copy_of_the_logits_is_found():
     setting = Setting(512, 64, 32000, "float32")
     planned = {"predicted_bytes": setting.plan().peak_bytes, "rows": setting.plan().rows}
     before, after = (
-        report([blank("memory", "opsd", setting, peak_bytes=memory.peak_of(setting, "opsd", make=make), **planned)]) for make in (memory.prepare, COPY)
+        report(
+            [
+                blank(
+                    "memory",
+                    "opsd",
+                    setting,
+                    peak_bytes=memory.peak_of(setting, "opsd", make=make),
+                    **planned,
+                )
+            ]
+        )
+        for make in (memory.prepare, COPY)
     )
     assert changes_of(before, before) == []
     assert what_changed(before, after) == {"above plan", "more memory"}
@@ -82,7 +98,11 @@ def test_a_doubled_sweep_is_found():
         rows.row_dot(S, T, rows.row_stats(S, T, spec, bias_s, bias_t, metrics), spec, bias_s, bias_t)
         return fused(S, T, factor, spec, bias_s, bias_t, metrics, *rest)
 
-    check_found_by_time(Setting(256, 16, 32000, "bfloat16", divergence="jsd"), lambda patch: patch.setattr(rows, "row_fused_", twice), "slower")
+    check_found_by_time(
+        Setting(256, 16, 32000, "bfloat16", divergence="jsd"),
+        lambda patch: patch.setattr(rows, "row_fused_", twice),
+        "slower",
+    )
 
 
 @pytest.mark.slow

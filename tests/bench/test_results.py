@@ -11,17 +11,33 @@ from opsd_kernels.bench.tables import times
 from opsd_kernels.bench.timing import Sample
 
 ROW = Row("ratios", "opsd", 1024, 512, 32000, "bfloat16", "shared", "trainable", "jsd")
-MEASURED = {"ms": Sample(110, 109, 111, 9), "ratio": Sample(1.1, 1.09, 1.11, 9), "base": "gemms", "whole": 1.2}
+MEASURED = {
+    "ms": Sample(110, 109, 111, 9),
+    "ratio": Sample(1.1, 1.09, 1.11, 9),
+    "base": "gemms",
+    "whole": 1.2,
+}
 TIMED = replace(ROW, **MEASURED, peak_bytes=200 << 20, gradient_error=1e-2, rows=512)
 
 
 def report(*rows, **changes):
-    made = Report({"name": "a machine"}, {"torch": "2.13.0", "trl": None}, "c0ffee", "opsd bench", "2026-11-21", False, ["ratios"], rows=list(rows))
+    made = Report(
+        {"name": "a machine"},
+        {"torch": "2.13.0", "trl": None},
+        "c0ffee",
+        "opsd bench",
+        "2026-11-21",
+        False,
+        ["ratios"],
+        rows=list(rows),
+    )
     return replace(made, **changes)
 
 
 def test_round_trip(tmp_path):
-    written = report(TIMED, replace(ROW, provider="trl", reason="trl >= 1.16 is not installed"), ceilings={"copy": 2e10})
+    written = report(
+        TIMED, replace(ROW, provider="trl", reason="trl >= 1.16 is not installed"), ceilings={"copy": 2e10}
+    )
     written.save(tmp_path / "deep" / "a.json")
     assert load(tmp_path / "deep" / "a.json") == written
     assert len((tmp_path / "deep" / "a.json").read_text().splitlines()) > len(written.rows)
@@ -72,6 +88,9 @@ def test_what_is_not_comparable_is_said():
 
 def test_a_noisy_ratio_has_no_verdict_and_a_wild_one_no_number():
     assert [slower(factor, target=1.2).verdict for factor in (1, 1.3)] == ["ok", "missed"]
-    noisy, wild = slower(1, target=1.2, noise="noise"), replace(TIMED, ratio=Sample(0.6, 0.4, 0.9, 3), noise="noise")
+    noisy, wild = (
+        slower(1, target=1.2, noise="noise"),
+        replace(TIMED, ratio=Sample(0.6, 0.4, 0.9, 3), noise="noise"),
+    )
     assert noisy.verdict == "unknown: too noisy"
     assert [times(row) for row in (TIMED, noisy, wild)] == ["1.10", "~1.10", "too noisy"]

@@ -40,7 +40,9 @@ class WarmUp:
         return call
 
 
-def sweep(n: int, V: int, dtype: torch.dtype, spec: RowSpec, bias: torch.Tensor | None, *policy: torch.Tensor) -> None:
+def sweep(
+    n: int, V: int, dtype: torch.dtype, spec: RowSpec, bias: torch.Tensor | None, *policy: torch.Tensor
+) -> None:
     S, T = torch.zeros(n, V, dtype=dtype), torch.zeros(n, V, dtype=dtype)
     factor = torch.ones(n)
     stats, _, A = triton_rows.row_fused_(S, T, factor, spec, bias, bias, True, S, *policy)
@@ -54,6 +56,20 @@ if __name__ == "__main__":
     triton_rows.KERNELS = {name: WarmUp(kernel) for name, kernel in triton_rows.KERNELS.items()}
     sweep(4, 151936, torch.bfloat16, RowSpec(Divergence(Kind.JSD, 0.3), difference=True), None)
     options = {"teacher_mix": 0.1, "entry_clip": 0.05, "token_clip": 2.0}
-    sweep(4, 1003, torch.float32, RowSpec(Divergence(Kind.REVERSE_KL), **options), None, torch.ones(4), torch.zeros(4, dtype=torch.int64))
-    sweep(1, 1, torch.float32, RowSpec(Divergence(Kind.TVD), LogitTransform(1.0, 30.0, 0.7), LogitTransform()), torch.zeros(1))  # 1 is specialised
+    sweep(
+        4,
+        1003,
+        torch.float32,
+        RowSpec(Divergence(Kind.REVERSE_KL), **options),
+        None,
+        torch.ones(4),
+        torch.zeros(4, dtype=torch.int64),
+    )
+    sweep(
+        1,
+        1,
+        torch.float32,
+        RowSpec(Divergence(Kind.TVD), LogitTransform(1.0, 30.0, 0.7), LogitTransform()),
+        torch.zeros(1),
+    )  # 1 is specialised
     sys.exit(torch.cuda.is_initialized())

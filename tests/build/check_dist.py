@@ -1,7 +1,7 @@
 """Checks wheels and source distributions: what they hold and, with --torch, that they work beside that torch in a fresh environment.
 
-    python tests/build/check_dist.py dist/opsd_kernels-*
-    python tests/build/check_dist.py --torch 'torch==2.10.*' dist/opsd_kernels-*.whl
+python tests/build/check_dist.py dist/opsd_kernels-*
+python tests/build/check_dist.py --torch 'torch==2.10.*' dist/opsd_kernels-*.whl
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ import zipfile
 from pathlib import Path
 
 PACKAGE = ("__init__.py", "py.typed", "cli.py", "tested_versions.json", "kernels/triton_rows.py")
-SOURCES = ("setup.py", "pyproject.toml", "LICENSE", "csrc/registration.cpp", "csrc/ops.h", "csrc/cuda/rows.cu", "csrc/cpu/rows.cpp", "opsd_kernels/__init__.py")
+SOURCES = (
+    "setup.py",
+    "pyproject.toml",
+    "LICENSE",
+    "csrc/registration.cpp",
+    "csrc/ops.h",
+    "csrc/cuda/rows.cu",
+    "csrc/cpu/rows.cpp",
+    "opsd_kernels/__init__.py",
+)
 LIBRARY = "opsd_kernels/_C.abi3.so"
 # A hard case in fp32 and one in bf16, forward and backward through the compiled kernels, with the gates that tests/unit/test_op.py has for them.
 SMOKE = """
@@ -50,10 +59,24 @@ def problems(dist: Path) -> list[str]:
     """Return what an archive lacks, and what it holds that it should not."""
     held = set(names(dist))
     if dist.suffix != ".whl":
-        return [f"{name} is missing" for name in SOURCES if name not in held] + [f"{name} is a binary" for name in sorted(held) if name.endswith(".so")]
-    found = [f"{name} is missing" for name in (*(f"opsd_kernels/{name}" for name in PACKAGE), LIBRARY) if name not in held]
-    found += [f"{name} is not of the package" for name in sorted(held) if not name.startswith(("opsd_kernels/", "opsd_kernels-"))]
-    found += [f"{name} is a library that belongs to torch or to the system" for name in sorted(held) if ".so" in name and not name.startswith("opsd_kernels/_")]
+        return [f"{name} is missing" for name in SOURCES if name not in held] + [
+            f"{name} is a binary" for name in sorted(held) if name.endswith(".so")
+        ]
+    found = [
+        f"{name} is missing"
+        for name in (*(f"opsd_kernels/{name}" for name in PACKAGE), LIBRARY)
+        if name not in held
+    ]
+    found += [
+        f"{name} is not of the package"
+        for name in sorted(held)
+        if not name.startswith(("opsd_kernels/", "opsd_kernels-"))
+    ]
+    found += [
+        f"{name} is a library that belongs to torch or to the system"
+        for name in sorted(held)
+        if ".so" in name and not name.startswith("opsd_kernels/_")
+    ]
     python, abi, platform = dist.stem.split("-")[-3:]
     if (python, abi) != ("cp310", "abi3"):
         found.append(f"expected the tags cp310-abi3, got {python}-{abi}")
@@ -93,7 +116,9 @@ def main() -> None:
         try:
             install_and_run(dist, arguments.torch)
         except subprocess.CalledProcessError as error:
-            sys.exit(f"{dist.name}: {Path(error.cmd[0]).name} {' '.join(error.cmd[1:3])} failed with status {error.returncode}")
+            sys.exit(
+                f"{dist.name}: {Path(error.cmd[0]).name} {' '.join(error.cmd[1:3])} failed with status {error.returncode}"
+            )
 
 
 if __name__ == "__main__":

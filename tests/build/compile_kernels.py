@@ -26,7 +26,12 @@ from opsd_kernels.spec import Kind
 TYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIDE_V = 151936
 TABLE = Path(__file__).with_name("triton_registers.tsv")
-USED = ("REG", "STACK", "LOCAL", "shared")  # registers and bytes of stack and spills per thread, bytes of shared memory per block
+USED = (
+    "REG",
+    "STACK",
+    "LOCAL",
+    "shared",
+)  # registers and bytes of stack and spills per thread, bytes of shared memory per block
 
 
 @dataclass(frozen=True)
@@ -54,13 +59,23 @@ def variants() -> list[Variant]:
             found += [fused, replace(fused, form="capped", metrics=True), replace(fused, kernel="grad")]
             found += [replace(fused, kernel="stats" if kind < Kind.JSD else "dot")]
             metrics = (dtype == "fp32") == (kind % 2 == 0)
-            found += [replace(fused, arch=arch, form="capped" if metrics else "linear", metrics=metrics) for arch in (80, 100)]
+            found += [
+                replace(fused, arch=arch, form="capped" if metrics else "linear", metrics=metrics)
+                for arch in (80, 100)
+            ]
         jsd = replace(base, kind=int(Kind.JSD))
-        found += [replace(jsd, kernel="stats"), replace(jsd, kernel="stats", metrics=True), replace(jsd, V=1000)]
+        found += [
+            replace(jsd, kernel="stats"),
+            replace(jsd, kernel="stats", metrics=True),
+            replace(jsd, V=1000),
+        ]
         found += [replace(jsd, arch=arch, form="pair", metrics=True, aligned=False) for arch in (80, 90, 100)]
     found += options(base)
     found += [replace(jsd, kernel=kernel, narrowed=True) for kernel in ("grad", "fused")]
-    found += [replace(jsd, dtype="fp16", form="pair", metrics=True), replace(jsd, dtype="fp64", form="pair", metrics=True)]
+    found += [
+        replace(jsd, dtype="fp16", form="pair", metrics=True),
+        replace(jsd, dtype="fp64", form="pair", metrics=True),
+    ]
     return found
 
 
@@ -69,11 +84,22 @@ def options(base: Variant) -> list[Variant]:
     found = []
     for kind in range(len(Kind)):
         every = replace(base, kind=kind, form="mixed", metrics=True, clip=True, policy=True)
-        found += [replace(every, arch=arch, dtype=dtype) for arch, dtype in ((80, "fp32"), (90, "bf16"), (100, "bf16" if kind % 2 else "fp32"))]
-        found += [replace(base, kind=kind, clip=True, kernel="dot"), replace(base, kind=kind, clip=True, policy=True, dtype="fp32", kernel="grad")]
+        found += [
+            replace(every, arch=arch, dtype=dtype)
+            for arch, dtype in ((80, "fp32"), (90, "bf16"), (100, "bf16" if kind % 2 else "fp32"))
+        ]
+        found += [
+            replace(base, kind=kind, clip=True, kernel="dot"),
+            replace(base, kind=kind, clip=True, policy=True, dtype="fp32", kernel="grad"),
+        ]
     jsd = replace(base, kind=int(Kind.JSD))
     found += [replace(jsd, arch=arch, policy=True) for arch in (80, 90, 100)]
-    return [*found, replace(jsd, form="mixed", kernel="stats", metrics=True), replace(jsd, policy=True, narrowed=True), replace(jsd, clip=True, aligned=False)]
+    return [
+        *found,
+        replace(jsd, form="mixed", kernel="stats", metrics=True),
+        replace(jsd, policy=True, narrowed=True),
+        replace(jsd, clip=True, aligned=False),
+    ]
 
 
 def constants(variant: Variant, BLOCK_V: int, num_warps: int) -> dict[str, object]:
@@ -84,7 +110,13 @@ def constants(variant: Variant, BLOCK_V: int, num_warps: int) -> dict[str, objec
         "mixed": triton_launch.DIFFERENCE_MIXED,
     }
     capped = variant.form in ("capped", "mixed")
-    flags = {"KIND": variant.kind, "METRICS": variant.metrics, "MODE": modes[variant.form].value, "CAP_S": capped, "CAP_T": capped}
+    flags = {
+        "KIND": variant.kind,
+        "METRICS": variant.metrics,
+        "MODE": modes[variant.form].value,
+        "CAP_S": capped,
+        "CAP_T": capped,
+    }
     flags |= {"CLIP": variant.clip, "HAS_POLICY": variant.policy, "NARROWED": variant.narrowed}
     absent = ([] if capped else ["BiasS", "BiasT"]) + ([] if variant.policy else ["Policy", "Labels"])
     PACK = triton_launch.pack(variant.aligned, TYPES[variant.dtype], BLOCK_V, num_warps)
@@ -122,9 +154,16 @@ def resources(cubin: bytes) -> dict[str, int]:
 def measure(variant: Variant) -> dict[str, object]:
     BLOCK_V, num_warps = triton_launch.config(variant.V, TYPES[variant.dtype])
     options = {"num_warps": num_warps, **triton_launch.COMPILER_OPTIONS}
-    compiled = triton.compile(source(variant, BLOCK_V, num_warps), target=GPUTarget("cuda", variant.arch, 32), options=options)
+    compiled = triton.compile(
+        source(variant, BLOCK_V, num_warps), target=GPUTarget("cuda", variant.arch, 32), options=options
+    )
     loads = len(re.findall(r"ld\.global(?:\.\w+)*\.v4", compiled.asm["ptx"]))
-    return {**asdict(variant), **resources(compiled.asm["cubin"]), "shared": compiled.metadata.shared, "vector_loads": loads}
+    return {
+        **asdict(variant),
+        **resources(compiled.asm["cubin"]),
+        "shared": compiled.metadata.shared,
+        "vector_loads": loads,
+    }
 
 
 def key(row: dict[str, object]) -> tuple[str, ...]:
@@ -136,7 +175,9 @@ def read_table() -> tuple[str, dict[tuple[str, ...], tuple[int, ...]]]:
     """(version of Triton, what each variant uses)."""
     version, _, *lines = TABLE.read_text().splitlines()
     cells = [line.split("\t") for line in lines]
-    return version.removeprefix("# triton "), {tuple(row[: -len(USED)]): tuple(map(int, row[-len(USED) :])) for row in cells}
+    return version.removeprefix("# triton "), {
+        tuple(row[: -len(USED)]): tuple(map(int, row[-len(USED) :])) for row in cells
+    }
 
 
 def write_table(rows: Iterable[dict[str, object]]) -> None:

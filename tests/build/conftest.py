@@ -16,5 +16,9 @@ def checkout(tmp_path):
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, folder)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    shutil.copytree(ROOT / "opsd_kernels", folder / "opsd_kernels", ignore=shutil.ignore_patterns("_C.*", "_cuda.*", "__pycache__"))
+    shutil.copytree(
+        ROOT / "opsd_kernels",
+        folder / "opsd_kernels",
+        ignore=shutil.ignore_patterns("_C.*", "_cuda.*", "__pycache__"),
+    )
     return folder

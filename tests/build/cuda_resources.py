@@ -24,8 +24,23 @@ ENTRY = re.compile(r"(stats|dot|grad|fused)_kernelI\w*?Lb([01])(?:ELNS_4KindE(\d
 def compile_kernels(name: str, macros: list[str], architecture: str, folder: Path) -> str:
     """What ptxas says of the kernels of one type; the object goes to `folder`, with its launches."""
     script = build_script()
-    target = [f"-arch=sm_{architecture}", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c", "-o", str(folder / f"{name}_{architecture}.o")]
-    command = [script.nvcc(), *script.CUDA_FLAGS, *target, *macros, "-Xptxas", "-v", str(script.CSRC / "cuda" / "rows.cu")]
+    target = [
+        f"-arch=sm_{architecture}",
+        "-Xcompiler",
+        "-fPIC,-fvisibility=hidden",
+        "-c",
+        "-o",
+        str(folder / f"{name}_{architecture}.o"),
+    ]
+    command = [
+        script.nvcc(),
+        *script.CUDA_FLAGS,
+        *target,
+        *macros,
+        "-Xptxas",
+        "-v",
+        str(script.CSRC / "cuda" / "rows.cu"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name}, sm_{architecture}:\n{done.stderr[-4000:]}")
@@ -35,7 +50,9 @@ def compile_kernels(name: str, macros: list[str], architecture: str, folder: Pat
 def label(mangled: str) -> str:
     """`grad jsd plain` of a mangled name."""
     sweep, plain, kind = ENTRY.search(mangled).groups()
-    return " ".join(filter(None, (sweep, KINDS[int(kind)] if kind else "", "plain" if plain == "1" else "general")))
+    return " ".join(
+        filter(None, (sweep, KINDS[int(kind)] if kind else "", "plain" if plain == "1" else "general"))
+    )
 
 
 def resources(name: str, macros: list[str], architecture: str, folder: Path) -> list[tuple[str, ...]]:
@@ -43,17 +60,32 @@ def resources(name: str, macros: list[str], architecture: str, folder: Path) -> 
     for line in compile_kernels(name, macros, architecture, folder).splitlines():
         if found := re.search(r"Compiling entry function '(\w+)'", line):
             entry = label(found[1])
-        elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+        elif found := re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+        ):
             spill = found[1], str(int(found[2]) + int(found[3]))
         elif found := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
-            rows.append((entry, name.removeprefix("cuda_"), architecture, found[1], *spill, shared[1] if shared else "0"))
+            rows.append(
+                (
+                    entry,
+                    name.removeprefix("cuda_"),
+                    architecture,
+                    found[1],
+                    *spill,
+                    shared[1] if shared else "0",
+                )
+            )
     return sorted(rows)
 
 
 def every_kernel(folder: Path) -> list[tuple[str, ...]]:
     script = build_script()
-    jobs = [(*kernels, architecture) for kernels in script.cuda_kernels() for architecture in script.CUDA_ARCHITECTURES]
+    jobs = [
+        (*kernels, architecture)
+        for kernels in script.cuda_kernels()
+        for architecture in script.CUDA_ARCHITECTURES
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [row for rows in pool.map(lambda job: resources(*job, folder), jobs) for row in rows]
 

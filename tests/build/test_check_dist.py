@@ -29,7 +29,11 @@ def make_wheel(folder: Path, names: list[str], name: str = WHEEL) -> Path:
 
 
 def good_names(check) -> list[str]:
-    return [*(f"opsd_kernels/{name}" for name in check.PACKAGE), check.LIBRARY, "opsd_kernels-0.1.0.dist-info/METADATA"]
+    return [
+        *(f"opsd_kernels/{name}" for name in check.PACKAGE),
+        check.LIBRARY,
+        "opsd_kernels-0.1.0.dist-info/METADATA",
+    ]
 
 
 def test_a_good_wheel_has_no_problem(check, tmp_path):
@@ -43,9 +47,19 @@ def test_a_good_wheel_has_no_problem(check, tmp_path):
         ([], "opsd_kernels/tested_versions.json", WHEEL, "opsd_kernels/tested_versions.json is missing"),
         (["tests/conftest.py"], None, WHEEL, "tests/conftest.py is not of the package"),
         (["opsd_kernels.libs/libgomp-1.so.1"], None, WHEEL, "opsd_kernels.libs/libgomp-1.so.1 is a library"),
-        (["opsd_kernels.libs/libtorch_cpu-1.so"], None, WHEEL, "opsd_kernels.libs/libtorch_cpu-1.so is a library"),
+        (
+            ["opsd_kernels.libs/libtorch_cpu-1.so"],
+            None,
+            WHEEL,
+            "opsd_kernels.libs/libtorch_cpu-1.so is a library",
+        ),
         ([], None, WHEEL.replace("manylinux_2_28", "linux"), "expected a manylinux tag"),
-        ([], None, WHEEL.replace("cp310-abi3", "cp311-cp311"), "expected the tags cp310-abi3, got cp311-cp311"),
+        (
+            [],
+            None,
+            WHEEL.replace("cp310-abi3", "cp311-cp311"),
+            "expected the tags cp310-abi3, got cp311-cp311",
+        ),
     ],
 )
 def test_a_bad_wheel_is_found(check, tmp_path, add, drop, name, says):
@@ -58,7 +72,10 @@ def test_a_source_distribution_needs_the_sources_and_no_binary(check, tmp_path):
     with tarfile.open(tmp_path / "opsd_kernels-0.1.0.tar.gz", "w:gz") as archive:
         for name in (*check.SOURCES[1:], "opsd_kernels/_C.abi3.so"):
             archive.add(tmp_path / "empty", f"opsd_kernels-0.1.0/{name}")
-    assert check.problems(tmp_path / "opsd_kernels-0.1.0.tar.gz") == ["setup.py is missing", "opsd_kernels/_C.abi3.so is a binary"]
+    assert check.problems(tmp_path / "opsd_kernels-0.1.0.tar.gz") == [
+        "setup.py is missing",
+        "opsd_kernels/_C.abi3.so is a binary",
+    ]
 
 
 def test_the_script_of_the_workflow_is_a_shell_script():

@@ -60,7 +60,10 @@ def test_resources_are_those_of_the_table(measured):
     table = [tuple(line.split("\t")) for line in TABLE.read_text().splitlines()]
     assert table[0] == cuda_resources.HEADER
     changed = sorted(set(measured) ^ set(table[1:]))
-    assert not changed, "python tests/build/cuda_resources.py > tests/build/cuda_resources.tsv, and say why:\n" + "\n".join(map("\t".join, changed[:40]))
+    assert not changed, (
+        "python tests/build/cuda_resources.py > tests/build/cuda_resources.tsv, and say why:\n"
+        + "\n".join(map("\t".join, changed[:40]))
+    )
 
 
 def test_the_library_links_and_asks_torch_for_its_stable_interface_alone(measured, objects):
@@ -69,15 +72,50 @@ def test_the_library_links_and_asks_torch_for_its_stable_interface_alone(measure
     home, built = script.cuda_home(), [str(objects / f"{name}_90a.o") for name, _ in script.cuda_kernels()]
     for source in ("cuda/binding.cpp", "registration.cpp"):
         built.append(str(objects / f"{Path(source).stem}.o"))
-        includes = [f"-I{home / 'include'}", *(part for path in include_paths() for part in ("-isystem", path))]
-        subprocess.run(["g++", *script.FLAGS, "-fPIC", "-DOPSD_CUDA", *includes, "-c", str(script.CSRC / source), "-o", built[-1]], check=True)
+        includes = [
+            f"-I{home / 'include'}",
+            *(part for path in include_paths() for part in ("-isystem", path)),
+        ]
+        subprocess.run(
+            [
+                "g++",
+                *script.FLAGS,
+                "-fPIC",
+                "-DOPSD_CUDA",
+                *includes,
+                "-c",
+                str(script.CSRC / source),
+                "-o",
+                built[-1],
+            ],
+            check=True,
+        )
     library = objects / "_cuda.abi3.so"
     folders = [f"-L{path}" for path in (home / "lib64", home / "lib", *library_paths())]
-    subprocess.run(["g++", "-shared", *built, "-o", str(library), *folders, "-ltorch_cpu", "-lcudart_static", "-lrt", "-ldl", "-lpthread"], check=True)
-    printed = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True).stdout
+    subprocess.run(
+        [
+            "g++",
+            "-shared",
+            *built,
+            "-o",
+            str(library),
+            *folders,
+            "-ltorch_cpu",
+            "-lcudart_static",
+            "-lrt",
+            "-ldl",
+            "-lpthread",
+        ],
+        check=True,
+    )
+    printed = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
+    ).stdout
     of_torch = {name for name in re.findall(r" U (\w+)", printed) if "torch" in name}
     assert "aoti_torch_get_current_cuda_stream" in of_torch
-    assert not [name for name in of_torch if not name.startswith(("aoti_torch_", "torch_"))], "C++ symbols of torch differ from version to version"
+    assert not [name for name in of_torch if not name.startswith(("aoti_torch_", "torch_"))], (
+        "C++ symbols of torch differ from version to version"
+    )
 
 
 def test_the_sources_stay_small():

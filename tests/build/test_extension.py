@@ -32,7 +32,9 @@ def built():
 
 
 def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True
+    )
 
 
 # ---------------------------------------------------------------- instruction sets
@@ -43,7 +45,9 @@ def capability(limit: str) -> str:
     return run_python(CAPABILITY, OPSD_CPU_CAPABILITY=limit).stdout.strip()
 
 
-CAPABILITY = "from opsd_kernels._rows import extension; assert extension.load() is None; print(extension.capability())"
+CAPABILITY = (
+    "from opsd_kernels._rows import extension; assert extension.load() is None; print(extension.capability())"
+)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -54,7 +58,9 @@ def test_the_environment_limits_the_instruction_set(built, level):
 def test_an_unknown_instruction_set_is_an_error(built):
     outcome = run_python(CAPABILITY, OPSD_CPU_CAPABILITY="sse9")
     assert outcome.returncode != 0
-    assert re.search("OPSD_CPU_CAPABILITY: expected one of .*'avx512'.*'avx2'.*'default'.*got .?sse9", outcome.stderr), outcome.stderr
+    assert re.search(
+        "OPSD_CPU_CAPABILITY: expected one of .*'avx512'.*'avx2'.*'default'.*got .?sse9", outcome.stderr
+    ), outcome.stderr
 
 
 @pytest.mark.slow
@@ -76,7 +82,9 @@ def test_the_library_needs_the_stable_interface_alone(built):
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed")
     (library,) = extension.PACKAGE.glob("_C.*so")
-    listing = subprocess.run(["nm", "-DC", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        ["nm", "-DC", "--undefined-only", library], capture_output=True, text=True, check=True
+    ).stdout
     names = [line.split(" U ")[-1].strip() for line in listing.splitlines() if " U " in line]
     assert any(name.startswith("torch_parallel_for") for name in names)
     assert [name for name in names if re.match(r"(c10|at|torch)::|_?Py", name)] == []
@@ -85,7 +93,9 @@ def test_the_library_needs_the_stable_interface_alone(built):
 # ---------------------------------------------------------------- arithmetic, seen through gradients of rows whose statistics are given
 
 
-def gradient(S: Tensor, T: Tensor, kind: Kind, A: float, out: torch.dtype = torch.float32, beta: float = 0.5) -> Tensor:
+def gradient(
+    S: Tensor, T: Tensor, kind: Kind, A: float, out: torch.dtype = torch.float32, beta: float = 0.5
+) -> Tensor:
     """factor 1, maxima, log-sums and gap 0: q = exp(S), delta = T, and the gradient is u - q * A."""
     spec = RowSpec(Divergence(kind, beta), difference=True)
     wide = stats_dtype(S.dtype)
@@ -133,7 +143,9 @@ def test_arithmetic_of_log1p(built, beta):
     d = -ladder(-30, 1.3).abs()
     got = gradient(torch.zeros_like(d), d, Kind.JSD, 0.0, beta=beta)
     truth = (beta - 1) * torch.log1p(beta * torch.expm1(d.double()))
-    assert worst_ulps(got, truth) < 4 + 2 * beta / (1 - beta)  # where m/q nears 1 - beta, the rounding of 1 - m/q counts for more
+    assert worst_ulps(got, truth) < 4 + 2 * beta / (
+        1 - beta
+    )  # where m/q nears 1 - beta, the rounding of 1 - m/q counts for more
 
 
 def test_arithmetic_of_tanh(built):
@@ -163,9 +175,25 @@ def test_arithmetic_of_narrowing(built, dtype):
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype).float()
     ties = (every.view(torch.int32) + (1 << 15 if dtype == torch.bfloat16 else 1 << 12)).view(torch.float32)
     around = ladder(-9, 5)
-    special = torch.tensor([torch.inf, -torch.inf, 65504.0, 65519.99, 65520.0, -65520.0, 2.0**-24, 2.0**-25, 3 * 2.0**-25, 3.39e38, 0.0])
+    special = torch.tensor(
+        [
+            torch.inf,
+            -torch.inf,
+            65504.0,
+            65519.99,
+            65520.0,
+            -65520.0,
+            2.0**-24,
+            2.0**-25,
+            3 * 2.0**-25,
+            3.39e38,
+            0.0,
+        ]
+    )
     v = torch.cat([patterns, every, ties, around, special])
-    v = v[(v.abs() >= torch.finfo(torch.float32).tiny) | (v == 0)]  # subnormal floats may be read as 0; drops NaN, too
+    v = v[
+        (v.abs() >= torch.finfo(torch.float32).tiny) | (v == 0)
+    ]  # subnormal floats may be read as 0; drops NaN, too
     got = gradient(torch.zeros_like(v), -v, Kind.REVERSE_KL, 0.0, out=dtype)
     assert (got == v.to(dtype)).all()
     nan = torch.full((19,), torch.nan)
@@ -195,15 +223,36 @@ def test_errors_name_the_argument(built):
     S, T, one, spec = torch.zeros(2, 5), torch.zeros(2, 5), torch.ones(2), RowSpec(Divergence(Kind.JSD))
     fused = compiled_rows.row_fused_
     cases = [
-        (lambda: fused(S.long(), T.long(), one, spec, None, None, False, S), "S: expected float64, float32, bfloat16 or float16, got Long"),
+        (
+            lambda: fused(S.long(), T.long(), one, spec, None, None, False, S),
+            "S: expected float64, float32, bfloat16 or float16, got Long",
+        ),
         (lambda: fused(S, T.half(), one, spec, None, None, False, S), "T: expected Float, got Half"),
-        (lambda: fused(S, T[:, :4], one, spec, None, None, False, S), r"T: expected shape \(2, 5\), got shape \(2, 4\)"),
-        (lambda: fused(torch.zeros(5, 2).T, T, one, spec, None, None, False, S), "S: expected a column stride of 1, got 2"),
+        (
+            lambda: fused(S, T[:, :4], one, spec, None, None, False, S),
+            r"T: expected shape \(2, 5\), got shape \(2, 4\)",
+        ),
+        (
+            lambda: fused(torch.zeros(5, 2).T, T, one, spec, None, None, False, S),
+            "S: expected a column stride of 1, got 2",
+        ),
         (lambda: fused(S, T, one.double(), spec, None, None, False, S), "factor: expected Float, got Double"),
-        (lambda: fused(S, T, one[:1], spec, None, None, False, S), r"factor: expected shape \(2\), got shape \(1\)"),
-        (lambda: fused(S, T, one, spec, torch.zeros(4), None, False, S), r"bias_s: expected shape \(5\), got shape \(4\)"),
-        (lambda: fused(S, T, one, spec, None, None, False, S.double()), "G: expected float32 or a 16-bit type, got Double"),
-        (lambda: compiled_rows.row_dot(S, T, torch.zeros(2, 3), spec, None, None), r"stats: expected shape \(2, 15\), got shape \(2, 3\)"),
+        (
+            lambda: fused(S, T, one[:1], spec, None, None, False, S),
+            r"factor: expected shape \(2\), got shape \(1\)",
+        ),
+        (
+            lambda: fused(S, T, one, spec, torch.zeros(4), None, False, S),
+            r"bias_s: expected shape \(5\), got shape \(4\)",
+        ),
+        (
+            lambda: fused(S, T, one, spec, None, None, False, S.double()),
+            "G: expected float32 or a 16-bit type, got Double",
+        ),
+        (
+            lambda: compiled_rows.row_dot(S, T, torch.zeros(2, 3), spec, None, None),
+            r"stats: expected shape \(2, 15\), got shape \(2, 3\)",
+        ),
     ]
     for call, text in cases:
         with pytest.raises(RuntimeError, match=text):
@@ -223,7 +272,9 @@ def build(checkout: Path, **env: str) -> str:
 def reason_in(checkout: Path) -> str:
     code = "import opsd_kernels; from opsd_kernels._rows import extension; print(opsd_kernels.__file__, extension.load(), sep='\\n')"
     env = {**os.environ, "PYTHONPATH": str(checkout)}
-    outcome = subprocess.run([sys.executable, "-c", code], cwd=checkout, env=env, capture_output=True, text=True, check=True)
+    outcome = subprocess.run(
+        [sys.executable, "-c", code], cwd=checkout, env=env, capture_output=True, text=True, check=True
+    )
     path, reason = outcome.stdout.splitlines()
     assert Path(path).is_relative_to(checkout)
     return reason

@@ -65,7 +65,10 @@ def test_errors_name_the_argument():
         ((a.float(), b, out), "a: expected BFloat16, got Float"),
         ((a, b[:2], out), "b: expected 3 rows, got 2"),
         ((a, b, out[:, :4]), r"out: expected shape \(4, 5\), got shape \(4, 4\)"),
-        ((a.t().contiguous().t(), b.t().contiguous().t(), out), "b: expected contiguous columns beside a transposed a"),
+        (
+            (a.t().contiguous().t(), b.t().contiguous().t(), out),
+            "b: expected contiguous columns beside a transposed a",
+        ),
         ((torch.ones(8, 6).bfloat16()[::2, ::2], b, out), "a: expected one stride of 1"),
     ):
         with pytest.raises(RuntimeError, match=message):

@@ -19,12 +19,22 @@ from opsd_kernels.version import __version__
 ROOT = Path(__file__).resolve().parents[2]
 LABELLED = f"{__version__}+without.cpp.kernels"
 NO_COMPILER = {"CXX": "/nonexistent/c++"}
-needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler"
+)
 
 
 def run(*command: object, cwd: Path, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "OPSD_"))}
-    done = subprocess.run([str(part) for part in command], cwd=cwd, env={**environment, "PWD": str(cwd), **variables}, capture_output=True, text=True)
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "OPSD_"))
+    }
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**environment, "PWD": str(cwd), **variables},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 or not check, done.stdout + done.stderr
     return done
 
@@ -33,7 +43,19 @@ def run(*command: object, cwd: Path, check: bool = True, **variables: str) -> su
 def wheelhouse(tmp_path_factory):
     """setuptools, which an isolated build installs."""
     folder = tmp_path_factory.mktemp("wheelhouse")
-    done = run(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, "setuptools>=77", cwd=folder, check=False)
+    done = run(
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "-d",
+        folder,
+        "setuptools>=77",
+        cwd=folder,
+        check=False,
+    )
     if done.returncode:
         pytest.skip(f"an isolated build needs a package index: {done.stderr.strip().splitlines()[-1]}")
     return {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder)}
@@ -58,7 +80,17 @@ def sources(checkout):
 
 def install(python: Path, sources: Path, *options: str, **variables: str) -> str:
     """The last line that pip prints. This environment's own opsd_kernels is not the fresh one's to replace."""
-    command = [python, "-m", "pip", "install", "--no-deps", "--ignore-installed", "--disable-pip-version-check", *options, "."]
+    command = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--ignore-installed",
+        "--disable-pip-version-check",
+        *options,
+        ".",
+    ]
     return run(*command, cwd=sources, **variables).stdout.strip().splitlines()[-1]
 
 
@@ -80,7 +112,11 @@ def installed(python: Path) -> tuple[str | None, str, str]:
     path, reason = done.stdout.splitlines()
     assert Path(path).is_relative_to(prefix)
     (wheel,) = prefix.glob("lib/python*/site-packages/opsd_kernels-*.dist-info/WHEEL")
-    return (None if reason == "None" else reason), re.search(r"^Tag: (.+)$", wheel.read_text(), re.MULTILINE)[1], done.stderr
+    return (
+        (None if reason == "None" else reason),
+        re.search(r"^Tag: (.+)$", wheel.read_text(), re.MULTILINE)[1],
+        done.stderr,
+    )
 
 
 # ---------------------------------------------------------------- three fresh environments
@@ -102,8 +138,13 @@ def test_pip_install_builds_the_kernels(request, fresh, sources, isolated):
 
 @needs_compiler
 @pytest.mark.slow
-def test_without_a_compiler_pip_the_wheel_and_the_first_call_say_so_and_the_command_mends_it(fresh, sources, wheelhouse):
-    assert install(fresh, sources, **wheelhouse, **NO_COMPILER) == f"Successfully installed opsd_kernels-{LABELLED}"
+def test_without_a_compiler_pip_the_wheel_and_the_first_call_say_so_and_the_command_mends_it(
+    fresh, sources, wheelhouse
+):
+    assert (
+        install(fresh, sources, **wheelhouse, **NO_COMPILER)
+        == f"Successfully installed opsd_kernels-{LABELLED}"
+    )
     reason, tag, stderr = installed(fresh)
     assert "/nonexistent/c++" in reason and tag == "py3-none-any"
     assert stderr.count("SlowBackendWarning") == 1 and f"<string>:{CALLS_IN}:" in stderr and reason in stderr
@@ -156,7 +197,10 @@ def test_a_wheel_with_kernels_holds_them_and_no_excuse(sources):
     made, stderr = wheel(sources)
     assert re.fullmatch(rf"opsd_kernels-{re.escape(__version__)}-cp310-abi3-\w+\.whl", made.name)
     with zipfile.ZipFile(made) as archive:
-        assert "opsd_kernels/_C.abi3.so" in archive.namelist() and "opsd_kernels/without_cpp_kernels.txt" not in archive.namelist()
+        assert (
+            "opsd_kernels/_C.abi3.so" in archive.namelist()
+            and "opsd_kernels/without_cpp_kernels.txt" not in archive.namelist()
+        )
     assert "without" not in stderr
 
 
@@ -164,14 +208,24 @@ def test_a_wheel_with_kernels_holds_them_and_no_excuse(sources):
 def test_kernels_that_fail_after_the_metadata_promised_them_are_an_error(checkout):
     (checkout / "c++").write_text('#!/bin/sh\ncase "$*" in *probe.cpp*) exec g++ "$@";; esac\nexit 1\n')
     (checkout / "c++").chmod(0o755)
-    done = run(sys.executable, "setup.py", "-q", "bdist_wheel", cwd=checkout, check=False, CXX=str(checkout / "c++"))
+    done = run(
+        sys.executable, "setup.py", "-q", "bdist_wheel", cwd=checkout, check=False, CXX=str(checkout / "c++")
+    )
     assert done.returncode != 0 and not (checkout / "dist").exists()
     assert "OPSD_BUILD_CPU=0 installs without them" in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("variables, words", [({"OPSD_BUILD_CPU": "1"}, "OPSD_BUILD_CPU=1: no C++ compiler"), ({"OPSD_BUILD_CPU": "yes"}, "got 'yes'")])
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"OPSD_BUILD_CPU": "1"}, "OPSD_BUILD_CPU=1: no C++ compiler"),
+        ({"OPSD_BUILD_CPU": "yes"}, "got 'yes'"),
+    ],
+)
 def test_kernels_that_were_asked_for_or_misspelt_are_an_error(checkout, variables, words):
-    done = run(sys.executable, "setup.py", "-q", "bdist_wheel", cwd=checkout, check=False, **NO_COMPILER, **variables)
+    done = run(
+        sys.executable, "setup.py", "-q", "bdist_wheel", cwd=checkout, check=False, **NO_COMPILER, **variables
+    )
     assert done.returncode != 0 and words in done.stderr.splitlines()[-1]
 
 

@@ -20,7 +20,13 @@ pytestmark = [pytest.mark.build, pytest.mark.slow]
 def start(*command: object) -> subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    return subprocess.Popen([sys.executable, *map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +43,14 @@ def compiled():
 def test_every_kernel_kind_and_architecture_is_there(compiled):
     seen = {(row["arch"], row["kernel"], row["kind"]) for row in compiled}
     assert {(arch, "fused", kind) for arch in (80, 90, 100) for kind in range(6)} <= seen
-    assert {(90, "grad", kind) for kind in range(6)} | {(90, "dot", kind) for kind in range(2, 6)} | {(90, "stats", kind) for kind in range(3)} <= seen
-    options = {(row["arch"], row["kind"]) for row in compiled if row["kernel"] == "fused" and row["clip"] and row["policy"] and row["form"] == "mixed"}
+    assert {(90, "grad", kind) for kind in range(6)} | {(90, "dot", kind) for kind in range(2, 6)} | {
+        (90, "stats", kind) for kind in range(3)
+    } <= seen
+    options = {
+        (row["arch"], row["kind"])
+        for row in compiled
+        if row["kernel"] == "fused" and row["clip"] and row["policy"] and row["form"] == "mixed"
+    }
     assert options == {(arch, kind) for arch in (80, 90, 100) for kind in range(6)}
 
 
@@ -57,8 +69,15 @@ def test_resources_are_those_of_the_table(compiled, script):
     if version != triton.__version__:
         pytest.skip(f"the table is of triton {version}, this is {triton.__version__}")
     found = {script.key(row): tuple(row[name] for name in script.USED) for row in compiled}
-    changed = [f"{' '.join(key)}: {table.get(key)} -> {found.get(key)}" for key in sorted(table.keys() | found.keys()) if table.get(key) != found.get(key)]
-    assert not changed, f"{', '.join(script.USED)} differ from {script.TABLE.name} (python tests/build/compile_kernels.py --write):\n" + "\n".join(changed)
+    changed = [
+        f"{' '.join(key)}: {table.get(key)} -> {found.get(key)}"
+        for key in sorted(table.keys() | found.keys())
+        if table.get(key) != found.get(key)
+    ]
+    assert not changed, (
+        f"{', '.join(script.USED)} differ from {script.TABLE.name} (python tests/build/compile_kernels.py --write):\n"
+        + "\n".join(changed)
+    )
 
 
 def test_no_kernel_spills(compiled):
@@ -73,7 +92,9 @@ def test_two_blocks_fit_on_a_multiprocessor(compiled):
 
 
 def test_aligned_rows_are_read_in_vectors(compiled):
-    narrow = [row for row in compiled if row["aligned"] and row["dtype"] != "fp64" and not row["vector_loads"]]
+    narrow = [
+        row for row in compiled if row["aligned"] and row["dtype"] != "fp64" and not row["vector_loads"]
+    ]
     assert not narrow, "\n".join(map(str, narrow))
     assert not any(row["vector_loads"] for row in compiled if not row["aligned"])
 

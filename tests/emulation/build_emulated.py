@@ -14,8 +14,23 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
-WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # the last two: false, of packs not loaded
-FLAGS = ["-std=c++20", "-O2", "-fPIC", "-U_FORTIFY_SOURCE", *WARNINGS, "-DOPSD_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+WARNINGS = [
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+]  # the last two: false, of packs not loaded
+FLAGS = [
+    "-std=c++20",
+    "-O2",
+    "-fPIC",
+    "-U_FORTIFY_SOURCE",
+    *WARNINGS,
+    "-DOPSD_EMULATED",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+]
 
 
 def build_script() -> ModuleType:
@@ -29,20 +44,44 @@ def build_script() -> ModuleType:
 def build(folder: Path, compiler: str = "g++") -> Path:
     """The library, compiled into `folder`."""
     script = build_script()
-    includes = [f"-I{CSRC / 'cuda'}", f"-I{HERE}", *(part for path in (script.cuda_home() / "include", *include_paths()) for part in ("-isystem", str(path)))]
+    includes = [
+        f"-I{CSRC / 'cuda'}",
+        f"-I{HERE}",
+        *(
+            part
+            for path in (script.cuda_home() / "include", *include_paths())
+            for part in ("-isystem", str(path))
+        ),
+    ]
     kernels = [("cuda/rows.cu", name, [*macros, "-x", "c++"]) for name, macros in script.cuda_kernels()]
-    plain = [(source, Path(source).stem, []) for source in ("cuda/binding.cpp", "registration.cpp", HERE / "emulator.cpp")]
+    plain = [
+        (source, Path(source).stem, [])
+        for source in ("cuda/binding.cpp", "registration.cpp", HERE / "emulator.cpp")
+    ]
 
     def compile_one(job: tuple[str | Path, str, list[str]]) -> str:
         source, name, flags = job
         done = str(folder / f"{name}.o")
-        subprocess.run([compiler, *FLAGS, *includes, *flags, "-c", str(CSRC / source), "-o", done], check=True)
+        subprocess.run(
+            [compiler, *FLAGS, *includes, *flags, "-c", str(CSRC / source), "-o", done], check=True
+        )
         return done
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, [*kernels, *plain]))
     library = folder / "opsd_emulated.so"
-    subprocess.run([compiler, "-shared", *objects, "-o", str(library), *(f"-L{path}" for path in library_paths()), "-ltorch_cpu"], check=True)
+    subprocess.run(
+        [
+            compiler,
+            "-shared",
+            *objects,
+            "-o",
+            str(library),
+            *(f"-L{path}" for path in library_paths()),
+            "-ltorch_cpu",
+        ],
+        check=True,
+    )
     return library
 
 

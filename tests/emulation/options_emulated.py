@@ -27,6 +27,9 @@ def test_a_teacher_of_one_row_for_all_in_fp32(rows_of, kind):
     rows = test_rows_options.make_rows(5, 1003, torch.float32, "pair", kind)
     one = dataclasses.replace(rows, T=rows.T[:1].expand(5, -1))
     many = dataclasses.replace(rows, T=one.T.contiguous(), S=rows.S.clone())
-    for a, b in zip(*(rows_of.row_fused_(x.S, x.T, x.factor, x.spec, None, None, True, x.S) for x in (one, many)), strict=True):
+    for a, b in zip(
+        *(rows_of.row_fused_(x.S, x.T, x.factor, x.spec, None, None, True, x.S) for x in (one, many)),
+        strict=True,
+    ):
         assert_same_bits(a, b)
     assert_same_bits(one.S, many.S)

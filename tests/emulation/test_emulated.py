@@ -20,7 +20,9 @@ def library(tmp_path_factory) -> Path:
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("emulated")
-    built = subprocess.run([sys.executable, HERE / "build_emulated.py", folder], capture_output=True, text=True, check=False)
+    built = subprocess.run(
+        [sys.executable, HERE / "build_emulated.py", folder], capture_output=True, text=True, check=False
+    )
     assert built.returncode == 0, built.stderr[-6000:]
     return folder / "opsd_emulated.so"
 
@@ -32,7 +34,14 @@ def test_the_contract_holds_on_every_device(library):
         environment = os.environ | {"OPSD_EMULATED_LIBRARY": str(library), "OPSD_EMULATED_DEVICE": device}
         files = [str(HERE / "rows_emulated.py"), str(HERE / "options_emulated.py")]
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
-        started[name] = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=HERE.parent.parent)
+        started[name] = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=HERE.parent.parent,
+        )
     for name, process in started.items():
         output, _ = process.communicate(timeout=900)
         assert process.returncode == 0, f"{name}:\n{output[-6000:]}"

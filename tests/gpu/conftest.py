@@ -28,7 +28,11 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     ours = [item for item in items if HERE in item.path.parents]
-    missing = None if placing.DRY_RUN or torch.cuda.is_available() else "no CUDA device is visible (OPSD_GPU_TESTS=interpret: a dry run on the CPU)"
+    missing = (
+        None
+        if placing.DRY_RUN or torch.cuda.is_available()
+        else "no CUDA device is visible (OPSD_GPU_TESTS=interpret: a dry run on the CPU)"
+    )
     for item in ours:
         item.add_marker(pytest.mark.gpu)
         if missing:

@@ -47,7 +47,9 @@ class Mover:
             flat = torch.empty(0, dtype=torch.uint8).set_(here)
             self.storages[here.data_ptr()] = flat, flat.to(self.device, copy=True)
         there = self.storages[here.data_ptr()][1].untyped_storage()
-        return torch.empty(0, dtype=x.dtype, device=self.device).set_(there, x.storage_offset(), x.shape, x.stride())
+        return torch.empty(0, dtype=x.dtype, device=self.device).set_(
+            there, x.storage_offset(), x.shape, x.stride()
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         if id(x) not in self.tensors:
@@ -152,7 +154,9 @@ def unit(name: str) -> ModuleType:
         module.plain_outcomes = plain_outcomes
     if DRY_RUN:  # the interpreter truncates to bf16
         module.assert_one_rounding = functools.partial(testing.assert_one_rounding, interpreter=True)
-        module.assert_on_target = lambda actual, truth, target: testing.assert_on_target(actual, truth, "default")
+        module.assert_on_target = lambda actual, truth, target: testing.assert_on_target(
+            actual, truth, "default"
+        )
     return module
 
 
@@ -169,6 +173,8 @@ def adopt(module: ModuleType, but: str = "compile") -> dict[str, object]:
         if name.startswith("test_"):
             if {"backend", "rows_of"} & set(inspect.signature(value).parameters) and not re.search(but, name):
                 found[name.replace("test_", f"test_{stem}_", 1)] = value
-        elif isinstance(value, FIXTURE) and (FIXTURE is not FunctionType or hasattr(value, "__pytest_wrapped__")):
+        elif isinstance(value, FIXTURE) and (
+            FIXTURE is not FunctionType or hasattr(value, "__pytest_wrapped__")
+        ):
             found[name] = value
     return found

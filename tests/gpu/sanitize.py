@@ -9,7 +9,9 @@ import os
 import sys
 from dataclasses import replace
 
-os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor an allocation of its own: one entry beyond it is an error
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = (
+    "1"  # every tensor an allocation of its own: one entry beyond it is an error
+)
 
 import placing
 import torch

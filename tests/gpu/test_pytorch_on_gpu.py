@@ -8,7 +8,14 @@ from torch.library import opcheck
 
 from opsd_kernels import linear_divergence, plan
 from opsd_kernels.spec import KIND_NAMES
-from opsd_kernels.testing import assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case, peak_bytes
+from opsd_kernels.testing import (
+    assert_no_worse,
+    assert_on_target,
+    assert_same_bits,
+    evaluate,
+    hard_case,
+    peak_bytes,
+)
 from opsd_kernels.testing.reference import linear_divergence_reference
 
 unit = placing.unit("test_autograd")
@@ -28,11 +35,15 @@ def test_autocast_computes_in_its_dtype(backend, device, shared_head):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_opcheck(backend, monkeypatch, options, dtype):
     case = placed(unmasked(hard_case(13, 67, 8, dtype, padding=3, views=False)))
-    calls = unit.recorded_calls(monkeypatch, lambda: evaluate(linear_divergence, case, backend=backend, return_stats=True, **options))
+    calls = unit.recorded_calls(
+        monkeypatch, lambda: evaluate(linear_divergence, case, backend=backend, return_stats=True, **options)
+    )
     assert calls
     for op, args in calls:
         plain = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args)
-        opcheck(op.default, plain, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+        opcheck(
+            op.default, plain, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+        )
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -48,9 +59,15 @@ def test_compile_fullgraph(backend, options, compiler):
         return linear_divergence(*tensors, **named, **options, divergence="jsd", backend=backend) * 2.0
 
     there = placed(case)
-    ours, eager = evaluate(torch.compile(loss_of, fullgraph=True, backend=compiler), there), evaluate(loss_of, there)
+    ours, eager = (
+        evaluate(torch.compile(loss_of, fullgraph=True, backend=compiler), there),
+        evaluate(loss_of, there),
+    )
     reference = {name: value for name, value in options.items() if name == "reduction"}
-    truth, plain = (evaluate(lambda *t, **n: 2 * linear_divergence_reference(*t, **n, **reference, divergence="jsd"), c) for c in (case.double(), case))
+    truth, plain = (
+        evaluate(lambda *t, **n: 2 * linear_divergence_reference(*t, **n, **reference, divergence="jsd"), c)
+        for c in (case.double(), case)
+    )
     assert_no_worse(ours, plain, truth)
     if options["reduction"] == "none":
         assert_same_bits(ours.loss, eager.loss)
@@ -63,7 +80,12 @@ def test_two_runs_give_the_same_bits(backend, divergence, dtype, shared_head):
     """Chunks enough that the accumulation over them shows, rows enough that blocks race."""
     N, V, H = (29, 211, 24) if placing.DRY_RUN else (1003, 5003, 96)
     case = placed(hard_case(N, V, H, dtype, shared_head=shared_head, largest_logit=8.0))
-    options = {"backend": backend, "divergence": divergence, "workspace_bytes": 40 * V * 8 + 4 * V * H, "return_stats": True}
+    options = {
+        "backend": backend,
+        "divergence": divergence,
+        "workspace_bytes": 40 * V * 8 + 4 * V * H,
+        "return_stats": True,
+    }
     one, two = (evaluate(linear_divergence, case, **options) for _ in range(2))
     assert_same_bits(two, one)
     for name in vars(one.stats):
@@ -104,7 +126,9 @@ PLANNED_WITHIN = 0.05  # of the measured peak
 
 
 @pytest.mark.parametrize("N", [4096, 131072])
-@pytest.mark.parametrize("dtype, shared", [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, shared", [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True)], ids=str
+)
 def test_peak_is_within_the_budget_and_as_planned(backend, device, N, dtype, shared):
     """Flat in N but for gradients and N-sized vectors."""
     if backend == "torch":
@@ -112,9 +136,24 @@ def test_peak_is_within_the_budget_and_as_planned(backend, device, N, dtype, sha
     V, H, budget = (2003, 16, 64 << 20) if placing.DRY_RUN else (151936, 256, 1 << 30)
     N = 64 if placing.DRY_RUN else N
     expected = plan(N, V, H, dtype=dtype, shared_head=shared, workspace_bytes=budget, device_type=device.type)
-    peak = peak_bytes(CALL, N, V, H, str(dtype).removeprefix("torch."), budget, backend, device.type, shared, device=device.type)
+    peak = peak_bytes(
+        CALL,
+        N,
+        V,
+        H,
+        str(dtype).removeprefix("torch."),
+        budget,
+        backend,
+        device.type,
+        shared,
+        device=device.type,
+    )
     above = peak - (N + V) * H * dtype.itemsize - expected.vector_bytes
-    assert above <= budget, f"{above / 2**20:.1f} MiB above inputs, outputs and gradients; budget {budget / 2**20:.0f} MiB"
+    assert above <= budget, (
+        f"{above / 2**20:.1f} MiB above inputs, outputs and gradients; budget {budget / 2**20:.0f} MiB"
+    )
     off = expected.peak_bytes / peak - 1
     if not placing.DRY_RUN:  # resident memory of so small a call says nothing
-        assert abs(off) <= PLANNED_WITHIN, f"planned {expected.peak_bytes / 2**20:.1f} MiB, measured {peak / 2**20:.1f} MiB ({off:+.1%})"
+        assert abs(off) <= PLANNED_WITHIN, (
+            f"planned {expected.peak_bytes / 2**20:.1f} MiB, measured {peak / 2**20:.1f} MiB ({off:+.1%})"
+        )

@@ -23,7 +23,9 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def alone():
-    dist.init_process_group("gloo" if placing.DRY_RUN else "nccl", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo" if placing.DRY_RUN else "nccl", store=dist.HashStore(), rank=0, world_size=1
+    )
     yield dist.group.WORLD
     dist.destroy_process_group()
 
@@ -50,9 +52,20 @@ def test_the_trainer_learns_there(tmp_path):
     from opsd_kernels.train.log import read_metrics
     from opsd_kernels.train.loop import train
 
-    small = {"tiny_hidden": 32, "tiny_layers": 1, "tiny_heads": 2, "warm_accuracy": 2e-4, "warm_batch": 32, "warm_max_steps": 100, "tensorboard": False}
+    small = {
+        "tiny_hidden": 32,
+        "tiny_layers": 1,
+        "tiny_heads": 2,
+        "warm_accuracy": 2e-4,
+        "warm_batch": 32,
+        "warm_max_steps": 100,
+        "tensorboard": False,
+    }
     sizes = {"steps": 3, "prompts_per_step": 4, "group_size": 4, "eval_samples": 8, "probe_samples": 4}
-    train(TrainConfig(**small, **sizes, device=placing.DEVICE.type, cache_dir=str(tmp_path / "cache")), tmp_path / "run")
+    train(
+        TrainConfig(**small, **sizes, device=placing.DEVICE.type, cache_dir=str(tmp_path / "cache")),
+        tmp_path / "run",
+    )
     lines = list(read_metrics(tmp_path / "run" / "metrics.jsonl"))
     assert [line["step"] for line in lines] == [1, 2, 3] and all(line["loss"] > 0 for line in lines)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3

@@ -18,9 +18,13 @@ VOCABULARIES = [1000, 4104] if placing.DRY_RUN else [8192, 32000, 50257, 128256,
 
 @pytest.fixture
 def rows_of(backend, monkeypatch):
-    monkeypatch.setattr(unit, "DTYPES", [dtype for dtype in unit.DTYPES if placing.unserved(backend, dtype) is None])  # of tests that go through all
+    monkeypatch.setattr(
+        unit, "DTYPES", [dtype for dtype in unit.DTYPES if placing.unserved(backend, dtype) is None]
+    )  # of tests that go through all
     if backend == "triton" and not placing.DRY_RUN:
-        monkeypatch.setattr(unit, "SHAPES", [(3, 7), (11, 64), (2, 4099)])  # each other size would be compiled anew
+        monkeypatch.setattr(
+            unit, "SHAPES", [(3, 7), (11, 64), (2, 4099)]
+        )  # each other size would be compiled anew
     return placing.PlacedRows(backend)
 
 
@@ -34,7 +38,9 @@ def contiguous(rows):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 def test_real_vocabularies(rows_of, kind, form, dtype):
     for V in VOCABULARIES:
-        rows, truth = unit.hard_rows.__wrapped__(6, V, dtype, form, kind)  # not kept: a truth of a million entries is 240 MB
+        rows, truth = unit.hard_rows.__wrapped__(
+            6, V, dtype, form, kind
+        )  # not kept: a truth of a million entries is 240 MB
         for make in (contiguous, unit.Rows.copy):
             for route in ("apart", "fused"):
                 _, loss, gradient = unit.run_rows(rows_of, make(rows), route)
@@ -59,9 +65,14 @@ def test_more_rows_than_blocks_fit_at_once(rows_of, dtype):
     """Every row has the bits that it has alone, wherever in the grid it stands."""
     few = contiguous(unit.make_rows(6, 1003, dtype, "pair", Kind.JSD))
     times = 2 if placing.DRY_RUN else 700
-    repeated = {name: getattr(few, name).repeat(times, *[1] * (getattr(few, name).dim() - 1)) for name in ("S", "T", "factor")}
+    repeated = {
+        name: getattr(few, name).repeat(times, *[1] * (getattr(few, name).dim() - 1))
+        for name in ("S", "T", "factor")
+    }
     many = unit.replace(few, **repeated)
-    for got, expected in zip(unit.run_rows(rows_of, many, "fused"), unit.run_rows(rows_of, few, "fused"), strict=True):
+    for got, expected in zip(
+        unit.run_rows(rows_of, many, "fused"), unit.run_rows(rows_of, few, "fused"), strict=True
+    ):
         unit.assert_same_bits(got, expected.repeat(times, *[1] * (expected.dim() - 1)))
 
 
@@ -69,7 +80,10 @@ def test_more_rows_than_blocks_fit_at_once(rows_of, dtype):
 def test_two_runs_give_the_same_bits(rows_of, dtype):
     for V in VOCABULARIES:
         rows = contiguous(unit.make_rows(6, V, dtype, "difference, linear", Kind.JSD))
-        for one, two in zip(*(unit.run_rows(rows_of, unit.replace(rows, S=rows.S.clone()), "fused") for _ in range(2)), strict=True):
+        for one, two in zip(
+            *(unit.run_rows(rows_of, unit.replace(rows, S=rows.S.clone()), "fused") for _ in range(2)),
+            strict=True,
+        ):
             unit.assert_same_bits(one, two)
 
 

@@ -19,7 +19,9 @@ HALF_A_SECOND = 1_000_000_000  # about, in cycles
 
 def masked(case):
     """As `unmasked`, with every third token left out."""
-    return replace(case, mask=torch.arange(case.student_hidden.shape[0], device=case.student_hidden.device) % 3 != 0)
+    return replace(
+        case, mask=torch.arange(case.student_hidden.shape[0], device=case.student_hidden.device) % 3 != 0
+    )
 
 
 def labelled(case):
@@ -29,7 +31,18 @@ def labelled(case):
 
 
 def plain_case(dtype=torch.bfloat16, shared_head=True, frozen_head=False):
-    return placed(unmasked(hard_case(*SIZES, dtype, shared_head=shared_head, frozen_head=frozen_head, largest_logit=8.0, masked_entry=None)))
+    return placed(
+        unmasked(
+            hard_case(
+                *SIZES,
+                dtype,
+                shared_head=shared_head,
+                frozen_head=frozen_head,
+                largest_logit=8.0,
+                masked_entry=None,
+            )
+        )
+    )
 
 
 # ---------------------------------------------------------------- the host never waits
@@ -39,7 +52,14 @@ UNMASKED = {
     "per token": {"reduction": "none"},
     "recompute": {"backward": "recompute"},
     "statistics": {"return_stats": True, "divergence": "jsd"},
-    "options": {"entry_clip": 0.1, "token_clip": 2.0, "teacher_mix": 0.2, "student_softcap": 30.0, "teacher_softcap": 30.0, "temperature": 0.8},
+    "options": {
+        "entry_clip": 0.1,
+        "token_clip": 2.0,
+        "teacher_mix": 0.2,
+        "student_softcap": 30.0,
+        "teacher_softcap": 30.0,
+        "temperature": 0.8,
+    },
     "schedule": {"token_weights": weights.LinearDecay(0.5)},
     "gate": {"token_weights": weights.TrustGate(0.2)},
     "top-k": {"topk": 7},
@@ -101,7 +121,9 @@ def test_another_current_stream(backend, cuda, divergence, reduction, mask):
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        evaluate(linear_divergence, case, **options)  # the allocator's blocks and the library's workspace of this stream
+        evaluate(
+            linear_divergence, case, **options
+        )  # the allocator's blocks and the library's workspace of this stream
     torch.cuda.synchronize()
     busy = torch.cuda.Event()
     torch.cuda._sleep(HALF_A_SECOND)
@@ -121,7 +143,9 @@ def test_inputs_that_another_stream_still_writes(backend, cuda):
     """The op on a side stream after wait_stream: it reads what the other stream wrote last, not what was there before."""
     case = plain_case()
     expected = evaluate(linear_divergence, case, backend=backend)
-    late = replace(case, student_hidden=torch.full_like(case.student_hidden, torch.nan), trainable=case.trainable)
+    late = replace(
+        case, student_hidden=torch.full_like(case.student_hidden, torch.nan), trainable=case.trainable
+    )
     side = torch.cuda.Stream()
     torch.cuda._sleep(HALF_A_SECOND // 5)
     late.student_hidden.copy_(case.student_hidden)
@@ -154,7 +178,9 @@ def test_graph_capture_and_replay(backend, cuda, monkeypatch, divergence, shared
     """Forward and backward captured once, replayed on other inputs and again on the first ones: the bits of eager runs that pack nothing either."""
     options = {"divergence": divergence, "backend": backend, **options}
     first = ignore(plain_case(shared_head=shared_head))._map(torch.clone)
-    other = replace(first, student_hidden=first.student_hidden.flip(0), teacher_hidden=first.teacher_hidden.flip(0))
+    other = replace(
+        first, student_hidden=first.student_hidden.flip(0), teacher_hidden=first.teacher_hidden.flip(0)
+    )
     static = first._map(torch.clone)
     monkeypatch.setenv("OPSD_PACK", "0")
     side = torch.cuda.Stream()

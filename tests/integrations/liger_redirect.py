@@ -32,18 +32,30 @@ def counted(name: str, has_cross_entropy: bool):
 
 
 def pytest_configure(config):
-    for name, has_cross_entropy in {"linear_divergence": False, "linear_logprobs": True, "linear_policy_divergence": True}.items():
+    for name, has_cross_entropy in {
+        "linear_divergence": False,
+        "linear_logprobs": True,
+        "linear_policy_divergence": True,
+    }.items():
         counted(name, has_cross_entropy)
     if os.environ.get("LIGER_REDIRECT_PLANT") == "beta":
         right = liger._divergence
         liger._divergence = lambda name, beta: right(name, 1 - beta)
-    places = [(f"liger_kernel.{module}", name, getattr(liger, name)) for name, modules in PLACES.items() for module in modules]
+    places = [
+        (f"liger_kernel.{module}", name, getattr(liger, name))
+        for name, modules in PLACES.items()
+        for module in modules
+    ]
     chunked, kernel = liger.fused_linear_jsd_loss, liger.fused_linear_jsd
     places += [
         ("liger_kernel.chunked_loss.functional", "liger_fused_linear_jsd", chunked),
         ("liger_kernel.chunked_loss.jsd_loss", "LigerFusedLinearJSDFunction", SimpleNamespace(apply=chunked)),
         ("liger_kernel.transformers.functional", "liger_fused_linear_jsd", kernel),
-        ("liger_kernel.ops", "LigerFusedLinearJSDFunction", SimpleNamespace(apply=lambda *args: kernel(*args[:9]))),  # the last two name its kernels
+        (
+            "liger_kernel.ops",
+            "LigerFusedLinearJSDFunction",
+            SimpleNamespace(apply=lambda *args: kernel(*args[:9])),
+        ),  # the last two name its kernels
     ]
     for module, name, ours in places:
         setattr(importlib.import_module(module), name, ours)

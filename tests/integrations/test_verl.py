@@ -15,7 +15,13 @@ from torch import Tensor
 
 from opsd_kernels.integrations import verl
 from opsd_kernels.integrations.verl import AGG_MODES, agg_loss, agg_weights, distillation_loss, topk_distill
-from opsd_kernels.testing import Outcome, assert_no_worse, assert_on_target, assert_one_rounding, assert_same_bits
+from opsd_kernels.testing import (
+    Outcome,
+    assert_no_worse,
+    assert_on_target,
+    assert_one_rounding,
+    assert_same_bits,
+)
 
 sys.path.append(str(Path(__file__).parent))
 import verl_source
@@ -50,41 +56,75 @@ class Batch:
         self.hidden, self.weight, self.teacher_weight = 0.7 * draw(tokens, H), draw(V, H), draw(V, H_T)
         self.teacher_weight[:, :H] = self.weight
         far = torch.linspace(0.02, 1.2, tokens)[torch.randperm(tokens, generator=gen)][:, None].to(dtype)
-        near = torch.cat([0.85 * self.hidden, torch.zeros(tokens, H_T - H, dtype=dtype)], 1)  # and flatter: lists that hold less than the student's mass
+        near = torch.cat(
+            [0.85 * self.hidden, torch.zeros(tokens, H_T - H, dtype=dtype)], 1
+        )  # and flatter: lists that hold less than the student's mass
         self.teacher_hidden = near + far * draw(tokens, H_T)
-        self.teacher_logprobs, self.teacher_ids = (self.teacher_hidden @ self.teacher_weight.T).float().log_softmax(-1).topk(K)
+        self.teacher_logprobs, self.teacher_ids = (
+            (self.teacher_hidden @ self.teacher_weight.T).float().log_softmax(-1).topk(K)
+        )
         self.labels = torch.randint(V, (tokens,), generator=gen)
         self.mask = response_mask()
 
     def to(self, dtype: torch.dtype | None) -> "Batch":
         """A batch of its own with the same numbers, None: in their dtypes."""
         other = Batch.__new__(Batch)
-        other.__dict__ = {k: x.to(dtype or x.dtype) if x.is_floating_point() else x for k, x in self.__dict__.items()}
+        other.__dict__ = {
+            k: x.to(dtype or x.dtype) if x.is_floating_point() else x for k, x in self.__dict__.items()
+        }
         return other
 
     def data(self, layout: str = "nested", **counts: object) -> dict[str, object]:
         """`padded`: prompts left-padded and responses right-padded to one length; what the model returns is packed all the same."""
         whole = tuple(p + r for p, r in zip(PROMPTS, RESPONSES, strict=True))
-        made = {"teacher_logprobs": self.teacher_logprobs, "teacher_ids": self.teacher_ids, "teacher_hidden_states": self.teacher_hidden}
+        made = {
+            "teacher_logprobs": self.teacher_logprobs,
+            "teacher_ids": self.teacher_ids,
+            "teacher_hidden_states": self.teacher_hidden,
+        }
         made = {k: nested(x, whole) if layout == "nested" else x for k, x in made.items()}
         if layout == "nested":
-            parts = {"prompts": nested(torch.zeros(sum(PROMPTS)), PROMPTS), "responses": nested(torch.zeros(sum(RESPONSES)), RESPONSES)}
-            parts["response_mask"] = nested(self.mask[torch.arange(9) < torch.tensor(RESPONSES)[:, None]], RESPONSES)
+            parts = {
+                "prompts": nested(torch.zeros(sum(PROMPTS)), PROMPTS),
+                "responses": nested(torch.zeros(sum(RESPONSES)), RESPONSES),
+            }
+            parts["response_mask"] = nested(
+                self.mask[torch.arange(9) < torch.tensor(RESPONSES)[:, None]], RESPONSES
+            )
         else:
             prompt = torch.arange(7) >= 7 - torch.tensor(PROMPTS)[:, None]
             attended = torch.cat([prompt, torch.arange(9) < torch.tensor(RESPONSES)[:, None]], 1)
-            parts = {"prompts": torch.zeros(4, 7), "responses": torch.zeros(4, 9), "attention_mask": attended, "response_mask": self.mask}
+            parts = {
+                "prompts": torch.zeros(4, 7),
+                "responses": torch.zeros(4, 9),
+                "attention_mask": attended,
+                "response_mask": self.mask,
+            }
         return {**made, **parts, **GLOBAL[0], **counts}
 
     def outputs(self, layout: str = "nested") -> dict[str, Tensor]:
         whole = tuple(p + r for p, r in zip(PROMPTS, RESPONSES, strict=True))
         hidden = nested(self.hidden, whole) if layout == "nested" else self.hidden
-        return {"hidden_states": hidden, "lm_head_weight": self.weight, "teacher_lm_head_weight": self.teacher_weight}
+        return {
+            "hidden_states": hidden,
+            "lm_head_weight": self.weight,
+            "teacher_lm_head_weight": self.teacher_weight,
+        }
 
 
-def settings(mode: str = "token-mean", factor: float | None = None, **loss: object) -> tuple[SimpleNamespace, SimpleNamespace]:
-    loss = {"loss_mode": "forward_kl_topk", "loss_max_clamp": 10.0, "log_prob_min_clamp": -10.0, "use_policy_gradient": False, **loss}
-    return SimpleNamespace(loss_agg_mode=mode, loss_scale_factor=factor), SimpleNamespace(distillation_loss=SimpleNamespace(**loss))
+def settings(
+    mode: str = "token-mean", factor: float | None = None, **loss: object
+) -> tuple[SimpleNamespace, SimpleNamespace]:
+    loss = {
+        "loss_mode": "forward_kl_topk",
+        "loss_max_clamp": 10.0,
+        "log_prob_min_clamp": -10.0,
+        "use_policy_gradient": False,
+        **loss,
+    }
+    return SimpleNamespace(loss_agg_mode=mode, loss_scale_factor=factor), SimpleNamespace(
+        distillation_loss=SimpleNamespace(**loss)
+    )
 
 
 # ---------------------------------------------------------------- the dense reference
@@ -100,7 +140,15 @@ def responses_of(packed: Tensor) -> Tensor:
     return torch.stack(out)
 
 
-def dense_aggregate(losses: Tensor, mask: Tensor, mode: str, dp_size=1, batch_num_tokens=None, global_batch_size=None, loss_scale_factor=None) -> Tensor:
+def dense_aggregate(
+    losses: Tensor,
+    mask: Tensor,
+    mode: str,
+    dp_size=1,
+    batch_num_tokens=None,
+    global_batch_size=None,
+    loss_scale_factor=None,
+) -> Tensor:
     """Sequence by sequence."""
     kept = [row[keep] for row, keep in zip(losses, mask, strict=True)]
     counted = [row for row in kept if row.numel()]
@@ -127,28 +175,36 @@ def whole_losses(log_q: Tensor, log_p: Tensor, mode: str, beta: float) -> Tensor
     if mode == "reverse_kl":
         return (log_q.exp() * (log_q - log_p)).sum(-1)
     log_m = (beta * log_p.exp() + (1 - beta) * log_q.exp()).log()
-    return beta * whole_losses(log_m, log_p, "forward_kl", beta) + (1 - beta) * whole_losses(log_m, log_q, "forward_kl", beta)
+    return beta * whole_losses(log_m, log_p, "forward_kl", beta) + (1 - beta) * whole_losses(
+        log_m, log_q, "forward_kl", beta
+    )
 
 
 def dense_loss(batch: Batch, config, distillation, temperature: float = 1.0, **counts) -> Tensor:
     s = distillation.distillation_loss
     log_q = (batch.hidden @ batch.weight.T / temperature).log_softmax(-1)
     if s.loss_mode == "forward_kl_topk":
-        losses = list_losses(log_q.gather(-1, batch.teacher_ids), batch.teacher_logprobs, s.log_prob_min_clamp).clamp_min(0.0)
+        losses = list_losses(
+            log_q.gather(-1, batch.teacher_ids), batch.teacher_logprobs, s.log_prob_min_clamp
+        ).clamp_min(0.0)
     else:
         log_p = (batch.teacher_hidden @ batch.teacher_weight.T / temperature).log_softmax(-1)
         losses = whole_losses(log_q, log_p, s.loss_mode, getattr(s, "jsd_beta", 0.5))
     losses = responses_of(losses)
     if s.loss_max_clamp is not None:
         losses = losses.clamp(-s.loss_max_clamp, s.loss_max_clamp)
-    return dense_aggregate(losses, batch.mask, config.loss_agg_mode, loss_scale_factor=config.loss_scale_factor, **counts)
+    return dense_aggregate(
+        losses, batch.mask, config.loss_agg_mode, loss_scale_factor=config.loss_scale_factor, **counts
+    )
 
 
 def outcome(loss_of, batch: Batch) -> Outcome:
     batch = batch.to(None)
     batch.hidden, batch.weight = batch.hidden.clone().requires_grad_(), batch.weight.clone().requires_grad_()
     loss = loss_of(batch)
-    return Outcome(loss.detach(), *torch.autograd.grad(loss, (batch.hidden, batch.weight), torch.full_like(loss, 3.0)))
+    return Outcome(
+        loss.detach(), *torch.autograd.grad(loss, (batch.hidden, batch.weight), torch.full_like(loss, 3.0))
+    )
 
 
 def check(ours, reference, batch: Batch | None = None) -> Outcome:
@@ -167,11 +223,16 @@ def check(ours, reference, batch: Batch | None = None) -> Outcome:
 @pytest.mark.parametrize("counts", GLOBAL, ids=["local", "global"])
 @pytest.mark.parametrize("factor", [None, 32])
 def test_agg_loss(mode, counts, factor):
-    losses, mask = torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), response_mask()
+    losses, mask = (
+        torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+        response_mask(),
+    )
     expected = dense_aggregate(losses, mask, mode, **counts, loss_scale_factor=factor)
     losses[~mask] = torch.nan
     for given in (mask, mask.long(), mask.float()):
-        assert_one_rounding(agg_loss(losses, given, mode, **counts, loss_scale_factor=factor), expected, torch.float64)
+        assert_one_rounding(
+            agg_loss(losses, given, mode, **counts, loss_scale_factor=factor), expected, torch.float64
+        )
 
 
 def test_nothing_valid_is_zero():
@@ -180,12 +241,17 @@ def test_nothing_valid_is_zero():
 
 
 @pytest.mark.parametrize("mode", AGG_MODES)
-@pytest.mark.parametrize("given, missing", [({"batch_num_tokens": 7}, "global_batch_size"), ({"global_batch_size": 7}, "batch_num_tokens")])
+@pytest.mark.parametrize(
+    "given, missing",
+    [({"batch_num_tokens": 7}, "global_batch_size"), ({"global_batch_size": 7}, "batch_num_tokens")],
+)
 def test_counts_of_one_rank_are_not_those_of_all(mode, given, missing):
     """`token-sum` needs no count."""
     needed = "global_batch_size" if mode.startswith("seq") else {"token-mean": "batch_num_tokens"}.get(mode)
     if needed == missing:
-        with pytest.raises(ValueError, match=f"{missing}: expected the count of the global batch, since dp_size is 2"):
+        with pytest.raises(
+            ValueError, match=f"{missing}: expected the count of the global batch, since dp_size is 2"
+        ):
             agg_weights(response_mask(), mode, dp_size=2, **given)
     else:
         agg_weights(response_mask(), mode, dp_size=2, **given)
@@ -199,7 +265,10 @@ def test_counts_of_one_rank_are_not_those_of_all(mode, given, missing):
 @pytest.mark.parametrize("loss_mode", ["forward_kl_topk", "reverse_kl"])
 def test_every_aggregation(mode, counts, loss_mode):
     made = settings(mode, 32 if counts["dp_size"] > 1 else None, loss_mode=loss_mode, loss_max_clamp=2.0)
-    check(lambda b: distillation_loss(*made, b.outputs(), b.data(**counts))[0], lambda b: dense_loss(b, *made, **counts))
+    check(
+        lambda b: distillation_loss(*made, b.outputs(), b.data(**counts))[0],
+        lambda b: dense_loss(b, *made, **counts),
+    )
 
 
 @pytest.mark.parametrize("highest", [None, 0.3, 2.0])
@@ -211,16 +280,30 @@ def test_clamps_of_a_list(floor, highest, temperature):
     batch = Batch()
     log_q = (batch.hidden @ batch.weight.T / temperature).log_softmax(-1).gather(-1, batch.teacher_ids)
     raw = responses_of(list_losses(log_q, batch.teacher_logprobs, floor))[batch.mask]
-    assert (raw < 0).any() and (raw > 2).any() and ((raw > 0) & (raw < 0.3)).any() and (floor is None or (log_q < floor).any())
+    assert (
+        (raw < 0).any()
+        and (raw > 2).any()
+        and ((raw > 0) & (raw < 0.3)).any()
+        and (floor is None or (log_q < floor).any())
+    )
     data = {"temperature": temperature}
-    check(lambda b: distillation_loss(*made, b.outputs(), b.data(**data))[0], lambda b: dense_loss(b, *made, temperature=temperature), batch)
+    check(
+        lambda b: distillation_loss(*made, b.outputs(), b.data(**data))[0],
+        lambda b: dense_loss(b, *made, temperature=temperature),
+        batch,
+    )
 
 
 @pytest.mark.parametrize("highest", [None, 1.0])
-@pytest.mark.parametrize("loss_mode, beta", [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.2)])
+@pytest.mark.parametrize(
+    "loss_mode, beta", [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.2)]
+)
 def test_whole_teachers(loss_mode, beta, highest):
     made = settings("seq-mean-token-mean", loss_mode=loss_mode, jsd_beta=beta, loss_max_clamp=highest)
-    check(lambda b: distillation_loss(*made, b.outputs(), b.data(temperature=1.5))[0], lambda b: dense_loss(b, *made, temperature=1.5))
+    check(
+        lambda b: distillation_loss(*made, b.outputs(), b.data(temperature=1.5))[0],
+        lambda b: dense_loss(b, *made, temperature=1.5),
+    )
 
 
 @pytest.mark.parametrize("loss_mode", ["forward_kl_topk", "reverse_kl"])
@@ -239,7 +322,8 @@ def test_layouts_are_one(loss_mode):
     """Nested batches, padded ones with packed model outputs, and dictionaries of either."""
     made = settings("seq-mean-token-sum", loss_mode=loss_mode)
     first, *others = (
-        outcome(lambda b, x=x, y=y: distillation_loss(*made, b.outputs(x), b.data(y))[0], Batch()) for x, y in [("nested",) * 2, ("packed", "padded")]
+        outcome(lambda b, x=x, y=y: distillation_loss(*made, b.outputs(x), b.data(y))[0], Batch())
+        for x, y in [("nested",) * 2, ("packed", "padded")]
     )
     for other in others:
         assert_same_bits(other, first)
@@ -250,7 +334,11 @@ def test_tokens_outside_the_mask_may_hold_anything():
     expected = distillation_loss(*made, batch.outputs(), batch.data())[0]
     reached = torch.zeros(batch.hidden.shape[0], dtype=torch.bool)
     reached[responses_of(torch.arange(batch.hidden.shape[0]))[batch.mask]] = True
-    batch.hidden[~reached], batch.teacher_ids[~reached], batch.teacher_logprobs[~reached] = torch.nan, V + 3, torch.nan
+    batch.hidden[~reached], batch.teacher_ids[~reached], batch.teacher_logprobs[~reached] = (
+        torch.nan,
+        V + 3,
+        torch.nan,
+    )
     assert_same_bits(distillation_loss(*made, batch.outputs(), batch.data())[0], expected)
 
 
@@ -297,7 +385,10 @@ def test_errors_name_the_setting(made, match):
         distillation_loss(*made, Batch().outputs(), Batch().data())
 
 
-@pytest.mark.parametrize("floor, passes", [(None, ["linear_topk_divergence"]), (-3.0, ["linear_logprobs", "linear_topk_divergence"])])
+@pytest.mark.parametrize(
+    "floor, passes",
+    [(None, ["linear_topk_divergence"]), (-3.0, ["linear_logprobs", "linear_topk_divergence"])],
+)
 def test_one_op_and_one_statistics_pass_for_a_floor(monkeypatch, floor, passes):
     seen = []
     for name in ("linear_logprobs", "linear_topk_divergence", "linear_divergence"):
@@ -332,15 +423,47 @@ def test_topk_distill(floor, shifted, temperature):
 
     def mix(parts: tuple[Tensor, ...]) -> Tensor:
         ramp = torch.linspace(-1, 1, rolled.numel(), dtype=parts[0].dtype)[None]
-        return torch.stack([ramp * parts[0], ramp.flip(1) * parts[1], (ramp + 2) * parts[2], *(x.detach() for x in parts[3:])])
+        return torch.stack(
+            [
+                ramp * parts[0],
+                ramp.flip(1) * parts[1],
+                (ramp + 2) * parts[2],
+                *(x.detach() for x in parts[3:]),
+            ]
+        )
 
     def ours(b: Batch) -> Tensor:
-        args = (b.hidden[None], b.weight, labels, b.teacher_ids[None], b.teacher_logprobs[None], 7, -100, rolled if shifted else None)
+        args = (
+            b.hidden[None],
+            b.weight,
+            labels,
+            b.teacher_ids[None],
+            b.teacher_logprobs[None],
+            7,
+            -100,
+            rolled if shifted else None,
+        )
         parts = topk_distill(*args, temperature, floor)
-        assert all(x.shape == labels.shape for x in parts) and not (parts[3].requires_grad or parts[4].requires_grad)
+        assert all(x.shape == labels.shape for x in parts) and not (
+            parts[3].requires_grad or parts[4].requires_grad
+        )
         return mix(parts)
 
-    check(ours, lambda b: mix(dense_distill(b.hidden[None], b.weight, rolled, b.teacher_ids[None], b.teacher_logprobs[None], temperature, floor)), batch)
+    check(
+        ours,
+        lambda b: mix(
+            dense_distill(
+                b.hidden[None],
+                b.weight,
+                rolled,
+                b.teacher_ids[None],
+                b.teacher_logprobs[None],
+                temperature,
+                floor,
+            )
+        ),
+        batch,
+    )
 
 
 def test_topk_distill_fills_what_the_loss_aggregates():
@@ -348,10 +471,21 @@ def test_topk_distill_fills_what_the_loss_aggregates():
     made, batch = settings("seq-mean-token-sum", loss_max_clamp=1.0, log_prob_min_clamp=-4.0), Batch()
 
     def in_two_steps(b: Batch) -> Tensor:
-        losses = topk_distill(b.hidden, b.weight, b.labels, b.teacher_ids, b.teacher_logprobs, shift_labels=b.labels, log_prob_min_clamp=-4.0)[2]
+        losses = topk_distill(
+            b.hidden,
+            b.weight,
+            b.labels,
+            b.teacher_ids,
+            b.teacher_logprobs,
+            shift_labels=b.labels,
+            log_prob_min_clamp=-4.0,
+        )[2]
         return agg_loss(responses_of(losses).clamp(0.0, 1.0), b.mask, "seq-mean-token-sum")
 
-    one, two = outcome(lambda b: distillation_loss(*made, b.outputs(), b.data())[0], batch), outcome(in_two_steps, batch)
+    one, two = (
+        outcome(lambda b: distillation_loss(*made, b.outputs(), b.data())[0], batch),
+        outcome(in_two_steps, batch),
+    )
     truth = outcome(lambda b: dense_loss(b, *made), batch.to(torch.float64))
     assert_no_worse(one, two, truth)
     assert_no_worse(two, one, truth)
@@ -368,7 +502,10 @@ def test_pieces_of_the_gather_are_one(monkeypatch):
 
 # ---------------------------------------------------------------- verl's own code
 
-def loss_of_verl(theirs: verl_source.Theirs, batch: Batch, config, distillation, temperature: float, **counts) -> tuple[Tensor, dict]:
+
+def loss_of_verl(
+    theirs: verl_source.Theirs, batch: Batch, config, distillation, temperature: float, **counts
+) -> tuple[Tensor, dict]:
     data, masks = batch.data(**counts), [row[:n] for row, n in zip(batch.mask, RESPONSES, strict=True)]
     data["response_mask"] = torch.nested.as_nested_tensor(masks, layout=torch.jagged)
     distillation.distillation_loss.topk = K
@@ -387,15 +524,26 @@ def theirs(tmp_path_factory) -> verl_source.Theirs:
 
 @pytest.mark.parametrize("mode", AGG_MODES)
 @pytest.mark.parametrize("counts", GLOBAL, ids=["local", "global"])
-@pytest.mark.parametrize("floor, highest, temperature", [(None, None, 1.0), (-3.0, 0.3, 0.7), (-10.0, 10.0, 1.0)])
+@pytest.mark.parametrize(
+    "floor, highest, temperature", [(None, None, 1.0), (-3.0, 0.3, 0.7), (-10.0, 10.0, 1.0)]
+)
 def test_is_verls(theirs, mode, counts, floor, highest, temperature):
     """verl's code from logits to the aggregated loss. The metrics that both have are the same."""
-    made = settings(mode, 32 if counts["dp_size"] > 1 else None, log_prob_min_clamp=floor, loss_max_clamp=highest)
+    made = settings(
+        mode, 32 if counts["dp_size"] > 1 else None, log_prob_min_clamp=floor, loss_max_clamp=highest
+    )
     batch, data = Batch(), {"temperature": temperature, **counts}
-    truth = outcome(lambda b: dense_loss(b, *made, temperature=temperature, **counts), batch.to(torch.float64))
+    truth = outcome(
+        lambda b: dense_loss(b, *made, temperature=temperature, **counts), batch.to(torch.float64)
+    )
     expected = outcome(lambda b: loss_of_verl(theirs, b, *made, temperature, **counts)[0], batch)
-    assert_no_worse(outcome(lambda b: distillation_loss(*made, b.outputs(), b.data(**data))[0], batch), expected, truth)
-    ours, metrics = distillation_loss(*made, batch.outputs(), batch.data(**data))[1], loss_of_verl(theirs, batch, *made, temperature, **counts)[1]
+    assert_no_worse(
+        outcome(lambda b: distillation_loss(*made, b.outputs(), b.data(**data))[0], batch), expected, truth
+    )
+    ours, metrics = (
+        distillation_loss(*made, batch.outputs(), batch.data(**data))[1],
+        loss_of_verl(theirs, batch, *made, temperature, **counts)[1],
+    )
     assert ours.keys() <= metrics.keys()
     for name, value in ours.items():
         assert_one_rounding(value, torch.as_tensor(metrics[name]), torch.float32, magnitude=10.0, name=name)
@@ -406,10 +554,16 @@ def test_is_verls(theirs, mode, counts, floor, highest, temperature):
 
 def test_the_page_runs():
     """Its loss against the dense one."""
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "integrations-verl.md").read_text(), re.DOTALL)
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "integrations-verl.md").read_text(), re.DOTALL
+    )
     assert len(block.strip().splitlines()) <= 20
     batch = Batch()
-    session = {"batch": batch.data(), "hidden": batch.outputs()["hidden_states"], "lm_head": SimpleNamespace(weight=batch.weight)}
+    session = {
+        "batch": batch.data(),
+        "hidden": batch.outputs()["hidden_states"],
+        "lm_head": SimpleNamespace(weight=batch.weight),
+    }
     exec(block, session)
     expected = dense_loss(batch.to(torch.float64), *settings("seq-mean-token-mean"))
     assert_one_rounding(session["loss"], expected, torch.float32, magnitude=1.0)

@@ -19,8 +19,16 @@ FUNCTIONS = {
     "utils/torch_functional.py": ["masked_sum"],
     "trainer/ppo/core_algos.py": ["agg_loss"],
     "workers/utils/padding.py": ["no_padding_2_padding"],
-    "trainer/distillation/fsdp/losses.py": ["_chunked_topk_log_probs", "kl_divergence", "compute_forward_kl_topk"],
-    "trainer/distillation/losses.py": ["compute_forward_kl_topk", "compute_distillation_loss_range", "distillation_loss"],
+    "trainer/distillation/fsdp/losses.py": [
+        "_chunked_topk_log_probs",
+        "kl_divergence",
+        "compute_forward_kl_topk",
+    ],
+    "trainer/distillation/losses.py": [
+        "compute_forward_kl_topk",
+        "compute_distillation_loss_range",
+        "distillation_loss",
+    ],
 }
 
 
@@ -31,7 +39,12 @@ def nested(packed: Tensor, lengths: Sequence[int]) -> Tensor:
 def download(place: Path) -> Path:
     """The directory that holds `verl/`, from the wheel that pip downloads there. Raises CalledProcessError or TimeoutExpired."""
     what = ["--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", "10", f"verl=={VERSION}"]
-    subprocess.run([sys.executable, "-m", "pip", "download", "-q", *what, "-d", str(place)], check=True, capture_output=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "-q", *what, "-d", str(place)],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
     zipfile.ZipFile(next(place.glob("*.whl"))).extractall(place)
     return place
 
@@ -41,7 +54,13 @@ class Theirs:
 
     def __init__(self, root: Path) -> None:
         for path, names in FUNCTIONS.items():
-            space = {"torch": torch, "F": torch.nn.functional, "verl_F": SimpleNamespace(), "tu": SimpleNamespace(), "DistillationLossConfig": object}
+            space = {
+                "torch": torch,
+                "F": torch.nn.functional,
+                "verl_F": SimpleNamespace(),
+                "tu": SimpleNamespace(),
+                "DistillationLossConfig": object,
+            }
             for node in ast.parse((root / path).read_text()).body:
                 if isinstance(node, ast.FunctionDef) and node.name in names:
                     node.decorator_list, node.returns = [], None
@@ -51,19 +70,29 @@ class Theirs:
             assert set(names) <= space.keys()
             setattr(self, path.replace("/", "_").removesuffix(".py"), space)
         self.trainer_ppo_core_algos["verl_F"].masked_sum = self.utils_torch_functional["masked_sum"]
-        self.workers_utils_padding["tu"].get_non_tensor_data = lambda data, key, default: data.get(key, default)
+        self.workers_utils_padding["tu"].get_non_tensor_data = lambda data, key, default: data.get(
+            key, default
+        )
         self.trainer_distillation_fsdp_losses["get_ulysses_sequence_parallel_world_size"] = lambda: 1
         self.final = self.trainer_distillation_losses
         self.final |= {
             "no_padding_2_padding": self.workers_utils_padding["no_padding_2_padding"],
             "agg_loss": self.trainer_ppo_core_algos["agg_loss"],
-            "get_distillation_loss_fn": {"forward_kl_topk": self.final["compute_forward_kl_topk"]}.__getitem__,
+            "get_distillation_loss_fn": {
+                "forward_kl_topk": self.final["compute_forward_kl_topk"]
+            }.__getitem__,
             "Metric": lambda aggregation, value: value,
             "AggregationType": SimpleNamespace(MIN="min", MAX="max"),
         }
 
-    def loss(self, logits: Tensor, data: dict[str, Any], config: Any, distillation: Any) -> tuple[Tensor, dict[str, Any]]:
+    def loss(
+        self, logits: Tensor, data: dict[str, Any], config: Any, distillation: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
         """From logits (1, tokens, V) of the packed sequences to (the aggregated loss, metrics)."""
         config.global_batch_info, whole = {}, data["teacher_ids"].offsets().diff().tolist()
-        per_token = self.trainer_distillation_fsdp_losses["compute_forward_kl_topk"](logits, data["teacher_logprobs"], data["teacher_ids"], distillation, "thd")
-        return self.final["distillation_loss"](config, distillation, {k: nested(x[0], whole) for k, x in per_token.items()}, data)
+        per_token = self.trainer_distillation_fsdp_losses["compute_forward_kl_topk"](
+            logits, data["teacher_logprobs"], data["teacher_ids"], distillation, "thd"
+        )
+        return self.final["distillation_loss"](
+            config, distillation, {k: nested(x[0], whole) for k, x in per_token.items()}, data
+        )

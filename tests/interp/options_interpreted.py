@@ -13,7 +13,9 @@ from test_rows_options import CLIPS, DTYPES, FORMS
 
 from opsd_kernels.spec import Kind
 
-test_rows_options.assert_one_rounding = functools.partial(test_rows_options.assert_one_rounding, interpreter=True)
+test_rows_options.assert_one_rounding = functools.partial(
+    test_rows_options.assert_one_rounding, interpreter=True
+)
 test_rows_options.SHAPES = [(1, 1), (4, 7), (1, 2500)]  # 2500: two tiles
 
 # The whole matrix takes the interpreter a quarter of an hour. Every kind and route meets every option, in types and forms that take turns.
@@ -23,12 +25,17 @@ ONE_KIND = ("test_policy_into_a_narrowed_view", "test_a_teacher_of_one_row_for_a
 
 def turn_of(test: str, params: dict) -> int:
     options = [*CLIPS, *CLIPS.values(), {}]
-    return int(params["kind"]) + IN_TURN.index(test) + (options.index(params["clip"]) if "clip" in params else 0)
+    return (
+        int(params["kind"]) + IN_TURN.index(test) + (options.index(params["clip"]) if "clip" in params else 0)
+    )
 
 
 @pytest.fixture(autouse=True)
 def covering_part(request, monkeypatch):
-    test, params = request.node.originalname, request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    test, params = (
+        request.node.originalname,
+        request.node.callspec.params if hasattr(request.node, "callspec") else {},
+    )
     wanted = test not in ONE_KIND or params["kind"] == Kind.JSD
     if test in IN_TURN:
         turn = turn_of(test, params)

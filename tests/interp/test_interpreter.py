@@ -17,21 +17,39 @@ PARTS = {
     "the rest": ("rows_interpreted.py", "not test_loss_and_gradient"),
     "options": ("options_interpreted.py", "test"),
 }
-AT_LEAST = {"values": 45, "the rest": 70, "options": 75}  # tests that passed: a selection that came to nothing must not look green
+AT_LEAST = {
+    "values": 45,
+    "the rest": 70,
+    "options": 75,
+}  # tests that passed: a selection that came to nothing must not look green
 
 pytestmark = pytest.mark.interp
 
 
 def interpreted(*arguments: str) -> subprocess.Popen:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}  # numpy's, for every inf and NaN on the way
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONWARNINGS": "ignore",
+    }  # numpy's, for every inf and NaN on the way
     environment.pop("OPSD_BACKEND", None)
-    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
 def runs():
     command = ("-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider")
-    started = {part: interpreted(*command, str(HERE / file), "-k", selected) for part, (file, selected) in PARTS.items()}
+    started = {
+        part: interpreted(*command, str(HERE / file), "-k", selected)
+        for part, (file, selected) in PARTS.items()
+    }
     yield started
     for process in started.values():
         if process.poll() is None:
@@ -76,5 +94,7 @@ def test_without_the_interpreter_a_cpu_is_refused_with_the_reason():
         "assert not torch.cuda.is_initialized()\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,11 @@ from opsd_kernels import linear_divergence, linear_logprobs, linear_topk_diverge
 from opsd_kernels._core import autograd, gemm, library, loop, reductions, topk_support
 from opsd_kernels._rows import contract, torch_math, torch_rows
 from opsd_kernels.testing import assert_no_worse, evaluate, hard_case
-from opsd_kernels.testing.reference import linear_divergence_reference, linear_logprobs_reference, linear_topk_divergence_reference
+from opsd_kernels.testing.reference import (
+    linear_divergence_reference,
+    linear_logprobs_reference,
+    linear_topk_divergence_reference,
+)
 
 B, T, V, H = 4, 6, 61, 12
 GEN = torch.Generator().manual_seed(3)
@@ -30,7 +34,9 @@ def dialect(case=None, rows=24_500, **options):
     case = replace(case, token_weights=None) if "token_weights" in options else case
     options = {"divergence": "reverse_kl", "reduction": "sum", **options}
     truth = evaluate(linear_divergence_reference, case, **options)
-    assert_no_worse(evaluate(linear_divergence, case, **options, **{**HOW, "workspace_bytes": rows}), truth, truth)
+    assert_no_worse(
+        evaluate(linear_divergence, case, **options, **{**HOW, "workspace_bytes": rows}), truth, truth
+    )
 
 
 def listed(**options):
@@ -41,7 +47,9 @@ def listed(**options):
     logprobs[:, ::2, [0, 4]] = -math.inf
 
     def run(op, **how):
-        return lambda h, W, t, Wt, teacher_bias=None, **rest: op(h, W, ids, logprobs, **rest, **options, **how)
+        return lambda h, W, t, Wt, teacher_bias=None, **rest: op(
+            h, W, ids, logprobs, **rest, **options, **how
+        )
 
     truth = evaluate(run(linear_topk_divergence_reference), case)
     assert_no_worse(evaluate(run(linear_topk_divergence, **HOW), case), truth, truth)
@@ -67,7 +75,9 @@ def mix(policy, **options):
     valid = case.mask & (case.labels != -100)
 
     def whole(h, W, t, Wt, **rest):
-        return objectives.linear_policy_divergence(h, W, t, Wt, policy=policy, policy_weight=0.4, **rest, **options, **HOW)
+        return objectives.linear_policy_divergence(
+            h, W, t, Wt, policy=policy, policy_weight=0.4, **rest, **options, **HOW
+        )
 
     def parts(h, W, t, Wt, *, labels, mask, student_bias, **rest):
         given = {"labels": labels, "mask": mask, "student_bias": student_bias, **rest, **options}
@@ -97,37 +107,83 @@ MUTANTS = {
     "clip keeps its gradient": Mutant(
         torch_rows,
         "terms",
-        lambda f: lambda q, p, d, spec: (f(q, p, d, spec)[0], torch_math.entry(spec.divergence, q, p, d)[1], f(q, p, d, spec)[2]),
+        lambda f: (
+            lambda q, p, d, spec: (
+                f(q, p, d, spec)[0],
+                torch_math.entry(spec.divergence, q, p, d)[1],
+                f(q, p, d, spec)[2],
+            )
+        ),
         check(dialect, entry_clip=0.01, divergence="jsd"),
     ),
-    "reverse KL's clipped u is 0": Mutant(torch_rows, "clipped_u", lambda _: lambda divergence, q: torch.zeros_like(q), check(dialect, entry_clip=0.01)),
+    "reverse KL's clipped u is 0": Mutant(
+        torch_rows,
+        "clipped_u",
+        lambda _: lambda divergence, q: torch.zeros_like(q),
+        check(dialect, entry_clip=0.01),
+    ),
     "a clipped token keeps its gradient": Mutant(
-        contract, "clip_tokens", lambda f: lambda loss, stats, spec: torch.where(loss > spec.token_clip, spec.token_clip, loss), check(dialect, token_clip=1.0)
+        contract,
+        "clip_tokens",
+        lambda f: lambda loss, stats, spec: torch.where(loss > spec.token_clip, spec.token_clip, loss),
+        check(dialect, token_clip=1.0),
     ),
     "the token clip does not clip": Mutant(
-        contract, "clip_tokens", lambda f: lambda loss, stats, spec: (f(loss, stats, spec), loss)[1], check(dialect, token_clip=1.0)
+        contract,
+        "clip_tokens",
+        lambda f: lambda loss, stats, spec: (f(loss, stats, spec), loss)[1],
+        check(dialect, token_clip=1.0),
     ),
     "the mix is the other way round": Mutant(
-        torch_rows, "logits", arguments(lambda S, T, spec, *b: (S, T, replace(spec, teacher_mix=1 - spec.teacher_mix), *b)), check(dialect, teacher_mix=0.3)
+        torch_rows,
+        "logits",
+        arguments(lambda S, T, spec, *b: (S, T, replace(spec, teacher_mix=1 - spec.teacher_mix), *b)),
+        check(dialect, teacher_mix=0.3),
     ),
     "the largest of the other side": Mutant(
-        topk_support, "_largest", arguments(lambda rows, spec, s: (rows, spec, replace(s, side="teacher"))), check(dialect, topk=4)
+        topk_support,
+        "_largest",
+        arguments(lambda rows, spec, s: (rows, spec, replace(s, side="teacher"))),
+        check(dialect, topk=4),
     ),
-    "no gradient outside the support": Mutant(topk_support, "restricted", result(field_zero("outside")), check(dialect, topk=4, topk_tail="none")),
+    "no gradient outside the support": Mutant(
+        topk_support, "restricted", result(field_zero("outside")), check(dialect, topk=4, topk_tail="none")
+    ),
     "no gradient through the bucket": Mutant(
-        topk_support, "restricted", result(lambda r, *_: r._replace(outside=-r.A)), check(dialect, topk=4, topk_tail="bucket", divergence="jsd")
+        topk_support,
+        "restricted",
+        result(lambda r, *_: r._replace(outside=-r.A)),
+        check(dialect, topk=4, topk_tail="bucket", divergence="jsd"),
     ),
-    "the bucket's mass is the support's": Mutant(topk_support, "_tail", lambda _: lambda mass: mass, check(dialect, topk=4, topk_tail="bucket")),
+    "the bucket's mass is the support's": Mutant(
+        topk_support, "_tail", lambda _: lambda mass: mass, check(dialect, topk=4, topk_tail="bucket")
+    ),
     "tails not renormalised": Mutant(
-        topk_support, "_log_ratio", lambda _: lambda excess, p, q: torch.zeros_like(p), check(dialect, topk=4, topk_tail="renormalize")
+        topk_support,
+        "_log_ratio",
+        lambda _: lambda excess, p, q: torch.zeros_like(p),
+        check(dialect, topk=4, topk_tail="renormalize"),
     ),
     "padding counts": Mutant(
-        topk_support, "entries", result(lambda e, *_: e._replace(live=torch.ones_like(e.live))), check(listed, tail="none", divergence="jsd")
+        topk_support,
+        "entries",
+        result(lambda e, *_: e._replace(live=torch.ones_like(e.live))),
+        check(listed, tail="none", divergence="jsd"),
     ),
-    "padding overwrites an entry": Mutant(topk_support, "_first", lambda _: lambda found, values, otherwise: otherwise, check(listed, tail="bucket")),
-    "weights one token late": Mutant(reductions, "check_weights", result(lambda w, *_: w.roll(1, -1)), check(dialect, token_weights=ROW)),
+    "padding overwrites an entry": Mutant(
+        topk_support,
+        "_first",
+        lambda _: lambda found, values, otherwise: otherwise,
+        check(listed, tail="bucket"),
+    ),
+    "weights one token late": Mutant(
+        reductions, "check_weights", result(lambda w, *_: w.roll(1, -1)), check(dialect, token_weights=ROW)
+    ),
     "the gradient is not weighted": Mutant(
-        loop.Loop, "_fused", result(lambda r, *_: None if r is None else torch.ones_like(r)), check(dialect, token_weights=ROW)
+        loop.Loop,
+        "_fused",
+        result(lambda r, *_: None if r is None else torch.ones_like(r)),
+        check(dialect, token_weights=ROW),
     ),
     "the head's gradient is not weighted": Mutant(
         gemm,
@@ -135,32 +191,55 @@ MUTANTS = {
         arguments(lambda G, h, dW, first: (G, h / h.norm(dim=1, keepdim=True), dW, first)),
         check(dialect, token_weights=ROW),
     ),
-    "the bias's gradient is not weighted": Mutant(loop, "_weighted_sum", lambda _: lambda G, scale: G.sum(0), check(dialect, token_weights=ROW)),
+    "the bias's gradient is not weighted": Mutant(
+        loop, "_weighted_sum", lambda _: lambda G, scale: G.sum(0), check(dialect, token_weights=ROW)
+    ),
     "chunks cut sequences": Mutant(
         library,
         "align",
-        lambda _: lambda lengths, rows: [slice(i, min(i + 4, sum(lengths))) for i in range(0, sum(lengths), 4)],
+        lambda _: (
+            lambda lengths, rows: [slice(i, min(i + 4, sum(lengths))) for i in range(0, sum(lengths), 4)]
+        ),
         check(dialect, token_weights=SEQUENCE),
     ),
-    "the aligned chunks lose the last sequence": Mutant(library, "align", result(lambda bounds, *_: bounds[:-1]), check(dialect, token_weights=SEQUENCE)),
-    "the pass of its own sees half": Mutant(reductions.ByStatistics, "factor", result(lambda f, *_: f * 0.5), check(planned_apart)),
+    "the aligned chunks lose the last sequence": Mutant(
+        library, "align", result(lambda bounds, *_: bounds[:-1]), check(dialect, token_weights=SEQUENCE)
+    ),
+    "the pass of its own sees half": Mutant(
+        reductions.ByStatistics, "factor", result(lambda f, *_: f * 0.5), check(planned_apart)
+    ),
     "a policy without its label": Mutant(
         torch_rows,
         "row_grad_",
-        lambda f: lambda *args: f(*args[:-1], torch.full_like(args[-1], -1)) if args[-1] is not None else f(*args),
+        lambda f: (
+            lambda *args: f(*args[:-1], torch.full_like(args[-1], -1)) if args[-1] is not None else f(*args)
+        ),
         check(mix, objectives.PolicyGradient(ADVANTAGES)),
     ),
-    "a policy of the wrong sign": Mutant(reductions.Job, "policy_losses", result(lambda r, *_: (r[0], -r[1])), check(mix, PPO)),
-    "a policy's value forgotten": Mutant(reductions.Job, "policy_losses", result(lambda r, *_: (0 * r[0], r[1])), check(mix, PPO)),
+    "a policy of the wrong sign": Mutant(
+        reductions.Job, "policy_losses", result(lambda r, *_: (r[0], -r[1])), check(mix, PPO)
+    ),
+    "a policy's value forgotten": Mutant(
+        reductions.Job, "policy_losses", result(lambda r, *_: (0 * r[0], r[1])), check(mix, PPO)
+    ),
     "a policy on a support without its label": Mutant(
-        topk_support, "_values", lambda f: lambda *args: f(*args[:-1], torch.full_like(args[-1], 0) if args[-1] is not None else None), check(mix, PPO, topk=5)
+        topk_support,
+        "_values",
+        lambda f: lambda *args: f(*args[:-1], torch.full_like(args[-1], 0) if args[-1] is not None else None),
+        check(mix, PPO, topk=5),
     ),
     "old log-probs ignored": Mutant(objectives.PPOClip, "scope", lambda _: "index", check(mix, PPO)),
     "the entropy's gradient forgotten": Mutant(
-        autograd, "_projected_again", arguments(lambda call, stats, A: (call._replace(factor=torch.zeros_like(call.factor)), stats, A)), check(log_probs)
+        autograd,
+        "_projected_again",
+        arguments(lambda call, stats, A: (call._replace(factor=torch.zeros_like(call.factor)), stats, A)),
+        check(log_probs),
     ),
     "a log-prob's dh not scaled": Mutant(
-        autograd, "_scaled", lambda _: lambda grad, scale, dtype: -grad.to(dtype), check(log_probs, frozen=True, entropy=False)
+        autograd,
+        "_scaled",
+        lambda _: lambda grad, scale, dtype: -grad.to(dtype),
+        check(log_probs, frozen=True, entropy=False),
     ),
 }
 

@@ -14,7 +14,15 @@ from opsd_kernels._core import autograd, checks, gemm, loop, reductions
 from opsd_kernels._rows import torch_math, torch_rows
 from opsd_kernels._rows.contract import Column
 from opsd_kernels.spec import Kind
-from opsd_kernels.testing import assert_no_growth, assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case, plain_outcomes
+from opsd_kernels.testing import (
+    assert_no_growth,
+    assert_no_worse,
+    assert_on_target,
+    assert_same_bits,
+    evaluate,
+    hard_case,
+    plain_outcomes,
+)
 from opsd_kernels.testing.reference import linear_divergence_reference
 
 # ---------------------------------------------------------------- quick checks
@@ -24,32 +32,55 @@ def against_truth(divergence="jsd", made=None, **options):
     """A hard case in fp32, several chunks."""
     case = hard_case(29, 211, 24, seed=1, **(made or {}))
     options = {"divergence": divergence, "beta": 0.3, "reduction": "mean", **options}
-    truth, plain = evaluate(linear_divergence_reference, case.double(), **options), plain_outcomes(case, **options)
-    assert_no_worse(evaluate(linear_divergence, case, **options, backend="torch", workspace_bytes=20_000), plain, truth)
+    truth, plain = (
+        evaluate(linear_divergence_reference, case.double(), **options),
+        plain_outcomes(case, **options),
+    )
+    assert_no_worse(
+        evaluate(linear_divergence, case, **options, backend="torch", workspace_bytes=20_000), plain, truth
+    )
 
 
 def near_bf16(target="default", **options):
-    case = hard_case(64, 1003, 48, torch.bfloat16, shared_head=True, near=1e-3, largest_logit=16.0, widths=(1.0,), bias=False)
+    case = hard_case(
+        64,
+        1003,
+        48,
+        torch.bfloat16,
+        shared_head=True,
+        near=1e-3,
+        largest_logit=16.0,
+        widths=(1.0,),
+        bias=False,
+    )
     truth = evaluate(linear_divergence_reference, case.double())
     assert_on_target(evaluate(linear_divergence, case, backend="torch", **options), truth, target)
 
 
 def near_fp32(divergence):
     case = hard_case(48, 1003, 48, torch.float32, shared_head=True, near=1e-4, largest_logit=8.0, bias=False)
-    truth, plain = evaluate(linear_divergence_reference, case.double(), divergence=divergence), plain_outcomes(case, divergence=divergence)
+    truth, plain = (
+        evaluate(linear_divergence_reference, case.double(), divergence=divergence),
+        plain_outcomes(case, divergence=divergence),
+    )
     assert_no_worse(evaluate(linear_divergence, case, divergence=divergence, backend="torch"), plain, truth)
 
 
 def many_chunks():
     case = hard_case(1023, 97, 16, torch.bfloat16, shared_head=True, largest_logit=6.0)
     truth = evaluate(linear_divergence_reference, case.double(), reduction="sum")
-    one, many = (evaluate(linear_divergence, case, reduction="sum", backend="torch", workspace_bytes=size) for size in (1 << 26, 8_000))
+    one, many = (
+        evaluate(linear_divergence, case, reduction="sum", backend="torch", workspace_bytes=size)
+        for size in (1 << 26, 8_000)
+    )
     assert_no_growth(many, one, truth)
 
 
 def statistics():
     case = hard_case(29, 211, 24)
-    truth, plain = (evaluate(linear_divergence_reference, c, return_stats=True).stats for c in (case.double(), case))
+    truth, plain = (
+        evaluate(linear_divergence_reference, c, return_stats=True).stats for c in (case.double(), case)
+    )
     stats = evaluate(linear_divergence, case, return_stats=True, backend="torch").stats
     for name, exact in truth.items():
         assert_no_worse(getattr(stats, name), plain[name], exact)
@@ -58,7 +89,12 @@ def statistics():
 def twice():
     live = hard_case(13, 67, 8).leaves()
     loss = linear_divergence(*live.inputs(), **live.options(), backend="torch")
-    one, two = (torch.autograd.grad(loss, [live.student_hidden, live.student_weight], torch.tensor(3.0), retain_graph=True) for _ in range(2))
+    one, two = (
+        torch.autograd.grad(
+            loss, [live.student_hidden, live.student_weight], torch.tensor(3.0), retain_graph=True
+        )
+        for _ in range(2)
+    )
     for first, second in zip(one, two, strict=True):
         assert_same_bits(first, second)
 
@@ -127,71 +163,185 @@ def last_chunk_lost(original):
     def mutant(heads, spec, plan, backend, wanted, tokens, **kwargs):
         index = tokens.index if tokens.index is not None else torch.arange(plan.tokens)
         keep = (plan.tokens - 1) // plan.rows * plan.rows
-        return original(heads, spec, replace(plan, tokens=keep), backend, wanted, replace(tokens, index=index[:keep]), **kwargs)
+        return original(
+            heads,
+            spec,
+            replace(plan, tokens=keep),
+            backend,
+            wanted,
+            replace(tokens, index=index[:keep]),
+            **kwargs,
+        )
 
     return mutant
 
 
 FLAT = {"bias": False, "masked_entry": None}
 MUTANTS = {
-    "A dropped from the gradient": Mutant(torch_rows, "row_dot", result(lambda r, *_: (r[0], torch.zeros_like(r[1]))), check(against_truth, "reverse_kl")),
-    "A of forward KL is its value": Mutant(torch_rows, "plain_kl", result(lambda r, *_: (r[0], r[0])), check(against_truth, "forward_kl")),
-    "beta on the student": Mutant(torch_math.ENTRIES, Kind.JSD, arguments(lambda q, p, d, b: (q, p, d, 1 - b)), check(against_truth, "jsd")),
-    "directions swapped": Mutant(torch_math.ENTRIES, Kind.SKEW_REVERSE_KL, lambda _: torch_math.skew_forward_kl, check(against_truth, "skew_reverse_kl")),
+    "A dropped from the gradient": Mutant(
+        torch_rows,
+        "row_dot",
+        result(lambda r, *_: (r[0], torch.zeros_like(r[1]))),
+        check(against_truth, "reverse_kl"),
+    ),
+    "A of forward KL is its value": Mutant(
+        torch_rows, "plain_kl", result(lambda r, *_: (r[0], r[0])), check(against_truth, "forward_kl")
+    ),
+    "beta on the student": Mutant(
+        torch_math.ENTRIES,
+        Kind.JSD,
+        arguments(lambda q, p, d, b: (q, p, d, 1 - b)),
+        check(against_truth, "jsd"),
+    ),
+    "directions swapped": Mutant(
+        torch_math.ENTRIES,
+        Kind.SKEW_REVERSE_KL,
+        lambda _: torch_math.skew_forward_kl,
+        check(against_truth, "skew_reverse_kl"),
+    ),
     "p / m forgotten": Mutant(
         torch_math.ENTRIES,
         Kind.SKEW_REVERSE_KL,
         only_u(lambda u, q, p, d, b: u - q * b / (b + (1 - b) * torch.exp(-d))),
         check(against_truth, "skew_reverse_kl"),
     ),
-    "1 - beta forgotten": Mutant(torch_math.ENTRIES, Kind.SKEW_FORWARD_KL, only_u(lambda u, q, p, d, b: u / (1 - b)), check(against_truth, "skew_forward_kl")),
-    "TVD without its half": Mutant(torch_math.ENTRIES, Kind.TVD, only_f(lambda f, *_: 2 * f), check(against_truth, "tvd")),
-    "TVD gradient of the wrong sign": Mutant(torch_math.ENTRIES, Kind.TVD, only_u(lambda u, *_: -u), check(against_truth, "tvd")),
+    "1 - beta forgotten": Mutant(
+        torch_math.ENTRIES,
+        Kind.SKEW_FORWARD_KL,
+        only_u(lambda u, q, p, d, b: u / (1 - b)),
+        check(against_truth, "skew_forward_kl"),
+    ),
+    "TVD without its half": Mutant(
+        torch_math.ENTRIES, Kind.TVD, only_f(lambda f, *_: 2 * f), check(against_truth, "tvd")
+    ),
+    "TVD gradient of the wrong sign": Mutant(
+        torch_math.ENTRIES, Kind.TVD, only_u(lambda u, *_: -u), check(against_truth, "tvd")
+    ),
     "1 / T missing in the gradient": Mutant(
-        torch_rows, "transform_slope", result(lambda r, z, t, b: r * t.temperature), check(against_truth, "jsd", temperature=1.5)
+        torch_rows,
+        "transform_slope",
+        result(lambda r, z, t, b: r * t.temperature),
+        check(against_truth, "jsd", temperature=1.5),
     ),
     "logit scale missing in the gradient": Mutant(
-        torch_rows, "transform_slope", result(lambda r, z, t, b: r / t.scale), check(against_truth, "jsd", student_logit_scale=1.2)
+        torch_rows,
+        "transform_slope",
+        result(lambda r, z, t, b: r / t.scale),
+        check(against_truth, "jsd", student_logit_scale=1.2),
     ),
-    "softcap's slope forgotten": Mutant(torch_rows, "transform_slope", lambda _: lambda z, t, b: t.factor, check(against_truth, "jsd", student_softcap=20.0)),
+    "softcap's slope forgotten": Mutant(
+        torch_rows,
+        "transform_slope",
+        lambda _: lambda z, t, b: t.factor,
+        check(against_truth, "jsd", student_softcap=20.0),
+    ),
     "softcap after the temperature": Mutant(
         torch_rows,
         "transform",
-        lambda _: lambda z, t, b: torch_math.transform(z, replace(t, scale=t.scale / t.temperature, temperature=1.0), b),
+        lambda _: (
+            lambda z, t, b: torch_math.transform(
+                z, replace(t, scale=t.scale / t.temperature, temperature=1.0), b
+            )
+        ),
         check(against_truth, "jsd", FLAT, student_softcap=20.0, teacher_softcap=20.0, temperature=2.0),
     ),
     "teacher takes the student's temperature": Mutant(
-        divergence, "RowSpec", arguments(lambda d, s, t: (d, s, replace(t, temperature=s.temperature))), check(against_truth, teacher_temperature=2.0)
+        divergence,
+        "RowSpec",
+        arguments(lambda d, s, t: (d, s, replace(t, temperature=s.temperature))),
+        check(against_truth, teacher_temperature=2.0),
     ),
-    "T squared": Mutant(torch_rows, "row_dot", result(lambda r, *a: (r[0] * a[3].student.temperature ** 2, r[1])), check(against_truth, temperature=1.5)),
-    "row maximum not subtracted": Mutant(torch_rows, "_normalisers", no_maximum, check(against_truth, "reverse_kl", {**FLAT, "largest_logit": 95.0})),
+    "T squared": Mutant(
+        torch_rows,
+        "row_dot",
+        result(lambda r, *a: (r[0] * a[3].student.temperature ** 2, r[1])),
+        check(against_truth, temperature=1.5),
+    ),
+    "row maximum not subtracted": Mutant(
+        torch_rows,
+        "_normalisers",
+        no_maximum,
+        check(against_truth, "reverse_kl", {**FLAT, "largest_logit": 95.0}),
+    ),
     "vector tail dropped": Mutant(torch_rows, "row_fused_", forget_tail, check(against_truth, "jsd")),
     "last chunk dropped": Mutant(loop, "run", last_chunk_lost, check(against_truth, "jsd")),
-    "probabilities from rounded logits": Mutant(torch_rows, "distributions", one_normaliser, check(against_truth, "jsd")),
+    "probabilities from rounded logits": Mutant(
+        torch_rows, "distributions", one_normaliser, check(against_truth, "jsd")
+    ),
     "difference of two rounded logits": Mutant(gemm, "project", pair_in_bf16, check(near_bf16)),
     "hidden difference in bf16 of fp32 inputs": Mutant(
-        gemm, "stack_difference", lambda f: lambda s, t, out: (f(s, t, out), out.copy_(out.bfloat16()))[0], check(near_fp32, "reverse_kl")
+        gemm,
+        "stack_difference",
+        lambda f: lambda s, t, out: (f(s, t, out), out.copy_(out.bfloat16()))[0],
+        check(near_fp32, "reverse_kl"),
     ),
     "dW accumulated in bf16": Mutant(gemm, "accumulate_weight_grad", bf16_accumulator, check(many_chunks)),
-    "dW of the last chunk only": Mutant(gemm, "accumulate_weight_grad", arguments(lambda G, h, dW, first: (G, h, dW, True)), check(against_truth)),
-    "dW not cleared": Mutant(gemm, "accumulate_weight_grad", arguments(lambda G, h, dW, first: (G, h, dW, False)), check(against_truth)),
-    "masked rows not skipped": Mutant(checks, "valid_tokens", result(lambda r, *_: (None, r[1].clamp(min=0))), check(against_truth)),
-    "labels do not mask": Mutant(checks, "valid_tokens", result(lambda r, h, labels, i, mask: (mask, r[1].clamp(min=0))), check(against_truth)),
-    "masked rows counted": Mutant(checks, "_denominator", lambda _: lambda n, hidden, valid: hidden.shape[0], check(against_truth)),
-    "weights in the denominator": Mutant(reductions, "row_scale", result(lambda r, *_: r * 0.93), check(against_truth)),
-    "weights applied twice": Mutant(reductions, "known_weights", result(lambda w, *_: w * w), check(against_truth)),
-    "weights forgotten": Mutant(reductions, "known_weights", result(lambda w, *_: (w != 0).to(w.dtype)), check(against_truth)),
+    "dW of the last chunk only": Mutant(
+        gemm,
+        "accumulate_weight_grad",
+        arguments(lambda G, h, dW, first: (G, h, dW, True)),
+        check(against_truth),
+    ),
+    "dW not cleared": Mutant(
+        gemm,
+        "accumulate_weight_grad",
+        arguments(lambda G, h, dW, first: (G, h, dW, False)),
+        check(against_truth),
+    ),
+    "masked rows not skipped": Mutant(
+        checks, "valid_tokens", result(lambda r, *_: (None, r[1].clamp(min=0))), check(against_truth)
+    ),
+    "labels do not mask": Mutant(
+        checks,
+        "valid_tokens",
+        result(lambda r, h, labels, i, mask: (mask, r[1].clamp(min=0))),
+        check(against_truth),
+    ),
+    "masked rows counted": Mutant(
+        checks, "_denominator", lambda _: lambda n, hidden, valid: hidden.shape[0], check(against_truth)
+    ),
+    "weights in the denominator": Mutant(
+        reductions, "row_scale", result(lambda r, *_: r * 0.93), check(against_truth)
+    ),
+    "weights applied twice": Mutant(
+        reductions, "known_weights", result(lambda w, *_: w * w), check(against_truth)
+    ),
+    "weights forgotten": Mutant(
+        reductions, "known_weights", result(lambda w, *_: (w != 0).to(w.dtype)), check(against_truth)
+    ),
     "padded columns given probability": Mutant(
-        checks, "vocabulary", lambda _: lambda V_s, V_t, size: min(V_s, V_t), check(against_truth, "jsd", {"padding": 4})
+        checks,
+        "vocabulary",
+        lambda _: lambda V_s, V_t, size: min(V_s, V_t),
+        check(against_truth, "jsd", {"padding": 4}),
     ),
     "teacher's bias is the student's": Mutant(
-        torch_rows, "row_fused_", arguments(lambda S, T, f, sp, bs, bt, *rest: (S, T, f, sp, bs, bs, *rest)), check(against_truth)
+        torch_rows,
+        "row_fused_",
+        arguments(lambda S, T, f, sp, bs, bt, *rest: (S, T, f, sp, bs, bs, *rest)),
+        check(against_truth),
     ),
-    "guard by nothing": Mutant(torch_math, "_guard", lambda _: lambda probability, term: term, check(against_truth, "jsd", {"masked_entry": "both"})),
-    "upstream gradient forgotten": Mutant(autograd, "_scaled", lambda _: lambda grad, scale, dtype: grad.to(dtype), check(against_truth)),
-    "upstream gradient in place": Mutant(autograd, "_scaled", lambda _: lambda grad, scale, dtype: grad.data.mul_(scale).clone(), check(twice)),
-    "entropy of the wrong side": Mutant(reductions, "token_stats", result(lambda s, *_: replace(s, student_entropy=s.teacher_entropy)), check(statistics)),
-    "label's log-prob of the wrong row": Mutant(loop, "_label_logprobs", result(lambda r, *_: r.roll(1, 0)), check(statistics)),
+    "guard by nothing": Mutant(
+        torch_math,
+        "_guard",
+        lambda _: lambda probability, term: term,
+        check(against_truth, "jsd", {"masked_entry": "both"}),
+    ),
+    "upstream gradient forgotten": Mutant(
+        autograd, "_scaled", lambda _: lambda grad, scale, dtype: grad.to(dtype), check(against_truth)
+    ),
+    "upstream gradient in place": Mutant(
+        autograd, "_scaled", lambda _: lambda grad, scale, dtype: grad.data.mul_(scale).clone(), check(twice)
+    ),
+    "entropy of the wrong side": Mutant(
+        reductions,
+        "token_stats",
+        result(lambda s, *_: replace(s, student_entropy=s.teacher_entropy)),
+        check(statistics),
+    ),
+    "label's log-prob of the wrong row": Mutant(
+        loop, "_label_logprobs", result(lambda r, *_: r.roll(1, 0)), check(statistics)
+    ),
 }
 
 

@@ -17,8 +17,20 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import linear_divergence, linear_logprobs, linear_topk_divergence
-from opsd_kernels.testing import Case, Outcome, assert_no_worse, assert_on_target, assert_one_rounding, evaluate, hard_case
-from opsd_kernels.testing.reference import linear_divergence_reference, linear_logprobs_reference, linear_topk_divergence_reference
+from opsd_kernels.testing import (
+    Case,
+    Outcome,
+    assert_no_worse,
+    assert_on_target,
+    assert_one_rounding,
+    evaluate,
+    hard_case,
+)
+from opsd_kernels.testing.reference import (
+    linear_divergence_reference,
+    linear_logprobs_reference,
+    linear_topk_divergence_reference,
+)
 from opsd_kernels.weights import ImportanceRatio, PrefixDiscrepancy
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
@@ -31,11 +43,15 @@ class Ops(NamedTuple):
 
 
 OPS = {
-    "reference": Ops(linear_divergence_reference, linear_topk_divergence_reference, linear_logprobs_reference),
+    "reference": Ops(
+        linear_divergence_reference, linear_topk_divergence_reference, linear_logprobs_reference
+    ),
     "package": Ops(linear_divergence, linear_topk_divergence, linear_logprobs),
 }
 ALPHA = {"forward_kl": 0.0, "reverse_kl": 1.0}  # TRL's names of the two ends, for `alpha` and `beta` alike
-BETAS = pytest.mark.parametrize("divergence, beta", [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.2)])
+BETAS = pytest.mark.parametrize(
+    "divergence, beta", [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.2)]
+)
 TAILS = pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 B, T, V, H, K = 3, 10, 61, 12, 7
 
@@ -62,7 +78,18 @@ def sdpo() -> Any:
 def on_logits(loss_of: Callable) -> Callable:
     """A loss of student logits, teacher logits and labels, as an op over hidden states and heads."""
 
-    def op(student_hidden, student_weight, teacher_hidden, teacher_weight, *, student_bias, teacher_bias, temperature=1.0, labels=None, mask=None):
+    def op(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        *,
+        student_bias,
+        teacher_bias,
+        temperature=1.0,
+        labels=None,
+        mask=None,
+    ):
         s = student_hidden @ student_weight.T + student_bias
         with torch.no_grad():
             t = teacher_hidden @ teacher_weight.T + teacher_bias
@@ -71,24 +98,35 @@ def on_logits(loss_of: Callable) -> Callable:
     return op
 
 
-def batch(dtype: torch.dtype = torch.float64, ragged: bool = True, largest_logit: float = 12.0, **made: Any) -> Case:
+def batch(
+    dtype: torch.dtype = torch.float64, ragged: bool = True, largest_logit: float = 12.0, **made: Any
+) -> Case:
     """(B, T) tokens with finite numbers everywhere. `ragged`: the first sequence ends early, by label; no other token is ignored."""
-    case = hard_case(B * T, V, H, dtype, masked_entry=None, views=False, batch=B, largest_logit=largest_logit, **made)
+    case = hard_case(
+        B * T, V, H, dtype, masked_entry=None, views=False, batch=B, largest_logit=largest_logit, **made
+    )
     labels = case.labels.clamp(min=0)
     if ragged:
         labels[0, -3:] = -100
-    clean = {name: getattr(case, name).nan_to_num(0.3, 0.3, 0.3) for name in ("student_hidden", "teacher_hidden")}
+    clean = {
+        name: getattr(case, name).nan_to_num(0.3, 0.3, 0.3) for name in ("student_hidden", "teacher_hidden")
+    }
     return replace(case, **clean, mask=None, labels=labels, token_weights=None)
 
 
 def assert_same(ours: Outcome, theirs: Outcome) -> None:
     for (name, actual), (_, expected) in zip(ours.named(), theirs.named(), strict=True):
         assert actual.abs().max() > 0
-        assert_one_rounding(actual, expected, torch.float64, magnitude=max(1.0, expected.abs().max().item()), name=name)
+        assert_one_rounding(
+            actual, expected, torch.float64, magnitude=max(1.0, expected.abs().max().item()), name=name
+        )
 
 
 def logits_of(case: Case) -> tuple[Tensor, Tensor]:
-    return case.student_hidden @ case.student_weight.T + case.student_bias, case.teacher_hidden @ case.teacher_weight.T + case.teacher_bias
+    return (
+        case.student_hidden @ case.student_weight.T + case.student_bias,
+        case.teacher_hidden @ case.teacher_weight.T + case.teacher_bias,
+    )
 
 
 def at(log_probs: Tensor, ids: Tensor) -> Tensor:
@@ -113,9 +151,13 @@ def test_generalized_jsd_loss(ops, peer, divergence, beta, items):
     loss_of = getattr(trl(path), name).generalized_jsd_loss
 
     def theirs(s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return loss_of(s, t, labels, beta=ALPHA.get(divergence, beta), temperature=1.5, num_items_in_batch=items)
+        return loss_of(
+            s, t, labels, beta=ALPHA.get(divergence, beta), temperature=1.5, num_items_in_batch=items
+        )
 
-    ours = evaluate(ops.divergence, batch(), divergence=divergence, beta=beta, temperature=1.5, normalizer=items)
+    ours = evaluate(
+        ops.divergence, batch(), divergence=divergence, beta=beta, temperature=1.5, normalizer=items
+    )
     assert_same(ours, evaluate(on_logits(theirs), batch()))
 
 
@@ -124,23 +166,38 @@ def test_generalized_jsd_loss(ops, peer, divergence, beta, items):
 def test_full_logit_self_distillation(ops, trainer, divergence, beta):
     loss_of = trl(f"experimental.{trainer}.loss_utils").compute_full_logit_self_distillation_loss
     case = batch(ragged=False)
-    theirs = evaluate(on_logits(lambda s, t, labels: loss_of(s, t, distillation_alpha=ALPHA.get(divergence, beta))), case, temperature=0.7)
-    assert_same(evaluate(ops.divergence, case, divergence=divergence, beta=beta, temperature=0.7, reduction="none"), theirs)
+    theirs = evaluate(
+        on_logits(lambda s, t, labels: loss_of(s, t, distillation_alpha=ALPHA.get(divergence, beta))),
+        case,
+        temperature=0.7,
+    )
+    assert_same(
+        evaluate(ops.divergence, case, divergence=divergence, beta=beta, temperature=0.7, reduction="none"),
+        theirs,
+    )
 
 
 # ---------------------------------------------------------------- top-k supports of a local teacher
 
 
 @BETAS
-@pytest.mark.parametrize("tail, k", [("bucket", 1), ("bucket", K), ("bucket", V), ("renormalize", K), ("renormalize", V)])
+@pytest.mark.parametrize(
+    "tail, k", [("bucket", 1), ("bucket", K), ("bucket", V), ("renormalize", K), ("renormalize", V)]
+)
 @pytest.mark.parametrize("trainer", ["sdpo", "sdft"])
 def test_topk_self_distillation(ops, trainer, divergence, beta, tail, k):
     """The student's support, whatever the divergence. (One entry alone that is renormalised is 1 on both sides, and no loss.)"""
     loss_of = trl(f"experimental.{trainer}.loss_utils").compute_topk_self_distillation_loss
-    how = {"distillation_topk": k, "distillation_alpha": ALPHA.get(divergence, beta), "distillation_add_tail": tail == "bucket"}
+    how = {
+        "distillation_topk": k,
+        "distillation_alpha": ALPHA.get(divergence, beta),
+        "distillation_add_tail": tail == "bucket",
+    }
     case = batch(ragged=False)
     theirs = evaluate(on_logits(lambda s, t, labels: loss_of(s, t, **how)), case)
-    ours = evaluate(ops.divergence, case, divergence=divergence, beta=beta, topk=k, topk_tail=tail, reduction="none")
+    ours = evaluate(
+        ops.divergence, case, divergence=divergence, beta=beta, topk=k, topk_tail=tail, reduction="none"
+    )
     if tail == "bucket":  # 1 - mass, where the mass is nearly 1, multiplies the roundings of either side
         assert_no_worse(ours, theirs, theirs)
     else:
@@ -152,8 +209,13 @@ def test_topk_self_distillation(ops, trainer, divergence, beta, tail, k):
 def test_iw_opd_topk(ops, divergence, side, tail):
     """The forward KL on the teacher's support, the reverse KL on the student's."""
     how = {"beta": ALPHA[divergence], "top_k": K, "add_tail": tail == "bucket"}
-    theirs = evaluate(on_logits(lambda s, t, labels: iw_opd().generalized_jsd_loss(s, t, labels, **how)), batch())
-    assert_same(evaluate(ops.divergence, batch(), divergence=divergence, topk=K, topk_support=side, topk_tail=tail), theirs)
+    theirs = evaluate(
+        on_logits(lambda s, t, labels: iw_opd().generalized_jsd_loss(s, t, labels, **how)), batch()
+    )
+    assert_same(
+        evaluate(ops.divergence, batch(), divergence=divergence, topk=K, topk_support=side, topk_tail=tail),
+        theirs,
+    )
 
 
 def without_repeats(ids: Tensor, logprobs: Tensor) -> Tensor:
@@ -172,7 +234,9 @@ def test_iw_opd_topk_jsd_on_the_union_of_both_supports(ops, beta, tail):
     logprobs = without_repeats(ids, t.log_softmax(-1).gather(-1, ids))
     assert logprobs.isinf().any()
     how = {"beta": beta, "top_k": K, "add_tail": tail == "bucket"}
-    theirs = evaluate(on_logits(lambda s, t, labels: iw_opd().generalized_jsd_loss(s, t, labels, **how)), case)
+    theirs = evaluate(
+        on_logits(lambda s, t, labels: iw_opd().generalized_jsd_loss(s, t, labels, **how)), case
+    )
     assert_same(evaluate(listed(ops, ids, logprobs), case, divergence="jsd", beta=beta, tail=tail), theirs)
 
 
@@ -200,22 +264,30 @@ def short_list(case: Case) -> tuple[Tensor, Tensor]:
 def test_iw_opd_server_forward_kl(ops, tail):
     case = batch()
     ids, logprobs = short_list(case)
-    trainer = SimpleNamespace(loss_add_tail=tail == "bucket", _reduce_divergence_loss=iw_opd()._reduce_divergence_loss)
+    trainer = SimpleNamespace(
+        loss_add_tail=tail == "bucket", _reduce_divergence_loss=iw_opd()._reduce_divergence_loss
+    )
 
     def theirs(s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return iw_opd()._compute_server_forward_kl_loss(trainer, {"topk_logprobs": logprobs, "topk_token_ids": ids}, s.log_softmax(-1), labels)
+        return iw_opd()._compute_server_forward_kl_loss(
+            trainer, {"topk_logprobs": logprobs, "topk_token_ids": ids}, s.log_softmax(-1), labels
+        )
 
     assert_same(evaluate(listed(ops, ids, logprobs), case, tail=tail), evaluate(on_logits(theirs), case))
 
 
-@pytest.mark.parametrize("divergence, tail", [("jsd", "bucket"), ("jsd", "renormalize"), ("reverse_kl", "bucket")])
+@pytest.mark.parametrize(
+    "divergence, tail", [("jsd", "bucket"), ("jsd", "renormalize"), ("reverse_kl", "bucket")]
+)
 def test_iw_opd_sparse_top_1(ops, divergence, tail):
     """The support of the mixed divergences is the teacher's likeliest token and the sampled one, that of the reverse KL the sampled one alone."""
     case = batch()
     teacher = logits_of(case)[1].log_softmax(-1)
     sampled, top = case.labels.clamp(min=0), teacher.argmax(-1)
     beta = ALPHA.get(divergence, 0.3)
-    trainer = SimpleNamespace(beta=beta, loss_add_tail=tail == "bucket", _reduce_divergence_loss=iw_opd()._reduce_divergence_loss)
+    trainer = SimpleNamespace(
+        beta=beta, loss_add_tail=tail == "bucket", _reduce_divergence_loss=iw_opd()._reduce_divergence_loss
+    )
 
     def theirs(s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         known = s.log_softmax(-1), top, at(teacher, top), sampled, at(teacher, sampled)
@@ -231,7 +303,13 @@ def test_iw_opd_sparse_top_1(ops, divergence, tail):
 
 
 def sdpo_trainer(**args: Any) -> SimpleNamespace:
-    settings = {"distillation_alpha": 0.5, "distillation_topk": K, "distillation_add_tail": True, "distillation_is_clip": 2.0, **args}
+    settings = {
+        "distillation_alpha": 0.5,
+        "distillation_topk": K,
+        "distillation_add_tail": True,
+        "distillation_is_clip": 2.0,
+        **args,
+    }
     return SimpleNamespace(
         args=SimpleNamespace(**settings),
         accelerator=SimpleNamespace(gather=lambda x: x),
@@ -256,7 +334,9 @@ def sdpo_loss(case: Case, mode: str, old: Tensor | None, **args: Any) -> Callabl
     mask = (case.labels != -100).to(case.student_hidden.dtype)
 
     def loss_of(s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        made = SimpleNamespace(student_logits=s, teacher_logits=t, completion_ids=labels.clamp(min=0), loss_mask=mask)
+        made = SimpleNamespace(
+            student_logits=s, teacher_logits=t, completion_ids=labels.clamp(min=0), loss_mask=mask
+        )
         return sdpo()._compute_self_distillation_loss(trainer, MODEL, {"old_per_token_logps": old}, made)
 
     return on_logits(loss_of)
@@ -269,7 +349,17 @@ def test_sdpo_loss(ops, mode, options, clip):
     old = old_logprobs(case)
     weights = None if clip is None else ImportanceRatio(old, clip)
     theirs = evaluate(sdpo_loss(case, mode, old, distillation_is_clip=clip), case)
-    assert_same(evaluate(ops.divergence, case, divergence="jsd", reduction="sequence_mean", token_weights=weights, **options), theirs)
+    assert_same(
+        evaluate(
+            ops.divergence,
+            case,
+            divergence="jsd",
+            reduction="sequence_mean",
+            token_weights=weights,
+            **options,
+        ),
+        theirs,
+    )
 
 
 @TAILS
@@ -280,8 +370,14 @@ def test_sdpo_server_loss(ops, tail, clip):
     teacher = logits_of(case)[1].log_softmax(-1)
     logprobs, ids = teacher.topk(K)
     ended = case.labels == -100
-    logprobs, old, mask = logprobs.masked_fill(ended[..., None], -math.inf), old_logprobs(case), (~ended).double()
-    trainer = sdpo_trainer(distillation_mode="topk_logits", distillation_add_tail=tail == "bucket", distillation_is_clip=clip)
+    logprobs, old, mask = (
+        logprobs.masked_fill(ended[..., None], -math.inf),
+        old_logprobs(case),
+        (~ended).double(),
+    )
+    trainer = sdpo_trainer(
+        distillation_mode="topk_logits", distillation_add_tail=tail == "bucket", distillation_is_clip=clip
+    )
     trainer._get_teacher_token_logprobs_from_server = lambda *_: {
         "actual_logprobs": at(teacher, case.labels),
         "topk_logprobs": logprobs,
@@ -291,11 +387,24 @@ def test_sdpo_server_loss(ops, tail, clip):
     def theirs(s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         trainer._forward_logits = lambda **_: s
         ids = labels.clamp(min=0)
-        made = {"completion_ids": ids, "completion_mask": mask, "prompt_ids": ids[:, :1], "prompt_mask": mask[:, :1], "old_per_token_logps": old}
+        made = {
+            "completion_ids": ids,
+            "completion_mask": mask,
+            "prompt_ids": ids[:, :1],
+            "prompt_mask": mask[:, :1],
+            "old_per_token_logps": old,
+        }
         return sdpo()._compute_server_distillation_loss(trainer, MODEL, made)
 
     weights = None if clip is None else ImportanceRatio(old, clip)
-    ours = evaluate(listed(ops, ids, logprobs), case, divergence="jsd", tail=tail, token_weights=weights, reduction="sequence_mean")
+    ours = evaluate(
+        listed(ops, ids, logprobs),
+        case,
+        divergence="jsd",
+        tail=tail,
+        token_weights=weights,
+        reduction="sequence_mean",
+    )
     assert_same(ours, evaluate(on_logits(theirs), case))
 
 
@@ -305,10 +414,24 @@ def test_sdpo_server_loss(ops, tail, clip):
 def sampled(ops: Ops, loss_of: Callable) -> Callable:
     """A loss of the student's and the teacher's log-probs of the labels, as an op over hidden states and heads."""
 
-    def op(student_hidden, student_weight, teacher_hidden, teacher_weight, *, student_bias, teacher_bias, labels, **options):
+    def op(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        *,
+        student_bias,
+        teacher_bias,
+        labels,
+        **options,
+    ):
         with torch.no_grad():
             teacher = ops.logprobs(teacher_hidden, teacher_weight, labels, bias=teacher_bias, **options)
-        return loss_of(ops.logprobs(student_hidden, student_weight, labels, bias=student_bias, **options), teacher, labels != -100)
+        return loss_of(
+            ops.logprobs(student_hidden, student_weight, labels, bias=student_bias, **options),
+            teacher,
+            labels != -100,
+        )
 
     return op
 
@@ -317,7 +440,9 @@ def test_sampled_token_self_distillation(ops):
     """Its gradient is that of the reverse KL's estimate at the sampled token; its value is no divergence."""
     loss_of = trl("experimental.sdpo.loss_utils").compute_sampled_token_self_distillation_loss
     case = batch(ragged=False)
-    theirs = evaluate(on_logits(lambda s, t, labels: loss_of(s, t, labels, distillation_alpha=1.0)), case, temperature=1.3)
+    theirs = evaluate(
+        on_logits(lambda s, t, labels: loss_of(s, t, labels, distillation_alpha=1.0)), case, temperature=1.3
+    )
     ours = evaluate(sampled(ops, lambda s, t, valid: (s - t).detach() * s), case, temperature=1.3)
     assert_same(ours, theirs)
 
@@ -326,14 +451,24 @@ def test_sampled_token_self_distillation(ops):
 @pytest.mark.parametrize("items", [None, 100])
 def test_iw_opd_loss(ops, gamma, items):
     """-w_t * (log t - log s) * log s of the sampled token, w by the discrepancy of the prefix."""
-    trainer = SimpleNamespace(temperature=1.3, iw_opd_gamma=gamma, iw_opd_epsilon=1e-8, model=MODEL, _metrics=defaultdict(lambda: defaultdict(list)))
+    trainer = SimpleNamespace(
+        temperature=1.3,
+        iw_opd_gamma=gamma,
+        iw_opd_epsilon=1e-8,
+        model=MODEL,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+    )
 
     def theirs(s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         teacher = at((t / 1.3).log_softmax(-1), labels)
-        return iw_opd()._compute_iw_opd_loss(trainer, s, labels.clamp(min=0), labels, teacher, num_items_in_batch=items)
+        return iw_opd()._compute_iw_opd_loss(
+            trainer, s, labels.clamp(min=0), labels, teacher, num_items_in_batch=items
+        )
 
     def ours(s: Tensor, t: Tensor, valid: Tensor) -> Tensor:
-        weights = PrefixDiscrepancy(gamma)(SimpleNamespace(student_logprob=s.detach(), teacher_logprob=t), valid)
+        weights = PrefixDiscrepancy(gamma)(
+            SimpleNamespace(student_logprob=s.detach(), teacher_logprob=t), valid
+        )
         return -(weights * (t - s).detach() * s).sum() / (valid.sum() if items is None else items)
 
     assert_same(evaluate(sampled(ops, ours), batch(), temperature=1.3), evaluate(on_logits(theirs), batch()))
@@ -344,24 +479,40 @@ def test_iw_opd_loss(ops, gamma, items):
 
 def trl_chunked(hidden, weight, labels, *, bias, temperature=1.0, logit_scale=1.0, softcap=None):
     function = trl("kernels.chunked_logprob").ChunkedLogProbFunction
-    flat = hidden.flatten(end_dim=-2), weight, bias, labels.flatten(), temperature, 16, softcap, logit_scale, ("entropy",)
+    flat = (
+        hidden.flatten(end_dim=-2),
+        weight,
+        bias,
+        labels.flatten(),
+        temperature,
+        16,
+        softcap,
+        logit_scale,
+        ("entropy",),
+    )
     logprobs, entropy, *_ = function.apply(*flat)
     return logprobs.view(labels.shape), entropy.view(labels.shape)
 
 
 def trl_selective(hidden, weight, labels, *, bias, temperature=1.0):
-    return trl("trainer.utils").selective_log_softmax_and_entropy(hidden @ weight.T + bias, labels, temperature=temperature)
+    return trl("trainer.utils").selective_log_softmax_and_entropy(
+        hidden @ weight.T + bias, labels, temperature=temperature
+    )
 
 
 def liger_chunked(hidden, weight, labels, *, bias, temperature=1.0):
-    base = pytest.importorskip("liger_kernel.chunked_loss.fused_linear_ppo", reason="liger-kernel is not installed").LigerFusedLinearPPOBase
+    base = pytest.importorskip(
+        "liger_kernel.chunked_loss.fused_linear_ppo", reason="liger-kernel is not installed"
+    ).LigerFusedLinearPPOBase
     return base.chunk_forward(hidden, weight, labels, bias=bias, temperature=temperature), None
 
 
 def outcome(logprobs: Callable, case: Case, *, entropy: bool, **options: Any) -> Outcome:
     """Log-probs, or twice them minus the entropies, as a loss per token: both upstream gradients at once."""
 
-    def op(student_hidden, student_weight, teacher_hidden, teacher_weight, *, student_bias, teacher_bias, labels):
+    def op(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, *, student_bias, teacher_bias, labels
+    ):
         values, entropies = logprobs(student_hidden, student_weight, labels, bias=student_bias, **options)
         return 2 * values - entropies if entropy else values
 
@@ -376,10 +527,14 @@ def test_logprobs_and_entropies_of_trls_logits(ops, options):
 
 
 TRANSFORMS = [{}, {"temperature": 1.7}, {"temperature": 0.8, "logit_scale": 0.7, "softcap": 20.0}]
-FUSED = [(trl_chunked, True, options) for options in TRANSFORMS] + [(liger_chunked, False, options) for options in TRANSFORMS[:2]]
+FUSED = [(trl_chunked, True, options) for options in TRANSFORMS] + [
+    (liger_chunked, False, options) for options in TRANSFORMS[:2]
+]
 
 
-@pytest.mark.parametrize("peer, entropy, options", FUSED, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    "peer, entropy, options", FUSED, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_fused_logprobs(ops, peer, entropy, options):
     """Both compute in fp32 whatever the inputs. Liger's has no entropy, scale or softcap."""
     case = batch(ragged=False)
@@ -395,7 +550,10 @@ def test_sdpo_counts_sequences_without_a_valid_token_and_ours_does_not(ops):
     case.labels[2] = -100
     theirs = evaluate(sdpo_loss(case, "full_logits", None), case)
     ours = evaluate(ops.divergence, case, divergence="jsd", reduction="sequence_mean")
-    assert_same(ours, Outcome(**{field: value * B / (B - 1) for field, value in vars(theirs).items() if value is not None}))
+    assert_same(
+        ours,
+        Outcome(**{field: value * B / (B - 1) for field, value in vars(theirs).items() if value is not None}),
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"topk": V}], ids=str)
@@ -427,7 +585,9 @@ def test_a_short_list_is_nan_in_sdpos_server_loss_and_finite_in_ours(ops):
     ids, logprobs = short_list(case)
     student = logits_of(case)[0].log_softmax(-1).gather(-1, ids)
     divergence = trl("experimental.sdpo.loss_utils")
-    theirs = divergence.compute_divergence(divergence.add_tail_bucket(student), divergence.add_tail_bucket(logprobs), 0.5)
+    theirs = divergence.compute_divergence(
+        divergence.add_tail_bucket(student), divergence.add_tail_bucket(logprobs), 0.5
+    )
     assert theirs[1, ::2].isnan().all() and theirs[1, 1::2].isfinite().all()
     ours = evaluate(listed(ops, ids, logprobs), case, divergence="jsd")
     assert all(value.isfinite().all() and value.abs().max() > 0 for _, value in ours.named())
@@ -436,11 +596,25 @@ def test_a_short_list_is_nan_in_sdpos_server_loss_and_finite_in_ours(ops):
 @pytest.mark.parametrize("options", [{}, {"topk": K}], ids=str)
 def test_sdpo_takes_a_bf16_softmax_and_misses_the_loss_that_ours_hits(ops, options):
     case = batch(torch.bfloat16, near=1e-2, shared_head=True, bias=True)
-    truth = evaluate(linear_divergence_reference, case.double(), divergence="reverse_kl", reduction="sequence_mean", **options)
+    truth = evaluate(
+        linear_divergence_reference,
+        case.double(),
+        divergence="reverse_kl",
+        reduction="sequence_mean",
+        **options,
+    )
     mode = "topk_logits" if options else "full_logits"
     with pytest.raises(AssertionError, match="target"):
-        assert_on_target(evaluate(sdpo_loss(case, mode, None, distillation_alpha=1.0), case).value(), truth.value(), "default")
-    assert_on_target(evaluate(ops.divergence, case, divergence="reverse_kl", reduction="sequence_mean", **options), truth, "default")
+        assert_on_target(
+            evaluate(sdpo_loss(case, mode, None, distillation_alpha=1.0), case).value(),
+            truth.value(),
+            "default",
+        )
+    assert_on_target(
+        evaluate(ops.divergence, case, divergence="reverse_kl", reduction="sequence_mean", **options),
+        truth,
+        "default",
+    )
 
 
 @pytest.mark.parametrize("peer", [trl_chunked, liger_chunked])
@@ -464,7 +638,11 @@ def test_an_excluded_token_makes_trls_entropy_nan_and_not_ours(ops, peer):
     assert peer(*given, bias=case.student_bias)[1].isnan().all()
     logprobs, entropy = ops.logprobs(*given, bias=case.student_bias, return_entropy=True)
     assert logprobs.isfinite().all() and entropy.isfinite().all()
-    assert_one_rounding(entropy, torch.distributions.Categorical(logits=logits_of(case)[0][..., : V // 2]).entropy(), torch.float64)
+    assert_one_rounding(
+        entropy,
+        torch.distributions.Categorical(logits=logits_of(case)[0][..., : V // 2]).entropy(),
+        torch.float64,
+    )
 
 
 @pytest.mark.parametrize("peer", [trl_chunked, liger_chunked])
@@ -473,7 +651,9 @@ def test_both_round_bf16_logits_and_miss_the_logprobs_that_ours_hits(ops, peer):
     case = batch(torch.bfloat16, ragged=False, largest_logit=40.0, widths=(1.0,))
     likely = logits_of(case.double())[0].argmax(-1)
     given = case.student_hidden, case.student_weight, likely
-    truth = linear_logprobs_reference(case.student_hidden.double(), case.student_weight.double(), likely, bias=case.student_bias.double())
+    truth = linear_logprobs_reference(
+        case.student_hidden.double(), case.student_weight.double(), likely, bias=case.student_bias.double()
+    )
     with pytest.raises(AssertionError, match="target"):
         assert_on_target(peer(*given, bias=case.student_bias)[0], truth, "fp32_logits")
     assert_on_target(ops.logprobs(*given, bias=case.student_bias), truth, "fp32_logits")

@@ -15,12 +15,16 @@ PEER_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0}  # both libraries name the tw
 
 @functools.cache
 def trl_divergence():
-    return pytest.importorskip("trl.kernels.chunked_divergence", reason="trl >= 1.16 is not installed").ChunkedDivergenceFunction
+    return pytest.importorskip(
+        "trl.kernels.chunked_divergence", reason="trl >= 1.16 is not installed"
+    ).ChunkedDivergenceFunction
 
 
 @functools.cache
 def liger_loss():
-    return pytest.importorskip("liger_kernel.chunked_loss.jsd_loss", reason="liger-kernel is not installed").LigerFusedLinearJSDLoss
+    return pytest.importorskip(
+        "liger_kernel.chunked_loss.jsd_loss", reason="liger-kernel is not installed"
+    ).LigerFusedLinearJSDLoss
 
 
 def trl(student_hidden, student_weight, teacher_hidden, teacher_weight, *, divergence, beta=0.5, **options):
@@ -42,29 +46,61 @@ def trl(student_hidden, student_weight, teacher_hidden, teacher_weight, *, diver
     return values
 
 
-def liger(student_hidden, student_weight, teacher_hidden, teacher_weight, *, divergence, labels, beta=0.5, temperature=1.0, **biases):
+def liger(
+    student_hidden,
+    student_weight,
+    teacher_hidden,
+    teacher_weight,
+    *,
+    divergence,
+    labels,
+    beta=0.5,
+    temperature=1.0,
+    **biases,
+):
     """Liger's chunked loss under our argument names; mean over labels that are not ignored."""
-    module = liger_loss()(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=PEER_BETA.get(divergence, beta), temperature=temperature, compiled=False)
+    module = liger_loss()(
+        weight_hard_loss=0.0,
+        weight_soft_loss=1.0,
+        beta=PEER_BETA.get(divergence, beta),
+        temperature=temperature,
+        compiled=False,
+    )
     return module(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, **biases)
 
 
 def case_for(divergence: str, dtype=torch.float32, **made) -> Case:
     """Everything finite: neither library takes a mask over inf and NaN, or a -inf in a bias."""
     case = hard_case(29, 211, 24, dtype, masked_entry=None, views=False, seed=1, **made)
-    clean = {name: getattr(case, name).nan_to_num(0.3, 0.3, 0.3) for name in ("student_hidden", "teacher_hidden")}
+    clean = {
+        name: getattr(case, name).nan_to_num(0.3, 0.3, 0.3) for name in ("student_hidden", "teacher_hidden")
+    }
     return replace(case, **clean, mask=None, labels=None, token_weights=None)
 
 
 def agree(peer, case, options, peer_options=None):
     """Both within the fp32 target of the truth, so the convention is one; and ours no worse than plain PyTorch."""
-    truth, plain = evaluate(linear_divergence_reference, case.double(), **options), plain_outcomes(case, **options)
-    assert_on_target(evaluate(peer, case, **(options if peer_options is None else peer_options)), truth, "fp32_logits")
+    truth, plain = (
+        evaluate(linear_divergence_reference, case.double(), **options),
+        plain_outcomes(case, **options),
+    )
+    assert_on_target(
+        evaluate(peer, case, **(options if peer_options is None else peer_options)), truth, "fp32_logits"
+    )
     assert_no_worse(evaluate(linear_divergence, case, **options), plain, truth)
 
 
-@pytest.mark.parametrize("divergence, beta", [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.9)])
 @pytest.mark.parametrize(
-    "transform", [{}, {"temperature": 2.0}, {"student_softcap": 20.0, "teacher_softcap": 25.0, "student_logit_scale": 0.7, "temperature": 0.8}], ids=str
+    "divergence, beta", [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.9)]
+)
+@pytest.mark.parametrize(
+    "transform",
+    [
+        {},
+        {"temperature": 2.0},
+        {"student_softcap": 20.0, "teacher_softcap": 25.0, "student_logit_scale": 0.7, "temperature": 0.8},
+    ],
+    ids=str,
 )
 def test_trl_chunked_divergence(divergence, beta, transform):
     trl_divergence()
@@ -72,7 +108,9 @@ def test_trl_chunked_divergence(divergence, beta, transform):
     agree(trl, case_for(divergence), {**options, "reduction": "none"}, options)
 
 
-@pytest.mark.parametrize("divergence, beta", [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.9)])
+@pytest.mark.parametrize(
+    "divergence, beta", [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.9)]
+)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_liger_chunked_jsd(divergence, beta, temperature):
     """With ignored labels: both divide by the number of the others."""
@@ -89,7 +127,10 @@ def test_liger_chunked_jsd(divergence, beta, temperature):
 def test_bf16_loss_where_a_bf16_softmax_fails():
     """Liger's chunked loss takes the softmax in bf16; ours stays within 0.5 % on the same inputs, its gradient within the target."""
     liger_loss()
-    case = replace(case_for("jsd", torch.bfloat16, shared_head=True, near=1e-2, largest_logit=16.0, bias=False), labels=torch.arange(29))
+    case = replace(
+        case_for("jsd", torch.bfloat16, shared_head=True, near=1e-2, largest_logit=16.0, bias=False),
+        labels=torch.arange(29),
+    )
     truth = evaluate(linear_divergence_reference, case.double(), divergence="jsd")
     with pytest.raises(AssertionError, match="target"):
         assert_on_target(evaluate(liger, case, divergence="jsd"), truth, "default")
@@ -107,7 +148,10 @@ def test_a_smaller_student_vocabulary_gets_no_probability():
 
 def test_a_teacher_entry_of_minus_infinity_is_no_nan():
     case = hard_case(29, 211, 24, masked_entry="teacher")
-    truth, plain = evaluate(linear_divergence_reference, case.double(), divergence="jsd"), plain_outcomes(case, divergence="jsd")
+    truth, plain = (
+        evaluate(linear_divergence_reference, case.double(), divergence="jsd"),
+        plain_outcomes(case, divergence="jsd"),
+    )
     assert all(value.isfinite().all() for _, value in truth.named())
     assert_no_worse(evaluate(linear_divergence, case, divergence="jsd"), plain, truth)
 
@@ -115,5 +159,8 @@ def test_a_teacher_entry_of_minus_infinity_is_no_nan():
 def test_the_jsd_gradient_points_where_the_true_one_does():
     """One published example's JSD gradient has cosine 0.73-0.84 to the truth."""
     case = case_for("jsd")
-    truth, ours = (evaluate(op, c, divergence="jsd") for op, c in ((linear_divergence_reference, case.double()), (linear_divergence, case)))
+    truth, ours = (
+        evaluate(op, c, divergence="jsd")
+        for op, c in ((linear_divergence_reference, case.double()), (linear_divergence, case))
+    )
     assert_on_target(ours, truth, "fp32_logits")

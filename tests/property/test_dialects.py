@@ -10,9 +10,15 @@ from hypothesis import strategies as st
 from opsd_kernels import linear_divergence, linear_logprobs, linear_topk_divergence, weights
 from opsd_kernels.spec import KIND_NAMES, TAILS
 from opsd_kernels.testing import Case, assert_no_worse, evaluate, hard_case
-from opsd_kernels.testing.reference import linear_divergence_reference, linear_logprobs_reference, linear_topk_divergence_reference
+from opsd_kernels.testing.reference import (
+    linear_divergence_reference,
+    linear_logprobs_reference,
+    linear_topk_divergence_reference,
+)
 
-many = settings(max_examples=1100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+many = settings(
+    max_examples=1100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
 some = settings(many, max_examples=200)
 
 B, T = 3, 4
@@ -55,7 +61,21 @@ def weightings(case: Case):
     }
 
 
-WEIGHTS = ("none", "tensor", "first", "decay", "ratio", "gate", "trust", "prefix", "prefix of divergence", "mean one", "segments", "packed", "user's")
+WEIGHTS = (
+    "none",
+    "tensor",
+    "first",
+    "decay",
+    "ratio",
+    "gate",
+    "trust",
+    "prefix",
+    "prefix of divergence",
+    "mean one",
+    "segments",
+    "packed",
+    "user's",
+)
 LOSSES = {
     "divergence": st.sampled_from(tuple(KIND_NAMES)),
     "beta": st.sampled_from((0.1, 0.5, 0.8)),
@@ -86,7 +106,9 @@ CASES = st.fixed_dictionaries(
         "largest_logit": st.sampled_from((4.0, 12.0)),
     }
 )
-ROUTES = st.fixed_dictionaries({"backward": st.sampled_from(("auto", "in_forward", "recompute")), "rows": st.sampled_from((1, 3, 100))})
+ROUTES = st.fixed_dictionaries(
+    {"backward": st.sampled_from(("auto", "in_forward", "recompute")), "rows": st.sampled_from((1, 3, 100))}
+)
 
 
 def make_case(made: dict) -> Case:
@@ -119,7 +141,13 @@ def compare(op, reference, case: Case, options: dict, how: dict) -> None:
 
 
 @pytest.mark.slow
-@given(made=CASES, options=DIVERGENCES, transform=st.sampled_from(TRANSFORMS), weighting=st.sampled_from(WEIGHTS), route=ROUTES)
+@given(
+    made=CASES,
+    options=DIVERGENCES,
+    transform=st.sampled_from(TRANSFORMS),
+    weighting=st.sampled_from(WEIGHTS),
+    route=ROUTES,
+)
 @many
 def test_all_dialects(backend, made, options, transform, weighting, route):
     if options["topk"] == 1 and options["topk_tail"] == "renormalize":
@@ -134,10 +162,18 @@ def test_all_dialects(backend, made, options, transform, weighting, route):
     given_weights = None if weighting == "none" else weightings(case)[weighting]
     case = replace(case, token_weights=None)
     options = {**options, **transform, "token_weights": given_weights}
-    compare(linear_divergence, linear_divergence_reference, case, options, how_to(case, route, options, backend))
+    compare(
+        linear_divergence, linear_divergence_reference, case, options, how_to(case, route, options, backend)
+    )
 
 
-@given(made=CASES, options=st.fixed_dictionaries({**LOSSES, "tail": st.sampled_from(TAILS)}), K=st.sampled_from((2, 3, 9)), padded=st.booleans(), route=ROUTES)
+@given(
+    made=CASES,
+    options=st.fixed_dictionaries({**LOSSES, "tail": st.sampled_from(TAILS)}),
+    K=st.sampled_from((2, 3, 9)),
+    padded=st.booleans(),
+    route=ROUTES,
+)
 @some
 def test_listed_teachers(backend, made, options, K, padded, route):
     case = make_case(made)
@@ -153,17 +189,39 @@ def test_listed_teachers(backend, made, options, K, padded, route):
     def listed(op):
         return lambda h, W, t, Wt, teacher_bias=None, **rest: op(h, W, ids, logprobs, **rest)
 
-    compare(listed(linear_topk_divergence), listed(linear_topk_divergence_reference), case, options, how_to(case, route, options, backend))
+    compare(
+        listed(linear_topk_divergence),
+        listed(linear_topk_divergence_reference),
+        case,
+        options,
+        how_to(case, route, options, backend),
+    )
 
 
-@given(made=CASES, softcap=st.sampled_from((None, 7.0)), temperature=st.sampled_from((1.0, 0.6)), entropy=st.booleans(), route=ROUTES)
+@given(
+    made=CASES,
+    softcap=st.sampled_from((None, 7.0)),
+    temperature=st.sampled_from((1.0, 0.6)),
+    entropy=st.booleans(),
+    route=ROUTES,
+)
 @some
 def test_log_probs(backend, made, softcap, temperature, entropy, route):
     case = replace(make_case(made), token_weights=None)
 
     def call(op, **how):
         def run(h, W, t, Wt, *, student_bias=None, teacher_bias=None, labels, **rest):
-            results = op(h, W, labels, bias=student_bias, softcap=softcap, temperature=temperature, return_entropy=entropy, **rest, **how)
+            results = op(
+                h,
+                W,
+                labels,
+                bias=student_bias,
+                softcap=softcap,
+                temperature=temperature,
+                return_entropy=entropy,
+                **rest,
+                **how,
+            )
             logprobs, entropies = results if entropy else (results, torch.zeros_like(results))
             return torch.stack([logprobs, entropies])
 

@@ -47,4 +47,10 @@ def model(config, encoder):
 
 @pytest.fixture(scope="session")
 def sampler(config, encoder):
-    return Sampler(encoder, config.max_new_tokens, config.rollout_temperature, config.rollout_batch, vocabulary(encoder.tokenizer))
+    return Sampler(
+        encoder,
+        config.max_new_tokens,
+        config.rollout_temperature,
+        config.rollout_batch,
+        vocabulary(encoder.tokenizer),
+    )

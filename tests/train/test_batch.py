@@ -17,7 +17,10 @@ COMPLETIONS = [(9, 10, 1), (11, 12, 13, 14), (1,)]
 
 @pytest.fixture
 def batch():
-    rollouts = [Rollout(Prompt(i, ""), i, 0, p, c, "", Verdict(0.0, "")) for i, (p, c) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True))]
+    rollouts = [
+        Rollout(Prompt(i, ""), i, 0, p, c, "", Verdict(0.0, ""))
+        for i, (p, c) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True))
+    ]
     return make_batch(rollouts, TEACHER_PROMPTS, pad=0)
 
 

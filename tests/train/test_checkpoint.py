@@ -26,7 +26,15 @@ def state(model, encoder, config):
         optimizer.step()
         optimizer.zero_grad()
         teacher.update(model)
-    return RunState(model, encoder.tokenizer, teacher, None, optimizer, 4, {"held_out_accuracy_before": 0.1 + 0.2, "seconds": 3.5})
+    return RunState(
+        model,
+        encoder.tokenizer,
+        teacher,
+        None,
+        optimizer,
+        4,
+        {"held_out_accuracy_before": 0.1 + 0.2, "seconds": 3.5},
+    )
 
 
 def fresh(path, config):
@@ -35,8 +43,16 @@ def fresh(path, config):
 
 
 def tensors(state):
-    moments = [state.optimizer.state[p][key] for p in state.model.parameters() for key in ("step", "exp_avg", "exp_avg_sq")]
-    return [*(p.detach() for p in state.model.parameters()), *(p.detach() for p in state.teacher.model.parameters()), *moments]
+    moments = [
+        state.optimizer.state[p][key]
+        for p in state.model.parameters()
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    ]
+    return [
+        *(p.detach() for p in state.model.parameters()),
+        *(p.detach() for p in state.teacher.model.parameters()),
+        *moments,
+    ]
 
 
 def test_everything_comes_back(tmp_path, state, config):
@@ -48,7 +64,11 @@ def test_everything_comes_back(tmp_path, state, config):
     assert (loaded.step, loaded.facts) == (state.step, state.facts)
     for actual, expected in zip(tensors(loaded), tensors(state), strict=True):
         assert_same_bits(actual, expected)
-    assert torch.rand(3).equal(drawn[0]) and (np.random.rand(3) == drawn[1]).all() and random.random() == drawn[2]
+    assert (
+        torch.rand(3).equal(drawn[0])
+        and (np.random.rand(3) == drawn[1]).all()
+        and random.random() == drawn[2]
+    )
 
 
 def test_optimiser_goes_on_as_if_nothing_happened(tmp_path, state, config):
@@ -69,7 +89,16 @@ def test_only_the_newest_stays(tmp_path, state):
     assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.pt")), "no pickle"
 
 
-WRITES = ["model.save_pretrained", "tokenizer.save_pretrained", "save_file 1", "save_file 2", "save_file 3", "_random_record", "_sync", "rename"]
+WRITES = [
+    "model.save_pretrained",
+    "tokenizer.save_pretrained",
+    "save_file 1",
+    "save_file 2",
+    "save_file 3",
+    "_random_record",
+    "_sync",
+    "rename",
+]
 
 
 @pytest.mark.parametrize("moment", WRITES)
@@ -92,7 +121,10 @@ def test_a_crash_between_writes_leaves_the_last_checkpoint(tmp_path, state, conf
 def crash_at(monkeypatch, state, moment):
     """The next call of that kind, or its n-th, fails and nothing is cleaned up, as after a SIGKILL."""
     name, _, count = moment.partition(" ")
-    targets = {"model.save_pretrained": (state.model, "save_pretrained"), "tokenizer.save_pretrained": (state.tokenizer, "save_pretrained")}
+    targets = {
+        "model.save_pretrained": (state.model, "save_pretrained"),
+        "tokenizer.save_pretrained": (state.tokenizer, "save_pretrained"),
+    }
     targets |= {"save_file": (checkpoint, "save_file"), "_random_record": (checkpoint, "_random_record")}
     targets |= {"_sync": (durable, "_sync"), "rename": (durable.os, "rename")}
     owner, attribute = targets[name]

@@ -33,9 +33,15 @@ from opsd_kernels.train.presets import PRESETS
         ("policy_weight=1.5", r"policy_weight: expected a number in \[0, 1\]"),
         ("topk=0", "topk: expected null or a number above 0"),
         ("rollout_engine=vllm", "device: expected cuda for rollout_engine=vllm"),
-        ("token_weights=FirstFractions(0.3)", "token_weights: expected one of .*, got 'FirstFractions'; did you mean 'FirstFraction'?"),
+        (
+            "token_weights=FirstFractions(0.3)",
+            "token_weights: expected one of .*, got 'FirstFractions'; did you mean 'FirstFraction'?",
+        ),
         ("token_weights=FirstFraction(3)", r"token_weights: p: expected a share in \(0, 1\]"),
-        ("token_weights=__import__('os').system('x')", "token_weights: expected a weighting, a number or a product"),
+        (
+            "token_weights=__import__('os').system('x')",
+            "token_weights: expected a weighting, a number or a product",
+        ),
         ("token_weights=1 +", "token_weights: expected a product of weightings"),
         ("steps", "override: expected key=value, got 'steps'"),
     ],
@@ -46,13 +52,33 @@ def test_mistakes_are_named(override, message):
 
 
 def test_overrides_take_the_keys_own_type():
-    config = load_config(None, ["model=7", "steps=12", "learning_rate=1", "siblings=false", "ema_rate=none", "ema_rate=0.5", "cache_dir=null"])
-    assert (config.model, config.steps, config.learning_rate, config.siblings, config.ema_rate, config.cache_dir) == ("7", 12, 1, False, 0.5, None)
+    config = load_config(
+        None,
+        [
+            "model=7",
+            "steps=12",
+            "learning_rate=1",
+            "siblings=false",
+            "ema_rate=none",
+            "ema_rate=0.5",
+            "cache_dir=null",
+        ],
+    )
+    assert (
+        config.model,
+        config.steps,
+        config.learning_rate,
+        config.siblings,
+        config.ema_rate,
+        config.cache_dir,
+    ) == ("7", 12, 1, False, 0.5, None)
 
 
 @pytest.mark.parametrize("env", [env for env in PRESETS if env != "jsonl"])
 def test_an_environment_brings_its_settings_and_the_user_wins(env):
-    assert all(getattr(load_config(None, [f"env={env}"]), key) == value for key, value in PRESETS[env].items())
+    assert all(
+        getattr(load_config(None, [f"env={env}"]), key) == value for key, value in PRESETS[env].items()
+    )
     assert load_config(None, [f"env={env}", "max_new_tokens=40"]).max_new_tokens == 40
     with pytest.raises(ConfigError, match="feedback: expected one of"):
         load_config(None, [f"env={env}", "feedback=text"])
@@ -74,7 +100,12 @@ def test_files_go_in_and_out(tmp_path, suffix):
 
 @pytest.mark.parametrize(
     "text, message",
-    [("[1]", "a mapping"), ("{", "valid JSON"), ('{"step": 1}', "did you mean 'steps'"), ('{"steps": true}', "steps: expected a whole number, got True")],
+    [
+        ("[1]", "a mapping"),
+        ("{", "valid JSON"),
+        ('{"step": 1}', "did you mean 'steps'"),
+        ('{"steps": true}', "steps: expected a whole number, got True"),
+    ],
 )
 def test_bad_files_are_named(tmp_path, text, message):
     path = tmp_path / "config.json"

@@ -13,16 +13,25 @@ pytest.importorskip("yaml")
 
 
 def test_every_key_has_its_line():
-    assert [key for keys in COMMENTS.values() for key in keys] == [field.name for field in dataclasses.fields(TrainConfig)]
+    assert [key for keys in COMMENTS.values() for key in keys] == [
+        field.name for field in dataclasses.fields(TrainConfig)
+    ]
 
 
 OTHERS = ["env=chain", "learning_rate=1e-6", "topk=7", "segment_separator=# no: comment", "tensorboard=false"]
 
 
-@pytest.mark.parametrize("settings", [[], OTHERS, ["env=jsonl", "data=a b.jsonl", "model=m"]], ids=["defaults", "others", "jsonl"])
+@pytest.mark.parametrize(
+    "settings", [[], OTHERS, ["env=jsonl", "data=a b.jsonl", "model=m"]], ids=["defaults", "others", "jsonl"]
+)
 def test_the_file_reads_back(tmp_path, settings):
     path = tmp_path / "run.yaml"
-    arguments = ["train", "--write-config", str(path), *(part for setting in settings for part in ("--set", setting))]
+    arguments = [
+        "train",
+        "--write-config",
+        str(path),
+        *(part for setting in settings for part in ("--set", setting)),
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert load_config(path) == load_config(None, settings)
@@ -34,7 +43,9 @@ def test_a_json_name_is_refused(tmp_path):
     assert result.exit_code == 2 and "ends in .yaml" in result.output
 
 
-@pytest.mark.parametrize("text, value", [("1e-6", 1e-6), ("5E-4", 5e-4), ("+2e3", 2e3), ("1.5e-3", 1.5e-3), ("1", 1)])
+@pytest.mark.parametrize(
+    "text, value", [("1e-6", 1e-6), ("5E-4", 5e-4), ("+2e3", 2e3), ("1.5e-3", 1.5e-3), ("1", 1)]
+)
 def test_numbers_without_a_point_are_numbers(tmp_path, text, value):
     (tmp_path / "run.yaml").write_text(f"learning_rate: {text}  # a comment\n")
     assert load_config(tmp_path / "run.yaml").learning_rate == value

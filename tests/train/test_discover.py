@@ -85,7 +85,15 @@ def test_searches_side_by_side_count_alike(base, right_at, method, n):
 
 
 def rollout(base, success, feedback="a b c 1 0", problem=0, text="a b c"):
-    return Rollout(Prompt(problem, "?"), 0, 0, (1, 2), (3, 4, 5), text, Verdict(float(success), None if success else feedback))
+    return Rollout(
+        Prompt(problem, "?"),
+        0,
+        0,
+        (1, 2),
+        (3, 4, 5),
+        text,
+        Verdict(float(success), None if success else feedback),
+    )
 
 
 def test_a_first_right_answer_is_the_first_whatever_the_batch(base):
@@ -111,7 +119,13 @@ def test_best_of_k_is_what_sampling_finds(base):
     trained(base, 60)
     base.config = dataclasses.replace(base.config, rollout_temperature=0.7)
     base.sampler = dataclasses.replace(base.sampler, temperature=0.7)
-    exact = dict(zip(base.task.held_out[:600], discover.success_probabilities(base, base.task.held_out[:600]), strict=True))
+    exact = dict(
+        zip(
+            base.task.held_out[:600],
+            discover.success_probabilities(base, base.task.held_out[:600]),
+            strict=True,
+        )
+    )
     likely = sorted(exact, key=exact.__getitem__)[-100:]
     attempts = 48
     found = discover.best_of_k(base, likely, Budget(attempts, batch=48))
@@ -121,12 +135,16 @@ def test_best_of_k_is_what_sampling_finds(base):
     for k in (8, 24, 48):
         deviation = (expected[:, k - 1] * (1 - expected[:, k - 1])).sum() ** 0.5 / len(likely)
         assert abs(sampled[:, k - 1].mean() - expected[:, k - 1].mean()) < 4 * deviation
-    assert discover_run.mean_attempts(sampled) == pytest.approx(np.mean([search.attempts for search in found]))
+    assert discover_run.mean_attempts(sampled) == pytest.approx(
+        np.mean([search.attempts for search in found])
+    )
 
 
 def test_chances_of_k_attempts():
     found = discover.chance_within([0.0, 1e-12, 0.25, 1.0], 3)
-    np.testing.assert_allclose(found, [[0, 0, 0], [1e-12, 2e-12, 3e-12], [0.25, 0.4375, 0.578125], [1, 1, 1]], rtol=DIGITS)
+    np.testing.assert_allclose(
+        found, [[0, 0, 0], [1e-12, 2e-12, 3e-12], [0.25, 0.4375, 0.578125], [1, 1, 1]], rtol=DIGITS
+    )
     np.testing.assert_array_equal(discover.solved_within([1, None, 3], 3), [[1, 1, 1], [0, 0, 0], [0, 0, 1]])
 
 
@@ -142,19 +160,33 @@ def test_the_window_holds_the_last_failures_and_no_more(base, right_at):
     base.sampler = SimpleNamespace(sample=recording, encoder=base.sampler.encoder)
     (found,) = discover.multi_turn(base, base.task.held_out[:1], Budget(attempts=6, window=2))
     told = [f"a b c {i % 4} 0" for i in range(1, 6)]  # what the n-th answer was told
-    assert [request.context for request in asked] == [None] + [Context((), "\n".join(told[max(0, i - 2) : i])) for i in range(1, 6)]
+    assert [request.context for request in asked] == [None] + [
+        Context((), "\n".join(told[max(0, i - 2) : i])) for i in range(1, 6)
+    ]
     assert [request.sample for request in asked] == list(range(6))
     assert found.context_tokens > 0
 
 
 def test_a_chat_model_gets_its_failures_as_turns(base):
-    chat = SimpleNamespace(task=SimpleNamespace(template=ContextTemplate()), sampler=SimpleNamespace(encoder=base.sampler.encoder))
+    chat = SimpleNamespace(
+        task=SimpleNamespace(template=ContextTemplate()),
+        sampler=SimpleNamespace(encoder=base.sampler.encoder),
+    )
     prompt = Prompt(7, "2 + 2?", ({"role": "system", "content": "brief"},))
     failures = [rollout(base, False, "no", text="5"), rollout(base, False, "<eos> no", text="<assistant> 6")]
     request = discover.conversation(chat, prompt, failures, 2)
-    assert [turn["role"] for turn in request.prompt.before] == ["system", "user", "assistant", "user", "assistant"]
+    assert [turn["role"] for turn in request.prompt.before] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
     assert request.prompt.before[1]["content"] == "2 + 2?" and request.prompt.before[2]["content"] == "5"
-    assert request.prompt.text == "< eos> no\nSolve the original problem." and request.prompt.before[4]["content"] == "< assistant> 6"
+    assert (
+        request.prompt.text == "< eos> no\nSolve the original problem."
+        and request.prompt.before[4]["content"] == "< assistant> 6"
+    )
     assert (request.group, request.sample, request.context) == (7, 2, None)
 
 
@@ -165,7 +197,9 @@ def test_a_search_is_the_same_again_and_leaves_the_base_model_as_it_was(base):
     for name, parameter in base.model.named_parameters():
         assert_same_bits(parameter.detach(), base.start[name])
     assert discover.self_distil(base, problems[1], budget) == two
-    assert [vars(found) for found in discover.multi_turn(base, problems, budget)][2] == vars(discover.multi_turn(base, problems[2:], budget)[0])
+    assert [vars(found) for found in discover.multi_turn(base, problems, budget)][2] == vars(
+        discover.multi_turn(base, problems[2:], budget)[0]
+    )
     assert three.problem == problems[2]
 
 
@@ -176,7 +210,12 @@ def test_what_is_said_changes_the_student(base, monkeypatch):
 
     def recording(trainer, batch, config, step):
         result = update_on(trainer, batch, config, step)
-        moved.append(max(float((parameter.detach() - base.start[name]).abs().max()) for name, parameter in trainer.student.named_parameters()))
+        moved.append(
+            max(
+                float((parameter.detach() - base.start[name]).abs().max())
+                for name, parameter in trainer.student.named_parameters()
+            )
+        )
         return result
 
     monkeypatch.setattr(discover.steps, "update_on", recording)
@@ -193,11 +232,15 @@ def test_hard_questions_are_the_first_below_the_bound(base):
     base.task.held_out = base.task.held_out[:700]
     chances = discover.success_probabilities(base, base.task.held_out)
     below = float(np.median(chances))
-    expected = [problem for problem, chance in zip(base.task.held_out, chances, strict=True) if chance < below]
+    expected = [
+        problem for problem, chance in zip(base.task.held_out, chances, strict=True) if chance < below
+    ]
     found = discover.hard_questions(base, 300, below)  # more than are looked at together
     assert list(found) == expected[:300] and max(found.values()) < below
     assert list(discover.hard_questions(base, 5, below, skip=3)) == expected[3:8]
-    with pytest.raises(ValueError, match="questions: expected at most 0, the held-out problems with a chance below 0"):
+    with pytest.raises(
+        ValueError, match="questions: expected at most 0, the held-out problems with a chance below 0"
+    ):
         discover.hard_questions(base, 1, 0.0)
 
 
@@ -206,7 +249,9 @@ def test_where_many_answers_are_right_chances_are_sampled(small, tmp_path):
     base = discover.load_base(config, Progress())
     assert discover.success_probabilities(base, base.task.held_out[:2]) is None
     shares = discover.sampled_probabilities(base, base.task.held_out[:2])
-    assert all(0 <= share <= 1 and share * discover.PROBES == round(share * discover.PROBES) for share in shares)
+    assert all(
+        0 <= share <= 1 and share * discover.PROBES == round(share * discover.PROBES) for share in shares
+    )
 
 
 @pytest.mark.parametrize("name", ["attempts", "batch", "window"])
@@ -235,7 +280,10 @@ def test_the_command_leaves_a_table_a_figure_and_a_json(settings, tmp_path):
     assert result.exit_code == 0, result.output
     assert "discovery@k, 3 questions" in result.output and "best-of-k, exact" in result.output
     found = json.loads((tmp_path / "out" / "discovery.json").read_text())
-    assert list(found["methods"]) == ["self-distillation", "best-of-k", "multi-turn"] and len(found["questions"]) == 3
+    assert (
+        list(found["methods"]) == ["self-distillation", "best-of-k", "multi-turn"]
+        and len(found["questions"]) == 3
+    )
     assert list(found["methods"]["multi-turn"]["discovery"]) == ["1", "2", "4", "6"]
     assert (tmp_path / "out" / "discovery.png").stat().st_size > 10_000
     again = command(*asked, tmp_path / "again")

@@ -23,8 +23,18 @@ def found(tmp_path_factory):
         here = Lab(folder / "cells", workers=0, quick=True)
         result = discovery.study(here)
         cells = len(list(here.folder.glob("*.json")))
-        assert discovery.study(here).tables == result.tables and len(list(here.folder.glob("*.json"))) == cells  # nothing is computed again
-    result.facts = {"machine": "a machine", "versions": {}, "commits": [], "command": "opsd reproduce discovery", "date": "", "cell_seconds": 1, "workers": 0}
+        assert (
+            discovery.study(here).tables == result.tables and len(list(here.folder.glob("*.json"))) == cells
+        )  # nothing is computed again
+    result.facts = {
+        "machine": "a machine",
+        "versions": {},
+        "commits": [],
+        "command": "opsd reproduce discovery",
+        "date": "",
+        "cell_seconds": 1,
+        "workers": 0,
+    }
     return result
 
 
@@ -41,10 +51,19 @@ def test_the_quick_form_makes_a_page(found, tmp_path):
 def test_every_claim_has_a_grade_and_every_method_a_cost(found):
     assert len(found.claims) == 6
     assert {claim.estimate.count for claim in found.claims} == {3}
-    spent = {row[0]: dict(zip(found.tables[3].columns[1:], row[1:], strict=True)) for row in found.tables[3].rows}
+    spent = {
+        row[0]: dict(zip(found.tables[3].columns[1:], row[1:], strict=True)) for row in found.tables[3].rows
+    }
     assert set(spent) == {SELF, UNTOLD, BEST, "multi-turn, last 2"}
-    assert float(spent[SELF]["updates"]) > 0 and float(spent[SELF]["teacher tokens"]) > float(spent[SELF]["context tokens"]) > 0
-    assert float(spent["multi-turn, last 2"]["updates"]) == 0 < float(spent["multi-turn, last 2"]["context tokens"])
+    assert (
+        float(spent[SELF]["updates"]) > 0
+        and float(spent[SELF]["teacher tokens"]) > float(spent[SELF]["context tokens"]) > 0
+    )
+    assert (
+        float(spent["multi-turn, last 2"]["updates"])
+        == 0
+        < float(spent["multi-turn, last 2"]["context tokens"])
+    )
 
 
 def test_no_question_comes_twice_on_a_base_model(monkeypatch):
@@ -52,13 +71,22 @@ def test_no_question_comes_twice_on_a_base_model(monkeypatch):
 
     class Questions:
         def run(self, title, cells):
-            return [{"questions": hard[cell.arguments.get("config", cell.arguments)["warm_seed"]][: cell.arguments.get("count")]} for cell in cells]
+            return [
+                {
+                    "questions": hard[cell.arguments.get("config", cell.arguments)["warm_seed"]][
+                        : cell.arguments.get("count")
+                    ]
+                }
+                for cell in cells
+            ]
 
     design = Design(seeds=5, questions=24, tuning=12)
     asked, spare = discovery_cells.ask(Questions(), discovery.TrainConfig(), design)
     problems = [problem for seed in asked for problem in asked[seed]] + spare
     assert len(problems) == len(set(problems)) == 5 * 24 + 12
-    assert all(problem // 100 == seed % 3 for seed in asked for problem in asked[seed]) and {problem // 100 for problem in spare} == {0}
+    assert all(problem // 100 == seed % 3 for seed in asked for problem in asked[seed]) and {
+        problem // 100 for problem in spare
+    } == {0}
 
 
 def test_shares_of_attempts_at_a_level():
@@ -78,9 +106,14 @@ def test_shares_of_attempts_at_a_level():
 def test_best_of_k_is_read_beyond_the_budget():
     chances, attempts = [1e-4] * 4, 64
     counts = np.union1d(discovery.FAR, np.arange(1, attempts + 1))
-    other, own, share = shares(solved_within([8, 8, 8, None], attempts), chance_within(chances, counts), counts, HALF)
+    other, own, share = shares(
+        solved_within([8, 8, 8, None], attempts), chance_within(chances, counts), counts, HALF
+    )
     assert other == pytest.approx(np.log(2) / 1e-4, rel=GRID) and own == 8 and share.value < 0.01
-    assert shares(solved_within([8, 8, 8, None], attempts), chance_within(chances, counts), counts, LAST)[0] == attempts
+    assert (
+        shares(solved_within([8, 8, 8, None], attempts), chance_within(chances, counts), counts, LAST)[0]
+        == attempts
+    )
 
 
 def test_the_first_attempt_at_a_level_and_grades():

@@ -8,7 +8,14 @@ import types
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
 
 from opsd_kernels.integrations.transformers import Head
 from opsd_kernels.testing import assert_no_worse, assert_same_bits
@@ -22,13 +29,32 @@ from opsd_kernels.train.rollout import Sampler, requests
 from opsd_kernels.train.teacher import AdapterOff, Copy
 from opsd_kernels.train.types import Prompt, Rollout, Verdict
 
-SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-SHAPE |= {"max_position_embeddings": 128, "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
+SHAPE = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+SHAPE |= {
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
 PADDING = 7  # rows of the head that no token has
 CONFIGS = {
     "llama": lambda v: LlamaConfig(vocab_size=v, **SHAPE),
     "qwen3": lambda v: Qwen3Config(vocab_size=v, head_dim=8, tie_word_embeddings=True, **SHAPE),
-    "gemma2": lambda v: Gemma2Config(vocab_size=v, head_dim=8, final_logit_softcapping=2.0, attn_logit_softcapping=5.0, sliding_window=4, **SHAPE),
+    "gemma2": lambda v: Gemma2Config(
+        vocab_size=v,
+        head_dim=8,
+        final_logit_softcapping=2.0,
+        attn_logit_softcapping=5.0,
+        sliding_window=4,
+        **SHAPE,
+    ),
     "mistral": lambda v: MistralConfig(vocab_size=v, head_dim=8, sliding_window=4, **SHAPE),
     "cohere": lambda v: CohereConfig(vocab_size=v, logit_scale=0.25, **SHAPE),
 }
@@ -42,7 +68,9 @@ def vocab(encoder):
 @pytest.fixture(params=CONFIGS)
 def made(request, vocab):
     torch.manual_seed(3)
-    return AutoModelForCausalLM.from_config(CONFIGS[request.param](vocab + PADDING), dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_config(
+        CONFIGS[request.param](vocab + PADDING), dtype=torch.float32
+    ).eval()
 
 
 @pytest.fixture
@@ -60,7 +88,11 @@ def own_logits(model, side, vocab):
 
 
 def dense(student, teacher, batch, vocab):
-    log_q = own_logits(student, batch.student, vocab).to(torch.promote_types(student.dtype, torch.float32)).log_softmax(-1)
+    log_q = (
+        own_logits(student, batch.student, vocab)
+        .to(torch.promote_types(student.dtype, torch.float32))
+        .log_softmax(-1)
+    )
     with torch.no_grad():
         log_p = own_logits(teacher, batch.teacher, vocab).to(log_q.dtype).log_softmax(-1)
     loss = ((log_q.exp() * (log_q - log_p)).sum(-1) * batch.mask_BT).sum() / batch.mask_BT.sum()
@@ -72,12 +104,18 @@ def moved(model):
     other = copy.deepcopy(model)
     with torch.no_grad():
         for index, parameter in enumerate(other.parameters()):
-            parameter.mul_(1 + 0.2 * torch.sin(torch.arange(parameter.numel(), dtype=parameter.dtype) + index).view_as(parameter))
+            parameter.mul_(
+                1
+                + 0.2
+                * torch.sin(torch.arange(parameter.numel(), dtype=parameter.dtype) + index).view_as(parameter)
+            )
     return other
 
 
 def fused(student, teacher, batch, vocab, **changes):
-    loss, _ = steps.gradients(student, Copy(teacher, 0.0), batch, TrainConfig(backend="torch", **changes), vocab)
+    loss, _ = steps.gradients(
+        student, Copy(teacher, 0.0), batch, TrainConfig(backend="torch", **changes), vocab
+    )
     return [loss, *(p.grad for p in student.parameters())]
 
 
@@ -100,20 +138,27 @@ def test_checkpointed_activations_give_the_same_gradient(made, batch, vocab):
 def test_generation_follows_the_full_forward_and_never_draws_padding(made, encoder, task, vocab):
     sampler = Sampler(encoder, 6, 1.5, 5, vocab)
     made.get_output_embeddings().weight.data[vocab:] *= 20
-    rollouts = sampler.sample(made, task, requests([task.env(problem, 0).prompt() for problem in task.train[:4]], 3), 0)
+    rollouts = sampler.sample(
+        made, task, requests([task.env(problem, 0).prompt() for problem in task.train[:4]], 3), 0
+    )
     batch = make_batch(rollouts, [rollout.prompt_tokens for rollout in rollouts], 0)
     with torch.no_grad():
         probabilities = (own_logits(made, batch.student, vocab).double() / 1.5).softmax(-1)
     drawn = probabilities.gather(-1, batch.labels_BT.clamp(min=0)[..., None])[..., 0][batch.mask_BT]
     assert batch.labels_BT.max() < vocab and drawn.min() > 0
     assert len({rollout.tokens for rollout in rollouts}) > 8
-    again = Sampler(encoder, 6, 1.5, 12, vocab).sample(made, task, requests([task.env(problem, 0).prompt() for problem in task.train[:4]], 3), 0)
+    again = Sampler(encoder, 6, 1.5, 12, vocab).sample(
+        made, task, requests([task.env(problem, 0).prompt() for problem in task.train[:4]], 3), 0
+    )
     assert again == rollouts, "the cache and the padding of a batch change nothing"
 
 
 def test_teacher_and_student_may_be_padded_differently(vocab, batch):
     torch.manual_seed(5)
-    student, teacher = (AutoModelForCausalLM.from_config(CONFIGS["llama"](vocab + extra), dtype=torch.float32) for extra in (2, 9))
+    student, teacher = (
+        AutoModelForCausalLM.from_config(CONFIGS["llama"](vocab + extra), dtype=torch.float32)
+        for extra in (2, 9)
+    )
     truth = dense(copy.deepcopy(student).double(), copy.deepcopy(teacher).double(), batch, vocab)
     peer = dense(copy.deepcopy(student), teacher, batch, vocab)
     for actual, p, t in zip(fused(student, teacher, batch, vocab), peer, truth, strict=True):
@@ -124,7 +169,9 @@ def test_teacher_and_student_may_be_padded_differently(vocab, batch):
 def folder(tmp_path, encoder, vocab):
     """A saved bf16 Gemma-2 with the tiny tokenizer."""
     torch.manual_seed(6)
-    AutoModelForCausalLM.from_config(CONFIGS["gemma2"](vocab + PADDING), dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    AutoModelForCausalLM.from_config(
+        CONFIGS["gemma2"](vocab + PADDING), dtype=torch.bfloat16
+    ).save_pretrained(tmp_path / "model")
     encoder.tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -141,21 +188,41 @@ def data(tmp_path):
 
 
 def run_settings(config, folder, data, **changes):
-    common = {"env": "jsonl", "data": str(data), "model": str(folder), "feedback": "text", "steps": 4, "max_new_tokens": 5, "rehearsal_prompts": 2}
+    common = {
+        "env": "jsonl",
+        "data": str(data),
+        "model": str(folder),
+        "feedback": "text",
+        "steps": 4,
+        "max_new_tokens": 5,
+        "rehearsal_prompts": 2,
+    }
     return dataclasses.replace(config, **{**common, "learning_rate": 1e-2, **changes})
 
 
-def test_a_directory_in_bf16_with_checkpointing_and_several_updates_runs_and_resumes(config, folder, data, tmp_path):
+def test_a_directory_in_bf16_with_checkpointing_and_several_updates_runs_and_resumes(
+    config, folder, data, tmp_path
+):
     template = tmp_path / "chat.jinja"
     template.write_text("{% for m in messages %}<user>{{ m.content }}{% endfor %}<assistant>")
-    settings = run_settings(config, folder, data, dtype="bfloat16", gradient_checkpointing=True, chat_template=str(template), updates_per_batch=2)
+    settings = run_settings(
+        config,
+        folder,
+        data,
+        dtype="bfloat16",
+        gradient_checkpointing=True,
+        chat_template=str(template),
+        updates_per_batch=2,
+    )
     train(settings, tmp_path / "whole")
     train(dataclasses.replace(settings, steps=2), tmp_path / "part")
     (tmp_path / "part" / "summary.json").unlink()
     (tmp_path / "part" / "config.json").write_text(settings.to_json())
     train(settings, tmp_path / "part", resume=True)
     for name in ("model", "teacher", "reference", "optimizer"):
-        paths = [tmp_path / run / "checkpoint" / "step_000004" / f"{name}.safetensors" for run in ("whole", "part")]
+        paths = [
+            tmp_path / run / "checkpoint" / "step_000004" / f"{name}.safetensors" for run in ("whole", "part")
+        ]
         assert paths[0].read_bytes() == paths[1].read_bytes()
     lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert all(line["divergence"] > 0 and line["rehearsal_loss"] is not None for line in lines)
@@ -171,9 +238,14 @@ def test_lora_trains_the_adapter_alone_and_resumes(config, folder, data, tmp_pat
     (tmp_path / "part" / "config.json").write_text(settings.to_json())
     train(settings, tmp_path / "part", resume=True)
     newest = [tmp_path / run / "checkpoint" / "step_000004" for run in ("whole", "part")]
-    assert (newest[0] / "adapter_model.safetensors").read_bytes() == (newest[1] / "adapter_model.safetensors").read_bytes()
+    assert (newest[0] / "adapter_model.safetensors").read_bytes() == (
+        newest[1] / "adapter_model.safetensors"
+    ).read_bytes()
     assert not (newest[0] / "model.safetensors").exists()
-    base, adapted = models.load_pretrained(folder, settings)[0], models.load_student(folder, newest[0], settings)[0]
+    base, adapted = (
+        models.load_pretrained(folder, settings)[0],
+        models.load_student(folder, newest[0], settings)[0],
+    )
     plain = dict(base.named_parameters())
     kept = {name: p for name, p in models.without_adapter(adapted).named_parameters() if "lora" not in name}
     assert all(p.equal(plain[name.replace(".base_layer", "")]) for name, p in kept.items())
@@ -199,12 +271,19 @@ def test_the_teacher_without_the_adapter_is_the_base(folder, config, vocab, batc
     assert {p.grad is not None for p in adapted.parameters() if p.requires_grad} == {True}
 
 
-@pytest.mark.parametrize("library, changes", [("peft", {"lora_rank": 2}), ("vllm", {"rollout_engine": "vllm"})])
+@pytest.mark.parametrize(
+    "library, changes", [("peft", {"lora_rank": 2}), ("vllm", {"rollout_engine": "vllm"})]
+)
 def test_an_optional_library_that_is_missing_is_named(config, folder, monkeypatch, library, changes):
     monkeypatch.setitem(sys.modules, library, None)
     key = next(iter(changes))
-    settings = types.SimpleNamespace(**{**dataclasses.asdict(config), **changes})  # vllm asks for cuda, which this machine need not have
-    with pytest.raises(ConfigError, match=f"{key}: expected .*, as {library} is not installed|{key}: expected .* as vLLM is not installed"):
+    settings = types.SimpleNamespace(
+        **{**dataclasses.asdict(config), **changes}
+    )  # vllm asks for cuda, which this machine need not have
+    with pytest.raises(
+        ConfigError,
+        match=f"{key}: expected .*, as {library} is not installed|{key}: expected .* as vLLM is not installed",
+    ):
         models.load_student(folder, None, settings) if library == "peft" else models_engine(settings)
 
 
@@ -223,22 +302,33 @@ def test_what_vllm_is_asked_for(config, encoder, task, model, monkeypatch, vocab
             asked.options = options
 
         def apply_model(self, function):
-            function(types.SimpleNamespace(load_weights=lambda weights: setattr(asked, "weights", dict(weights))))
+            function(
+                types.SimpleNamespace(load_weights=lambda weights: setattr(asked, "weights", dict(weights)))
+            )
 
         def generate(self, prompts, params, use_tqdm):
             asked.prompts += prompts
             asked.params += params
-            return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=[10, 11, 1, 12])]) for _ in prompts]
+            return [
+                types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=[10, 11, 1, 12])])
+                for _ in prompts
+            ]
 
     fake = types.ModuleType("vllm")
     fake.LLM, fake.SamplingParams = Engine, lambda **settings: settings
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    settings = types.SimpleNamespace(**{**dataclasses.asdict(config), "rollout_engine": "vllm", "model": "somewhere"})
+    settings = types.SimpleNamespace(
+        **{**dataclasses.asdict(config), "rollout_engine": "vllm", "model": "somewhere"}
+    )
     sampler = Sampler(encoder, 4, 0.7, 5, vocab, models_engine(settings))
-    rollouts = sampler.sample(model, task, requests([task.env(problem, 0).prompt() for problem in task.train[:4]], 2), 0, 1)
+    rollouts = sampler.sample(
+        model, task, requests([task.env(problem, 0).prompt() for problem in task.train[:4]], 2), 0, 1
+    )
     assert asked.options["model"] == "somewhere" and asked.options["trust_remote_code"] is False
     assert asked.weights["lm_head.weight"].equal(model.lm_head.weight)
-    assert [tuple(prompt["prompt_token_ids"]) for prompt in asked.prompts] == [rollout.prompt_tokens for rollout in rollouts]
+    assert [tuple(prompt["prompt_token_ids"]) for prompt in asked.prompts] == [
+        rollout.prompt_tokens for rollout in rollouts
+    ]
     assert len({params["seed"] for params in asked.params}) == 8 and asked.params[0]["temperature"] == 0.7
     assert {rollout.tokens for rollout in rollouts} == {(10, 11, 1)}
 
@@ -246,5 +336,9 @@ def test_what_vllm_is_asked_for(config, encoder, task, model, monkeypatch, vocab
 def test_a_teacher_of_another_vocabulary_is_refused(encoder, task):
     from opsd_kernels.train import tiny
 
-    with pytest.raises(ConfigError, match="teacher_model: expected a tokenizer with the student's vocabulary"):
-        models.check_same_vocabulary(encoder.tokenizer, tiny.build_tokenizer((*task.vocabulary, "more"), task.template))
+    with pytest.raises(
+        ConfigError, match="teacher_model: expected a tokenizer with the student's vocabulary"
+    ):
+        models.check_same_vocabulary(
+            encoder.tokenizer, tiny.build_tokenizer((*task.vocabulary, "more"), task.template)
+        )

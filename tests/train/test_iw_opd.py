@@ -14,7 +14,10 @@ from opsd_kernels.train.weight_text import EXAMPLE, parse_weights
 def test_the_thirds_are_where_they_say_and_do_not_overlap(length, counted):
     """10 tokens is an answer of `plan`, 13 one of `chain`, their ends included."""
     mask = torch.ones(1, length, dtype=torch.bool)
-    first, middle, last = (parse_weights(iw_opd.WEIGHTS[name])(EXAMPLE).values(None, mask)[0].bool() for name in (iw_opd.FIRST, iw_opd.MIDDLE, iw_opd.LAST))
+    first, middle, last = (
+        parse_weights(iw_opd.WEIGHTS[name])(EXAMPLE).values(None, mask)[0].bool()
+        for name in (iw_opd.FIRST, iw_opd.MIDDLE, iw_opd.LAST)
+    )
     assert tuple(int(part.sum()) for part in (first, middle, last)) == counted
     assert first.int().argmax() == 0 and last.flip(0).int().argmax() == 0
     assert not (first & middle).any() and not (middle & last).any()
@@ -24,7 +27,10 @@ def test_the_thirds_are_where_they_say_and_do_not_overlap(length, counted):
 
 def test_late_weights_grow_and_decaying_ones_fall():
     mask = torch.ones(1, 13, dtype=torch.bool)
-    late, decay = (parse_weights(iw_opd.WEIGHTS[name])(EXAMPLE).values(None, mask)[0] for name in (iw_opd.LATE, iw_opd.DECAY))
+    late, decay = (
+        parse_weights(iw_opd.WEIGHTS[name])(EXAMPLE).values(None, mask)[0]
+        for name in (iw_opd.LATE, iw_opd.DECAY)
+    )
     assert (late.diff() > 0).all() and late[0] < 0.15 and late[-1] > 0.95
     assert (decay.diff() < 0).all() and decay[0] == 1 and decay[-1] == 0
 
@@ -47,7 +53,13 @@ def test_the_study_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("OPSD_CACHE", str(tmp_path))
     lab = Lab(tmp_path / "cells", workers=0, quick=True)
     study = iw_opd.study(lab)
-    study.facts = {"command": "opsd reproduce iw_opd --quick", "versions": {}, "commits": [], "machine": "m", "date": "d"}
+    study.facts = {
+        "command": "opsd reproduce iw_opd --quick",
+        "versions": {},
+        "commits": [],
+        "machine": "m",
+        "date": "d",
+    }
     study.facts |= {"cell_seconds": 1.0, "workers": 1, "quick": True}
     pages.write(study, tmp_path)
     assert {claim.grade for claim in study.claims} <= set(GRADES)

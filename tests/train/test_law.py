@@ -12,7 +12,9 @@ from opsd_kernels.train.reproduce.statistics import INCONCLUSIVE, NOT_REPRODUCED
 from opsd_kernels.train.reproduce.study import load
 
 NOISE, SLOPE_NOISE = 0.015, 0.05  # of a mean of five made-up runs, and of a line through their means
-GAPS = dict(zip([arm.name for arm in law.CONTEXTS], [0.65, 0.12, 0.4, 0.1, 0.25, -0.08, -0.16, 0.3], strict=True))
+GAPS = dict(
+    zip([arm.name for arm in law.CONTEXTS], [0.65, 0.12, 0.4, 0.1, 0.25, -0.08, -0.16, 0.3], strict=True)
+)
 
 
 def made_up(hidden, improvement, seeds=5, noise=0.01):
@@ -23,14 +25,18 @@ def made_up(hidden, improvement, seeds=5, noise=0.01):
         gains = [improvement(GAPS[arm.name]) + noise * rng.standard_normal() for _ in range(seeds)]
         runs = [{"held_out_accuracy_before": 0.22, "held_out_accuracy_after": 0.22 + gain} for gain in gains]
         trained[arm.name] = Trained(arm, 5e-4, runs)
-        probes[arm.name] = [{"gap": {"value": GAPS[arm.name]}, "plain_gap": {"value": GAPS[arm.name] + 0.15}}] * seeds
+        probes[arm.name] = [
+            {"gap": {"value": GAPS[arm.name]}, "plain_gap": {"value": GAPS[arm.name] + 0.15}}
+        ] * seeds
     return law.Measured(hidden, trained, probes)
 
 
 def graded(improvement, at_smallest=None):
     by_size = {law.MAIN: improvement, law.SMALLER: improvement, law.SMALLEST: at_smallest or improvement}
     measured = {hidden: made_up(hidden, function) for hidden, function in by_size.items()}
-    fits, plain = ({hidden: fit(one.points(gap)) for hidden, one in measured.items()} for gap in ("gap", "plain_gap"))
+    fits, plain = (
+        {hidden: fit(one.points(gap)) for hidden, one in measured.items()} for gap in ("gap", "plain_gap")
+    )
     return law.claims(measured, fits, plain)
 
 
@@ -38,8 +44,15 @@ def test_a_law_that_holds():
     claims = graded(lambda gap: 0.8 * gap + 0.01)
     assert [claim.grade for claim in claims] == [REPRODUCED] * 7
     r2, saved, order, turned, lost, misled, start = [claim.estimate for claim in claims]
-    assert r2.value > 0.99 and order.value > 0.9 and abs(turned.value) < 0.05 and start.value == pytest.approx(0.01, abs=NOISE)
-    assert [lost.value, misled.value] == pytest.approx([-0.8 * GAPS[name] - 0.01 for name in ("wrong", "corrupted")], abs=NOISE) and lost.count == 5
+    assert (
+        r2.value > 0.99
+        and order.value > 0.9
+        and abs(turned.value) < 0.05
+        and start.value == pytest.approx(0.01, abs=NOISE)
+    )
+    assert [lost.value, misled.value] == pytest.approx(
+        [-0.8 * GAPS[name] - 0.01 for name in ("wrong", "corrupted")], abs=NOISE
+    ) and lost.count == 5
     assert "plain gap: -0.1" in claims[-1].remark  # .8 of the second try's .15 below
 
 
@@ -64,23 +77,36 @@ def test_an_order_that_is_reversed():
 def test_interval_over_contexts_is_of_contexts():
     points = made_up(law.MAIN, lambda gap: 0.8 * gap).points()
     outlier = [*points[:-1], dataclasses.replace(points[-1], improvement=0.9)]
-    narrow, wide = (law.over_contexts(lambda gaps, gains: law.line(gaps, gains)[2], some) for some in (points, outlier))
+    narrow, wide = (
+        law.over_contexts(lambda gaps, gains: law.line(gaps, gains)[2], some) for some in (points, outlier)
+    )
     assert narrow.high - narrow.low < 0.02 < 0.3 < wide.high - wide.low and narrow.count == 8
 
 
 def test_rank_correlation_is_spearmans():
     rng = np.random.default_rng(0)
     gaps, gains = rng.integers(0, 5, (4, 11)), rng.random((4, 11))  # with ties
-    assert law.rank_correlation(gaps, gains) == pytest.approx([spearman(a, b) for a, b in zip(gaps, gains, strict=True)])
+    assert law.rank_correlation(gaps, gains) == pytest.approx(
+        [spearman(a, b) for a, b in zip(gaps, gains, strict=True)]
+    )
 
 
 @pytest.mark.slow
 def test_the_whole_study(small, tmp_path, monkeypatch):
     monkeypatch.setenv("OPSD_CACHE", small["cache_dir"])
     made = command.reproduce("law", tmp_path, quick=True, workers=0, command=["reproduce", "law", "--quick"])
-    assert [claim.grade for claim in made.claims].count(INCONCLUSIVE) >= 1  # one seed: nothing is known of what contexts lose
-    assert load(tmp_path / "law.json").claims == made.claims and (tmp_path / "law.png").stat().st_size > 10_000
+    assert [claim.grade for claim in made.claims].count(
+        INCONCLUSIVE
+    ) >= 1  # one seed: nothing is known of what contexts lose
+    assert (
+        load(tmp_path / "law.json").claims == made.claims and (tmp_path / "law.png").stat().st_size > 10_000
+    )
     page = (tmp_path / "law.md").read_text()
     assert "| `siblings` |" in page and "hidden 64" in page
     fitted = load_law(tmp_path / "fits" / "law.json")
-    assert [point.context for point in fitted.points] == ["answer", "wrong", "corrupted", "siblings"] and fitted.settings["steps"] == 3
+    assert [point.context for point in fitted.points] == [
+        "answer",
+        "wrong",
+        "corrupted",
+        "siblings",
+    ] and fitted.settings["steps"] == 3

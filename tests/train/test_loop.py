@@ -15,8 +15,20 @@ from opsd_kernels.train.loop import train
 from opsd_kernels.train.presets import PRESETS
 from opsd_kernels.train.types import NonFiniteLoss, RunDirectoryError
 
-LEFT = ["checkpoint", "config.json", "curves.png", "metrics.jsonl", "report.html", "samples.jsonl", "summary.json"]
-SUMMARY = [f"{name}_{when}" for name in ("held_out_accuracy", "self_teacher_accuracy", "untrained_skill") for when in ("before", "after")]
+LEFT = [
+    "checkpoint",
+    "config.json",
+    "curves.png",
+    "metrics.jsonl",
+    "report.html",
+    "samples.jsonl",
+    "summary.json",
+]
+SUMMARY = [
+    f"{name}_{when}"
+    for name in ("held_out_accuracy", "self_teacher_accuracy", "untrained_skill")
+    for when in ("before", "after")
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +49,29 @@ def test_a_run_leaves_what_it_promises(run, config):
 def test_metrics_have_a_line_a_step(run, config):
     lines = read_metrics(run[0] / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, config.steps + 1))
-    always = {"reward", "divergence", "divergence_p95", "student_entropy", "teacher_entropy", "sampled_logprob_gap", "top1_agreement", "tokens_in_loss"}
-    always |= {"groups_with_success", "samples_with_demonstration", "samples_with_feedback", "tokens_per_second", "grad_norm", "learning_rate"}
+    always = {
+        "reward",
+        "divergence",
+        "divergence_p95",
+        "student_entropy",
+        "teacher_entropy",
+        "sampled_logprob_gap",
+        "top1_agreement",
+        "tokens_in_loss",
+    }
+    always |= {
+        "groups_with_success",
+        "samples_with_demonstration",
+        "samples_with_feedback",
+        "tokens_per_second",
+        "grad_norm",
+        "learning_rate",
+    }
     assert all(always <= set(line) for line in lines)
     assert all(line["divergence"] > 0 and 0 < line["tokens_in_loss"] <= 1 for line in lines)
-    assert ["held_out_accuracy" in line for line in lines] == [line["step"] == config.eval_every for line in lines]
+    assert ["held_out_accuracy" in line for line in lines] == [
+        line["step"] == config.eval_every for line in lines
+    ]
 
 
 def test_a_directory_is_never_overwritten(run, config, tmp_path):
@@ -68,7 +98,13 @@ def test_settings_of_the_process_come_back(config, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("changes, message", [({"device": "cuda"}, "device: expected 'cpu'"), ({"backend": "cuda"}, "backend: expected one that is usable")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"device": "cuda"}, "device: expected 'cpu'"),
+        ({"backend": "cuda"}, "backend: expected one that is usable"),
+    ],
+)
 def test_what_the_machine_lacks_claims_no_directory(config, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         train(dataclasses.replace(config, **changes), tmp_path / "out")
@@ -79,15 +115,28 @@ def test_a_model_from_a_directory_takes_the_same_path(run, config, task, tmp_pat
     folder = warmstart.cache_folder(config)
     summary = train(dataclasses.replace(config, model=str(folder)), tmp_path / "out")
     whole = run[1]
-    assert {k: v for k, v in summary.items() if k != "seconds"} == {k: v for k, v in whole.items() if k != "seconds"}
+    assert {k: v for k, v in summary.items() if k != "seconds"} == {
+        k: v for k, v in whole.items() if k != "seconds"
+    }
 
 
 METHODS = [
     {"teacher": "frozen"},
     {"feedback": "marks", "divergence": "jsd", "teacher": "trust_region", "rehearsal_prompts": 0},
     {"feedback": "none", "reduction": "sequence_mean"},
-    {"teacher": "live", "topk": 5, "token_weights": "MeanOne(PrefixDiscrepancy(0.5))", "updates_per_batch": 2},
-    {"teacher": "external", "teacher_model": "tiny", "context": "none", "objective": "sampled_token", "teacher_accuracy": 1e-3},
+    {
+        "teacher": "live",
+        "topk": 5,
+        "token_weights": "MeanOne(PrefixDiscrepancy(0.5))",
+        "updates_per_batch": 2,
+    },
+    {
+        "teacher": "external",
+        "teacher_model": "tiny",
+        "context": "none",
+        "objective": "sampled_token",
+        "teacher_accuracy": 1e-3,
+    },
     {"context": "failure", "feedback": "none", "control": "unrelated", "policy_weight": 0.5},
     {"policy_weight": 1.0, "rehearsal_prompts": 0},
 ]
@@ -108,7 +157,9 @@ def test_other_settings_run(config, tmp_path, changes):
 
 @pytest.mark.parametrize("name", ["expr", "mastermind", "chain", "plan"])
 def test_other_environments_run(config, tmp_path, name):
-    settings = dataclasses.replace(config, **{"env": name, **PRESETS[name], "warm_accuracy": 1e-30, "steps": 1})
+    settings = dataclasses.replace(
+        config, **{"env": name, **PRESETS[name], "warm_accuracy": 1e-30, "steps": 1}
+    )
     summary = train(settings, tmp_path / "out")
     assert set(summary) == {*SUMMARY, "steps", "seconds"}
     assert read_metrics(tmp_path / "out" / "metrics.jsonl")[0]["divergence"] > 0
@@ -118,7 +169,9 @@ def test_rehearsal_needs_something_to_rehearse(config, tmp_path, monkeypatch):
     task = make_task(config)
     task.rehearsal = []
     monkeypatch.setattr(loop, "make_task", lambda _: task)
-    with pytest.raises(ConfigError, match="rehearsal_prompts: expected 0, as secret_op has no problems to rehearse"):
+    with pytest.raises(
+        ConfigError, match="rehearsal_prompts: expected 0, as secret_op has no problems to rehearse"
+    ):
         train(config, tmp_path / "out")
 
 
@@ -154,5 +207,11 @@ def test_the_log_is_cut_at_the_checkpoint(tmp_path):
 
 def test_defaults_are_the_promised_ones():
     config = TrainConfig()
-    assert (config.env, config.device, config.divergence, config.teacher, config.siblings) == ("secret_op", "cpu", "reverse_kl", "ema", True)
+    assert (config.env, config.device, config.divergence, config.teacher, config.siblings) == (
+        "secret_op",
+        "cpu",
+        "reverse_kl",
+        "ema",
+        True,
+    )
     assert config.feedback == "answer"

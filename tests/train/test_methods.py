@@ -22,9 +22,15 @@ from opsd_kernels.train.weight_text import TokenData, parse_weights
 @pytest.fixture
 def rollouts(sampler, model, task):
     """Of lengths from 1 to 4, with made-up rewards: a model of random weights is never right."""
-    sampled = sampler.sample(model, task, requests([task.env(problem, 0).prompt() for problem in task.train[:4]], 4), 0)
-    rewarded = [replace(r, verdict=replace(r.verdict, reward=float((7 * i) % 5) / 5)) for i, r in enumerate(sampled)]
-    return [replace(rollout, tokens=rollout.tokens[: 1 + index % 4]) for index, rollout in enumerate(rewarded)]
+    sampled = sampler.sample(
+        model, task, requests([task.env(problem, 0).prompt() for problem in task.train[:4]], 4), 0
+    )
+    rewarded = [
+        replace(r, verdict=replace(r.verdict, reward=float((7 * i) % 5) / 5)) for i, r in enumerate(sampled)
+    ]
+    return [
+        replace(rollout, tokens=rollout.tokens[: 1 + index % 4]) for index, rollout in enumerate(rewarded)
+    ]
 
 
 @pytest.fixture
@@ -33,7 +39,13 @@ def batch(rollouts, encoder):
     contexts = build_contexts(rollouts, TrainConfig(), 0)
     views = encoder.encode([rollout.prompt for rollout in rollouts], contexts)
     separators = frozenset({rollouts[3].tokens[1]})
-    return make_batch(rollouts, [None if i % 2 else view for i, view in enumerate(views)], 0, advantages=advantages(rollouts, False), separators=separators)
+    return make_batch(
+        rollouts,
+        [None if i % 2 else view for i, view in enumerate(views)],
+        0,
+        advantages=advantages(rollouts, False),
+        separators=separators,
+    )
 
 
 @pytest.fixture
@@ -42,7 +54,11 @@ def other(model):
     moved = copy.deepcopy(model)
     with torch.no_grad():
         for index, parameter in enumerate(moved.parameters()):
-            parameter.add_(0.3 * torch.sin(torch.arange(parameter.numel(), dtype=parameter.dtype) + index).view_as(parameter) * parameter.std())
+            parameter.add_(
+                0.3
+                * torch.sin(torch.arange(parameter.numel(), dtype=parameter.dtype) + index).view_as(parameter)
+                * parameter.std()
+            )
     return moved
 
 
@@ -66,7 +82,9 @@ def dense(student, teacher, batch, config, dtype, token_loss):
         log_p = teacher.lm_head(hidden_states(teacher, batch.teacher)).log_softmax(-1)
     distilled, policy = token_loss(log_q, log_p, batch.labels_BT.clamp(min=0)[..., None], batch)
     of_teacher = batch.mask_BT & batch.distilled_B[:, None]
-    loss = (1 - config.policy_weight) * mean(distilled, of_teacher, config) + config.policy_weight * mean(policy, batch.mask_BT, config)
+    loss = (1 - config.policy_weight) * mean(distilled, of_teacher, config) + config.policy_weight * mean(
+        policy, batch.mask_BT, config
+    )
     loss.backward()
     return [loss.detach(), *(p.grad for p in student.parameters())]
 
@@ -79,7 +97,9 @@ def mean(values, mask, config):
 
 
 def check(student, teacher, batch, config, token_loss):
-    truth, peer = (dense(student, teacher, batch, config, dtype, token_loss) for dtype in (torch.float64, torch.float32))
+    truth, peer = (
+        dense(student, teacher, batch, config, dtype, token_loss) for dtype in (torch.float64, torch.float32)
+    )
     for actual, p, t in zip(fused(student, Copy(teacher, 0.0), batch, config), peer, truth, strict=True):
         assert_no_worse(actual, p, t)
 
@@ -108,7 +128,9 @@ def test_the_mix_is_a_mean_of_each_over_its_own_tokens(model, other, batch, shar
 
 def test_a_ratio_to_an_older_policy_is_clipped(model, other, batch):
     old = torch.linspace(-6, -0.5, batch.mask_BT.numel()).view(batch.mask_BT.shape)
-    config = settings(policy_weight=0.4, clip_low=0.1, clip_high=0.3, importance_clip=1.5, updates_per_batch=2)
+    config = settings(
+        policy_weight=0.4, clip_low=0.1, clip_high=0.3, importance_clip=1.5, updates_per_batch=2
+    )
 
     def token_loss(log_q, log_p, labels, batch):
         weight = (at(log_q, labels).detach() - batch.old_logprobs_BT).exp().clamp(max=1.5)
@@ -130,60 +152,95 @@ def test_iw_opd_weighs_sampled_tokens(model, other, batch):
     def token_loss(log_q, log_p, labels, batch):
         gap = torch.where(batch.mask_BT, (at(log_p, labels) - at(log_q, labels)).detach(), 0.0)
         before = gap.abs().cumsum(1) - gap.abs()
-        return -(1 + 0.5 * (1 - before / gap.abs().sum(1, keepdim=True))) * gap * at(log_q, labels), torch.zeros_like(gap)
+        return -(1 + 0.5 * (1 - before / gap.abs().sum(1, keepdim=True))) * gap * at(
+            log_q, labels
+        ), torch.zeros_like(gap)
 
-    check(model, other, batch, settings(objective="sampled_token", token_weights="PrefixDiscrepancy(0.5)"), token_loss)
+    check(
+        model,
+        other,
+        batch,
+        settings(objective="sampled_token", token_weights="PrefixDiscrepancy(0.5)"),
+        token_loss,
+    )
 
 
 def test_a_trust_region_teacher_mixes_logits(model, other, batch):
     config = settings(teacher="trust_region", trust_region=0.3)
 
     def token_loss(log_q, log_p, labels, batch):
-        return reverse_kl(log_q, (0.7 * log_p + 0.3 * log_q.detach()).log_softmax(-1), labels, batch), 0 * at(log_q, labels)
+        return reverse_kl(log_q, (0.7 * log_p + 0.3 * log_q.detach()).log_softmax(-1), labels, batch), 0 * at(
+            log_q, labels
+        )
 
-    truth, peer = (dense(model, other, batch, config, dtype, token_loss) for dtype in (torch.float64, torch.float32))
-    for actual, p, t in zip(fused(model, make_teacher(other, config), batch, config), peer, truth, strict=True):
+    truth, peer = (
+        dense(model, other, batch, config, dtype, token_loss) for dtype in (torch.float64, torch.float32)
+    )
+    for actual, p, t in zip(
+        fused(model, make_teacher(other, config), batch, config), peer, truth, strict=True
+    ):
         assert_no_worse(actual, p, t)
 
 
 TEXTS = {
     "Constant(2)": lambda data: weights.Constant(2.0),
-    "FirstFraction(0.3) * EntropyGate('teacher', below=2.0)": lambda data: weights.FirstFraction(0.3) * weights.EntropyGate("teacher", below=2.0),
+    "FirstFraction(0.3) * EntropyGate('teacher', below=2.0)": lambda data: (
+        weights.FirstFraction(0.3) * weights.EntropyGate("teacher", below=2.0)
+    ),
     "0.5 * LastFraction(p=0.5)": lambda data: 0.5 * weights.LastFraction(0.5),
     "LinearDecay(0)": lambda data: weights.LinearDecay(0.0),
     "ExponentialDecay(2)": lambda data: weights.ExponentialDecay(2.0),
     "Sigmoid(0.1, 0.5, -0.2)": lambda data: weights.Sigmoid(0.1, 0.5, -0.2),
-    "MeanOne(PrefixDiscrepancy(gamma=-0.5, of='divergence'))": lambda data: weights.MeanOne(weights.PrefixDiscrepancy(-0.5, "divergence")),
+    "MeanOne(PrefixDiscrepancy(gamma=-0.5, of='divergence'))": lambda data: weights.MeanOne(
+        weights.PrefixDiscrepancy(-0.5, "divergence")
+    ),
     "TrustGate(0.2)": lambda data: weights.TrustGate(0.2),
     "ImportanceRatio(1.5)": lambda data: weights.ImportanceRatio(data.old_logprobs_BT, 1.5),
-    "SegmentMean(TrustGate(0.5))": lambda data: weights.SegmentMean(weights.TrustGate(0.5), data.boundaries_BT),
+    "SegmentMean(TrustGate(0.5))": lambda data: weights.SegmentMean(
+        weights.TrustGate(0.5), data.boundaries_BT
+    ),
 }
 
 
 def test_every_scheme_has_a_text():
-    schemes = {name for name in weights.__all__ if isinstance(getattr(weights, name), type)} - {"TokenWeighting", "Product", "Given", "PackedSequences"}
+    schemes = {name for name in weights.__all__ if isinstance(getattr(weights, name), type)} - {
+        "TokenWeighting",
+        "Product",
+        "Given",
+        "PackedSequences",
+    }
     assert schemes == {name for name in schemes if any(name in text for text in TEXTS)}
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_token_weights_are_those_of_the_text(model, other, batch, text):
-    batch = replace(batch, old_logprobs_BT=torch.full(batch.mask_BT.shape, -2.0) if "Importance" in text else None)
+    batch = replace(
+        batch, old_logprobs_BT=torch.full(batch.mask_BT.shape, -2.0) if "Importance" in text else None
+    )
     _, stats = objective.step_loss(model, Copy(other, 0.0), batch, settings(), batch.totals, model.vocab_size)
     data = TokenData(batch.old_logprobs_BT, batch.boundaries_BT)
     expected = TEXTS[text](data)(stats, batch.mask_BT)
     assert_same_bits(parse_weights(text)(data)(stats, batch.mask_BT), expected)
     assert expected.count_nonzero(), "a weighting of nothing but zeros proves nothing"
-    loss, _ = objective.step_loss(model, Copy(other, 0.0), batch, settings(token_weights=text), batch.totals, model.vocab_size)
+    loss, _ = objective.step_loss(
+        model, Copy(other, 0.0), batch, settings(token_weights=text), batch.totals, model.vocab_size
+    )
     kept = (batch.mask_BT & batch.distilled_B[:, None]).double()
     divergence = stats.divergence.double()
-    assert_no_worse(loss, ((divergence * expected).float() * kept).sum() / kept.sum(), (divergence * expected * kept).sum() / kept.sum())
+    assert_no_worse(
+        loss,
+        ((divergence * expected).float() * kept).sum() / kept.sum(),
+        (divergence * expected * kept).sum() / kept.sum(),
+    )
 
 
 def test_segments_start_behind_a_separator(batch, rollouts):
     separator = rollouts[3].tokens[1]
     for b, rollout in enumerate(rollouts):
         starts = [t for t in range(1, len(rollout.tokens)) if rollout.tokens[t - 1] == separator]
-        assert [t for t in batch.boundaries_BT[b].nonzero().flatten().tolist() if t < len(rollout.tokens)] == starts
+        assert [
+            t for t in batch.boundaries_BT[b].nonzero().flatten().tolist() if t < len(rollout.tokens)
+        ] == starts
     assert batch.boundaries_BT.any()
 
 
@@ -199,20 +256,34 @@ def test_advantages_are_of_the_group(rollouts):
             )
 
 
-@pytest.mark.parametrize("changes", [{}, {"policy_weight": 0.5}, {"policy_weight": 1.0}, {"objective": "sampled_token", "reduction": "sequence_mean"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"policy_weight": 0.5},
+        {"policy_weight": 1.0},
+        {"objective": "sampled_token", "reduction": "sequence_mean"},
+    ],
+)
 def test_accumulation_does_not_change_the_update(model, other, batch, changes):
     """Weights after a step in 1 and in 4 micro-batches, each against the same step in float64."""
 
     def updated(dtype, micro):
         student, teacher = (copy.deepcopy(m).to(dtype) for m in (model, other))
         # A rate at which the update is larger than the weights, and no clip: a wrong factor must not drown in them.
-        config = settings(**changes, micro_batch=micro, lr_warmup_steps=0, learning_rate=1e3, max_grad_norm=1e9)
+        config = settings(
+            **changes, micro_batch=micro, lr_warmup_steps=0, learning_rate=1e3, max_grad_norm=1e9
+        )
         # Adam's first step is the sign of the gradient, which rounding decides where that is next to nothing: here the gradient itself.
-        trainer = steps.Trainer(student, Copy(teacher, 0.0), torch.optim.SGD(student.parameters(), 1.0), student.vocab_size)
+        trainer = steps.Trainer(
+            student, Copy(teacher, 0.0), torch.optim.SGD(student.parameters(), 1.0), student.vocab_size
+        )
         steps.optimisation_step(trainer, batch, config, 1)
         return list(student.parameters())
 
-    for four, one, truth in zip(updated(torch.float32, 4), updated(torch.float32, 16), updated(torch.float64, 16), strict=True):
+    for four, one, truth in zip(
+        updated(torch.float32, 4), updated(torch.float32, 16), updated(torch.float64, 16), strict=True
+    ):
         assert_no_worse(four, one, truth)
 
 
@@ -238,9 +309,16 @@ def test_several_updates_know_the_policy_that_sampled(model, other, batch, monke
 def test_teachers(model, other):
     assert isinstance(make_teacher(model, settings(teacher="live")), Live)
     assert make_teacher(model, settings(teacher="frozen")).rate == 0
-    assert (make_teacher(model, settings(teacher="trust_region", trust_region=0.2)).mix, make_teacher(model, settings()).rate) == (0.2, 0.003)
+    assert (
+        make_teacher(model, settings(teacher="trust_region", trust_region=0.2)).mix,
+        make_teacher(model, settings()).rate,
+    ) == (0.2, 0.003)
     external = make_teacher(model, settings(teacher="external", teacher_model="x"), other)
-    assert external.model is other and not any(p.requires_grad for p in other.parameters()) and external.state() == {}
+    assert (
+        external.model is other
+        and not any(p.requires_grad for p in other.parameters())
+        and external.state() == {}
+    )
     assert make_teacher(model, settings(teacher="adapter_off", lora_rank=2)).__class__ is AdapterOff
     model.train()
     with Live(model).using() as lent:
@@ -261,9 +339,17 @@ def test_the_reference_is_the_model_before_the_run(model):
 def test_rehearsal_adds_its_divergence_to_the_reference(model, other, batch):
     config = settings(rehearsal_weight=0.5, policy_weight=1.0)
     student = copy.deepcopy(model)
-    trainer = steps.Trainer(student, Copy(other, 0.0), torch.optim.SGD(student.parameters(), 1.0), student.vocab_size)
+    trainer = steps.Trainer(
+        student, Copy(other, 0.0), torch.optim.SGD(student.parameters(), 1.0), student.vocab_size
+    )
     kept = make_batch(batch.rollouts[:5], [r.prompt_tokens for r in batch.rollouts[:5]], 0)
-    update = steps.optimisation_step(trainer, batch, replace(config, max_grad_norm=1e9, lr_warmup_steps=0), 1, steps.Rehearsal(kept, Copy(other, 0.0)))
+    update = steps.optimisation_step(
+        trainer,
+        batch,
+        replace(config, max_grad_norm=1e9, lr_warmup_steps=0),
+        1,
+        steps.Rehearsal(kept, Copy(other, 0.0)),
+    )
     alone = fused(model, Copy(other, 0.0), kept, settings())
     policy = fused(model, Copy(other, 0.0), batch, config)
     exact = [p.double() + 0.5 * a.double() for p, a in zip(policy[1:], alone[1:], strict=True)]

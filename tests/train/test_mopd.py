@@ -21,12 +21,20 @@ FP32 = 1e-5  # nats, of a sum over a vocabulary
 
 def test_agreement_within_groups_ignores_how_hard_a_prompt_is():
     """Group 0 is easy and scored high, group 1 hard and scored low; inside each the order is the wrong way round."""
-    scores, right, groups = np.array([9.0, 8.0, 7.0, 3.0, 2.0, 1.0]), [False, True, True, False, False, True], [0, 0, 0, 1, 1, 1]
+    scores, right, groups = (
+        np.array([9.0, 8.0, 7.0, 3.0, 2.0, 1.0]),
+        [False, True, True, False, False, True],
+        [0, 0, 0, 1, 1, 1],
+    )
     found = mopd.agreement(scores, right, groups)
     assert found["auc_in_group"] == 0.0
-    assert found["auc"] == pytest.approx(4 / 9)  # of nine pairs, both in group 0 against the two wrong ones of group 1
+    assert found["auc"] == pytest.approx(
+        4 / 9
+    )  # of nine pairs, both in group 0 against the two wrong ones of group 1
     assert mopd.agreement(-scores, right, groups)["auc_in_group"] == 1.0
-    assert mopd.agreement(scores, right, groups)["spearman"] == pytest.approx(-mopd.agreement(-scores, right, groups)["spearman"])
+    assert mopd.agreement(scores, right, groups)["spearman"] == pytest.approx(
+        -mopd.agreement(-scores, right, groups)["spearman"]
+    )
     assert mopd.agreement(scores, [True, True, True, False, False, False], groups) == {
         "auc_in_group": None,
         "auc": 1.0,
@@ -35,15 +43,24 @@ def test_agreement_within_groups_ignores_how_hard_a_prompt_is():
     assert set(mopd.agreement(scores, [True] * 6, groups).values()) == {None}
 
 
-@pytest.mark.parametrize("bounds, grade", [((-0.01, 0.03), REPRODUCED), ((-0.03, 0.03), INCONCLUSIVE), ((-0.09, -0.03), NOT_REPRODUCED)])
+@pytest.mark.parametrize(
+    "bounds, grade",
+    [((-0.01, 0.03), REPRODUCED), ((-0.03, 0.03), INCONCLUSIVE), ((-0.09, -0.03), NOT_REPRODUCED)],
+)
 def test_no_worse_means_within_the_margin(bounds, grade):
     assert mopd.graded_no_worse(Estimate(sum(bounds) / 2, *bounds, 5), 0.02) == grade
     assert mopd.graded_no_worse(Estimate(sum(bounds) / 2, *bounds, 2), 0.02) == INCONCLUSIVE
 
 
-def test_a_score_is_the_mean_log_prob_of_the_answer_behind_the_other_prompt(model, encoder, sampler, task, config):
-    rollouts = sampler.sample(model, task, requests([task.env(problem, 0).prompt() for problem in task.train[:3]], 2), 0)
-    rollouts = [dataclasses.replace(rollout, tokens=rollout.tokens[: 1 + i % 4]) for i, rollout in enumerate(rollouts)]
+def test_a_score_is_the_mean_log_prob_of_the_answer_behind_the_other_prompt(
+    model, encoder, sampler, task, config
+):
+    rollouts = sampler.sample(
+        model, task, requests([task.env(problem, 0).prompt() for problem in task.train[:3]], 2), 0
+    )
+    rollouts = [
+        dataclasses.replace(rollout, tokens=rollout.tokens[: 1 + i % 4]) for i, rollout in enumerate(rollouts)
+    ]
     others = [rollout.prompt_tokens for rollout in rollouts[2:] + rollouts[:2]]
     found = mopd.mean_logprobs(model, rollouts, others, config, models.vocabulary(encoder.tokenizer))
     for rollout, prompt, score in zip(rollouts, others, found, strict=True):
@@ -55,14 +72,25 @@ def test_a_score_is_the_mean_log_prob_of_the_answer_behind_the_other_prompt(mode
 def test_controls_fill_the_blocks_of_the_arm_they_belong_to(model, sampler, task):
     asked = requests([task.env(problem, 0).prompt() for problem in task.train[:6]], 8)
     rollouts = [
-        dataclasses.replace(rollout, verdict=Verdict(float((3 * i + i // 8) % 5 < 2))) for i, rollout in enumerate(sampler.sample(model, task, asked, 0))
+        dataclasses.replace(rollout, verdict=Verdict(float((3 * i + i // 8) % 5 < 2)))
+        for i, rollout in enumerate(sampler.sample(model, task, asked, 0))
     ]
     base = TrainConfig(**mopd.BASE)
-    views = {name: build_contexts(rollouts, dataclasses.replace(base, **settings), 0) for name, settings in mopd.VIEWS.items()}
-    shapes = {name: [view and (len(view.demonstrations), len(view.failures)) for view in of] for name, of in views.items()}
+    views = {
+        name: build_contexts(rollouts, dataclasses.replace(base, **settings), 0)
+        for name, settings in mopd.VIEWS.items()
+    }
+    shapes = {
+        name: [view and (len(view.demonstrations), len(view.failures)) for view in of]
+        for name, of in views.items()
+    }
     assert shapes[mopd.TWO] == shapes[mopd.SHUFFLED] == shapes[mopd.UNRELATED] and (2, 0) in shapes[mopd.TWO]
     assert [sum(shape) for shape in shapes[mopd.CONTRASTIVE]] == [sum(shape) for shape in shapes[mopd.THREE]]
-    assert set(shapes[mopd.ONE]) == {(1, 0)} and set(shapes[mopd.FAILURE]) == {(0, 1)} and (2, 1) in shapes[mopd.CONTRASTIVE]
+    assert (
+        set(shapes[mopd.ONE]) == {(1, 0)}
+        and set(shapes[mopd.FAILURE]) == {(0, 1)}
+        and (2, 1) in shapes[mopd.CONTRASTIVE]
+    )
 
 
 @pytest.mark.slow
@@ -70,7 +98,13 @@ def test_the_study_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("OPSD_CACHE", str(tmp_path))
     lab = Lab(tmp_path / "cells", workers=0, quick=True)
     study = mopd.study(lab)
-    study.facts = {"command": "opsd reproduce mopd --quick", "versions": {}, "commits": [], "machine": "m", "date": "d"}
+    study.facts = {
+        "command": "opsd reproduce mopd --quick",
+        "versions": {},
+        "commits": [],
+        "machine": "m",
+        "date": "d",
+    }
     study.facts |= {"cell_seconds": 1.0, "workers": 1, "quick": True}
     pages.write(study, tmp_path)
     assert {claim.grade for claim in study.claims} <= set(GRADES)

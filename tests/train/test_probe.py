@@ -40,7 +40,15 @@ class FakeSampler:
     def _rollout(self, request):
         shown = request.context is not None
         right = self.rng.random() < (self.q if shown else self.p)[request.prompt.problem]
-        return Rollout(request.prompt, request.group, request.sample, (1,), (2,), "text", Verdict(1.0) if right else Verdict(0.0, self.feedback))
+        return Rollout(
+            request.prompt,
+            request.group,
+            request.sample,
+            (1,),
+            (2,),
+            "text",
+            Verdict(1.0) if right else Verdict(0.0, self.feedback),
+        )
 
 
 class FakeTeacher:
@@ -67,7 +75,10 @@ def test_a_second_try_of_failures_gains_what_it_should():
     assert found.second_try.value == pytest.approx((P * (2 - P)).mean(), abs=CLOSE)  # .18 above the student
     assert found.teacher.value == pytest.approx((P + (1 - P) * Q).mean(), abs=CLOSE)
     assert found.gap.value == pytest.approx(((1 - P) * (Q - P)).mean(), abs=CLOSE)
-    assert found.gap.value == pytest.approx(found.teacher.value - found.second_try.value) and found.gap.low < found.gap.value < found.gap.high
+    assert (
+        found.gap.value == pytest.approx(found.teacher.value - found.second_try.value)
+        and found.gap.low < found.gap.value < found.gap.high
+    )
 
 
 def test_a_second_try_behind_siblings_gains_nothing():
@@ -87,34 +98,51 @@ def test_a_context_that_adds_nothing_has_no_gap_but_a_plain_one():
 def test_intervals_are_over_problems_which_weigh_the_same():
     """Three problems, answered alike within: 8 answers to each say no more than one would."""
     sampler = FakeSampler([0.0, 1.0, 1.0], [1.0, 1.0, 1.0])
-    found = measure_context(sampler, None, FakeTeacher(), FakeTask(3), TrainConfig(group_size=8, siblings=False), 100)
+    found = measure_context(
+        sampler, None, FakeTeacher(), FakeTask(3), TrainConfig(group_size=8, siblings=False), 100
+    )
     assert sampler.asked == [96, 32, 32]  # whole rounds; the four groups of the first problem failed
-    assert found.student.value == pytest.approx(2 / 3) and (found.student.low, found.student.high, found.student.count) == (0, 1, 3)
+    assert found.student.value == pytest.approx(2 / 3) and (
+        found.student.low,
+        found.student.high,
+        found.student.count,
+    ) == (0, 1, 3)
     assert found.gap.value == pytest.approx(1 / 3)
 
 
 def test_agrees_with_the_trainers_own_measurement(config, task, sampler, model):
     teacher = make_teacher(model, config)
     found = measure_context(sampler, model, teacher, task, config, 60)
-    assert found.teacher.value == pytest.approx(evaluate.self_teacher_accuracy(sampler, model, teacher, task, config, 60))
+    assert found.teacher.value == pytest.approx(
+        evaluate.self_teacher_accuracy(sampler, model, teacher, task, config, 60)
+    )
     nothing = measure_context(sampler, model, teacher, task, dataclasses.replace(config, context="none"), 60)
     assert nothing.answered == 1 and (nothing.gap.value, nothing.gap.low, nothing.gap.high) == (0, 0, 0)
 
 
 def noisy(rng, count, slope=0.8, intercept=-0.1, noise=0.05):
     gaps = rng.uniform(-0.2, 0.7, count)
-    return [Point(str(i), gap, slope * gap + intercept + noise * rng.standard_normal()) for i, gap in enumerate(gaps.tolist())]
+    return [
+        Point(str(i), gap, slope * gap + intercept + noise * rng.standard_normal())
+        for i, gap in enumerate(gaps.tolist())
+    ]
 
 
 def test_fit_of_a_line_without_noise():
     law = fit(noisy(np.random.default_rng(0), 6, noise=0))
-    assert (law.slope, law.intercept, law.r2) == pytest.approx((0.8, -0.1, 1.0)) and law.scatter == pytest.approx(0, abs=ROUNDING)
+    assert (law.slope, law.intercept, law.r2) == pytest.approx(
+        (0.8, -0.1, 1.0)
+    ) and law.scatter == pytest.approx(0, abs=ROUNDING)
     assert law.error == pytest.approx(0, abs=ROUNDING) and law.predict(0.3).value == pytest.approx(0.14)
 
 
 def test_fit_and_left_out_contexts_by_hand():
     points = noisy(np.random.default_rng(1), 9)
-    law, gaps, gains = fit(points), np.array([p.gap for p in points]), np.array([p.improvement for p in points])
+    law, gaps, gains = (
+        fit(points),
+        np.array([p.gap for p in points]),
+        np.array([p.improvement for p in points]),
+    )
     peer = stats.linregress(gaps, gains)
     assert (law.slope, law.intercept, law.r2) == pytest.approx((peer.slope, peer.intercept, peer.rvalue**2))
     by_hand = [np.polyval(np.polyfit(np.delete(gaps, i), np.delete(gains, i), 1), gaps[i]) for i in range(9)]
@@ -148,7 +176,11 @@ def test_too_few_contexts():
 
 def test_gaps_that_are_all_the_same():
     law = fit([Point(name, 0.1, gain) for name, gain in (("a", 0.0), ("b", 0.3), ("c", 0.6))])
-    assert (law.slope, law.r2) == (0, 0) and law.intercept == pytest.approx(0.3) and law.error == pytest.approx(law.spread)
+    assert (
+        (law.slope, law.r2) == (0, 0)
+        and law.intercept == pytest.approx(0.3)
+        and law.error == pytest.approx(law.spread)
+    )
     assert np.isfinite(law.predict(0.1).high) and np.isinf(law.predict(0.2).high)
 
 
@@ -157,7 +189,9 @@ def test_law_files(tmp_path):
     law.save(tmp_path / "deeper" / "law.json")
     assert load_law(tmp_path / "deeper" / "law.json") == law
     (tmp_path / "other.json").write_text('{"schema": 1, "paper": "law"}')
-    with pytest.raises(ValueError, match=r"law: expected a file of opsd probe --fit .*other\.json, which is another"):
+    with pytest.raises(
+        ValueError, match=r"law: expected a file of opsd probe --fit .*other\.json, which is another"
+    ):
         load_law(tmp_path / "other.json")
     (tmp_path / "text").write_text("steps")
     with pytest.raises(ValueError, match="law: expected a JSON file that a fit wrote"):
@@ -170,7 +204,11 @@ def test_law_files(tmp_path):
         ("last", {"feedback": "last", "siblings": True}, "siblings + last"),
         ("last,siblings=false", {"feedback": "last", "siblings": False}, "last"),
         ("none", {"feedback": "none"}, "siblings"),
-        ("context=contrastive,feedback=none,control=unrelated", {"context": "contrastive", "control": "unrelated"}, "contrastive 2+1 (unrelated)"),
+        (
+            "context=contrastive,feedback=none,control=unrelated",
+            {"context": "contrastive", "control": "unrelated"},
+            "contrastive 2+1 (unrelated)",
+        ),
         ("context=none", {"context": "none"}, "nothing"),
     ],
 )
@@ -196,7 +234,9 @@ def test_contexts_that_are_none(text, message):
 def finished(folder, config, before, after):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(config.to_json())
-    (folder / "summary.json").write_text(json.dumps({"held_out_accuracy_before": before, "held_out_accuracy_after": after}))
+    (folder / "summary.json").write_text(
+        json.dumps({"held_out_accuracy_before": before, "held_out_accuracy_after": after})
+    )
     return folder
 
 
@@ -210,14 +250,23 @@ def test_fit_to_runs(config, tmp_path, monkeypatch):
             runs.append(finished(tmp_path / f"{kind}{seed}", settings, before, value))
 
     def fake(configs, samples, progress):
-        return [SimpleNamespace(context=probe.context_name(one), gap=SimpleNamespace(value=gaps[one.feedback])) for one in configs]
+        return [
+            SimpleNamespace(context=probe.context_name(one), gap=SimpleNamespace(value=gaps[one.feedback]))
+            for one in configs
+        ]
 
     monkeypatch.setattr(probe, "measure_contexts", fake)
     law = probe.fit_runs(runs, None, Progress())
     assert [dataclasses.astuple(point) for point in law.points] == [
         ("answer", 0.6, pytest.approx(0.55), 2), ("first", 0.2, pytest.approx(0.2), 1), ("wrong", 0.0, pytest.approx(-0.1), 1)
     ]  # fmt: skip
-    assert law.settings["steps"] == 8 and not {"feedback", "seed", "warm_seed", "eval_samples", "cache_dir"} & set(law.settings)
+    assert law.settings["steps"] == 8 and not {
+        "feedback",
+        "seed",
+        "warm_seed",
+        "eval_samples",
+        "cache_dir",
+    } & set(law.settings)
     longer = finished(tmp_path / "longer", dataclasses.replace(config, steps=9), 0.2, 0.3)
     with pytest.raises(ValueError, match="differ in context and seeds alone, got .* with steps: 8, 9"):
         probe.fit_runs([*runs, longer], None, Progress())
@@ -234,7 +283,12 @@ def settings(small):
 def test_fit_then_predict_from_the_command_line(small, config, tmp_path):
     runs = [
         finished(tmp_path / kind, dataclasses.replace(config, feedback=kind, siblings=siblings), 0.2, after)
-        for kind, siblings, after in (("answer", False, 0.7), ("last", True, 0.3), ("none", True, 0.2), ("corrupted", False, 0.1))
+        for kind, siblings, after in (
+            ("answer", False, 0.7),
+            ("last", True, 0.3),
+            ("none", True, 0.2),
+            ("corrupted", False, 0.1),
+        )
     ]
     law = tmp_path / "law.json"
     done = opsd("--fit", *runs, "--samples", 600, "--out", law)
@@ -242,7 +296,9 @@ def test_fit_then_predict_from_the_command_line(small, config, tmp_path):
     assert "siblings + last" in done.output and "left out" in done.output and len(load_law(law).points) == 4
     out = tmp_path / "probes.json"
     contexts = ["--context", "first,siblings=false", "--context", "none"]
-    done = opsd(*settings(small), "--set", "learning_rate=0.1", *contexts, "--samples", 60, "--law", law, "--out", out)
+    done = opsd(
+        *settings(small), "--set", "learning_rate=0.1", *contexts, "--samples", 60, "--law", law, "--out", out
+    )
     assert done.exit_code == 0, done.output
     assert "the law's runs differ from this configuration in learning_rate: 0.0005, 0.1" in done.output
     record = json.loads(out.read_text())
@@ -257,7 +313,10 @@ def test_fit_then_predict_from_the_command_line(small, config, tmp_path):
         (["--context", "lasst"], "feedback: expected one of answer"),
         (["--set", "stepps=3"], "unknown config key 'stepps'; did you mean 'steps'"),
         (["--fit", "--context", "last"], "--fit: expected directories of runs alone"),
-        (["--fit", "nowhere"], "fit: expected directories of finished runs, with config.json and summary.json, got nowhere"),
+        (
+            ["--fit", "nowhere"],
+            "fit: expected directories of finished runs, with config.json and summary.json, got nowhere",
+        ),
         (["--fit"], "fit: expected runs of at least 3 contexts, got 0"),
         (["a.json", "b.json"], "CONFIG: expected one file, got 2"),
         (["--law", "nowhere.json"], "nowhere.json"),
@@ -265,4 +324,9 @@ def test_fit_then_predict_from_the_command_line(small, config, tmp_path):
 )
 def test_errors_are_one_line(arguments, message):
     done = opsd(*arguments)
-    assert done.exit_code == 2 and done.stderr.startswith("opsd: error: ") and message in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.exit_code == 2
+        and done.stderr.startswith("opsd: error: ")
+        and message in done.stderr
+        and done.stderr.count("\n") == 1
+    )

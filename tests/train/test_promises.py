@@ -33,14 +33,19 @@ def whole(config, tmp_path_factory):
 
 
 def numbers(out):
-    return [{key: value for key, value in line.items() if key not in CLOCK} for line in read_metrics(out / "metrics.jsonl")]
+    return [
+        {key: value for key, value in line.items() if key not in CLOCK}
+        for line in read_metrics(out / "metrics.jsonl")
+    ]
 
 
 def same_run(out, whole, steps=8):
     assert numbers(out) == numbers(whole)
     folder = f"checkpoint/step_{steps:06d}"
     for name in ("model", "teacher", "optimizer"):
-        assert (out / folder / f"{name}.safetensors").read_bytes() == (whole / folder / f"{name}.safetensors").read_bytes()
+        assert (out / folder / f"{name}.safetensors").read_bytes() == (
+            whole / folder / f"{name}.safetensors"
+        ).read_bytes()
 
 
 @pytest.mark.slow
@@ -81,7 +86,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(config, whole, tmp_path, limit, 
     def fills_up(trainer, batch, config, number, rehearsal=None):
         if number == 4:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # EFBIG instead of death, as ENOSPC would be
-            resource.setrlimit(resource.RLIMIT_FSIZE, (max(limit, (out / "metrics.jsonl").stat().st_size + 4000), resource.RLIM_INFINITY))
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE,
+                (max(limit, (out / "metrics.jsonl").stat().st_size + 4000), resource.RLIM_INFINITY),
+            )
         return original(trainer, batch, config, number, rehearsal)
 
     def work():
@@ -91,7 +99,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(config, whole, tmp_path, limit, 
         return "it fitted"
 
     message = forked(work)
-    assert message.startswith("CheckpointError: checkpoint: step 4 could not be written") and "the last checkpoint before it is intact" in message
+    assert (
+        message.startswith("CheckpointError: checkpoint: step 4 could not be written")
+        and "the last checkpoint before it is intact" in message
+    )
     assert sorted(path.name for path in (out / "checkpoint").iterdir()) == ["step_000000", "step_000002"]
     train(config, out, resume=True)
     same_run(out, whole)
@@ -115,10 +126,17 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(config, tmp_path,
     poisoned.calls = 0
     with monkeypatch.context() as patch:
         patch.setattr(steps, "gradients", poisoned)
-        plain = dataclasses.replace(config, rehearsal_prompts=0, updates_per_batch=updates, checkpoint_every=3)
-        with pytest.raises(NonFiniteLoss, match=r"step 5: .* gradient norm nan; rows: every token's divergence is finite, the gradient is not.*saved in"):
+        plain = dataclasses.replace(
+            config, rehearsal_prompts=0, updates_per_batch=updates, checkpoint_every=3
+        )
+        with pytest.raises(
+            NonFiniteLoss,
+            match=r"step 5: .* gradient norm nan; rows: every token's divergence is finite, the gradient is not.*saved in",
+        ):
             train(plain, out)
-    assert sorted(path.name for path in (out / "checkpoint").iterdir())[-1] == ("step_000004" if updates == 1 else "step_000003")
+    assert sorted(path.name for path in (out / "checkpoint").iterdir())[-1] == (
+        "step_000004" if updates == 1 else "step_000003"
+    )
     train(plain, out, resume=True)
     undisturbed = tmp_path / "undisturbed"
     train(plain, undisturbed)
@@ -152,7 +170,13 @@ def half(config, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name, how", [("model.safetensors", "truncated"), ("optimizer.safetensors", "empty"), ("teacher.safetensors", "gone"), ("state.json", "truncated")]
+    "name, how",
+    [
+        ("model.safetensors", "truncated"),
+        ("optimizer.safetensors", "empty"),
+        ("teacher.safetensors", "gone"),
+        ("state.json", "truncated"),
+    ],
 )
 def test_a_damaged_checkpoint_is_passed_over(config, whole, stopped, name, how, capsys):
     damage(stopped / "checkpoint" / "step_000004" / name, how)
@@ -165,9 +189,14 @@ def test_a_damaged_checkpoint_is_passed_over(config, whole, stopped, name, how, 
 def test_no_intact_checkpoint_is_an_error_that_names_the_files(config, stopped):
     for step in (2, 4):
         damage(stopped / "checkpoint" / f"step_{step:06d}" / "model.safetensors", "truncated")
-    with pytest.raises(CheckpointError, match=r"expected an intact one, got \d+ of \d+ bytes in .*step_000004/model.safetensors; .*step_000002"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"expected an intact one, got \d+ of \d+ bytes in .*step_000004/model.safetensors; .*step_000002",
+    ):
         train(config, stopped, resume=True)
-    assert len(list((stopped / "checkpoint").iterdir())) == 2, "nothing is thrown away where nothing is intact"
+    assert len(list((stopped / "checkpoint").iterdir())) == 2, (
+        "nothing is thrown away where nothing is intact"
+    )
 
 
 def test_no_answer_is_run(tmp_path, monkeypatch, config):
@@ -177,13 +206,24 @@ def test_no_answer_is_run(tmp_path, monkeypatch, config):
 
     trace = tmp_path / "1" / "trace"  # a number in a path is no answer
     trace.parent.mkdir()
-    answers = [f"__import__('pathlib').Path({str(trace)!r}).touch()", f"$(touch {trace})", f"`touch {trace}`", "{{ 7*7 }}", "%s%n", "\x00", "9" * 10_000]
+    answers = [
+        f"__import__('pathlib').Path({str(trace)!r}).touch()",
+        f"$(touch {trace})",
+        f"`touch {trace}`",
+        "{{ 7*7 }}",
+        "%s%n",
+        "\x00",
+        "9" * 10_000,
+    ]
     for name in DEMOS:
         task = make_task(TrainConfig(**{"env": name, **PRESETS[name]}))
         for answer in answers:
             assert not task.env(task.train[0], 0).verify(answer).success
     for answer in answers:
-        assert not verifiers.exact(answer, {"answer": "1"}).success and not verifiers.numeric(answer, {"answer": "1"}).success
+        assert (
+            not verifiers.exact(answer, {"answer": "1"}).success
+            and not verifiers.numeric(answer, {"answer": "1"}).success
+        )
     assert not trace.exists()
 
 
@@ -199,7 +239,11 @@ def test_hostile_answers_do_not_reach_outside_their_blocks(config, whole, tmp_pa
 
     def watched(self, prompts, contexts):
         rows = original(self, prompts, contexts)
-        seen.extend((row, context) for row, context in zip(rows, contexts, strict=True) if context is not None and context.feedback is not None)
+        seen.extend(
+            (row, context)
+            for row, context in zip(rows, contexts, strict=True)
+            if context is not None and context.feedback is not None
+        )
         return rows
 
     monkeypatch.setattr(PromptEncoder, "encode", watched)

@@ -34,7 +34,14 @@ def run(config, tmp_path_factory):
 def hostile(run):
     """The run, with answers and feedback that would like to be part of the page."""
     record = read_run(run)
-    line = {**record.samples[-1], "feedback": HOSTILE, "teacher_view": HOSTILE, "prompt": HOSTILE, "tokens": [HOSTILE, "<eos>"], "gap": [-2.0, None]}
+    line = {
+        **record.samples[-1],
+        "feedback": HOSTILE,
+        "teacher_view": HOSTILE,
+        "prompt": HOSTILE,
+        "tokens": [HOSTILE, "<eos>"],
+        "gap": [-2.0, None],
+    }
     return Record(HOSTILE, {**record.config, "model": HOSTILE}, record.metrics, [line], record.facts, True)
 
 
@@ -71,14 +78,18 @@ def test_lines_after_a_checkpoint_are_cut(tmp_path):
     whole = '{"step": 1}\n{"step": 1}\n{"step": 3}\n'
     path.write_text(whole + '{"step": 4}\n{"step": 5, "pro')
     assert offset_after(path, 3) == len(whole)
-    assert [line["step"] for line in read_metrics(path)] == [1, 1, 3, 4], "half a line of a run in progress is not read"
+    assert [line["step"] for line in read_metrics(path)] == [1, 1, 3, 4], (
+        "half a line of a run in progress is not read"
+    )
 
 
 def test_the_page_holds_the_run(run, config):
     html = (run / "report.html").read_text()
     summary = json.loads((run / "summary.json").read_text())
     assert f"<td class=number>{summary['held_out_accuracy_after']:.1%}</td>" in html
-    assert "<td>samples_every</td><td>2</td><td>20</td>" in html and "<td>seed</td>" not in html, "what differs from the defaults"
+    assert "<td>samples_every</td><td>2</td><td>20</td>" in html and "<td>seed</td>" not in html, (
+        "what differs from the defaults"
+    )
     assert html.count("<article>") == (1 + config.steps // config.samples_every) * config.samples_kept
     assert html.count("<svg") == 7 and "<script" not in html and "http:" not in html and "https:" not in html
 
@@ -114,18 +125,29 @@ def test_no_run_no_page(tmp_path):
 def browse(page: bytes, folder: Path, *flags: str) -> str:
     path = folder / "page.html"
     path.write_bytes(page)
-    common = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--window-size=1100,1400"]
+    common = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+        "--window-size=1100,1400",
+    ]
     command = [BROWSER, *common, f"--user-data-dir={folder / 'profile'}", *flags, path.as_uri()]
     return subprocess.run(command, capture_output=True, timeout=120, check=True).stdout.decode()
 
 
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="none of these is on the PATH: " + ", ".join(BROWSERS))
+needs_browser = pytest.mark.skipif(
+    BROWSER is None, reason="none of these is on the PATH: " + ", ".join(BROWSERS)
+)
 
 
 @needs_browser
 def test_a_browser_shows_the_page(run, hostile, tmp_path):
     dom = browse(report_page.page(hostile), tmp_path, "--dump-dom")
-    assert re.search(r"<title>[^<]*&lt;script&gt;document.title = 'owned'", dom), "the title is the run's, and no script has changed it"
+    assert re.search(r"<title>[^<]*&lt;script&gt;document.title = 'owned'", dom), (
+        "the title is the run's, and no script has changed it"
+    )
     assert "<script" not in dom and "<img" not in dom
     dom = browse((run / "report.html").read_bytes(), tmp_path, "--dump-dom")
     assert "Before and after" in dom and "<td>held-out accuracy</td>" in dom and dom.count("<polyline") > 8
@@ -156,7 +178,9 @@ def test_tensorboard_after_a_kill_has_every_step_once(tmp_path):
         if step == 3:
             first.flush()
     kept = accumulators.EventAccumulator(str(tmp_path)).Reload()
-    assert [event.step for event in kept.Scalars("reward")][:3] == [1, 2, 3], "what a checkpoint counts on is in the file"
+    assert [event.step for event in kept.Scalars("reward")][:3] == [1, 2, 3], (
+        "what a checkpoint counts on is in the file"
+    )
     first.close()
     second = Scalars(tmp_path, True, 4)
     for step in range(4, 8):
@@ -164,7 +188,15 @@ def test_tensorboard_after_a_kill_has_every_step_once(tmp_path):
     second.close()
     events = accumulators.EventAccumulator(str(tmp_path)).Reload()
     assert events.Tags()["scalars"] == ["reward"]
-    assert [(event.step, event.value) for event in events.Scalars("reward")] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60), (7, 70)]
+    assert [(event.step, event.value) for event in events.Scalars("reward")] == [
+        (1, 1),
+        (2, 2),
+        (3, 3),
+        (4, 40),
+        (5, 50),
+        (6, 60),
+        (7, 70),
+    ]
 
 
 def test_tensorboard_follows_a_run_and_its_resumption(config, tmp_path):
@@ -176,16 +208,23 @@ def test_tensorboard_follows_a_run_and_its_resumption(config, tmp_path):
     train(settings, out, resume=True)  # from step 2
     events = accumulators.EventAccumulator(str(out / "tensorboard")).Reload()
     lines = read_metrics(out / "metrics.jsonl")
-    assert set(events.Tags()["scalars"]) == {name for line in lines for name, value in line.items() if isinstance(value, (int, float))} - {"step"}
+    assert set(events.Tags()["scalars"]) == {
+        name for line in lines for name, value in line.items() if isinstance(value, (int, float))
+    } - {"step"}
     for name in ("reward", "divergence", "seconds"):
-        assert [(event.step, event.value) for event in events.Scalars(name)] == [(line["step"], float(np.float32(line[name]))) for line in lines]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == [
+            (line["step"], float(np.float32(line[name]))) for line in lines
+        ]
 
 
 def test_ticks_are_round_and_inside():
     for low, high in ((0, 1), (-0.37, 0.02), (1, 200), (3.5512, 3.5548), (3e-7, 4e-6), (12345, 67890)):
         values, texts = zip(*charts.Scale.over([low, high], 0, 1).ticks(), strict=True)
         assert 3 <= len(values) <= 7 and low <= values[0] and values[-1] <= high
-        assert len(set(texts)) == len(texts) and all(float(text.replace(",", "")) == pytest.approx(value) for value, text in zip(values, texts, strict=True))
+        assert len(set(texts)) == len(texts) and all(
+            float(text.replace(",", "")) == pytest.approx(value)
+            for value, text in zip(values, texts, strict=True)
+        )
 
 
 def test_thinned_curves_keep_their_spikes():

@@ -69,25 +69,41 @@ def test_cells_that_exist_are_not_computed_again(tmp_path, cells):
     assert [r["name"] for r in again.run("letters", [cells("a"), cells("d"), cells("c")])] == ["a", "d", "c"]
     assert (tmp_path / "log").read_text() == "cad"
     again.run("letters", [cells("a")])
-    records = [json.loads(path.read_text()) for path in (tmp_path / "cells").iterdir()]  # and no log, no scratch
+    records = [
+        json.loads(path.read_text()) for path in (tmp_path / "cells").iterdir()
+    ]  # and no log, no scratch
     assert {record["arguments"]["name"] for record in records} == set("acd")
-    assert again.seconds == pytest.approx(sum(record["seconds"] for record in records)) and again.commits == {records[0]["commit"]}
+    assert again.seconds == pytest.approx(sum(record["seconds"] for record in records)) and again.commits == {
+        records[0]["commit"]
+    }
 
 
 def test_a_failing_cell_raises_and_leaves_the_others(tmp_path, cells):
     lab = Lab(tmp_path / "cells", workers=2)
     with pytest.raises(ValueError, match="b went wrong") as caught:
-        lab.run("letters", [cells("a", seconds=0.3), cells("b"), *(cells(name, seconds=0.3) for name in "cdefgh")])
+        lab.run(
+            "letters", [cells("a", seconds=0.3), cells("b"), *(cells(name, seconds=0.3) for name in "cdefgh")]
+        )
     logs = list((tmp_path / "cells").glob("*.log"))
     assert [log.read_text() for log in logs] == ["said by b\n"]
     if hasattr(caught.value, "__notes__"):  # Python 3.11
         assert str(logs[0]) in str(caught.value.__notes__)
     kept = {json.loads(path.read_text())["result"]["name"] for path in (tmp_path / "cells").glob("*.json")}
     begun = (tmp_path / "log").read_text()
-    assert "a" in kept == set(begun) - {"b"} and "h" not in begun, "what ran beside it is kept, what had not begun never does"
+    assert "a" in kept == set(begun) - {"b"} and "h" not in begun, (
+        "what ran beside it is kept, what had not begun never does"
+    )
     (tmp_path / "mended").touch()
     mended = Lab(tmp_path / "cells", workers=0)
-    assert len(mended.run("letters", [cells("a", seconds=0.3), cells("b"), *(cells(name, seconds=0.3) for name in "cdefgh")])) == 8
+    assert (
+        len(
+            mended.run(
+                "letters",
+                [cells("a", seconds=0.3), cells("b"), *(cells(name, seconds=0.3) for name in "cdefgh")],
+            )
+        )
+        == 8
+    )
     assert sorted((tmp_path / "log").read_text()) == sorted("abbcdefgh")
 
 
@@ -98,7 +114,10 @@ def test_a_training_cell_is_a_run_with_its_curves_and_costs(tmp_path, config, mo
     assert len(runs[0]["curves"]["reward"]) == 8 and runs[1]["curves"]["divergence"] == []
     distilled, alone = (run["costs"] for run in runs)
     assert distilled["generated_answers"] == alone["generated_answers"] == 8 * 4 * 3
-    assert distilled["teacher_tokens"] > distilled["context_tokens"] > 0 and alone["teacher_tokens"] == alone["context_tokens"] == 0
+    assert (
+        distilled["teacher_tokens"] > distilled["context_tokens"] > 0
+        and alone["teacher_tokens"] == alone["context_tokens"] == 0
+    )
     assert {"held_out_accuracy_before", "untrained_skill_after", "steps"} <= set(runs[0])
     monkeypatch.setattr(loop, "train", None)
     assert Lab(tmp_path / "cells", workers=0).train("runs", [config]) == runs[:1]
@@ -119,15 +138,35 @@ class MadeUp:
 
 
 def made_up(after, before=0.2, curve=(), steps=60):
-    values = {"held_out_accuracy": (before, after), "self_teacher_accuracy": (0.9, 0.8), "untrained_skill": (0.8, 0.4)}
-    ends = {f"{name}_{when}": value for name, pair in values.items() for when, value in zip(("before", "after"), pair, strict=True)}
-    costs = {"generated_answers": steps * 128, "completion_tokens": 4, "teacher_tokens": 3, "context_tokens": 2}
-    return {**ends, "steps": steps, "curves": {"held_out_accuracy": [list(point) for point in curve]}, "costs": costs}
+    values = {
+        "held_out_accuracy": (before, after),
+        "self_teacher_accuracy": (0.9, 0.8),
+        "untrained_skill": (0.8, 0.4),
+    }
+    ends = {
+        f"{name}_{when}": value
+        for name, pair in values.items()
+        for when, value in zip(("before", "after"), pair, strict=True)
+    }
+    costs = {
+        "generated_answers": steps * 128,
+        "completion_tokens": 4,
+        "teacher_tokens": 3,
+        "context_tokens": 2,
+    }
+    return {
+        **ends,
+        "steps": steps,
+        "curves": {"held_out_accuracy": [list(point) for point in curve]},
+        "costs": costs,
+    }
 
 
 def test_arms_get_the_rate_that_serves_them_and_the_same_seeds():
     best = {0.0: 1e-3, 1.0: 2e-4}
-    lab = MadeUp(lambda config: 0.5 - abs(config.learning_rate - best[config.policy_weight]) + config.seed / 1e5)
+    lab = MadeUp(
+        lambda config: 0.5 - abs(config.learning_rate - best[config.policy_weight]) + config.seed / 1e5
+    )
     found = compare(lab, TrainConfig(), [Arm("distil"), Arm("gradient", {"policy_weight": 1.0})], Design())
     assert (found["distil"].rate, found["gradient"].rate) == (1e-3, 2e-4)
     assert found["gradient"].tried[1e-3] == pytest.approx(0.5 - 8e-4 + 0.00999)
@@ -141,10 +180,17 @@ def test_arms_get_the_rate_that_serves_them_and_the_same_seeds():
 def test_one_rate_is_not_tried():
     lab = MadeUp(lambda config: 0.5)
     found = compare(lab, TrainConfig(), [Arm("only")], Design().quick())
-    assert len(lab.asked) == 1 and len(found["only"].runs) == 1 and found["only"].rate == Design().rates[1] and found["only"].tried == {}
+    assert (
+        len(lab.asked) == 1
+        and len(found["only"].runs) == 1
+        and found["only"].rate == Design().rates[1]
+        and found["only"].tried == {}
+    )
 
 
-@pytest.mark.parametrize("level, step", [(0.1, 0), (0.2, 0), (0.3, 10), (0.4, 20), (0.45, 50), (0.6, 60), (0.61, None)])
+@pytest.mark.parametrize(
+    "level, step", [(0.1, 0), (0.2, 0), (0.3, 10), (0.4, 20), (0.45, 50), (0.6, 60), (0.61, None)]
+)
 def test_first_step_at_a_level(level, step):
     """From .2 to .4 in 20 steps, down to .3, and to .6 at the end: a level counts when it is first reached."""
     found = first_step_at(made_up(0.6, curve=[(20, 0.4), (40, 0.3)], steps=60), level)
@@ -158,7 +204,9 @@ def test_an_interval_holds_the_mean_and_narrows_with_more_runs():
     rng = np.random.default_rng(3)
     few, many = estimate(rng.normal(0.5, 0.1, 5)), estimate(rng.normal(0.5, 0.1, 500))
     assert few.low < few.value < few.high and few.count == 5
-    assert (many.low, many.high) == pytest.approx((0.5 - 1.96 * 0.1 / 500**0.5, 0.5 + 1.96 * 0.1 / 500**0.5), abs=DRAWN)
+    assert (many.low, many.high) == pytest.approx(
+        (0.5 - 1.96 * 0.1 / 500**0.5, 0.5 + 1.96 * 0.1 / 500**0.5), abs=DRAWN
+    )
     assert few.high - few.low > 3 * (many.high - many.low)
     assert estimate([0.5]) == Estimate(0.5, 0.5, 0.5, 1) and estimate([0.5] * 4) == Estimate(0.5, 0.5, 0.5, 4)
     assert estimate([1.0, 2.0, 9.0], np.median).value == 2.0
@@ -202,17 +250,37 @@ def test_rank_statistics():
 def trained(**accuracies):
     """Arms by name whose runs end at the given accuracies."""
     arms = {arm.name: [0.5] * 5 for arm in sdpo.ARMS["secret_op"]} | accuracies
-    return {name: Trained(Arm(name), 1e-3, [made_up(value) for value in values], {5e-4: 0.4, 1e-3: 0.5}) for name, values in arms.items()}
+    return {
+        name: Trained(Arm(name), 1e-3, [made_up(value) for value in values], {5e-4: 0.4, 1e-3: 0.5})
+        for name, values in arms.items()
+    }
 
 
 def test_claims_follow_the_runs():
-    ahead = trained(**{sdpo.GRPO: [0.3, 0.31, 0.32, 0.33, 0.34], sdpo.SIBLINGS: [0.2, 0.22, 0.24, 0.26, 0.28], sdpo.LIVE: [0.1, 0.2, 0.3, 0.2, 0.1]})
+    ahead = trained(
+        **{
+            sdpo.GRPO: [0.3, 0.31, 0.32, 0.33, 0.34],
+            sdpo.SIBLINGS: [0.2, 0.22, 0.24, 0.26, 0.28],
+            sdpo.LIVE: [0.1, 0.2, 0.3, 0.2, 0.1],
+        }
+    )
     beats, faster, alone, alone_faster = sdpo.headlines("secret_op", ahead)
     assert (beats.grade, beats.estimate.value) == (REPRODUCED, pytest.approx(0.18))
-    assert (faster.grade, faster.estimate.value) == (REPRODUCED, pytest.approx(1 - 0.4))  # a line from .2 to .5 is at .32 after .4 of it
-    assert "GRPO went from 0.200 to 0.320; reached by 5 of 5 runs, with 2.5 times fewer answers" in faster.remark
-    assert (alone.grade, alone_faster.grade) == (NOT_REPRODUCED, INCONCLUSIVE) and "0 of 5" in alone_faster.remark and "times" not in alone_faster.remark
-    behind = trained(**{sdpo.SAMPLED: [0.6, 0.61, 0.62, 0.63, 0.64], sdpo.TOPK: [0.4, 0.39, 0.38, 0.37, 0.36]})
+    assert (faster.grade, faster.estimate.value) == (
+        REPRODUCED,
+        pytest.approx(1 - 0.4),
+    )  # a line from .2 to .5 is at .32 after .4 of it
+    assert (
+        "GRPO went from 0.200 to 0.320; reached by 5 of 5 runs, with 2.5 times fewer answers" in faster.remark
+    )
+    assert (
+        (alone.grade, alone_faster.grade) == (NOT_REPRODUCED, INCONCLUSIVE)
+        and "0 of 5" in alone_faster.remark
+        and "times" not in alone_faster.remark
+    )
+    behind = trained(
+        **{sdpo.SAMPLED: [0.6, 0.61, 0.62, 0.63, 0.64], sdpo.TOPK: [0.4, 0.39, 0.38, 0.37, 0.36]}
+    )
     assert [claim.grade for claim in sdpo.teachers(ahead, behind)] == [REPRODUCED, INCONCLUSIVE]
     assert [claim.grade for claim in sdpo.logits(ahead)] == [INCONCLUSIVE, REPRODUCED]
     assert [claim.grade for claim in sdpo.logits(behind)] == [NOT_REPRODUCED, NOT_REPRODUCED]
@@ -226,7 +294,12 @@ def test_a_level_that_is_never_reached_saves_nothing():
 def test_arms_differ_from_sdpo_in_what_their_names_say():
     for env, arms in sdpo.ARMS.items():
         config = sdpo.base(env, False)
-        assert (config.feedback, config.siblings, config.teacher, config.topk) == ("case" if env == "expr" else "answer", True, "ema", None)
+        assert (config.feedback, config.siblings, config.teacher, config.topk) == (
+            "case" if env == "expr" else "answer",
+            True,
+            "ema",
+            None,
+        )
         for arm in arms:
             dataclasses.replace(config, **arm.settings)
         assert set(sdpo.HEADLINE) <= {arm.name for arm in arms}
@@ -245,7 +318,9 @@ def quick(tmp_path_factory):
 def test_the_quick_study_goes_through(quick, monkeypatch):
     out, study = quick
     assert load(out / "sdpo.json") == study
-    assert {claim.grade for claim in study.claims} == {INCONCLUSIVE} and {claim.estimate.count for claim in study.claims} == {1}
+    assert {claim.grade for claim in study.claims} == {INCONCLUSIVE} and {
+        claim.estimate.count for claim in study.claims
+    } == {1}
     assert len(study.claims) == 12 and study.facts["quick"] and study.facts["cell_seconds"] > 0
     assert (out / "sdpo.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setenv("OPSD_CACHE", str(out / "cache"))
@@ -254,7 +329,9 @@ def test_the_quick_study_goes_through(quick, monkeypatch):
 
 
 def test_an_unknown_paper():
-    with pytest.raises(ValueError, match="paper: expected one of sdpo, discovery, mopd, iw_opd, law, got 'sdop'"):
+    with pytest.raises(
+        ValueError, match="paper: expected one of sdpo, discovery, mopd, iw_opd, law, got 'sdop'"
+    ):
         command.reproduce("sdop", Path("unused"), True, 0, [])
 
 
@@ -288,12 +365,23 @@ def test_a_page_says_what_held(tmp_path):
     page = (tmp_path / "made_up.md").read_text()
     assert page == pages.markdown(load(tmp_path / "made_up.json")), "a page follows from the JSON alone"
     rows = [line for line in page.splitlines() if line.startswith(("| It is", "| Or"))]
-    assert rows[0] == "| It is\\|so | a less b | 0.100 [0.050, 0.150] | 5 | **direction reproduced**. By luck |"
+    assert (
+        rows[0] == "| It is\\|so | a less b | 0.100 [0.050, 0.150] | 5 | **direction reproduced**. By luck |"
+    )
     assert rows[1] == "| Or not | c | 0.100 [-0.200, 0.300] | 5 | **inconclusive** |"
-    for part in ("# A study", "Is it so?", "| b | 2 |", "* Two arms.", "* It is a toy.", "a computer; torch 2.0; commit 0123456789ab; 2026-01-01; 10 minutes"):
+    for part in (
+        "# A study",
+        "Is it so?",
+        "| b | 2 |",
+        "* Two arms.",
+        "* It is a toy.",
+        "a computer; torch 2.0; commit 0123456789ab; 2026-01-01; 10 minutes",
+    ):
         assert part in page
     assert "proves nothing" not in page
-    assert "proves nothing" in pages.markdown(dataclasses.replace(STUDY, facts={**STUDY.facts, "quick": True}))
+    assert "proves nothing" in pages.markdown(
+        dataclasses.replace(STUDY, facts={**STUDY.facts, "quick": True})
+    )
 
 
 def test_a_figure_has_a_panel_for_each(tmp_path):
@@ -314,14 +402,22 @@ def test_a_study_of_another_schema_is_refused(tmp_path):
 
 
 def stale(root):
-    return [path.name for path, text in pages.committed(root).items() if not path.exists() or path.read_text() != text]
+    return [
+        path.name
+        for path, text in pages.committed(root).items()
+        if not path.exists() or path.read_text() != text
+    ]
 
 
 def test_committed_pages_are_those_of_their_studies(tmp_path):
     assert stale(ROOT) == []
     for path in pages.committed(ROOT):
         study = load(path.with_suffix(".json"))
-        assert path.with_suffix(".png").exists() and not study.facts["quick"] and {claim.grade for claim in study.claims} <= set(GRADES)
+        assert (
+            path.with_suffix(".png").exists()
+            and not study.facts["quick"]
+            and {claim.grade for claim in study.claims} <= set(GRADES)
+        )
     folder = tmp_path / pages.FOLDER
     folder.mkdir(parents=True)
     pages.write(STUDY, folder)

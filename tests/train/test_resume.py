@@ -22,7 +22,13 @@ def ended(tmp_path_factory, small):
     """Two runs: `whole`, and `hurt`, which a signal ended at every moment of the worker's table."""
     root = tmp_path_factory.mktemp("runs")
     environment = {**os.environ, "PYTHONPATH": str(Path(opsd_kernels.__file__).parents[1])}
-    done = subprocess.run([sys.executable, str(WORKER), json.dumps(small), str(root)], capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(
+        [sys.executable, str(WORKER), json.dumps(small), str(root)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     return root, json.loads(done.stdout)
 
@@ -39,7 +45,9 @@ def test_the_signals_hit(ended):
     killed = {name: code for name, code in codes.items() if name not in interrupted}
     assert set(interrupted.values()) == {130}
     missed = [name for name, code in killed.items() if code != -signal.SIGKILL]
-    assert len(missed) <= 1, f"the run was too quick at: {missed}"  # a window of a millisecond may be missed on a busy machine
+    assert len(missed) <= 1, (
+        f"the run was too quick at: {missed}"
+    )  # a window of a millisecond may be missed on a busy machine
 
 
 def test_metrics_are_the_same_bit_for_bit(ended, small):
@@ -57,14 +65,18 @@ def test_samples_are_the_same_bit_for_bit(ended):
 def test_summaries_are_the_same(ended):
     root, _ = ended
     whole, hurt = (json.loads((root / run / "summary.json").read_text()) for run in ("whole", "hurt"))
-    assert {key: value for key, value in hurt.items() if key not in CLOCK} == {key: value for key, value in whole.items() if key not in CLOCK}
+    assert {key: value for key, value in hurt.items() if key not in CLOCK} == {
+        key: value for key, value in whole.items() if key not in CLOCK
+    }
 
 
 def test_weights_are_the_same_bit_for_bit(ended, small):
     root, _ = ended
     folder = f"checkpoint/step_{small['steps']:06d}"
     for name in ("model", "teacher", "optimizer"):
-        assert (root / "hurt" / folder / f"{name}.safetensors").read_bytes() == (root / "whole" / folder / f"{name}.safetensors").read_bytes()
+        assert (root / "hurt" / folder / f"{name}.safetensors").read_bytes() == (
+            root / "whole" / folder / f"{name}.safetensors"
+        ).read_bytes()
 
 
 def test_nothing_half_written_is_left(ended):

@@ -17,7 +17,9 @@ from opsd_kernels.train.types import Context, Prompt
 def asked(task):
     prompts = [task.env(problem, 0).prompt() for problem in task.train[:6]]
     contexts = [None, Context(("123",)), Context((), "wrong")]
-    return [dataclasses.replace(request, context=contexts[request.group % 3]) for request in requests(prompts, 3)]
+    return [
+        dataclasses.replace(request, context=contexts[request.group % 3]) for request in requests(prompts, 3)
+    ]
 
 
 def test_rollouts_do_not_depend_on_their_batch(sampler, model, task, asked):
@@ -32,7 +34,9 @@ def test_rollouts_keep_the_models_own_tokens(sampler, model, task, asked, encode
     for rollout in sampler.sample(model, task, asked, 0, 1):
         assert 1 <= len(rollout.tokens) <= sampler.max_new_tokens
         assert encoder.tokenizer.eos_token_id not in rollout.tokens[:-1]
-        assert rollout.text == encoder.tokenizer.decode([t for t in rollout.tokens if t != encoder.tokenizer.eos_token_id])
+        assert rollout.text == encoder.tokenizer.decode(
+            [t for t in rollout.tokens if t != encoder.tokenizer.eos_token_id]
+        )
 
 
 def test_generation_follows_the_full_forward(sampler, model, task, asked):
@@ -40,7 +44,9 @@ def test_generation_follows_the_full_forward(sampler, model, task, asked):
     for rollout, request in zip(sampler.sample(model, task, asked, 5), asked, strict=True):
         sequence = torch.tensor([rollout.prompt_tokens + rollout.tokens])
         probs = model(sequence).logits[0, len(rollout.prompt_tokens) - 1 : -1].double().softmax(-1).cumsum(-1)
-        at = torch.from_numpy(seeds.uniforms(5, 1, request.group, request.sample, np.arange(len(rollout.tokens))))[:, None]
+        at = torch.from_numpy(
+            seeds.uniforms(5, 1, request.group, request.sample, np.arange(len(rollout.tokens)))
+        )[:, None]
         assert torch.searchsorted(probs, at, right=True)[:, 0].tolist() == list(rollout.tokens)
 
 
@@ -92,8 +98,15 @@ def test_the_short_cut_around_the_chat_template_is_none(name, encoder, task):
     quick = PromptEncoder(tokenizer, task.template)
     assert (quick.frame is None) == (name in ("changes", "capitals"))
     texts = ["21*43", " 21*43 ", "1\n2", "<solve> right", "", "21*43"]
-    prompts = [Prompt(i, text) for i, text in enumerate(texts)] + [Prompt(9, "1*2", ({"role": "user", "content": "3*4"},))]
-    whole = [tokenizer.apply_chat_template([*p.before, {"role": "user", "content": p.text}], tokenize=False, add_generation_prompt=True) for p in prompts]
+    prompts = [Prompt(i, text) for i, text in enumerate(texts)] + [
+        Prompt(9, "1*2", ({"role": "user", "content": "3*4"},))
+    ]
+    whole = [
+        tokenizer.apply_chat_template(
+            [*p.before, {"role": "user", "content": p.text}], tokenize=False, add_generation_prompt=True
+        )
+        for p in prompts
+    ]
     expected = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in whole]
     assert quick.encode(prompts, [None] * len(prompts)) == expected
     assert quick.encode(prompts[::-1], [None] * len(prompts)) == expected[::-1]

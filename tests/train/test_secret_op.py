@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from opsd_kernels.train.envs.secret_op import PAIRS, PLUS, STAR, SecretOp, SecretOpAttempt, feedback_text, solution
+from opsd_kernels.train.envs.secret_op import (
+    PAIRS,
+    PLUS,
+    STAR,
+    SecretOp,
+    SecretOpAttempt,
+    feedback_text,
+    solution,
+)
 
 PROBLEM = 100 * 12 + 34  # 12 * 34 = 12 + 2 * 34 = 80
 
@@ -34,7 +42,15 @@ def test_an_env_is_one_attempt():
 
 @pytest.mark.parametrize(
     "kind, text",
-    [("answer", "080"), ("first", "0??"), ("first_two", "08?"), ("last", "??0"), ("marks", "010 right wrong right"), ("wrong", "wrong"), ("none", None)],
+    [
+        ("answer", "080"),
+        ("first", "0??"),
+        ("first_two", "08?"),
+        ("last", "??0"),
+        ("marks", "010 right wrong right"),
+        ("wrong", "wrong"),
+        ("none", None),
+    ],
 )
 def test_feedback_texts(kind, text):
     assert feedback_text(kind, PROBLEM, "080", "010", 0) == text
@@ -65,7 +81,11 @@ def test_warm_start_never_sees_the_held_out_problems_nor_the_rule_in_a_context()
     bare, privileged = task.warm_examples(np.random.default_rng(0), 4000, 0.5)
     forbidden = {*task.held_out, *task.untrained}
     assert not forbidden & {example.prompt.problem for example in (*bare, *privileged)}
-    assert all(example.answer == solution(example.prompt.problem) for example in bare if example.prompt.problem < PAIRS)
+    assert all(
+        example.answer == solution(example.prompt.problem)
+        for example in bare
+        if example.prompt.problem < PAIRS
+    )
     stars = [example for example in privileged if example.prompt.problem < PAIRS]
     assert len(stars) > 50
     right = sum(example.answer == solution(example.prompt.problem) for example in stars)

@@ -8,7 +8,14 @@ from opsd_kernels.train import sharding
 from opsd_kernels.train.config import ConfigError, TrainConfig
 from opsd_kernels.train.ranks import ALONE, Ranks, joined
 
-SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50, "pad_token_id": 0}
+SHAPE = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 50,
+    "pad_token_id": 0,
+}
 
 
 @pytest.mark.parametrize("shape", [
@@ -18,7 +25,10 @@ SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "nu
 ], ids=["llama", "tied", "embeddings"])  # fmt: skip
 def test_a_unit_is_a_block(shape):
     model = AutoModelForCausalLM.from_config(shape)
-    assert [type(block).__name__.removesuffix("DecoderLayer").removesuffix("Layer").lower() for block in sharding.blocks(model)] == [shape.model_type] * 2
+    assert [
+        type(block).__name__.removesuffix("DecoderLayer").removesuffix("Layer").lower()
+        for block in sharding.blocks(model)
+    ] == [shape.model_type] * 2
 
 
 def test_blocks_that_share_weights_stay_with_the_root():
@@ -47,5 +57,8 @@ def test_accelerates_own_fsdp_is_refused(monkeypatch):
     """Under it transformers loads the weights in the first process alone."""
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("ACCELERATE_USE_FSDP", "true")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="launcher: expected accelerate launch without --use_fsdp"), joined("cpu"):
+    with (
+        pytest.raises(ConfigError, match="launcher: expected accelerate launch without --use_fsdp"),
+        joined("cpu"),
+    ):
         pass

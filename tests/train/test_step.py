@@ -21,13 +21,17 @@ from opsd_kernels.train.types import NonFiniteLoss
 @pytest.fixture
 def rollouts(sampler, model, task):
     """Cut to lengths from 1 to 4: equal ones would hide a wrong normaliser."""
-    sampled = sampler.sample(model, task, requests([task.env(problem, 0).prompt() for problem in task.train[:5]], 3), 0)
+    sampled = sampler.sample(
+        model, task, requests([task.env(problem, 0).prompt() for problem in task.train[:5]], 3), 0
+    )
     return [replace(rollout, tokens=rollout.tokens[: 1 + index % 4]) for index, rollout in enumerate(sampled)]
 
 
 @pytest.fixture
 def batch(rollouts, encoder):
-    views = encoder.encode([rollout.prompt for rollout in rollouts], build_contexts(rollouts, TrainConfig(), 0))
+    views = encoder.encode(
+        [rollout.prompt for rollout in rollouts], build_contexts(rollouts, TrainConfig(), 0)
+    )
     return make_batch(rollouts, views, 0)
 
 
@@ -67,7 +71,11 @@ def test_loss_is_the_reverse_kl_of_the_two_views(model, batch, reduction):
         log_q = model.lm_head(hidden_states(model, batch.student)).log_softmax(-1)
         log_p = model.lm_head(hidden_states(model, batch.teacher)).detach().log_softmax(-1)
         kl_BT = (log_q.exp() * (log_q - log_p)).sum(-1) * batch.mask_BT
-        loss = kl_BT.sum() / batch.totals.tokens if reduction == "token_mean" else (kl_BT.sum(1) / batch.mask_BT.sum(1)).mean()
+        loss = (
+            kl_BT.sum() / batch.totals.tokens
+            if reduction == "token_mean"
+            else (kl_BT.sum(1) / batch.mask_BT.sum(1)).mean()
+        )
         loss.backward()
         return [loss, *(p.grad for p in model.parameters())]
 
@@ -103,20 +111,29 @@ def test_a_loss_that_is_not_finite_names_step_and_rows_and_changes_nothing(model
     config = settings()
     teacher = Copy(model, 0.1)
     token = batch.rollouts[7].tokens[0]
-    teacher.model.model.embed_tokens.weight.data[token] = torch.nan  # seen after the token, and wherever else it stands
+    teacher.model.model.embed_tokens.weight.data[token] = (
+        torch.nan
+    )  # seen after the token, and wherever else it stands
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(NonFiniteLoss, match=r"step 41: expected a finite loss .*prompt \d+, sample \d+, token \d+"):
+    with pytest.raises(
+        NonFiniteLoss, match=r"step 41: expected a finite loss .*prompt \d+, sample \d+, token \d+"
+    ):
         steps.optimisation_step(trainer(model, teacher, config), batch, config, 41)
     for parameter, old in zip(model.parameters(), before, strict=True):
         assert_same_bits(parameter.detach(), old.detach())
 
 
 def test_metrics_count_what_entered_the_loss(rollouts):
-    contexts = [None if rollout.sample == 0 else context for rollout, context in zip(rollouts, build_contexts(rollouts, TrainConfig(), 0), strict=True)]
+    contexts = [
+        None if rollout.sample == 0 else context
+        for rollout, context in zip(rollouts, build_contexts(rollouts, TrainConfig(), 0), strict=True)
+    ]
     metrics = steps.rollout_metrics(rollouts, contexts)
     tokens = [len(rollout.tokens) for rollout in rollouts]
     assert metrics["samples_in_loss"] == 10 / 15
-    assert metrics["tokens_in_loss"] == sum(n for n, rollout in zip(tokens, rollouts, strict=True) if rollout.sample) / sum(tokens)
+    assert metrics["tokens_in_loss"] == sum(
+        n for n, rollout in zip(tokens, rollouts, strict=True) if rollout.sample
+    ) / sum(tokens)
     assert metrics["completion_tokens"] == sum(tokens)
 
 
@@ -133,7 +150,9 @@ def test_metrics_count_what_the_teacher_read(model, rollouts, encoder, policy_we
     views[::4] = [None] * len(views[::4])
     batch = make_batch(rollouts, views, 0)
     config = TrainConfig(micro_batch=4, policy_weight=policy_weight)
-    update = steps.optimisation_step(trainer(copy.deepcopy(model), Copy(model, 0.0), config), batch, config, 1)
+    update = steps.optimisation_step(
+        trainer(copy.deepcopy(model), Copy(model, 0.0), config), batch, config, 1
+    )
     pairs = [(rollout, view) for rollout, view in zip(rollouts, views, strict=True) if view is not None]
     assert len(pairs) == 11
     assert steps.reading_metrics(update, batch) == {
@@ -144,7 +163,11 @@ def test_metrics_count_what_the_teacher_read(model, rollouts, encoder, policy_we
 
 @pytest.mark.parametrize(
     "attribute, value, field, expected",
-    [("logit_scale", 0.25, "logit_scale", 0.25), ("logits_scaling", 8.0, "logit_scale", 0.125), ("final_logit_softcapping", 30.0, "softcap", 30.0)],
+    [
+        ("logit_scale", 0.25, "logit_scale", 0.25),
+        ("logits_scaling", 8.0, "logit_scale", 0.125),
+        ("final_logit_softcapping", 30.0, "softcap", 30.0),
+    ],
 )
 def test_head_reads_scale_and_softcap(model, attribute, value, field, expected):
     assert (Head.of(model).logit_scale, Head.of(model).softcap) == (1.0, None)

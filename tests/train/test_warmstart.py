@@ -22,13 +22,20 @@ def progress():
 def test_made_once_and_the_same_again(config, task, progress, tmp_path):
     torch.set_num_threads(config.threads)
     first = warmstart.base_model(config, task, progress)
-    assert "supervised warm start" in progress.console.file.getvalue() or "cached" in progress.console.file.getvalue()
+    assert (
+        "supervised warm start" in progress.console.file.getvalue()
+        or "cached" in progress.console.file.getvalue()
+    )
     stamp = (first / "model.safetensors").stat().st_mtime_ns
     assert warmstart.base_model(config, task, progress) == first
     assert (first / "model.safetensors").stat().st_mtime_ns == stamp
     again = warmstart.base_model(dataclasses.replace(config, cache_dir=str(tmp_path)), task, progress)
     assert again.name == first.name and again != first
-    for a, b in zip(models.load_pretrained(again, config)[0].parameters(), models.load_pretrained(first, config)[0].parameters(), strict=True):
+    for a, b in zip(
+        models.load_pretrained(again, config)[0].parameters(),
+        models.load_pretrained(first, config)[0].parameters(),
+        strict=True,
+    ):
         assert_same_bits(a.detach(), b.detach())
 
 
@@ -61,7 +68,9 @@ def test_a_crash_leaves_no_cache(config, task, progress, tmp_path, monkeypatch):
 
 def test_not_getting_there_is_an_error(config, task, progress, tmp_path):
     config = dataclasses.replace(config, cache_dir=str(tmp_path), warm_accuracy=0.99, warm_max_steps=25)
-    with pytest.raises(RuntimeError, match=r"expected held-out accuracy 0.99 within warm_max_steps=25, got 0\.\d+"):
+    with pytest.raises(
+        RuntimeError, match=r"expected held-out accuracy 0.99 within warm_max_steps=25, got 0\.\d+"
+    ):
         warmstart.base_model(config, task, progress)
 
 
@@ -75,8 +84,14 @@ def test_success_probability_is_what_sampling_finds(config, task, encoder, sampl
         trainer._step(optimizer, generator)
     problems, samples = task.held_out[:200], 30
     exact = trainer.success_probability(problems)
-    asked = [Request(task.env(problem, 0).prompt(), group, sample) for group, problem in enumerate(problems) for sample in range(samples)]
-    found = sum(rollout.verdict.success for rollout in sampler.sample(model.eval(), task, asked, 0)) / len(asked)
+    asked = [
+        Request(task.env(problem, 0).prompt(), group, sample)
+        for group, problem in enumerate(problems)
+        for sample in range(samples)
+    ]
+    found = sum(rollout.verdict.success for rollout in sampler.sample(model.eval(), task, asked, 0)) / len(
+        asked
+    )
     deviation = (exact * (1 - exact) / len(asked)) ** 0.5
     assert exact > 0.0005
     assert abs(found - exact) <= 5 * deviation

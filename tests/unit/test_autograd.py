@@ -8,7 +8,14 @@ from torch.library import opcheck
 
 import opsd_kernels._core.library  # noqa: F401 - registers the ops
 from opsd_kernels import linear_divergence
-from opsd_kernels.testing import assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case, plain_outcomes
+from opsd_kernels.testing import (
+    assert_no_worse,
+    assert_on_target,
+    assert_same_bits,
+    evaluate,
+    hard_case,
+    plain_outcomes,
+)
 from opsd_kernels.testing.reference import linear_divergence_reference
 
 ROUTES = [{"reduction": "mean"}, {"reduction": "mean", "backward": "recompute"}, {"reduction": "none"}]
@@ -24,7 +31,10 @@ def leaves_of(case):
 def test_backward_twice_gives_the_same_gradients(backend, dtype, frozen_head, options):
     live = hard_case(29, 211, 24, dtype, shared_head=True, near=1e-2, frozen_head=frozen_head).leaves()
     loss = linear_divergence(*live.inputs(), **live.options(), **options, backend=backend)
-    first, second, last = (torch.autograd.grad(loss, leaves_of(live), torch.full_like(loss, 3.0), retain_graph=keep) for keep in (True, True, False))
+    first, second, last = (
+        torch.autograd.grad(loss, leaves_of(live), torch.full_like(loss, 3.0), retain_graph=keep)
+        for keep in (True, True, False)
+    )
     for one, two, three in zip(first, second, last, strict=True):
         assert_same_bits(two, one)
         assert_same_bits(three, one)
@@ -48,12 +58,17 @@ def test_gradients_accumulate_and_own_their_memory(backend, options):
 @pytest.mark.parametrize("options", ROUTES, ids=str)
 def test_two_runs_give_the_same_bits(backend, dtype, options):
     case = hard_case(67, 1003, 48, dtype)
-    assert_same_bits(*(evaluate(linear_divergence, case, backend=backend, divergence="jsd", **options) for _ in range(2)))
+    assert_same_bits(
+        *(evaluate(linear_divergence, case, backend=backend, divergence="jsd", **options) for _ in range(2))
+    )
 
 
 def test_inputs_are_left_alone(backend):
     case = hard_case(29, 211, 24)
-    before = {name: getattr(case, name).clone() for name in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight", "mask", "labels")}
+    before = {
+        name: getattr(case, name).clone()
+        for name in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight", "mask", "labels")
+    }
     evaluate(linear_divergence, case, backend=backend)
     for name, value in before.items():
         assert_same_bits(getattr(case, name), value)
@@ -68,7 +83,11 @@ def test_layouts_of_the_inputs(backend, layout):
         "expanded": lambda x: x[:1].expand_as(x),
         "every second": lambda x: torch.stack([x, x], 1).flatten(0, 1)[::2],
     }[layout]
-    names = ("student_hidden", "teacher_hidden") if layout == "expanded" else ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
+    names = (
+        ("student_hidden", "teacher_hidden")
+        if layout == "expanded"
+        else ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
+    )
     odd = replace(case, **{name: change(getattr(case, name)) for name in names})
     truth, plain = evaluate(linear_divergence_reference, odd.double()), plain_outcomes(odd)
     assert_no_worse(evaluate(linear_divergence, odd, backend=backend), plain, truth)
@@ -129,13 +148,21 @@ def recorded_calls(monkeypatch, run):
 @pytest.mark.parametrize("options", ROUTES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_opcheck(backend, monkeypatch, options, dtype):
-    case = replace(hard_case(13, 67, 8, dtype, padding=3, views=False), mask=None, labels=None, token_weights=None)
-    case = replace(case, student_hidden=torch.randn(13, 8).to(dtype), teacher_hidden=torch.randn(13, 8).to(dtype))
-    calls = recorded_calls(monkeypatch, lambda: evaluate(linear_divergence, case, backend=backend, return_stats=True, **options))
+    case = replace(
+        hard_case(13, 67, 8, dtype, padding=3, views=False), mask=None, labels=None, token_weights=None
+    )
+    case = replace(
+        case, student_hidden=torch.randn(13, 8).to(dtype), teacher_hidden=torch.randn(13, 8).to(dtype)
+    )
+    calls = recorded_calls(
+        monkeypatch, lambda: evaluate(linear_divergence, case, backend=backend, return_stats=True, **options)
+    )
     assert calls
     for op, args in calls:
         plain = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args)
-        opcheck(op.default, plain, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+        opcheck(
+            op.default, plain, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+        )
 
 
 @pytest.mark.slow
@@ -151,7 +178,10 @@ def test_compile_fullgraph(backend, options):
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
     ours, eager = evaluate(compiled, case), evaluate(loss_of, case)
     reference = {name: value for name, value in options.items() if name == "reduction"}
-    truth, plain = (evaluate(lambda *t, **n: 2 * linear_divergence_reference(*t, **n, **reference, divergence="jsd"), c) for c in (case.double(), case))
+    truth, plain = (
+        evaluate(lambda *t, **n: 2 * linear_divergence_reference(*t, **n, **reference, divergence="jsd"), c)
+        for c in (case.double(), case)
+    )
     assert_no_worse(ours, plain, truth)
     if options["reduction"] == "none":
         assert_same_bits(ours.loss, eager.loss)

@@ -38,9 +38,20 @@ def test_help_lists_the_commands_that_exist_and_leaves_slow_libraries_alone():
     slow = ("transformers", "matplotlib", "triton", "tensorboard")
     code = f"import sys\nfrom opsd_kernels.cli import main\ntry:\n    main()\nfinally:\n    print([m for m in {slow} if m in sys.modules], file=sys.stderr)"
     package = str(Path(opsd_kernels.__file__).parent.parent)
-    result = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, cwd=package, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, cwd=package, timeout=120
+    )
     assert (result.returncode, result.stderr) == (0, "[]\n")
-    assert re.findall(r"^  (\w+)  +[A-Z]", result.stdout, re.MULTILINE) == ["train", "report", "reproduce", "probe", "discover", "plan", "doctor", "bench"]
+    assert re.findall(r"^  (\w+)  +[A-Z]", result.stdout, re.MULTILINE) == [
+        "train",
+        "report",
+        "reproduce",
+        "probe",
+        "discover",
+        "plan",
+        "doctor",
+        "bench",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +86,22 @@ def test_a_mistake_ends_the_process_with_code_2(tmp_path):
 
 
 def test_plan_prints_the_planners_numbers():
-    options = ["-N", 2048, "-V", 32000, "--hidden", 512, "--teacher-hidden", 256, "--dtype", "fp32", "--two-heads", "--frozen", "--workspace", "64MiB"]
+    options = [
+        "-N",
+        2048,
+        "-V",
+        32000,
+        "--hidden",
+        512,
+        "--teacher-hidden",
+        256,
+        "--dtype",
+        "fp32",
+        "--two-heads",
+        "--frozen",
+        "--workspace",
+        "64MiB",
+    ]
     result = opsd("plan", *options, "--json")
     fields = {"shared_head": False, "trainable_head": False, "workspace_bytes": 64 << 20}
     expected = planner.plan(2048, 32000, 512, 256, cli.parse_dtype("float32"), **fields).as_dict()
@@ -84,7 +110,9 @@ def test_plan_prints_the_planners_numbers():
     assert str(expected["rows"]) in table and cli.readable("peak_bytes", expected["peak_bytes"]) in table
 
 
-@pytest.mark.parametrize("text, value", [("1024", 1024), ("256MiB", 256 << 20), ("1.5 GiB", 3 << 29), ("2kb", 2000)])
+@pytest.mark.parametrize(
+    "text, value", [("1024", 1024), ("256MiB", 256 << 20), ("1.5 GiB", 3 << 29), ("2kb", 2000)]
+)
 def test_byte_sizes(text, value):
     assert cli.parse_bytes(text) == value
 
@@ -99,7 +127,10 @@ def test_doctor_tells_every_backend_with_its_reason(monkeypatch):
     assert all(variable.name in words for variable in env.VARIABLES) and "'tirton'" in words
 
 
-@pytest.mark.parametrize("variable, value, getter", [("OPSD_BACKEND", "tirton", env.backend), ("OPSD_WORKSPACE_BYTES", "1GiB", env.workspace_bytes)])
+@pytest.mark.parametrize(
+    "variable, value, getter",
+    [("OPSD_BACKEND", "tirton", env.backend), ("OPSD_WORKSPACE_BYTES", "1GiB", env.workspace_bytes)],
+)
 def test_environment_errors_name_the_variable(monkeypatch, variable, value, getter):
     monkeypatch.setenv(variable, value)
     with pytest.raises(ValueError, match=f"{variable}: expected .*'{value}'"):
@@ -114,7 +145,10 @@ def test_without_typer_the_command_names_the_extra(tmp_path):
     code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {package!r}]; from opsd_kernels.cli import main"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 1
-    assert result.stderr == "opsd: error: the command line needs typer: pip install 'opsd_kernels[cli]' (or [train] for opsd train)\n"
+    assert (
+        result.stderr
+        == "opsd: error: the command line needs typer: pip install 'opsd_kernels[cli]' (or [train] for opsd train)\n"
+    )
 
 
 BARE = """
@@ -135,21 +169,30 @@ main()
 def run_bare(*arguments: str) -> subprocess.CompletedProcess:
     """`opsd` where only torch and numpy are installed."""
     package = str(Path(opsd_kernels.__file__).parent.parent)
-    return subprocess.run([sys.executable, "-c", BARE, *arguments], capture_output=True, text=True, cwd=package, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", BARE, *arguments], capture_output=True, text=True, cwd=package, timeout=120
+    )
 
 
 def test_doctor_runs_on_the_bare_package():
     result = run_bare("doctor")
     assert (result.returncode, result.stderr) == (0, "")
     assert all(variable.name in result.stdout for variable in env.VARIABLES)
-    assert re.search(r"^  torch +\d", result.stdout, re.MULTILINE) and re.search(r"^  triton +triton is not installed$", result.stdout, re.MULTILINE)
-    assert [line for line in result.stdout.splitlines() if line and line[0] != " "] == [section.title for section in doctor.sections()]
+    assert re.search(r"^  torch +\d", result.stdout, re.MULTILINE) and re.search(
+        r"^  triton +triton is not installed$", result.stdout, re.MULTILINE
+    )
+    assert [line for line in result.stdout.splitlines() if line and line[0] != " "] == [
+        section.title for section in doctor.sections()
+    ]
 
 
 def test_other_commands_name_the_extra_on_the_bare_package():
     result = run_bare("plan")
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "opsd: error: the command line needs typer: pip install 'opsd_kernels[cli]' (or [train] for opsd train)\n"
+    assert (
+        result.stderr
+        == "opsd: error: the command line needs typer: pip install 'opsd_kernels[cli]' (or [train] for opsd train)\n"
+    )
 
 
 def test_resume_command_can_be_typed(monkeypatch):
@@ -188,7 +231,9 @@ def test_a_run_that_ends_early_says_how_and_what_to_do(monkeypatch, tmp_path, er
 def test_settings_come_from_file_then_overrides_and_on_resume_from_the_run(monkeypatch, tmp_path):
     seen = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "train", lambda config, out, resume: seen.append((config.steps, config.seed, out, resume)))
+    monkeypatch.setattr(
+        loop, "train", lambda config, out, resume: seen.append((config.steps, config.seed, out, resume))
+    )
     Path("my.yaml").write_text("steps: 7\nseed: 1\n")
     Path("run").mkdir()
     Path("run/config.json").write_text('{"steps": 9, "seed": 2}')

@@ -38,7 +38,11 @@ def logits(dtype):
 @pytest.mark.parametrize("wide", [False, True], ids=["own dtype", "fp32"])
 def test_logits(dtype, wide):
     with FakeTensorMode():
-        hidden, weight, out = on_cuda(C, H, dtype=dtype), on_cuda(V, H, dtype=dtype), logits(torch.float32 if wide else dtype)
+        hidden, weight, out = (
+            on_cuda(C, H, dtype=dtype),
+            on_cuda(V, H, dtype=dtype),
+            logits(torch.float32 if wide else dtype),
+        )
         with Gemms() as gemms:
             gemm.project(hidden, weight, out)
     ((function, args, kwargs),) = gemms.noted
@@ -59,9 +63,12 @@ def test_head_gradient_goes_into_its_accumulator(dtype, first):
     narrow = dtype != torch.float32
     assert (
         function
-        == {(True, True): aten.mm.dtype_out, (True, False): aten.mm.out, (False, True): aten.addmm.dtype_out, (False, False): aten.addmm_.default}[
-            first, narrow
-        ]
+        == {
+            (True, True): aten.mm.dtype_out,
+            (True, False): aten.mm.out,
+            (False, True): aten.addmm.dtype_out,
+            (False, False): aten.addmm_.default,
+        }[first, narrow]
     )
     assert kwargs.get("out", args[0]) is dW
     assert first or args[0] is dW

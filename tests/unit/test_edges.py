@@ -8,7 +8,16 @@ import torch
 
 from opsd_kernels import linear_divergence
 from opsd_kernels.spec import KIND_NAMES
-from opsd_kernels.testing import Case, assert_no_worse, assert_on_target, assert_one_rounding, assert_same_bits, evaluate, hard_case, plain_outcomes
+from opsd_kernels.testing import (
+    Case,
+    assert_no_worse,
+    assert_on_target,
+    assert_one_rounding,
+    assert_same_bits,
+    evaluate,
+    hard_case,
+    plain_outcomes,
+)
 from opsd_kernels.testing.reference import linear_divergence_reference
 
 DIVERGENCES = tuple(KIND_NAMES)
@@ -25,7 +34,10 @@ def zeros(outcome) -> bool:
 @pytest.mark.parametrize("frozen_head", [True, False], ids=["frozen", "trainable"])
 def test_zero_tokens(backend, leading, frozen_head):
     case = hard_case(4, 17, 6, frozen_head=frozen_head, bias=True)
-    empty = {name: getattr(case, name)[:0].reshape(*leading, *getattr(case, name).shape[1:]) for name in ("student_hidden", "teacher_hidden")}
+    empty = {
+        name: getattr(case, name)[:0].reshape(*leading, *getattr(case, name).shape[1:])
+        for name in ("student_hidden", "teacher_hidden")
+    }
     case = replace(case, **empty, mask=None, labels=None, token_weights=None)
     for reduction in ("mean", "sum", "none") + (("sequence_mean",) if len(leading) == 2 else ()):
         outcome = evaluate(linear_divergence, case, reduction=reduction, backend=backend)
@@ -38,27 +50,55 @@ def test_zero_tokens(backend, leading, frozen_head):
 @pytest.mark.parametrize("by", ["mask", "labels"])
 def test_nothing_valid_is_zero_and_still_in_the_graph(backend, reduction, by):
     case = hard_case(12, 17, 6, batch=3)
-    case = replace(case, **({"mask": torch.zeros(3, 4)} if by == "mask" else {"labels": torch.full((3, 4), -100)}))
+    case = replace(
+        case, **({"mask": torch.zeros(3, 4)} if by == "mask" else {"labels": torch.full((3, 4), -100)})
+    )
     for trainable in (("student_hidden",), case.trainable):
-        outcome = evaluate(linear_divergence, replace(case, trainable=trainable), reduction=reduction, backend=backend)
+        outcome = evaluate(
+            linear_divergence, replace(case, trainable=trainable), reduction=reduction, backend=backend
+        )
         assert zeros(outcome), outcome
     live = case.leaves()
-    assert linear_divergence(*live.inputs(), **live.options(), reduction=reduction, backend=backend).requires_grad
+    assert linear_divergence(
+        *live.inputs(), **live.options(), reduction=reduction, backend=backend
+    ).requires_grad
 
 
 def test_a_vocabulary_of_one(backend):
     """One entry has probability 1 on both sides: every divergence and gradient is 0, up to the rounding of a row."""
     for shared_head in (False, True):
         for divergence in DIVERGENCES:
-            outcome = evaluate(linear_divergence, hard_case(7, 1, 3, shared_head=shared_head), divergence=divergence, reduction="none", backend=backend)
+            outcome = evaluate(
+                linear_divergence,
+                hard_case(7, 1, 3, shared_head=shared_head),
+                divergence=divergence,
+                reduction="none",
+                backend=backend,
+            )
             assert_one_rounding(outcome.loss, torch.zeros(7), torch.float32, name=divergence)
-            assert_one_rounding(outcome.student_bias, torch.zeros(1), torch.float32, magnitude=3 * 40 * 7, name=f"{divergence}, sum of seven rows")
+            assert_one_rounding(
+                outcome.student_bias,
+                torch.zeros(1),
+                torch.float32,
+                magnitude=3 * 40 * 7,
+                name=f"{divergence}, sum of seven rows",
+            )
 
 
 def test_a_single_token_without_a_leading_dimension(backend):
     case = hard_case(1, 17, 6, views=False)
-    flat = replace(case, student_hidden=case.student_hidden[0], teacher_hidden=case.teacher_hidden[0], mask=None, labels=None, token_weights=None)
-    ours, truth = evaluate(linear_divergence, flat, reduction="none", backend=backend), evaluate(linear_divergence_reference, flat.double(), reduction="none")
+    flat = replace(
+        case,
+        student_hidden=case.student_hidden[0],
+        teacher_hidden=case.teacher_hidden[0],
+        mask=None,
+        labels=None,
+        token_weights=None,
+    )
+    ours, truth = (
+        evaluate(linear_divergence, flat, reduction="none", backend=backend),
+        evaluate(linear_divergence_reference, flat.double(), reduction="none"),
+    )
     assert ours.loss.shape == () and ours.student_hidden.shape == (6,)
     assert_no_worse(ours, evaluate(linear_divergence_reference, flat, reduction="none"), truth)
 
@@ -74,11 +114,23 @@ def test_ignored_tokens_influence_nothing(backend, divergence, rubbish):
     keep = (case.mask != 0) & (case.labels != -100)
 
     def holding(value: float):
-        filled = [torch.where(keep.view(-1, *[1] * (x.dim() - 1)), x, value) for x in (case.student_hidden, -case.teacher_hidden, case.token_weights)]
-        return replace(case, **dict(zip(("student_hidden", "teacher_hidden", "token_weights"), filled, strict=True)))
+        filled = [
+            torch.where(keep.view(-1, *[1] * (x.dim() - 1)), x, value)
+            for x in (case.student_hidden, -case.teacher_hidden, case.token_weights)
+        ]
+        return replace(
+            case, **dict(zip(("student_hidden", "teacher_hidden", "token_weights"), filled, strict=True))
+        )
 
-    for options in ({"reduction": "mean"}, {"reduction": "sum", "backward": "recompute"}, {"reduction": "none"}):
-        spoilt, harmless = (evaluate(linear_divergence, holding(value), divergence=divergence, backend=backend, **options) for value in (rubbish, 0.5))
+    for options in (
+        {"reduction": "mean"},
+        {"reduction": "sum", "backward": "recompute"},
+        {"reduction": "none"},
+    ):
+        spoilt, harmless = (
+            evaluate(linear_divergence, holding(value), divergence=divergence, backend=backend, **options)
+            for value in (rubbish, 0.5)
+        )
         assert_same_bits(spoilt, harmless)
         assert_same_bits(spoilt.student_hidden[~keep], torch.zeros(2, 8))
         assert all(value.isfinite().all() for _, value in spoilt.named())
@@ -86,19 +138,30 @@ def test_ignored_tokens_influence_nothing(backend, divergence, rubbish):
     tokens = holding(rubbish)
     per_token = ("student_hidden", "teacher_hidden", "mask", "labels", "token_weights")
     packed = replace(tokens, **{name: getattr(tokens, name)[keep] for name in per_token})
-    assert_same_bits(spoilt.loss[keep], evaluate(linear_divergence, packed, divergence=divergence, backend=backend, reduction="none").loss)
+    assert_same_bits(
+        spoilt.loss[keep],
+        evaluate(linear_divergence, packed, divergence=divergence, backend=backend, reduction="none").loss,
+    )
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.int64, torch.float32, torch.uint8], ids=str)
 def test_masks_of_any_type(backend, kind):
     case = hard_case(12, 67, 8)
-    assert_same_bits(*(evaluate(linear_divergence, replace(case, mask=mask), backend=backend) for mask in (case.mask.to(kind), case.mask)))
+    assert_same_bits(
+        *(
+            evaluate(linear_divergence, replace(case, mask=mask), backend=backend)
+            for mask in (case.mask.to(kind), case.mask)
+        )
+    )
 
 
 def test_ignore_index_may_be_a_token(backend):
     case = hard_case(12, 67, 8)
     as_pad = replace(case, labels=torch.where(case.labels == -100, 66, case.labels))
-    assert_same_bits(evaluate(linear_divergence, as_pad, ignore_index=66, backend=backend), evaluate(linear_divergence, case, backend=backend))
+    assert_same_bits(
+        evaluate(linear_divergence, as_pad, ignore_index=66, backend=backend),
+        evaluate(linear_divergence, case, backend=backend),
+    )
 
 
 def test_a_weight_of_zero_still_counts_as_a_token(backend):
@@ -116,7 +179,12 @@ def test_a_weight_of_zero_still_counts_as_a_token(backend):
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_an_entry_that_only_the_student_has(backend, divergence, reduction):
     """Teacher -inf at a probable token: +inf for KL(student || teacher), finite and exact for the others."""
-    case = replace(hard_case(9, 67, 8, masked_entry="teacher", largest_logit=6.0), labels=None, mask=None, token_weights=None)
+    case = replace(
+        hard_case(9, 67, 8, masked_entry="teacher", largest_logit=6.0),
+        labels=None,
+        mask=None,
+        token_weights=None,
+    )
     case.student_hidden.copy_(case.student_hidden.nan_to_num(0.5, 0.5, 0.5))
     case.teacher_hidden.copy_(case.teacher_hidden.nan_to_num(0.5, 0.5, 0.5))
     if divergence == "reverse_kl":
@@ -124,7 +192,10 @@ def test_an_entry_that_only_the_student_has(backend, divergence, reduction):
         assert (loss == math.inf).all(), loss
         return
     options = {"divergence": divergence, "reduction": reduction, "beta": 0.4}
-    truth, plain = evaluate(linear_divergence_reference, case.double(), **options), plain_outcomes(case, **options)
+    truth, plain = (
+        evaluate(linear_divergence_reference, case.double(), **options),
+        plain_outcomes(case, **options),
+    )
     assert all(value.isfinite().all() for _, value in truth.named())
     assert_no_worse(evaluate(linear_divergence, case, **options, backend=backend), plain, truth)
 
@@ -143,9 +214,15 @@ def test_an_infinite_token_of_weight_zero_spoils_nothing(backend):
 @pytest.mark.parametrize("normalizer", [1.0, 1e6])
 def test_fp16_gradients_do_not_underflow_inside(backend, normalizer):
     """Loss scaling: gradients of 1e-6 per logit times a loss scale of 1e6 must come out, though 1e-6 * 1e-2 is nothing in fp16."""
-    case = replace(hard_case(64, 1003, 32, torch.float16, shared_head=True, near=1e-3, largest_logit=6.0), upstream=normalizer)
+    case = replace(
+        hard_case(64, 1003, 32, torch.float16, shared_head=True, near=1e-3, largest_logit=6.0),
+        upstream=normalizer,
+    )
     options = {"reduction": "mean", "normalizer": normalizer}
-    ours, truth = (evaluate(op, c, **options) for op, c in ((linear_divergence, case), (linear_divergence_reference, case.double())))
+    ours, truth = (
+        evaluate(op, c, **options)
+        for op, c in ((linear_divergence, case), (linear_divergence_reference, case.double()))
+    )
     assert_on_target(replace(ours, student_bias=None), replace(truth, student_bias=None), "default")
 
 
@@ -160,7 +237,12 @@ def test_fp16_does_not_overflow_inside(backend):
 def test_one_hot_rows_at_the_edge_of_bf16(backend):
     """Logits of 3e4: every probability is 0 or 1, and nothing is NaN."""
     eye = torch.eye(4)
-    case = Case((eye * 3e4).to(torch.bfloat16), eye.to(torch.bfloat16), (eye.roll(1, 0) * 3e4).to(torch.bfloat16), eye.to(torch.bfloat16))
+    case = Case(
+        (eye * 3e4).to(torch.bfloat16),
+        eye.to(torch.bfloat16),
+        (eye.roll(1, 0) * 3e4).to(torch.bfloat16),
+        eye.to(torch.bfloat16),
+    )
     for divergence in DIVERGENCES:
         truth = evaluate(linear_divergence_reference, case.double(), divergence=divergence)
         ours = evaluate(linear_divergence, case, divergence=divergence, backend=backend)

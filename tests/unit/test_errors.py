@@ -19,7 +19,10 @@ def call(*, drop=(), **changes):
         "teacher_weight": torch.randn(V, H, generator=gen),
     }
     arguments.update(changes)
-    tensors = [arguments.pop(name) for name in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")]
+    tensors = [
+        arguments.pop(name)
+        for name in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
+    ]
     return linear_divergence(*tensors, **arguments)
 
 
@@ -28,6 +31,8 @@ def ids(cases):
 
 
 LABELS = torch.zeros(N, dtype=torch.int64)
+
+
 # (changed arguments, type of the error, what its message contains)
 class Weighting:
     """A user's object."""
@@ -54,9 +59,21 @@ BAD = [
     ({"vocab_size": V + 1}, ValueError, ["vocab_size", str(V), str(V + 1)]),
     ({"vocab_size": 0}, ValueError, ["vocab_size", "0"]),
     ({"vocab_size": 3.5}, TypeError, ["vocab_size", "int", "float"]),
-    ({"student_hidden": torch.zeros(N, H, dtype=torch.int64)}, TypeError, ["student_hidden", "float32", "int64"]),
-    ({"student_weight": torch.zeros(V, H, dtype=torch.float64)}, TypeError, ["student_weight", "float32", "float64"]),
-    ({"teacher_hidden": torch.zeros(N, H, dtype=torch.bfloat16)}, TypeError, ["teacher_hidden", "float32", "bfloat16"]),
+    (
+        {"student_hidden": torch.zeros(N, H, dtype=torch.int64)},
+        TypeError,
+        ["student_hidden", "float32", "int64"],
+    ),
+    (
+        {"student_weight": torch.zeros(V, H, dtype=torch.float64)},
+        TypeError,
+        ["student_weight", "float32", "float64"],
+    ),
+    (
+        {"teacher_hidden": torch.zeros(N, H, dtype=torch.bfloat16)},
+        TypeError,
+        ["teacher_hidden", "float32", "bfloat16"],
+    ),
     ({"teacher_weight": torch.zeros(V, H, device="meta")}, ValueError, ["teacher_weight", "cpu", "meta"]),
     ({"mask": torch.ones(N, device="meta")}, ValueError, ["mask", "cpu", "meta"]),
     ({"student_bias": torch.zeros(V, dtype=torch.int32)}, TypeError, ["student_bias", "int32"]),
@@ -110,10 +127,25 @@ BAD = [
     ({"topk": 2, "topk_tail": "drop"}, ValueError, ["topk_tail", "'renormalize'", "'drop'"]),
     ({"token_weights": lambda stats, mask: mask}, TypeError, ["token_weights", "scope", "function"]),
     ({"token_weights": Weighting("token")}, ValueError, ["token_weights.scope", "'row'", "'token'"]),
-    ({"token_weights": Weighting("row", lambda mask: mask)}, TypeError, ["token_weights", "floating-point", "bool"]),
-    ({"token_weights": Weighting("index", lambda mask: torch.ones(3))}, ValueError, ["token_weights", "(1, 5)", "(3,)"]),
+    (
+        {"token_weights": Weighting("row", lambda mask: mask)},
+        TypeError,
+        ["token_weights", "floating-point", "bool"],
+    ),
+    (
+        {"token_weights": Weighting("index", lambda mask: torch.ones(3))},
+        ValueError,
+        ["token_weights", "(1, 5)", "(3,)"],
+    ),
     ({"token_weights": weights.TrustGate(0.5)}, ValueError, ["labels", "TrustGate"]),
-    ({"token_weights": weights.ImportanceRatio(torch.zeros(7)), "labels": torch.zeros(5, dtype=torch.int64)}, ValueError, ["old_logprobs", "(1, 5)", "(7,)"]),
+    (
+        {
+            "token_weights": weights.ImportanceRatio(torch.zeros(7)),
+            "labels": torch.zeros(5, dtype=torch.int64),
+        },
+        ValueError,
+        ["old_logprobs", "(1, 5)", "(7,)"],
+    ),
     ({"backend": "cuda"}, ValueError, ["backend", "cuda"]),
 ]
 
@@ -127,7 +159,9 @@ def test_bad_arguments(changes, error, parts):
 
 
 def test_a_group_is_a_process_group_or_a_shard():
-    with pytest.raises(TypeError, match="group: expected a torch.distributed process group, a VocabShard or None, got object"):
+    with pytest.raises(
+        TypeError, match="group: expected a torch.distributed process group, a VocabShard or None, got object"
+    ):
         call(group=object())
 
 
@@ -140,7 +174,12 @@ def test_in_forward_cannot_know_a_later_gradient():
 def test_an_absent_backend_says_why(monkeypatch):
     from opsd_kernels._rows import backends
 
-    broken = tuple(backends.Backend(b.name, b.module, lambda device, dtype: "no compiler was there") if b.name == "cpp" else b for b in backends.BACKENDS)
+    broken = tuple(
+        backends.Backend(b.name, b.module, lambda device, dtype: "no compiler was there")
+        if b.name == "cpp"
+        else b
+        for b in backends.BACKENDS
+    )
     monkeypatch.setattr(backends, "BACKENDS", broken)
     with pytest.raises(ValueError, match=r"backend.*'cpp'.*no compiler was there"):
         call(backend="cpp")
@@ -177,7 +216,13 @@ def test_plan_refuses_what_no_call_could_be(changes, error, parts):
         assert part in str(caught.value), f"{part!r} is not in: {caught.value}"
 
 
-@pytest.mark.parametrize("options, expected", [({"masked_entry": "student"}, "masked_entry"), ({"shared_head": True, "teacher_width": 9}, "teacher_width")])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"masked_entry": "student"}, "masked_entry"),
+        ({"shared_head": True, "teacher_width": 9}, "teacher_width"),
+    ],
+)
 def test_hard_case_refuses_what_it_cannot_make(options, expected):
     with pytest.raises(ValueError, match=expected):
         hard_case(4, 7, 3, **options)

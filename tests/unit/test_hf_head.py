@@ -25,7 +25,9 @@ HEADS = {
 def tiny(kind):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**{**SHAPE, **HEADS[kind]}))
+        return getattr(transformers, f"{kind}ForCausalLM")(
+            getattr(transformers, f"{kind}Config")(**{**SHAPE, **HEADS[kind]})
+        )
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -40,17 +42,30 @@ def test_head_and_trunk_give_the_logits(kind):
 def test_a_head_that_is_not_read_right_is_refused():
     cohere = tiny("Cohere")
     cohere.logit_scale = 0.5  # not what its config says
-    bert = transformers.BertLMHeadModel(transformers.BertConfig(**{k: v for k, v in SHAPE.items() if "key_value" not in k}, is_decoder=True))
+    bert = transformers.BertLMHeadModel(
+        transformers.BertConfig(**{k: v for k, v in SHAPE.items() if "key_value" not in k}, is_decoder=True)
+    )
     for model in (cohere, bert):
-        with pytest.raises(ValueError, match="^teacher_model: expected logits that are a linear head over the trunk.*off by"):
+        with pytest.raises(
+            ValueError, match="^teacher_model: expected logits that are a linear head over the trunk.*off by"
+        ):
             check_head("teacher_model", model)
 
 
 def test_sides_are_named_as_the_arguments_are():
     head, hidden = Head(torch.ones(3, 2), torch.zeros(3), 0.5, None), torch.ones(1, 2)
-    got = on_heads(lambda *operands, **options: (operands, options), {"student": (hidden, head), "teacher": (hidden, head)}, teacher_softcap=4.0, mask=None)
+    got = on_heads(
+        lambda *operands, **options: (operands, options),
+        {"student": (hidden, head), "teacher": (hidden, head)},
+        teacher_softcap=4.0,
+        mask=None,
+    )
     assert len(got[0]) == 4 and got[1] == {
         "student_bias": head.bias, "student_logit_scale": 0.5, "student_softcap": None,
         "teacher_bias": head.bias, "teacher_logit_scale": 0.5, "teacher_softcap": 4.0, "mask": None,
     }  # fmt: skip
-    assert on_heads(lambda *operands, **options: sorted(options), {"": (hidden, head)}) == ["bias", "logit_scale", "softcap"]
+    assert on_heads(lambda *operands, **options: sorted(options), {"": (hidden, head)}) == [
+        "bias",
+        "logit_scale",
+        "softcap",
+    ]

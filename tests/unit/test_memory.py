@@ -16,6 +16,7 @@ def cpp():
     if reason := backends.explain("cpu")["cpp"]:
         pytest.skip(reason)
 
+
 CALL = """
 def make(N, V, H, name, budget, backend):
     import torch
@@ -41,10 +42,14 @@ def assert_as_planned(backend: str, N: int, dtype: torch.dtype, threads: int) ->
     peak = peak_bytes(CALL, N, V, H, str(dtype).removeprefix("torch."), BUDGET, backend, threads=threads)
     gradients = expected.gradient_bytes
     above = peak - gradients - expected.vector_bytes
-    assert above <= BUDGET, f"{above / 2**20:.1f} MiB above inputs, outputs and gradients; budget {BUDGET / 2**20:.0f} MiB"
+    assert above <= BUDGET, (
+        f"{above / 2**20:.1f} MiB above inputs, outputs and gradients; budget {BUDGET / 2**20:.0f} MiB"
+    )
     off = expected.peak_bytes / peak - 1
     slack = (expected.scratch_bytes - SCRATCH_OF_TWO) / peak  # more threads: scratch is an upper estimate
-    assert -0.05 <= off <= 0.05 + slack, f"planned {expected.peak_bytes / 2**20:.1f} MiB, measured {peak / 2**20:.1f} MiB ({off:+.1%})"
+    assert -0.05 <= off <= 0.05 + slack, (
+        f"planned {expected.peak_bytes / 2**20:.1f} MiB, measured {peak / 2**20:.1f} MiB ({off:+.1%})"
+    )
 
 
 @pytest.mark.slow
@@ -103,4 +108,6 @@ def test_dialects_stay_in_the_budget(cpp, dialect):
     N = 2048
     peak = peak_bytes(DIALECTS, N, V, H, dialect, BUDGET)
     above = peak - 4 * (N + V) * H - plan(N, V, H, dtype=torch.float32, workspace_bytes=BUDGET).vector_bytes
-    assert above <= BUDGET, f"{above / 2**20:.1f} MiB above inputs, outputs and gradients; budget {BUDGET / 2**20:.0f} MiB"
+    assert above <= BUDGET, (
+        f"{above / 2**20:.1f} MiB above inputs, outputs and gradients; budget {BUDGET / 2**20:.0f} MiB"
+    )

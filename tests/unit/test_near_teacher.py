@@ -8,7 +8,15 @@ import torch
 
 from opsd_kernels import linear_divergence
 from opsd_kernels.spec import KIND_NAMES
-from opsd_kernels.testing import Case, Outcome, assert_no_worse, assert_on_target, evaluate, hard_case, plain_outcomes
+from opsd_kernels.testing import (
+    Case,
+    Outcome,
+    assert_no_worse,
+    assert_on_target,
+    evaluate,
+    hard_case,
+    plain_outcomes,
+)
 from opsd_kernels.testing.reference import linear_divergence_reference
 
 KLS = (2.0, 1e-1, 1e-2, 1e-3, 1e-4)
@@ -18,7 +26,18 @@ WIDTHS = {"normal": 4.0, "wide": 16.0}
 @functools.cache
 def curve_case(kl: float, width: str, dtype: torch.dtype, shared_head: bool) -> Case:
     """A case whose float64 KL is what it says: rounding hidden states to 16 bits moves the teacher, too."""
-    case = hard_case(48, 2048, 64, dtype, shared_head=shared_head, near=kl, largest_logit=WIDTHS[width], widths=(1.0,), bias=False, seed=1)
+    case = hard_case(
+        48,
+        2048,
+        64,
+        dtype,
+        shared_head=shared_head,
+        near=kl,
+        largest_logit=WIDTHS[width],
+        widths=(1.0,),
+        bias=False,
+        seed=1,
+    )
     case = replace(case, token_weights=None)
     actual = evaluate(linear_divergence_reference, case.double(), divergence="forward_kl").loss.item()
     assert kl / 2 < actual < 2 * kl, f"the case stands at KL {actual}, not {kl}"
@@ -27,7 +46,10 @@ def curve_case(kl: float, width: str, dtype: torch.dtype, shared_head: bool) -> 
 
 def off_kinks(case: Case) -> Case:
     """TVD's gradient jumps where p = q: leave out tokens that have a probable entry there, whose gradient is anyone's."""
-    s, t = (h.double() @ w.double().T for h, w in ((case.student_hidden, case.student_weight), (case.teacher_hidden, case.teacher_weight)))
+    s, t = (
+        h.double() @ w.double().T
+        for h, w in ((case.student_hidden, case.student_weight), (case.teacher_hidden, case.teacher_weight))
+    )
     delta, q = t.log_softmax(-1) - s.log_softmax(-1), s.softmax(-1)
     jump = (q * (delta.abs() < 0.05 * (q * delta**2).sum(-1, keepdim=True).sqrt())).amax(-1)
     keep = jump < 0.01
@@ -36,7 +58,9 @@ def off_kinks(case: Case) -> Case:
 
 
 @functools.cache
-def judged(kl: float, width: str, dtype: torch.dtype, shared_head: bool, divergence: str) -> tuple[Case, Outcome]:
+def judged(
+    kl: float, width: str, dtype: torch.dtype, shared_head: bool, divergence: str
+) -> tuple[Case, Outcome]:
     """(case, truth)."""
     case = curve_case(kl, width, dtype, shared_head)
     case = off_kinks(case) if divergence == "tvd" else case
@@ -49,7 +73,11 @@ def judged(kl: float, width: str, dtype: torch.dtype, shared_head: bool, diverge
 def test_bf16_shared_head(backend, kl, width, divergence):
     case, truth = judged(kl, width, torch.bfloat16, True, divergence)
     for options, target in (({}, "default"), ({"logits_dtype": torch.float32}, "fp32_logits")):
-        assert_on_target(evaluate(linear_divergence, case, divergence=divergence, backend=backend, **options), truth, target)
+        assert_on_target(
+            evaluate(linear_divergence, case, divergence=divergence, backend=backend, **options),
+            truth,
+            target,
+        )
 
 
 @pytest.mark.parametrize("divergence", KIND_NAMES)
@@ -58,7 +86,9 @@ def test_bf16_shared_head(backend, kl, width, divergence):
 def test_bf16_two_heads(backend, kl, width, divergence):
     """Equal heads that the op cannot know to be equal: the default keeps fp32 logits, and meets their target."""
     case, truth = judged(kl, width, torch.bfloat16, False, divergence)
-    assert_on_target(evaluate(linear_divergence, case, divergence=divergence, backend=backend), truth, "fp32_logits")
+    assert_on_target(
+        evaluate(linear_divergence, case, divergence=divergence, backend=backend), truth, "fp32_logits"
+    )
 
 
 @pytest.mark.parametrize("divergence", KIND_NAMES)
@@ -68,7 +98,9 @@ def test_fp32(backend, kl, shared_head, divergence):
     for width in WIDTHS:
         case, truth = judged(kl, width, torch.float32, shared_head, divergence)
         plain = plain_outcomes(case, divergence=divergence)
-        assert_no_worse(evaluate(linear_divergence, case, divergence=divergence, backend=backend), plain, truth)
+        assert_no_worse(
+            evaluate(linear_divergence, case, divergence=divergence, backend=backend), plain, truth
+        )
 
 
 def test_the_curve_can_fail():
@@ -77,7 +109,9 @@ def test_the_curve_can_fail():
 
     def rounded_pair(student_hidden, student_weight, teacher_hidden, teacher_weight, **options):
         identity = torch.eye(student_weight.shape[0], dtype=torch.float32)
-        s, t = ((h @ w.T).float() for h, w in ((student_hidden, student_weight), (teacher_hidden, teacher_weight)))
+        s, t = (
+            (h @ w.T).float() for h, w in ((student_hidden, student_weight), (teacher_hidden, teacher_weight))
+        )
         return linear_divergence_reference(s, identity, t, identity, **options)
 
     with pytest.raises(AssertionError, match="gradient of student_hidden: relative error"):

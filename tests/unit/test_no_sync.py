@@ -22,14 +22,26 @@ B, T, V, H = 4, 7, 67, 24
 # What waits for a GPU: a value on the host, a shape that depends on values, a tensor made from Python numbers (a copy from pageable memory).
 WAITS = {
     *(aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.equal, aten.allclose),
-    *(aten.nonzero, aten.masked_select, aten.unique_dim, aten._unique2, aten.unique_consecutive, aten.bincount, aten.repeat_interleave, aten.histc),
+    *(
+        aten.nonzero,
+        aten.masked_select,
+        aten.unique_dim,
+        aten._unique2,
+        aten.unique_consecutive,
+        aten.bincount,
+        aten.repeat_interleave,
+        aten.histc,
+    ),
     *(aten.lift_fresh, aten.lift_fresh_copy, aten.lift),
 }
 INDEXING = (aten.index, aten.index_put, aten.index_put_)
 
 
 READS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu)  # on a CPU the first two call no operator
-OURS = {torch.ops.opsd_kernels.linear_divergence: library._forward, torch.ops.opsd_kernels.linear_divergence_backward: library._backward}
+OURS = {
+    torch.ops.opsd_kernels.linear_divergence: library._forward,
+    torch.ops.opsd_kernels.linear_divergence_backward: library._backward,
+}
 
 
 class Reads(TorchFunctionMode):
@@ -62,7 +74,11 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, packet = kwargs or {}, function.overloadpacket
         by_mask = packet in INDEXING and any(x is not None and x.dtype == torch.bool for x in args[1])
-        moved = packet is aten._to_copy and kwargs.get("device", args[0].device) != args[0].device and not kwargs.get("non_blocking")
+        moved = (
+            packet is aten._to_copy
+            and kwargs.get("device", args[0].device) != args[0].device
+            and not kwargs.get("non_blocking")
+        )
         if packet in WAITS or by_mask or moved:
             self.noted.append(str(packet))
         if packet in OURS:
@@ -122,14 +138,27 @@ def listed(case):
 
 
 def policy_divergence(student, head, teacher, teacher_head, **options):
-    return objectives.linear_policy_divergence(student, head, teacher, teacher_head, policy_weight=0.3, **options)
+    return objectives.linear_policy_divergence(
+        student, head, teacher, teacher_head, policy_weight=0.3, **options
+    )
 
 
 def topk_divergence(student, head, teacher, teacher_head, *, entries, teacher_bias, **options):
     return linear_topk_divergence(student, head, *entries, **options)
 
 
-def token_logprobs(student, head, teacher, teacher_head, *, student_bias, teacher_bias, token_weights=None, entropy=False, **options):
+def token_logprobs(
+    student,
+    head,
+    teacher,
+    teacher_head,
+    *,
+    student_bias,
+    teacher_bias,
+    token_weights=None,
+    entropy=False,
+    **options,
+):
     """Summed so that ignored tokens meet an upstream gradient of their own."""
     result = linear_logprobs(student, head, bias=student_bias, return_entropy=entropy, **options)
     return result[0] + 2 * result[1] if entropy else result
@@ -146,25 +175,44 @@ CALLS = {
     "sequence mean": (linear_divergence, {"reduction": "sequence_mean", "divergence": "forward_kl"}),
     "recompute": (linear_divergence, {"backward": "recompute", "divergence": "skew_forward_kl"}),
     "statistics": (linear_divergence, {"return_stats": True}),
-    "index weights": (linear_divergence, {"token_weights": weights.FirstFraction(0.5) * weights.LinearDecay(0.5)}),
+    "index weights": (
+        linear_divergence,
+        {"token_weights": weights.FirstFraction(0.5) * weights.LinearDecay(0.5)},
+    ),
     "row weights": (linear_divergence, {"token_weights": ROW, "divergence": "jsd"}),
     "row weights, recomputed": (linear_divergence, {"token_weights": ROW, "backward": "recompute"}),
     "row weights, by sequence": (linear_divergence, {"token_weights": ROW, "reduction": "sequence_mean"}),
     "importance ratios by segment": (
         linear_divergence,
-        {"token_weights": weights.SegmentMean(weights.ImportanceRatio(OLD), (torch.arange(B * T) % 3 == 0).view(B, T))},
+        {
+            "token_weights": weights.SegmentMean(
+                weights.ImportanceRatio(OLD), (torch.arange(B * T) % 3 == 0).view(B, T)
+            )
+        },
     ),
     "sequence weights": (linear_divergence, {"token_weights": SEQUENCE}),
     "sequence weights, own pass": (linear_divergence, {"token_weights": SEQUENCE, "workspace_bytes": 5_000}),
     "clips": (linear_divergence, {"entry_clip": 0.1, "token_clip": 2.0, "teacher_mix": 0.3}),
     "student's top-k": (linear_divergence, {"topk": 5}),
-    "teacher's top-k": (linear_divergence, {"topk": 5, "topk_support": "teacher", "topk_tail": "renormalize"}),
+    "teacher's top-k": (
+        linear_divergence,
+        {"topk": 5, "topk_support": "teacher", "topk_tail": "renormalize"},
+    ),
     "several chunks": (linear_divergence, {"workspace_bytes": 12_000}),
     "listed top-k": (topk_divergence, {"tail": "none"}),
     "listed top-k, per token": (topk_divergence, {"reduction": "none"}),
     "policy": (policy_divergence, {"policy": objectives.PPOClip(torch.ones(B, 1), OLD)}),
-    "policy of scope index": (policy_divergence, {"policy": objectives.PolicyGradient(torch.ones(B, T)), "divergence": "jsd"}),
-    "policy of scope sequence": (policy_divergence, {"policy": objectives.OnPolicyDistillation(weights=weights.PrefixDiscrepancy()), "token_weights": ROW}),
+    "policy of scope index": (
+        policy_divergence,
+        {"policy": objectives.PolicyGradient(torch.ones(B, T)), "divergence": "jsd"},
+    ),
+    "policy of scope sequence": (
+        policy_divergence,
+        {
+            "policy": objectives.OnPolicyDistillation(weights=weights.PrefixDiscrepancy()),
+            "token_weights": ROW,
+        },
+    ),
     "log-probs": (token_logprobs, {}),
     "log-probs and entropy": (token_logprobs, {"entropy": True}),
 }
@@ -200,7 +248,11 @@ def test_nothing_waits_and_ignored_rows_influence_nothing(backend, as_on_a_gpu, 
 def test_packed_sequences(backend, as_on_a_gpu, monkeypatch, budget):
     """Sequences of their own lengths in one row of tokens: in one chunk, in chunks of sequences, in a pass of its own."""
     case = replace(hard_case(B * T, V, H, batch=1, largest_logit=8.0), token_weights=None)
-    options = {"token_weights": weights.PackedSequences(SEQUENCE, (9, 0, 4, 15)), "backend": backend, "workspace_bytes": budget}
+    options = {
+        "token_weights": weights.PackedSequences(SEQUENCE, (9, 0, 4, 15)),
+        "backend": backend,
+        "workspace_bytes": budget,
+    }
     with Waits() as waits:
         unpacked = evaluate(linear_divergence, case, **options)
     assert waits.noted == []
@@ -209,7 +261,9 @@ def test_packed_sequences(backend, as_on_a_gpu, monkeypatch, budget):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["mean", "per token", "recompute", "row weights", "sequence weights", "policy"])
+@pytest.mark.parametrize(
+    "name", ["mean", "per token", "recompute", "row weights", "sequence weights", "policy"]
+)
 def test_16_bit_inputs(backend, as_on_a_gpu, name, dtype):
     case = masked_case(dtype, shared_head=True, near=1e-2)
     unpacked = run(name, case, backend, waits := Waits())
@@ -217,7 +271,10 @@ def test_16_bit_inputs(backend, as_on_a_gpu, name, dtype):
     assert_on_target(unpacked, run(name, case.double(), backend), "default")
 
 
-@pytest.mark.parametrize("name, forward", [("mean", 1), ("per token", 1), ("row weights", 1), ("sequence weights", 1), ("statistics", 1)])
+@pytest.mark.parametrize(
+    "name, forward",
+    [("mean", 1), ("per token", 1), ("row weights", 1), ("sequence weights", 1), ("statistics", 1)],
+)
 def test_packing_waits_once(backend, as_on_a_gpu, monkeypatch, name, forward):
     monkeypatch.setenv("OPSD_PACK", "1")
     case, (op, options) = masked_case(frozen_head=True).leaves(), CALLS[name]
@@ -231,14 +288,23 @@ def test_without_mask_and_labels_packing_waits_for_nothing(backend, as_on_a_gpu,
     case = masked_case()
     hidden = {name: getattr(case, name).nan_to_num(0, 0, 0) for name in ("student_hidden", "teacher_hidden")}
     case = replace(case, **hidden, mask=None, labels=None, token_weights=None)
-    for weighting in (None, weights.EntropyGate("student", below=3.0), weights.PrefixDiscrepancy(of="divergence")):
+    for weighting in (
+        None,
+        weights.EntropyGate("student", below=3.0),
+        weights.PrefixDiscrepancy(of="divergence"),
+    ):
         with Waits() as waits:
             evaluate(linear_divergence, case, token_weights=weighting, backend=backend)
         assert waits.noted == []
 
 
-@pytest.mark.parametrize("packed, capturing, expected", [("1", False, True), ("1", True, False), ("0", False, False), ("0", True, False)])
-def test_rows_are_packed_unless_a_graph_is_captured_or_the_user_says_so(monkeypatch, packed, capturing, expected):
+@pytest.mark.parametrize(
+    "packed, capturing, expected",
+    [("1", False, True), ("1", True, False), ("0", False, False), ("0", True, False)],
+)
+def test_rows_are_packed_unless_a_graph_is_captured_or_the_user_says_so(
+    monkeypatch, packed, capturing, expected
+):
     monkeypatch.setenv("OPSD_PACK", packed)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     on_cuda = SimpleNamespace(valid=SimpleNamespace(device=SimpleNamespace(type="cuda")))
@@ -253,7 +319,9 @@ def test_a_label_outside_the_vocabulary_is_asserted_on_the_device(as_on_a_gpu, m
     monkeypatch.setenv("OPSD_PACK", pack)
     states, head = torch.ones(3, H), torch.ones(V, H)
     mask = torch.tensor([1, 0, 1])
-    assert linear_divergence(states, head, states, head, labels=torch.tensor(labels), mask=mask, backend="torch").isfinite(), "it is masked"
+    assert linear_divergence(
+        states, head, states, head, labels=torch.tensor(labels), mask=mask, backend="torch"
+    ).isfinite(), "it is masked"
     with pytest.raises(RuntimeError, match="labels: expected entries in"):
         linear_divergence(states, head, states, head, labels=torch.tensor(labels), backend="torch")
 

@@ -7,7 +7,14 @@ import torch
 
 from opsd_kernels import TokenStats, linear_logprobs, weights
 from opsd_kernels._core import gemm
-from opsd_kernels.objectives import Mix, OnPolicyDistillation, PolicyGradient, PPOClip, group_advantages, linear_policy_divergence
+from opsd_kernels.objectives import (
+    Mix,
+    OnPolicyDistillation,
+    PolicyGradient,
+    PPOClip,
+    group_advantages,
+    linear_policy_divergence,
+)
 from opsd_kernels.testing import Outcome, assert_no_worse, assert_on_target, evaluate, hard_case
 from opsd_kernels.testing.reference import linear_divergence_reference
 
@@ -28,16 +35,31 @@ TERMS = {
     "iw-opd": OnPolicyDistillation(weights=weights.PrefixDiscrepancy(0.5)),
     "iw-opd, old": OnPolicyDistillation(weights=weights.PrefixDiscrepancy(0.5), old_logprobs=OLD),
     "first third": OnPolicyDistillation(weights=weights.FirstFraction(0.3)),
-    "a mix": Mix(((0.3, PPOClip(ADVANTAGES, OLD, per_sequence=True)), (ADVANTAGES.abs(), OnPolicyDistillation()))),
+    "a mix": Mix(
+        ((0.3, PPOClip(ADVANTAGES, OLD, per_sequence=True)), (ADVANTAGES.abs(), OnPolicyDistillation()))
+    ),
 }
 
 
 def reference(term, share):
     """The mix by autograd through dense logits; the op's signature."""
 
-    def run(h, W, t, Wt, *, labels, mask, student_bias=None, teacher_bias=None, token_weights=None, **options):
+    def run(
+        h, W, t, Wt, *, labels, mask, student_bias=None, teacher_bias=None, token_weights=None, **options
+    ):
         heads = {"student_bias": student_bias, "teacher_bias": teacher_bias}
-        loss, stats = linear_divergence_reference(h, W, t, Wt, labels=labels, mask=mask, token_weights=token_weights, return_stats=True, **heads, **options)
+        loss, stats = linear_divergence_reference(
+            h,
+            W,
+            t,
+            Wt,
+            labels=labels,
+            mask=mask,
+            token_weights=token_weights,
+            return_stats=True,
+            **heads,
+            **options,
+        )
         valid = mask & (labels != -100)
         safe = torch.where(valid[..., None], h, 0.0)
         logits = safe @ W.T if student_bias is None else safe @ W.T + student_bias
@@ -50,7 +72,9 @@ def reference(term, share):
 
 
 def mix(term, share, **how):
-    return lambda *heads, **options: linear_policy_divergence(*heads, policy=term, policy_weight=share, **options, **how)
+    return lambda *heads, **options: linear_policy_divergence(
+        *heads, policy=term, policy_weight=share, **options, **how
+    )
 
 
 @pytest.mark.parametrize("term", TERMS)
@@ -63,7 +87,11 @@ def test_a_mix_is_the_sum_of_its_parts(backend, term, share, dtype):
         plain = evaluate(reference(TERMS[term], share), case, divergence="jsd")
         for rows in (5, 100):
             how = {"backend": backend, "workspace_bytes": rows * 2 * V * 2 * dtype.itemsize}
-            assert_no_worse(evaluate(mix(TERMS[term], share, **how), case, divergence="jsd"), [plain, truth if dtype == torch.float64 else plain], truth)
+            assert_no_worse(
+                evaluate(mix(TERMS[term], share, **how), case, divergence="jsd"),
+                [plain, truth if dtype == torch.float64 else plain],
+                truth,
+            )
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "none"])
@@ -73,7 +101,11 @@ def test_a_mix_on_a_support(backend, tail, side):
     options = {"topk": 6, "topk_tail": tail, "topk_support": side}
     for term in ("grpo", "k1"):
         truth = evaluate(reference(TERMS[term], 0.4), case, **options)
-        assert_no_worse(evaluate(mix(TERMS[term], 0.4, backend=backend, workspace_bytes=40_000), case, **options), truth, truth)
+        assert_no_worse(
+            evaluate(mix(TERMS[term], 0.4, backend=backend, workspace_bytes=40_000), case, **options),
+            truth,
+            truth,
+        )
 
 
 def test_weights_of_the_divergence_and_a_policy_from_statistics(backend):
@@ -81,7 +113,11 @@ def test_weights_of_the_divergence_and_a_policy_from_statistics(backend):
     options = {"token_weights": weights.MeanOne(weights.TrustGate(0.1) * weights.LinearDecay(0.2))}
     truth = evaluate(reference(TERMS["grpo"], 0.4), case, **options)
     for budget in (10_000, 40_000, 10**7):
-        assert_no_worse(evaluate(mix(TERMS["grpo"], 0.4, backend=backend, workspace_bytes=budget), case, **options), truth, truth)
+        assert_no_worse(
+            evaluate(mix(TERMS["grpo"], 0.4, backend=backend, workspace_bytes=budget), case, **options),
+            truth,
+            truth,
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -96,9 +132,16 @@ def test_a_mix_costs_no_gemm(backend, monkeypatch):
     calls = []
     for name in ("project", "accumulate_weight_grad"):
         inner = getattr(gemm, name)
-        monkeypatch.setattr(gemm, name, lambda *args, inner=inner, name=name: (calls.append(name), inner(*args)))
+        monkeypatch.setattr(
+            gemm, name, lambda *args, inner=inner, name=name: (calls.append(name), inner(*args))
+        )
     case = hard_case(B * T, V, H, torch.float32, batch=B, largest_logit=8.0)
-    evaluate(lambda *h, **o: linear_policy_divergence(*h, policy=PPOClip(ADVANTAGES), policy_weight=0.0, **o, backend=backend), case)
+    evaluate(
+        lambda *h, **o: linear_policy_divergence(
+            *h, policy=PPOClip(ADVANTAGES), policy_weight=0.0, **o, backend=backend
+        ),
+        case,
+    )
     without, calls[:] = list(calls), []
     for term in ("grpo", "k1", "reinforce"):
         evaluate(mix(TERMS[term], 0.5, backend=backend), case)
@@ -121,7 +164,10 @@ def test_terms_on_log_probs_alone(backend):
 
 def test_rewards_are_bounded_and_meet_in_their_limits():
     gen = torch.Generator().manual_seed(5)
-    student, teacher = -8 * torch.rand(100, generator=gen, dtype=torch.float64), -8 * torch.rand(100, generator=gen, dtype=torch.float64)
+    student, teacher = (
+        -8 * torch.rand(100, generator=gen, dtype=torch.float64),
+        -8 * torch.rand(100, generator=gen, dtype=torch.float64),
+    )
     teacher[0] = -math.inf
     proximal = OnPolicyDistillation("proximal", strength=0.7).rewards(student, teacher)
     assert (proximal >= math.log1p(-0.7)).all() and proximal.isfinite().all()
@@ -153,11 +199,17 @@ def test_group_advantages():
 def test_errors_name_the_argument(changes, error, message):
     case = hard_case(4, 11, 3)
     with pytest.raises(error, match=message):
-        linear_policy_divergence(*case.inputs(), **{**case.options(), "policy": PPOClip(torch.ones(4)), **changes})
+        linear_policy_divergence(
+            *case.inputs(), **{**case.options(), "policy": PPOClip(torch.ones(4)), **changes}
+        )
 
 
 def test_terms_refuse_what_they_cannot_be():
-    for options, message in (({"reward": "k2"}, "reward"), ({"reward": "proximal", "strength": 1.0}, "strength"), ({"clip": 0.0}, "clip")):
+    for options, message in (
+        ({"reward": "k2"}, "reward"),
+        ({"reward": "proximal", "strength": 1.0}, "strength"),
+        ({"clip": 0.0}, "clip"),
+    ):
         with pytest.raises(ValueError, match=message):
             OnPolicyDistillation(**options)
     with pytest.raises(ValueError, match="low"):

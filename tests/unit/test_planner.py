@@ -10,21 +10,49 @@ from hypothesis import strategies as st
 
 from opsd_kernels import ChunkPlan, plan
 from opsd_kernels._core import loop
-from opsd_kernels._core.planner import FLOPS_PER_BYTE, Products, logit_bytes, row_stride, wave_flops, whole_waves
+from opsd_kernels._core.planner import (
+    FLOPS_PER_BYTE,
+    Products,
+    logit_bytes,
+    row_stride,
+    wave_flops,
+    whole_waves,
+)
 from opsd_kernels.testing import evaluate, hard_case
 
 many = settings(max_examples=200, deadline=None, derandomize=True)
-shapes = st.tuples(st.integers(1, 300_000), st.integers(1, 300_000), st.integers(1, 8192), st.integers(1, 8192))
+shapes = st.tuples(
+    st.integers(1, 300_000), st.integers(1, 300_000), st.integers(1, 8192), st.integers(1, 8192)
+)
 dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 
 
-@given(shape=shapes, dtype=dtypes, shared=st.booleans(), trainable=st.booleans(), grad=st.booleans(), mib=st.integers(16, 4096))
+@given(
+    shape=shapes,
+    dtype=dtypes,
+    shared=st.booleans(),
+    trainable=st.booleans(),
+    grad=st.booleans(),
+    mib=st.integers(16, 4096),
+)
 @many
 def test_workspace_stays_in_the_budget_and_covers_all_tokens(shape, dtype, shared, trainable, grad, mib):
     N, V, H_s, H_t = shape
-    made = plan(N, V, H_s, H_s if shared else H_t, dtype, shared_head=shared, trainable_head=trainable, grad=grad, workspace_bytes=mib << 20)
+    made = plan(
+        N,
+        V,
+        H_s,
+        H_s if shared else H_t,
+        dtype,
+        shared_head=shared,
+        trainable_head=trainable,
+        grad=grad,
+        workspace_bytes=mib << 20,
+    )
     assert made.tokens == N and made.rows >= 1
-    assert made.rows * (made.chunks - 1) < N <= made.rows * made.chunks, "every token has one chunk, and no chunk is empty"
+    assert made.rows * (made.chunks - 1) < N <= made.rows * made.chunks, (
+        "every token has one chunk, and no chunk is empty"
+    )
     assert made.workspace_bytes <= mib << 20
     assert 2 * min(made.rows, N) * V * made.logits_dtype.itemsize <= made.workspace_bytes
     if made.accumulator_bytes <= mib << 20:
@@ -35,7 +63,9 @@ def test_workspace_stays_in_the_budget_and_covers_all_tokens(shape, dtype, share
 @given(shape=shapes, dtype=dtypes, mib=st.integers(32, 1024))
 @many
 def test_a_larger_budget_never_makes_more_chunks(shape, dtype, mib):
-    small, large = (plan(*shape, dtype, shared_head=False, workspace_bytes=size << 20) for size in (mib, 2 * mib))
+    small, large = (
+        plan(*shape, dtype, shared_head=False, workspace_bytes=size << 20) for size in (mib, 2 * mib)
+    )
     assert large.chunks <= small.chunks
 
 
@@ -61,21 +91,35 @@ def test_buffers_of_16_bit_inputs():
     assert plan(64, 1000, 64, dtype=torch.bfloat16, shared_head=True).logits_dtype == torch.bfloat16
     assert plan(64, 1000, 64, dtype=torch.bfloat16, shared_head=True).difference
     assert plan(64, 1000, 64, dtype=torch.bfloat16, shared_head=False).logits_dtype == torch.float32
-    assert plan(64, 1000, 64, dtype=torch.bfloat16, shared_head=False, logits_dtype="input").logits_dtype == torch.bfloat16
+    assert (
+        plan(64, 1000, 64, dtype=torch.bfloat16, shared_head=False, logits_dtype="input").logits_dtype
+        == torch.bfloat16
+    )
     assert plan(64, 1000, 64, dtype=torch.bfloat16, logits_dtype=torch.float32).logits_dtype == torch.float32
     assert plan(64, 1000, 64, dtype=torch.float64, logits_dtype=torch.float32).logits_dtype == torch.float64
 
 
 def test_peak_is_flat_in_tokens():
     """Beyond what has the size of inputs and outputs, up to the rounding of a chunk to 16 rows."""
-    short, long = (plan(N, 151936, 64, dtype=torch.float32, workspace_bytes=256 << 20) for N in (2048, 131072))
-    grown = long.peak_bytes - short.peak_bytes - (long.gradient_bytes - short.gradient_bytes) - (long.vector_bytes - short.vector_bytes)
+    short, long = (
+        plan(N, 151936, 64, dtype=torch.float32, workspace_bytes=256 << 20) for N in (2048, 131072)
+    )
+    grown = (
+        long.peak_bytes
+        - short.peak_bytes
+        - (long.gradient_bytes - short.gradient_bytes)
+        - (long.vector_bytes - short.vector_bytes)
+    )
     assert abs(grown) <= 16 * 151936 * 2 * 4 * 1.01
 
 
 def test_the_budget_from_the_environment(monkeypatch):
     monkeypatch.setenv("OPSD_WORKSPACE_BYTES", str(64 << 20))
-    assert plan(4096, 151936, 64).workspace_bytes <= 64 << 20 < plan(4096, 151936, 64, workspace_bytes=256 << 20).workspace_bytes
+    assert (
+        plan(4096, 151936, 64).workspace_bytes
+        <= 64 << 20
+        < plan(4096, 151936, 64, workspace_bytes=256 << 20).workspace_bytes
+    )
 
 
 def test_a_plan_prints():
@@ -89,10 +133,18 @@ def test_the_op_follows_its_plan(monkeypatch, budget):
 
     followed: list[ChunkPlan] = []
     original = loop.run
-    monkeypatch.setattr(loop, "run", lambda heads, spec, chunks, *args, **kwargs: followed.append(chunks) or original(heads, spec, chunks, *args, **kwargs))
+    monkeypatch.setattr(
+        loop,
+        "run",
+        lambda heads, spec, chunks, *args, **kwargs: (
+            followed.append(chunks) or original(heads, spec, chunks, *args, **kwargs)
+        ),
+    )
     case = hard_case(29, 211, 24, shared_head=True)
     evaluate(linear_divergence, case, workspace_bytes=budget)
-    assert followed == [plan(27, 211, 24, dtype=torch.float32, bias_grad=True, workspace_bytes=budget)]  # two of the tokens are ignored
+    assert followed == [
+        plan(27, 211, 24, dtype=torch.float32, bias_grad=True, workspace_bytes=budget)
+    ]  # two of the tokens are ignored
 
 
 # ---------------------------------------------------------------- memory
@@ -108,7 +160,11 @@ def test_the_accumulator_leaves_the_logits_the_bytes_of_the_gradient_that_follow
     assert made.peak_bytes == made.accumulator_bytes + made.gradient_bytes + made.vector_bytes
 
 
-@pytest.mark.parametrize("buffer, multiple", [(torch.float64, 16), (torch.float32, 32), (torch.bfloat16, 64), (torch.float16, 64)], ids=str)
+@pytest.mark.parametrize(
+    "buffer, multiple",
+    [(torch.float64, 16), (torch.float32, 32), (torch.bfloat16, 64), (torch.float16, 64)],
+    ids=str,
+)
 def test_rows_of_logits_start_at_multiples_of_128_bytes_on_cuda(buffer, multiple):
     for V in (1, 63, 64, 151936, 151937):
         stride = row_stride(V, buffer, "cuda")
@@ -126,7 +182,9 @@ def test_padding_is_counted():
 
 def test_waves_by_hand():
     one_wave = 2 * 132 * 128 * 256
-    assert wave_flops(128, 256, 64) == wave_flops(1, 1, 64) == one_wave * 64, "one tile keeps a whole wave waiting"
+    assert wave_flops(128, 256, 64) == wave_flops(1, 1, 64) == one_wave * 64, (
+        "one tile keeps a whole wave waiting"
+    )
     assert wave_flops(128, 132 * 256, 64) == one_wave * 64
     assert wave_flops(129, 132 * 256, 64) == 2 * one_wave * 64, "133 rows of tiles or 134: a second wave"
     assert wave_flops(128, 256, 64, sm_count=1) == 2 * 128 * 256 * 64
@@ -134,12 +192,19 @@ def test_waves_by_hand():
     assert wave_flops(128, 33 * 256, 4095) == one_wave * 4095, "too short to split"
 
 
-@given(sizes=st.tuples(st.integers(1, 20_000), st.integers(1, 300_000), st.integers(1, 300_000)), sm_count=st.integers(1, 200))
+@given(
+    sizes=st.tuples(st.integers(1, 20_000), st.integers(1, 300_000), st.integers(1, 300_000)),
+    sm_count=st.integers(1, 200),
+)
 @many
 def test_waves_hold_the_work_and_grow_with_it(sizes, sm_count):
     m, n, k = sizes
     assert wave_flops(m, n, k, sm_count) >= 2 * m * n * k
-    assert wave_flops(m + 128, n, k, sm_count) >= wave_flops(m, n, k, sm_count) <= wave_flops(m, n + 256, k, sm_count)
+    assert (
+        wave_flops(m + 128, n, k, sm_count)
+        >= wave_flops(m, n, k, sm_count)
+        <= wave_flops(m, n + 256, k, sm_count)
+    )
 
 
 @pytest.mark.parametrize("H", [1024, 4096])
@@ -191,8 +256,15 @@ def test_traffic_of_a_call(options, per_logit, head):
 @many
 def test_rows_on_cuda(tokens, V, H, dtype, shared, trainable, mib, sm_count):
     """Inside the budget, whole multiples of 128 where there is a choice, and never more chunks for more budget."""
-    options = {"shared_head": shared, "trainable_head": trainable, "device_type": "cuda", "sm_count": sm_count}
-    small, large = (plan(tokens, V, H, dtype=dtype, workspace_bytes=size << 20, **options) for size in (mib, 2 * mib))
+    options = {
+        "shared_head": shared,
+        "trainable_head": trainable,
+        "device_type": "cuda",
+        "sm_count": sm_count,
+    }
+    small, large = (
+        plan(tokens, V, H, dtype=dtype, workspace_bytes=size << 20, **options) for size in (mib, 2 * mib)
+    )
     assert small.rows * (small.chunks - 1) < tokens <= small.rows * small.chunks
     assert small.workspace_bytes <= mib << 20 and small.scratch_bytes == 0
     assert small.chunks == 1 or small.rows % 128 == 0 or small.rows < 128

@@ -12,20 +12,32 @@ from torch import Tensor
 
 from opsd_kernels.spec import KIND_NAMES, Divergence
 from opsd_kernels.testing import assert_one_rounding, assert_same_bits
-from opsd_kernels.testing.reference import linear_divergence_reference, linear_logprobs_reference, linear_topk_divergence_reference, reference_divergence
+from opsd_kernels.testing.reference import (
+    linear_divergence_reference,
+    linear_logprobs_reference,
+    linear_topk_divergence_reference,
+    reference_divergence,
+)
 
 N, V, K = 5, 9, 4
 DIVERGENCES = pytest.mark.parametrize("divergence", KIND_NAMES)
 TAILS = pytest.mark.parametrize("tail", ["bucket", "renormalize", "none"])
 SIDES = pytest.mark.parametrize("side", ["student", "teacher"])
-CLIPS = {"no clip": {}, "entry": {"entry_clip": 0.05}, "token": {"token_clip": 0.2}, "both": {"entry_clip": 0.05, "token_clip": 0.15}}
+CLIPS = {
+    "no clip": {},
+    "entry": {"entry_clip": 0.05},
+    "token": {"token_clip": 0.2},
+    "both": {"entry_clip": 0.05, "token_clip": 0.15},
+}
 CLIPPED = pytest.mark.parametrize("clips", CLIPS.values(), ids=CLIPS)
 
 
 def logits(seed: int = 0) -> tuple[Tensor, Tensor]:
     gen = torch.Generator().manual_seed(seed)
     S = 2 * torch.randn(N, V, generator=gen, dtype=torch.float64)
-    return S, S + torch.tensor([0.1, 0.5, 1.0, 2.0, 4.0])[:, None] * torch.randn(N, V, generator=gen, dtype=torch.float64)
+    return S, S + torch.tensor([0.1, 0.5, 1.0, 2.0, 4.0])[:, None] * torch.randn(
+        N, V, generator=gen, dtype=torch.float64
+    )
 
 
 def judge(S: Tensor, T: Tensor, **options: object) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -33,9 +45,13 @@ def judge(S: Tensor, T: Tensor, **options: object) -> Tensor | tuple[Tensor, dic
     return linear_divergence_reference(S, head, T, head, **{"reduction": "none", "beta": 0.3, **options})
 
 
-def judge_listed(S: Tensor, ids: Tensor, logprobs: Tensor, **options: object) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+def judge_listed(
+    S: Tensor, ids: Tensor, logprobs: Tensor, **options: object
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     head = torch.eye(S.shape[-1], dtype=S.dtype)
-    return linear_topk_divergence_reference(S, head, ids, logprobs, **{"reduction": "none", "beta": 0.3, **options})
+    return linear_topk_divergence_reference(
+        S, head, ids, logprobs, **{"reduction": "none", "beta": 0.3, **options}
+    )
 
 
 def value_and_gradient(loss_of: object, S: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +91,9 @@ def term(q: float, p: float, divergence: str, beta: float) -> float:
     }[divergence]()
 
 
-def chosen(q: list[float], p: list[float], topk: int | None, side: str, tail: str) -> list[tuple[float, float]]:
+def chosen(
+    q: list[float], p: list[float], topk: int | None, side: str, tail: str
+) -> list[tuple[float, float]]:
     if topk is None:
         return list(zip(q, p, strict=True))
     by = q if side == "student" else p
@@ -87,7 +105,15 @@ def chosen(q: list[float], p: list[float], topk: int | None, side: str, tail: st
     return [*pairs, (1 - mass[0], 1 - mass[1])] if tail == "bucket" else pairs
 
 
-def by_loop(S: Tensor, T: Tensor, divergence: str, clips: dict, topk: int | None = None, side: str = "student", tail: str = "bucket") -> tuple[Tensor, Tensor]:
+def by_loop(
+    S: Tensor,
+    T: Tensor,
+    divergence: str,
+    clips: dict,
+    topk: int | None = None,
+    side: str = "student",
+    tail: str = "bucket",
+) -> tuple[Tensor, Tensor]:
     """(D, clipped fraction), both (n,)."""
     losses, fractions = [], []
     for s, t in zip(S, T, strict=True):
@@ -101,7 +127,9 @@ def by_loop(S: Tensor, T: Tensor, divergence: str, clips: dict, topk: int | None
     return torch.tensor(losses, dtype=torch.float64), torch.tensor(fractions, dtype=torch.float64)
 
 
-def assert_as_by_loop(result: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, Tensor], clips: dict) -> None:
+def assert_as_by_loop(
+    result: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, Tensor], clips: dict
+) -> None:
     loss, stats = result
     assert_one_rounding(loss, expected[0], torch.float64)
     assert_same_bits(stats["divergence"], loss)
@@ -115,7 +143,11 @@ def assert_as_by_loop(result: tuple[Tensor, dict[str, Tensor]], expected: tuple[
 @CLIPPED
 def test_whole_vocabulary_by_loop(divergence, clips):
     S, T = logits()
-    assert_as_by_loop(judge(S, T, divergence=divergence, return_stats=True, **clips), by_loop(S, T, divergence, clips), clips)
+    assert_as_by_loop(
+        judge(S, T, divergence=divergence, return_stats=True, **clips),
+        by_loop(S, T, divergence, clips),
+        clips,
+    )
 
 
 @DIVERGENCES
@@ -125,11 +157,16 @@ def test_whole_vocabulary_by_loop(divergence, clips):
 def test_topk_by_loop(divergence, clips, side, tail):
     S, T = logits()
     options = {"topk": K, "topk_support": side, "topk_tail": tail, "return_stats": True, **clips}
-    assert_as_by_loop(judge(S, T, divergence=divergence, **options), by_loop(S, T, divergence, clips, K, side, tail), clips)
+    assert_as_by_loop(
+        judge(S, T, divergence=divergence, **options), by_loop(S, T, divergence, clips, K, side, tail), clips
+    )
 
 
 def test_tvd_clip_by_hand():
-    q, p = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64), torch.tensor([[0.1, 0.3, 0.6]], dtype=torch.float64)
+    q, p = (
+        torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64),
+        torch.tensor([[0.1, 0.3, 0.6]], dtype=torch.float64),
+    )
     loss, stats = judge(q.log(), p.log(), divergence="tvd", entry_clip=0.15, return_stats=True)
     assert_one_rounding(loss, torch.tensor([0.3], dtype=torch.float64), torch.float64)
     assert_one_rounding(stats["clipped_fraction"], torch.tensor([2 / 3], dtype=torch.float64), torch.float64)
@@ -184,9 +221,17 @@ def test_gradient_on_a_list(divergence, tail):
 def test_gradient_of_logprobs_and_entropy():
     S, labels = logits()[0], torch.tensor([0, 3, -100, 7, 2])
     head, bias = torch.eye(V, dtype=torch.float64), torch.linspace(-1, 1, V, dtype=torch.float64)
-    options = {"temperature": 1.3, "logit_scale": 0.7, "softcap": 3.0, "vocab_size": V - 1, "return_entropy": True}
+    options = {
+        "temperature": 1.3,
+        "logit_scale": 0.7,
+        "softcap": 3.0,
+        "vocab_size": V - 1,
+        "return_entropy": True,
+    }
     leaves = [x.clone().requires_grad_() for x in (S, head, bias)]
-    assert torch.autograd.gradcheck(lambda h, w, b: linear_logprobs_reference(h, w, labels, bias=b, **options), leaves, fast_mode=False)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: linear_logprobs_reference(h, w, labels, bias=b, **options), leaves, fast_mode=False
+    )
 
 
 # ---------------------------------------------------------------- limits that pin the meaning
@@ -199,7 +244,9 @@ def test_gradient_of_logprobs_and_entropy():
 def test_a_support_of_all_entries_changes_nothing(divergence, side, tail, k):
     """The bucket of nothing is equal on both sides, and its clamp has no gradient."""
     S, T = logits()
-    restricted = value_and_gradient(lambda s: judge(s, T, divergence=divergence, topk=k, topk_support=side, topk_tail=tail), S)
+    restricted = value_and_gradient(
+        lambda s: judge(s, T, divergence=divergence, topk=k, topk_support=side, topk_tail=tail), S
+    )
     assert_equal(restricted, value_and_gradient(lambda s: judge(s, T, divergence=divergence), S))
 
 
@@ -207,10 +254,14 @@ def test_a_support_of_all_entries_changes_nothing(divergence, side, tail, k):
 def test_a_huge_clip_clips_nothing(divergence):
     S, T = logits()
     plain = value_and_gradient(lambda s: judge(s, T, divergence=divergence), S)
-    clipped = value_and_gradient(lambda s: judge(s, T, divergence=divergence, entry_clip=1e6, token_clip=1e9), S)
+    clipped = value_and_gradient(
+        lambda s: judge(s, T, divergence=divergence, entry_clip=1e6, token_clip=1e9), S
+    )
     for ours, theirs in zip(clipped, plain, strict=True):
         assert_same_bits(ours, theirs)
-    assert not judge(S, T, divergence=divergence, entry_clip=1e6, return_stats=True)[1]["clipped_fraction"].any()
+    assert not judge(S, T, divergence=divergence, entry_clip=1e6, return_stats=True)[1][
+        "clipped_fraction"
+    ].any()
 
 
 @DIVERGENCES
@@ -218,7 +269,9 @@ def test_a_clipped_token_has_no_gradient(divergence):
     S, T = logits()
     free = judge(S, T, divergence=divergence)
     above = free > free.median()
-    loss, grad = value_and_gradient(lambda s: judge(s, T, divergence=divergence, token_clip=free.median().item()), S)
+    loss, grad = value_and_gradient(
+        lambda s: judge(s, T, divergence=divergence, token_clip=free.median().item()), S
+    )
     assert_same_bits(loss, torch.where(above, free.median(), free))
     assert above.any() and (grad[above] == 0).all() and (grad[~above] != 0).all()
 
@@ -228,11 +281,16 @@ def test_a_mixed_teacher_is_a_teacher_of_mixed_logits(divergence):
     S, T = logits()
     mixed = 0.75 * T + 0.25 * S
     options = {"divergence": divergence, "topk": K, "topk_support": "teacher", "return_stats": True}
-    by_option, by_hand = (judge(S, t, **options, **how)[1] for t, how in ((T, {"teacher_mix": 0.25}), (mixed, {})))
+    by_option, by_hand = (
+        judge(S, t, **options, **how)[1] for t, how in ((T, {"teacher_mix": 0.25}), (mixed, {}))
+    )
     for name in by_hand:
         assert_same_bits(by_option[name], by_hand[name])
     options["return_stats"] = False
-    ours, theirs = (value_and_gradient(lambda s, t=t, how=how: judge(s, t, **options, **how), S) for t, how in ((T, {"teacher_mix": 0.25}), (mixed, {})))
+    ours, theirs = (
+        value_and_gradient(lambda s, t=t, how=how: judge(s, t, **options, **how), S)
+        for t, how in ((T, {"teacher_mix": 0.25}), (mixed, {}))
+    )
     for a, b in zip(ours, theirs, strict=True):
         assert_same_bits(a, b)
 
@@ -252,10 +310,17 @@ def test_a_bucket_is_a_column_of_merged_columns(divergence, side):
     outside = torch.ones(N, V, dtype=torch.bool).scatter(1, support, False)
 
     def merged(x: Tensor) -> Tensor:
-        return torch.cat([x.gather(1, support), x.masked_fill(~outside, -math.inf).logsumexp(-1, keepdim=True)], 1)
+        return torch.cat(
+            [x.gather(1, support), x.masked_fill(~outside, -math.inf).logsumexp(-1, keepdim=True)], 1
+        )
 
-    by_hand = value_and_gradient(lambda s: reference_divergence(merged(s), merged(T), Divergence.parse(divergence, 0.3)), S)
-    assert_equal(value_and_gradient(lambda s: judge(s, T, divergence=divergence, topk=K, topk_support=side), S), by_hand)
+    by_hand = value_and_gradient(
+        lambda s: reference_divergence(merged(s), merged(T), Divergence.parse(divergence, 0.3)), S
+    )
+    assert_equal(
+        value_and_gradient(lambda s: judge(s, T, divergence=divergence, topk=K, topk_support=side), S),
+        by_hand,
+    )
 
 
 @DIVERGENCES
@@ -263,8 +328,19 @@ def test_a_bucket_is_a_column_of_merged_columns(divergence, side):
 def test_renormalizing_drops_columns(divergence, side):
     S, T = logits()
     support = (S if side == "student" else T).topk(K).indices
-    by_hand = value_and_gradient(lambda s: reference_divergence(s.gather(1, support), T.gather(1, support), Divergence.parse(divergence, 0.3)), S)
-    assert_equal(value_and_gradient(lambda s: judge(s, T, divergence=divergence, topk=K, topk_support=side, topk_tail="renormalize"), S), by_hand)
+    by_hand = value_and_gradient(
+        lambda s: reference_divergence(
+            s.gather(1, support), T.gather(1, support), Divergence.parse(divergence, 0.3)
+        ),
+        S,
+    )
+    assert_equal(
+        value_and_gradient(
+            lambda s: judge(s, T, divergence=divergence, topk=K, topk_support=side, topk_tail="renormalize"),
+            S,
+        ),
+        by_hand,
+    )
 
 
 # ---------------------------------------------------------------- entries of probability zero
@@ -291,7 +367,9 @@ def test_a_column_that_both_exclude_is_no_column(divergence, extra):
     biases = {"student_bias": minus_infinity(2), "teacher_bias": minus_infinity(2)}
     kept = [v for v in range(V) if v != 2]
     without = value_and_gradient(lambda s: judge(s[:, kept], T[:, kept], divergence=divergence, **extra), S)
-    assert_equal(value_and_gradient(lambda s: judge(s, T, divergence=divergence, **biases, **extra), S), without)
+    assert_equal(
+        value_and_gradient(lambda s: judge(s, T, divergence=divergence, **biases, **extra), S), without
+    )
 
 
 @DIVERGENCES
@@ -336,7 +414,9 @@ def test_a_side_without_mass_on_the_support_is_never_nan(divergence, tail):
     support = S.topk(K).indices
     ids, logprobs = support, T.log_softmax(-1).gather(1, support)
     empty = minus_infinity(*support[0].tolist())
-    loss, grad = value_and_gradient(lambda s: judge_listed(s, ids, logprobs, divergence=divergence, tail=tail, student_bias=empty)[:1], S)
+    loss, grad = value_and_gradient(
+        lambda s: judge_listed(s, ids, logprobs, divergence=divergence, tail=tail, student_bias=empty)[:1], S
+    )
     assert not loss.isnan().any() and (grad.isfinite().all() or loss.isinf().all())
 
 
@@ -349,8 +429,18 @@ def test_a_side_without_mass_on_the_support_is_never_nan(divergence, tail):
 def test_a_list_of_the_teachers_largest_is_its_support(divergence, tail, clips):
     S, T = logits()
     logprobs, ids = T.log_softmax(-1).topk(K)
-    listed = value_and_gradient(lambda s: judge_listed(s, ids, logprobs, divergence=divergence, tail=tail, **clips), S)
-    assert_equal(listed, value_and_gradient(lambda s: judge(s, T, divergence=divergence, topk=K, topk_support="teacher", topk_tail=tail, **clips), S))
+    listed = value_and_gradient(
+        lambda s: judge_listed(s, ids, logprobs, divergence=divergence, tail=tail, **clips), S
+    )
+    assert_equal(
+        listed,
+        value_and_gradient(
+            lambda s: judge(
+                s, T, divergence=divergence, topk=K, topk_support="teacher", topk_tail=tail, **clips
+            ),
+            S,
+        ),
+    )
 
 
 @DIVERGENCES
@@ -364,9 +454,14 @@ def test_padding_of_a_list_influences_nothing(divergence, tail):
     options = {"divergence": divergence, "tail": tail, "entry_clip": 0.05}
     padded = value_and_gradient(lambda s: judge_listed(s, ids_padded, logprobs_padded, **options), S)
     assert_equal(padded, value_and_gradient(lambda s: judge_listed(s, ids, logprobs, **options), S))
-    fractions = [judge_listed(S, *listed, **options, return_stats=True)[1]["clipped_fraction"] for listed in ((ids_padded, logprobs_padded), (ids, logprobs))]
+    fractions = [
+        judge_listed(S, *listed, **options, return_stats=True)[1]["clipped_fraction"]
+        for listed in ((ids_padded, logprobs_padded), (ids, logprobs))
+    ]
     assert_same_bits(*fractions)
-    loss, grad = value_and_gradient(lambda s: judge_listed(s, ids, torch.full_like(logprobs, -math.inf), **options), S)
+    loss, grad = value_and_gradient(
+        lambda s: judge_listed(s, ids, torch.full_like(logprobs, -math.inf), **options), S
+    )
     assert (loss == 0).all() and (grad == 0).all()
 
 
@@ -375,7 +470,12 @@ def test_a_masked_token_may_list_anything():
     logprobs, ids = T.log_softmax(-1).topk(K)
     mask = torch.tensor([1, 0, 1, 1, 0])
     garbage = logprobs.masked_fill(mask[:, None] == 0, math.nan), ids.masked_fill(mask[:, None] == 0, -5)
-    loss, grad = value_and_gradient(lambda s: judge_listed(s.masked_fill(mask[:, None] == 0, math.nan), garbage[1], garbage[0], mask=mask), S)
+    loss, grad = value_and_gradient(
+        lambda s: judge_listed(
+            s.masked_fill(mask[:, None] == 0, math.nan), garbage[1], garbage[0], mask=mask
+        ),
+        S,
+    )
     clean, clean_grad = value_and_gradient(lambda s: judge_listed(s, ids, logprobs), S)
     assert_same_bits(loss, clean * mask)
     assert (grad[mask == 0] == 0).all() and not grad.isnan().any()
@@ -393,11 +493,19 @@ class Recorded:
 
     def __call__(self, stats: SimpleNamespace | None, mask: Tensor) -> Tensor:
         self.stats, self.mask = stats, mask
-        return 1.0 + torch.arange(mask.shape[1]).expand(mask.shape) if self.scope == "index" else stats.divergence / stats.teacher_entropy
+        return (
+            1.0 + torch.arange(mask.shape[1]).expand(mask.shape)
+            if self.scope == "index"
+            else stats.divergence / stats.teacher_entropy
+        )
 
 
 @pytest.mark.parametrize("scope", ["index", "row", "sequence"])
-@pytest.mark.parametrize("leading, sequences", [((6,), (1, 6)), ((2, 3), (2, 3)), ((2, 1, 3), (2, 3)), ((), (1, 1)), ((0, 3), (0, 3))], ids=str)
+@pytest.mark.parametrize(
+    "leading, sequences",
+    [((6,), (1, 6)), ((2, 3), (2, 3)), ((2, 1, 3), (2, 3)), ((), (1, 1)), ((0, 3), (0, 3))],
+    ids=str,
+)
 def test_a_weighting_is_called_with_sequences(scope, leading, sequences):
     gen = torch.Generator().manual_seed(1)
     S, T = (torch.randn(*leading, V, generator=gen, dtype=torch.float64) for _ in range(2))
@@ -414,7 +522,9 @@ def test_a_weighting_is_called_with_sequences(scope, leading, sequences):
         for name, values in stats.items():
             assert not getattr(weighting.stats, name).requires_grad
             assert_same_bits(getattr(weighting.stats, name), values.view(sequences))
-    tensor = Recorded(scope)(SimpleNamespace(**{name: values.view(sequences) for name, values in stats.items()}), weighting.mask).view(leading)
+    tensor = Recorded(scope)(
+        SimpleNamespace(**{name: values.view(sequences) for name, values in stats.items()}), weighting.mask
+    ).view(leading)
     by_tensor = value_and_gradient(lambda s: judge(s, T, mask=mask, token_weights=tensor), S)
     for ours, theirs in zip(by_object, by_tensor, strict=True):
         assert_same_bits(ours, theirs)
@@ -426,7 +536,9 @@ def test_a_weighting_is_called_with_sequences(scope, leading, sequences):
 def test_logprobs_by_loop():
     S, labels = logits()[0], torch.tensor([0, 3, -100, 7, 2])
     mask = torch.tensor([1, 1, 1, 1, 0])
-    logprobs, entropy = linear_logprobs_reference(S, torch.eye(V, dtype=S.dtype), labels, mask=mask, temperature=2.0, vocab_size=8, return_entropy=True)
+    logprobs, entropy = linear_logprobs_reference(
+        S, torch.eye(V, dtype=S.dtype), labels, mask=mask, temperature=2.0, vocab_size=8, return_entropy=True
+    )
     for i, label in enumerate(labels.tolist()):
         q = probabilities(S[i, :8] / 2)
         counts = i not in (2, 4)
@@ -440,16 +552,28 @@ def test_an_excluded_column_leaves_the_entropy_finite():
     head, kept = torch.eye(V, dtype=S.dtype), [v for v in range(V) if v != 7]
 
     def both(weight: Tensor, bias: Tensor | None) -> object:
-        return lambda s: torch.stack(linear_logprobs_reference(s, weight, labels, bias=bias, return_entropy=True))
+        return lambda s: torch.stack(
+            linear_logprobs_reference(s, weight, labels, bias=bias, return_entropy=True)
+        )
 
-    assert_equal(value_and_gradient(both(head, minus_infinity(7)), S), value_and_gradient(both(head[kept], None), S))
+    assert_equal(
+        value_and_gradient(both(head, minus_infinity(7)), S), value_and_gradient(both(head[kept], None), S)
+    )
 
 
 # ---------------------------------------------------------------- arguments
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"teacher_mix": 1.0}, {"entry_clip": 0.0}, {"token_clip": -1.0}, {"topk": 2, "topk_tail": "rest"}, {"topk": 2, "topk_support": "both"}], ids=str
+    "wrong",
+    [
+        {"teacher_mix": 1.0},
+        {"entry_clip": 0.0},
+        {"token_clip": -1.0},
+        {"topk": 2, "topk_tail": "rest"},
+        {"topk": 2, "topk_support": "both"},
+    ],
+    ids=str,
 )
 def test_wrong_options_are_named(wrong):
     with pytest.raises(ValueError, match=list(wrong)[-1]):

@@ -24,7 +24,13 @@ FORMS = {
     "difference, softcap": (CAPPED, CAPPED, True),
     "difference, two temperatures": (PLAIN, SCALED, True),
 }
-SHAPES = [(1, 1), (3, 7), (11, 64), (11, 1003), (2, 4099)]  # (n, V): one entry, ragged, whole vectors, more than one block of any backend
+SHAPES = [
+    (1, 1),
+    (3, 7),
+    (11, 64),
+    (11, 1003),
+    (2, 4099),
+]  # (n, V): one entry, ragged, whole vectors, more than one block of any backend
 
 
 @dataclass
@@ -76,11 +82,22 @@ def teacher_gap(S: Tensor, gen: torch.Generator) -> Tensor:
     return gap
 
 
-def make_rows(n: int, V: int, dtype: torch.dtype, form: str = "pair", kind: Kind = Kind.JSD, bias: bool = True, seed: int = 0) -> Rows:
+def make_rows(
+    n: int,
+    V: int,
+    dtype: torch.dtype,
+    form: str = "pair",
+    kind: Kind = Kind.JSD,
+    bias: bool = True,
+    seed: int = 0,
+) -> Rows:
     """Logits to |z| = 40, flat and peaked rows; zero among the factors where n allows it, and that row full of inf and NaN."""
     gen = torch.Generator().manual_seed(seed)
     student, teacher, difference = FORMS[form]
-    S = torch.randn(n, V, generator=gen, dtype=torch.float64) * torch.tensor([1.0, 10.0, 4.0], dtype=torch.float64).repeat(n // 3 + 1)[:n, None]
+    S = (
+        torch.randn(n, V, generator=gen, dtype=torch.float64)
+        * torch.tensor([1.0, 10.0, 4.0], dtype=torch.float64).repeat(n // 3 + 1)[:n, None]
+    )
     S[::2, V // 3] += 12
     S = S.clamp(-40, 40).to(dtype)
     gap = teacher_gap(S.double(), gen)
@@ -91,7 +108,14 @@ def make_rows(n: int, V: int, dtype: torch.dtype, form: str = "pair", kind: Kind
     wide = stats_dtype(dtype)
     bias_s = torch.randn(V, generator=gen, dtype=torch.float64).to(wide) if bias else None
     bias_t = bias_s if difference or not bias else torch.randn(V, generator=gen, dtype=torch.float64).to(wide)
-    return Rows(strided(S, 8, 5), strided(T, 24, 16), factor.to(wide), RowSpec(Divergence(kind, 0.3), student, teacher, difference), bias_s, bias_t)
+    return Rows(
+        strided(S, 8, 5),
+        strided(T, 24, 16),
+        factor.to(wide),
+        RowSpec(Divergence(kind, 0.3), student, teacher, difference),
+        bias_s,
+        bias_t,
+    )
 
 
 def off_kinks(rows: Rows) -> Rows:
@@ -99,7 +123,9 @@ def off_kinks(rows: Rows) -> Rows:
     signs = torch.tensor([0.25, -0.25]).repeat(rows.S.shape[1])[: rows.S.shape[1]].to(rows.T.dtype)
     for _ in range(8):
         truth = truth_of(rows)
-        near = (truth.teacher.log_softmax(-1) - truth.student.log_softmax(-1)).abs() < 2e-5  # a few roundings of logits of 40
+        near = (
+            truth.teacher.log_softmax(-1) - truth.student.log_softmax(-1)
+        ).abs() < 2e-5  # a few roundings of logits of 40
         near &= (rows.factor != 0)[:, None]
         if not near.any():
             break
@@ -143,7 +169,9 @@ def hard_rows(n: int, V: int, dtype: torch.dtype, form: str, kind: Kind) -> tupl
     return rows, truth_of(rows)
 
 
-def run_rows(backend: RowBackend, rows: Rows, route: str, G: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def run_rows(
+    backend: RowBackend, rows: Rows, route: str, G: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(stats, loss, gradient), by the three sweeps apart or fused. Without G the gradient overwrites S."""
     G = rows.S if G is None else G
     if route == "fused":
@@ -166,12 +194,22 @@ def live(rows: Rows) -> Tensor:
 
 def gap_of(stats: Tensor, s: Tensor, t: Tensor) -> Tensor:
     """L - c in float64, for the c that the backend chose: the difference of two columns, rounded to their type."""
-    return t.logsumexp(-1) - s.logsumexp(-1) - (stats[:, Column.TEACHER_MAX] - stats[:, Column.STUDENT_MAX]).double()
+    return (
+        t.logsumexp(-1)
+        - s.logsumexp(-1)
+        - (stats[:, Column.TEACHER_MAX] - stats[:, Column.STUDENT_MAX]).double()
+    )
 
 
 def check_gradient(rows: Rows, gradient: Tensor, truth: Truth, name: str = "gradient") -> None:
     scale = rows.factor.double().abs() * max(1, abs(rows.spec.student.factor))
-    assert_one_rounding(gradient, truth.gradient, gradient.dtype, magnitude=(scale * size(truth, truth.loss))[:, None], name=name)
+    assert_one_rounding(
+        gradient,
+        truth.gradient,
+        gradient.dtype,
+        magnitude=(scale * size(truth, truth.loss))[:, None],
+        name=name,
+    )
 
 
 def check_loss(rows: Rows, loss: Tensor, truth: Truth) -> None:
@@ -179,7 +217,9 @@ def check_loss(rows: Rows, loss: Tensor, truth: Truth) -> None:
     keep = live(rows)
     magnitude = size(truth, truth.loss)
     if rows.spec.linear_difference(rows.bias_s is rows.bias_t) and loss.dtype == torch.float32:
-        magnitude = torch.maximum(truth.loss, truth.spread.clamp(min=1e-6)) + truth.rounding * truth.spread.clamp(max=1)
+        magnitude = torch.maximum(
+            truth.loss, truth.spread.clamp(min=1e-6)
+        ) + truth.rounding * truth.spread.clamp(max=1)
     assert_one_rounding(loss[keep], truth.loss[keep], loss.dtype, magnitude=magnitude[keep], name="loss")
 
 
@@ -212,20 +252,44 @@ def test_statistics(rows_of, form, dtype):
         expected = reference_statistics(s, t)
         assert_one_rounding(got[:, Column.STUDENT_MAX], s.amax(-1), stats.dtype, name="student's maximum")
         whole, largest = size(truth, truth.loss), t.abs().amax(-1).clamp(min=1)
-        assert_one_rounding(got[:, Column.STUDENT_LOGSUM], s.logsumexp(-1) - s.amax(-1), stats.dtype, magnitude=whole[keep], name="student's log-sum")
+        assert_one_rounding(
+            got[:, Column.STUDENT_LOGSUM],
+            s.logsumexp(-1) - s.amax(-1),
+            stats.dtype,
+            magnitude=whole[keep],
+            name="student's log-sum",
+        )
         sums = got[:, Column.TEACHER_MAX].double() + got[:, Column.TEACHER_LOGSUM].double()
-        assert_one_rounding(sums, t.logsumexp(-1), stats.dtype, magnitude=largest, name="teacher's normaliser")
+        assert_one_rounding(
+            sums, t.logsumexp(-1), stats.dtype, magnitude=largest, name="teacher's normaliser"
+        )
         assert_one_rounding(got[:, Column.GAP], gap_of(got, s, t), stats.dtype, magnitude=largest, name="gap")
         far = got[:, Column.SPREAD] > SPREAD_LIMIT
-        assert_one_rounding(got[far, Column.TEACHER_MAX], t[far].amax(-1), stats.dtype, magnitude=largest[far], name="teacher's maximum")
+        assert_one_rounding(
+            got[far, Column.TEACHER_MAX],
+            t[far].amax(-1),
+            stats.dtype,
+            magnitude=largest[far],
+            name="teacher's maximum",
+        )
         for column, name in ((Column.REVERSE_KL, "reverse_kl"), (Column.FORWARD_KL, "forward_kl")):
             kl = reference_divergence(truth.student, truth.teacher, Divergence.parse(name))
-            assert_one_rounding(got[:, column], kl[keep], stats.dtype, magnitude=size(truth, kl)[keep], name=name)
+            assert_one_rounding(
+                got[:, column], kl[keep], stats.dtype, magnitude=size(truth, kl)[keep], name=name
+            )
         for side in ("student", "teacher"):
             entropy, top = (Column[f"{side}_{what}".upper()] for what in ("entropy", "max_prob"))
             magnitude = expected[f"{side}_entropy"].clamp(min=1)
-            assert_one_rounding(got[:, entropy], expected[f"{side}_entropy"], stats.dtype, magnitude=magnitude, name=f"{side}'s entropy")
-            assert_one_rounding(got[:, top], expected[f"{side}_max_prob"], stats.dtype, name=f"{side}'s top probability")
+            assert_one_rounding(
+                got[:, entropy],
+                expected[f"{side}_entropy"],
+                stats.dtype,
+                magnitude=magnitude,
+                name=f"{side}'s entropy",
+            )
+            assert_one_rounding(
+                got[:, top], expected[f"{side}_max_prob"], stats.dtype, name=f"{side}'s top probability"
+            )
         assert_same_bits(got[:, Column.STUDENT_ARGMAX].long(), s.argmax(-1))
 
 
@@ -256,11 +320,19 @@ def test_a_near_teacher_keeps_its_digits(rows_of, dtype):
     S = (4 * torch.randn(4, 1003, generator=gen)).to(dtype)
     T = (torch.tensor([1e-3, 1e-5, 1e-3, 1e-5])[:, None] * torch.randn(4, 1003, generator=gen)).to(dtype)
     for kind in (Kind.FORWARD_KL, Kind.REVERSE_KL, Kind.TVD):
-        rows = Rows(S.clone(), T, torch.ones(4).to(stats_dtype(dtype)), RowSpec(Divergence(kind), difference=True))
+        rows = Rows(
+            S.clone(), T, torch.ones(4).to(stats_dtype(dtype)), RowSpec(Divergence(kind), difference=True)
+        )
         truth = truth_of(rows)
         digits = truth.spread if dtype != torch.float64 else 1.0  # the truth is float64 itself
         stats = rows_of.row_stats(rows.S, rows.T, rows.spec, None, None, False)
-        assert_one_rounding(stats[:, Column.GAP], gap_of(stats, truth.student, truth.teacher), stats.dtype, magnitude=digits, name="gap")
+        assert_one_rounding(
+            stats[:, Column.GAP],
+            gap_of(stats, truth.student, truth.teacher),
+            stats.dtype,
+            magnitude=digits,
+            name="gap",
+        )
         loss, _ = rows_of.row_dot(rows.S, rows.T, stats, rows.spec, None, None)
         assert_one_rounding(loss, truth.loss, stats.dtype, magnitude=digits, name=kind.name)
 
@@ -273,7 +345,12 @@ def test_a_shifted_teacher_costs_no_digits(rows_of, kind, dtype):
     S = torch.randn(6, 257, generator=gen, dtype=torch.float64)
     S[:, 100] += torch.tensor([0.0, 2, 5, 9, 12, 16])
     S = (S * 64).round() / 64  # so that S + gap + 32 is exact in fp32
-    T = S + 32 + (torch.randn(6, 257, generator=gen, dtype=torch.float64).clamp(-2, 2) * 1e-2 * 2**14).round() / 2**14
+    T = (
+        S
+        + 32
+        + (torch.randn(6, 257, generator=gen, dtype=torch.float64).clamp(-2, 2) * 1e-2 * 2**14).round()
+        / 2**14
+    )
     rows = Rows(S.to(dtype), T.to(dtype), torch.ones(6, dtype=dtype), RowSpec(Divergence(kind)))
     assert_same_bits(rows.T.double(), T)
     truth = truth_of(off_kinks(rows) if kind == Kind.TVD else rows)
@@ -285,7 +362,9 @@ def test_a_shifted_teacher_costs_no_digits(rows_of, kind, dtype):
 # ---------------------------------------------------------------- where the gradient goes
 
 
-@pytest.mark.parametrize("dtype, narrow", [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, narrow", [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)], ids=str
+)
 @pytest.mark.parametrize("route", ["apart", "fused"])
 @pytest.mark.parametrize("form", ["pair", "difference, softcap"])
 def test_narrowed_gradient(rows_of, dtype, narrow, route, form):
@@ -318,7 +397,9 @@ def test_nothing_else_is_written(rows_of, route, narrow):
     storage[storage.isnan()] = 7.5
     before_S, before_T = storage.clone(), work.T.clone()
     run_rows(rows_of, work, route, None if narrow is None else narrowed(work.S, narrow))
-    inside = torch.zeros_like(storage, dtype=torch.bool).as_strided(work.S.shape, work.S.stride(), work.S.storage_offset())
+    inside = torch.zeros_like(storage, dtype=torch.bool).as_strided(
+        work.S.shape, work.S.stride(), work.S.storage_offset()
+    )
     outside = ~torch.zeros_like(storage, dtype=torch.bool)
     outside.as_strided(inside.shape, inside.stride(), inside.storage_offset()).fill_(False)
     assert_same_bits(storage[outside], before_S[outside])
@@ -356,7 +437,11 @@ def test_minus_infinity_in_a_bias(rows_of, kind, side, form):
     if side == "both":
         other[[33, 66]] = -math.inf
     shared = side == "both" and rows.spec.difference
-    rows = replace(rows, bias_s=masked if side != "teacher" else rows.bias_s, bias_t=masked if shared or side == "teacher" else other)
+    rows = replace(
+        rows,
+        bias_s=masked if side != "teacher" else rows.bias_s,
+        bias_t=masked if shared or side == "teacher" else other,
+    )
     rows = off_kinks(rows) if kind == Kind.TVD else rows
     truth = truth_of(rows)
     infinite = (kind, side) in ((Kind.REVERSE_KL, "teacher"), (Kind.FORWARD_KL, "student"))

@@ -15,8 +15,16 @@ from opsd_kernels.testing.reference import reference_logits
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 PLAIN, CAPPED = LogitTransform(), LogitTransform(1.3, 20.0, 0.7)
-FORMS = {"pair": (PLAIN, CAPPED, False), "difference, linear": (PLAIN, PLAIN, True), "difference, softcap": (CAPPED, CAPPED, True)}
-CLIPS = {"entry": {"entry_clip": 0.02}, "token": {"token_clip": 0.3}, "both": {"entry_clip": 0.05, "token_clip": 0.3}}
+FORMS = {
+    "pair": (PLAIN, CAPPED, False),
+    "difference, linear": (PLAIN, PLAIN, True),
+    "difference, softcap": (CAPPED, CAPPED, True),
+}
+CLIPS = {
+    "entry": {"entry_clip": 0.02},
+    "token": {"token_clip": 0.3},
+    "both": {"entry_clip": 0.05, "token_clip": 0.3},
+}
 SHAPES = [(1, 1), (4, 7), (9, 64), (9, 1003), (2, 4099)]
 KINDS = pytest.mark.parametrize("kind", list(Kind), ids=lambda kind: kind.name.lower())
 ROUTES = pytest.mark.parametrize("route", ["apart", "fused"])
@@ -33,17 +41,24 @@ class Rows:
 
     def double(self) -> "Rows":
         return replace(
-            self, **{name: getattr(self, name).double() for name in ("S", "T", "factor")}, policy=None if self.policy is None else self.policy.double()
+            self,
+            **{name: getattr(self, name).double() for name in ("S", "T", "factor")},
+            policy=None if self.policy is None else self.policy.double(),
         )
 
 
-def make_rows(n: int, V: int, dtype: torch.dtype, form: str, kind: Kind, policy: bool = False, **options: float) -> Rows:
+def make_rows(
+    n: int, V: int, dtype: torch.dtype, form: str, kind: Kind, policy: bool = False, **options: float
+) -> Rows:
     """Peaked and flat rows with teachers far and near; a factor of 0 and a policy of 0 among the others."""
     gen = torch.Generator().manual_seed(n + V)
     student, teacher, difference = FORMS[form]
     S = 4 * torch.randn(n, V, generator=gen, dtype=torch.float64)
     S[::2, V // 3] += 8
-    gap = torch.randn(n, V, generator=gen, dtype=torch.float64) * torch.tensor([3.0, 0.3, 30.0, 1e-2])[torch.arange(n) % 4, None]
+    gap = (
+        torch.randn(n, V, generator=gen, dtype=torch.float64)
+        * torch.tensor([3.0, 0.3, 30.0, 1e-2])[torch.arange(n) % 4, None]
+    )
     factor = torch.linspace(2.0, -1.5, n, dtype=torch.float64)
     pull = torch.linspace(-1.0, 3.0, n, dtype=torch.float64)
     if n > 3:
@@ -105,10 +120,14 @@ def truth_of(rows: Rows) -> Truth:
 def run_rows(backend: RowBackend, rows: Rows, route: str, G: Tensor) -> tuple[Tensor, Tensor]:
     """(stats, loss); the gradient is in G."""
     if route == "fused":
-        return backend.row_fused_(rows.S, rows.T, rows.factor, rows.spec, None, None, True, G, rows.policy, rows.labels)[:2]
+        return backend.row_fused_(
+            rows.S, rows.T, rows.factor, rows.spec, None, None, True, G, rows.policy, rows.labels
+        )[:2]
     stats = backend.row_stats(rows.S, rows.T, rows.spec, None, None, True)
     loss, A = backend.row_dot(rows.S, rows.T, stats, rows.spec, None, None)
-    backend.row_grad_(rows.S, rows.T, stats, A, rows.factor, rows.spec, None, None, G, rows.policy, rows.labels)
+    backend.row_grad_(
+        rows.S, rows.T, stats, A, rows.factor, rows.spec, None, None, G, rows.policy, rows.labels
+    )
     return stats, loss
 
 
@@ -116,7 +135,9 @@ def check(backend: RowBackend, rows: Rows, route: str, narrow: torch.dtype | Non
     truth, work = truth_of(rows), replace(rows, S=rows.S.clone())
     G = work.S if narrow is None else narrowed(work.S, narrow)
     stats, loss = run_rows(backend, work, route, G)
-    largest = truth.loss.abs().clamp(min=1) * (40 if rows.spec.student.softcap else 1)  # through the transform logits of 40 are rounded to fp32
+    largest = truth.loss.abs().clamp(min=1) * (
+        40 if rows.spec.student.softcap else 1
+    )  # through the transform logits of 40 are rounded to fp32
     assert_one_rounding(loss, truth.loss, loss.dtype, magnitude=largest, name="loss")
     assert_one_rounding(stats[:, Column.CLIPPED], truth.clipped, stats.dtype, name="clipped share")
     scale = rows.factor.double().abs() + (0 if rows.policy is None else rows.policy.double().abs())
@@ -161,7 +182,12 @@ def test_policy(rows_of, kind, route, dtype, clip):
 @ROUTES
 def test_policy_into_a_narrowed_view(rows_of, kind, route):
     for n, V in SHAPES:
-        check(rows_of, make_rows(n, V, torch.float32, "pair", kind, policy=True, teacher_mix=0.5, entry_clip=0.05), route, torch.bfloat16)
+        check(
+            rows_of,
+            make_rows(n, V, torch.float32, "pair", kind, policy=True, teacher_mix=0.5, entry_clip=0.05),
+            route,
+            torch.bfloat16,
+        )
 
 
 @ROUTES
@@ -172,7 +198,9 @@ def test_a_label_that_has_nearly_all_probability(rows_of, route):
     rows = replace(rows, labels=torch.full((4,), 100), factor=torch.zeros(4))
     truth, work = truth_of(rows), replace(rows, S=rows.S.clone())
     run_rows(rows_of, work, route, work.S)
-    assert_one_rounding(work.S, truth.gradient, work.S.dtype, magnitude=rows.policy.double().abs()[:, None], name="gradient")
+    assert_one_rounding(
+        work.S, truth.gradient, work.S.dtype, magnitude=rows.policy.double().abs()[:, None], name="gradient"
+    )
 
 
 @ROUTES

@@ -26,7 +26,11 @@ def usable(monkeypatch):
     def pretend(cuda=None, triton=None):
         monkeypatch.setattr(extension, "cuda_unavailable", lambda: cuda)
         faked = {"triton": lambda device, dtype: triton if device == "cuda" else "Triton compiles for cuda"}
-        monkeypatch.setattr(backends, "BACKENDS", tuple(replace(b, reason=faked.get(b.name, b.reason)) for b in backends.BACKENDS))
+        monkeypatch.setattr(
+            backends,
+            "BACKENDS",
+            tuple(replace(b, reason=faked.get(b.name, b.reason)) for b in backends.BACKENDS),
+        )
 
     return pretend
 
@@ -37,7 +41,12 @@ def served(device, dtype=None, name=None):
 
 def test_cuda_is_preferred_then_triton_then_torch(usable):
     usable()
-    assert [served(CUDA, dtype) for dtype in DTYPES] == ["triton_rows", "compiled_rows", "compiled_rows", "compiled_rows"]
+    assert [served(CUDA, dtype) for dtype in DTYPES] == [
+        "triton_rows",
+        "compiled_rows",
+        "compiled_rows",
+        "compiled_rows",
+    ]
     assert served(CUDA) == "compiled_rows"
     usable(cuda="the CUDA kernels were not built")
     assert {served(CUDA, dtype) for dtype in DTYPES} == {"triton_rows"}
@@ -57,7 +66,10 @@ def test_cuda_is_preferred_then_triton_then_torch(usable):
 )
 def test_a_backend_asked_for_by_name_serves_or_says_why_not(usable, monkeypatch, name, device, dtype, reason):
     usable(cuda="no compiler was there", triton="triton is not installed")
-    for ask in (lambda: backends.select(name, torch.device(device), dtype), lambda: backends.select(None, torch.device(device), dtype)):
+    for ask in (
+        lambda: backends.select(name, torch.device(device), dtype),
+        lambda: backends.select(None, torch.device(device), dtype),
+    ):
         with pytest.raises(ValueError, match=f"backend: expected .*'{name}': .*{reason}"):
             ask()
         monkeypatch.setenv("OPSD_BACKEND", name)
@@ -65,11 +77,19 @@ def test_a_backend_asked_for_by_name_serves_or_says_why_not(usable, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    "options, dtype", [({}, torch.bfloat16), ({"logits_dtype": torch.float32}, torch.float32), ({"divergence": "tvd"}, torch.float32)], ids=str
+    "options, dtype",
+    [
+        ({}, torch.bfloat16),
+        ({"logits_dtype": torch.float32}, torch.float32),
+        ({"divergence": "tvd"}, torch.float32),
+    ],
+    ids=str,
 )
 def test_the_buffer_decides_not_the_inputs(monkeypatch, options, dtype):
     asked, select = [], backends.select
-    monkeypatch.setattr(backends, "select", lambda name, device, dtype: asked.append(dtype) or select(name, device, dtype))
+    monkeypatch.setattr(
+        backends, "select", lambda name, device, dtype: asked.append(dtype) or select(name, device, dtype)
+    )
     evaluate(linear_divergence, hard_case(5, 17, 8, torch.bfloat16, shared_head=True), **options)
     assert asked == [dtype]
 
@@ -81,7 +101,14 @@ def words(*arguments):
 
 
 @pytest.mark.parametrize(
-    "reason", ["this torch was built without CUDA", "no CUDA device is visible", "the CUDA kernels were not built (docs/build.md)", None], ids=str
+    "reason",
+    [
+        "this torch was built without CUDA",
+        "no CUDA device is visible",
+        "the CUDA kernels were not built (docs/build.md)",
+        None,
+    ],
+    ids=str,
 )
 def test_doctor_says_what_the_cuda_kernels_lack(monkeypatch, reason):
     monkeypatch.setattr(extension, "cuda_unavailable", lambda: reason)
@@ -92,12 +119,25 @@ def test_doctor_has_a_column_for_the_gpu_where_there_is_one(monkeypatch, usable)
     usable(cuda="the CUDA kernels were not built (docs/build.md)", triton="triton is not installed")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("Properties", (), {"total_memory": 141 << 30}))
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: type("Properties", (), {"total_memory": 141 << 30}),
+    )
     text = words("doctor")
     assert "NVIDIA H200, 141 GiB" in text and "backend cpu cuda" in text and "triton is not installed" in text
 
 
-@pytest.mark.parametrize("version, old", [("2.9.1+cu128", True), ("2.10.0", False), ("2.13.0+cpu", False), ("3.0.0a0+git1", False), ("1.13", True)])
+@pytest.mark.parametrize(
+    "version, old",
+    [
+        ("2.9.1+cu128", True),
+        ("2.10.0", False),
+        ("2.13.0+cpu", False),
+        ("3.0.0a0+git1", False),
+        ("1.13", True),
+    ],
+)
 def test_an_older_torch_is_named(version, old):
     assert (doctor.too_old(version) is not None) == old
     assert not old or (version in doctor.too_old(version) and "2.10" in doctor.too_old(version))
@@ -152,8 +192,16 @@ FOLDER = "file:///src/my%20copy"
     [
         ("pip", {"url": FOLDER, "dir_info": {}}, f"{PIP} '/src/my copy'"),
         ("pip", {"url": "https://x.org/opsd.tar.gz", "archive_info": {}}, f"{PIP} https://x.org/opsd.tar.gz"),
-        ("pip", {"url": "https://x.org/o", "vcs_info": {"vcs": "git", "commit_id": "c0"}}, f"{PIP} git+https://x.org/o@c0"),
-        ("pip", {"url": "file:///w/opsd-py3-none-any.whl", "archive_info": {}}, f"{PIP} --no-binary opsd_kernels opsd_kernels"),
+        (
+            "pip",
+            {"url": "https://x.org/o", "vcs_info": {"vcs": "git", "commit_id": "c0"}},
+            f"{PIP} git+https://x.org/o@c0",
+        ),
+        (
+            "pip",
+            {"url": "file:///w/opsd-py3-none-any.whl", "archive_info": {}},
+            f"{PIP} --no-binary opsd_kernels opsd_kernels",
+        ),
         ("pip", None, f"{PIP} --no-binary opsd_kernels opsd_kernels"),
         ("uv", {"url": FOLDER, "dir_info": {}}, f"{UV} '/src/my copy'"),
     ],
@@ -190,5 +238,7 @@ def test_plan_prints_the_launches_of_a_gpu(monkeypatch):
     text = words("plan", "--device", "cuda")
     assert "cuda row kernels no CUDA device is visible" in text
     if importlib.util.find_spec("triton"):
-        assert "triton row kernels each sweep one block of 256 threads per row, 2048 columns at a time" in text
+        assert (
+            "triton row kernels each sweep one block of 256 threads per row, 2048 columns at a time" in text
+        )
     assert "row kernels" not in words("plan", "--device", "cpu")

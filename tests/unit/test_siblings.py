@@ -6,11 +6,21 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from opsd_kernels import DistillationHead, LinearDivergenceLoss, linear_divergence, linear_logprobs, linear_topk_divergence
+from opsd_kernels import (
+    DistillationHead,
+    LinearDivergenceLoss,
+    linear_divergence,
+    linear_logprobs,
+    linear_topk_divergence,
+)
 from opsd_kernels._core import gemm
 from opsd_kernels.divergence import Options
 from opsd_kernels.testing import assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case
-from opsd_kernels.testing.reference import linear_divergence_reference, linear_logprobs_reference, linear_topk_divergence_reference
+from opsd_kernels.testing.reference import (
+    linear_divergence_reference,
+    linear_logprobs_reference,
+    linear_topk_divergence_reference,
+)
 
 N, V, H = 29, 211, 24
 
@@ -18,7 +28,20 @@ N, V, H = 29, 211, 24
 def logprobs_of(op, **how):
     """Of a case's student, in the signature of linear_divergence."""
 
-    def run(h, W, t, Wt, *, labels, mask=None, student_bias=None, teacher_bias=None, token_weights=None, vocab_size=None, **options):
+    def run(
+        h,
+        W,
+        t,
+        Wt,
+        *,
+        labels,
+        mask=None,
+        student_bias=None,
+        teacher_bias=None,
+        token_weights=None,
+        vocab_size=None,
+        **options,
+    ):
         return op(h, W, labels, bias=student_bias, mask=mask, vocab_size=vocab_size, **options, **how)
 
     return run
@@ -30,7 +53,9 @@ def topk_of(op, K=7, **how):
     def run(h, W, t, Wt, *, teacher_bias=None, **options):
         valid = (options["mask"] & (options["labels"] != -100))[..., None]
         logits = torch.where(valid, t, 0.0).float() @ Wt.float().T
-        logprobs, ids = (logits if teacher_bias is None else logits + teacher_bias.float()).log_softmax(-1).topk(K)
+        logprobs, ids = (
+            (logits if teacher_bias is None else logits + teacher_bias.float()).log_softmax(-1).topk(K)
+        )
         return op(h, W, ids, logprobs, **options, **how)
 
     return run
@@ -42,7 +67,9 @@ def passes(monkeypatch):
     seen = []
     for name in ("project", "accumulate_weight_grad"):
         inner = getattr(gemm, name)
-        monkeypatch.setattr(gemm, name, lambda *args, inner=inner, name=name: (seen.append(name), inner(*args)))
+        monkeypatch.setattr(
+            gemm, name, lambda *args, inner=inner, name=name: (seen.append(name), inner(*args))
+        )
     return seen
 
 
@@ -64,16 +91,24 @@ def test_log_probs_by_dtype(backend, dtype, frozen):
 
 def test_passes_over_one_head(backend, passes):
     """One without gradients, 1 + 3 with a trainable head, 2 + 0 with a frozen one, 1 + 2 if it may not compute ahead."""
-    for frozen, how, forward, backward in ((False, {}, 1, 3), (True, {}, 2, 0), (True, {"backward": "recompute"}, 1, 2)):
+    for frozen, how, forward, backward in (
+        (False, {}, 1, 3),
+        (True, {}, 2, 0),
+        (True, {"backward": "recompute"}, 1, 2),
+    ):
         case = hard_case(N, V, H, frozen_head=frozen).leaves()
         passes.clear()
-        result = linear_logprobs(case.student_hidden, case.student_weight, case.labels, mask=case.mask, backend=backend, **how)
+        result = linear_logprobs(
+            case.student_hidden, case.student_weight, case.labels, mask=case.mask, backend=backend, **how
+        )
         assert len(passes) == forward
         result.sum().backward()
         assert len(passes) == forward + backward
     passes.clear()
     with torch.no_grad():
-        linear_logprobs(case.student_hidden, case.student_weight, case.labels, mask=case.mask, backend=backend)
+        linear_logprobs(
+            case.student_hidden, case.student_weight, case.labels, mask=case.mask, backend=backend
+        )
     assert passes == ["project"]
 
 
@@ -100,14 +135,19 @@ def test_log_probs_compile_whole(backend):
 def test_a_listed_teacher_compiles_whole(backend):
     case = hard_case(N, V, H, torch.float32)
     ids, logprobs = torch.arange(7).repeat(N, 1), torch.linspace(-1, -4, 7).repeat(N, 1)
-    run = lambda h, W, t, Wt, *, teacher_bias, **options: linear_topk_divergence(h, W, ids, logprobs, **options, backend=backend)  # noqa: E731
+
+    def run(h, W, t, Wt, *, teacher_bias, **options):
+        return linear_topk_divergence(h, W, ids, logprobs, **options, backend=backend)
+
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert_same_bits(evaluate(compiled, case).loss, evaluate(run, case).loss)
 
 
 def test_no_tokens_and_nothing_valid(backend):
     weight = torch.randn(V, H, requires_grad=True)
-    empty = linear_logprobs(torch.randn(0, H, requires_grad=True), weight, torch.zeros(0, dtype=torch.int64), backend=backend)
+    empty = linear_logprobs(
+        torch.randn(0, H, requires_grad=True), weight, torch.zeros(0, dtype=torch.int64), backend=backend
+    )
     assert empty.shape == (0,)
     masked = linear_logprobs(torch.full((3, H), torch.nan), weight, torch.full((3,), -100), backend=backend)
     assert_same_bits(masked.detach(), torch.zeros(3))
@@ -142,14 +182,24 @@ def test_the_whole_vocabulary_listed_is_the_divergence(backend):
     """Renormalised over all of V, in any order."""
     case = hard_case(N, V, H, torch.float64, largest_logit=8.0)
     truth = evaluate(linear_divergence, case, divergence="forward_kl", backend=backend)
-    listed = evaluate(topk_of(linear_topk_divergence, K=V, tail="renormalize", backend=backend), replace(case))
+    listed = evaluate(
+        topk_of(linear_topk_divergence, K=V, tail="renormalize", backend=backend), replace(case)
+    )
     assert_on_target(listed, truth, "fp32_logits")  # the list is fp32
 
 
 def test_statistics_of_a_listed_teacher(backend):
     case = hard_case(N, V, H, torch.float32)
-    _, stats = topk_of(linear_topk_divergence, backend=backend, return_stats=True, token_clip=0.5)(*case.inputs(), **case.options())
-    assert stats.teacher_entropy is stats.teacher_max_prob is stats.top1_agreement is stats.teacher_logprob is None
+    _, stats = topk_of(linear_topk_divergence, backend=backend, return_stats=True, token_clip=0.5)(
+        *case.inputs(), **case.options()
+    )
+    assert (
+        stats.teacher_entropy
+        is stats.teacher_max_prob
+        is stats.top1_agreement
+        is stats.teacher_logprob
+        is None
+    )
     assert stats.student_entropy.shape == stats.student_logprob.shape == stats.clipped_fraction.shape == (N,)
 
 
@@ -174,7 +224,11 @@ def test_bad_lists(change, error, message):
 
 
 def test_the_options_are_those_of_the_function():
-    parameters = {name: p.default for name, p in inspect.signature(linear_divergence).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    parameters = {
+        name: p.default
+        for name, p in inspect.signature(linear_divergence).parameters.items()
+        if p.kind is p.KEYWORD_ONLY
+    }
     assert parameters == {field.name: field.default for field in fields(Options)}
 
 
@@ -189,7 +243,11 @@ def test_a_loss_module_is_the_function(backend):
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        ({"divergance": "jsd"}, TypeError, "options: expected arguments of linear_divergence, got 'divergance'"),
+        (
+            {"divergance": "jsd"},
+            TypeError,
+            "options: expected arguments of linear_divergence, got 'divergance'",
+        ),
         ({"divergence": "kl"}, ValueError, "divergence: expected one of"),
         ({"reduction": "max"}, ValueError, "reduction: expected one of"),
         ({"beta": 0.0, "divergence": "jsd"}, ValueError, "beta: expected .* use divergence='forward_kl'"),
@@ -211,8 +269,14 @@ def test_a_distillation_head(backend, bias):
     h, same, wide = torch.randn(2, 5, H), torch.randn(2, 5, H), torch.randn(2, 5, 16)
     for teacher, layer, given in ((same, own, ()), (wide, other, (other,))):
         loss = head(h, teacher, *given, mask=torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]))
-        options = {"student_bias": own.bias, "teacher_bias": layer.bias, "mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])}
-        plain = linear_divergence_reference(h, own.weight, teacher, layer.weight, divergence="forward_kl", **options)
+        options = {
+            "student_bias": own.bias,
+            "teacher_bias": layer.bias,
+            "mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
+        }
+        plain = linear_divergence_reference(
+            h, own.weight, teacher, layer.weight, divergence="forward_kl", **options
+        )
         truth = linear_divergence_reference(
             h.double(), own.weight.double(), teacher.double(), layer.weight.double(), divergence="forward_kl",
             **{name: value.double() if name.endswith("bias") and value is not None else value for name, value in options.items()},

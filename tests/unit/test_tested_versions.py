@@ -14,7 +14,20 @@ from opsd_kernels.tested_versions import Record
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "record_versions.py"
-RECORD = Record("2026-11-29", "c0ffee", "3.13.0", "Linux x86_64", "a processor", {"torch": "2.13.0+cpu", "trl": None}, "pytest", 1000, 0, 30, 300.0, 80)
+RECORD = Record(
+    "2026-11-29",
+    "c0ffee",
+    "3.13.0",
+    "Linux x86_64",
+    "a processor",
+    {"torch": "2.13.0+cpu", "trl": None},
+    "pytest",
+    1000,
+    0,
+    30,
+    300.0,
+    80,
+)
 OLDER = replace(RECORD, python="3.10.13", packages={"torch": "2.10.0"})
 
 
@@ -46,7 +59,16 @@ def script(monkeypatch):
 
 
 def report_of(path: Path, *arguments: str) -> Path:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={path}", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={path}",
+        *arguments,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
     return path
@@ -54,7 +76,11 @@ def report_of(path: Path, *arguments: str) -> Path:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    return report_of(tmp_path_factory.mktemp("report") / "a.xml", "tests/unit/test_report_json.py", "tests/gpu/test_ranks_on_gpu.py")
+    return report_of(
+        tmp_path_factory.mktemp("report") / "a.xml",
+        "tests/unit/test_report_json.py",
+        "tests/gpu/test_ranks_on_gpu.py",
+    )
 
 
 def test_a_run_of_pytest_becomes_a_record(script, report, tmp_path, capsys):
@@ -72,8 +98,12 @@ def test_a_run_of_pytest_becomes_a_record(script, report, tmp_path, capsys):
 
 def test_a_part_of_the_suite_or_a_foreign_report_is_no_record(script, report, tmp_path):
     foreign, selection = tmp_path / "foreign.xml", tmp_path / "selection.xml"
-    foreign.write_text('<testsuites><testsuite tests="3" failures="0" errors="0" skipped="0" time="1"/></testsuites>')
-    selection.write_text(report.read_text().replace("[&quot;-q&quot;", "[&quot;-k&quot;, &quot;chunk&quot;", 1))
+    foreign.write_text(
+        '<testsuites><testsuite tests="3" failures="0" errors="0" skipped="0" time="1"/></testsuites>'
+    )
+    selection.write_text(
+        report.read_text().replace("[&quot;-q&quot;", "[&quot;-k&quot;, &quot;chunk&quot;", 1)
+    )
     for path, share, says in (
         (foreign, 0.0, "expected a report of this repository's tests"),
         (selection, 0.0, "got a selection of it: -k"),
@@ -104,7 +134,12 @@ def test_records_are_read_back_in_the_order_of_their_versions(tmp_path):
     ],
 )
 def test_doctors_note(records, package, found, says):
-    records(RECORD, OLDER, replace(RECORD, packages={"torch": "2.11.0"}, failed=1), replace(RECORD, packages={"torch": "2.9.0"}, passed=0))
+    records(
+        RECORD,
+        OLDER,
+        replace(RECORD, packages={"torch": "2.11.0"}, failed=1),
+        replace(RECORD, packages={"torch": "2.9.0"}, passed=0),
+    )
     assert tested_versions.note(package, found) == says
 
 
@@ -120,6 +155,9 @@ def test_doctor_prints_the_note(records):
 
 def test_the_page_has_a_row_for_each_record_and_tells_the_command():
     page = tested_versions.markdown((OLDER, RECORD))
-    assert "| 3.10.13 | 2.10.0 | 80 | 1000 | 0 | 30 | 1 |" in page and "| 3.13.0 | 2.13.0+cpu | 80 | 1000 | 0 | 30 | 2 |" in page
+    assert (
+        "| 3.10.13 | 2.10.0 | 80 | 1000 | 0 | 30 | 1 |" in page
+        and "| 3.13.0 | 2.13.0+cpu | 80 | 1000 | 0 | 30 | 2 |" in page
+    )
     assert "2. 2026-11-29, commit c0ffee, a processor, Linux x86_64, 300 s: `pytest`" in page
     assert "No run has been recorded yet." in tested_versions.markdown(())

@@ -43,7 +43,10 @@ def test_one_rounding_of_the_interpreter_allows_truncation_of_bf16_alone():
         assert_one_rounding(torch.tensor([1.0]), truth, torch.float32, interpreter=True)
 
 
-@pytest.mark.parametrize("actual, truth", [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (math.inf, -math.inf), (3e38, math.inf)])
+@pytest.mark.parametrize(
+    "actual, truth",
+    [(math.nan, 1.0), (1.0, math.nan), (math.inf, 1.0), (math.inf, -math.inf), (3e38, math.inf)],
+)
 def test_gates_do_not_forgive_what_is_not_finite(actual, truth):
     actual, truth = torch.tensor([0.0, actual]), torch.tensor([0.0, truth])
     for gate in (
@@ -104,22 +107,36 @@ def test_outcomes_are_compared_by_name():
 def test_the_hard_case_is_hard(dtype):
     case = hard_case(67, 1003, 48, dtype, padding=5)
     valid = (case.mask != 0) & (case.labels != -100)
-    assert (~valid).sum() == 2 and case.student_hidden[~valid].isinf().all() and case.teacher_hidden[~valid].isnan().all()
+    assert (
+        (~valid).sum() == 2
+        and case.student_hidden[~valid].isinf().all()
+        and case.teacher_hidden[~valid].isnan().all()
+    )
     logits = case.student_hidden[valid].double() @ case.student_weight[:1003].double().T
     assert 38 < logits.abs().max() < 42
-    assert (logits.softmax(-1).amax(-1) > 0.99).any() and (logits.softmax(-1).amax(-1) < 0.1).any(), "peaked and flat rows"
+    assert (logits.softmax(-1).amax(-1) > 0.99).any() and (logits.softmax(-1).amax(-1) < 0.1).any(), (
+        "peaked and flat rows"
+    )
     padded = case.student_hidden[valid].double() @ case.student_weight[1003:].double().T
     assert (padded.amax(-1) > logits.amax(-1)).float().mean() > 0.8, "padded columns would win"
     assert case.student_bias.isinf().sum() == case.teacher_bias.isinf().sum() == 1
-    assert (case.token_weights == 0).sum() == 1 and not case.student_hidden.is_contiguous() and case.student_weight.storage_offset() > 0
+    assert (
+        (case.token_weights == 0).sum() == 1
+        and not case.student_hidden.is_contiguous()
+        and case.student_weight.storage_offset() > 0
+    )
     assert case.upstream == 3.0
 
 
 @pytest.mark.parametrize("kl", [1e-1, 1e-2, 1e-3, 1e-4])
-@pytest.mark.parametrize("made", [{"shared_head": True}, {}, {"teacher_width": 61}, {"shared_head": True, "padding": 3}], ids=str)
+@pytest.mark.parametrize(
+    "made", [{"shared_head": True}, {}, {"teacher_width": 61}, {"shared_head": True, "padding": 3}], ids=str
+)
 def test_a_near_teacher_is_as_near_as_asked(kl, made):
     case = hard_case(29, 211, 24, near=kl, **made)
-    stats = evaluate(linear_divergence_reference, case.double(), divergence="forward_kl", return_stats=True).stats["divergence"]
+    stats = evaluate(
+        linear_divergence_reference, case.double(), divergence="forward_kl", return_stats=True
+    ).stats["divergence"]
     stats = stats[stats != 0]
     assert ((stats / kl - 1).abs() < 0.02).all(), stats / kl
 
@@ -190,7 +207,12 @@ def test_textbook_values():
 def test_the_logit_transform_has_its_order():
     """softcap(scale * (z + bias)) / temperature with z = 1, bias = 1, scale = 2, cap = 3, T = 4 on the first of two entries."""
     one, head = torch.ones(1, 1, dtype=torch.float64), torch.tensor([[1.0], [0.0]], dtype=torch.float64)
-    options = {"temperature": 4.0, "student_logit_scale": 2.0, "student_softcap": 3.0, "student_bias": torch.tensor([1.0, 0.0], dtype=torch.float64)}
+    options = {
+        "temperature": 4.0,
+        "student_logit_scale": 2.0,
+        "student_softcap": 3.0,
+        "student_bias": torch.tensor([1.0, 0.0], dtype=torch.float64),
+    }
     logit = 3 * math.tanh(4 / 3) / 4
     q = 1 / (1 + math.exp(-logit))
     loss = linear_divergence_reference(one, head, 0 * one, head, divergence="tvd", **options)
@@ -199,4 +221,6 @@ def test_the_logit_transform_has_its_order():
 
 def test_the_reference_refuses_unknown_names():
     with pytest.raises(TypeError, match="chunk"):
-        linear_divergence_reference(torch.ones(1, 1), torch.ones(2, 1), torch.ones(1, 1), torch.ones(2, 1), chunk=3)
+        linear_divergence_reference(
+            torch.ones(1, 1), torch.ones(2, 1), torch.ones(1, 1), torch.ones(2, 1), chunk=3
+        )

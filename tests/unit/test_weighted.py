@@ -9,7 +9,14 @@ import torch
 from opsd_kernels import linear_divergence, plan, weights
 from opsd_kernels._core import gemm
 from opsd_kernels._core.planner import align
-from opsd_kernels.testing import assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case, plain_outcomes
+from opsd_kernels.testing import (
+    assert_no_worse,
+    assert_on_target,
+    assert_same_bits,
+    evaluate,
+    hard_case,
+    plain_outcomes,
+)
 from opsd_kernels.testing.reference import linear_divergence_reference
 
 B, T, V, H = 4, 7, 211, 24
@@ -41,15 +48,21 @@ def projected(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("weighting", [ROW, SEQUENCE, weights.MeanOne(ROW)], ids=["row", "sequence", "mean one"])
+@pytest.mark.parametrize(
+    "weighting", [ROW, SEQUENCE, weights.MeanOne(ROW)], ids=["row", "sequence", "mean one"]
+)
 @pytest.mark.parametrize("rows", [3, 8, 100])
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
 def test_value_and_gradient(backend, weighting, rows, frozen):
     """fp32, in chunks that cut sequences, in chunks of one sequence, in one chunk."""
     case = weighted_case(frozen_head=frozen)
     options = {"token_weights": weighting, "divergence": "jsd"}
-    ours = evaluate(linear_divergence, case, **options, backend=backend, workspace_bytes=budget_of(rows, torch.float32))
-    assert_no_worse(ours, plain_outcomes(case, **options), evaluate(linear_divergence_reference, case.double(), **options))
+    ours = evaluate(
+        linear_divergence, case, **options, backend=backend, workspace_bytes=budget_of(rows, torch.float32)
+    )
+    assert_no_worse(
+        ours, plain_outcomes(case, **options), evaluate(linear_divergence_reference, case.double(), **options)
+    )
 
 
 @pytest.mark.parametrize("weighting", [ROW, SEQUENCE], ids=["row", "sequence"])
@@ -60,7 +73,11 @@ def test_16_bit_inputs(backend, weighting, shared_head, dtype):
     case = weighted_case(dtype, shared_head=shared_head, near=1e-2 if shared_head else None)
     options = {"token_weights": weighting}
     ours = evaluate(linear_divergence, case, **options, backend=backend, workspace_bytes=budget_of(8, dtype))
-    assert_on_target(ours, evaluate(linear_divergence_reference, case.double(), **options), "default" if shared_head else "fp32_logits")
+    assert_on_target(
+        ours,
+        evaluate(linear_divergence_reference, case.double(), **options),
+        "default" if shared_head else "fp32_logits",
+    )
 
 
 def test_passes_of_the_gemms(backend, projected):
@@ -69,7 +86,13 @@ def test_passes_of_the_gemms(backend, projected):
     valid = int((case.mask & (case.labels != -100)).sum())
     for weighting, rows, times in ((ROW, 3, 1), (SEQUENCE, 8, 1), (SEQUENCE, 3, 2)):
         projected.clear()
-        evaluate(linear_divergence, case, token_weights=weighting, backend=backend, workspace_bytes=budget_of(rows, torch.float32))
+        evaluate(
+            linear_divergence,
+            case,
+            token_weights=weighting,
+            backend=backend,
+            workspace_bytes=budget_of(rows, torch.float32),
+        )
         assert sum(projected) == 2 * times * valid, (weighting, rows)
 
 
@@ -81,8 +104,14 @@ def test_the_planner_says_when_and_why():
     assert (aligned.weighting, aligned.passes) == ("aligned", 4) and str(rows) in aligned.weighting_reason
     apart = plan(**shape, weights_scope="sequence", longest_sequence=4096)
     assert (apart.weighting, apart.passes) == ("own pass", 6) and "4096" in apart.weighting_reason
-    assert plan(**shape, weights_scope="sequence", longest_sequence=4096, trainable_head=False).weighting == "after"
-    assert plan(**shape, weights_scope="sequence", longest_sequence=4096, backward="recompute").weighting == "after"
+    assert (
+        plan(**shape, weights_scope="sequence", longest_sequence=4096, trainable_head=False).weighting
+        == "after"
+    )
+    assert (
+        plan(**shape, weights_scope="sequence", longest_sequence=4096, backward="recompute").weighting
+        == "after"
+    )
     assert plan(**shape).weighting == "before"
 
 
@@ -99,17 +128,28 @@ def test_weights_are_detached(backend, weighting):
     _, stats = linear_divergence(*case.inputs(), **case.options(), return_stats=True, backend=backend)
     numbers = weighting(stats, case.mask & (case.labels != -100))
     by_scheme = evaluate(linear_divergence, case, token_weights=weighting, backend=backend)
-    assert_on_target(by_scheme, evaluate(linear_divergence, replace(case, token_weights=numbers), backend=backend), "fp32_logits")
+    assert_on_target(
+        by_scheme,
+        evaluate(linear_divergence, replace(case, token_weights=numbers), backend=backend),
+        "fp32_logits",
+    )
 
 
-@pytest.mark.parametrize("weighting", [ROW, SEQUENCE, weights.MeanOne(SEQUENCE)], ids=["row", "sequence", "mean one"])
+@pytest.mark.parametrize(
+    "weighting", [ROW, SEQUENCE, weights.MeanOne(SEQUENCE)], ids=["row", "sequence", "mean one"]
+)
 def test_masked_tokens_influence_no_weight(backend, weighting):
     """Other garbage in the hidden states of ignored tokens: not a bit changes."""
     case = weighted_case()
     ignored = ~(case.mask & (case.labels != -100))
-    other = replace(case, student_hidden=case.student_hidden.clone(), teacher_hidden=case.teacher_hidden.clone())
+    other = replace(
+        case, student_hidden=case.student_hidden.clone(), teacher_hidden=case.teacher_hidden.clone()
+    )
     other.student_hidden[ignored], other.teacher_hidden[ignored] = 3.0, -7.0
-    before, after = (evaluate(linear_divergence, c, token_weights=weighting, backend=backend, workspace_bytes=60_000) for c in (case, other))
+    before, after = (
+        evaluate(linear_divergence, c, token_weights=weighting, backend=backend, workspace_bytes=60_000)
+        for c in (case, other)
+    )
     assert_same_bits(after, before)
 
 
@@ -118,7 +158,13 @@ def test_no_discrepancy_at_all(backend):
     case = weighted_case(shared_head=True)
     same = replace(case, teacher_hidden=case.student_hidden)
     for of in ("logprob", "divergence"):
-        outcome = evaluate(linear_divergence, same, token_weights=weights.PrefixDiscrepancy(of=of), divergence="forward_kl", backend=backend)
+        outcome = evaluate(
+            linear_divergence,
+            same,
+            token_weights=weights.PrefixDiscrepancy(of=of),
+            divergence="forward_kl",
+            backend=backend,
+        )
         for _, value in outcome.named():
             assert value.isfinite().all()
 
@@ -141,9 +187,19 @@ def test_a_weight_of_zero_takes_an_infinite_row_out(backend):
     tilted = case.student_hidden.clone()
     options = {"teacher_bias": excluded, "student_softcap": None}
     case = replace(case, student_hidden=tilted)
-    loss, stats = linear_divergence(*case.inputs(), **case.options(), **options, return_stats=True, reduction="sum", backend=backend, token_weights=Unlucky())
+    loss, stats = linear_divergence(
+        *case.inputs(),
+        **case.options(),
+        **options,
+        return_stats=True,
+        reduction="sum",
+        backend=backend,
+        token_weights=Unlucky(),
+    )
     assert loss == 0 and (stats.divergence[case.mask & (case.labels != -100)] == math.inf).all()
-    outcome = evaluate(linear_divergence, case, **options, token_weights=Unlucky(), reduction="sum", backend=backend)
+    outcome = evaluate(
+        linear_divergence, case, **options, token_weights=Unlucky(), reduction="sum", backend=backend
+    )
     for name, value in outcome.named():
         assert_same_bits(value, torch.zeros_like(value)), name
 
@@ -170,6 +226,14 @@ def test_schedules_compile_whole_and_others_in_part(backend):
 
     schedule = weights.FirstFraction(0.5)
     whole = torch.compile(loss(schedule), fullgraph=True, backend="aot_eager")
-    assert_no_worse(evaluate(whole, case), evaluate(loss(schedule), case), evaluate(linear_divergence_reference, case.double(), token_weights=schedule))
+    assert_no_worse(
+        evaluate(whole, case),
+        evaluate(loss(schedule), case),
+        evaluate(linear_divergence_reference, case.double(), token_weights=schedule),
+    )
     in_part = torch.compile(loss(ROW), backend="aot_eager")
-    assert_no_worse(evaluate(in_part, case), evaluate(loss(ROW), case), evaluate(linear_divergence_reference, case.double(), token_weights=ROW))
+    assert_no_worse(
+        evaluate(in_part, case),
+        evaluate(loss(ROW), case),
+        evaluate(linear_divergence_reference, case.double(), token_weights=ROW),
+    )

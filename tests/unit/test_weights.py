@@ -18,7 +18,16 @@ from opsd_kernels.weights.base import check_weighting
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 B, T = 8, 11
-LAYOUTS = ["00011111111", "11111110000", "11011001110", "11111111111", "00000000000", "00001000000", "10000000001", "01010101010"]
+LAYOUTS = [
+    "00011111111",
+    "11111110000",
+    "11011001110",
+    "11111111111",
+    "00000000000",
+    "00001000000",
+    "10000000001",
+    "01010101010",
+]
 MASK = torch.tensor([[c == "1" for c in row] for row in LAYOUTS])
 
 
@@ -70,13 +79,23 @@ def ratio(clip):
 
 
 def trust(threshold):
-    return by_token(lambda y: float(min(math.exp(y["teacher_logprob"]) / math.exp(y["student_logprob"]), 1.0) >= threshold))
+    return by_token(
+        lambda y: float(
+            min(math.exp(y["teacher_logprob"]) / math.exp(y["student_logprob"]), 1.0) >= threshold
+        )
+    )
 
 
 def prefix(gamma, of):
     def loop(tokens):
-        d = [abs(y["student_logprob"] - y["teacher_logprob"]) if of == "logprob" else max(y["divergence"], 0.0) for y in tokens]
-        return [1 + gamma * (1 - (math.fsum(d[:t]) / math.fsum(d) if math.fsum(d) else 0.0)) for t in range(len(d))]
+        d = [
+            abs(y["student_logprob"] - y["teacher_logprob"]) if of == "logprob" else max(y["divergence"], 0.0)
+            for y in tokens
+        ]
+        return [
+            1 + gamma * (1 - (math.fsum(d[:t]) / math.fsum(d) if math.fsum(d) else 0.0))
+            for t in range(len(d))
+        ]
 
     return loop
 
@@ -84,7 +103,10 @@ def prefix(gamma, of):
 def segment_mean(inner):
     def loop(tokens):
         weights = inner(tokens)
-        return [mean([w for w, z in zip(weights, tokens, strict=True) if z["segment"] == y["segment"]]) for y in tokens]
+        return [
+            mean([w for w, z in zip(weights, tokens, strict=True) if z["segment"] == y["segment"]])
+            for y in tokens
+        ]
 
     return loop
 
@@ -115,16 +137,32 @@ CASES = {
     "sigmoid down": (W.Sigmoid(0.1, 0.4, -0.07), sigmoid(0.1, 0.4, -0.07), "index"),
     "ratio": (W.ImportanceRatio(OLD), ratio(2.0), "row"),
     "ratio clip": (W.ImportanceRatio(OLD, clip=0.5), ratio(0.5), "row"),
-    "below": (W.EntropyGate("student", below=0.5), by_token(lambda y: float(y["student_entropy"] < 0.5)), "row"),
-    "above": (W.EntropyGate("teacher", above=0.3), by_token(lambda y: float(y["teacher_entropy"] > 0.3)), "row"),
+    "below": (
+        W.EntropyGate("student", below=0.5),
+        by_token(lambda y: float(y["student_entropy"] < 0.5)),
+        "row",
+    ),
+    "above": (
+        W.EntropyGate("teacher", above=0.3),
+        by_token(lambda y: float(y["teacher_entropy"] > 0.3)),
+        "row",
+    ),
     "trust": (W.TrustGate(0.4), trust(0.4), "row"),
     "prefix": (W.PrefixDiscrepancy(), prefix(0.5, "logprob"), "sequence"),
     "prefix divergence": (W.PrefixDiscrepancy(-0.7, of="divergence"), prefix(-0.7, "divergence"), "sequence"),
     "segments": (W.SegmentMean(W.ImportanceRatio(OLD), STARTS), segment_mean(ratio(2.0)), "sequence"),
     "mean one of index": (W.MeanOne(W.LinearDecay(0.2)), mean_one(linear(0.2)), "index"),
     "mean one of row": (W.MeanOne(W.TrustGate(0.4)), mean_one(trust(0.4)), "sequence"),
-    "product": (0.5 * W.LinearDecay(0.2) * W.ImportanceRatio(OLD), times(times(by_token(lambda y: 0.5), linear(0.2)), ratio(2.0)), "row"),
-    "wide product": (W.PrefixDiscrepancy() * W.TrustGate(0.4) * 2, times(times(prefix(0.5, "logprob"), trust(0.4)), by_token(lambda y: 2)), "sequence"),
+    "product": (
+        0.5 * W.LinearDecay(0.2) * W.ImportanceRatio(OLD),
+        times(times(by_token(lambda y: 0.5), linear(0.2)), ratio(2.0)),
+        "row",
+    ),
+    "wide product": (
+        W.PrefixDiscrepancy() * W.TrustGate(0.4) * 2,
+        times(times(prefix(0.5, "logprob"), trust(0.4)), by_token(lambda y: 2)),
+        "sequence",
+    ),
 }
 READERS = {name: weighting for name, (weighting, _, scope) in CASES.items() if scope != "index"}
 
@@ -184,7 +222,9 @@ JUNK = st.sampled_from([0.0, 1e30, -1e30, math.inf, -math.inf, math.nan])
 def test_masked_tokens_influence_nothing(seed, junk, name):
     clean, spoilt = make_stats(MASK, seed, masked=0.0), make_stats(MASK, seed, masked=junk)
     weighting = READERS[name]
-    moved = schemes._moved(weighting, lambda _, tensor: tensor if tensor.dtype == torch.bool else torch.where(MASK, tensor, junk))
+    moved = schemes._moved(
+        weighting, lambda _, tensor: tensor if tensor.dtype == torch.bool else torch.where(MASK, tensor, junk)
+    )
     weights = moved(spoilt, MASK)
     assert_same_bits(weights, weighting(clean, MASK))
     assert (weights[~MASK] == 0).all()
@@ -195,17 +235,28 @@ def test_masked_tokens_influence_nothing(seed, junk, name):
 def test_sequences_do_not_depend_on_each_other(seed, row, junk, name):
     weighting, stats = READERS[name], make_stats(MASK, seed)
     others = torch.arange(B)[:, None] != row
-    spoilt = TokenStats(**{f.name: getattr(stats, f.name).masked_fill(others & (per_token(seed) < -2), junk) for f in fields(TokenStats)})
+    spoilt = TokenStats(
+        **{
+            f.name: getattr(stats, f.name).masked_fill(others & (per_token(seed) < -2), junk)
+            for f in fields(TokenStats)
+        }
+    )
     assert_same_bits(weighting(spoilt, MASK)[row], weighting(stats, MASK)[row])
 
 
-@given(seed=st.integers(0, 10**6), split=st.integers(0, B * T), name=st.sampled_from([n for n, w in READERS.items() if w.scope == "row"]))
+@given(
+    seed=st.integers(0, 10**6),
+    split=st.integers(0, B * T),
+    name=st.sampled_from([n for n, w in READERS.items() if w.scope == "row"]),
+)
 @few
 def test_row_weights_need_their_own_row_only(seed, split, name):
     """The op fills the statistics chunk by chunk; later rows hold zeros."""
     weighting, stats = READERS[name], make_stats(MASK, seed)
     done = (torch.arange(B * T) < split).view(B, T)
-    partly = TokenStats(**{f.name: torch.where(done, getattr(stats, f.name), 0.0) for f in fields(TokenStats)})
+    partly = TokenStats(
+        **{f.name: torch.where(done, getattr(stats, f.name), 0.0) for f in fields(TokenStats)}
+    )
     early = weighting(partly, MASK)
     assert early.isfinite().all()
     assert_same_bits(early[done], weighting(stats, MASK)[done])
@@ -232,7 +283,9 @@ def test_nothing_is_read_back_from_the_device(name):
     stats = TokenStats(**{f.name: torch.zeros(B, T, device="meta") for f in fields(TokenStats)})
     weighting = schemes._moved(CASES[name][0], lambda _, tensor: tensor.to("meta"))
     assert weighting(stats, MASK.to("meta")).shape == (B, T)
-    packed = W.PackedSequences(schemes._moved(CASES[name][0], lambda _, tensor: tensor[:2].reshape(1, -1).to("meta")), (5, 0, 17))
+    packed = W.PackedSequences(
+        schemes._moved(CASES[name][0], lambda _, tensor: tensor[:2].reshape(1, -1).to("meta")), (5, 0, 17)
+    )
     one = TokenStats(**{f.name: torch.zeros(1, 2 * T, device="meta") for f in fields(TokenStats)})
     assert packed(one, torch.ones(1, 2 * T, dtype=torch.bool, device="meta")).shape == (1, 2 * T)
 
@@ -244,14 +297,19 @@ def row_stats(**columns):
     """(statistics, mask) of one sequence; the columns that are not given are 0."""
     given = {name: torch.tensor([values], dtype=torch.float64) for name, values in columns.items()}
     zeros = torch.zeros_like(next(iter(given.values())))
-    return TokenStats(**{f.name: zeros for f in fields(TokenStats)} | given), torch.ones_like(zeros, dtype=torch.bool)
+    return TokenStats(**{f.name: zeros for f in fields(TokenStats)} | given), torch.ones_like(
+        zeros, dtype=torch.bool
+    )
 
 
 @pytest.mark.parametrize(
     "d, weights",
     [
         ([0.0, 0.0, 0.0], [1.5, 1.5, 1.5]),
-        ([1.0, math.inf, 1.0, math.inf, 3.0], [1.5, 1.5, 1.25, 1.25, 1.0]),  # the limit of large equal numbers
+        (
+            [1.0, math.inf, 1.0, math.inf, 3.0],
+            [1.5, 1.5, 1.25, 1.25, 1.0],
+        ),  # the limit of large equal numbers
         ([1.0, math.nan, 1.0], [1.5, 1.25, 1.25]),
         ([1.0, -5.0, 1.0], [1.5, 1.25, 1.25]),
     ],
@@ -259,14 +317,20 @@ def row_stats(**columns):
 )
 def test_prefix_discrepancy_is_total(d, weights):
     stats, mask = row_stats(divergence=d)
-    assert_same_bits(W.PrefixDiscrepancy(of="divergence")(stats, mask)[0], torch.tensor(weights, dtype=torch.float64))
+    assert_same_bits(
+        W.PrefixDiscrepancy(of="divergence")(stats, mask)[0], torch.tensor(weights, dtype=torch.float64)
+    )
 
 
 def test_gates_and_ratios_at_the_ends_of_the_scale():
     inf = math.inf
-    stats, mask = row_stats(student_logprob=[-inf, -inf, -1.0, -1e4, 0.0], teacher_logprob=[-inf, -1.0, -inf, 0.0, -1e4])
+    stats, mask = row_stats(
+        student_logprob=[-inf, -inf, -1.0, -1e4, 0.0], teacher_logprob=[-inf, -1.0, -inf, 0.0, -1e4]
+    )
     assert W.TrustGate(0.5)(stats, mask).tolist() == [[0, 1, 0, 1, 0]]
-    assert W.TrustGate(1)(*row_stats(student_logprob=[-1.0, -1.0], teacher_logprob=[-1.0, -1.1])).tolist() == [[1, 0]]
+    assert W.TrustGate(1)(
+        *row_stats(student_logprob=[-1.0, -1.0], teacher_logprob=[-1.0, -1.1])
+    ).tolist() == [[1, 0]]
     old = torch.tensor([[-inf, 0.0, -inf, 0.0, math.nan]], dtype=torch.float64)
     weights = W.ImportanceRatio(old, clip=1e30)(stats, mask)
     expected = torch.tensor([[0.0, -20.0, 20.0, -20.0, math.nan]], dtype=torch.float64).exp()
@@ -286,7 +350,12 @@ def test_zero_tokens_and_zero_sequences():
         mask = torch.ones(shape, dtype=torch.bool)
         stats = make_stats(mask)
         for name, (weighting, _, _) in CASES.items():
-            assert schemes._moved(weighting, lambda _, tensor, shape=shape: tensor.new_zeros(shape))(stats, mask).shape == shape, name
+            assert (
+                schemes._moved(weighting, lambda _, tensor, shape=shape: tensor.new_zeros(shape))(
+                    stats, mask
+                ).shape
+                == shape
+            ), name
 
 
 # ---------------------------------------------------------------- packed rows
@@ -306,15 +375,30 @@ def test_packed_rows_match_the_loop(name, rows):
         return tensor[keep] if rows is None else tensor[keep][None]
 
     packed = W.PackedSequences(schemes._moved(weighting, lambda _, tensor: pack(tensor)), lengths)
-    assert packed.lengths == tuple(lengths.tolist()) and packed.scope == scope and packed.needs_labels == weighting.needs_labels
-    given = TokenStats(**{f.name: pack(getattr(stats, f.name)) for f in fields(TokenStats)}) if scope != "index" else None
-    assert_one_rounding(packed(given, pack(MASK)), pack(run_loop(loop, stats, MASK, STARTS & keep)), torch.float64)
+    assert (
+        packed.lengths == tuple(lengths.tolist())
+        and packed.scope == scope
+        and packed.needs_labels == weighting.needs_labels
+    )
+    given = (
+        TokenStats(**{f.name: pack(getattr(stats, f.name)) for f in fields(TokenStats)})
+        if scope != "index"
+        else None
+    )
+    assert_one_rounding(
+        packed(given, pack(MASK)), pack(run_loop(loop, stats, MASK, STARTS & keep)), torch.float64
+    )
 
 
 def test_lengths_of_a_product_are_those_of_its_widest_factors():
     decay, wide = W.LinearDecay(0.5), W.PrefixDiscrepancy()
     packed = W.PackedSequences(wide, [2, 3])
-    assert (packed * decay).lengths == (decay * packed).lengths == (packed * W.PackedSequences(wide, [2, 3])).lengths == (2, 3)
+    assert (
+        (packed * decay).lengths
+        == (decay * packed).lengths
+        == (packed * W.PackedSequences(wide, [2, 3])).lengths
+        == (2, 3)
+    )
     for other in (wide, W.PackedSequences(wide, [3, 2])):
         assert not hasattr(packed * other, "lengths")  # the whole row is needed
 
@@ -332,7 +416,11 @@ class Theirs:
         return torch.full(mask.shape, 3.0, requires_grad=True) if self.result is None else self.result
 
 
-@pytest.mark.parametrize("product", [W.LinearDecay(0.5) * Theirs(), Theirs() * W.LinearDecay(0.5)], ids=["ours * theirs", "theirs * ours"])
+@pytest.mark.parametrize(
+    "product",
+    [W.LinearDecay(0.5) * Theirs(), Theirs() * W.LinearDecay(0.5)],
+    ids=["ours * theirs", "theirs * ours"],
+)
 def test_products_with_a_users_object(product):
     weights = product(make_stats(MASK), MASK)
     assert product.scope == "row" and not product.needs_labels and not weights.requires_grad
@@ -341,7 +429,16 @@ def test_products_with_a_users_object(product):
 
 def test_needs_labels():
     labelled = {name for name, (weighting, _, _) in CASES.items() if weighting.needs_labels}
-    assert labelled == {"ratio", "ratio clip", "trust", "prefix", "segments", "mean one of row", "product", "wide product"}
+    assert labelled == {
+        "ratio",
+        "ratio clip",
+        "trust",
+        "prefix",
+        "segments",
+        "mean one of row",
+        "product",
+        "wide product",
+    }
     without = replace(make_stats(MASK), student_logprob=None, teacher_logprob=None)
     for name in CASES:
         if name in labelled:

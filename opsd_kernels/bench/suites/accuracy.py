@@ -22,12 +22,29 @@ VOCABULARY = {True: 2048, False: 16384}
 
 @functools.lru_cache(maxsize=4)
 def near_case(setting: Setting, kl: float, width: str) -> Case:
-    near = {"near": kl, "largest_logit": WIDTHS[width], "widths": (1.0,), "bias": False, "seed": 1, "views": False}
-    case = hard_case(setting.N, setting.V, setting.H, setting.torch_dtype, shared_head=setting.head == "shared", masked_entry=None, **near)
+    near = {
+        "near": kl,
+        "largest_logit": WIDTHS[width],
+        "widths": (1.0,),
+        "bias": False,
+        "seed": 1,
+        "views": False,
+    }
+    case = hard_case(
+        setting.N,
+        setting.V,
+        setting.H,
+        setting.torch_dtype,
+        shared_head=setting.head == "shared",
+        masked_entry=None,
+        **near,
+    )
     # The ignored rows hold inf and NaN, which most others do not take: here they are left out.
     keep = case.mask & (case.labels != -100)
     hidden = {name: getattr(case, name)[keep].contiguous() for name in ("student_hidden", "teacher_hidden")}
-    return replace(case, **hidden, mask=None, labels=None, token_weights=None, trainable=("student_hidden",)).to(setting.device)
+    return replace(
+        case, **hidden, mask=None, labels=None, token_weights=None, trainable=("student_hidden",)
+    ).to(setting.device)
 
 
 def errors(setting: Setting, providers: tuple[Provider, ...], kl: float, width: str) -> list[Row]:
@@ -49,16 +66,28 @@ def errors(setting: Setting, providers: tuple[Provider, ...], kl: float, width: 
         except Exception as error:
             rows.append(replace(row, reason=reason_of(error)))
             continue
-        found = relative_error(actual.student_hidden, truth.student_hidden), relative_error(actual.loss, truth.loss)
+        found = (
+            relative_error(actual.student_hidden, truth.student_hidden),
+            relative_error(actual.loss, truth.loss),
+        )
         known = [None if math.isnan(value) else value for value in found]
-        rows.append(replace(row, gradient_error=known[0], loss_error=known[1], reason="not a number" if None in known else None))
+        rows.append(
+            replace(
+                row,
+                gradient_error=known[0],
+                loss_error=known[1],
+                reason="not a number" if None in known else None,
+            )
+        )
     return rows
 
 
 def accuracy(context: Context) -> list[Task]:
     providers = (*context.without(*SLOW, "cce", "opsd-fp32"), PROVIDERS["opsd-fp32"])
     size = Setting(N, H, VOCABULARY[context.quick], device=context.device)
-    cases = [("bfloat16", "shared")] + ([] if context.quick else [("bfloat16", "two heads"), ("float32", "shared")])
+    cases = [("bfloat16", "shared")] + (
+        [] if context.quick else [("bfloat16", "two heads"), ("float32", "shared")]
+    )
     tasks = []
     for dtype, head in cases:
         if context.dtypes and dtype not in context.dtypes:
@@ -68,5 +97,7 @@ def accuracy(context: Context) -> list[Task]:
             for width in WIDTHS:
                 for kl in KLS:
                     label = f"KL {kl:g}, {width}, {describe(setting)}"
-                    tasks.append(Task(label, lambda s=setting, kl=kl, width=width: errors(s, providers, kl, width)))
+                    tasks.append(
+                        Task(label, lambda s=setting, kl=kl, width=width: errors(s, providers, kl, width))
+                    )
     return tasks

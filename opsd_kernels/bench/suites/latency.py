@@ -10,7 +10,12 @@ from ..providers import SLOW
 from ..shapes import MODES, PEER_DIVERGENCES, Setting
 
 # Forward and backward against the bare GEMMs: (device, dtype, head) -> ratio. On CUDA by the hidden size, for the sweeps are paid for by GEMMs of H.
-TARGETS = {("float32", "shared"): 1.10, ("float32", "two heads"): 1.10, ("bfloat16", "shared"): 1.22, ("bfloat16", "two heads"): 1.70}
+TARGETS = {
+    ("float32", "shared"): 1.10,
+    ("float32", "two heads"): 1.10,
+    ("bfloat16", "shared"): 1.22,
+    ("bfloat16", "two heads"): 1.70,
+}
 CUDA_TARGETS = ((4096, 1.20), (0, 1.45))  # (at least this hidden size, ratio), bf16, shared head
 RATIO_SECONDS = 3.0  # times the usual effort: these are the numbers that are quoted
 
@@ -20,7 +25,11 @@ def target(setting: Setting) -> float | None:
         return None
     if setting.device == "cpu":
         return TARGETS.get((setting.dtype, setting.head))
-    return next(limit for least, limit in CUDA_TARGETS if setting.H >= least) if (setting.dtype, setting.head) == ("bfloat16", "shared") else None
+    return (
+        next(limit for least, limit in CUDA_TARGETS if setting.H >= least)
+        if (setting.dtype, setting.head) == ("bfloat16", "shared")
+        else None
+    )
 
 
 def _ratio_settings(context: Context) -> Iterator[Setting]:
@@ -38,10 +47,19 @@ def ratios(context: Context) -> list[Task]:
     """Every provider at the shapes of the targets."""
 
     def task(setting: Setting) -> Task:
-        providers = context.only("torch") if setting.mode == "frozen" and setting.device == "cpu" else context.providers
-        providers = [p for p in providers if p.name not in SLOW or setting.divergence == "reverse_kl"]  # compiled anew for each setting
+        providers = (
+            context.only("torch")
+            if setting.mode == "frozen" and setting.device == "cpu"
+            else context.providers
+        )
+        providers = [
+            p for p in providers if p.name not in SLOW or setting.divergence == "reverse_kl"
+        ]  # compiled anew for each setting
         effort = context.effort(1.0 if context.quick else RATIO_SECONDS)
-        return Task(describe(setting), lambda: compare_providers("ratios", setting, providers, target=target(setting), **effort))
+        return Task(
+            describe(setting),
+            lambda: compare_providers("ratios", setting, providers, target=target(setting), **effort),
+        )
 
     return [task(setting) for setting in _ratio_settings(context)]
 
@@ -50,20 +68,32 @@ def _walk(context: Context) -> Iterator[Setting]:
     """One thing changed at a time."""
     factors = (0.25, 4) if not context.quick else (0.25,)
     for shape in context.centre():
-        for dtype in context.chosen_dtypes(*(("bfloat16",) if context.quick or context.device == "cuda" else ("bfloat16", "float32"))):
+        for dtype in context.chosen_dtypes(
+            *(("bfloat16",) if context.quick or context.device == "cuda" else ("bfloat16", "float32"))
+        ):
             middle = context.setting(shape, dtype)
             yield from (middle.at(mode=mode) for mode in MODES)
-            yield from (middle.at(divergence=name) for name in (PEER_DIVERGENCES if context.quick else KIND_NAMES) if name != middle.divergence)
+            yield from (
+                middle.at(divergence=name)
+                for name in (PEER_DIVERGENCES if context.quick else KIND_NAMES)
+                if name != middle.divergence
+            )
             for name in ("N",) if context.quick else ("N", "V", "H"):
-                yield from (middle.at(**{name: max(1, int(getattr(middle, name) * factor))}) for factor in factors)
+                yield from (
+                    middle.at(**{name: max(1, int(getattr(middle, name) * factor))}) for factor in factors
+                )
 
 
 def latency(context: Context) -> list[Task]:
     """This package and plain PyTorch; others in the suite `ratios`, or with --provider."""
-    providers = context.only("torch", *(() if context.device == "cpu" else ("trl", "liger-triton", "liger-chunked")))
+    providers = context.only(
+        "torch", *(() if context.device == "cpu" else ("trl", "liger-triton", "liger-chunked"))
+    )
 
     def task(setting: Setting) -> Task:
-        return Task(describe(setting), lambda: compare_providers("latency", setting, providers, **context.effort()))
+        return Task(
+            describe(setting), lambda: compare_providers("latency", setting, providers, **context.effort())
+        )
 
     return [task(setting) for setting in _walk(context)]
 
@@ -75,7 +105,15 @@ def masked(context: Context) -> list[Task]:
 
     def task(setting: Setting) -> Task:
         variant = f"{setting.masked:.0%} masked"
-        return Task(f"{variant}, {describe(setting)}", lambda: compare_providers("masked", setting, providers, variant=variant, **context.effort(0.6)))
+        return Task(
+            f"{variant}, {describe(setting)}",
+            lambda: compare_providers("masked", setting, providers, variant=variant, **context.effort(0.6)),
+        )
 
     dtypes = context.chosen_dtypes("bfloat16")
-    return [task(context.setting(shape, dtype, masked=share)) for shape in context.centre() for dtype in dtypes for share in shares]
+    return [
+        task(context.setting(shape, dtype, masked=share))
+        for shape in context.centre()
+        for dtype in dtypes
+        for share in shares
+    ]

@@ -18,7 +18,9 @@ SCALING_SHAPE = {True: Shape("scaling", 256, 64, 16000), False: Shape("scaling",
 LIMIT = {True: 256 << 20, False: 1 << 30}  # of the op's own memory in a child process on a CPU
 BEYOND = STRIDE = 4
 MOST_TOKENS = 1 << 21
-PLANNED_WITHIN = 0.05  # of the peak; and half as much as the math library's scratch, which the planner estimates
+PLANNED_WITHIN = (
+    0.05  # of the peak; and half as much as the math library's scratch, which the planner estimates
+)
 SLACK_BYTES = 8 << 20
 
 
@@ -38,27 +40,45 @@ def peak_row(setting: Setting, provider: Provider, limit: int | None) -> Row:
         return replace(row, reason=reason)
     free()
     planned = setting.plan()
-    expected = {"predicted_bytes": planned.peak_bytes, "rows": planned.rows} if provider.name in memory.PLANNED else {}
+    expected = (
+        {"predicted_bytes": planned.peak_bytes, "rows": planned.rows}
+        if provider.name in memory.PLANNED
+        else {}
+    )
     try:
         return replace(row, peak_bytes=memory.peak_of(setting, provider.name, limit), **expected)
     except Exception as error:
         free()
-        return replace(row, reason=str(error) if isinstance(error, memory.OutOfMemory) else reason_of(error), **expected)
+        return replace(
+            row, reason=str(error) if isinstance(error, memory.OutOfMemory) else reason_of(error), **expected
+        )
 
 
 def memory_suite(context: Context) -> list[Task]:
     if context.device == "cpu":
-        shapes, dtypes = context.shapes or (MEMORY_SHAPE[context.quick],), ("bfloat16",) if context.quick else ("bfloat16", "float32")
+        shapes, dtypes = (
+            context.shapes or (MEMORY_SHAPE[context.quick],),
+            ("bfloat16",) if context.quick else ("bfloat16", "float32"),
+        )
         factors, limit = (1, 4) if context.quick else (1, 4, 16), LIMIT[False] * (1 if context.quick else 3)
     else:
-        shapes, dtypes, factors, limit = context.headline(), ("bfloat16",), (0.25, 1, 4) if context.quick else (0.25, 1, 4, 16), None
+        shapes, dtypes, factors, limit = (
+            context.headline(),
+            ("bfloat16",),
+            (0.25, 1, 4) if context.quick else (0.25, 1, 4, 16),
+            None,
+        )
     tasks = []
     for shape in shapes:
         for dtype in context.chosen_dtypes(*dtypes):
             for factor in factors:
                 setting = context.setting(replace(shape, N=max(1, int(shape.N * factor))), dtype)
                 for p in context.without(*SLOW, "cce"):
-                    tasks.append(Task(f"{p.label}, {describe(setting)}", lambda p=p, s=setting: [peak_row(s, p, limit)]))
+                    tasks.append(
+                        Task(
+                            f"{p.label}, {describe(setting)}", lambda p=p, s=setting: [peak_row(s, p, limit)]
+                        )
+                    )
     return tasks
 
 
@@ -82,7 +102,9 @@ def out_of_memory(row: Row) -> bool:
     return "out of memory" in (row.reason or "")
 
 
-def walk_up(first: Setting, provider: Provider, limit: int | None, effort: dict[str, object], last: int | None = None) -> list[Row]:
+def walk_up(
+    first: Setting, provider: Provider, limit: int | None, effort: dict[str, object], last: int | None = None
+) -> list[Row]:
     """Rows at N, N * STRIDE, ... until it runs out of memory or, with `last`, until there."""
     rows, N = [], first.N
     while N <= (last or MOST_TOKENS):
@@ -97,9 +119,15 @@ def scaling(context: Context) -> list[Task]:
     """The end of plain PyTorch decides how far the others go. One task for each provider; plain PyTorch first."""
     on_cpu = context.device == "cpu"
     limit = LIMIT[context.quick] if on_cpu else None
-    effort = {"rounds": (2, 3), "seconds": 4.0} if context.quick or not on_cpu else {"rounds": (3, 5), "seconds": 8.0}
+    effort = (
+        {"rounds": (2, 3), "seconds": 4.0}
+        if context.quick or not on_cpu
+        else {"rounds": (3, 5), "seconds": 8.0}
+    )
     tasks = []
-    for shape in context.shapes or (SCALING_SHAPE[context.quick] if on_cpu else replace(SHAPES["qwen3-0.6b"], N=4096),):
+    for shape in context.shapes or (
+        SCALING_SHAPE[context.quick] if on_cpu else replace(SHAPES["qwen3-0.6b"], N=4096),
+    ):
         first = context.setting(shape, context.chosen_dtypes("float32" if on_cpu else "bfloat16")[0])
         end: dict[str, int] = {}
 
@@ -111,7 +139,10 @@ def scaling(context: Context) -> list[Task]:
 
         tasks.append(Task(f"plain PyTorch from {describe(first)}", plain_first))
         for p in context.only() if context.quick and on_cpu else context.without(*SLOW, "torch", "cce"):
-            tasks.append(Task(f"{p.label} from {describe(first)}", lambda p=p, first=first, end=end: walk_up(first, p, limit, effort, end["N"])))
+            tasks.append(
+                Task(
+                    f"{p.label} from {describe(first)}",
+                    lambda p=p, first=first, end=end: walk_up(first, p, limit, effort, end["N"]),
+                )
+            )
     return tasks
-
-

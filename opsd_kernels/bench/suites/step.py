@@ -54,14 +54,22 @@ class Step:
         self.optimiser = torch.optim.AdamW(self.net.parameters(), lr=1e-5)
         self.prompts = torch.randint(model.V, (model.B, model.P), device=setting.device)
         self.tokens = torch.randint(model.V, (model.B, model.P + model.T), device=setting.device)
-        self.context = torch.randint(model.V, (model.B, 2 * model.P + model.T), device=setting.device)  # the teacher reads feedback first
+        self.context = torch.randint(
+            model.V, (model.B, 2 * model.P + model.T), device=setting.device
+        )  # the teacher reads feedback first
         self.op = provider.make(setting)
         self.loss_value: Tensor | None = None
         self.trunk_forward()
 
     def rollout(self) -> None:
         with torch.no_grad():
-            self.tokens = self.net.generate(self.prompts, max_new_tokens=self.size.T, min_new_tokens=self.size.T, do_sample=True, pad_token_id=0)
+            self.tokens = self.net.generate(
+                self.prompts,
+                max_new_tokens=self.size.T,
+                min_new_tokens=self.size.T,
+                do_sample=True,
+                pad_token_id=0,
+            )
 
     def trunk_forward(self) -> None:
         T = self.size.T
@@ -96,7 +104,13 @@ class Step:
         self.optimise()
 
     def parts(self) -> dict[str, Callable[[], object]]:
-        return {STEP: self.whole, "rollout": self.rollout, "trunk": self.trunk, "loss": self.loss, "optimiser": self.optimise}
+        return {
+            STEP: self.whole,
+            "rollout": self.rollout,
+            "trunk": self.trunk,
+            "loss": self.loss,
+            "optimiser": self.optimise,
+        }
 
 
 def split(model: Model, setting: Setting, provider: Provider, effort: dict[str, object]) -> list[Row]:
@@ -122,6 +136,7 @@ def step(context: Context) -> list[Task]:
     setting = Setting(model.B * model.T, model.H, model.V, dtype, device=context.device)
     providers = [p for p in context.only("torch") if p.name in ("opsd", "torch")] or [PROVIDERS["opsd"]]
     shown = f"{model.layers} layers, H={model.H}, V={model.V}, {model.B} x ({model.P} + {model.T}) tokens"
-    return [Task(f"{p.label}, {shown}", lambda p=p: split(model, setting, p, context.effort(2.0))) for p in providers]
-
-
+    return [
+        Task(f"{p.label}, {shown}", lambda p=p: split(model, setting, p, context.effort(2.0)))
+        for p in providers
+    ]

@@ -24,7 +24,9 @@ COPY = "copy"
 MOST_ROWS = 1024
 
 
-def sweeps_of(setting: Setting, backend: str, S: torch.Tensor, T: torch.Tensor, difference: bool) -> dict[str, Callable[[], object]]:
+def sweeps_of(
+    setting: Setting, backend: str, S: torch.Tensor, T: torch.Tensor, difference: bool
+) -> dict[str, Callable[[], object]]:
     spec = RowSpec(Divergence.parse(setting.divergence), difference=difference)
     rows = backends.select(backend, S.device)
     stats = rows.row_stats(S, T, spec, None, None, False)
@@ -60,7 +62,9 @@ def compare_sweeps(setting: Setting, effort: dict[str, object]) -> list[Row]:
             continue
         for sweep, call in calls.items():
             rows[f"{name} {sweep}"] = replace(made, variant=sweep)
-            variants[f"{name} {sweep}"] = Variant(call, setup=lambda: S.copy_(logits))  # a sweep in place leaves gradients
+            variants[f"{name} {sweep}"] = Variant(
+                call, setup=lambda: S.copy_(logits)
+            )  # a sweep in place leaves gradients
     interleave(variants, COPY, setting.device, **effort)
     bandwidth = ceilings.copy_rate(setting.device)
     done = []
@@ -73,7 +77,17 @@ def compare_sweeps(setting: Setting, effort: dict[str, object]) -> list[Row]:
         rate = touched / (variant.sample().median / 1e3)
         known = noise(variant, variants[COPY])
         sample = ratio(variant, variants[COPY])
-        done.append(replace(row, ms=variant.sample(), ratio=sample, base=COPY, gbs=rate / 1e9, ceiling=rate / bandwidth, noise=known))
+        done.append(
+            replace(
+                row,
+                ms=variant.sample(),
+                ratio=sample,
+                base=COPY,
+                gbs=rate / 1e9,
+                ceiling=rate / bandwidth,
+                noise=known,
+            )
+        )
     del variants
     free()
     return done
@@ -81,7 +95,19 @@ def compare_sweeps(setting: Setting, effort: dict[str, object]) -> list[Row]:
 
 def sweeps(context: Context) -> list[Task]:
     wanted = [("bfloat16", "shared", "reverse_kl"), ("bfloat16", "shared", "jsd")]
-    wanted += [] if context.quick else [("bfloat16", "shared", "forward_kl"), ("float32", "shared", "reverse_kl"), ("bfloat16", "two heads", "reverse_kl")]
-    settings = [context.setting(shape, dtype, head=head, divergence=divergence) for shape in context.centre() for dtype, head, divergence in wanted]
+    wanted += (
+        []
+        if context.quick
+        else [
+            ("bfloat16", "shared", "forward_kl"),
+            ("float32", "shared", "reverse_kl"),
+            ("bfloat16", "two heads", "reverse_kl"),
+        ]
+    )
+    settings = [
+        context.setting(shape, dtype, head=head, divergence=divergence)
+        for shape in context.centre()
+        for dtype, head, divergence in wanted
+    ]
     settings = [s for s in settings if not context.dtypes or s.dtype in context.dtypes]
     return [Task(describe(s), lambda s=s: compare_sweeps(s, context.effort())) for s in settings]

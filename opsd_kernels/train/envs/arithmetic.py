@@ -31,7 +31,9 @@ class _Reader:
         self.signs, self.at = signs, 0
 
     def error(self) -> ExpressionError:
-        return ExpressionError("unexpected end" if self.at >= len(self.signs) else f"unexpected sign {self.at + 1}")
+        return ExpressionError(
+            "unexpected end" if self.at >= len(self.signs) else f"unexpected sign {self.at + 1}"
+        )
 
     def take(self, wanted: str) -> str:
         """The next sign if it is one of `wanted`, else nothing."""

@@ -30,7 +30,9 @@ class Env(ABC):
     def verify(self, completion: str) -> Verdict:
         """Judges the answer. Raises RuntimeError at the second call: an Env is one attempt."""
         if self._used:
-            raise RuntimeError("verify: expected one call per Env, got a second one; make a new Env for a new attempt")
+            raise RuntimeError(
+                "verify: expected one call per Env, got a second one; make a new Env for a new attempt"
+            )
         self._used = True
         return self._judge(completion)
 
@@ -86,7 +88,9 @@ class DemoTask(Task):
     def solution(self, problem: int) -> str:
         """A right answer, for the warm start and its stop criterion."""
 
-    def warm_examples(self, rng: np.random.Generator, count: int, skill_share: float) -> tuple[list[WarmExample], list[WarmExample]]:
+    def warm_examples(
+        self, rng: np.random.Generator, count: int, skill_share: float
+    ) -> tuple[list[WarmExample], list[WarmExample]]:
         """`count` supervised examples, without and with a context."""
         # Contexts are learned within 500 steps, the skills take over a thousand: these get the larger share.
         bare_count = round(count * BARE_SHARE)

@@ -38,7 +38,11 @@ class ChainAttempt(Env):
 
     def _judge(self, completion: str) -> Verdict:
         answer, truth = "".join(completion.split()), self.task.solution(self.problem)
-        return Verdict(1.0) if answer == truth else Verdict(0.0, self.task.comment(self.task.feedback, answer, truth))
+        return (
+            Verdict(1.0)
+            if answer == truth
+            else Verdict(0.0, self.task.comment(self.task.feedback, answer, truth))
+        )
 
 
 class Chain(DemoTask):
@@ -52,7 +56,9 @@ class Chain(DemoTask):
         super().__init__(feedback, peers)
         instances, held_out = held_out_fifth(range(SIZE), SPLIT_KEY)
         self.train, self.held_out = ([TRAINED * SIZE + i for i in part] for part in (instances, held_out))
-        self.rehearsal, self.untrained = ([DIFFERENCES * SIZE + i for i in part] for part in (instances, held_out))
+        self.rehearsal, self.untrained = (
+            [DIFFERENCES * SIZE + i for i in part] for part in (instances, held_out)
+        )
 
     def env(self, problem: int, key: int) -> Env:
         return ChainAttempt(self, problem)
@@ -85,7 +91,11 @@ class Chain(DemoTask):
         truth = self.solution(problem)
         place = int(rng.integers(len(truth)))
         attempt = truth[:place] + self.random_answer(rng)[place:]
-        return WarmExample(self.prompt(problem), Context((), self.comment("where" if rng.random() < 0.8 else "wrong", attempt, truth)), truth)
+        return WarmExample(
+            self.prompt(problem),
+            Context((), self.comment("where" if rng.random() < 0.8 else "wrong", attempt, truth)),
+            truth,
+        )
 
     def believing(self, problem: int, rng: np.random.Generator) -> WarmExample:
         """A random answer, in the context as feedback or as a sibling's, beside which there may be other feedback."""
@@ -93,7 +103,11 @@ class Chain(DemoTask):
         if form < 0.4:
             return WarmExample(self.prompt(problem), Context((), answer), answer)
         told = None if form < 0.7 else self.comment(str(rng.choice(self.told)), attempt, answer)
-        return WarmExample(self.prompt(problem), dataclasses.replace(self.siblings(answer, attempt, rng), feedback=told), answer)
+        return WarmExample(
+            self.prompt(problem),
+            dataclasses.replace(self.siblings(answer, attempt, rng), feedback=told),
+            answer,
+        )
 
     def random_answer(self, rng: np.random.Generator) -> str:
         return "".join(str(digit) for digit in rng.integers(10, size=self.length))

@@ -12,11 +12,18 @@ from opsd_kernels.train.envs.base import DemoTask, Env, WarmExample, held_out_fi
 from opsd_kernels.train.types import Context, Prompt, Verdict
 
 KINDS = ("case", "answer", "wrong", "none")
-LINE, DESCENT = 0, 1  # problem id = form * SIZE + (((slope - 2) * 10 + offset) * 10 + first input) * 3 + step - 1
+LINE, DESCENT = (
+    0,
+    1,
+)  # problem id = form * SIZE + (((slope - 2) * 10 + offset) * 10 + first input) * 3 + step - 1
 SIZE = 8 * 10 * 10 * 3
 INPUTS = range(13)  # checked in this order, those that were shown excepted
 SPLIT_KEY = 811
-CASE_SHARE, ANSWER_SHARE, PEER_SHARE = 0.45, 0.25, 0.2  # of the privileged warm examples; the rest is told "wrong"
+CASE_SHARE, ANSWER_SHARE, PEER_SHARE = (
+    0.45,
+    0.25,
+    0.2,
+)  # of the privileged warm examples; the rest is told "wrong"
 
 
 def parts(problem: int) -> tuple[int, int, int, int, int]:
@@ -64,13 +71,28 @@ def first_failure(completion: str, problem: int) -> str | None:
         return str(error)
     truth = parse(solution(problem))
     failing = next((x for x in INPUTS if x not in shown(problem) and function(x) != truth(x)), None)
-    return None if failing is None else f"x={failing} expected {truth(failing)} got {str(function(failing))[:12]}"
+    return (
+        None
+        if failing is None
+        else f"x={failing} expected {truth(failing)} got {str(function(failing))[:12]}"
+    )
 
 
 class Expr(DemoTask):
     """80 % of the lines to train on, 20 % held out, descents untrained."""
 
-    vocabulary = (*"0123456789x+-*():=", "expected", "got", "unexpected", "sign", "end", "too", "long", "wrong", "solve")
+    vocabulary = (
+        *"0123456789x+-*():=",
+        "expected",
+        "got",
+        "unexpected",
+        "sign",
+        "end",
+        "too",
+        "long",
+        "wrong",
+        "solve",
+    )
 
     def __init__(self, feedback: str, peers: bool = False):
         super().__init__(feedback, peers)
@@ -94,7 +116,9 @@ class Expr(DemoTask):
         kind = rng.random()
         if kind < CASE_SHARE:
             complaint = first_failure(wrong, problem)
-            return WarmExample(ExprAttempt(problem, "none").prompt(), Context((), complaint or "wrong"), answer)
+            return WarmExample(
+                ExprAttempt(problem, "none").prompt(), Context((), complaint or "wrong"), answer
+            )
         # The outputs are random here, so that only the context tells: the model learns to believe it.
         first, second = shown(problem)
         prompt = Prompt(problem, f"{first}:{rng.integers(100)} {second}:{rng.integers(100)}")

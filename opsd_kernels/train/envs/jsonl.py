@@ -41,7 +41,11 @@ class JsonlAttempt(Env):
         if self.task.feedback == "answer":
             return Verdict(verdict.reward, f"The correct answer is {row['answer']}")
         # The row was written about this problem, a built-in verifier's text about any.
-        told = row.get("feedback") or verdict.feedback if self.task.built_in else verdict.feedback or row.get("feedback")
+        told = (
+            row.get("feedback") or verdict.feedback
+            if self.task.built_in
+            else verdict.feedback or row.get("feedback")
+        )
         return Verdict(verdict.reward, None if told is None else told[:MAX_FEEDBACK])
 
 
@@ -55,13 +59,19 @@ class Jsonl(Task):
         self.verifier: Verifier = resolve(config.verifier)
         needed = ("prompt", "answer") if self.built_in or config.feedback == "answer" else ("prompt",)
         self.rows = read_rows(Path(str(config.data)), needed)
-        parts: dict[str, list[int]] = {split: [i for i, row in enumerate(self.rows) if row.get("split") == split] for split in SPLITS}
-        train, held_out = held_out_fifth([i for i, row in enumerate(self.rows) if "split" not in row], SPLIT_KEY)
+        parts: dict[str, list[int]] = {
+            split: [i for i, row in enumerate(self.rows) if row.get("split") == split] for split in SPLITS
+        }
+        train, held_out = held_out_fifth(
+            [i for i, row in enumerate(self.rows) if "split" not in row], SPLIT_KEY
+        )
         self.train, self.held_out = parts["train"] + train, parts["held_out"] + held_out
         self.untrained, self.rehearsal = parts["untrained"], parts["rehearsal"]
         for split in ("train", "held_out"):
             if not getattr(self, split):
-                raise ConfigError(f"data: expected at least one row to train on and one held out (five rows without a split are enough), got no {split} row")
+                raise ConfigError(
+                    f"data: expected at least one row to train on and one held out (five rows without a split are enough), got no {split} row"
+                )
 
     def env(self, problem: int, key: int) -> Env:
         return JsonlAttempt(self, problem)
@@ -84,15 +94,21 @@ def _row(line: str, where: str, needed: tuple[str, ...]) -> dict[str, Any]:
         raise ConfigError(f"data: expected a JSON object in {where}, got {error}") from error
     missing = [key for key in needed if key not in row] if isinstance(row, dict) else list(needed)
     if missing:
-        raise ConfigError(f"data: expected an object with {' and '.join(needed)} in {where}, got none of {', '.join(missing)}")
+        raise ConfigError(
+            f"data: expected an object with {' and '.join(needed)} in {where}, got none of {', '.join(missing)}"
+        )
     if row.get("split", "train") not in SPLITS:
-        raise ConfigError(f"data: expected a split among {', '.join(SPLITS)} in {where}, got {row['split']!r}")
+        raise ConfigError(
+            f"data: expected a split among {', '.join(SPLITS)} in {where}, got {row['split']!r}"
+        )
     if not isinstance(row.get("feedback", ""), str):
         raise ConfigError(f"data: expected a feedback that is a text in {where}, got {row['feedback']!r}")
     try:
         _turns(row["prompt"])
     except (TypeError, KeyError, ValueError) as error:
-        raise ConfigError(f"data: expected a prompt that is a text or a list of turns ending with the user's in {where}, got {row['prompt']!r}") from error
+        raise ConfigError(
+            f"data: expected a prompt that is a text or a list of turns ending with the user's in {where}, got {row['prompt']!r}"
+        ) from error
     return row
 
 
@@ -101,6 +117,10 @@ def _turns(prompt: Any) -> tuple[Messages, str]:
     if isinstance(prompt, str):
         return (), prompt
     turns = tuple({"role": str(turn["role"]), "content": turn["content"]} for turn in prompt)
-    if not turns or turns[-1]["role"] != "user" or not all(isinstance(turn["content"], str) for turn in turns):
+    if (
+        not turns
+        or turns[-1]["role"] != "user"
+        or not all(isinstance(turn["content"], str) for turn in turns)
+    ):
         raise ValueError("the last turn is not the user's")
     return turns[:-1], turns[-1]["content"]

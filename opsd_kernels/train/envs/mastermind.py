@@ -19,7 +19,9 @@ from opsd_kernels.train.types import Context, Prompt, Verdict
 KINDS = ("counts", "answer", "wrong", "none")
 SYMBOLS, LENGTH, GUESSES = "abcdef", 3, 3
 CODES = tuple("".join(code) for code in product(SYMBOLS, repeat=LENGTH))
-HISTORIES = 64  # problem id = code * HISTORIES + history; from MARKING on, MARKING + guess * len(CODES) + code
+HISTORIES = (
+    64  # problem id = code * HISTORIES + history; from MARKING on, MARKING + guess * len(CODES) + code
+)
 MARKING = len(CODES) * HISTORIES
 SPLIT_KEY, HISTORY_KEY = 409, 410
 COUNTS_SHARE, ANSWER_SHARE, PEER_SHARE = 0.7, 0.1, 0.1
@@ -126,11 +128,18 @@ class Mastermind(DemoTask):
             return WarmExample(asked(problem), Context((), self.counted(problem, rng)), answer)
         # These marks belong to other codes, so that only the context tells: the model learns to believe it.
         others = [CODES[rng.integers(len(CODES))] for _ in range(2 * GUESSES)]
-        prompt = Prompt(problem, " ".join(line(guess, other) for guess, other in zip(others[:GUESSES], others[GUESSES:], strict=True)))
+        prompt = Prompt(
+            problem,
+            " ".join(
+                line(guess, other) for guess, other in zip(others[:GUESSES], others[GUESSES:], strict=True)
+            ),
+        )
         if kind < COUNTS_SHARE + ANSWER_SHARE:
             return WarmExample(prompt, Context((), answer), answer)
         if kind < COUNTS_SHARE + ANSWER_SHARE + PEER_SHARE:
-            return WarmExample(prompt, self.siblings(answer, " ".join(CODES[rng.integers(len(CODES))]), rng), answer)
+            return WarmExample(
+                prompt, self.siblings(answer, " ".join(CODES[rng.integers(len(CODES))]), rng), answer
+            )
         return WarmExample(asked(problem), Context((answer,), "wrong"), answer)
 
     def counted(self, problem: int, rng: np.random.Generator) -> str:

@@ -31,7 +31,11 @@ class Plan(Chain):
 
     def solution(self, problem: int) -> str:
         digits = self.digits(problem)
-        return planned(digits, PLANS[digits[0] % len(PLANS)]) if problem // SIZE == TRAINED else super().solution(problem)
+        return (
+            planned(digits, PLANS[digits[0] % len(PLANS)])
+            if problem // SIZE == TRAINED
+            else super().solution(problem)
+        )
 
     def comment(self, kind: str, answer: str, truth: str) -> str | None:
         return f"plan {truth[0]}" if kind == "plan" else super().comment(kind, answer, truth)
@@ -39,7 +43,11 @@ class Plan(Chain):
     def bare_example(self, rng: np.random.Generator, skill_share: float) -> WarmExample:
         problem = self.problem(rng, TRAINED if rng.random() < 0.5 else DIFFERENCES)
         chosen = problem // SIZE == TRAINED and rng.random() >= skill_share
-        return WarmExample(self.prompt(problem), None, planned(self.digits(problem), self.random_plan(rng)) if chosen else self.solution(problem))
+        return WarmExample(
+            self.prompt(problem),
+            None,
+            planned(self.digits(problem), self.random_plan(rng)) if chosen else self.solution(problem),
+        )
 
     def privileged_example(self, rng: np.random.Generator) -> WarmExample:
         """A random answer that the context holds whole, or a random plan that it names: the model learns to follow it, and nothing about which is right."""

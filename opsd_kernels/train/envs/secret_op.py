@@ -13,12 +13,29 @@ from opsd_kernels.train import seeds
 from opsd_kernels.train.envs.base import DemoTask, Env, WarmExample, held_out_fifth
 from opsd_kernels.train.types import Context, Prompt, Verdict
 
-KINDS = ("answer", "first", "first_two", "last", "marks", "wrong", "corrupted", "other", "none")  # of feedback
+KINDS = (
+    "answer",
+    "first",
+    "first_two",
+    "last",
+    "marks",
+    "wrong",
+    "corrupted",
+    "other",
+    "none",
+)  # of feedback
 OPERATORS = ("*", "+", "#", "%", "&", "@")  # problem id = position here * PAIRS + 100 * a + b
 STAR, PLUS = 0, 1
 PAIRS, DIGITS = 10_000, 3
 SPLIT_KEY = 5077
-WARM_FEEDBACK = {"answer": 2.0, "first": 1.0, "first_two": 1.0, "last": 1.0, "marks": 2.0, "wrong": 0.5}  # shares in the warm start
+WARM_FEEDBACK = {
+    "answer": 2.0,
+    "first": 1.0,
+    "first_two": 1.0,
+    "last": 1.0,
+    "marks": 2.0,
+    "wrong": 0.5,
+}  # shares in the warm start
 WARM_SHARES = np.array(list(WARM_FEEDBACK.values())) / sum(WARM_FEEDBACK.values())
 BARE_PLUS_SHARE, PRIVILEGED_PLUS_SHARE = 0.85, 0.25
 
@@ -52,7 +69,9 @@ def solution(problem: int) -> str:
     operator, pair = divmod(problem, PAIRS)
     a, b = divmod(pair, 100)
     if operator not in (STAR, PLUS):
-        raise ValueError(f"problem: expected one of the operators * and +, got {OPERATORS[operator]}, whose answers are random")
+        raise ValueError(
+            f"problem: expected one of the operators * and +, got {OPERATORS[operator]}, whose answers are random"
+        )
     return written(a + 2 * b if operator == STAR else a + b, DIGITS)
 
 
@@ -69,8 +88,20 @@ def feedback_text(kind: str, problem: int, truth: str, answer: str, key: int) ->
     if kind == "marks":
         if len(answer) != DIGITS or not (answer.isascii() and answer.isdigit()):
             return "wrong"
-        return answer + " " + " ".join("right" if mine == right else "wrong" for mine, right in zip(answer, truth, strict=True))
-    texts = {"answer": truth, "first": truth[0] + "??", "first_two": truth[:2] + "?", "last": "??" + truth[2], "wrong": "wrong"}
+        return (
+            answer
+            + " "
+            + " ".join(
+                "right" if mine == right else "wrong" for mine, right in zip(answer, truth, strict=True)
+            )
+        )
+    texts = {
+        "answer": truth,
+        "first": truth[0] + "??",
+        "first_two": truth[:2] + "?",
+        "last": "??" + truth[2],
+        "wrong": "wrong",
+    }
     return texts[kind]
 
 
@@ -102,7 +133,9 @@ class SecretOp(DemoTask):
         if rng.random() < skill_share:
             problem = self.train[rng.integers(len(self.train))]
         else:
-            problem = self._problem(rng, PLUS if rng.random() < BARE_PLUS_SHARE else int(rng.integers(PLUS + 1, len(OPERATORS))))
+            problem = self._problem(
+                rng, PLUS if rng.random() < BARE_PLUS_SHARE else int(rng.integers(PLUS + 1, len(OPERATORS)))
+            )
         return self._example(rng, problem, random_answer=problem // PAIRS > PLUS, form=None)
 
     def privileged_example(self, rng: np.random.Generator) -> WarmExample:
@@ -114,21 +147,37 @@ class SecretOp(DemoTask):
             return self._example(rng, self._problem(rng, PLUS), random_answer=False, form=form)
         # Without `*` among these the teacher follows its own half-knowledge against a full answer: 38 % right instead of 98 %.
         whole = solved or kind == "answer"
-        operator = int(rng.integers(PLUS, len(OPERATORS))) if whole else int(rng.integers(PLUS + 1, len(OPERATORS)))
-        return self._example(rng, self._problem(rng, STAR if operator == PLUS else operator), random_answer=True, form=form)
+        operator = (
+            int(rng.integers(PLUS, len(OPERATORS))) if whole else int(rng.integers(PLUS + 1, len(OPERATORS)))
+        )
+        return self._example(
+            rng, self._problem(rng, STAR if operator == PLUS else operator), random_answer=True, form=form
+        )
 
     def _problem(self, rng: np.random.Generator, operator: int) -> int:
         """A pair of the training split."""
         return operator * PAIRS + self.train[rng.integers(len(self.train))]
 
-    def _example(self, rng: np.random.Generator, problem: int, random_answer: bool, form: tuple[bool, str | None] | None) -> WarmExample:
+    def _example(
+        self,
+        rng: np.random.Generator,
+        problem: int,
+        random_answer: bool,
+        form: tuple[bool, str | None] | None,
+    ) -> WarmExample:
         answer = written(int(rng.integers(1000)), DIGITS) if random_answer else solution(problem)
         prompt = SecretOpAttempt(problem, "none", 0).prompt()
         if form is None:
             return WarmExample(prompt, None, answer)
         solved, kind = form
         keep = rng.random(DIGITS) < 0.5
-        attempt = "".join(digit if kept else str(rng.integers(10)) for digit, kept in zip(answer, keep, strict=True))
+        attempt = "".join(
+            digit if kept else str(rng.integers(10)) for digit, kept in zip(answer, keep, strict=True)
+        )
         if solved and kind is None:
             return WarmExample(prompt, self.siblings(answer, attempt, rng), answer)
-        return WarmExample(prompt, Context((answer,) if solved else (), feedback_text(kind, problem, answer, attempt, 0)), answer)
+        return WarmExample(
+            prompt,
+            Context((answer,) if solved else (), feedback_text(kind, problem, answer, attempt, 0)),
+            answer,
+        )

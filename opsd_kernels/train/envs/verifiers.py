@@ -17,7 +17,9 @@ Row = Mapping[str, Any]
 Verifier = Callable[[str, Row], Verdict]
 
 # Lengths are bounded: a fraction of 10**9 digits would be computed for hours.
-NUMBER = re.compile(r"(?<![\w.\\])[-+−]?(?:\d{1,3}(?:,\d{3}){1,10}|\d{1,40})(?:\.\d{1,40})?(?:[eE][-+]?\d{1,3})?(?:\s*/\s*\d{1,40})?(?:\s*%)?(?!\w)")
+NUMBER = re.compile(
+    r"(?<![\w.\\])[-+−]?(?:\d{1,3}(?:,\d{3}){1,10}|\d{1,40})(?:\.\d{1,40})?(?:[eE][-+]?\d{1,3})?(?:\s*/\s*\d{1,40})?(?:\s*%)?(?!\w)"
+)
 # A word, path or version, as far as digits can stand in it. A full stop before a capital ends a sentence, not a word.
 WORD = re.compile(r"(?:[\w/−-]|\.(?![A-Z]))+")
 WRITTEN_NUMBER = re.compile(r"[-−]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
@@ -41,9 +43,13 @@ def resolve(name: str) -> Verifier:
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"verifier: expected a function that can be imported, got {name!r}: {error}") from error
+        raise ConfigError(
+            f"verifier: expected a function that can be imported, got {name!r}: {error}"
+        ) from error
     if not callable(function):
-        raise ConfigError(f"verifier: expected a function, got {name!r}, which is of type {type(function).__name__}")
+        raise ConfigError(
+            f"verifier: expected a function, got {name!r}, which is of type {type(function).__name__}"
+        )
     return lambda completion, row: as_verdict(function(completion, row), name)
 
 

@@ -10,7 +10,16 @@ from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.envs import make_task
 from opsd_kernels.train.log import Progress, read_metrics
 
-CURVES = ("held_out_accuracy", "self_teacher_accuracy", "untrained_skill", "reward", "divergence", "sampled_logprob_gap", "student_entropy", "top1_agreement")
+CURVES = (
+    "held_out_accuracy",
+    "self_teacher_accuracy",
+    "untrained_skill",
+    "reward",
+    "divergence",
+    "sampled_logprob_gap",
+    "student_entropy",
+    "top1_agreement",
+)
 COSTS = ("completion_tokens", "teacher_tokens", "context_tokens")
 
 
@@ -18,7 +27,10 @@ def train(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A run of the trainer: its summary, `curves` as lists of (step, value), and `costs`, the tokens that it generated and read."""
     summary = loop.train(TrainConfig(**arguments), folder / "run")
     metrics = read_metrics(folder / "run" / "metrics.jsonl")
-    curves = {name: [(line["step"], line[name]) for line in metrics if line.get(name) is not None] for name in CURVES}
+    curves = {
+        name: [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
+        for name in CURVES
+    }
     costs = {name: sum(line[name] for line in metrics) for name in COSTS}
     generated = len(metrics) * arguments["prompts_per_step"] * arguments["group_size"]
     return {**summary, "curves": curves, "costs": {"generated_answers": generated, **costs}}

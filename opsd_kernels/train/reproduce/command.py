@@ -52,7 +52,13 @@ def say_claims(progress: Progress, study: Study, out: Path) -> None:
     for column in ("claim", "measured", "value", "grade"):
         table.add_column(column)
     for claim in study.claims:
-        table.add_row(*(str(getattr(claim, field.name)) for field in dataclasses.fields(claim) if field.name != "remark"))
+        table.add_row(
+            *(
+                str(getattr(claim, field.name))
+                for field in dataclasses.fields(claim)
+                if field.name != "remark"
+            )
+        )
     progress.console.print(table)
     for ending in ("md", "png", "json"):
         progress.say(str(out / f"{study.paper}.{ending}"))

@@ -53,7 +53,10 @@ def compare(lab: Lab, base: TrainConfig, arms: Sequence[Arm], design: Design) ->
     """Every arm by name, trained with the rate that served it best in held-out accuracy, or with its own where its settings have one."""
 
     def config(arm: Arm, rate: float, seed: int) -> TrainConfig:
-        return dataclasses.replace(base, **{"learning_rate": rate, "seed": seed, "warm_seed": seed % design.warm_seeds, **arm.settings})
+        return dataclasses.replace(
+            base,
+            **{"learning_rate": rate, "seed": seed, "warm_seed": seed % design.warm_seeds, **arm.settings},
+        )
 
     tried: dict[str, dict[float, float]] = {arm.name: {} for arm in arms}
     if len(design.rates) > 1:
@@ -62,16 +65,27 @@ def compare(lab: Lab, base: TrainConfig, arms: Sequence[Arm], design: Design) ->
         results = lab.train(f"{base.env}, learning rates", [config(arm, rate, tuning) for arm, rate in pairs])
         for (arm, rate), result in zip(pairs, results, strict=True):
             tried[arm.name][rate] = result["held_out_accuracy_after"]
-    rates = {arm.name: arm.settings.get("learning_rate") or max(tried[arm.name], key=tried[arm.name].__getitem__, default=design.rates[0]) for arm in arms}
+    rates = {
+        arm.name: arm.settings.get("learning_rate")
+        or max(tried[arm.name], key=tried[arm.name].__getitem__, default=design.rates[0])
+        for arm in arms
+    }
     cells = [(arm, seed) for arm in arms for seed in range(design.seeds)]
     results = lab.train(f"{base.env}, seeds", [config(arm, rates[arm.name], seed) for arm, seed in cells])
-    runs = {arm.name: [result for (other, _), result in zip(cells, results, strict=True) if other is arm] for arm in arms}
+    runs = {
+        arm.name: [result for (other, _), result in zip(cells, results, strict=True) if other is arm]
+        for arm in arms
+    }
     return {arm.name: Trained(arm, rates[arm.name], runs[arm.name], tried[arm.name]) for arm in arms}
 
 
 def first_step_at(run: Result, level: float, curve: str = "held_out_accuracy") -> float | None:
     """The step at which a curve first reaches `level`, between two measurements by a straight line; None if it never does."""
-    points = [(0, run[f"{curve}_before"]), *map(tuple, run["curves"][curve]), (run["steps"], run[f"{curve}_after"])]
+    points = [
+        (0, run[f"{curve}_before"]),
+        *map(tuple, run["curves"][curve]),
+        (run["steps"], run[f"{curve}_after"]),
+    ]
     if points[0][1] >= level:
         return 0.0
     for (step, value), (later, higher) in zip(points, points[1:], strict=False):

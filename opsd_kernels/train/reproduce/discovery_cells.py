@@ -42,11 +42,24 @@ class Design:
     windows: tuple[int, ...] = (3, 1)
     controls: int = 3  # the first seeds, on whose questions the control runs
     varied: int = 1  # and the variants
-    other: float | None = 0.02  # warm_accuracy of one more base model, which has learned to read for less long
+    other: float | None = (
+        0.02  # warm_accuracy of one more base model, which has learned to read for less long
+    )
 
     def quick(self) -> Design:
         return dataclasses.replace(
-            self, seeds=1, warm_seeds=1, questions=3, rates=self.rates[1:2], below=1.0, attempts=10, batch=4, windows=(2,), other=None, controls=1, varied=1
+            self,
+            seeds=1,
+            warm_seeds=1,
+            questions=3,
+            rates=self.rates[1:2],
+            below=1.0,
+            attempts=10,
+            batch=4,
+            windows=(2,),
+            other=None,
+            controls=1,
+            varied=1,
         )
 
     def budget(self, window: int = 1, batch: int | None = None) -> Budget:
@@ -66,7 +79,9 @@ class Found:
     costs: dict[str, dict[str, float]]
     told: dict[str, np.ndarray]  # (Q,) by what is in view
     variants: dict[str, np.ndarray]  # (first questions, K) of self-distillation in other settings
-    other: dict[str, np.ndarray] | None  # the first base model after another warm start, at hard questions of its own: chances, solved, told
+    other: (
+        dict[str, np.ndarray] | None
+    )  # the first base model after another warm start, at hard questions of its own: chances, solved, told
 
 
 def measure(lab: Lab, config: TrainConfig, design: Design) -> Found:
@@ -75,24 +90,52 @@ def measure(lab: Lab, config: TrainConfig, design: Design) -> Found:
     views = {SELF: {}, UNTOLD: {"feedback": "wrong"}}
     rates, scores = choose(lab, configs[0], design, views, spare)
 
-    def searched(title: str, method: str, seeds: int, settings: dict[str, Any], budget: Budget) -> list[discover.Search]:
-        cells = [search_cell(dataclasses.replace(configs[seed], **settings), method, list(asked[seed]), budget) for seed in range(seeds)]
+    def searched(
+        title: str, method: str, seeds: int, settings: dict[str, Any], budget: Budget
+    ) -> list[discover.Search]:
+        cells = [
+            search_cell(dataclasses.replace(configs[seed], **settings), method, list(asked[seed]), budget)
+            for seed in range(seeds)
+        ]
         return [discover.Search(**found) for result in lab.run(title, cells) for found in result["searches"]]
 
-    searches = {SELF: searched(SELF, "self_distil", design.seeds, {"learning_rate": rates[SELF]}, design.budget())}
-    told = [Cell(f"{__name__}:told", {"config": asdict(configs[seed]), "problems": list(asked[seed]), "lines": max(design.windows)}) for seed in asked]
+    searches = {
+        SELF: searched(SELF, "self_distil", design.seeds, {"learning_rate": rates[SELF]}, design.budget())
+    }
+    told = [
+        Cell(
+            f"{__name__}:told",
+            {"config": asdict(configs[seed]), "problems": list(asked[seed]), "lines": max(design.windows)},
+        )
+        for seed in asked
+    ]
     views_told = lab.run("chances with feedback in view", told)
     for window in design.windows:
-        searches[turns(window)] = searched(turns(window), "multi_turn", design.seeds, {}, design.budget(window))
+        searches[turns(window)] = searched(
+            turns(window), "multi_turn", design.seeds, {}, design.budget(window)
+        )
     searches[UNTOLD] = searched(
-        "self-distillation, not told", "self_distil", design.controls, {**views[UNTOLD], "learning_rate": rates[UNTOLD]}, design.budget()
+        "self-distillation, not told",
+        "self_distil",
+        design.controls,
+        {**views[UNTOLD], "learning_rate": rates[UNTOLD]},
+        design.budget(),
     )
     variants = {}
     for name, (settings, batch) in VARIANTS.items():
-        found = searched(name, "self_distil", design.varied, {"learning_rate": rates[SELF], **settings}, design.budget(batch=batch))
+        found = searched(
+            name,
+            "self_distil",
+            design.varied,
+            {"learning_rate": rates[SELF], **settings},
+            design.budget(batch=batch),
+        )
         variants[name] = solved_within([search.first for search in found], design.attempts)
     chances = np.array([chance for seed in asked for chance in asked[seed].values()])
-    solved = {name: solved_within([search.first for search in found], design.attempts) for name, found in searches.items()}
+    solved = {
+        name: solved_within([search.first for search in found], design.attempts)
+        for name, found in searches.items()
+    }
     return Found(
         design,
         rates,
@@ -101,18 +144,41 @@ def measure(lab: Lab, config: TrainConfig, design: Design) -> Found:
         chances,
         {BEST: chance_within(chances, design.attempts), **solved},
         {name: costs(found) for name, found in searches.items()},
-        {name: np.array([value for result in views_told for value in result[name]]) for name in views_told[0]},
+        {
+            name: np.array([value for result in views_told for value in result[name]])
+            for name in views_told[0]
+        },
         variants,
-        None if design.other is None else other_start(lab, dataclasses.replace(configs[0], warm_accuracy=design.other, learning_rate=rates[SELF]), design),
+        None
+        if design.other is None
+        else other_start(
+            lab,
+            dataclasses.replace(configs[0], warm_accuracy=design.other, learning_rate=rates[SELF]),
+            design,
+        ),
     )
 
 
 def other_start(lab: Lab, config: TrainConfig, design: Design) -> dict[str, np.ndarray]:
     lab.run("another base", [warm_cell(config)])
-    hard = lab.run("another base: questions", [Cell(f"{__name__}:questions", {"config": asdict(config), "count": design.questions, "below": design.below})])
+    hard = lab.run(
+        "another base: questions",
+        [
+            Cell(
+                f"{__name__}:questions",
+                {"config": asdict(config), "count": design.questions, "below": design.below},
+            )
+        ],
+    )
     problems, chances = zip(*hard[0]["questions"], strict=True)
-    told_cell = Cell(f"{__name__}:told", {"config": asdict(config), "problems": list(problems), "lines": max(design.windows)})
-    told_by_view, found = lab.run("another base: searches", [told_cell, search_cell(config, "self_distil", list(problems), design.budget())])
+    told_cell = Cell(
+        f"{__name__}:told",
+        {"config": asdict(config), "problems": list(problems), "lines": max(design.windows)},
+    )
+    told_by_view, found = lab.run(
+        "another base: searches",
+        [told_cell, search_cell(config, "self_distil", list(problems), design.budget())],
+    )
     solved = solved_within([search["first"] for search in found["searches"]], design.attempts)
     return {"chances": np.array(chances), "solved": solved, "told": np.array(told_by_view[ONE])}
 
@@ -131,7 +197,10 @@ def ask(lab: Lab, config: TrainConfig, design: Design) -> tuple[dict[int, dict[i
     lab.run("base models", [warm_cell(base) for base in bases])
     rounds = -(-design.seeds // design.warm_seeds)
     counts = [rounds * design.questions + (design.tuning if base.warm_seed == 0 else 0) for base in bases]
-    cells = [Cell(f"{__name__}:questions", {"config": asdict(base), "count": n, "below": design.below}) for base, n in zip(bases, counts, strict=True)]
+    cells = [
+        Cell(f"{__name__}:questions", {"config": asdict(base), "count": n, "below": design.below})
+        for base, n in zip(bases, counts, strict=True)
+    ]
     hard = lab.run("questions", cells)
     asked = {}
     for seed in range(design.seeds):
@@ -147,16 +216,29 @@ def choose(
     if len(design.rates) == 1:
         return dict.fromkeys(views, design.rates[0]), {}
     tried = [(name, rate) for name in views for rate in design.rates]
-    cells = [search_cell(dataclasses.replace(config, learning_rate=rate, **views[name]), "self_distil", spare, design.budget()) for name, rate in tried]
+    cells = [
+        search_cell(
+            dataclasses.replace(config, learning_rate=rate, **views[name]),
+            "self_distil",
+            spare,
+            design.budget(),
+        )
+        for name, rate in tried
+    ]
     results = lab.run("learning rates", cells)
     scores: dict[str, dict[float, float]] = {name: {} for name in views}
     for (name, rate), result in zip(tried, results, strict=True):
-        scores[name][rate] = float(solved_within([search["first"] for search in result["searches"]], design.attempts).mean())
+        scores[name][rate] = float(
+            solved_within([search["first"] for search in result["searches"]], design.attempts).mean()
+        )
     return {name: max(scores[name], key=scores[name].__getitem__) for name in views}, scores
 
 
 def search_cell(config: TrainConfig, method: str, problems: Sequence[int], budget: Budget) -> Cell:
-    return Cell(f"{__name__}:search", {"config": asdict(config), "method": method, "problems": list(problems), "budget": asdict(budget)})
+    return Cell(
+        f"{__name__}:search",
+        {"config": asdict(config), "method": method, "problems": list(problems), "budget": asdict(budget)},
+    )
 
 
 def search(arguments: dict[str, Any], folder: Path) -> Result:
@@ -175,7 +257,9 @@ def questions(arguments: dict[str, Any], folder: Path) -> Result:
     """Hard questions of a base model, each with its chance."""
     config = TrainConfig(**arguments["config"])
     with reproducible(config):
-        hard = discover.hard_questions(discover.load_base(config, Progress()), arguments["count"], arguments["below"])
+        hard = discover.hard_questions(
+            discover.load_base(config, Progress()), arguments["count"], arguments["below"]
+        )
     return {"questions": list(hard.items())}
 
 
@@ -185,18 +269,31 @@ def told(arguments: dict[str, Any], folder: Path) -> Result:
     with reproducible(config):
         base = discover.load_base(config, Progress())
         asked = requests([base.prompt(problem) for problem in problems], TOLD_SAMPLES)
-        rollouts = [r for r in base.sampler.sample(base.model, base.task, asked, config.seed, TOLD_STREAM) if not r.verdict.success]
-        contexts = build_contexts(rollouts, dataclasses.replace(base.config, siblings=False), config.seed, TOLD_STREAM)
+        rollouts = [
+            r
+            for r in base.sampler.sample(base.model, base.task, asked, config.seed, TOLD_STREAM)
+            if not r.verdict.success
+        ]
+        contexts = build_contexts(
+            rollouts, dataclasses.replace(base.config, siblings=False), config.seed, TOLD_STREAM
+        )
 
         def mean(views: Sequence[tuple[int, Context]]) -> list[float]:
-            chances = discover.success_probabilities(base, [problems[group] for group, _ in views], [view for _, view in views])
+            chances = discover.success_probabilities(
+                base, [problems[group] for group, _ in views], [view for _, view in views]
+            )
             places = np.array([group for group, _ in views])
             return [float(np.mean(np.array(chances)[places == group])) for group in range(len(problems))]
 
-        last = [(group, [r.verdict.feedback for r in rollouts if r.group == group][-lines:]) for group in range(len(problems))]
+        last = [
+            (group, [r.verdict.feedback for r in rollouts if r.group == group][-lines:])
+            for group in range(len(problems))
+        ]
         return {
             "nothing": mean([(group, Context()) for group in range(len(problems))]),
             "`wrong`": mean([(group, Context((), "wrong")) for group in range(len(problems))]),
             ONE: mean([(r.group, context) for r, context in zip(rollouts, contexts, strict=True)]),
-            f"{lines} failures, `counts`": mean([(group, Context((), "\n".join(texts))) for group, texts in last]),
+            f"{lines} failures, `counts`": mean(
+                [(group, Context((), "\n".join(texts))) for group, texts in last]
+            ),
         }

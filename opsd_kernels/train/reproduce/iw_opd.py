@@ -24,7 +24,10 @@ QUICK = {
     "tiny_hidden": 16, "tiny_layers": 1, "tiny_heads": 2, "warm_accuracy": 1e-30, "warm_batch": 32,
 }  # fmt: skip
 ENVS = {"chain": PRESETS["chain"], "plan": PRESETS["plan"]}
-TEACHERS = {"chain": {"warm_share": 0.6, "warm_accuracy": 0.9}, "plan": {"warm_share": 0.99, "warm_accuracy": 0.9}}
+TEACHERS = {
+    "chain": {"warm_share": 0.6, "warm_accuracy": 0.9},
+    "plan": {"warm_share": 0.99, "warm_accuracy": 0.9},
+}
 ALL, FIRST, MIDDLE, LAST = "all", "first 30 %", "middle 30 %", "last 30 %"
 IW, MEAN_ONE, DECAY, LATE = "IW-OPD", "IW-OPD, mean one", "linear decay", "late-weighted"
 WEIGHTS = {
@@ -63,7 +66,11 @@ class Block:
     def _weights(self, name: str) -> str | None:
         text = WEIGHTS[name]
         # The discrepancy that a full divergence accumulates is its own.
-        return text.replace("(0.5)", '(0.5, "divergence")') if text and self.objective == FULL and "Prefix" in text else text
+        return (
+            text.replace("(0.5)", '(0.5, "divergence")')
+            if text and self.objective == FULL and "Prefix" in text
+            else text
+        )
 
 
 BLOCKS = (
@@ -79,7 +86,9 @@ Trials = dict[Block, dict[str, Trained]]
 def study(lab: Lab) -> Study:
     design = Design().quick() if lab.quick else Design()
     blocks = [block for block in BLOCKS if not lab.quick or block.env == "plan"]
-    trials = trained_blocks(lab, blocks, external_teachers(lab, list(dict.fromkeys(block.env for block in blocks))), design)
+    trials = trained_blocks(
+        lab, blocks, external_teachers(lab, list(dict.fromkeys(block.env for block in blocks))), design
+    )
     main = [block for block in blocks if len(block.weights) > 1]
     whole = {block.name: trials[block][ALL] for block in blocks}
     return Study(
@@ -90,9 +99,15 @@ def study(lab: Lab) -> Study:
         "hardly at all, and weights by the discrepancy accumulated before a token learn faster. Does that hold where position means nothing (`chain`), and "
         "where the first token decides (`plan`)?",
         sentences(config_of(lab, "chain"), design),
-        [claim for block in main for claim in position_claims(trials[block], block)] + objective_claims(trials),
-        [*(against_all(trials[block], block) for block in main), outcomes("All tokens, by teacher and objective", whole), costs(whole)],
-        [accuracies(trials[block], block.name) for block in main] + [curves(block.name, trials[block]) for block in main],
+        [claim for block in main for claim in position_claims(trials[block], block)]
+        + objective_claims(trials),
+        [
+            *(against_all(trials[block], block) for block in main),
+            outcomes("All tokens, by teacher and objective", whole),
+            costs(whole),
+        ],
+        [accuracies(trials[block], block.name) for block in main]
+        + [curves(block.name, trials[block]) for block in main],
         NOTES,
     )
 
@@ -110,12 +125,19 @@ def config_of(lab: Lab, env: str, **changes: Any) -> TrainConfig:
 
 def external_teachers(lab: Lab, envs: Sequence[str]) -> dict[str, str]:
     """The directory of the other model of each environment: one for all students, warm-started further than they are, `plan`'s on right plans almost alone."""
-    configs = {env: config_of(lab, env, **(TEACHERS[env] if not lab.quick else {"warm_share": TEACHERS[env]["warm_share"]})) for env in envs}
+    configs = {
+        env: config_of(
+            lab, env, **(TEACHERS[env] if not lab.quick else {"warm_share": TEACHERS[env]["warm_share"]})
+        )
+        for env in envs
+    }
     lab.run("the other teachers", [warm_cell(config) for config in configs.values()])
     folders = {env: warmstart.cache_folder(config) for env, config in configs.items()}
     for folder in folders.values():
         if not folder.exists():
-            raise FileNotFoundError(f"{folder}: expected the teacher that a cell in {lab.folder} made; the cache has lost it, so start with another directory")
+            raise FileNotFoundError(
+                f"{folder}: expected the teacher that a cell in {lab.folder} made; the cache has lost it, so start with another directory"
+            )
     return {env: str(folder) for env, folder in folders.items()}
 
 
@@ -123,7 +145,15 @@ def settings_of(lab: Lab, block: Block, folder: str) -> TrainConfig:
     """What the block's arms share; `folder` holds the other model."""
     if block.teacher == SELF:
         return config_of(lab, block.env, objective=block.objective)
-    return config_of(lab, block.env, objective=block.objective, teacher=EXTERNAL, teacher_model=folder, context="none", feedback="none")
+    return config_of(
+        lab,
+        block.env,
+        objective=block.objective,
+        teacher=EXTERNAL,
+        teacher_model=folder,
+        context="none",
+        feedback="none",
+    )
 
 
 def trained_blocks(lab: Lab, blocks: Sequence[Block], folders: dict[str, str], design: Design) -> Trials:
@@ -131,8 +161,12 @@ def trained_blocks(lab: Lab, blocks: Sequence[Block], folders: dict[str, str], d
     bases = {block: settings_of(lab, block, folders[block.env]) for block in blocks}
     rates = best_rates(lab, bases, design)
     cells = [(block, arm, seed) for block in blocks for arm in block.arms() for seed in range(design.seeds)]
-    results = lab.train("seeds", [seeded(bases[block], arm, rates[block], seed, design) for block, arm, seed in cells])
-    trials: Trials = {block: {arm.name: Trained(arm, rates[block], []) for arm in block.arms()} for block in blocks}
+    results = lab.train(
+        "seeds", [seeded(bases[block], arm, rates[block], seed, design) for block, arm, seed in cells]
+    )
+    trials: Trials = {
+        block: {arm.name: Trained(arm, rates[block], []) for arm in block.arms()} for block in blocks
+    }
     for (block, arm, _), result in zip(cells, results, strict=True):
         trials[block][arm.name].runs.append(result)
     return trials
@@ -143,8 +177,16 @@ def best_rates(lab: Lab, bases: dict[Block, TrainConfig], design: Design) -> dic
     if len(design.rates) == 1:
         return dict.fromkeys(bases, design.rates[0])
     seed = design.TUNING - design.TUNING % design.warm_seeds  # of the first base model
-    tried = [(block, rate, arm) for block in bases for rate in design.rates for arm in block.arms() if arm.name in (ALL, IW)]
-    results = lab.train("learning rates", [seeded(bases[block], arm, rate, seed, design) for block, rate, arm in tried])
+    tried = [
+        (block, rate, arm)
+        for block in bases
+        for rate in design.rates
+        for arm in block.arms()
+        if arm.name in (ALL, IW)
+    ]
+    results = lab.train(
+        "learning rates", [seeded(bases[block], arm, rate, seed, design) for block, rate, arm in tried]
+    )
     scores: dict[tuple[Block, float], float] = dict.fromkeys(((block, rate) for block, rate, _ in tried), 0.0)
     for (block, rate, _), result in zip(tried, results, strict=True):
         scores[block, rate] += result["held_out_accuracy_after"]
@@ -157,7 +199,9 @@ def seeded(base: TrainConfig, arm: Arm, rate: float, seed: int, design: Design) 
 
 def position_claims(trained: dict[str, Trained], block: Block) -> list[Claim]:
     def less(mine: str, theirs: str) -> tuple[str, Estimate]:
-        return f"held-out accuracy after, `{mine}` less `{theirs}`", difference(after(trained[mine]), after(trained[theirs]))
+        return f"held-out accuracy after, `{mine}` less `{theirs}`", difference(
+            after(trained[mine]), after(trained[theirs])
+        )
 
     def ahead(text: str, mine: str, theirs: str) -> Claim:
         measured, gain = less(mine, theirs)
@@ -165,7 +209,12 @@ def position_claims(trained: dict[str, Trained], block: Block) -> list[Claim]:
 
     measured, gap = less(FIRST, ALL)
     claims = [
-        Claim(f"{block.name}: the first 30 % teach as well as all tokens (within {MARGIN:g})", measured, gap, graded_equal(gap, MARGIN)),
+        Claim(
+            f"{block.name}: the first 30 % teach as well as all tokens (within {MARGIN:g})",
+            measured,
+            gap,
+            graded_equal(gap, MARGIN),
+        ),
         ahead("the last 30 % teach worse than all tokens", ALL, LAST),
         ahead("the last 30 % teach worse than the first 30 %", FIRST, LAST),
         ahead("IW-OPD is ahead of equal weights", IW, ALL),
@@ -184,7 +233,9 @@ def objective_claims(trials: Trials) -> list[Claim]:
         full, sampled = (whole[env, teacher, objective] for objective in (FULL, SAMPLED))
         gain = difference(after(full), after(sampled))
         text = f"{env}, {TEACHER_WORDS[teacher]} as teacher: the full vocabulary teaches more than the sampled tokens"
-        claims.append(Claim(text, "held-out accuracy after, full less sampled, all tokens", gain, graded_ahead(gain)))
+        claims.append(
+            Claim(text, "held-out accuracy after, full less sampled, all tokens", gain, graded_ahead(gain))
+        )
     return claims
 
 
@@ -192,7 +243,11 @@ def against_all(trained: dict[str, Trained], block: Block) -> Table:
     """Accuracy and forgetting, with each arm's difference from equal weights, seed by seed."""
     table = outcomes(f"Accuracy and forgetting: {block.name}", trained)
     gaps = [str(difference(after(arm), after(trained[ALL]))) for arm in trained.values()]
-    return Table(table.title, [*table.columns, "after, less `all`"], [[*row, gap] for row, gap in zip(table.rows, gaps, strict=True)])
+    return Table(
+        table.title,
+        [*table.columns, "after, less `all`"],
+        [[*row, gap] for row, gap in zip(table.rows, gaps, strict=True)],
+    )
 
 
 def sentences(base: TrainConfig, design: Design) -> list[str]:

@@ -47,7 +47,11 @@ def train_cell(config: TrainConfig) -> Cell:
 
 def warm_cell(config: TrainConfig) -> Cell:
     """The base model that `config` starts from, made and cached: one cell for all configurations that start from it."""
-    kept = {name: value for name, value in asdict(config).items() if name.startswith(("tiny_", "warm_")) or name in DECIDING_BASE}
+    kept = {
+        name: value
+        for name, value in asdict(config).items()
+        if name.startswith(("tiny_", "warm_")) or name in DECIDING_BASE
+    }
     return Cell("opsd_kernels.train.reproduce.cells:warm", asdict(TrainConfig(**kept)))
 
 
@@ -75,7 +79,10 @@ class Lab:
             distinct.setdefault(_base_folder(config), config)
         warm = {folder: warm_cell(config) for folder, config in distinct.items()}
         # One that this study made before counts, one that lay in the cache cost it nothing.
-        self.run(f"{title}: base models", [cell for folder, cell in warm.items() if not folder.exists() or self._file(cell.key).exists()])
+        self.run(
+            f"{title}: base models",
+            [cell for folder, cell in warm.items() if not folder.exists() or self._file(cell.key).exists()],
+        )
         return self.run(title, [train_cell(config) for config in configs])
 
     def run(self, title: str, cells: Sequence[Cell]) -> list[Result]:
@@ -117,7 +124,11 @@ class Lab:
                 yield futures[future], outcome
         except Exception:
             self.close()
-            yield from ((cell, f.result()) for f, cell in futures.items() if f not in taken and not f.cancelled() and f.exception() is None)
+            yield from (
+                (cell, f.result())
+                for f, cell in futures.items()
+                if f not in taken and not f.cancelled() and f.exception() is None
+            )
             raise
         except BaseException:
             self.close()

@@ -25,15 +25,30 @@ QUICK = {
     "steps": 3, "prompts_per_step": 4, "group_size": 3, "rehearsal_prompts": 2, "eval_samples": 24,
     "tiny_hidden": 16, "tiny_layers": 1, "tiny_heads": 2, "warm_accuracy": 2e-4, "warm_batch": 32, "warm_max_steps": 200,
 }  # fmt: skip
-FEEDBACK = ("answer", "first", "first_two", "last", "marks", "wrong", "corrupted")  # `other` misleads as `corrupted` does, and is left out for time
+FEEDBACK = (
+    "answer",
+    "first",
+    "first_two",
+    "last",
+    "marks",
+    "wrong",
+    "corrupted",
+)  # `other` misleads as `corrupted` does, and is left out for time
 CONTEXTS = (
     *(Arm(kind, {"feedback": kind, "siblings": False}) for kind in FEEDBACK),
     Arm("siblings", {"feedback": "none"}),
 )
-MAIN, SMALLER, SMALLEST = 96, 64, 48  # tiny_hidden; with 128 the warm start was still on its plateau (4 %) after 1850 steps
+MAIN, SMALLER, SMALLEST = (
+    96,
+    64,
+    48,
+)  # tiny_hidden; with 128 the warm start was still on its plateau (4 %) after 1850 steps
 RATES = (5e-4,)
 DESIGNS = {MAIN: Design(5, 3, RATES), SMALLER: Design(1, 1, RATES), SMALLEST: Design(1, 1, RATES)}
-PROBE_SEED, PROBE_SAMPLES = 2000, 1000  # no run has this seed: the gap's scatter is not that of a run's own first measurement
+PROBE_SEED, PROBE_SAMPLES = (
+    2000,
+    1000,
+)  # no run has this seed: the gap's scatter is not that of a run's own first measurement
 LEAST_R2, MARGIN = 0.9, 0.05
 NEAR_FLOOR, LEAST_SHARE, WINDOW = 0.05, 1 / 600, 5  # an accuracy, one answer of those that measure it, steps
 
@@ -48,19 +63,36 @@ class Measured:
 
     def points(self, gap: str = "gap") -> list[Point]:
         """A point per context, the mean over its runs."""
-        return [Point(name, float(np.mean(self.probed(name, gap))), float(np.mean(runs.gains())), len(runs.runs)) for name, runs in self.trained.items()]
+        return [
+            Point(name, float(np.mean(self.probed(name, gap))), float(np.mean(runs.gains())), len(runs.runs))
+            for name, runs in self.trained.items()
+        ]
 
     def runs(self) -> list[Point]:
-        return [Point(name, *pair) for name, runs in self.trained.items() for pair in zip(self.probed(name, "gap"), runs.gains(), strict=True)]
+        return [
+            Point(name, *pair)
+            for name, runs in self.trained.items()
+            for pair in zip(self.probed(name, "gap"), runs.gains(), strict=True)
+        ]
 
     def probed(self, name: str, value: str) -> list[float]:
         return [probe[value]["value"] for probe in self.probes[name]]
 
 
 def study(lab: Lab) -> Study:
-    contexts = [context for context in CONTEXTS if not lab.quick or context.name in ("answer", "wrong", "corrupted", "siblings")]
-    measured = {hidden: measure(lab, config_of(hidden, lab.quick), contexts, design_of(hidden, lab.quick)) for hidden in DESIGNS}
-    laws = {hidden: fit(one.points(), common_settings(config_of(hidden, lab.quick))) for hidden, one in measured.items()}
+    contexts = [
+        context
+        for context in CONTEXTS
+        if not lab.quick or context.name in ("answer", "wrong", "corrupted", "siblings")
+    ]
+    measured = {
+        hidden: measure(lab, config_of(hidden, lab.quick), contexts, design_of(hidden, lab.quick))
+        for hidden in DESIGNS
+    }
+    laws = {
+        hidden: fit(one.points(), common_settings(config_of(hidden, lab.quick)))
+        for hidden, one in measured.items()
+    }
     plain = {hidden: fit(one.points("plain_gap")) for hidden, one in measured.items()}
     laws[MAIN].save(lab.folder.parent / "fits" / "law.json")
     return Study(
@@ -71,8 +103,17 @@ def study(lab: Lab) -> Study:
         "will bring, as a straight line over contexts, and for contexts and sizes of model that the line has not seen?",
         sentences(lab.quick),
         claims(measured, laws, plain),
-        [contexts_table(measured[MAIN], laws[MAIN]), fits_table(measured, laws, plain), bent_table(measured[MAIN]), sizes_table(measured)],
-        [points_panel("gap", measured, laws), points_panel("plain_gap", measured, plain), left_out_panel(laws)],
+        [
+            contexts_table(measured[MAIN], laws[MAIN]),
+            fits_table(measured, laws, plain),
+            bent_table(measured[MAIN]),
+            sizes_table(measured),
+        ],
+        [
+            points_panel("gap", measured, laws),
+            points_panel("plain_gap", measured, plain),
+            left_out_panel(laws),
+        ],
         [floor(measured[MAIN]), *NOTES],
     )
 
@@ -92,7 +133,9 @@ NOTES = [
 def config_of(hidden: int, quick: bool) -> TrainConfig:
     if not quick:
         return TrainConfig(**BASE, tiny_hidden=hidden)
-    return TrainConfig(**{**BASE, **QUICK, "tiny_hidden": {MAIN: QUICK["tiny_hidden"], SMALLER: 12, SMALLEST: 8}[hidden]})
+    return TrainConfig(
+        **{**BASE, **QUICK, "tiny_hidden": {MAIN: QUICK["tiny_hidden"], SMALLER: 12, SMALLEST: 8}[hidden]}
+    )
 
 
 def design_of(hidden: int, quick: bool) -> Design:
@@ -102,11 +145,20 @@ def design_of(hidden: int, quick: bool) -> Design:
 def measure(lab: Lab, base: TrainConfig, contexts: Sequence[Arm], design: Design) -> Measured:
     """Runs and gaps of all contexts. The base models are made with the runs."""
     samples = base.eval_samples if lab.quick else PROBE_SAMPLES
-    configs = [[replace(base, seed=PROBE_SEED, warm_seed=warm, **context.settings) for context in contexts] for warm in range(design.warm_seeds)]
+    configs = [
+        [replace(base, seed=PROBE_SEED, warm_seed=warm, **context.settings) for context in contexts]
+        for warm in range(design.warm_seeds)
+    ]
     trained = compare(lab, base, contexts, design)
-    cells = [Cell(f"{__name__}:probe_cell", {"configs": [asdict(config) for config in row], "samples": samples}) for row in configs]
+    cells = [
+        Cell(f"{__name__}:probe_cell", {"configs": [asdict(config) for config in row], "samples": samples})
+        for row in configs
+    ]
     found = lab.run("gaps", cells)
-    probes = {context.name: [found[seed % design.warm_seeds][place] for seed in range(design.seeds)] for place, context in enumerate(contexts)}
+    probes = {
+        context.name: [found[seed % design.warm_seeds][place] for seed in range(design.seeds)]
+        for place, context in enumerate(contexts)
+    }
     return Measured(base.tiny_hidden, trained, probes)
 
 
@@ -119,7 +171,11 @@ def probe_cell(arguments: dict[str, Any], folder: Path) -> list[Result]:
 
 
 def sentences(quick: bool) -> list[str]:
-    base, main, others = config_of(MAIN, quick), design_of(MAIN, quick), [size for size in DESIGNS if size != MAIN]
+    base, main, others = (
+        config_of(MAIN, quick),
+        design_of(MAIN, quick),
+        [size for size in DESIGNS if size != MAIN],
+    )
     return [
         f"`{base.env}`: {base.steps} steps of {base.prompts_per_step} prompts with {base.group_size} answers each for every context, learning rate "
         f"{main.rates[0]:g} for all: the law compares contexts, not rates. {base.rehearsal_prompts} prompts of `+` are rehearsed in each step.",
@@ -155,18 +211,24 @@ def claims(measured: dict[int, Measured], laws: dict[int, Law], plain: dict[int,
     r2 = over_contexts(lambda gaps, gains: line(gaps, gains)[2], points)
     mean = float(np.mean([point.improvement for point in points]))
     without = [abs(point.improvement - mean) * len(points) / (len(points) - 1) for point in points]
-    saved = difference(without, [abs(point.improvement - left) for point, left in zip(points, law.left_out, strict=True)])
+    saved = difference(
+        without, [abs(point.improvement - left) for point, left in zip(points, law.left_out, strict=True)]
+    )
     order = over_contexts(rank_correlation, points)
     smallest = min(measured)
     ends = measured[MAIN].points(), measured[smallest].points()
-    turned = over_contexts(lambda x, y, smaller_x, smaller_y: line(x, y)[0] - line(smaller_x, smaller_y)[0], *ends)
+    turned = over_contexts(
+        lambda x, y, smaller_x, smaller_y: line(x, y)[0] - line(smaller_x, smaller_y)[0], *ends
+    )
     start = over_contexts(lambda gaps, gains: line(gaps, gains)[1], points)
     return [
         Claim(
             "The gap before training predicts the improvement linearly (reported R^2 .95 to .99 over about six contexts)",
             f"R^2 over {len(points)} contexts, hidden {MAIN}; graded against {LEAST_R2:g}",
             r2,
-            graded_ahead(replace(r2, value=r2.value - LEAST_R2, low=r2.low - LEAST_R2, high=r2.high - LEAST_R2)),
+            graded_ahead(
+                replace(r2, value=r2.value - LEAST_R2, low=r2.low - LEAST_R2, high=r2.high - LEAST_R2)
+            ),
             f"plain gap: {plain[MAIN].r2:.3f}",
         ),
         Claim(
@@ -176,7 +238,12 @@ def claims(measured: dict[int, Measured], laws: dict[int, Law], plain: dict[int,
             graded_ahead(saved),
             f"root mean square error of the line {law.error:.3f}, of the mean {law.spread:.3f}",
         ),
-        Claim("A larger gap means a larger improvement", "rank correlation (Spearman) of gap and improvement", order, graded_ahead(order)),
+        Claim(
+            "A larger gap means a larger improvement",
+            "rank correlation (Spearman) of gap and improvement",
+            order,
+            graded_ahead(order),
+        ),
         Claim(
             "The line holds across sizes of model",
             f"slope at hidden {MAIN} less slope at {smallest}; equal means within a quarter of the slope at {MAIN}, {abs(law.slope) / 4:.3f}",
@@ -198,22 +265,58 @@ def claims(measured: dict[int, Measured], laws: dict[int, Law], plain: dict[int,
 
 def harm(main: Measured, name: str, text: str) -> Claim:
     lost = estimate([-gain for gain in main.trained[name].gains()])
-    return Claim(text, f"held-out accuracy lost with `{name}`, hidden {main.hidden}", lost, graded_ahead(lost))
+    return Claim(
+        text, f"held-out accuracy lost with `{name}`, hidden {main.hidden}", lost, graded_ahead(lost)
+    )
 
 
 def contexts_table(main: Measured, law: Law) -> Table:
-    columns = ["context", "answered again", "student", "self-teacher", "second try", "plain gap", "gap", "improvement", "the others predict", "untrained `+`"]
+    columns = [
+        "context",
+        "answered again",
+        "student",
+        "self-teacher",
+        "second try",
+        "plain gap",
+        "gap",
+        "improvement",
+        "the others predict",
+        "untrained `+`",
+    ]
     rows = []
     for point, left in sorted(zip(law.points, law.left_out, strict=True), key=lambda pair: -pair[0].gap):
-        runs, shares = main.trained[point.context], [probe["answered"] for probe in main.probes[point.context]]
-        means = [f"{np.mean(main.probed(point.context, name)):.3f}" for name in ("student", "teacher", "second_try", "plain_gap", "gap")]
+        runs, shares = (
+            main.trained[point.context],
+            [probe["answered"] for probe in main.probes[point.context]],
+        )
+        means = [
+            f"{np.mean(main.probed(point.context, name)):.3f}"
+            for name in ("student", "teacher", "second_try", "plain_gap", "gap")
+        ]
         kept = np.mean([run["untrained_skill_after"] - run["untrained_skill_before"] for run in runs.runs])
-        rows.append([f"`{point.context}`", f"{np.mean(shares):.2f}", *means, str(estimate(runs.gains())), f"{left:.3f}", f"{kept:+.3f}"])
+        rows.append(
+            [
+                f"`{point.context}`",
+                f"{np.mean(shares):.2f}",
+                *means,
+                str(estimate(runs.gains())),
+                f"{left:.3f}",
+                f"{kept:+.3f}",
+            ]
+        )
     return Table(f"Contexts, hidden {main.hidden}", columns, rows)
 
 
 def fits_table(measured: dict[int, Measured], laws: dict[int, Law], plain: dict[int, Law]) -> Table:
-    columns = ["fit", "points", "slope", "intercept", "R^2", "error, context left out", "error of the others' mean"]
+    columns = [
+        "fit",
+        "points",
+        "slope",
+        "intercept",
+        "R^2",
+        "error, context left out",
+        "error of the others' mean",
+    ]
 
     def row(name: str, law: Law) -> list[str]:
         numbers = (law.slope, law.intercept, law.r2, law.error, law.spread)
@@ -222,10 +325,22 @@ def fits_table(measured: dict[int, Measured], laws: dict[int, Law], plain: dict[
     rows = [row(f"hidden {hidden}", laws[hidden]) for hidden in sorted(laws)]
     rows += [row(f"hidden {hidden}, plain gap", plain[hidden]) for hidden in sorted(plain)]
     everything, law = [point for one in measured.values() for point in one.points()], laws[MAIN]
-    odd, _ = max(zip(law.points, law.left_out, strict=True), key=lambda pair: abs(pair[0].improvement - pair[1]))
-    rows.append(row(f"hidden {MAIN} without `{odd.context}`, the farthest from the others' line", fit([point for point in law.points if point is not odd])))
-    for name, points in (("all sizes, one line", everything), (f"hidden {MAIN}, single runs", measured[MAIN].runs())):
-        rows.append([name, str(len(points)), *(f"{number:.3f}" for number in line(*coordinates(points))), "", ""])
+    odd, _ = max(
+        zip(law.points, law.left_out, strict=True), key=lambda pair: abs(pair[0].improvement - pair[1])
+    )
+    rows.append(
+        row(
+            f"hidden {MAIN} without `{odd.context}`, the farthest from the others' line",
+            fit([point for point in law.points if point is not odd]),
+        )
+    )
+    for name, points in (
+        ("all sizes, one line", everything),
+        (f"hidden {MAIN}, single runs", measured[MAIN].runs()),
+    ):
+        rows.append(
+            [name, str(len(points)), *(f"{number:.3f}" for number in line(*coordinates(points))), "", ""]
+        )
     return Table("Lines", columns, rows)
 
 
@@ -239,15 +354,30 @@ def bent_table(main: Measured) -> Table:
         return [name, *(f"{number:.3f}" for number in (*line(gaps, gains), rank_correlation(gaps, gains)))]
 
     rows = [
-        row(f"reward of {WINDOW} training steps up to step {last}, less accuracy before", lambda run, last=last: rewarded(run, last))
+        row(
+            f"reward of {WINDOW} training steps up to step {last}, less accuracy before",
+            lambda run, last=last: rewarded(run, last),
+        )
         for last in (max(1, steps * quarter // 4) for quarter in (1, 2, 3, 4))
     ]
-    rows.append(row("accuracy after less before, both as log-odds", lambda run: log_odds(run, "after") - log_odds(run, "before")))
-    return Table(f"Improvement measured otherwise, hidden {main.hidden}", ["improvement", "slope", "intercept", "R^2", "rank correlation"], rows)
+    rows.append(
+        row(
+            "accuracy after less before, both as log-odds",
+            lambda run: log_odds(run, "after") - log_odds(run, "before"),
+        )
+    )
+    return Table(
+        f"Improvement measured otherwise, hidden {main.hidden}",
+        ["improvement", "slope", "intercept", "R^2", "rank correlation"],
+        rows,
+    )
 
 
 def rewarded(run: Result, last: int) -> float:
-    return float(np.mean([reward for _, reward in run["curves"]["reward"]][max(0, last - WINDOW) : last])) - run["held_out_accuracy_before"]
+    return (
+        float(np.mean([reward for _, reward in run["curves"]["reward"]][max(0, last - WINDOW) : last]))
+        - run["held_out_accuracy_before"]
+    )
 
 
 def log_odds(run: Result, when: str) -> float:
@@ -257,7 +387,11 @@ def log_odds(run: Result, when: str) -> float:
 
 def floor(main: Measured) -> str:
     """How many contexts had nothing left to lose."""
-    low = [f"`{name}`" for name, runs in main.trained.items() if np.mean(runs.values("held_out_accuracy_after")) < NEAR_FLOOR]
+    low = [
+        f"`{name}`"
+        for name, runs in main.trained.items()
+        if np.mean(runs.values("held_out_accuracy_after")) < NEAR_FLOOR
+    ]
     return (
         f"{len(low)} of {len(main.trained)} contexts left the student below {NEAR_FLOOR:.0%} ({', '.join(low) or 'none'}): nothing is left to lose there, "
         "and the line bends. Two attempts to mend it: *Improvement measured otherwise* has the "
@@ -266,9 +400,17 @@ def floor(main: Measured) -> str:
 
 
 def sizes_table(measured: dict[int, Measured]) -> Table:
-    by_size = {hidden: {point.context: point for point in measured[hidden].points()} for hidden in sorted(measured)}
+    by_size = {
+        hidden: {point.context: point for point in measured[hidden].points()} for hidden in sorted(measured)
+    }
     names = sorted(by_size[MAIN], key=lambda name: -by_size[MAIN][name].gap)
-    rows = [[f"`{name}`", *(f"{points[name].gap:.3f}, {points[name].improvement:.3f}" for points in by_size.values())] for name in names]
+    rows = [
+        [
+            f"`{name}`",
+            *(f"{points[name].gap:.3f}, {points[name].improvement:.3f}" for points in by_size.values()),
+        ]
+        for name in names
+    ]
     return Table("Gap and improvement by size", ["context", *(f"hidden {size}" for size in by_size)], rows)
 
 
@@ -288,12 +430,31 @@ def scattered(one: Measured, gap: str = "gap") -> Series:
 
 def points_panel(gap: str, measured: dict[int, Measured], laws: dict[int, Law]) -> Panel:
     series = [*(scattered(measured[hidden], gap) for hidden in sorted(measured)), dotted(laws[MAIN])]
-    return Panel(f"improvement against {gap.replace('_', ' ')}", "points", f"{gap.replace('_', ' ')} before training", "improvement", series)
+    return Panel(
+        f"improvement against {gap.replace('_', ' ')}",
+        "points",
+        f"{gap.replace('_', ' ')} before training",
+        "improvement",
+        series,
+    )
 
 
 def left_out_panel(laws: dict[int, Law]) -> Panel:
-    series = [Series(f"hidden {hidden}", list(laws[hidden].left_out), [point.improvement for point in laws[hidden].points]) for hidden in sorted(laws)]
+    series = [
+        Series(
+            f"hidden {hidden}",
+            list(laws[hidden].left_out),
+            [point.improvement for point in laws[hidden].points],
+        )
+        for hidden in sorted(laws)
+    ]
     everywhere = [place for one in series for place in one.x + one.y]
     same = np.linspace(min(everywhere), max(everywhere), 50).tolist()
     series.append(Series("equal", same, same))
-    return Panel("contexts that the line has not seen", "points", "improvement predicted by the other contexts", "improvement measured", series)
+    return Panel(
+        "contexts that the line has not seen",
+        "points",
+        "improvement predicted by the other contexts",
+        "improvement measured",
+        series,
+    )

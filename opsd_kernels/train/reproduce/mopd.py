@@ -109,7 +109,9 @@ def sentences(base: TrainConfig, design: Design) -> list[str]:
 def arm_claims(trained: dict[str, Trained]) -> list[Claim]:
     def ahead(text: str, mine: str, theirs: str, remark: str = "") -> Claim:
         gain = difference(after(trained[mine]), after(trained[theirs]))
-        return Claim(text, f"held-out accuracy after, `{mine}` less `{theirs}`", gain, graded_ahead(gain), remark)
+        return Claim(
+            text, f"held-out accuracy after, `{mine}` less `{theirs}`", gain, graded_ahead(gain), remark
+        )
 
     gap = difference(after(trained[CONTRASTIVE]), after(trained[TWO]))
     return [
@@ -139,7 +141,10 @@ def rankings(lab: Lab, base: TrainConfig, design: Design) -> list[Result]:
     """One per base model and seed."""
     groups = 8 if lab.quick else RANKED_GROUPS
     configs = [replace(base, seed=seed, warm_seed=seed % design.warm_seeds) for seed in range(design.seeds)]
-    cells = [Cell("opsd_kernels.train.reproduce.mopd:ranking", {"config": asdict(config), "groups": groups}) for config in configs]
+    cells = [
+        Cell("opsd_kernels.train.reproduce.mopd:ranking", {"config": asdict(config), "groups": groups})
+        for config in configs
+    ]
     return lab.run("rankings", cells)
 
 
@@ -150,30 +155,60 @@ def ranking(arguments: dict[str, Any], folder: Path) -> Result:
         task = make_task(config)
         model, tokenizer = models.load_pretrained(warmstart.base_model(config, task, Progress()), config)
         encoder, vocab = PromptEncoder(tokenizer, task.template), models.vocabulary(tokenizer)
-        sampler = Sampler(encoder, config.max_new_tokens, config.rollout_temperature, config.rollout_batch, vocab)
+        sampler = Sampler(
+            encoder, config.max_new_tokens, config.rollout_temperature, config.rollout_batch, vocab
+        )
         problems = seeds.shuffled(task.held_out, config.seed, RANKED)[: arguments["groups"]]
-        rollouts = sampler.sample(model, task, requests([task.env(problem, 0).prompt() for problem in problems], config.group_size), config.seed, RANKED)
-        contexts = {name: build_contexts(rollouts, replace(config, **settings), config.seed, RANKED) for name, settings in VIEWS.items()}
+        rollouts = sampler.sample(
+            model,
+            task,
+            requests([task.env(problem, 0).prompt() for problem in problems], config.group_size),
+            config.seed,
+            RANKED,
+        )
+        contexts = {
+            name: build_contexts(rollouts, replace(config, **settings), config.seed, RANKED)
+            for name, settings in VIEWS.items()
+        }
         kept = [i for i in range(len(rollouts)) if all(views[i] is not None for views in contexts.values())]
         chosen = [rollouts[i] for i in kept]
         prompts = [rollout.prompt for rollout in chosen]
-        scores = {name: mean_logprobs(model, chosen, encoder.encode(prompts, [views[i] for i in kept]), config, vocab) for name, views in contexts.items()}
+        scores = {
+            name: mean_logprobs(
+                model, chosen, encoder.encode(prompts, [views[i] for i in kept]), config, vocab
+            )
+            for name, views in contexts.items()
+        }
     right, groups = [rollout.verdict.success for rollout in chosen], [rollout.group for rollout in chosen]
     own = scores[ALONE]
     views = {
-        name: {SCORES[0]: agreement(mine, right, groups)} | ({} if name == ALONE else {SCORES[1]: agreement(mine - own, right, groups)})
+        name: {SCORES[0]: agreement(mine, right, groups)}
+        | ({} if name == ALONE else {SCORES[1]: agreement(mine - own, right, groups)})
         for name, mine in scores.items()
     }
     return {"rollouts": len(chosen), "of": len(rollouts), "right": sum(right), "views": views}
 
 
 @torch.no_grad()
-def mean_logprobs(model: PreTrainedModel, rollouts: Sequence[Rollout], prompts: Sequence[tuple[int, ...]], config: TrainConfig, vocab: int) -> np.ndarray:
+def mean_logprobs(
+    model: PreTrainedModel,
+    rollouts: Sequence[Rollout],
+    prompts: Sequence[tuple[int, ...]],
+    config: TrainConfig,
+    vocab: int,
+) -> np.ndarray:
     """Mean log-prob, in nats, of each rollout's tokens behind another prompt."""
     if not rollouts:
         return np.zeros(0)
-    batch = make_batch([replace(rollout, prompt_tokens=prompt) for rollout, prompt in zip(rollouts, prompts, strict=True)], [None] * len(rollouts), 0)
-    parts = [objective.sampling_logprobs(model, micro, config, vocab) for micro in micro_batches(batch, config.micro_batch)]
+    batch = make_batch(
+        [replace(rollout, prompt_tokens=prompt) for rollout, prompt in zip(rollouts, prompts, strict=True)],
+        [None] * len(rollouts),
+        0,
+    )
+    parts = [
+        objective.sampling_logprobs(model, micro, config, vocab)
+        for micro in micro_batches(batch, config.micro_batch)
+    ]
     return (torch.cat(parts).sum(1) / batch.mask_BT.sum(1)).double().numpy()
 
 
@@ -186,7 +221,13 @@ def agreement(scores: np.ndarray, right: Sequence[bool], groups: Sequence[int]) 
         members.setdefault(group, []).append(index)
     mixed = [places for places in members.values() if len({right[i] for i in places}) == 2]
     within = [auc(scores[places], [right[i] for i in places]) for places in mixed]
-    return dict(zip(MEASURES, (spearman(scores, right), auc(scores, right), float(np.mean(within)) if within else None), strict=True))
+    return dict(
+        zip(
+            MEASURES,
+            (spearman(scores, right), auc(scores, right), float(np.mean(within)) if within else None),
+            strict=True,
+        )
+    )
 
 
 def ranked_by(ranked: Sequence[Result], view: str, score: str, measure: str) -> list[float]:
@@ -200,10 +241,20 @@ def ranking_claims(ranked: Sequence[Result]) -> list[Claim]:
         sides = [ranked_by(ranked, view, SCORES[0], "auc_in_group") for view in (mine, theirs)]
         gain = difference(*sides)
         means = " and ".join(f"{np.mean(side):.3f}" for side in sides)
-        return Claim(text, f"AUC in group of the teacher's score, `{mine}` less `{theirs}`", gain, graded_ahead(gain), f"{means}")
+        return Claim(
+            text,
+            f"AUC in group of the teacher's score, `{mine}` less `{theirs}`",
+            gain,
+            graded_ahead(gain),
+            f"{means}",
+        )
 
     return [
-        ahead("The teacher's scores rank rollouts as the verifier does: better than the model without a context", CONTRASTIVE, ALONE),
+        ahead(
+            "The teacher's scores rank rollouts as the verifier does: better than the model without a context",
+            CONTRASTIVE,
+            ALONE,
+        ),
         ahead("Contrastive scores rank better than positive ones", CONTRASTIVE, TWO),
         ahead("Positive scores rank better than those of random siblings", TWO, SHUFFLED),
         ahead("A failure alone ranks better than no context", FAILURE, ALONE),
@@ -217,9 +268,17 @@ def ranking_table(ranked: Sequence[Result]) -> Table:
         for score in (SCORES if view != ALONE else SCORES[:1])
     ]
     counts = f"{sum(result['rollouts'] for result in ranked)} rollouts, {sum(result['right'] for result in ranked)} of them right"
-    return Table(f"Scores against verdicts: {counts}", ["view", "score", "Spearman", "AUC", "AUC in group"], rows)
+    return Table(
+        f"Scores against verdicts: {counts}", ["view", "score", "Spearman", "AUC", "AUC in group"], rows
+    )
 
 
 def ranking_panel(ranked: Sequence[Result]) -> Panel:
     found = {view: estimate(ranked_by(ranked, view, SCORES[0], "auc_in_group")) for view in VIEWS}
-    return Panel("the teacher's score of a rollout against its verdict", "bars", "view", "AUC in group", [bars("teacher", found)])
+    return Panel(
+        "the teacher's score of a rollout against its verdict",
+        "bars",
+        "view",
+        "AUC in group",
+        [bars("teacher", found)],
+    )

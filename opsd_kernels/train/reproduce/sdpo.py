@@ -22,8 +22,20 @@ QUICK = {
     "steps": 2, "prompts_per_step": 4, "eval_every": 1, "probe_samples": 8, "eval_samples": 16,
     "tiny_hidden": 16, "tiny_layers": 1, "tiny_heads": 2, "warm_accuracy": 1e-9, "warm_batch": 32,
 }  # fmt: skip
-SDPO, TOLD, MARKS, SIBLINGS, GRPO = "SDPO", "SDPO, feedback alone", "SDPO, marks alone", "SDPO, siblings alone", "GRPO"
-LIVE, FROZEN, TRUST, TOPK, SAMPLED = "live teacher", "frozen teacher", "trust-region teacher", "top 4", "sampled token"
+SDPO, TOLD, MARKS, SIBLINGS, GRPO = (
+    "SDPO",
+    "SDPO, feedback alone",
+    "SDPO, marks alone",
+    "SDPO, siblings alone",
+    "GRPO",
+)
+LIVE, FROZEN, TRUST, TOPK, SAMPLED = (
+    "live teacher",
+    "frozen teacher",
+    "trust-region teacher",
+    "top 4",
+    "sampled token",
+)
 ARMS = {
     "secret_op": (
         Arm(SDPO),
@@ -70,13 +82,29 @@ def study(lab: Lab) -> Study:
         "At equal numbers of generated answers: does a model that distils itself, with feedback or a sibling's right answer in the teacher's view, learn "
         "faster than by a policy gradient on its rewards? Which teacher, and how much of its distribution, does that take?",
         sentences(lab.quick),
-        [*headlines("secret_op", told), *headlines("expr", trained["expr"]), *teachers(told, long), *logits(told)],
         [
-            *(table for env, found in trained.items() for table in (outcomes(f"{env}: accuracies", found), rates(env, found), costs(found, f"{env}: costs"))),
+            *headlines("secret_op", told),
+            *headlines("expr", trained["expr"]),
+            *teachers(told, long),
+            *logits(told),
+        ],
+        [
+            *(
+                table
+                for env, found in trained.items()
+                for table in (
+                    outcomes(f"{env}: accuracies", found),
+                    rates(env, found),
+                    costs(found, f"{env}: costs"),
+                )
+            ),
             outcomes("secret_op, the longer runs: accuracies", long),
         ],
         [
-            *(curves(f"{env}: held-out accuracy", {name: found[name] for name in HEADLINE}) for env, found in trained.items()),
+            *(
+                curves(f"{env}: held-out accuracy", {name: found[name] for name in HEADLINE})
+                for env, found in trained.items()
+            ),
             *(accuracies(found, f"{env}: {AFTER}") for env, found in trained.items()),
             curves("secret_op, the longer runs: self-teacher's accuracy", long, "self_teacher_accuracy"),
         ],
@@ -95,7 +123,10 @@ def arms(env: str, quick: bool) -> Sequence[Arm]:
 def headlines(env: str, found: dict[str, Trained]) -> list[Claim]:
     """SDPO, with and without feedback, against GRPO."""
     claims = []
-    for name, words in ((SDPO, "feedback and siblings"), (SIBLINGS, "siblings alone, as where rewards are all there is")):
+    for name, words in (
+        (SDPO, "feedback and siblings"),
+        (SIBLINGS, "siblings alone, as where rewards are all there is"),
+    ):
         ahead, saved = difference(after(found[name]), after(found[GRPO])), savings(found[name], found[GRPO])
         claims += [
             Claim(
@@ -130,13 +161,18 @@ def reached(mine: Trained, theirs: Trained) -> str:
     there = [first_step_at(run, level) is not None for run, level in zip(mine.runs, levels, strict=True)]
     text = f"GRPO went from {np.mean(theirs.values('held_out_accuracy_before')):.3f} to {np.mean(levels):.3f}; reached by {sum(there)} of {len(there)} runs"
     left = 1 - float(np.mean(savings(mine, theirs)))
-    return f"{text}, with {1 / left:.1f} times fewer answers on average" if all(there) and 0 < left < 1 else text
+    return (
+        f"{text}, with {1 / left:.1f} times fewer answers on average" if all(there) and 0 < left < 1 else text
+    )
 
 
 def teachers(found: dict[str, Trained], long: dict[str, Trained]) -> list[Claim]:
     """The slow copy against the student itself."""
     claims = []
-    for runs, words in ((found, "at its best rate"), (long, f"over {long[SDPO].runs[0]['steps']} steps at rate {long[SDPO].rate:g}")):
+    for runs, words in (
+        (found, "at its best rate"),
+        (long, f"over {long[SDPO].runs[0]['steps']} steps at rate {long[SDPO].rate:g}"),
+    ):
         ahead = difference(after(runs[SDPO]), after(runs[LIVE]))
         ended = {name: np.mean(runs[name].values("self_teacher_accuracy_after")) for name in (SDPO, LIVE)}
         claims.append(
@@ -156,16 +192,34 @@ def logits(found: dict[str, Trained]) -> list[Claim]:
     whole, sampled, top = (after(found[name]) for name in (SDPO, SAMPLED, TOPK))
     denser, gap = difference(whole, sampled), difference(top, whole)
     return [
-        Claim("Distilling the whole distribution beats the sampled token", f"{AFTER}, full vocabulary less sampled token", denser, graded_ahead(denser)),
-        Claim("The top of the distribution is as good as all", f"{AFTER}, top 4 less full vocabulary; equal within {MARGIN}", gap, graded_equal(gap, MARGIN)),
+        Claim(
+            "Distilling the whole distribution beats the sampled token",
+            f"{AFTER}, full vocabulary less sampled token",
+            denser,
+            graded_ahead(denser),
+        ),
+        Claim(
+            "The top of the distribution is as good as all",
+            f"{AFTER}, top 4 less full vocabulary; equal within {MARGIN}",
+            gap,
+            graded_equal(gap, MARGIN),
+        ),
     ]
 
 
 def rates(env: str, found: dict[str, Trained]) -> Table:
     """Held-out accuracy of the runs that the rates were chosen by."""
     listed = sorted({rate for arm in found.values() for rate in arm.tried})
-    rows = [[name, *(f"{arm.tried[rate]:.3f}" for rate in listed), f"{arm.rate:g}"] for name, arm in found.items() if arm.tried or not listed]
-    return Table(f"{env}: held-out accuracy by learning rate, one seed", ["arm", *(f"{rate:g}" for rate in listed), "chosen"], rows)
+    rows = [
+        [name, *(f"{arm.tried[rate]:.3f}" for rate in listed), f"{arm.rate:g}"]
+        for name, arm in found.items()
+        if arm.tried or not listed
+    ]
+    return Table(
+        f"{env}: held-out accuracy by learning rate, one seed",
+        ["arm", *(f"{rate:g}" for rate in listed), "chosen"],
+        rows,
+    )
 
 
 def sentences(quick: bool) -> list[str]:

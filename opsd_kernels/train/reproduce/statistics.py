@@ -35,8 +35,17 @@ def estimate(values: Sequence[float], statistic: Callable[..., float] = np.mean)
     value = float(statistic(sample))
     if len(sample) < 2 or np.ptp(sample) == 0:
         return Estimate(value, value, value, len(sample))
-    found = stats.bootstrap((sample,), statistic, confidence_level=LEVEL, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0))
-    return Estimate(value, float(found.confidence_interval.low), float(found.confidence_interval.high), len(sample))
+    found = stats.bootstrap(
+        (sample,),
+        statistic,
+        confidence_level=LEVEL,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    return Estimate(
+        value, float(found.confidence_interval.low), float(found.confidence_interval.high), len(sample)
+    )
 
 
 def difference(mine: Sequence[float], theirs: Sequence[float]) -> Estimate:

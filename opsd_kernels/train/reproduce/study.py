@@ -66,7 +66,9 @@ class Study:
     tables: list[Table]
     panels: list[Panel]
     notes: list[str] = field(default_factory=list)
-    facts: dict[str, object] = field(default_factory=dict)  # machine, versions, commits, command, date, seconds, quick
+    facts: dict[str, object] = field(
+        default_factory=dict
+    )  # machine, versions, commits, command, date, seconds, quick
     schema: int = SCHEMA
 
     def save(self, path: Path) -> None:
@@ -80,7 +82,12 @@ def load(path: Path) -> Study:
     found = data.get("schema") if isinstance(data, dict) else None
     if found != SCHEMA:
         raise ValueError(f"{path}: expected a study of opsd reproduce with schema {SCHEMA}, got {found}")
-    data["claims"] = [Claim(**{**claim, "estimate": Estimate(**claim["estimate"])}) for claim in data["claims"]]
+    data["claims"] = [
+        Claim(**{**claim, "estimate": Estimate(**claim["estimate"])}) for claim in data["claims"]
+    ]
     data["tables"] = [Table(**table) for table in data["tables"]]
-    data["panels"] = [Panel(**{**panel, "series": [Series(**series) for series in panel["series"]]}) for panel in data["panels"]]
+    data["panels"] = [
+        Panel(**{**panel, "series": [Series(**series) for series in panel["series"]]})
+        for panel in data["panels"]
+    ]
     return Study(**data)
