@@ -1,105 +1,53 @@
-"""`linear_divergence`: the options of the fused loss, checked, and the call they make."""
+"""`linear_divergence`, and its options as a record for functions that pass them on."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from ._core import checks
-from ._core.checks import Head
-from ._core.reductions import TokenStats, evaluate, make_job
+from ._core.autograd import evaluate
+from ._core.problem import Problem, Side
+from ._core.reductions import RowWeigher, TokenStats, reads_logprobs, row_scale
 from .spec import Divergence, LogitTransform, RowSpec, Support, check_number, expect
+from .weights import TokenWeighting
 
 
-@dataclass(frozen=True)
-class Options:
-    """The keyword arguments of `linear_divergence`."""
+class DivergenceOptions(TypedDict, total=False):
+    """The keyword arguments of `linear_divergence`, for `Unpack`."""
 
-    divergence: str = "reverse_kl"
-    beta: float = 0.5
-    temperature: float = 1.0
-    teacher_temperature: float | None = None
-    student_bias: Tensor | None = None
-    teacher_bias: Tensor | None = None
-    student_logit_scale: float = 1.0
-    teacher_logit_scale: float = 1.0
-    student_softcap: float | None = None
-    teacher_softcap: float | None = None
-    vocab_size: int | None = None
-    labels: Tensor | None = None
-    ignore_index: int = -100
-    mask: Tensor | None = None
-    token_weights: Tensor | object | None = None
-    teacher_mix: float = 0.0
-    entry_clip: float | None = None
-    token_clip: float | None = None
-    reduction: str = "mean"
-    normalizer: float | Tensor | None = None
-    return_stats: bool = False
-    topk: int | None = None
-    topk_support: str = "student"
-    topk_tail: str = "bucket"
-    backward: str = "auto"
-    logits_dtype: str | torch.dtype = "auto"
-    workspace_bytes: int | None = None
-    backend: str | None = None
-    group: object | None = None
-
-    def spec(self) -> RowSpec:
-        t_temperature = (
-            ("temperature", self.temperature)
-            if self.teacher_temperature is None
-            else ("teacher_temperature", self.teacher_temperature)
-        )
-        return RowSpec(
-            Divergence.parse(self.divergence, self.beta),
-            LogitTransform.parse(
-                "student", self.student_logit_scale, self.student_softcap, "temperature", self.temperature
-            ),
-            LogitTransform.parse("teacher", self.teacher_logit_scale, self.teacher_softcap, *t_temperature),
-            teacher_mix=_mix(self.teacher_mix),
-            entry_clip=clip("entry_clip", self.entry_clip),
-            token_clip=clip("token_clip", self.token_clip),
-        )
-
-    def evaluate(self, student: Head, teacher: Head, **policy: object) -> Tensor | tuple[Tensor, TokenStats]:
-        shard, sides = checks.of_rank(self.group, student=student, teacher=teacher)
-        student, teacher = sides.values()
-        support = Support.parse(self.topk, self.topk_support, self.topk_tail)
-        spec = self.spec()
-        flat, other, shared = checks.heads(**sides)
-        valid, labels = checks.valid_tokens(student.hidden, self.labels, self.ignore_index, self.mask)
-        rows = (head.weight.shape[0] if shard is None else shard.vocab_size for head in (student, teacher))
-        vocab = checks.vocabulary(*rows, self.vocab_size)
-        call = checks.make_call(
-            spec,
-            flat,
-            other,
-            shared,
-            valid,
-            labels,
-            vocab,
-            self.logits_dtype,
-            self.workspace_bytes,
-            self.backend,
-            support,
-            shard=shard,
-        )
-        job = make_job(call, student.hidden, self.token_weights, self.reduction, self.normalizer, **policy)
-        return evaluate(job, self.backward, self.return_stats)
-
-
-def clip(name: str, value: float | None) -> float:
-    return math.inf if value is None else check_number(name, value, positive=True)
-
-
-def _mix(value: float) -> float:
-    value = check_number("teacher_mix", value)
-    expect(0 <= value < 1, "teacher_mix", "a number in [0, 1); at 1 there is no teacher left", value)
-    return value
+    divergence: str
+    beta: float
+    temperature: float
+    teacher_temperature: float | None
+    student_bias: Tensor | None
+    teacher_bias: Tensor | None
+    student_logit_scale: float
+    teacher_logit_scale: float
+    student_softcap: float | None
+    teacher_softcap: float | None
+    vocab_size: int | None
+    labels: Tensor | None
+    ignore_index: int
+    mask: Tensor | None
+    token_weights: Tensor | TokenWeighting | None
+    teacher_mix: float
+    entry_clip: float | None
+    token_clip: float | None
+    reduction: str
+    normalizer: float | Tensor | None
+    return_stats: bool
+    topk: int | None
+    topk_support: str
+    topk_tail: str
+    backward: str
+    logits_dtype: str | torch.dtype
+    workspace_bytes: int | None
+    backend: str | None
+    group: object | None
 
 
 def linear_divergence(
@@ -122,7 +70,7 @@ def linear_divergence(
     labels: Tensor | None = None,
     ignore_index: int = -100,
     mask: Tensor | None = None,
-    token_weights: Tensor | object | None = None,
+    token_weights: Tensor | TokenWeighting | None = None,
     teacher_mix: float = 0.0,
     entry_clip: float | None = None,
     token_clip: float | None = None,
@@ -163,14 +111,72 @@ def linear_divergence(
     Returns the loss, 0-dim or (...) for `none`, in fp32 (fp64 for fp64 inputs); with `return_stats` also TokenStats. Raises ValueError or TypeError naming
     argument, expected and got.
     """
-    options = Options(
-        divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature, student_bias=student_bias,
-        teacher_bias=teacher_bias, student_logit_scale=student_logit_scale, teacher_logit_scale=teacher_logit_scale, student_softcap=student_softcap,
-        teacher_softcap=teacher_softcap, vocab_size=vocab_size, labels=labels, ignore_index=ignore_index, mask=mask, token_weights=token_weights,
-        teacher_mix=teacher_mix, entry_clip=entry_clip, token_clip=token_clip,
-        reduction=reduction, normalizer=normalizer, return_stats=return_stats, topk=topk, topk_support=topk_support, topk_tail=topk_tail,
-        backward=backward, logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, backend=backend, group=group,
+    options = dict(  # noqa: C408 - a literal would name each option twice
+        divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
+        student_bias=student_bias, teacher_bias=teacher_bias, student_logit_scale=student_logit_scale,
+        teacher_logit_scale=teacher_logit_scale, student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap, vocab_size=vocab_size, labels=labels, ignore_index=ignore_index,
+        mask=mask, token_weights=token_weights, teacher_mix=teacher_mix, entry_clip=entry_clip,
+        token_clip=token_clip, reduction=reduction, normalizer=normalizer, topk=topk,
+        topk_support=topk_support, topk_tail=topk_tail, logits_dtype=logits_dtype,
+        workspace_bytes=workspace_bytes, backend=backend, group=group,
     )  # fmt: skip
-    return options.evaluate(
-        Head(student_hidden, student_weight, student_bias), Head(teacher_hidden, teacher_weight, teacher_bias)
+    problem, weigher = prepare(
+        Side(student_hidden, student_weight, student_bias),
+        Side(teacher_hidden, teacher_weight, teacher_bias),
+        options,
     )
+    return evaluate(problem, weigher, backward, return_stats)
+
+
+DEFAULTS: dict[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(linear_divergence).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+}
+
+
+def prepare(
+    student: Side, teacher: Side, options: dict[str, Any], policy: Any = None, policy_weight: float = 0.0
+) -> tuple[Problem, RowWeigher]:
+    """Check all options of `linear_divergence`, and a policy term that is mixed in."""
+    problem = Problem.of(
+        row_spec(options),
+        student,
+        teacher,
+        labels=options["labels"],
+        ignore_index=options["ignore_index"],
+        mask=options["mask"],
+        vocab_size=options["vocab_size"],
+        logits_dtype=options["logits_dtype"],
+        workspace_bytes=options["workspace_bytes"],
+        backend=options["backend"],
+        group=options["group"],
+        support=Support.parse(options["topk"], options["topk_support"], options["topk_tail"]),
+        exact_logprobs=reads_logprobs(options["token_weights"], policy),
+    )
+    scale = row_scale(options["reduction"], options["normalizer"], student.hidden, problem.rows.valid)
+    leading = student.hidden.shape[:-1]
+    return problem, RowWeigher(problem, leading, options["token_weights"], scale, policy, policy_weight)
+
+
+def row_spec(options: dict[str, Any]) -> RowSpec:
+    """Check the options that the row sweeps see."""
+    name = "temperature" if options["teacher_temperature"] is None else "teacher_temperature"
+    mix = check_number("teacher_mix", options["teacher_mix"])
+    expect(0 <= mix < 1, "teacher_mix", "a number in [0, 1); at 1 there is no teacher left", mix)
+    student = options["student_logit_scale"], options["student_softcap"]
+    teacher = options["teacher_logit_scale"], options["teacher_softcap"]
+    return RowSpec(
+        Divergence.parse(options["divergence"], options["beta"]),
+        LogitTransform.parse("student", *student, "temperature", options["temperature"]),
+        LogitTransform.parse("teacher", *teacher, name, options[name]),
+        teacher_mix=mix,
+        entry_clip=clip("entry_clip", options["entry_clip"]),
+        token_clip=clip("token_clip", options["token_clip"]),
+    )
+
+
+def clip(name: str, value: float | None) -> float:
+    """Return a clip's value; infinity where it is off."""
+    return math.inf if value is None else check_number(name, value, positive=True)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._core import checks
-from ._core.autograd import LogProbs
-from ._core.checks import Head
-from ._rows.contract import Column
+from ._core.autograd import log_probs
+from ._core.problem import Problem, Side
 from .spec import BACKWARDS, Divergence, LogitTransform, RowSpec, check_choice, expect
 
 
@@ -42,53 +40,25 @@ def linear_logprobs(
     vocabulary. With `group` the head is this rank's slice, as in `linear_divergence`; labels speak of the whole vocabulary.
     """
     check_choice("backward", backward, BACKWARDS)
-    shard, head = checks.of_rank(group, **{"": Head(hidden, weight, bias)})
-    flat, nobody, _ = checks.heads(**head)
     expect(isinstance(labels, Tensor), "labels", "a tensor", type(labels).__name__, TypeError)
-    valid, flat_labels = checks.valid_tokens(hidden, labels, ignore_index, mask)
-    transform = _transform(logit_scale, softcap, temperature)
-    vocab = checks.vocabulary(weight.shape[0] if shard is None else shard.vocab_size, None, vocab_size)
-    spec = RowSpec(Divergence.parse("reverse_kl"), transform, LogitTransform())
-    call = checks.make_call(
-        spec,
-        flat,
-        nobody,
-        False,
-        valid,
-        flat_labels,
-        vocab,
-        logits_dtype,
-        workspace_bytes,
-        backend,
-        shard=shard,
+    transform = LogitTransform.parse("", logit_scale, softcap, "temperature", temperature)
+    problem = Problem.of(
+        RowSpec(Divergence.parse("reverse_kl"), transform, LogitTransform()),
+        Side(hidden, weight, bias),
+        None,
+        labels=labels,
+        ignore_index=ignore_index,
+        mask=mask,
+        vocab_size=vocab_size,
+        logits_dtype=logits_dtype,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+        group=group,
+        prefixes=("", ""),
     )
-    possible = call.grad_hidden and not (call.grad_weight or call.grad_bias or return_entropy)
-    expect(
-        possible or backward != "in_forward",
-        "backward",
-        "'auto' or 'recompute' for a trainable head or an entropy: the upstream gradient comes too late",
-        repr(backward),
-    )
-    logprobs, entropies = _evaluate(call, possible and backward != "recompute", return_entropy)
+    possible = problem.wants[0] and not (problem.trainable or return_entropy)
+    late = "'auto' or 'recompute' for a trainable head or an entropy: the upstream gradient comes too late"
+    expect(possible or backward != "in_forward", "backward", late, repr(backward))
+    logprobs, entropies = log_probs(problem, possible and backward != "recompute", return_entropy)
     shaped = logprobs.reshape(hidden.shape[:-1])
     return (shaped, entropies.reshape(hidden.shape[:-1])) if return_entropy else shaped
-
-
-def _transform(logit_scale: float, softcap: float | None, temperature: float) -> LogitTransform:
-    return LogitTransform.parse("", logit_scale, softcap, "temperature", temperature)
-
-
-def _evaluate(call: checks.Call, in_forward: bool, entropy: bool) -> tuple[Tensor, Tensor]:
-    if not call.gradient():
-        _, _, stats, logprobs, *_ = torch.ops.opsd_kernels.linear_divergence(*call, entropy, False)
-        return logprobs[:, 0].clone(), stats[:, Column.STUDENT_ENTROPY].clone()
-    if in_forward:
-        weights = checks.known_weights(
-            None,
-            call.labels.shape,
-            call.labels.device,
-            checks.stats_dtype(call.student_hidden.dtype),
-            call.valid,
-        )
-        call = call._replace(factor=torch.zeros_like(weights), policy=weights)
-    return LogProbs.apply(*call, entropy)

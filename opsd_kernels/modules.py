@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from ._core.checks import row_scale
-from ._core.reductions import TokenStats
-from .divergence import Options, linear_divergence
+from ._core.reductions import TokenStats, row_scale
+from .divergence import DEFAULTS, DivergenceOptions, linear_divergence, row_spec
 from .spec import expect
 
-_OPTIONS = {field.name for field in fields(Options)}
 
-
-def _checked(options: dict[str, object]) -> dict[str, object]:
-    """The options, with every complaint that they alone can cause."""
-    unknown = sorted(set(options) - _OPTIONS)
+def _checked(options: DivergenceOptions) -> DivergenceOptions:
+    """Check what can be checked before the tensors are known."""
+    unknown = sorted(set(options) - set(DEFAULTS))
     expect(not unknown, "options", "arguments of linear_divergence", ", ".join(map(repr, unknown)), TypeError)
-    given = Options(**options)
-    given.spec()
-    row_scale(given.reduction, given.normalizer, torch.empty(1, 1, 1), None)
+    given: dict[str, Any] = {**DEFAULTS, **options}
+    row_spec(given)
+    row_scale(given["reduction"], given["normalizer"], torch.empty(1, 1, 1), None)
     return options
 
 
-def _text(options: dict[str, object]) -> str:
+def _text(options: DivergenceOptions) -> str:
     return ", ".join(
         f"{name}={'...' if isinstance(value, Tensor) else repr(value)}" for name, value in options.items()
     )
@@ -40,7 +38,7 @@ class LinearDivergenceLoss(nn.Module):
     Raises TypeError for an unknown option and ValueError for a bad value when made, not when called.
     """
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, **options: Unpack[DivergenceOptions]) -> None:
         super().__init__()
         self.options = _checked(options)
 
@@ -50,12 +48,11 @@ class LinearDivergenceLoss(nn.Module):
         student_weight: Tensor,
         teacher_hidden: Tensor,
         teacher_weight: Tensor,
-        **tensors: object,
+        **tensors: Unpack[DivergenceOptions],
     ) -> Tensor | tuple[Tensor, TokenStats]:
         """`tensors` are what changes from call to call (labels, mask, token_weights, normalizer, biases); they win over the options."""
-        return linear_divergence(
-            student_hidden, student_weight, teacher_hidden, teacher_weight, **{**self.options, **tensors}
-        )
+        options: dict[str, Any] = {**self.options, **tensors}
+        return linear_divergence(student_hidden, student_weight, teacher_hidden, teacher_weight, **options)
 
     def extra_repr(self) -> str:
         return _text(self.options)
@@ -71,7 +68,7 @@ class DistillationHead(nn.Module):
     `lm_head` is a linear layer (`weight` (V, H), `bias` (V,) or None). Its weight gets the gradient; the teacher's never does.
     """
 
-    def __init__(self, lm_head: nn.Module, **options: object) -> None:
+    def __init__(self, lm_head: nn.Module, **options: Unpack[DivergenceOptions]) -> None:
         super().__init__()
         weight = getattr(lm_head, "weight", None)
         linear = isinstance(weight, Tensor) and weight.dim() == 2
@@ -90,14 +87,14 @@ class DistillationHead(nn.Module):
         student_hidden: Tensor,
         teacher_hidden: Tensor,
         teacher_head: nn.Module | None = None,
-        **tensors: object,
+        **tensors: Unpack[DivergenceOptions],
     ) -> Tensor | tuple[Tensor, TokenStats]:
         teacher = self.lm_head if teacher_head is None else teacher_head
         student, other = (self._whole(head.weight, head.bias) for head in (self.lm_head, teacher))
-        options = {"student_bias": student[1], "teacher_bias": other[1], **self.options, **tensors}
+        options: dict[str, Any] = {"student_bias": student[1], "teacher_bias": other[1], **self.options, **tensors}
         return linear_divergence(student_hidden, student[0], teacher_hidden, other[0], **options)
 
-    def _whole(self, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    def _whole(self, *parameters: Any) -> tuple[Any, ...]:
         """What DeepSpeed ZeRO-3 has spread over ranks, gathered. Its hooks know a child's parameters in the forward pass of its engine alone; registered here,
         they are this module's own: released after it, and gathered before its next call and in backward.
         """

@@ -13,15 +13,28 @@ The mix costs no GEMM: the term adds `a_i * (q - onehot)` to the row gradient th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from ._core.checks import Head
+from ._core.autograd import evaluate
+from ._core.problem import Side
 from ._core.reductions import TokenStats
-from .divergence import Options
+from .divergence import DEFAULTS, DivergenceOptions, prepare
 from .spec import SCOPES, check_number, expect
+from .weights import TokenWeighting
+
+
+class PolicyTerm(Protocol):
+    """A loss of the sampled tokens' log-probs, see above."""
+
+    @property
+    def scope(self) -> str: ...
+
+    def __call__(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> Tensor: ...
 
 
 def group_advantages(
@@ -93,7 +106,7 @@ class PPOClip:
 class Mix:
     """A weighted sum of policy terms, as one: `((share, term), ...)`, a share being a number or a tensor that broadcasts to (B, T)."""
 
-    parts: tuple[tuple[float | Tensor, object], ...]
+    parts: tuple[tuple[float | Tensor, PolicyTerm], ...]
 
     @property
     def scope(self) -> str:
@@ -108,7 +121,10 @@ class Mix:
         return any(getattr(term, "exchanges", False) for _, term in self.parts)
 
     def __call__(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> Tensor:
-        return sum(share * term(logprob, stats, mask) for share, term in self.parts)
+        losses = torch.zeros_like(logprob)
+        for share, term in self.parts:
+            losses = losses + share * term(logprob, stats, mask)
+        return losses
 
 
 REWARDS = ("log_ratio", "proximal", "power")
@@ -129,7 +145,7 @@ class OnPolicyDistillation:
     reward: str = "log_ratio"
     strength: float = 0.5
     clip: float | None = None
-    weights: object | None = None
+    weights: TokenWeighting | None = None
     old_logprobs: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -173,12 +189,10 @@ class OnPolicyDistillation:
         self, logprob: Tensor, stats: TokenStats | None, mask: Tensor
     ) -> tuple[Tensor, Tensor | float]:
         """R, 0 where a token is not valid, and w."""
-        expect(
-            stats is not None and stats.teacher_logprob is not None,
-            "stats",
-            "TokenStats with the teacher's log-probs of the labels",
-            stats,
-        )
+        if stats is None or stats.teacher_logprob is None:
+            raise ValueError(
+                f"stats: expected TokenStats with the teacher's log-probs of the labels, got {stats}"
+            )
         if self.old_logprobs is not None:
             logprob = self.old_logprobs.reshape(mask.shape)
             stats = replace(stats, student_logprob=logprob.detach())
@@ -198,10 +212,9 @@ def linear_policy_divergence(
     teacher_hidden: Tensor,  # (..., H_t)
     teacher_weight: Tensor,  # (V_t, H_t)
     *,
-    labels: Tensor,  # (...) int64, the sampled tokens
-    policy: object,
+    policy: PolicyTerm,
     policy_weight: float = 0.5,
-    **options: object,
+    **options: Unpack[DivergenceOptions],
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """`(1 - policy_weight) * divergence + policy_weight * policy term` in one pass over the heads, both under the same mask and reduction, in nats.
 
@@ -218,23 +231,18 @@ def linear_policy_divergence(
         type(policy).__name__,
         TypeError,
     )
-    expect(isinstance(labels, Tensor), "labels", "a tensor", type(labels).__name__, TypeError)
-    unknown = sorted(set(options) - {field.name for field in fields(Options)})
+    labels = options.get("labels")
+    expect(
+        isinstance(labels, Tensor), "labels", "a tensor, the sampled tokens", type(labels).__name__, TypeError
+    )
+    unknown = sorted(set(options) - set(DEFAULTS))
     expect(not unknown, "options", "arguments of linear_divergence", ", ".join(map(repr, unknown)), TypeError)
-    given = Options(labels=labels, **options)
-    expect(
-        given.reduction != "none",
-        "reduction",
-        "'mean', 'sum' or 'sequence_mean' beside a policy term",
-        repr(given.reduction),
-    )
-    expect(
-        given.backward != "recompute",
-        "backward",
-        "'auto' or 'in_forward' beside a policy term",
-        repr(given.backward),
-    )
-    student = Head(student_hidden, student_weight, given.student_bias)
-    return given.evaluate(
-        student, Head(teacher_hidden, teacher_weight, given.teacher_bias), policy=policy, policy_weight=share
-    )
+    given: dict[str, Any] = {**DEFAULTS, **options}
+    expected = "'mean', 'sum' or 'sequence_mean' beside a policy term"
+    expect(given["reduction"] != "none", "reduction", expected, repr(given["reduction"]))
+    expected = "'auto' or 'in_forward' beside a policy term"
+    expect(given["backward"] != "recompute", "backward", expected, repr(given["backward"]))
+    student = Side(student_hidden, student_weight, given["student_bias"])
+    teacher = Side(teacher_hidden, teacher_weight, given["teacher_bias"])
+    problem, weigher = prepare(student, teacher, given, policy, share)
+    return evaluate(problem, weigher, given["backward"], given["return_stats"])

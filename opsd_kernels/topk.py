@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._core import checks
-from ._core.checks import Head
-from ._core.reductions import TokenStats, evaluate, make_job
+from ._core.autograd import evaluate
+from ._core.problem import Problem, Side
+from ._core.reductions import RowWeigher, TokenStats, reads_logprobs, row_scale
 from .divergence import clip
-from .spec import TAILS, Divergence, LogitTransform, RowSpec, Support, check_choice
+from .spec import TAILS, Divergence, LogitTransform, RowSpec, check_choice
+from .weights import TokenWeighting
 
 
 def linear_topk_divergence(
@@ -29,7 +30,7 @@ def linear_topk_divergence(
     labels: Tensor | None = None,
     ignore_index: int = -100,
     mask: Tensor | None = None,
-    token_weights: Tensor | object | None = None,
+    token_weights: Tensor | TokenWeighting | None = None,
     entry_clip: float | None = None,
     token_clip: float | None = None,
     reduction: str = "mean",
@@ -56,7 +57,6 @@ def linear_topk_divergence(
     Raises ValueError for an id outside the vocabulary whose log-prob is above -inf.
     """
     check_choice("tail", tail, TAILS)
-    shard, sides = checks.of_rank(group, student=Head(student_hidden, student_weight, student_bias))
     spec = RowSpec(
         Divergence.parse(divergence, beta),
         LogitTransform.parse("student", student_logit_scale, student_softcap, "temperature", temperature),
@@ -64,28 +64,21 @@ def linear_topk_divergence(
         entry_clip=clip("entry_clip", entry_clip),
         token_clip=clip("token_clip", token_clip),
     )
-    flat, nobody, _ = checks.heads(**sides)
-    valid, flat_labels = checks.valid_tokens(student_hidden, labels, ignore_index, mask)
-    vocab = checks.vocabulary(
-        student_weight.shape[0] if shard is None else shard.vocab_size, None, vocab_size
-    )
-    listed = checks.listed_support(teacher_topk_ids, teacher_topk_logprobs, student_hidden.shape[:-1], valid)
-    support = Support(listed[0].shape[1], None, tail)
-    call = checks.make_call(
+    problem = Problem.of(
         spec,
-        flat,
-        nobody,
-        False,
-        valid,
-        flat_labels,
-        vocab,
-        logits_dtype,
-        workspace_bytes,
-        backend,
-        support,
-        listed,
-        shard,
+        Side(student_hidden, student_weight, student_bias),
+        None,
+        labels=labels,
+        ignore_index=ignore_index,
+        mask=mask,
+        vocab_size=vocab_size,
+        logits_dtype=logits_dtype,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+        group=group,
+        listed=(teacher_topk_ids, teacher_topk_logprobs, tail),
+        exact_logprobs=reads_logprobs(token_weights, None),
     )
-    return evaluate(
-        make_job(call, student_hidden, token_weights, reduction, normalizer), backward, return_stats
-    )
+    scale = row_scale(reduction, normalizer, student_hidden, problem.rows.valid)
+    weigher = RowWeigher(problem, student_hidden.shape[:-1], token_weights, scale, None, 0.0)
+    return evaluate(problem, weigher, backward, return_stats)

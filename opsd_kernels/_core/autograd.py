@@ -1,58 +1,147 @@
-"""The autograd Functions. Out of place where the graph is kept, so that backward may run twice.
+"""The route of a call through autograd. Functions are out of place where the graph is kept, so that backward may run twice.
 
-`WeightedSum` knows its row factors in the forward pass and computes the gradients there (four GEMM passes, three with a frozen head). `PerRow` returns
-a loss per row and accepts any upstream gradient per row: with a frozen head it only scales the rows of a dh computed in forward; with a trainable one
-it projects again in backward (six passes). `LogProbs` does the same for log-probs of one side.
+`WeightedSum` knows its row factors in the forward pass and computes the gradients there (four GEMM passes, three with a
+frozen head). `PerRow` returns a loss per row and accepts any upstream gradient per row: with a frozen head it only scales
+the rows of a dh computed in forward; with a trainable one it projects again in backward (six passes). `LogProbs` does the
+same for log-probs of one side. Each takes the three leaves and the problem that they belong to.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import sys
+from dataclasses import replace
+from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._rows.contract import Column
-from . import loop
-from .library import Call, weighted_forward
-from .memory import empty
+from ..spec import BACKWARDS, check_choice, expect
+from . import execute, library
+from .memory import empty, on_host
+from .problem import Problem, Side
+from .reductions import RowWeigher, TokenStats, token_stats
 
-_op = torch.ops.opsd_kernels.linear_divergence
-_op_backward = torch.ops.opsd_kernels.linear_divergence_backward
-
-# Gradients of fp16 logits stay un-normalised, with their largest row factor at 64: 1e-4 / 8192 underflows, 64 * |log p - log q| does not overflow.
+# Gradients of fp16 logits stay un-normalised, with their largest row factor at 64: 1e-4 / 8192 underflows,
+# 64 * |log p - log q| does not overflow.
 FP16_ROW_FACTOR = 64.0
 
 
-def _row_factors(call: Call) -> tuple[Call, Tensor | None]:
-    """(the call with row factors for the sweep, what is left to multiply the gradients by)."""
-    if call.student_hidden.dtype != torch.float16:
-        return call, None
-    factors = [x for x in (call.factor, call.policy) if x is not None]
-    largest = (
-        torch.stack([x.abs().amax() for x in factors]).amax()
-        if call.student_hidden.numel()
-        else factors[0].new_ones(())
+class Route(Enum):
+    VALUE = "no gradient"
+    WEIGHTED_SUM = "the gradient in the forward pass, row factors known"
+    WEIGHED_IN_LOOP = "the gradient in the forward pass, row factors from the loop's own statistics"
+    PER_ROW = "the gradient of each row's loss, weights applied to the losses"
+
+
+def choose_route(problem: Problem, weigher: RowWeigher, backward: str) -> Route:
+    """Choose once how a call goes through autograd. Raises ValueError where `backward` asks for the impossible."""
+    check_choice("backward", backward, BACKWARDS)
+    per_token = weigher.per_token
+    refused = backward == "in_forward" and per_token and problem.trainable
+    expected = "'recompute' or 'auto' for reduction='none' with a trainable head: the upstream gradient comes too late"
+    expect(not refused, "backward", expected, repr(backward))
+    if not any(problem.wants):
+        return Route.VALUE
+    known = weigher.scope == "index"
+    if per_token or backward == "recompute" or not (known or problem.trainable or weigher.has_policy):
+        return Route.PER_ROW
+    return Route.WEIGHTED_SUM if known else Route.WEIGHED_IN_LOOP
+
+
+def evaluate(
+    problem: Problem, weigher: RowWeigher, backward: str, return_stats: bool
+) -> Tensor | tuple[Tensor, TokenStats]:
+    """Return the loss, 0-dim or of the leading shape, and with `return_stats` the statistics."""
+    if weigher.scheme is not None:
+        labelled = problem.rows.labels is not None or not getattr(weigher.scheme, "needs_labels", False)
+        scheme = type(weigher.scheme).__name__
+        expect(labelled, "labels", f"the sampled tokens, whose log-probs {scheme} needs", None)
+    route, scale = choose_route(problem, weigher, backward), weigher.scale
+    metrics = return_stats or weigher.needs_metrics
+    leaves = problem.student.hidden, problem.student.weight, problem.student.bias
+    if route is Route.WEIGHTED_SUM:
+        slope = weigher.policy_losses(None)[1] * scale if weigher.has_policy else None
+        weighted = problem.with_factors(weigher.weights(None) * scale, slope)
+        loss, D, stats, logprobs = WeightedSum.apply(*leaves, weighted, metrics, None)
+    elif route is Route.WEIGHED_IN_LOOP:
+        loss, D, stats, logprobs = _weighed_in_loop(*leaves, problem, metrics, weigher)
+    else:
+        if route is Route.PER_ROW:
+            recompute = problem.trainable or backward == "recompute"
+            reached = weigher.weights(None) != 0 if weigher.scope == "index" else weigher.mask().reshape(-1)
+            reachable = problem.with_factors(reached.to(problem.stats_dtype))
+            D, stats, logprobs = PerRow.apply(*leaves, reachable, metrics, recompute)
+        else:
+            D, _, stats, logprobs, *_ = library.op(*library.pack(problem), metrics, False)
+        factor = weigher.weights(weigher.stats(D, stats, logprobs)) * scale
+        losses = _times(factor, D)
+        loss = losses if weigher.per_token else losses.sum()
+    if weigher.has_policy:
+        loss = loss + (weigher.policy_losses(weigher.stats(D, stats, logprobs))[0] * scale).sum()
+    loss = loss.reshape(weigher.leading) if weigher.per_token else loss
+    return (loss, token_stats(problem, D, stats, logprobs, weigher.leading)) if return_stats else loss
+
+
+def _weighed_in_loop(*args: Any) -> tuple[Tensor, ...]:
+    """Run outside torch.compile: a weighting is a Python object, which no operator's schema holds. The compiler is not loaded for this."""
+    run = (
+        torch.compiler.disable(_apply_weighted_sum) if "torch._dynamo" in sys.modules else _apply_weighted_sum
     )
+    return run(*args)
+
+
+def _apply_weighted_sum(*args: Any) -> tuple[Tensor, ...]:
+    return WeightedSum.apply(*args)
+
+
+# ---------------------------------------------------------------- pieces of the Functions
+
+
+def _times(factor: Tensor, D: Tensor) -> Tensor:
+    """Return factor * D; a row of factor zero may be infinite."""
+    return torch.where(factor == 0, torch.zeros_like(factor), factor * D)
+
+
+def _fp16_units(
+    dtype: torch.dtype, factor: Tensor, slope: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scale the row factors of fp16 logits. Returns them and the unit that the caller must still apply, or None."""
+    if dtype != torch.float16:
+        return factor, slope, None
+    factors = [x for x in (factor, slope) if x is not None]
+    if factor.numel():
+        largest = torch.stack([x.abs().amax() for x in factors]).amax()
+    else:
+        largest = factor.new_ones(())
     unit = torch.where(largest > 0, largest, torch.ones_like(largest)) / FP16_ROW_FACTOR
-    return call._replace(
-        factor=call.factor / unit, policy=None if call.policy is None else call.policy / unit
-    ), unit
+    return factor / unit, None if slope is None else slope / unit, unit
+
+
+def _in_units(problem: Problem) -> tuple[Problem, Tensor | None]:
+    """Return the problem with row factors for the sweep, and the unit of the gradients."""
+    assert problem.rows.factor is not None, "a gradient needs row factors"
+    factor, slope, unit = _fp16_units(
+        problem.student.hidden.dtype, problem.rows.factor, problem.rows.policy_slope
+    )
+    return (problem, None) if unit is None else (problem.with_factors(factor, slope), unit)
 
 
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * scale in `dtype`. Where the graph is freed after this backward, over the saved memory: a fresh dW costs a CPU more than the product does."""
+    """Return grad * scale in `dtype`. Where this backward frees the graph, in place of the saved memory: a fresh dW costs a CPU more than the product does."""
     wide = scale.to(torch.promote_types(grad.dtype, torch.float32))
-    if not loop.on_host(grad.device) and not wide.dim():
+    if not on_host(grad.device) and not wide.dim():
         wide = wide.reshape((1,) * grad.dim())  # a GPU rounds a 0-dim factor to the other one's 16 bits
     if torch.compiler.is_compiling():
         return (grad * wide).to(dtype)
     kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    if not loop.on_host(grad.device):
+    if not on_host(grad.device):
+        # One pass, cast included.
         return torch.mul(
             grad, wide, out=torch.empty_like(grad, dtype=dtype) if kept or grad.dtype != dtype else grad
-        )  # one pass, cast included
+        )
     if kept:
         return (grad * wide).to(dtype)
     unchanged = scale.numel() == 1 and scale.item() == 1
@@ -60,112 +149,95 @@ def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scaled if scaled.dtype == dtype else empty(tuple(scaled.shape), dtype, scaled.device).copy_(scaled)
 
 
-def weighted(factor: Tensor, D: Tensor) -> Tensor:
-    """factor * D; a row of factor zero may be infinite."""
-    return torch.where(factor == 0, torch.zeros_like(factor), factor * D)
+def _leaf_dtypes(problem: Problem) -> tuple[torch.dtype | None, ...]:
+    side = problem.student
+    return side.hidden.dtype, side.weight.dtype, None if side.bias is None else side.bias.dtype
 
 
-def _dtypes(call: Call) -> tuple[torch.dtype | None, ...]:
-    return (
-        call.student_hidden.dtype,
-        call.student_weight.dtype,
-        None if call.student_bias is None else call.student_bias.dtype,
+def _save(ctx: Any, problem: Problem, *results: Tensor) -> None:
+    """Save a problem for backward, its tensors as saved tensors, with results behind them."""
+    flat = library.pack(problem)
+    ctx.constants = [None if isinstance(x, Tensor) else x for x in flat]
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in flat), *results)
+    ctx.wants, ctx.dtypes = problem.wants, _leaf_dtypes(problem)
+
+
+def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
+    """Return the packed problem and the results."""
+    tensors, count = ctx.saved_tensors, len(ctx.constants)
+    pairs = zip(tensors[:count], ctx.constants, strict=True)
+    return [constant if tensor is None else tensor for tensor, constant in pairs], list(tensors[count:])
+
+
+def _project_again(ctx: Any, factor: Tensor, slope: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return dh, dW and dbias of recompute mode under row factors that came from upstream."""
+    flat, (stats, A) = _saved(ctx)
+    one = factor.new_ones(())
+    factor, slope, unit = _fp16_units(ctx.dtypes[0], factor, slope)
+    grads = library.op_backward(*library.with_factors(flat, factor, slope), stats, A)
+    one = one if unit is None else unit
+    return tuple(
+        _scaled(grad, one, dtype) if want else None
+        for grad, dtype, want in zip(grads, ctx.dtypes, ctx.wants, strict=True)
     )
 
 
-def _wanted(call: Call) -> tuple[bool, bool, bool]:
-    return call.grad_hidden, call.grad_weight, call.grad_bias
+def _on_leaves(problem: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Problem:
+    """Put the tensors that a Function received in the place of the student's."""
+    return replace(problem, student=Side(hidden, weight, bias))
 
 
-class Weighing(loop.Weigh, Protocol):
-    """Row factors that depend on statistics: `factor` * `unit` is what multiplies a row."""
-
-    scope: str
-    unit: Tensor | None
-
-    def lengths(self, valid: bool) -> list[int]: ...
-
-    def factor(self, out: loop.Outputs) -> Tensor: ...
+# ---------------------------------------------------------------- the Functions
 
 
 class WeightedSum(torch.autograd.Function):
     """sum_i factor_i * D_i, with the per-row D and statistics beside it, detached. Its gradient has that of the policy in it, its value has not."""
 
     @staticmethod
-    def forward(ctx, *args):
-        *call, metrics, weighing = args
-        call = Call(*call)
-        if weighing is None:
-            factor, (scaled, unit) = call.factor, _row_factors(call)
-            loss, _, stats, logprobs, dh, dW, dbias = _op(*scaled, metrics, False)
+    def forward(ctx, hidden, weight, bias, problem, metrics, weigher):
+        problem = _on_leaves(problem, hidden, weight, bias)
+        if weigher is None:
+            factor, (scaled, unit) = problem.rows.factor, _in_units(problem)
+            loss, _, stats, logprobs, dh, dW, dbias = library.op(*library.pack(scaled), metrics, False)
         else:
-            out = weighted_forward(call, weighing, weighing.scope, weighing.lengths)
-            factor, unit = weighing.factor(out), weighing.unit
+            out = execute.run_weighted(problem, weigher, weigher.scope, weigher.lengths)
+            factor, unit = weigher.factor(out), weigher.unit
             loss, stats = out.loss, out.stats
+            nothing = loss.new_empty(0)
             logprobs, dh, dW, dbias = (
-                loss.new_empty(0) if x is None else x for x in (out.logprobs, out.dh, out.dW, out.dbias)
+                nothing if x is None else x for x in (out.logprobs, out.dh, out.dW, out.dbias)
             )
         ctx.save_for_backward(dh, dW, dbias, unit)
-        ctx.wanted, ctx.dtypes = _wanted(call), _dtypes(call)
+        ctx.wants, ctx.dtypes = problem.wants, _leaf_dtypes(problem)
         ctx.mark_non_differentiable(loss, stats, logprobs)
         ctx.set_materialize_grads(False)
-        return weighted(factor, loss).sum(), loss, stats, logprobs
+        return _times(factor, loss).sum(), loss, stats, logprobs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, *_):
         if upstream is None:
-            return (None,) * (len(Call._fields) + 2)
+            return (None,) * 6
         *grads, unit = ctx.saved_tensors
         scale = upstream if unit is None else upstream * unit
-        dh, dW, dbias = (
-            _scaled(grad, scale, dtype) if wanted else None
-            for grad, dtype, wanted in zip(grads, ctx.dtypes, ctx.wanted, strict=True)
+        scaled = (
+            _scaled(grad, scale, dtype) if want else None
+            for grad, dtype, want in zip(grads, ctx.dtypes, ctx.wants, strict=True)
         )
-        return dh, dW, dbias, *(None,) * (len(Call._fields) - 1)
-
-
-def _save(ctx, call: Call, *results: Tensor | None) -> None:
-    """The call, tensors as saved tensors."""
-    ctx.constants = [None if isinstance(x, Tensor) else x for x in call]
-    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in call), *results)
-
-
-def _saved(ctx) -> tuple[Call, list[Tensor | None]]:
-    tensors = ctx.saved_tensors
-    count = len(ctx.constants)
-    call = Call(
-        *(
-            constant if tensor is None else tensor
-            for tensor, constant in zip(tensors[:count], ctx.constants, strict=True)
-        )
-    )
-    return call, list(tensors[count:])
-
-
-def _projected_again(call: Call, stats: Tensor, A: Tensor) -> tuple[Tensor | None, ...]:
-    """dh, dW and dbias of recompute mode under the call's factors."""
-    scaled, unit = _row_factors(call)
-    grads = _op_backward(*scaled, stats, A)
-    one = call.factor.new_ones(()) if unit is None else unit
-    return tuple(
-        _scaled(grad, one, dtype) if want else None
-        for grad, dtype, want in zip(grads, _dtypes(call), _wanted(call), strict=True)
-    )
+        return *scaled, None, None, None
 
 
 class PerRow(torch.autograd.Function):
     """(N,) D_i, differentiable, with statistics beside it. A frozen head's `factor` is 0 or 1: rows that no gradient will reach."""
 
     @staticmethod
-    def forward(ctx, *args):
-        *call, metrics, recompute = args
-        call = Call(*call)
-        scaled, unit = (call._replace(factor=None), None) if recompute else _row_factors(call)
-        loss, A, stats, logprobs, dh, _, _ = _op(*scaled, metrics, recompute)
-        ctx.recompute, ctx.dtype = recompute, call.student_hidden.dtype
+    def forward(ctx, hidden, weight, bias, problem, metrics, recompute):
+        problem = _on_leaves(problem, hidden, weight, bias)
+        scaled, unit = (problem.with_factors(None), None) if recompute else _in_units(problem)
+        loss, A, stats, logprobs, dh, _, _ = library.op(*library.pack(scaled), metrics, recompute)
+        ctx.recompute, ctx.dtype = recompute, hidden.dtype
         if recompute:
-            _save(ctx, call, stats, A)
+            _save(ctx, problem, stats, A)
         else:
             ctx.save_for_backward(dh, unit)
         ctx.mark_non_differentiable(stats, logprobs)
@@ -175,52 +247,60 @@ class PerRow(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, *_):
-        none = (None,) * (len(Call._fields) + 1)
         if upstream is None:
-            return None, *none
+            return (None,) * 6
         if not ctx.recompute:
             dh, unit = ctx.saved_tensors
-            return _scaled(dh, (upstream if unit is None else upstream * unit)[:, None], ctx.dtype), *none
-        call, (stats, A) = _saved(ctx)
-        return *_projected_again(call._replace(factor=upstream.contiguous()), stats, A), *none[2:]
+            scale = upstream if unit is None else upstream * unit
+            return _scaled(dh, scale[:, None], ctx.dtype), *(None,) * 5
+        return *_project_again(ctx, upstream.contiguous(), None), None, None, None
 
 
 class LogProbs(torch.autograd.Function):
     """(N,) log q(label) and entropy of the student alone, both differentiable.
 
-    The call has no teacher, so all its logits are 0 and D = KL(student || uniform) = log V - entropy: an upstream gradient g of the entropy is a factor -g
-    of D, and one of the log-prob is a policy -g. A frozen head's dh is computed in the forward pass where `policy` says so, and scaled here.
+    The problem has no teacher, so all its logits are 0 and D = KL(student || uniform) = log V - entropy: an upstream
+    gradient g of the entropy is a factor -g of D, and one of the log-prob is a policy slope -g. Where `policy_slope` is
+    set, a frozen head's dh is computed in the forward pass, and scaled in backward.
     """
 
     @staticmethod
-    def forward(ctx, *args):
-        *call, metrics = args
-        call = Call(*call)
-        in_forward = call.policy is not None
-        scaled, unit = _row_factors(call) if in_forward else (call, None)
-        _, A, stats, logprobs, dh, _, _ = _op(*scaled, metrics, not in_forward)
-        ctx.in_forward, ctx.dtype = in_forward, call.student_hidden.dtype
-        if in_forward:
+    def forward(ctx, hidden, weight, bias, problem, metrics):
+        problem = _on_leaves(problem, hidden, weight, bias)
+        ctx.in_forward, ctx.dtype = problem.rows.policy_slope is not None, hidden.dtype
+        scaled, unit = _in_units(problem) if ctx.in_forward else (problem, None)
+        _, A, stats, logprobs, dh, _, _ = library.op(*library.pack(scaled), metrics, not ctx.in_forward)
+        if ctx.in_forward:
             ctx.save_for_backward(dh, unit)
         else:
-            _save(ctx, call, stats, A)
+            _save(ctx, problem, stats, A)
         ctx.set_materialize_grads(False)
         return logprobs[:, 0].clone(), stats[:, Column.STUDENT_ENTROPY].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, of_logprob, of_entropy):
-        none = (None,) * len(Call._fields)
         if ctx.in_forward:
             dh, unit = ctx.saved_tensors
             if of_logprob is None:
-                return None, *none
-            return _scaled(
-                dh, -(of_logprob if unit is None else of_logprob * unit)[:, None], ctx.dtype
-            ), *none
-        call, (stats, A) = _saved(ctx)
+                return (None,) * 5
+            scale = -(of_logprob if unit is None else of_logprob * unit)
+            return _scaled(dh, scale[:, None], ctx.dtype), None, None, None, None
+        _, (_, A) = _saved(ctx)
         nothing = torch.zeros_like(A)
-        factor, policy = (
-            nothing if grad is None else -grad.contiguous() for grad in (of_entropy, of_logprob)
-        )
-        return *_projected_again(call._replace(factor=factor, policy=policy), stats, A), *none[2:]
+        factor, slope = (nothing if grad is None else -grad.contiguous() for grad in (of_entropy, of_logprob))
+        return *_project_again(ctx, factor, slope), None, None
+
+
+def log_probs(problem: Problem, in_forward: bool, entropy: bool) -> tuple[Tensor, Tensor]:
+    """Return (N,) log-probs of the labels and, if asked, entropies, along the route that the gradient needs."""
+    if not any(problem.wants):
+        _, _, stats, logprobs, *_ = library.op(*library.pack(problem), entropy, False)
+        return logprobs[:, 0].clone(), stats[:, Column.STUDENT_ENTROPY].clone()
+    if in_forward:
+        valid, wide, hidden = problem.rows.valid, problem.stats_dtype, problem.student.hidden
+        slope = hidden.new_ones(problem.tokens, dtype=wide) if valid is None else valid.to(wide)
+        problem = problem.with_factors(torch.zeros_like(slope), slope)
+    return LogProbs.apply(
+        problem.student.hidden, problem.student.weight, problem.student.bias, problem, entropy
+    )

@@ -49,3 +49,8 @@ def _madvise() -> Callable[[int, int, int], int] | None:
         return None
     function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], ctypes.c_int
     return function
+
+
+def on_host(device: torch.device) -> bool:
+    """True on CPU, where reading values or boolean indexing needs no device sync."""
+    return device.type == "cpu"

@@ -26,6 +26,7 @@ ROW_LIMITS = {("cpu", True): 1024, ("cpu", False): 256, ("cuda", True): 4096, ("
 WIDE_CPU_ROWS = 256  # of 32- and 64-bit inputs
 ALIGNED_ROWS = 1024  # to which a chunk may grow for the sake of a whole sequence
 SUPPORT_BYTES = 96  # of one entry of a support: a dozen numbers, each in a tensor of its own
+SLICE_BYTES = 8 << 20  # of fp32 copies, which one product holds where the CPU has no units for a 16-bit dtype
 QUEUE_BYTES = 16  # per column and thread while torch.topk runs
 SWEEP_BYTES = 16  # per column and thread where a divergence takes two sweeps, which keep four rows (csrc/cpu/rows.cpp); else one or two
 # The model of a GPU, for the choice of rows alone. Its numbers are assumptions, to be replaced by measured ones: the output tile that cuBLAS gives one
@@ -79,25 +80,23 @@ class ChunkPlan:
         }
 
 
-def parse_logits_dtype(logits_dtype: str | torch.dtype) -> str:
-    """`auto`, `input` or `float32`."""
+def resolve_logits(
+    dtype: torch.dtype, logits_dtype: str | torch.dtype, shared_head: bool, exact: bool = False
+) -> tuple[torch.dtype, bool]:
+    """Choose the dtype of the logits buffers, and whether the teacher's holds the difference to the student. The one place.
+
+    `auto` takes 16-bit buffers for a shared head, where the difference GEMM loses nothing, and fp32 for two heads and
+    where the result must be `exact`: a kink at p = q (tvd, an entry clip), or log-probs that something reads (logits
+    of 16 in bf16 are off by 0.03, and so would be the logarithm of a ratio of probabilities). In fp32 buffers of
+    16-bit inputs both sides are projected whole: rounding h_t - h_s to 16 bits would cost more than the subtraction.
+    """
     known = logits_dtype in ("auto", "input", "float32", torch.float32)
     expect(known, "logits_dtype", "'auto', 'input' or torch.float32", repr(logits_dtype))
-    return "float32" if logits_dtype is torch.float32 else logits_dtype
-
-
-def resolve_logits(
-    dtype: torch.dtype, logits_dtype: str | torch.dtype, shared_head: bool
-) -> tuple[torch.dtype, bool]:
-    """(buffer dtype, difference form). `auto`: 16-bit buffers for a shared head, where the difference GEMM loses nothing; else fp32.
-
-    In fp32 buffers of 16-bit inputs both sides are projected whole: rounding h_t - h_s to 16 bits would cost more than the subtraction does.
-    """
-    logits_dtype = parse_logits_dtype(logits_dtype)
     narrow = dtype in (torch.bfloat16, torch.float16)
-    if narrow and (logits_dtype == "float32" or (logits_dtype == "auto" and not shared_head)):
-        return torch.float32, False
-    return dtype, shared_head
+    wide = logits_dtype in ("float32", torch.float32) or (
+        logits_dtype == "auto" and (exact or not shared_head)
+    )
+    return (torch.float32, False) if narrow and wide else (dtype, shared_head)
 
 
 def held_dtype(dtype: torch.dtype, buffer: torch.dtype) -> torch.dtype:
@@ -302,7 +301,8 @@ def _cpu_scratch(dtype: torch.dtype, V: int, topk: int, one_sweep: bool, threads
         CPU_SCRATCH_PER_THREAD_AMX if dtype.itemsize == 2 and extension.has_amx() else CPU_SCRATCH_PER_THREAD
     )
     columns = QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one_sweep)
-    return CPU_SCRATCH_BYTES + (threads or torch.get_num_threads()) * (per_thread + V * columns)
+    slices = 0 if extension.mm_has_units(dtype) else SLICE_BYTES
+    return CPU_SCRATCH_BYTES + slices + (threads or torch.get_num_threads()) * (per_thread + V * columns)
 
 
 def _bytes_per_logit(
@@ -370,46 +370,60 @@ def plan(
     dW_itemsize = 4 if accumulator else dtype.itemsize
     rows = max(min(N, most), 1)
     if weighting != "aligned" and N > most:
-        rows = (
-            whole_waves(N, most, gemms, dW_itemsize, sm_count)
-            if device_type == "cuda"
-            else _balanced_rows(N, most)
-        )
-    gradient = {
-        "dh": N * H_student * dtype.itemsize * grad,
-        "dW": V * H_student * dtype.itemsize * trainable,
-        "dbias": 4 * V * bias_grad,
-    }
-    gradient["dh"] *= 3 if held != dtype else 1  # the fp32 one, and the 16-bit one beside it
-    workspace = min(rows, N) * per_row
-    vectors = N * 4 * (len(Column) + 8)  # statistics; loss, A, weights, factors and what multiplies them
-    walking = workspace + scratch + (accumulator or gradient["dW"])
-    again, projections = backward == "recompute" and grad, 1 + bool(H_teacher)
+        rows = _balanced_rows(N, most)
+        if device_type == "cuda":
+            rows = whole_waves(N, most, gemms, dW_itemsize, sm_count)
+    sides = 1 + bool(H_teacher)
+    again = backward == "recompute" and grad
     twice = again or weighting == "own pass"
-    passes = projections + grad + trainable + projections * twice
+    gradients, peak = _peak(
+        N, gemms, dtype, held, min(rows, N) * per_row + scratch, scratch, accumulator, 4 * V * bias_grad
+    )
+    chunks = -(-N // rows)
     return ChunkPlan(
         tokens=N,
         rows=rows,
-        chunks=-(-N // rows),
+        chunks=chunks,
         logits_dtype=buffer,
         difference=difference,
         gradient_dtype=held,
-        passes=passes,
+        passes=sides + grad + trainable + sides * twice,
         flops=2 * N * V * (H_student * (1 + twice + grad + trainable) + H_teacher * (1 + twice)),
-        workspace_bytes=workspace,
+        workspace_bytes=min(rows, N) * per_row,
         scratch_bytes=scratch,
         accumulator_bytes=accumulator,
-        gradient_bytes=sum(gradient.values()),
-        vector_bytes=vectors,
-        peak_bytes=max(walking, accumulator + gradient["dW"] + scratch)
-        + gradient["dh"]
-        + gradient["dbias"]
-        + vectors,
+        gradient_bytes=gradients,
+        vector_bytes=_vector_bytes(N),
+        peak_bytes=peak,
         sweep_bytes=N
         * V
-        * _bytes_per_logit(buffer, dtype, projections, 1 if one_sweep else 2, grad + trainable, again, twice),
-        head_bytes=gemms.head_bytes(-(-N // rows), dW_itemsize),
+        * _bytes_per_logit(buffer, dtype, sides, 1 if one_sweep else 2, grad + trainable, again, twice),
+        head_bytes=gemms.head_bytes(chunks, dW_itemsize),
         tile_share=_tile_share(gemms, N, rows, sm_count) if device_type == "cuda" else 1.0,
         weighting=weighting,
         weighting_reason=reason,
     )
+
+
+def _vector_bytes(N: int) -> int:
+    """Bytes of statistics, loss, A, weights, factors and their products."""
+    return N * 4 * (len(Column) + 8)
+
+
+def _peak(
+    N: int,
+    gemms: Products,
+    dtype: torch.dtype,
+    held: torch.dtype,
+    walking: int,
+    scratch: int,
+    accumulator: int,
+    dbias: int,
+) -> tuple[int, int]:
+    """Return the bytes of the gradients, and the peak of forward and backward. `walking`: logits buffers and scratch."""
+    dh = N * gemms.H_student * dtype.itemsize * gemms.grad
+    if held != dtype:
+        dh *= 3  # the fp32 one, and the 16-bit one beside it
+    dW = gemms.V * gemms.H_student * dtype.itemsize * gemms.trainable
+    moments = walking + (accumulator or dW), accumulator + dW + scratch
+    return dh + dW + dbias, max(moments) + dh + dbias + _vector_bytes(N)

@@ -1,21 +1,20 @@
-"""From a flat call to a loss: token weights, policies, reductions and the route through autograd. Below this file nobody knows what a reduction is."""
+"""Token weights and reductions as row factors, policy terms, and the statistics that users see."""
 
 from __future__ import annotations
 
 import itertools
-import sys
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._rows.contract import Column, stats_dtype
-from ..spec import BACKWARDS, check_choice, expect
+from ..spec import REDUCTIONS, check_choice, check_number, expect
 from ..weights.base import check_weighting, check_weights
-from . import loop
-from .autograd import PerRow, WeightedSum, weighted
-from .checks import known_weights, row_scale
-from .library import Call
+from .checks import per_token
+from .problem import Outputs, Problem
 
 
 @dataclass(frozen=True)
@@ -32,23 +31,27 @@ class TokenStats:
     top1_agreement: Tensor | None = None  # 1 where student and teacher have the same most likely token
     student_logprob: Tensor | None = None  # of the label, with labels
     teacher_logprob: Tensor | None = None
-    clipped_fraction: Tensor | None = (
-        None  # with a clip: share of the token's terms that entry_clip took; 1 where token_clip took the token
-    )
+    # With a clip: the share of the token's terms that entry_clip clamped; 1 where token_clip clamped the token.
+    clipped_fraction: Tensor | None = None
 
 
 def token_stats(
+    problem: Problem,
     D: Tensor,
     stats: Tensor,
     logprobs: Tensor | None,
-    call: Call,
-    leading: torch.Size,
+    shape: torch.Size,
     dtype: torch.dtype = torch.float32,
 ) -> TokenStats:
-    def shaped(column: Tensor) -> Tensor:
-        return column.detach().to(dtype).reshape(leading)
+    """Name the columns of the sweeps' statistics, in `shape` and `dtype`."""
 
-    labelled, teacher = call.labels is not None, call.teacher_hidden is not None
+    def shaped(column: Tensor) -> Tensor:
+        return column.detach().to(dtype).reshape(shape)
+
+    teacher, valid = problem.teacher is not None, problem.rows.valid
+    if problem.rows.labels is None:
+        logprobs = None
+    clipped = min(problem.spec.entry_clip, problem.spec.token_clip) < torch.inf
     agreement = stats[:, Column.STUDENT_ARGMAX] == stats[:, Column.TEACHER_ARGMAX]
     return TokenStats(
         divergence=shaped(D),
@@ -56,90 +59,159 @@ def token_stats(
         student_max_prob=shaped(stats[:, Column.STUDENT_MAX_PROB]),
         teacher_entropy=shaped(stats[:, Column.TEACHER_ENTROPY]) if teacher else None,
         teacher_max_prob=shaped(stats[:, Column.TEACHER_MAX_PROB]) if teacher else None,
-        top1_agreement=shaped(agreement if call.valid is None else agreement & call.valid)
-        if teacher
-        else None,
-        student_logprob=shaped(logprobs[:, 0]) if labelled else None,
-        teacher_logprob=shaped(logprobs[:, 1]) if labelled and teacher else None,
-        clipped_fraction=shaped(stats[:, Column.CLIPPED]) if min(call.dialect[1:]) < torch.inf else None,
+        top1_agreement=shaped(agreement if valid is None else agreement & valid) if teacher else None,
+        student_logprob=None if logprobs is None else shaped(logprobs[:, 0]),
+        teacher_logprob=shaped(logprobs[:, 1]) if logprobs is not None and teacher else None,
+        clipped_fraction=shaped(stats[:, Column.CLIPPED]) if clipped else None,
     )
 
 
-@dataclass(frozen=True)
-class Job:
-    """A call with what its rows are weighted by. `policy` is a term of opsd_kernels.objectives, mixed in with `policy_weight`."""
+def reads_logprobs(token_weights: Any, policy: Any) -> bool:
+    """Check token weights, and return True if they or a policy term read the label's log-prob."""
+    if token_weights is not None and not isinstance(token_weights, Tensor):
+        expected = "a tensor, a weighting (see opsd_kernels.weights) or None"
+        expect(callable(token_weights), "token_weights", expected, type(token_weights).__name__, TypeError)
+        check_weighting(token_weights)
+    return policy is not None or getattr(token_weights, "needs_labels", False)
 
-    call: Call
-    leading: torch.Size
-    token_weights: object  # tensor, weighting or None
-    scale: (
-        Tensor | float | None
-    )  # what a weighted row is multiplied by before the sum; None: the loss is per row
-    policy: object = None
-    policy_weight: float = 0.0
 
-    @property
-    def sequences(self) -> torch.Size:
-        """(B, T): a leading shape of one dimension is one sequence."""
-        return (
-            torch.Size((self.leading[:-1].numel(), self.leading[-1])) if self.leading else torch.Size((1, 1))
+def row_scale(
+    reduction: str, normalizer: float | Tensor | None, hidden: Tensor, valid: Tensor | None
+) -> Tensor | float | None:
+    """Return the scale of a weighted row before the sum: a number, or (N,); None for `none`."""
+    check_choice("reduction", reduction, REDUCTIONS)
+    good = normalizer is None or reduction == "mean"
+    expect(
+        good, "normalizer", "None, unless reduction='mean'", f"{normalizer!r} with reduction={reduction!r}"
+    )
+    if reduction == "mean":
+        return 1.0 / _denominator(normalizer, hidden, valid)
+    if reduction != "sequence_mean":
+        return None if reduction == "none" else 1.0
+    expect(
+        hidden.dim() == 3,
+        "student_hidden",
+        "shape (B, T, H) for reduction='sequence_mean'",
+        tuple(hidden.shape),
+    )
+    B, T, _ = hidden.shape
+    wide = stats_dtype(hidden.dtype)
+    if valid is None:
+        counts = torch.full((B,), T, dtype=wide, device=hidden.device)
+    else:
+        counts = valid.reshape(B, T).sum(1).to(wide)
+    per_row = 1.0 / (counts.clamp(min=1) * (counts > 0).sum().clamp(min=1))
+    return per_row[:, None].expand(B, T).reshape(-1)
+
+
+def _denominator(normalizer: float | Tensor | None, hidden: Tensor, valid: Tensor | None) -> Tensor | float:
+    if isinstance(normalizer, Tensor):
+        expect(
+            normalizer.dim() == 0,
+            "normalizer",
+            "a number or a 0-dim tensor",
+            f"shape {tuple(normalizer.shape)}",
         )
+        # A copy from the host needs no sync, unlike one from a GPU.
+        from_host = normalizer.device.type == "cpu"
+        return normalizer.detach().to(hidden.device, stats_dtype(hidden.dtype), non_blocking=from_host)
+    if normalizer is not None:
+        return check_number("normalizer", normalizer, positive=True)
+    return (
+        max(hidden.shape[:-1].numel(), 1)
+        if valid is None
+        else valid.sum().clamp(min=1).to(stats_dtype(hidden.dtype))
+    )
+
+
+class RowWeigher:
+    """Token weights, policy term and reduction of a call, as factors of its rows.
+
+    `scale` multiplies a weighted row before the sum; None: the loss is per row. Called by the loop with the outputs so
+    far and the positions of a chunk's rows, it returns their factors and policy slopes, (n,) each, in units of `unit`.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        leading: torch.Size,
+        token_weights: Any,
+        scale: Tensor | float | None,
+        policy: Any,
+        policy_weight: float,
+    ) -> None:
+        self.problem, self.leading = problem, leading
+        self.token_weights, self.policy, self.policy_weight = token_weights, policy, policy_weight
+        self.per_token = scale is None
+        self.scale: Tensor | float = 1.0 if scale is None else scale
+        self.scheme = None if isinstance(token_weights, Tensor) else token_weights
+        self._parts = [part for part in (self.scheme, policy) if part is not None]
+        # (B, T): a leading shape of one dimension is one sequence.
+        self.shape = torch.Size((leading[:-1].numel(), leading[-1])) if leading else torch.Size((1, 1))
 
     @property
-    def weighting(self) -> object | None:
-        return (
-            None
-            if self.token_weights is None or isinstance(self.token_weights, Tensor)
-            else self.token_weights
-        )
-
-    @property
-    def scopes(self) -> set[str]:
-        """What is to be known before the row factors are."""
-        return {part.scope for part in (self.weighting, self.policy) if part is not None}
+    def scope(self) -> str:
+        """Return what must be known before the row factors are: "index", "row" or "sequence"."""
+        scopes = {part.scope for part in self._parts}
+        return "sequence" if "sequence" in scopes else "row" if "row" in scopes else "index"
 
     @property
     def needs_metrics(self) -> bool:
-        return any(
-            part is not None and part.scope != "index" and getattr(part, "needs_metrics", True)
-            for part in (self.weighting, self.policy)
-        )
+        return any(part.scope != "index" and getattr(part, "needs_metrics", True) for part in self._parts)
+
+    @property
+    def has_policy(self) -> bool:
+        return self.policy is not None
+
+    @property
+    def has_collectives(self) -> bool:
+        """True if a call issues a collective; ranks may use different chunk boundaries."""
+        return any(getattr(part, "exchanges", False) for part in self._parts)
 
     def mask(self) -> Tensor:
-        call = self.call
-        valid = (
-            torch.ones(self.leading.numel(), dtype=torch.bool, device=call.student_hidden.device)
-            if call.valid is None
-            else call.valid
-        )
-        return valid.reshape(self.sequences)
+        valid = self.problem.rows.valid
+        if valid is None:
+            valid = torch.ones(
+                self.leading.numel(), dtype=torch.bool, device=self.problem.student.hidden.device
+            )
+        return valid.reshape(self.shape)
 
     def stats(self, D: Tensor, stats: Tensor, logprobs: Tensor | None) -> TokenStats:
-        """As weightings and policies see them: by sequence, and not rounded to fp32 for fp64 inputs."""
-        return token_stats(D, stats, logprobs, self.call, self.sequences, stats.dtype)
+        """Return statistics as weightings and policies see them: by sequence, not rounded to fp32 for fp64 inputs."""
+        return token_stats(self.problem, D, stats, logprobs, self.shape, stats.dtype)
 
     def weights(self, stats: TokenStats | None) -> Tensor:
-        """(N,) of the share that the divergence has, 0 where a token is not valid. `stats` None for a scope that needs none."""
-        wide = stats_dtype(self.call.student_hidden.dtype)
-        if self.weighting is None:
-            weights = known_weights(
-                self.token_weights, self.leading, self.call.student_hidden.device, wide, self.call.valid
-            )
+        """Return (N,) weights of the divergence, 0 where a token is not valid. `stats`: None for a scope that needs none."""
+        wide = self.problem.stats_dtype
+        if self.scheme is None:
+            weights = self._given_weights(wide)
         else:
             mask = self.mask()
-            given = check_weights(self.weighting(stats, mask), mask.shape).detach()
+            given = check_weights(self.scheme(stats, mask), mask.shape).detach()
             weights = torch.where(mask, given, 0.0).to(wide).reshape(-1)
-        return weights * (1 - self.policy_weight) if self.policy is not None else weights
+        return weights * (1 - self.policy_weight) if self.has_policy else weights
+
+    def _given_weights(self, wide: torch.dtype) -> Tensor:
+        valid, device = self.problem.rows.valid, self.problem.student.hidden.device
+        if self.token_weights is None:
+            return (
+                torch.ones(self.leading.numel(), dtype=wide, device=device)
+                if valid is None
+                else valid.to(wide)
+            )
+        weights = per_token("token_weights", self.token_weights, self.leading, device)
+        expect(
+            weights.is_floating_point(), "token_weights", "a floating-point tensor", weights.dtype, TypeError
+        )
+        return weights.to(wide) if valid is None else torch.where(valid, weights.to(wide), 0.0)
 
     def policy_losses(self, stats: TokenStats | None) -> tuple[Tensor, Tensor]:
-        """(N,) losses of the policy term, and their negative slopes in the student's log-prob of the label, both times its share."""
-        mask = self.mask()
-        wide = stats_dtype(self.call.student_hidden.dtype)
+        """Return (N,) losses of the policy term and their negative slopes in the label's log-prob, both times its share."""
+        mask, wide = self.mask(), self.problem.stats_dtype
         with torch.enable_grad():
+            known = None if stats is None else stats.student_logprob
             start = (
-                torch.zeros(mask.shape, dtype=wide, device=mask.device)
-                if stats is None
-                else stats.student_logprob.to(wide)
+                torch.zeros(mask.shape, dtype=wide, device=mask.device) if known is None else known.to(wide)
             )
             logprob = torch.where(mask, start, 0.0).detach().requires_grad_()
             losses = torch.where(mask, self.policy(logprob, stats, mask), 0.0)
@@ -148,154 +220,42 @@ class Job:
             wide
         ).reshape(-1)
 
+    # As the loop uses it, for weights that depend on its own statistics.
 
-class ByStatistics:
-    """Row factors that the statistics of the loop itself tell (autograd.Weighing)."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self.scope = "sequence" if "sequence" in job.scopes else "row"
-        self.has_policy = job.policy is not None
-        self.exchanges = any(getattr(part, "exchanges", False) for part in (job.weighting, job.policy))
-        scale = job.scale
-        wide = stats_dtype(job.call.student_hidden.dtype)
+    @cached_property
+    def _units(self) -> tuple[Tensor, Tensor]:
+        """Return `scale` in units of its largest entry, and that entry: row factors stay near 1 in 16-bit gradients."""
+        scale = self.scale
         if not isinstance(scale, Tensor):
-            scale = torch.full(
-                (), scale, dtype=wide, device=job.call.student_hidden.device
-            )  # torch.tensor would copy from the host, and wait
+            # torch.tensor would copy from the host, and sync.
+            device = self.problem.student.hidden.device
+            scale = torch.full((), scale, dtype=self.problem.stats_dtype, device=device)
         largest = scale.amax() if scale.numel() else scale.new_ones(())
-        self.unit = torch.where(largest > 0, largest, 1.0)
-        self._share = scale / self.unit
+        unit = torch.where(largest > 0, largest, 1.0)
+        return scale / unit, unit
+
+    @property
+    def unit(self) -> Tensor:
+        return self._units[1]
 
     def lengths(self, valid: bool) -> list[int]:
-        """Rows of each sequence, in order: those that count, for which the host reads the mask, or all."""
-        B, T = self._job.sequences
-        whole = list(
-            getattr(self._job.weighting, "lengths", (T,) * B)
-        )  # a packed row has sequences of its own lengths
-        expect(
-            sum(whole) == B * T,
-            "lengths",
-            f"lengths that add up to the {B * T} tokens of the packed row",
-            sum(whole),
-        )
+        """Return the rows of each sequence in order: the valid ones, for which the host reads the mask, or all."""
+        B, T = self.shape
+        # A packed row has sequences of its own lengths.
+        whole = list(getattr(self.scheme, "lengths", (T,) * B))
+        expected = f"lengths that add up to the {B * T} tokens of the packed row"
+        expect(sum(whole) == B * T, "lengths", expected, sum(whole))
         if not valid:
             return whole
-        counts, flat = [], iter(self._job.mask().reshape(-1).tolist())
-        for length in whole:
-            counts.append(sum(itertools.islice(flat, length)))
-        return counts
+        flat = iter(self.mask().reshape(-1).tolist())
+        return [sum(itertools.islice(flat, length)) for length in whole]
 
-    def _stats(self, out: loop.Outputs) -> TokenStats:
-        return self._job.stats(out.loss, out.stats, out.logprobs)
+    def factor(self, out: Outputs) -> Tensor:
+        """Return the (N,) factors of all rows."""
+        return self.weights(self.stats(out.loss, out.stats, out.logprobs)) * self._units[0] * self.unit
 
-    def factor(self, out: loop.Outputs) -> Tensor:
-        return self._job.weights(self._stats(out)) * self._share * self.unit
-
-    def __call__(self, out: loop.Outputs, rows: slice | Tensor) -> tuple[Tensor, Tensor | None]:
-        stats = self._stats(out)
-        share = self._share.expand(out.loss.shape[0])
-        policy = (self._job.policy_losses(stats)[1] * share)[rows] if self.has_policy else None
-        return (self._job.weights(stats) * share)[rows], policy
-
-
-def _apply_weighing(job: Job, metrics: bool) -> tuple[Tensor, ...]:
-    return WeightedSum.apply(*job.call, metrics, ByStatistics(job))
-
-
-def _weighed_in_the_loop(job: Job, metrics: bool) -> tuple[Tensor, ...]:
-    """Never compiled: a weighting is a Python object, which no operator's schema holds. Where the compiler is not loaded it is not loaded for this."""
-    run = torch.compiler.disable(_apply_weighing) if "torch._dynamo" in sys.modules else _apply_weighing
-    return run(job, metrics)
-
-
-def _in_forward(job: Job, metrics: bool) -> tuple[Tensor, ...]:
-    """(loss without the policy's value, D, stats, logprobs), the gradient computed in the forward pass."""
-    if job.scopes - {"index"}:
-        return _weighed_in_the_loop(job, metrics)
-    policy = None if job.policy is None else job.policy_losses(None)[1] * job.scale
-    return WeightedSum.apply(
-        *job.call._replace(factor=job.weights(None) * job.scale, policy=policy), metrics, None
-    )
-
-
-def _per_row(job: Job, backward: str, metrics: bool) -> tuple[Tensor, ...]:
-    """(loss, D, stats, logprobs) with weights after the fact: without gradients, or for any upstream gradient per row."""
-    call = job.call
-    trainable = call.grad_weight or call.grad_bias
-    if call.gradient():
-        wide = stats_dtype(call.student_hidden.dtype)
-        known = not job.scopes - {"index"}
-        reached = (job.weights(None) != 0).to(wide) if known else job.mask().reshape(-1).to(wide)
-        D, stats, logprobs = PerRow.apply(
-            *call._replace(factor=reached), metrics, trainable or backward == "recompute"
-        )
-    else:
-        D, _, stats, logprobs, *_ = torch.ops.opsd_kernels.linear_divergence(*call, metrics, False)
-    factor = job.weights(job.stats(D, stats, logprobs)) * (1.0 if job.scale is None else job.scale)
-    losses = weighted(factor, D)
-    return (losses if job.scale is None else losses.sum()), D, stats, logprobs
-
-
-def evaluate(job: Job, backward: str, return_stats: bool) -> Tensor | tuple[Tensor, TokenStats]:
-    """The loss, 0-dim or of the leading shape, and with `return_stats` the statistics."""
-    check_choice("backward", backward, BACKWARDS)
-    call = job.call
-    if job.weighting is not None:
-        labelled = call.labels is not None or not getattr(job.weighting, "needs_labels", False)
-        expect(
-            labelled,
-            "labels",
-            f"the sampled tokens, whose log-probs {type(job.weighting).__name__} needs",
-            None,
-        )
-    trainable = call.grad_weight or call.grad_bias
-    refused = backward == "in_forward" and job.scale is None and trainable
-    expect(
-        not refused,
-        "backward",
-        "'recompute' or 'auto' for reduction='none' with a trainable head: the upstream gradient comes too late",
-        repr(backward),
-    )
-    metrics = return_stats or job.needs_metrics
-    known = not job.scopes - {"index"}
-    in_forward = (
-        job.scale is not None
-        and backward != "recompute"
-        and call.gradient()
-        and (known or trainable or job.policy is not None)
-    )
-    loss, D, stats, logprobs = _in_forward(job, metrics) if in_forward else _per_row(job, backward, metrics)
-    if job.policy is not None:
-        loss = loss + (job.policy_losses(job.stats(D, stats, logprobs))[0] * job.scale).sum()
-    loss = loss.reshape(job.leading) if job.scale is None else loss
-    return (loss, token_stats(D, stats, logprobs, call, job.leading)) if return_stats else loss
-
-
-def make_job(
-    call: Call,
-    hidden: Tensor,
-    token_weights: object,
-    reduction: str,
-    normalizer: float | Tensor | None,
-    **policy: object,
-) -> Job:
-    if token_weights is not None and not isinstance(token_weights, Tensor):
-        expect(
-            callable(token_weights),
-            "token_weights",
-            "a tensor, a weighting (see opsd_kernels.weights) or None",
-            type(token_weights).__name__,
-            TypeError,
-        )
-        check_weighting(token_weights)
-    reads_logprobs = policy.get("policy") is not None or getattr(token_weights, "needs_labels", False)
-    if (
-        call.logits_dtype == "auto" and reads_logprobs
-    ):  # logits of 16 in bf16 are off by 0.03, and so would be the logarithm of a ratio of probabilities
-        call = Call(
-            **{**call._asdict(), "logits_dtype": "float32"}
-        )  # after `_replace` torch.compile of 2.10 and 2.11 has lost the class
-    return Job(
-        call, hidden.shape[:-1], token_weights, row_scale(reduction, normalizer, hidden, call.valid), **policy
-    )
+    def __call__(self, out: Outputs, at: slice | Tensor) -> tuple[Tensor, Tensor | None]:
+        stats = self.stats(out.loss, out.stats, out.logprobs)
+        share = self._units[0].expand(out.loss.shape[0])
+        slope = (self.policy_losses(stats)[1] * share)[at] if self.has_policy else None
+        return (self.weights(stats) * share)[at], slope

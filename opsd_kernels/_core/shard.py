@@ -1,10 +1,6 @@
-"""Heads whose rows are spread over the ranks of a group (tensor parallelism): the shard, its collectives, and sweeps that know whole rows from slices of them.
+"""Heads whose rows are spread over the ranks of a group (tensor parallelism): the shard of a rank, and its collectives.
 
-Every rank holds the same hidden states and [start, stop) of both heads. A row's statistics merge like entries merge into a row: a shard with student mass
-exp(lse_s) and teacher mass exp(lse_t) is one entry of a smaller row, and L_r = lse_t - lse_s is its d. So the merged normalisers keep the accuracy near the
-teacher that the sweeps have (contract.py), and the sweeps themselves stay what they are: they are given the merged statistics.
-
-All ranks gather the same numbers and merge them in the same order in float64: statistics, weights and losses are equal on them to the bit.
+Every rank holds the same hidden states and [start, stop) of both heads. Their rows' statistics: merged_rows.py.
 """
 
 from __future__ import annotations
@@ -12,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -20,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._rows import torch_rows
-from .._rows.contract import SPREAD_LIMIT, Column, RowBackend, clip_tokens, plain_kl
 from ..spec import RowSpec, Support, check_choice, expect
 from . import topk_support
 from .topk_support import Entries, Rows
@@ -67,7 +62,7 @@ class VocabShard:
     @classmethod
     def from_rows(cls, rows: int, device: torch.device, group: dist.ProcessGroup) -> VocabShard:
         """Of ranks that hold any number of rows each, one after the other. Exchanges these numbers, and waits for them."""
-        counts = _gathered(torch.tensor([rows], device=device), group).reshape(-1).tolist()
+        counts = gather_ranks(torch.tensor([rows], device=device), group).reshape(-1).tolist()
         return cls(tuple(sum(counts[:rank]) for rank in range(len(counts) + 1)), group)
 
     @property
@@ -108,7 +103,7 @@ class VocabShard:
 
     @classmethod
     def unpack(cls, packed: Sequence[int], name: str | None) -> VocabShard | None:
-        return cls(tuple(packed[1:]), _GROUPS[name], bool(packed[0])) if packed else None
+        return cls(tuple(packed[1:]), _GROUPS[name], bool(packed[0])) if packed and name is not None else None
 
     # What the loop asks of it.
 
@@ -137,7 +132,7 @@ class VocabShard:
         logprobs: Tensor | None,
     ) -> tuple[Entries, Entries]:
         """The listed entries, or the K largest of a side over all shards: (all of them, on every rank; the same with this rank's own columns live alone)."""
-        if ids is not None:
+        if ids is not None and logprobs is not None:
             return self._listed(rows, stats, spec, restriction, ids, logprobs)
         n = rows.S.shape[0]
         found = topk_support.entries(rows, stats, spec, restriction, None, None)
@@ -148,7 +143,7 @@ class VocabShard:
         candidates[:, :, : order.shape[1]] = torch.stack(
             [order.clamp(min=torch.finfo(order.dtype).min), found.q, found.p, found.delta]
         )  # no filler is chosen
-        every = _gathered(candidates, self.group).permute(1, 2, 0, 3).reshape(4, n, -1)
+        every = gather_ranks(candidates, self.group).permute(1, 2, 0, 3).reshape(4, n, -1)
         # A stable sort: equal logits are chosen alike on all ranks.
         chosen = every[0].argsort(dim=-1, descending=True, stable=True)[
             :, : min(restriction.k, self.vocab_size)
@@ -181,27 +176,22 @@ def shard_of(group: object, weight: Tensor) -> VocabShard:
     """What `group`, a process group or a shard, says of a head of which `weight` is this rank's part."""
     if isinstance(group, VocabShard):
         return group
-    expect(
-        isinstance(group, dist.ProcessGroup),
-        "group",
-        "a torch.distributed process group, a VocabShard or None",
-        type(group).__name__,
-        TypeError,
-    )
+    if not isinstance(group, dist.ProcessGroup):
+        expected = "a torch.distributed process group, a VocabShard or None"
+        raise TypeError(f"group: expected {expected}, got {type(group).__name__}")
     if is_dtensor(weight):  # cut as torch.chunk cuts
         each = -(-weight.shape[0] // group.size())
         return VocabShard(tuple(min(rank * each, weight.shape[0]) for rank in range(group.size() + 1)), group)
     return VocabShard.from_rows(weight.shape[0], weight.device, group)
 
 
-def local_head(
-    side: str, weight: Tensor, bias: Tensor | None, shard: VocabShard | None
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias as plain tensors of this rank. Raises ValueError for a DTensor without a group, or with another layout than its rows over one mesh."""
+def local_head(prefix: str, weight: Any, bias: Any, shard: VocabShard | None) -> tuple[Any, Any]:
+    """Return weight and bias as plain tensors of this rank. `prefix` ("student_") starts the names of the arguments.
+
+    Raises ValueError for a DTensor without a group, or with another layout than its rows over one mesh dimension.
+    """
     parts = []
-    for name, tensor in (
-        (f"{side}_{part}".lstrip("_"), tensor) for part, tensor in (("weight", weight), ("bias", bias))
-    ):
+    for name, tensor in ((prefix + part, tensor) for part, tensor in (("weight", weight), ("bias", bias))):
         if is_dtensor(tensor):
             expect(
                 shard is not None,
@@ -218,8 +208,9 @@ def local_head(
             )
             tensor = tensor.to_local()
         if shard is not None and isinstance(tensor, Tensor):
-            expect(tensor.dim() > 0 and tensor.shape[0] == shard.stop - shard.start, name, f"{shard.stop - shard.start} rows, those of rank {shard.rank}",
-                   tuple(tensor.shape))  # fmt: skip
+            rows = shard.stop - shard.start
+            good = tensor.dim() > 0 and tensor.shape[0] == rows
+            expect(good, name, f"{rows} rows, those of rank {shard.rank}", tuple(tensor.shape))
         parts.append(tensor)
     return parts[0], parts[1]
 
@@ -230,7 +221,7 @@ def is_dtensor(tensor: object) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def gathered(weight: Tensor, gradient: str = "mean") -> Tensor:
+def gathered(weight: Any, gradient: str = "mean") -> Tensor:
     """A DTensor head made whole once, for ranks that hold different tokens (FSDP2). A plain tensor is returned as it is.
 
     In backward each rank's gradient of the whole head is scattered to where its rows are: their `mean` over the ranks, as FSDP2 and DDP average, or `sum`.
@@ -245,160 +236,8 @@ def gathered(weight: Tensor, gradient: str = "mean") -> Tensor:
     )
 
 
-def _gathered(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather_ranks(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(world, ...) what every rank has."""
     parts = [torch.empty_like(values) for _ in range(group.size())]
     dist.all_gather(parts, values, group=group)
     return torch.stack(parts)
-
-
-@dataclass(frozen=True)
-class ShardedRows:
-    """A row backend (contract.py) whose rows go on in other ranks. S, T, biases and G are slices; statistics, losses, factors and labels are of whole rows."""
-
-    backend: RowBackend
-    shard: VocabShard
-
-    def row_stats(
-        self, S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool
-    ) -> Tensor:
-        own = self.backend.row_stats(S, T, spec, bias_s, bias_t, metrics)
-        own[:, Column.STUDENT_ARGMAX : Column.CLIPPED] += self.shard.start
-        sent = own[:, : Column.CLIPPED if metrics else Column.STUDENT_ENTROPY].contiguous()
-        merged = merge(_gathered(sent, self.shard.group), spec.linear_difference(bias_s is bias_t))
-        own.zero_()
-        own[:, : merged.shape[1]] = merged
-        return own
-
-    def row_dot(
-        self, S: Tensor, T: Tensor, stats: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        if spec.one_sweep:
-            return plain_kl(stats, spec)
-        part = self.backend.row_dot(S, T, stats, replace(spec, token_clip=torch.inf), bias_s, bias_t)
-        share = stats[:, Column.CLIPPED] * (S.shape[1] / self.shard.vocab_size)
-        loss, A, clipped = (
-            _gathered(torch.stack([*part, share]), self.shard.group).double().sum(0).to(stats.dtype)
-        )
-        stats[:, Column.CLIPPED] = clipped
-        return clip_tokens(loss, stats, spec), A
-
-    def row_grad_(
-        self,
-        S: Tensor,
-        T: Tensor,
-        stats: Tensor,
-        A: Tensor,
-        factor: Tensor,
-        spec: RowSpec,
-        bias_s: Tensor | None,
-        bias_t: Tensor | None,
-        G: Tensor,
-        policy: Tensor | None = None,
-        labels: Tensor | None = None,
-    ) -> None:
-        own = None if labels is None else self.shard.local(labels)
-        self.backend.row_grad_(S, T, stats, A, factor, spec, bias_s, bias_t, G, policy, own)
-
-    def row_fused_(
-        self,
-        S: Tensor,
-        T: Tensor,
-        factor: Tensor,
-        spec: RowSpec,
-        bias_s: Tensor | None,
-        bias_t: Tensor | None,
-        metrics: bool,
-        G: Tensor,
-        policy: Tensor | None = None,
-        labels: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Not fused: the other ranks' part of a row must come between the sweeps."""
-        stats = self.row_stats(S, T, spec, bias_s, bias_t, metrics)
-        loss, A = self.row_dot(S, T, stats, spec, bias_s, bias_t)
-        self.row_grad_(S, T, stats, A, factor, spec, bias_s, bias_t, G, policy, labels)
-        return stats, loss, A
-
-
-class _Masses(NamedTuple):
-    """Shards as entries of a row, (R, n) each, and the row's own (n,)."""
-
-    q: Tensor  # share of the student's mass
-    p: Tensor
-    log_ratio: Tensor  # log q - log p
-    references: tuple[Tensor, ...]  # STUDENT_MAX to SPREAD of the merged row
-    peak: Tensor  # (n,) rank of the student's first maximum
-
-
-def merge(parts: Tensor, linear: bool) -> Tensor:
-    """Statistics of whole rows, (n, k), from those of their shards, (R, n, k), whose largest entries are named by their columns in the whole.
-
-    `linear`: the sweeps take d from the difference buffer (Logits.linear).
-    """
-    column = {c: parts[:, :, c].double() for c in Column if c < parts.shape[2]}
-    masses = _masses(column, parts, linear)
-    q, p, log_ratio, references, peak = masses
-    columns = [
-        *references,
-        _mean(q, column[Column.REVERSE_KL], log_ratio, p == 0),
-        _mean(p, column[Column.FORWARD_KL], -log_ratio, q == 0),
-    ]
-    if Column.STUDENT_ENTROPY in column:
-        none = torch.zeros_like(p, dtype=torch.bool)
-        top_s, top_t = (
-            q * column[Column.STUDENT_MAX_PROB],
-            torch.where(p > 0, p * column[Column.TEACHER_MAX_PROB], 0.0),
-        )
-        columns += [
-            _mean(q, column[Column.STUDENT_ENTROPY], -q.log(), none),
-            _mean(p, column[Column.TEACHER_ENTROPY], -p.log(), none),
-            torch.where(q > 0, top_s, 0.0).amax(0),
-            top_t.amax(0),
-            _at(column[Column.STUDENT_ARGMAX], peak),
-            _at(column[Column.TEACHER_ARGMAX], top_t.argmax(0)),
-        ]
-    invalid = torch.isnan(references[1]) | torch.isnan(references[3])  # a side without a distribution
-    merged = torch.stack(columns, dim=1)
-    merged[:, Column.SPREAD + 1 :] = torch.where(invalid[:, None], torch.nan, merged[:, Column.SPREAD + 1 :])
-    return merged.to(parts.dtype)
-
-
-def _masses(column: dict[Column, Tensor], parts: Tensor, linear: bool) -> _Masses:
-    max_s, max_t = column[Column.STUDENT_MAX], column[Column.TEACHER_MAX]
-    lse_s = torch.where(max_s == -torch.inf, -torch.inf, max_s + column[Column.STUDENT_LOGSUM])
-    lse_t = torch.where(max_t == -torch.inf, -torch.inf, max_t + column[Column.TEACHER_LOGSUM])
-    # What the sweeps take for c: they round the difference of the maxima where d is exact, else they subtract each side's own.
-    c = (
-        (parts[:, :, Column.TEACHER_MAX] - parts[:, :, Column.STUDENT_MAX]).double()
-        if linear
-        else max_t - max_s
-    )
-    peak = max_s.argmax(0)
-    of_row = _at(c, peak)
-    spread = torch.nan_to_num(
-        column[Column.SPREAD] + (c - of_row).abs(), nan=torch.inf, posinf=torch.inf
-    ).amax(0)  # at least the row's own
-    near = spread <= SPREAD_LIMIT
-    reference_s, reference_t = _at(max_s, peak), torch.where(near, _at(max_t, peak), max_t.amax(0))
-    whole_s = torch.logsumexp(lse_s, 0)
-    q = torch.exp(lse_s - whole_s)
-    excess = c - of_row + column[Column.GAP]  # L_r - c
-    gap = torch.log1p((q * torch.expm1(excess)).sum(0))
-    logsum_s = whole_s - reference_s
-    logsum_t = torch.where(near, logsum_s + gap, torch.logsumexp(lse_t, 0) - reference_t)
-    gap = torch.where(near, gap, logsum_t - logsum_s)
-    whole_t = reference_t + logsum_t
-    log_ratio = torch.where(near, gap - excess, (lse_s - whole_s) - (lse_t - whole_t))
-    p = torch.where(near, q * torch.exp(-log_ratio), torch.exp(lse_t - whole_t))
-    return _Masses(q, p, log_ratio, (reference_s, logsum_s, reference_t, logsum_t, gap, spread), peak)
-
-
-def _mean(mass: Tensor, within: Tensor, between: Tensor, infinite: Tensor) -> Tensor:
-    """sum mass * (within + between) over the shards; one without mass counts nothing, one where the other side has none is infinite."""
-    terms = torch.where(infinite, torch.inf, mass * (within + between))
-    return torch.where(mass > 0, terms, 0.0).sum(0)
-
-
-def _at(values: Tensor, rank: Tensor) -> Tensor:
-    """(n,) of (R, n): each row's value in one rank."""
-    return values.gather(0, rank[None])[0]

@@ -61,19 +61,18 @@ def entries(
     rows: Rows, stats: Tensor, spec: RowSpec, support: Support, ids: Tensor | None, logprobs: Tensor | None
 ) -> Entries:
     """`ids` and `logprobs` (n, K) list a teacher's support; a log-prob of -inf is padding, whose id may be anything."""
-    columns = _largest(rows, spec, support) if ids is None else ids
-    live = torch.ones_like(columns, dtype=torch.bool) if ids is None else logprobs > -torch.inf
-    if (
-        ids is not None
-    ):  # padding repeats the first live entry of its row, so that whatever is written there twice is written alike
-        first = torch.where(
-            live.any(1), columns.gather(1, live.to(torch.int8).argmax(1, keepdim=True))[:, 0], 0
-        )
-        columns = torch.where(live, columns, first[:, None])
+    if ids is None or logprobs is None:
+        columns = _largest(rows, spec, support)
+        live = torch.ones_like(columns, dtype=torch.bool)
+    else:
+        # Padding repeats the first live entry of its row, so that two writes to a column write the same value.
+        live = logprobs > -torch.inf
+        first = ids.gather(1, live.to(torch.int8).argmax(1, keepdim=True))[:, 0]
+        columns = torch.where(live, ids, torch.where(live.any(1), first, 0)[:, None])
     raw = rows.at(columns)
     logits = torch_rows.logits(*raw[:2], spec, *raw[2:])
     q, p, delta = torch_rows.distributions(logits, stats)
-    if ids is not None:
+    if logprobs is not None:
         log_q = logits.s - stats[:, Column.STUDENT_MAX, None] - stats[:, Column.STUDENT_LOGSUM, None]
         p, delta = logprobs.to(q.dtype).exp(), logprobs.to(q.dtype) - log_q
     return Entries(columns, live, raw, q, *(torch.where(live, x, 0.0) for x in (q, p, delta)))
@@ -160,7 +159,7 @@ def _values(
     at: Entries,
     result: Restricted,
     factor: Tensor,
-    policy: Tensor | None,
+    policy_slope: Tensor | None,
     labels: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(columns, gradient over the raw logit) of the support's entries and, with a policy, of the label. A column that is named twice has one value."""
@@ -171,7 +170,7 @@ def _values(
     columns, raw, q = at.columns, at.raw, at.whole_q
     values = torch.where(at.live, inside, outside * q)
     values = torch.where(at.live, values, _first(at.live, values, values[:, :1]))
-    if policy is not None:
+    if policy_slope is not None and labels is not None:
         label = labels.clamp(min=0)[:, None]
         beside = rows.at(label)
         q_label = torch_rows.distributions(torch_rows.logits(*beside[:2], spec, *beside[2:]), stats)[0]
@@ -182,7 +181,7 @@ def _values(
             torch.cat([values, of_label], 1),
         )
         raw = rows.at(columns)
-        values = values + policy[:, None] * (q - (columns == labels[:, None]).to(q.dtype))
+        values = values + policy_slope[:, None] * (q - (columns == labels[:, None]).to(q.dtype))
     return columns, values * transform_slope(raw.S.to(values.dtype), spec.student, raw.bias_s)
 
 
@@ -194,13 +193,15 @@ def write_gradient_(
     at: Entries,
     result: Restricted,
     factor: Tensor,  # (n,)
-    policy: Tensor | None,  # (n,)
+    policy_slope: Tensor | None,  # (n,)
     labels: Tensor | None,  # (n,)
     G: Tensor,
 ) -> None:
-    """G = factor * dD/d(raw student logit) + policy * (q - onehot(label)). G may be S."""
-    columns, values = _values(rows, stats, spec, at, result, factor, policy, labels)
-    multiple_of_q = torch.where(factor == 0, 0.0, factor * result.outside) + (0 if policy is None else policy)
+    """G = factor * dD/d(raw student logit) + policy_slope * (q - onehot(label)). G may be S."""
+    columns, values = _values(rows, stats, spec, at, result, factor, policy_slope, labels)
+    multiple_of_q = torch.where(factor == 0, 0.0, factor * result.outside) + (
+        0 if policy_slope is None else policy_slope
+    )
     nothing = torch.zeros_like(factor)
     nowhere = torch.full_like(columns[:, 0], -1)
     backend.row_grad_(

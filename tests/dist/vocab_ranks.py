@@ -246,7 +246,7 @@ def check_dtensor() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    from opsd_kernels._core.shard import gathered
+    from opsd_kernels.vocab_parallel import gathered
 
     world = dist.get_world_size()
     mesh, case = init_device_mesh("cpu", (world,)), hard_case(28, V, 48, views=False, bias=False)

@@ -8,7 +8,7 @@ import torch
 from planting import Mutant, arguments, check, kill, result
 
 from opsd_kernels import linear_divergence, linear_logprobs, linear_topk_divergence, objectives, weights
-from opsd_kernels._core import autograd, gemm, library, loop, reductions, topk_support
+from opsd_kernels._core import autograd, execute, gemm, loop, reductions, sweeps, topk_support
 from opsd_kernels._rows import contract, torch_math, torch_rows
 from opsd_kernels.testing import assert_no_worse, evaluate, hard_case
 from opsd_kernels.testing.reference import (
@@ -180,8 +180,8 @@ MUTANTS = {
         reductions, "check_weights", result(lambda w, *_: w.roll(1, -1)), check(dialect, token_weights=ROW)
     ),
     "the gradient is not weighted": Mutant(
-        loop.Loop,
-        "_fused",
+        sweeps,
+        "fused",
         result(lambda r, *_: None if r is None else torch.ones_like(r)),
         check(dialect, token_weights=ROW),
     ),
@@ -195,7 +195,7 @@ MUTANTS = {
         loop, "_weighted_sum", lambda _: lambda G, scale: G.sum(0), check(dialect, token_weights=ROW)
     ),
     "chunks cut sequences": Mutant(
-        library,
+        execute,
         "align",
         lambda _: (
             lambda lengths, rows: [slice(i, min(i + 4, sum(lengths))) for i in range(0, sum(lengths), 4)]
@@ -203,10 +203,10 @@ MUTANTS = {
         check(dialect, token_weights=SEQUENCE),
     ),
     "the aligned chunks lose the last sequence": Mutant(
-        library, "align", result(lambda bounds, *_: bounds[:-1]), check(dialect, token_weights=SEQUENCE)
+        execute, "align", result(lambda bounds, *_: bounds[:-1]), check(dialect, token_weights=SEQUENCE)
     ),
     "the pass of its own sees half": Mutant(
-        reductions.ByStatistics, "factor", result(lambda f, *_: f * 0.5), check(planned_apart)
+        reductions.RowWeigher, "factor", result(lambda f, *_: f * 0.5), check(planned_apart)
     ),
     "a policy without its label": Mutant(
         torch_rows,
@@ -217,10 +217,10 @@ MUTANTS = {
         check(mix, objectives.PolicyGradient(ADVANTAGES)),
     ),
     "a policy of the wrong sign": Mutant(
-        reductions.Job, "policy_losses", result(lambda r, *_: (r[0], -r[1])), check(mix, PPO)
+        reductions.RowWeigher, "policy_losses", result(lambda r, *_: (r[0], -r[1])), check(mix, PPO)
     ),
     "a policy's value forgotten": Mutant(
-        reductions.Job, "policy_losses", result(lambda r, *_: (0 * r[0], r[1])), check(mix, PPO)
+        reductions.RowWeigher, "policy_losses", result(lambda r, *_: (0 * r[0], r[1])), check(mix, PPO)
     ),
     "a policy on a support without its label": Mutant(
         topk_support,
@@ -231,8 +231,8 @@ MUTANTS = {
     "old log-probs ignored": Mutant(objectives.PPOClip, "scope", lambda _: "index", check(mix, PPO)),
     "the entropy's gradient forgotten": Mutant(
         autograd,
-        "_projected_again",
-        arguments(lambda call, stats, A: (call._replace(factor=torch.zeros_like(call.factor)), stats, A)),
+        "_project_again",
+        arguments(lambda ctx, factor, slope: (ctx, torch.zeros_like(factor), slope)),
         check(log_probs),
     ),
     "a log-prob's dh not scaled": Mutant(

@@ -10,7 +10,7 @@ import torch
 from planting import Mutant, arguments, check, kill, result
 
 from opsd_kernels import divergence, linear_divergence
-from opsd_kernels._core import autograd, checks, gemm, loop, reductions
+from opsd_kernels._core import autograd, checks, gemm, loop, reductions, sweeps
 from opsd_kernels._rows import torch_math, torch_rows
 from opsd_kernels._rows.contract import Column
 from opsd_kernels.spec import Kind
@@ -160,18 +160,11 @@ def forget_tail(original):
 
 
 def last_chunk_lost(original):
-    def mutant(heads, spec, plan, backend, wanted, tokens, **kwargs):
-        index = tokens.index if tokens.index is not None else torch.arange(plan.tokens)
+    def mutant(problem, plan, backend, rows, *args, **kwargs):
+        index = rows.index if rows.index is not None else torch.arange(plan.tokens)
         keep = (plan.tokens - 1) // plan.rows * plan.rows
-        return original(
-            heads,
-            spec,
-            replace(plan, tokens=keep),
-            backend,
-            wanted,
-            replace(tokens, index=index[:keep]),
-            **kwargs,
-        )
+        cut = replace(rows, index=index[:keep])
+        return original(problem, replace(plan, tokens=keep), backend, cut, *args, **kwargs)
 
     return mutant
 
@@ -298,16 +291,19 @@ MUTANTS = {
         check(against_truth),
     ),
     "masked rows counted": Mutant(
-        checks, "_denominator", lambda _: lambda n, hidden, valid: hidden.shape[0], check(against_truth)
+        reductions, "_denominator", lambda _: lambda n, hidden, valid: hidden.shape[0], check(against_truth)
     ),
     "weights in the denominator": Mutant(
-        reductions, "row_scale", result(lambda r, *_: r * 0.93), check(against_truth)
+        divergence, "row_scale", result(lambda r, *_: r * 0.93), check(against_truth)
     ),
     "weights applied twice": Mutant(
-        reductions, "known_weights", result(lambda w, *_: w * w), check(against_truth)
+        reductions.RowWeigher, "_given_weights", result(lambda w, *_: w * w), check(against_truth)
     ),
     "weights forgotten": Mutant(
-        reductions, "known_weights", result(lambda w, *_: (w != 0).to(w.dtype)), check(against_truth)
+        reductions.RowWeigher,
+        "_given_weights",
+        result(lambda w, *_: (w != 0).to(w.dtype)),
+        check(against_truth),
     ),
     "padded columns given probability": Mutant(
         checks,
@@ -334,13 +330,13 @@ MUTANTS = {
         autograd, "_scaled", lambda _: lambda grad, scale, dtype: grad.data.mul_(scale).clone(), check(twice)
     ),
     "entropy of the wrong side": Mutant(
-        reductions,
+        autograd,
         "token_stats",
         result(lambda s, *_: replace(s, student_entropy=s.teacher_entropy)),
         check(statistics),
     ),
     "label's log-prob of the wrong row": Mutant(
-        loop, "_label_logprobs", result(lambda r, *_: r.roll(1, 0)), check(statistics)
+        sweeps, "_label_logprobs", result(lambda r, *_: r.roll(1, 0)), check(statistics)
     ),
 }
 

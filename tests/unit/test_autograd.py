@@ -135,12 +135,12 @@ def test_double_backward_is_an_error_not_a_zero(backend):
 
 def recorded_calls(monkeypatch, run):
     """The arguments with which `run` calls the two ops."""
-    from opsd_kernels._core import autograd
+    from opsd_kernels._core import library
 
     calls = []
-    for name in ("_op", "_op_backward"):
-        op = getattr(autograd, name)
-        monkeypatch.setattr(autograd, name, lambda *args, op=op: calls.append((op, args)) or op(*args))
+    for name in ("op", "op_backward"):
+        op = getattr(library, name)
+        monkeypatch.setattr(library, name, lambda *args, op=op: calls.append((op, args)) or op(*args))
     run()
     return calls
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd_kernels import linear_divergence, linear_logprobs, linear_topk_divergence, objectives, weights
-from opsd_kernels._core import library, loop
+from opsd_kernels._core import autograd, execute, library, sweeps
 from opsd_kernels._rows import extension
 from opsd_kernels.testing import assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case
 
@@ -111,7 +111,8 @@ def test_waiting_is_noted(wait):
 def as_on_a_gpu(monkeypatch):
     """The branches of a GPU call, on this CPU, without packing."""
     monkeypatch.setenv("OPSD_PACK", "0")
-    monkeypatch.setattr(loop, "on_host", lambda device: False)
+    for module in (autograd, execute, sweeps):
+        monkeypatch.setattr(module, "on_host", lambda device: False)
     extension.gemm_unavailable()  # tries its GEMM once
 
 
@@ -307,10 +308,13 @@ def test_rows_are_packed_unless_a_graph_is_captured_or_the_user_says_so(
 ):
     monkeypatch.setenv("OPSD_PACK", packed)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    on_cuda = SimpleNamespace(valid=SimpleNamespace(device=SimpleNamespace(type="cuda")))
-    assert library.packs(on_cuda) == expected
-    assert library.packs(SimpleNamespace(valid=torch.ones(2, dtype=torch.bool))) == (packed == "1")
-    assert not library.packs(SimpleNamespace(valid=None))
+
+    def packs(valid):
+        return execute.packs(SimpleNamespace(rows=SimpleNamespace(valid=valid)))
+
+    assert packs(SimpleNamespace(device=SimpleNamespace(type="cuda"))) == expected
+    assert packs(torch.ones(2, dtype=torch.bool)) == (packed == "1")
+    assert not packs(None)
 
 
 @pytest.mark.parametrize("pack", ["0", "1"])

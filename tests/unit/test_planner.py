@@ -136,8 +136,8 @@ def test_the_op_follows_its_plan(monkeypatch, budget):
     monkeypatch.setattr(
         loop,
         "run",
-        lambda heads, spec, chunks, *args, **kwargs: (
-            followed.append(chunks) or original(heads, spec, chunks, *args, **kwargs)
+        lambda problem, chunks, *args, **kwargs: (
+            followed.append(chunks) or original(problem, chunks, *args, **kwargs)
         ),
     )
     case = hard_case(29, 211, 24, shared_head=True)

@@ -1,7 +1,7 @@
 """`linear_logprobs`, `linear_topk_divergence` and the modules: beyond their values (tests/property/test_dialects.py), their routes, passes and errors."""
 
 import inspect
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from opsd_kernels import (
     linear_topk_divergence,
 )
 from opsd_kernels._core import gemm
-from opsd_kernels.divergence import Options
+from opsd_kernels.divergence import DEFAULTS, DivergenceOptions
 from opsd_kernels.testing import assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case
 from opsd_kernels.testing.reference import (
     linear_divergence_reference,
@@ -229,7 +229,7 @@ def test_the_options_are_those_of_the_function():
         for name, p in inspect.signature(linear_divergence).parameters.items()
         if p.kind is p.KEYWORD_ONLY
     }
-    assert parameters == {field.name: field.default for field in fields(Options)}
+    assert parameters == DEFAULTS and set(parameters) == set(DivergenceOptions.__annotations__)
 
 
 def test_a_loss_module_is_the_function(backend):

@@ -1,0 +1,125 @@
+"""From a problem to its results: which rows are computed, by which plan, on which backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .. import env
+from .._rows import backends
+from .._rows.contract import RowBackend
+from ..spec import expect
+from . import loop
+from .memory import on_host
+from .merged_rows import ShardedRows
+from .planner import SM_COUNT, ChunkPlan, align, plan
+from .problem import ComputedRows, Outputs, Problem
+from .reductions import RowWeigher
+
+NO_GRADIENTS = (False, False, False)
+
+
+def run(
+    problem: Problem, *, gradients: bool, metrics: bool = False, saved: tuple[Tensor, Tensor] | None = None
+) -> Outputs:
+    """Return losses and statistics, and the gradients that the problem wants. `saved`: stats and A of an earlier run."""
+    rows = _computed_rows(problem)
+    chunks = make_plan(problem, rows.count)
+    if not gradients:
+        problem = replace(problem, wants=NO_GRADIENTS)
+    with torch.autocast(problem.student.hidden.device.type, enabled=False):
+        return loop.run(problem, chunks, _backend(problem, chunks), rows, metrics, saved=saved)
+
+
+def run_weighted(
+    problem: Problem, weigher: RowWeigher, scope: str, lengths: Callable[[bool], list[int]]
+) -> Outputs:
+    """Return losses, statistics and gradients where row factors depend on the statistics themselves.
+
+    `lengths` gives the rows of each sequence, for scope "sequence"; the valid ones if asked so, which syncs with a GPU.
+    Outside the operator's schema, which holds no callables: under torch.compile this part runs eagerly.
+    """
+    sequences = lengths(packs(problem)) if scope == "sequence" else []
+    rows = _computed_rows(problem, sum(sequences) if scope == "sequence" else None)
+    chunks = make_plan(problem, rows.count, scope, max(sequences, default=0), weigher.has_policy)
+    backend = _backend(problem, chunks)
+    bounds = align(sequences, chunks.rows) if chunks.weighting == "aligned" else None
+    with torch.autocast(problem.student.hidden.device.type, enabled=False):
+        if chunks.weighting == "own pass" or weigher.has_collectives:
+            known = loop.run(replace(problem, wants=NO_GRADIENTS), chunks, backend, rows, metrics=True)
+            problem = problem.with_factors(*weigher(known, slice(None)))
+            return loop.run(problem, chunks, backend, rows, metrics=True)
+        return loop.run(problem, chunks, backend, rows, metrics=True, weigher=weigher, bounds=bounds)
+
+
+def make_plan(
+    problem: Problem, tokens: int, scope: str = "index", longest: int | None = None, policy: bool = False
+) -> ChunkPlan:
+    """Plan forward and backward alike: in recompute mode saved statistics must meet the same logits again."""
+    hidden, teacher = problem.student.hidden, problem.teacher
+    device = hidden.device
+    return plan(
+        tokens,
+        problem.vocab if problem.shard is None else problem.shard.widest,  # all ranks take the same chunks
+        hidden.shape[1],
+        0 if teacher is None else teacher.hidden.shape[1],
+        hidden.dtype,
+        shared_head=problem.shared_head,
+        trainable_head=problem.wants[1],
+        grad=any(problem.wants),
+        logits_dtype="input" if problem.logits_dtype == hidden.dtype else "float32",
+        bias_grad=problem.wants[2],
+        workspace_bytes=problem.workspace_bytes,
+        device_type=device.type,
+        weights_scope=scope,
+        longest_sequence=longest,
+        policy=policy,
+        topk=0 if problem.support is None else problem.support.k,
+        one_sweep=problem.spec.one_sweep,
+        sm_count=torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else SM_COUNT,
+    )
+
+
+def packs(problem: Problem) -> bool:
+    """True if rows that do not count are left out of the GEMMs. Their number must then reach the host, which a CUDA graph under capture forbids."""
+    valid = problem.rows.valid
+    if valid is None or not env.pack():
+        return False
+    return valid.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def _computed_rows(problem: Problem, count: int | None = None) -> ComputedRows:
+    """Choose the rows to compute, and check labels and listed entries. Packing syncs with a GPU once, unless `count` is known."""
+    rows, N = problem.rows, problem.tokens
+    _check_entries("labels", "or ignore_index", rows.labels, rows.valid, problem.vocab)
+    listed = "wherever teacher_topk_logprobs is above -inf"  # elsewhere ids are 0
+    _check_entries("teacher_topk_ids", listed, rows.topk_ids, None, problem.vocab)
+    if rows.valid is None or not packs(problem):
+        return ComputedRows(N, valid=rows.valid)
+    index = (rows.valid.nonzero() if count is None else rows.valid.nonzero_static(size=count)).squeeze(1)
+    return ComputedRows(N) if index.shape[0] == N else ComputedRows(index.shape[0], index)
+
+
+def _check_entries(
+    name: str, otherwise: str, entries: Tensor | None, valid: Tensor | None, vocab: int
+) -> None:
+    """Raise ValueError where an entry that counts lies outside the vocabulary. On CUDA this is an asynchronous device-side assert: no host sync."""
+    if entries is None:
+        return
+    inside = (entries >= 0) & (entries < vocab)
+    inside = inside if valid is None else inside | ~valid
+    expected = f"entries in [0, {vocab}) {otherwise}"
+    if on_host(entries.device):
+        expect(bool(inside.all()), name, expected, entries[~inside][:1].tolist())
+    else:
+        torch._assert_async(inside.all(), f"{name}: expected {expected}")
+
+
+def _backend(problem: Problem, chunks: ChunkPlan) -> RowBackend:
+    backend = backends.select(problem.backend, problem.student.hidden.device, chunks.logits_dtype)
+    return backend if problem.shard is None else ShardedRows(backend, problem.shard)
