@@ -336,94 +336,104 @@ def plan(
     sm_count: int = SM_COUNT,
     threads: int | None = None,
 ) -> ChunkPlan:
-    """Plan `linear_divergence` for N valid tokens, a vocabulary of V and hidden sizes H_student and H_teacher (default: the same; 0: no teacher's head).
+    """Plan `linear_divergence` for N valid tokens, a vocabulary of V and the hidden sizes of both sides.
 
-    `weights_scope` is that of the token weights. Those of scope `sequence` need all statistics of a sequence before its gradients: chunks end with
-    sequences where `longest_sequence` rows fit one (four passes), else a statistics pass goes first (six): `ChunkPlan.weighting` and `weighting_reason`.
-    With `policy`, a term of `objectives` is mixed in; with `topk`, a support has that many entries; `one_sweep` is RowSpec's. On CUDA (`device_type`,
-    `sm_count` multiprocessors) the rows of a chunk make whole waves of GEMM tiles, by a model whose assumptions stand at TILE. CPU scratch: by `threads`.
+    `H_teacher` defaults to `H_student`; 0: no teacher's head. `weights_scope` is that of the token weights: with
+    "sequence", chunks end with sequences where one holds `longest_sequence` rows (four passes), else a statistics pass
+    goes first (six). `policy`: a term of `objectives` is mixed in; `topk`: entries of a support; `one_sweep`: see
+    RowSpec. On CUDA (`device_type`, `sm_count` multiprocessors) the rows of a chunk make whole waves of GEMM tiles,
+    by the model at TILE. On a CPU scratch grows with `threads` (default: torch's).
 
-    `workspace_bytes` is the budget (default OPSD_WORKSPACE_BYTES or 1 GiB) for logits buffers, packed rows, the math library's scratch, and the fp32 dW that
-    stands beside a 16-bit gradient. The last claims half its size, but leaves the logits the bytes of the 16-bit dW, which takes their place in the end.
-    Raises ValueError if the budget does not hold one row.
+    `workspace_bytes` (default OPSD_WORKSPACE_BYTES or 1 GiB) is the budget for logits buffers, packed rows, scratch,
+    and the fp32 dW beside a 16-bit gradient. The last claims half its size, but leaves the logits the bytes of the
+    16-bit dW, which takes their place in the end. Raises ValueError if the budget does not hold one row.
     """
     H_teacher = H_student if H_teacher is None else H_teacher
     _check(dtype, backward, weights_scope, N=N, V=V, H_student=H_student, H_teacher=H_teacher)
     budget = workspace_budget(workspace_bytes)
     buffer, difference = resolve_logits(dtype, logits_dtype, shared_head)
-    trainable = trainable_head and grad
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V), device_type)
     scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads) if device_type == "cpu" else 0
-    held, head = held_dtype(dtype, buffer), V * H_student * (trainable and dtype.itemsize == 2)
-    limit = _row_limit(dtype, trainable, device_type, longest_sequence or 0)
-    most, accumulator = _room(
-        N, limit, budget - min(scratch, budget // 2, max(budget - per_row, 0)), per_row, head, held != dtype
-    )
+    gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
+    held, head = held_dtype(dtype, buffer), V * H_student * (gemms.trainable and dtype.itemsize == 2)
+    limit = _row_limit(dtype, gemms.trainable, device_type, longest_sequence or 0)
+    room = budget - min(scratch, budget // 2, max(budget - per_row, 0))
+    most, accumulator = _room(N, limit, room, per_row, head, held != dtype)
     expect(most >= 1, "workspace_bytes", f"at least {3 * per_row} bytes, for a row of logits pairs", budget)
-    weighting, reason = _weighting(
-        weights_scope,
-        longest_sequence,
-        most,
-        in_loop=(trainable or policy) and grad and backward != "recompute",
-    )
-    gemms = Products(V, H_student, H_teacher, difference, grad, trainable)
-    dW_itemsize = 4 if accumulator else dtype.itemsize
-    rows = max(min(N, most), 1)
-    if weighting != "aligned" and N > most:
-        rows = _balanced_rows(N, most)
-        if device_type == "cuda":
-            rows = whole_waves(N, most, gemms, dW_itemsize, sm_count)
-    sides = 1 + bool(H_teacher)
     again = backward == "recompute" and grad
-    twice = again or weighting == "own pass"
-    gradients, peak = _peak(
-        N, gemms, dtype, held, min(rows, N) * per_row + scratch, scratch, accumulator, 4 * V * bias_grad
+    in_loop = (gemms.trainable or policy) and grad and not again
+    weighting, reason = _weighting(weights_scope, longest_sequence, most, in_loop)
+    dW_itemsize = 4 if accumulator else dtype.itemsize
+    rows, tile_share = max(min(N, most), 1), 1.0
+    if weighting != "aligned" and N > most:
+        on_cuda = device_type == "cuda"
+        rows = whole_waves(N, most, gemms, dW_itemsize, sm_count) if on_cuda else _balanced_rows(N, most)
+    if device_type == "cuda":
+        tile_share = _tile_share(gemms, N, rows, sm_count)
+    memory = _memory(N, rows, gemms, dtype, held, per_row, scratch, accumulator, 4 * V * bias_grad)
+    work = _work(
+        N, rows, gemms, dtype, buffer, 2 - one_sweep, again, again or weighting == "own pass", dW_itemsize
     )
-    chunks = -(-N // rows)
     return ChunkPlan(
         tokens=N,
         rows=rows,
-        chunks=chunks,
         logits_dtype=buffer,
         difference=difference,
         gradient_dtype=held,
-        passes=sides + grad + trainable + sides * twice,
-        flops=2 * N * V * (H_student * (1 + twice + grad + trainable) + H_teacher * (1 + twice)),
-        workspace_bytes=min(rows, N) * per_row,
-        scratch_bytes=scratch,
-        accumulator_bytes=accumulator,
-        gradient_bytes=gradients,
-        vector_bytes=_vector_bytes(N),
-        peak_bytes=peak,
-        sweep_bytes=N
-        * V
-        * _bytes_per_logit(buffer, dtype, sides, 1 if one_sweep else 2, grad + trainable, again, twice),
-        head_bytes=gemms.head_bytes(chunks, dW_itemsize),
-        tile_share=_tile_share(gemms, N, rows, sm_count) if device_type == "cuda" else 1.0,
+        tile_share=tile_share,
         weighting=weighting,
         weighting_reason=reason,
+        **memory,
+        **work,
     )
 
 
-def _vector_bytes(N: int) -> int:
-    """Bytes of statistics, loss, A, weights, factors and their products."""
-    return N * 4 * (len(Column) + 8)
-
-
-def _peak(
+def _memory(
     N: int,
+    rows: int,
     gemms: Products,
     dtype: torch.dtype,
     held: torch.dtype,
-    walking: int,
+    per_row: int,
     scratch: int,
     accumulator: int,
     dbias: int,
-) -> tuple[int, int]:
-    """Return the bytes of the gradients, and the peak of forward and backward. `walking`: logits buffers and scratch."""
+) -> dict[str, int]:
+    """Predict the bytes of a call by kind, and its peak: during the loop, or when dW is cast."""
+    workspace = min(rows, N) * per_row
+    vectors = N * 4 * (len(Column) + 8)  # statistics, loss, A, weights, factors and their products
     dh = N * gemms.H_student * dtype.itemsize * gemms.grad
+    dW = gemms.V * gemms.H_student * dtype.itemsize * gemms.trainable
     if held != dtype:
         dh *= 3  # the fp32 one, and the 16-bit one beside it
-    dW = gemms.V * gemms.H_student * dtype.itemsize * gemms.trainable
-    moments = walking + (accumulator or dW), accumulator + dW + scratch
-    return dh + dW + dbias, max(moments) + dh + dbias + _vector_bytes(N)
+    return {
+        "workspace_bytes": workspace,
+        "scratch_bytes": scratch,
+        "accumulator_bytes": accumulator,
+        "gradient_bytes": dh + dW + dbias,
+        "vector_bytes": vectors,
+        "peak_bytes": max(workspace + (accumulator or dW), accumulator + dW) + scratch + dh + dbias + vectors,
+    }
+
+
+def _work(
+    N: int,
+    rows: int,
+    gemms: Products,
+    dtype: torch.dtype,
+    buffer: torch.dtype,
+    sweeps: int,
+    again: bool,
+    twice: bool,
+    dW_itemsize: int,
+) -> dict[str, int]:
+    """Count GEMM passes, operations and memory traffic. `again`: backward projects once more; `twice`: that or a statistics pass."""
+    sides, products, chunks = 1 + bool(gemms.H_teacher), gemms.grad + gemms.trainable, -(-N // rows)
+    per_pass = gemms.H_student * (1 + twice + products) + gemms.H_teacher * (1 + twice)
+    return {
+        "chunks": chunks,
+        "passes": sides + products + sides * twice,
+        "flops": 2 * N * gemms.V * per_pass,
+        "sweep_bytes": N * gemms.V * _bytes_per_logit(buffer, dtype, sides, sweeps, products, again, twice),
+        "head_bytes": gemms.head_bytes(chunks, dW_itemsize),
+    }

@@ -192,7 +192,7 @@ def test_group_advantages():
         ({"policy_weight": 1.5}, ValueError, "policy_weight: expected a number in .0, 1., got 1.5"),
         ({"reduction": "none"}, ValueError, "reduction: expected 'mean', 'sum' or 'sequence_mean'"),
         ({"backward": "recompute"}, ValueError, "backward: expected 'auto' or 'in_forward'"),
-        ({"labels": None}, TypeError, "labels: expected a tensor, got NoneType"),
+        ({"labels": None}, TypeError, "labels: expected a tensor, the sampled tokens, got NoneType"),
     ],
     ids=["policy", "policy_weight", "reduction", "backward", "labels"],
 )
