@@ -25,14 +25,14 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:   # one pip at a time in one environment
-.PHONY: help install train test test-all lint docs bench-cpu clean distclean
+.PHONY: help install train test test-all lint mypy docs bench-cpu clean distclean
 
 help:
 	@echo "make train      set up, then 'opsd train' on this machine (ARGS='--set steps=50', OUT=runs/name)"
 	@echo "make test       set up, then the tests of every feature, in minutes (PYTEST_ARGS='-k chunk')"
 	@echo "make test-all   set up, then all tests"
 	@echo "make install    set up only: .venv, dependencies, compiled extension"
-	@echo "make lint       ruff"
+	@echo "make lint       ruff, its formatter, mypy"
 	@echo "make docs       regenerate the generated pages in docs/, and build the site into build/site; a broken link fails"
 	@echo "make bench-cpu  CPU time of the fused op against bare matrix products, plain PyTorch and other libraries (ARGS=--quick)"
 	@echo "make clean      remove build outputs and caches; 'make distclean' removes .venv too. Runs are never removed."
@@ -54,9 +54,14 @@ test-all: install $(DONE)/dev
 	@echo "==> pytest, tests that compare times"
 	@$(PY) -m pytest -m alone $(PYTEST_ARGS) || [ $$? = 5 ]
 
-lint: $(DONE)/ruff
-	@echo "==> ruff check"
+lint: $(DONE)/ruff mypy
+	@echo "==> ruff check, ruff format --check"
 	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check --quiet .
+
+mypy: install $(DONE)/dev
+	@echo "==> mypy"
+	@$(PY) -m mypy
 
 docs: install $(DONE)/dev
 	@echo "==> docs/environment.md"
