@@ -11,8 +11,8 @@
 #
 # GPU_CHECK_TESTS is an expression for pytest -k in a dry run.
 # Results, one JSON per suite, and log.txt go to $OUT, or to benchmarks/results/<GPU>. PYTHON names the
-# interpreter (python3). Other libraries are measured if they can be imported (PYTHONPATH). The exit status is 0
-# if every correctness step passed.
+# interpreter (python3). Other libraries are measured if they can be imported (PYTHONPATH). The exit status is
+# 0 if every correctness step passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -121,8 +121,8 @@ fi
 # ---------------------------------------------------------------- measurements, one at a time
 
 clocks
-# Heads of Qwen3-8B, Qwen3-0.6B and Gemma 2; `latency` adds modes and the third divergence. A suite that runs out
-# of time keeps its finished rows, so the most important suites come first.
+# Heads of Qwen3-8B, Qwen3-0.6B and Gemma 2; `latency` adds modes and the third divergence. A suite that runs
+# out of time keeps its finished rows, so the most important suites come first.
 if [ -n "$DRY_RUN" ]; then
   bench() { step measurement "$1" 120 "$PYTHON" -m opsd_kernels bench --device cpu --quick --shape tiny --provider opsd --provider torch --suite "$1" --json "$OUT/$1.json" "${commit[@]}"; }
   for suite in ratios sweeps memory accuracy latency; do bench "$suite"; done

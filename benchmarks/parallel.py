@@ -1,4 +1,4 @@
-"""Cost of one rank of a spread loss head, on a machine without GPUs: the report behind docs/scaling.md.
+"""Cost of one rank of a sharded loss head, on a machine without GPUs: the report behind docs/scaling.md.
 
     python benchmarks/parallel.py [--quick] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""One rank of a spread loss head, alone in a process: time of its shard, its peak memory, its traffic."""
+"""One rank of a sharded loss head, alone in a process: time of its shard, its peak memory, its traffic."""
 
 from __future__ import annotations
 

@@ -132,18 +132,18 @@ def main(shard: str = "none") -> None:
     """Train two steps, and print this rank's memory."""
     with tempfile.TemporaryDirectory() as name:
         config = TrainConfig(**RUN, **make_inputs(Path(name)), shard=shard, tensorboard=False)
-        resident, told, one_step = Resident(), {}, loop.one_step
+        resident, state, one_step = Resident(), {}, loop.one_step
 
         def measured(run: loop.Run) -> dict[str, Any]:
             metrics = one_step(run)
-            told.update(held(run))
+            state.update(held(run))
             return metrics
 
         loop.one_step = resident.during("step", measured)
         step.optimisation_step = resident.during("update", step.optimisation_step)
         loop.Run.save = resident.during("save", loop.Run.save)
         loop.train(config, Path(name) / "run")
-    mib = {name: round(value, 1) for name, value in (told | resident.peaks).items()}
+    mib = {name: round(value, 1) for name, value in (state | resident.peaks).items()}
     rank = f"rank {os.environ.get('RANK', 0)} of {os.environ.get('WORLD_SIZE', 1)}"
     print(f"{rank}, shard={shard}, MiB:", json.dumps(mib), flush=True)
 

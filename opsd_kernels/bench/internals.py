@@ -1,6 +1,6 @@
 """Everything in `_core` and `_rows` that the benchmark reads: planner, logits dtype, row backends.
 
-The benchmark shows the machine itself, so it cannot stand on the public functions alone: it times row sweeps
+The benchmark shows the machine itself, so the public functions are not enough: it times row sweeps
 by backend, compares memory with the planner's model, and counts the numbers that vocabulary ranks exchange.
 No other module under bench/ imports `_core` or `_rows` (tests/test_repo.py).
 """

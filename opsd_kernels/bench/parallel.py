@@ -60,7 +60,7 @@ class Machine:
     device_type: str = "cuda"
 
 
-# ---------------------------------------------------------------- what is sent
+# ---------------------------------------------------------------- traffic
 
 
 def gathered_numbers(one_sweep: bool = True, statistics: bool = False) -> int:

@@ -1,4 +1,4 @@
-"""What is measured: the sizes of real model heads, and one setting of the op with its inputs."""
+"""The sizes of real model heads, and one setting of the op with its inputs."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_profile_writes_a_trace_and_a_table(tmp_path):
     "arguments, says",
     [
         (("--suite", "nothing"), "suite: expected one of 'ratios'"),
-        (("--provider", "nobody"), "provider: expected one of"),
+        (("--provider", "unknown"), "provider: expected one of"),
         (("--dtype", "int8"), "dtype: expected one of"),
         (("--shape", "large"), "shape: expected one of"),
         (("compare", "/nowhere/a.json", "/nowhere/b.json"), "No such file"),

@@ -103,7 +103,7 @@ SETTING = (8, 4, 9, "bfloat16", "shared", "trainable", "jsd")
 
 @pytest.fixture
 def results(tmp_path):
-    """A folder of results with one report of one machine."""
+    """Return a folder of results with one report of one machine."""
     rows = [
         Row(
             "ratios",

@@ -79,9 +79,9 @@ def test_two_sweeps_two_heads_and_no_labels():
     [({"tokens": 0}, "tokens"), ({"data_ranks": 0}, "data_ranks"), ({"overhead": 0.9}, "overhead")],
 )
 def test_errors_name_the_argument(wrong, says):
-    told = {"tokens": 8, "vocab_ranks": 1, "data_ranks": 1, "machine": MACHINE, "overhead": 1.0, **wrong}
+    arguments = {"tokens": 8, "vocab_ranks": 1, "data_ranks": 1, "machine": MACHINE, "overhead": 1.0, **wrong}
     with pytest.raises(ValueError, match=f"^{says}: expected"):
-        project(HEAD, **told)
+        project(HEAD, **arguments)
 
 
 def test_at_the_crossover_both_ways_exchange_alike():

@@ -95,7 +95,7 @@ def test_accuracy_tells_a_rounded_pair_from_the_difference():
 
 def test_names_are_checked():
     with pytest.raises(ValueError, match="provider: expected one of 'opsd'"):
-        parse_providers(["nobody"], quick=True)
+        parse_providers(["unknown"], quick=True)
     with pytest.raises(ValueError, match="shape: expected one of qwen3-0.6b"):
         parse_shape("N=12")
     with pytest.raises(ValueError, match="device: expected one of"):

@@ -1,4 +1,4 @@
-"""What the user asked `opsd bench` for, and the tasks and blank rows that suites make from it."""
+"""The options of `opsd bench`, and the tasks and blank rows that suites make from them."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def outcome_of(op: Callable[..., object], case: Case) -> Outcome:
 
 
 @functools.lru_cache(maxsize=1)  # one float64 outcome may hold gigabytes
-def _judged(setting: Setting) -> tuple[Case, Outcome, Outcome]:
+def _truth_and_peer(setting: Setting) -> tuple[Case, Outcome, Outcome]:
     """Return (case, float64 outcome, plain PyTorch's outcome at the setting's dtype)."""
     case = make_case(setting)
     return case, outcome_of(reference(setting), case.double()), outcome_of(reference(setting), case)
@@ -91,7 +91,7 @@ def _checked(provider: Provider, setting: Setting) -> Verdict:
 
 def _own(provider: Provider, setting: Setting) -> Verdict:
     """Check this package against its own targets."""
-    case, truth, plain = _judged(setting)
+    case, truth, plain = _truth_and_peer(setting)
     actual = outcome_of(provider.make(setting), case)
     buffer, _ = resolve_logits(
         setting.torch_dtype, "float32" if provider.name == "opsd-fp32" else "auto", setting.head == "shared"
@@ -133,5 +133,5 @@ def _peer(provider: Provider, setting: Setting) -> Verdict:
     assert_on_target(
         outcome_of(provider.make(narrow), case), outcome_of(reference(narrow), case.double()), "fp32_logits"
     )
-    case, truth, _ = _judged(setting)
+    case, truth, _ = _truth_and_peer(setting)
     return _errors(outcome_of(provider.make(setting), case), truth)

@@ -1,4 +1,4 @@
-"""The plans of docs/sizing.md: what the planner predicts for common models, on CUDA and in bf16."""
+"""The plans of docs/sizing.md: predictions for common models, on CUDA and in bf16."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from ..internals import plan
 from ..report.tables import Table
 
-# (what it is, options of `opsd plan`, arguments of `plan`)
+# (description, options of `opsd plan`, arguments of `plan`)
 EXAMPLES: list[tuple[str, str, dict[str, Any]]] = [
     (
         "Qwen3-0.6B, all weights",

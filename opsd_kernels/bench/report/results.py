@@ -21,7 +21,7 @@ PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "tran
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. `reason` says why it is missing. Fields that do not apply are None."""
+    """One measurement, or the reason why it is missing. Fields that do not apply are None."""
 
     suite: str
     provider: str
@@ -32,7 +32,7 @@ class Row:
     head: str
     mode: str
     divergence: str
-    # What the suite varies beside these: KL, masked share, scheme, sweep, part of a step.
+    # The suite's own variable beside these: KL, masked share, scheme, sweep, part of a step.
     variant: str = ""
     reason: str | None = None
     ms: Sample | None = None

@@ -22,7 +22,7 @@ VOCABULARY = {True: 2048, False: 16384}
 
 @functools.lru_cache(maxsize=4)
 def near_case(setting: Setting, kl: float, width: str) -> Case:
-    """Return a case whose teacher stands at a forward KL of `kl`, without the ignored rows of `hard_case`.
+    """Return a case at a forward KL of `kl`, without the ignored rows of `hard_case`.
 
     Those rows hold inf and NaN, which most other implementations do not accept.
     """
@@ -65,7 +65,7 @@ def errors(setting: Setting, providers: tuple[Provider, ...], kl: float, width: 
         reason = provider.unsupported(setting)
         # Rounding hidden states to 16 bits moves the teacher as well.
         if not reason and not kl / 2 < actual_kl < 2 * kl:
-            reason = f"the case stands at KL {actual_kl:.2g}"
+            reason = f"the KL of the case is {actual_kl:.2g}"
         if reason:
             rows.append(replace(row, reason=reason))
             continue

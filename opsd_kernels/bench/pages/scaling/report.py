@@ -56,7 +56,7 @@ class Measured:
         )
 
     def headline(self, group: bool) -> list[Row]:
-        """Return the rows that stand for a large head: the op at the largest H, in bf16, with reverse KL.
+        """Return the rows that represent a large head: the op at the largest H, in bf16, with reverse KL.
 
         Without `group` the op on the whole head, with it the op in groups of several ranks.
         """
