@@ -29,7 +29,7 @@ Reading = Callable[[], float]  # milliseconds of a run that has been issued
 
 
 def _few(n: int) -> float:
-    """Return Student's 97.5 % quantile at n - 1 degrees of freedom over the normal one, within 2 % for n >= 3."""
+    """Return Student's 97.5 % quantile (n - 1 degrees of freedom) over the normal one, to 2 % from n = 3."""
     return 1 + 1.25 / (n - 1) + 1.9 / (n - 1) ** 2 if n > 1 else 1.0
 
 
