@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in one run of at most nine minutes on a machine with torch, Triton and nvcc, and neither network nor package index:
-# builds the extension in place, runs tests/gpu and compute-sanitizer, then measures. Steps are independent: one that fails is reported, the rest goes on.
+# Everything that needs a GPU, in one run of at most nine minutes, on a machine with torch, Triton and nvcc.
+# It builds the extension in place, runs tests/gpu and compute-sanitizer, then measures, without network or
+# package index. Steps are independent: a failed step is reported, and the others still run.
 #
 #   benchmarks/gpu_check.sh [--dry-run] [--commit ID] [--only STEP,...]
 #
 #   --dry-run   every command on the CPU: Triton interpreted, tiny sizes, no build, no sanitizer
-#   --commit    written into the results where this copy of the sources has no git
-#   --only      steps of the list that it prints at the end: what a first call had no time for
+#   --commit    recorded in the results where this copy of the sources has no git
+#   --only      steps of the list printed at the end: those that a first call had no time for
 #
-# GPU_CHECK_TESTS is an expression for pytest -k, of a dry run.
-# Results, one JSON per suite, and log.txt go to $OUT, or to benchmarks/results/<GPU>. PYTHON names the interpreter (python3). Other libraries are
-# measured where they can be imported (PYTHONPATH). Exit status: 0 if every correctness step passed.
+# GPU_CHECK_TESTS is an expression for pytest -k in a dry run.
+# Results, one JSON per suite, and log.txt go to $OUT, or to benchmarks/results/<GPU>. PYTHON names the
+# interpreter (python3). Other libraries are measured if they can be imported (PYTHONPATH). The exit status is
+# 0 if every correctness step passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,19 +22,19 @@ while [ $# -gt 0 ]; do
     --dry-run) DRY_RUN=1 ;;
     --commit) COMMIT=$2; shift ;;
     --only) ONLY=$2; shift ;;
-    *) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 2 ;;
   esac
   shift
 done
 
 SECONDS=0
-MOST=530                                      # seconds in all; ten are left for the summary
+MOST=530                                      # seconds in all, which leaves ten for the summary
 PYTHON=${PYTHON:-python3}
 DEVICE=cuda
 [ -n "$DRY_RUN" ] && DEVICE=cpu
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1 | tr 'A-Z ' 'a-z-')
 OUT=${OUT:-benchmarks/results/${gpu#nvidia-}}
-[ -n "$DRY_RUN" ] && OUT=$(mktemp -d)         # nothing of a dry run is a result
+[ -n "$DRY_RUN" ] && OUT=$(mktemp -d)         # a dry run has no results
 [ -z "${gpu}${DRY_RUN}" ] && { echo "gpu_check: nvidia-smi names no GPU (--dry-run needs none)" >&2; exit 2; }
 WORK=$(mktemp -d)                             # one log per step, then one for all
 trap 'rm -rf "$WORK"; [ -n "$DRY_RUN" ] && rm -rf "$OUT"' EXIT
@@ -49,7 +51,7 @@ say() { printf '%s\n' "$*"; }
 left() { echo $((MOST - SECONDS)); }
 smaller() { echo $(($1 < $2 ? $1 : $2)); }
 
-# begin NAME SECONDS COMMAND...: in the background, its output in a log of its own
+# begin NAME SECONDS COMMAND...: run in the background, with a log of its own
 begin() {
   local name=$1 limit; limit=$(smaller "$2" "$(left)"); shift 2
   wanted "$name" || return 0
@@ -64,7 +66,7 @@ begin() {
   echo $! >"$WORK/$name.pid"
 }
 
-# end KIND NAME...: waits; KIND is correctness or measurement
+# end KIND NAME...: wait for steps; KIND is correctness or measurement
 end() {
   local kind=$1 name status; shift
   for name in "$@"; do
@@ -88,7 +90,7 @@ clocks() {
 say "==> $($PYTHON --version), $(nvcc --version 2>/dev/null | sed -n 's/^Cuda.*release \([^,]*\).*/nvcc \1/p'), results in $OUT"
 clocks
 if [ -n "$DRY_RUN" ]; then
-  step correctness build 60 "$PYTHON" setup.py --name    # others may be using the extension that a build replaces
+  step correctness build 60 "$PYTHON" setup.py --name    # a build would replace an extension in use
 else
   OPSD_BUILD_CUDA=1 step correctness build 170 "$PYTHON" setup.py build_ext --inplace
 fi
@@ -119,7 +121,8 @@ fi
 # ---------------------------------------------------------------- measurements, one at a time
 
 clocks
-# Heads of Qwen3-8B, Qwen3-0.6B and Gemma 2; `latency` has modes and the third divergence. A suite that is cut off keeps what it has: the first matter most.
+# Heads of Qwen3-8B, Qwen3-0.6B and Gemma 2; `latency` adds modes and the third divergence. A suite that runs
+# out of time keeps its finished rows, so the most important suites come first.
 if [ -n "$DRY_RUN" ]; then
   bench() { step measurement "$1" 120 "$PYTHON" -m opsd_kernels bench --device cpu --quick --shape tiny --provider opsd --provider torch --suite "$1" --json "$OUT/$1.json" "${commit[@]}"; }
   for suite in ratios sweeps memory accuracy latency; do bench "$suite"; done
@@ -132,7 +135,7 @@ else
   bench 150 latency --quick --shape qwen3-8b
 fi
 
-# ---------------------------------------------------------------- what came of it
+# ---------------------------------------------------------------- summary
 
 clocks
 {

@@ -1,4 +1,4 @@
-"""Prints reports of `opsd bench` in few characters: a line for each measurement, the worst error of each provider's accuracy.
+"""Print reports of `opsd bench` in short form: one line per measurement, the worst error per provider.
 
 python benchmarks/gpu_summary.py benchmarks/results/h200/*.json
 """
@@ -9,10 +9,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from opsd_kernels.bench.results import Row, load
+from opsd_kernels.bench.report.results import Row, load
 
 
 def numbers(row: Row) -> str:
+    """Return the numbers of a row, or its reason."""
     parts = [row.reason[:60] if row.reason else "", f"{row.ms.median:.2f} ms" if row.ms else ""]
     parts.append(f"{row.ratio.median:.2f}x {row.base}" if row.ratio and row.base != row.provider else "")
     parts.append(f"{row.ceiling:.0%} of ceiling" if row.ceiling else "")
@@ -24,6 +25,7 @@ def numbers(row: Row) -> str:
 
 
 def lines(rows: list[Row]) -> Iterator[str]:
+    """Yield one line per measurement under its setting, then the worst gradient errors of suite accuracy."""
     heading = None
     for row in rows:
         if row.suite == "accuracy":

@@ -1,8 +1,10 @@
-"""Liger's chunked JSD loss and ours under its name (steps.py). A step is the loss of one batch and the gradients of hidden states and head.
+"""Liger's chunked JSD loss and ours under its name: time and peak memory by steps.py.
 
-    python benchmarks/liger_steps.py [--rounds 3] [--tokens 64] [--dtype float32 --dtype bfloat16] [--json FILE]
+    python benchmarks/liger_steps.py [--rounds 3] [--tokens 64] [--dtype float32 --dtype bfloat16]
+        [--json FILE]
 
-Liger's as it comes: compiled, chunks of 1024 tokens. Its Triton loss, `LigerFusedLinearJSD`, needs a GPU.
+A step is the loss of one batch and the gradients of hidden states and head. Liger's loss runs with its
+defaults: compiled, chunks of 1024 tokens. Its Triton loss, `LigerFusedLinearJSD`, needs a GPU.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ ROWS = {
 def build(
     name: str, side: str, dtype: str, folder: str, fp32: bool
 ) -> tuple[list[Tensor], Callable[[int], Callable[[], Tensor]]]:
+    """Return the leaves and the loss of one side (steps.Build)."""
     warnings.simplefilter("ignore")
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
@@ -60,7 +63,8 @@ def build(
     return leaves, losses
 
 
-# torch.compile compiles for the sizes it meets: a first step of another size would leave that to the measured one.
+# torch.compile specialises on sizes: after a warm-up step of another size the measured step would compile
+# again.
 INTEGRATION = Integration("liger", "Liger", ROWS, build, warm_tokens=None)
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""An integration's loss with the library's own code and with ours: time of loss and gradients in turn, and peak memory, at the vocabulary of Qwen2.5.
+"""Time and peak memory of a library's loss beside ours, at the vocabulary of Qwen2.5.
 
-The measuring behind trl_steps.py, liger_steps.py and verl_steps.py. Each row is one process that holds both sides and steps them in turn on one batch, so
-that what else the machine does falls on both; peaks are those of a process each. A step is the loss and its backward pass; the optimiser is the library's in
-either case. Losses are compared with the library's own in fp32 on the same weights: ours gets no number if it is off.
+The engine of trl_steps.py, liger_steps.py and verl_steps.py. Each row is one process that holds both sides
+and runs their steps in turn on one batch, so that other load on the machine affects both; each peak is
+measured in a process of its own. A step is the loss and its backward pass; the optimiser is the library's on
+both sides. Both losses are compared with the library's own in fp32 on the same weights; ours is not timed if
+it is off.
 """
 
 from __future__ import annotations
@@ -25,38 +27,40 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import report_json
-from opsd_kernels.bench.results import script_report
+from opsd_kernels.bench.report.results import script_report
 from opsd_kernels.terminal import console, new_table
 from opsd_kernels.testing import TARGETS, peak_bytes
 
 V, HIDDEN, SEQUENCES, PROMPT = 151_936, 256, 4, 32
 OURS = "opsd"
 
-# From (row, side, dtype, folder, fp32) to the parameters that get gradients and, for a number of tokens, the loss of one batch. With `fp32` the weights are
-# those of `dtype` in fp32.
+# Takes (row, side, dtype, folder, fp32). Returns the parameters that get gradients, and a function from a
+# number of tokens to the loss of one batch. With `fp32` the weights are those of `dtype`, widened to fp32.
 Build = Callable[[str, str, str, str, bool], tuple[list[Tensor], Callable[[int], Callable[[], Tensor]]]]
 
 
 @dataclass(frozen=True)
 class Integration:
-    side: str  # the library's, as it is named in reports
+    """A library whose loss is compared with ours."""
+
+    side: str  # the library's name in reports
     label: str
-    rows: dict[str, str]  # what is measured, and what its loss is
+    rows: dict[str, str]  # name of a measurement, and its loss
     build: Build
-    warm_tokens: int | None = (
-        4  # of the step before the one whose peak is measured; None: as many as that one's
-    )
+    # Tokens of the warm-up step before the measured peak; None: as many as in the measured step.
+    warm_tokens: int | None = 4
     versions: dict[str, str] = field(default_factory=dict)  # beyond those that are installed
 
 
 def lengths(tokens: int) -> Tensor:
-    """(SEQUENCES,) of completions of up to `tokens`: all, a half, three quarters and all of them."""
+    """Shape (SEQUENCES,): completion lengths of 1, 1/2, 3/4 and 1 times `tokens`."""
     return torch.tensor([tokens, tokens // 2, 3 * tokens // 4, tokens])
 
 
 def stepper(
     built: tuple[list[Tensor], Callable[[int], Callable[[], Tensor]]], tokens: int
 ) -> Callable[[], Tensor]:
+    """Return a step that clears gradients, computes the loss and runs backward."""
     parameters, losses = built
     loss_of = losses(tokens)
 
@@ -75,14 +79,14 @@ def stepper(
 
 
 def peak_step(integration: Integration, row: str, side: str, dtype: str, tokens: int) -> Callable[[], Tensor]:
-    """The call that `testing.peak_bytes` measures: gradients of all parameters included, weights not."""
+    """Return the call that `testing.peak_bytes` measures, which allocates the gradients of all parameters."""
     built = integration.build(row, side, dtype, tempfile.mkdtemp(), False)
     stepper(built, integration.warm_tokens or tokens)()
     return stepper(built, tokens)
 
 
 def true_loss(integration: Integration, row: str, dtype: str, tokens: int, folder: str) -> float:
-    """The library's, in fp32, of the weights as `dtype` has them."""
+    """Return the library's loss in fp32, on the weights of `dtype`."""
     _, losses = integration.build(row, integration.side, dtype, folder, True)
     loss = losses(tokens)().item()
     assert math.isfinite(loss)
@@ -90,7 +94,7 @@ def true_loss(integration: Integration, row: str, dtype: str, tokens: int, folde
 
 
 def times(integration: Integration, row: str, dtype: str, tokens: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds, wall and CPU, of both in turn."""
+    """Time both sides in turn: medians in milliseconds, wall and CPU."""
     with tempfile.TemporaryDirectory() as folder:
         sides = {
             side: stepper(integration.build(row, side, dtype, folder, False), tokens)
@@ -105,7 +109,8 @@ def times(integration: Integration, row: str, dtype: str, tokens: int, rounds: i
         errors = {side: abs(loss - true) / abs(true) for side, loss in losses.items()}
         if not errors[OURS] <= TARGETS["default"]:
             raise SystemExit(
-                f"{row}, {dtype}: the loss is {losses[OURS]}, {integration.label}'s in fp32 {true}: {errors[OURS]:.2%} apart"
+                f"{row}, {dtype}: the loss is {losses[OURS]}, {integration.label}'s in fp32 {true}: "
+                f"{errors[OURS]:.2%} apart"
             )
         taken: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
         for _ in range(rounds):
@@ -129,13 +134,17 @@ def times(integration: Integration, row: str, dtype: str, tokens: int, rounds: i
 def measure(
     integration: Integration, row: str, dtype: str, tokens: int, rounds: int, threads: int
 ) -> dict[str, Any]:
+    """Return one row: times and losses by a process of its own, and both peaks."""
     load, began = os.getloadavg()[0], time.monotonic()
     program = [sys.executable, sys.argv[0], "--row", row, dtype, str(tokens), str(rounds), str(threads)]
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     line = next((line for line in done.stdout.splitlines() if line.startswith("ROW")), None)
     if line is None:
         raise SystemExit(f"{row}, {dtype}: {done.stderr.strip()[-2000:]}")
-    source = f"from {Path(sys.argv[0]).stem} import INTEGRATION\nfrom steps import peak_step\ndef make(*args): return peak_step(INTEGRATION, *args)"
+    source = (
+        f"from {Path(sys.argv[0]).stem} import INTEGRATION\nfrom steps import peak_step\n"
+        "def make(*args): return peak_step(INTEGRATION, *args)"
+    )
     peaks = {
         f"{side}_peak_bytes": peak_bytes(source, row, side, dtype, tokens, threads=threads)
         for side in (integration.side, OURS)
@@ -153,6 +162,7 @@ def measure(
 
 
 def show(integration: Integration, rows: list[dict[str, Any]]) -> None:
+    """Print all rows as a table."""
     side, label = integration.side, integration.label
     table = new_table(
         "loss and gradients",
@@ -186,6 +196,7 @@ def show(integration: Integration, rows: list[dict[str, Any]]) -> None:
 
 
 def main(integration: Integration) -> None:
+    """Measure all rows, or with `--row` one of them, as the process that `measure` starts."""
     parser = argparse.ArgumentParser(
         description=f"{integration.label}'s loss and ours: time and peak memory of loss and gradients."
     )
@@ -221,6 +232,6 @@ def main(integration: Integration) -> None:
         result["rows"].append(
             measure(integration, row, dtype, arguments.tokens, arguments.rounds, arguments.threads)
         )
-        if arguments.json is not None:  # after each row: a run may be cut short
+        if arguments.json is not None:  # after each row, so that an interrupted run keeps its rows
             arguments.json.write_text(report_json.dumps(result))
     show(integration, result["rows"])

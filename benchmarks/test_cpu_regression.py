@@ -1,6 +1,8 @@
-"""CPU regression suite: `pytest benchmarks --benchmark-only`. pytest-benchmark keeps the times; what fails is the ratio to the bare GEMMs of the same run.
+"""CPU regression suite: `pytest benchmarks --benchmark-only`.
 
-A limit is the target of the ratios suite plus what this run's own noise explains. `pytest benchmarks --benchmark-json=out.json` keeps the ratios.
+pytest-benchmark keeps the times; the test fails on the ratio to the bare GEMMs of the same run. The limit is
+the target of suite ratios plus the noise of this run. `pytest benchmarks --benchmark-json=out.json` keeps the
+ratios.
 """
 
 from __future__ import annotations
@@ -8,11 +10,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opsd_kernels.bench.gate import check
+from opsd_kernels.bench.measure.gate import check
+from opsd_kernels.bench.measure.timing import Variant, interleave, noise, ratio
 from opsd_kernels.bench.providers import BASE, PROVIDERS, bare_gemms, stepper
 from opsd_kernels.bench.shapes import SHAPES, Setting, make_case
 from opsd_kernels.bench.suites.latency import target
-from opsd_kernels.bench.timing import Variant, interleave, noise, ratio
 
 SHAPE = SHAPES["cpu"]
 ROUNDS, SECONDS = (5, 20), 30.0

@@ -1,6 +1,9 @@
-"""What a rank of the trainer holds: `torchrun --nproc-per-node 4 benchmarks/trainer_memory.py fsdp`, or `none`; without torchrun, one process.
+"""Memory of one rank of the trainer, in MiB.
 
-With MALLOC_MMAP_THRESHOLD_=65536, or glibc keeps freed blocks and the process looks larger than what it holds. Linux, CPU, half a minute.
+    torchrun --nproc-per-node 4 benchmarks/trainer_memory.py fsdp    # or none; without torchrun one process
+
+Run it with MALLOC_MMAP_THRESHOLD_=65536: otherwise glibc keeps freed blocks, and the process looks larger
+than its live memory. Linux, CPU, half a minute.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ RUN = {
 
 
 class Resident:
-    """Memory of the process above its start, in MiB; the peak of a phase by looking every 3 ms."""
+    """Resident memory of the process above its start, in MiB; peaks of a phase are sampled every 3 ms."""
 
     def __init__(self) -> None:
         self.start, self.peak, self.peaks = 0.0, 0.0, {}
@@ -50,6 +53,7 @@ class Resident:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def now(self) -> float:
+        """Return the resident memory above the start."""
         return (
             int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MIB
             - self.start
@@ -61,6 +65,8 @@ class Resident:
             time.sleep(0.003)
 
     def during(self, phase: str, function: Any) -> Any:
+        """Return `function` with its peak and the memory after it recorded under `phase`."""
+
         def watched(*arguments: Any, **options: Any) -> Any:
             self.peak = 0.0
             result = function(*arguments, **options)
@@ -72,7 +78,7 @@ class Resident:
 
 
 def held(run: loop.Run) -> dict[str, float]:
-    """MiB of the tensors of the state that this rank has."""
+    """Return MiB of the state's tensors on this rank."""
 
     def size(tensors: Any) -> float:
         return (
@@ -96,7 +102,7 @@ def held(run: loop.Run) -> dict[str, float]:
 
 
 def make_inputs(folder: Path) -> dict[str, str]:
-    """A Llama of 34 million random weights and a dozen questions, the same in every rank."""
+    """Write a Llama of 34 million random weights and a dozen questions, the same on every rank."""
     tokenizer = tiny.build_tokenizer((*"0123456789+-*", "right", "wrong"), ContextTemplate())
     ends = {
         "pad_token_id": tokenizer.pad_token_id,
@@ -123,21 +129,23 @@ def make_inputs(folder: Path) -> dict[str, str]:
 
 
 def main(shard: str = "none") -> None:
+    """Train two steps, and print this rank's memory."""
     with tempfile.TemporaryDirectory() as name:
         config = TrainConfig(**RUN, **make_inputs(Path(name)), shard=shard, tensorboard=False)
-        resident, told, one_step = Resident(), {}, loop.one_step
+        resident, state, one_step = Resident(), {}, loop.one_step
 
         def measured(run: loop.Run) -> dict[str, Any]:
             metrics = one_step(run)
-            told.update(held(run))
+            state.update(held(run))
             return metrics
 
         loop.one_step = resident.during("step", measured)
         step.optimisation_step = resident.during("update", step.optimisation_step)
         loop.Run.save = resident.during("save", loop.Run.save)
         loop.train(config, Path(name) / "run")
-    print(f"rank {os.environ.get('RANK', 0)} of {os.environ.get('WORLD_SIZE', 1)}, shard={shard}, MiB:",
-          json.dumps({name: round(value, 1) for name, value in (told | resident.peaks).items()}), flush=True)  # fmt: skip
+    mib = {name: round(value, 1) for name, value in (state | resident.peaks).items()}
+    rank = f"rank {os.environ.get('RANK', 0)} of {os.environ.get('WORLD_SIZE', 1)}"
+    print(f"{rank}, shard={shard}, MiB:", json.dumps(mib), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""What a training step costs beside the model, and the same job in TRL's SDPOTrainer.
+"""Overhead of a training step beside the model, and the same job in TRL's SDPOTrainer.
 
     python benchmarks/trainer_overhead.py [--steps 60] [--rounds 3] [--json FILE]
 
-The model's work is generate (with transformers' own host work), both forwards, the loss op, backward, the optimiser and the teacher's average. Everything
-else is overhead. Defaults of `opsd train`, without the probes of every 50 steps, which train nothing. The base model is made first if it is not cached.
+The model's work is generate (with transformers' own host work), both forward passes, the loss op, backward,
+the optimiser and the teacher's average; everything else is overhead. Settings are the defaults of `opsd
+train`, without the probes of every 50 steps, which train nothing. The base model is trained first if it is
+not cached.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 from transformers import GenerationMixin, PrinterCallback, TrainerCallback
 
 from opsd_kernels import report_json
-from opsd_kernels.bench.results import script_report
+from opsd_kernels.bench.report.results import script_report
 from opsd_kernels.terminal import console, new_table
 from opsd_kernels.train import log, loop, objective, rollout, teacher, warmstart
 from opsd_kernels.train import step as steps
@@ -47,7 +49,10 @@ Clock = Callable[[], float]
 
 
 class Parts:
-    """Time by part; a part inside another one is not counted in it. A busy machine stretches wall time and, much less, CPU time."""
+    """Time by part, without the parts nested in it.
+
+    Other load on the machine stretches wall time and, much less, CPU time.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -55,6 +60,7 @@ class Parts:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
+        """Count the time inside as `name`."""
         self._switch()
         self._open.append(name)
         try:
@@ -70,6 +76,8 @@ class Parts:
         self._since = now
 
     def timed(self, name: Name, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `function` with its time counted as `name`."""
+
         def call(*args: Any, **kwargs: Any) -> Any:
             with self.part(name() if callable(name) else name):
                 return function(*args, **kwargs)
@@ -78,7 +86,7 @@ class Parts:
 
 
 def places() -> list[tuple[Any, str, Name]]:
-    """(owner, attribute, part) of every call that is timed; what none of them holds is the loop's own."""
+    """Return (owner, attribute, part) of every call that is timed; the remaining time is the loop's own."""
     return [
         (GenerationMixin, "generate", "generate"),
         (
@@ -112,11 +120,15 @@ def places() -> list[tuple[Any, str, Name]]:
 
 
 def settings(count: int, **changes: Any) -> TrainConfig:
+    """Return the settings of a run with `count` measured steps."""
     return TrainConfig(**{"steps": WARM + count, "eval_every": 10**6, "eval_samples": 64, **changes})
 
 
 def ours(config: TrainConfig, clock: Clock, parts: Parts | None = None) -> list[float]:
-    """Milliseconds of each step after the first WARM, from the end of one to the end of the next. Fills `parts` where there are some."""
+    """Return milliseconds of each step after the first WARM, from the end of one step to the end of the next.
+
+    Fills `parts`, if given.
+    """
     ends: list[float] = []
     update = log.PlainBar.update
 
@@ -138,7 +150,7 @@ def ours(config: TrainConfig, clock: Clock, parts: Parts | None = None) -> list[
 
 
 def shares(rounds: int, count: int, clock: Clock) -> dict[str, Any]:
-    """Milliseconds a step by part, and the share of all but MODEL: medians over the rounds."""
+    """Return milliseconds per step by part, and the share of parts outside MODEL: medians over rounds."""
     tables = []
     for _ in range(rounds):
         parts = Parts(clock)
@@ -153,7 +165,7 @@ def shares(rounds: int, count: int, clock: Clock) -> dict[str, Any]:
 
 
 class Ends(TrainerCallback):
-    """When each step of TRL's trainer ended."""
+    """Records the end of each step of TRL's trainer."""
 
     def __init__(self, clock: Clock) -> None:
         self.at, self.clock = [], clock
@@ -163,7 +175,11 @@ class Ends(TrainerCallback):
 
 
 def theirs(config: TrainConfig, base: Path, clock: Clock) -> list[float]:
-    """The same job in SDPOTrainer: the model, the prompts of a step and their answers, both views, full-vocabulary reverse KL, EMA teacher, AdamW."""
+    """Return milliseconds of each step of the same job in SDPOTrainer.
+
+    It has the same model, prompts and answers per step, both contexts, full-vocabulary reverse KL, EMA
+    teacher, AdamW.
+    """
     from datasets import Dataset
     from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
@@ -190,6 +206,7 @@ def theirs(config: TrainConfig, base: Path, clock: Clock) -> list[float]:
 
 
 def trl_settings(config: TrainConfig, template: ContextTemplate) -> dict[str, Any]:
+    """Return the arguments of SDPOConfig that match `config`."""
     demonstration, feedback = ("\n{" + name + "}" for name in ("successful_previous_attempt", "feedback_raw"))
     return {
         "max_steps": config.steps,
@@ -202,7 +219,7 @@ def trl_settings(config: TrainConfig, template: ContextTemplate) -> dict[str, An
         "teacher_model_kind": "ema",
         "teacher_update_rate": config.teacher_rate,
         "include_environment_feedback": True,
-        # Our blocks, so that the teacher reads as many tokens.
+        # Our text blocks, so that the teacher reads as many tokens.
         "solution_template": demonstration.join(template.demonstration),
         "feedback_template": feedback.join(template.feedback),
         "reprompt_template": "{prompt}{solution}{feedback}\n" + template.instruction,
@@ -212,7 +229,7 @@ def trl_settings(config: TrainConfig, template: ContextTemplate) -> dict[str, An
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "seed": config.seed,
-        # Without what they have beside the step: recomputation, mixed precision, trackers, checkpoints, bars.
+        # No recomputation, mixed precision, trackers, checkpoints or progress bars.
         "gradient_checkpointing": False,
         "bf16": False,
         "use_cpu": True,
@@ -224,7 +241,10 @@ def trl_settings(config: TrainConfig, template: ContextTemplate) -> dict[str, An
 
 
 def against_trl(rounds: int, count: int, clock: Clock) -> dict[str, Any]:
-    """Medians of a step in turn. No rehearsal, which SDPOTrainer does not have; the loss a mean over sequences, which is SDPOTrainer's."""
+    """Time a step of ours and of SDPOTrainer in turn; medians over the rounds.
+
+    Without rehearsal, which SDPOTrainer lacks, and with its loss, a mean over sequences.
+    """
     config = settings(count, rehearsal_prompts=0, reduction="sequence_mean")
     base = warmstart.base_model(config, make_task(config), log.Progress())
     times: dict[str, list[float]] = {"opsd": [], "trl": []}
@@ -238,6 +258,7 @@ def against_trl(rounds: int, count: int, clock: Clock) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any]) -> None:
+    """Print the parts of a step, and the comparison with SDPOTrainer."""
     table = new_table("milliseconds a step", "part", "ms", "share")
     whole = sum(result["parts"]["parts_ms"].values())
     for name, ms in result["parts"]["parts_ms"].items():
@@ -247,13 +268,14 @@ def show(result: dict[str, Any]) -> None:
     if "sdpo_trainer" in result:
         peer = result["sdpo_trainer"]
         console.print(
-            f"a step of the same job: opsd {peer['opsd_ms']:.0f} ms, SDPOTrainer {peer['trl_ms']:.0f} ms, ratio {peer['ratio']:.2f}"
+            f"a step of the same job: opsd {peer['opsd_ms']:.0f} ms, SDPOTrainer {peer['trl_ms']:.0f} ms, "
+            f"ratio {peer['ratio']:.2f}"
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=60, help="measured ones")
+    parser.add_argument("--steps", type=int, default=60, help="number of measured steps")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--parts-only", action="store_true", help="without TRL")

@@ -1,6 +1,9 @@
-"""TRL's trainers with their loss and with ours (steps.py). A step is compute_loss and backward: sampling and the optimiser are TRL's in either case.
+"""TRL's trainers with their loss and with ours: time and peak memory by steps.py.
 
-python benchmarks/trl_steps.py [--rounds 3] [--tokens 64] [--dtype float32 --dtype bfloat16] [--json FILE]
+    python benchmarks/trl_steps.py [--rounds 3] [--tokens 64] [--dtype float32 --dtype bfloat16]
+        [--json FILE]
+
+A step is compute_loss and its backward pass; sampling and the optimiser are TRL's on both sides.
 """
 
 from __future__ import annotations
@@ -20,13 +23,20 @@ ROWS = {
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "DistillationTrainer": {"beta": 0.5},
-    "SDPOTrainer": {"teacher_model_kind": "live", "distillation_mode": "topk_logits", "distillation_topk": 20, "distillation_add_tail": True,
-                    "distillation_alpha": 0.5, "num_generations": SEQUENCES},
+    "SDPOTrainer": {
+        "teacher_model_kind": "live",
+        "distillation_mode": "topk_logits",
+        "distillation_topk": 20,
+        "distillation_add_tail": True,
+        "distillation_alpha": 0.5,
+        "num_generations": SEQUENCES,
+    },
     "IWOPDTrainer": {"max_length": 1024},
-}  # fmt: skip
+}
 
 
 def model(seed: int, dtype: str, folder: str) -> Any:
+    """Return a randomly initialised Qwen2 with an LM head of its own."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
@@ -47,11 +57,13 @@ def model(seed: int, dtype: str, folder: str) -> Any:
             **shape,
         )
     )
-    made.config._name_or_path = folder  # where IWOPDTrainer looks for the teacher's tokenizer
+    # IWOPDTrainer loads the teacher's tokenizer from here.
+    made.config._name_or_path = folder
     return made.to(getattr(torch, dtype))
 
 
 def tokenizer(folder: str) -> Any:
+    """Return a tokenizer with special tokens alone, saved in `folder`."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -64,7 +76,7 @@ def tokenizer(folder: str) -> Any:
 
 
 def trainer(name: str, side: str, dtype: str, folder: str) -> Any:
-    """TRL's or ours, with a student and a teacher of their own heads."""
+    """Return TRL's trainer or ours; student and teacher have heads of their own."""
     warnings.simplefilter("ignore")
     import trl
     from datasets import Dataset
@@ -101,7 +113,7 @@ def trainer(name: str, side: str, dtype: str, folder: str) -> Any:
 
 
 def batch(name: str, tokens: int) -> dict[str, Any]:
-    """SEQUENCES completions of `tokens`, a half, three quarters and all of them long in turn."""
+    """Return SEQUENCES completions, of the lengths in steps.lengths, in the trainer's format."""
     gen = torch.Generator().manual_seed(0)
     mask, asked = (
         (torch.arange(tokens) < lengths(tokens)[:, None]).long(),
@@ -137,6 +149,7 @@ def batch(name: str, tokens: int) -> dict[str, Any]:
 def build(
     name: str, side: str, dtype: str, folder: str, fp32: bool
 ) -> tuple[list[Tensor], Callable[[int], Callable[[], Tensor]]]:
+    """Return the parameters and the loss of one side (steps.Build)."""
     made = trainer(name, side, dtype, folder)
     made.model.train()
     if fp32:

@@ -1,9 +1,11 @@
-"""verl's top-k distillation loss, from logits to the aggregated loss by its own functions, and ours from hidden states (steps.py).
+"""verl's top-k distillation loss by its own functions, and ours: time and peak memory by steps.py.
 
-    python benchmarks/verl_steps.py [--rounds 3] [--tokens 64] [--dtype float32 --dtype bfloat16] [--json FILE]
+    python benchmarks/verl_steps.py [--rounds 3] [--tokens 64] [--dtype float32 --dtype bfloat16]
+        [--json FILE]
 
-A step is what follows the trunk, and the gradients of hidden states and head: the packed micro-batch with its prompts, teacher lists of 32 entries. verl is
-not installed: pip downloads its wheel, or VERL_SOURCE names the directory that holds `verl/`.
+A step is everything after the trunk, and the gradients of hidden states and head: the packed micro-batch with
+its prompts, teacher lists of 32 entries. verl is not installed: pip downloads its wheel, or VERL_SOURCE names
+the directory that holds `verl/`.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ ROWS = {
 
 
 def micro_batch(tokens: int, gen: torch.Generator) -> dict[str, Any]:
-    """Prompts and responses one after the other, nested as verl nests them."""
+    """Return prompts and responses as verl's nested tensors."""
     responses = lengths(tokens).tolist()
     whole = [PROMPT + length for length in responses]
     logprobs, ids = (torch.randn(sum(whole), 4 * K, generator=gen) * 2).log_softmax(-1).topk(K)
@@ -49,6 +51,7 @@ def micro_batch(tokens: int, gen: torch.Generator) -> dict[str, Any]:
 def build(
     name: str, side: str, dtype: str, folder: str, fp32: bool
 ) -> tuple[list[Tensor], Callable[[int], Callable[[], Tensor]]]:
+    """Return the leaves and the loss of one side (steps.Build)."""
     from opsd_kernels.integrations.verl import distillation_loss
 
     gen = torch.Generator().manual_seed(0)

@@ -1,4 +1,7 @@
-"""The `opsd` command, one function per subcommand. torch and transformers are imported inside them, so that `opsd --help` stays quick."""
+"""The `opsd` command, one function per subcommand.
+
+torch and transformers are imported inside them, so that `opsd --help` stays quick.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ try:
     from .terminal import console, new_table, one_line
 except ModuleNotFoundError as missing:
     raise SystemExit(
-        f"opsd: error: the command line needs {missing.name}: pip install 'opsd_kernels[cli]' (or [train] for opsd train)"
+        f"opsd: error: the command line needs {missing.name}: pip install 'opsd_kernels[cli]' "
+        "(or [train] for opsd train)"
     ) from None
 
 from .train import commands
@@ -52,10 +56,12 @@ PLAN_LABELS = {
 
 
 def main() -> None:
+    """Run the command."""
     app(prog_name="opsd")
 
 
 def print_version(value: bool) -> None:
+    """Print the version and end the command, for `--version`."""
     if value:
         typer.echo(f"opsd_kernels {__version__}")
         raise typer.Exit
@@ -67,14 +73,17 @@ def root(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Fused loss head for on-policy self-distillation: the trainer and its experiments, the planner, benchmarks and a check of this machine."""
+    """Fused loss head for on-policy self-distillation.
+
+    The trainer and its experiments, the planner, benchmarks and a check of this machine.
+    """
 
 
 for command in commands.ALL:
     app.command()(command)
 
 
-# ----------------------------------------------------------------------------------------------------------------------------------- plan
+# ---------------------------------------------------------------- plan
 
 
 @app.command()
@@ -89,13 +98,13 @@ def plan(
         str, typer.Option("--dtype", help="bfloat16, float16, float32 or float64.")
     ] = "bfloat16",
     shared_head: Annotated[
-        bool, typer.Option("--shared-head/--two-heads", help="Do both sides project with the same head?")
+        bool, typer.Option("--shared-head/--two-heads", help="Whether both sides share one head.")
     ] = True,
     frozen: Annotated[bool, typer.Option("--frozen", help="The head gets no gradient.")] = False,
     workspace: Annotated[str | None, typer.Option("--workspace", help="Byte budget, such as 256MiB.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     divergence: Annotated[
-        str, typer.Option("--divergence", help="The two plain KLs take one sweep less.")
+        str, typer.Option("--divergence", help="The plain KLs need one sweep less.")
     ] = "reverse_kl",
     vocab_ranks: Annotated[
         int,
@@ -110,25 +119,28 @@ def plan(
 ) -> None:
     """Predict memory and work of one call.
 
-    Chunks, buffers, peak, floating-point operations and memory traffic of linear_divergence at the given sizes, and how a GPU's row kernels
-    are launched. Runs nothing.
+    Chunks, buffers, peak, floating-point operations and memory traffic of linear_divergence at the given
+    sizes, and the launch of a GPU's row kernels. Runs nothing.
     """
-    from ._core.planner import plan as make_plan
+    from . import plan as make_plan
     from ._rows import backends
     from .spec import Divergence
 
     with one_line(ValueError, TypeError):
         budget = None if workspace is None else parse_bytes(workspace)
-        options = {
-            "shared_head": shared_head,
-            "trainable_head": not frozen,
-            "workspace_bytes": budget,
-            "device_type": parse_device(device),
-        }
         one_sweep = Divergence.parse(divergence).one_sweep
-        tokens, vocab = -(-tokens // data_ranks), -(-vocab // vocab_ranks)  # the fullest rank's
+        tokens, vocab = -(-tokens // data_ranks), -(-vocab // vocab_ranks)  # the largest share of a rank
         made = make_plan(
-            tokens, vocab, hidden, teacher_hidden, parse_dtype(dtype), one_sweep=one_sweep, **options
+            tokens,
+            vocab,
+            hidden,
+            teacher_hidden,
+            parse_dtype(dtype),
+            shared_head=shared_head,
+            trainable_head=not frozen,
+            workspace_bytes=budget,
+            device_type=parse_device(device),
+            one_sweep=one_sweep,
         )
     fields = made.as_dict()
     if as_json:
@@ -137,12 +149,14 @@ def plan(
     table = new_table("linear_divergence, predicted", "", "")
     for name, value in fields.items():
         table.add_row(PLAN_LABELS.get(name, name.replace("_", " ")), readable(name, value))
-    for name, launch in backends.launches(vocab, made.logits_dtype).items() if device == "cuda" else ():
-        table.add_row(f"{name} row kernels", launch)
+    if device == "cuda":
+        for name, launch in backends.launches(vocab, made.logits_dtype).items():
+            table.add_row(f"{name} row kernels", launch)
     console.print(table)
 
 
 def parse_bytes(text: str) -> int:
+    """Return the bytes of a size such as 268435456, 256MiB or 1.5GiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if not match or match[2] not in BYTE_UNITS:
         raise ValueError(
@@ -152,6 +166,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_dtype(text: str) -> Any:
+    """Return the torch dtype of a name."""
     import torch
 
     names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
@@ -162,12 +177,14 @@ def parse_dtype(text: str) -> Any:
 
 
 def parse_device(text: str) -> str:
+    """Return the device type, checked."""
     if text not in ("cpu", "cuda"):
         raise ValueError(f"--device: expected cpu or cuda, got {text!r}")
     return text
 
 
 def readable(name: str, value: object) -> str:
+    """Return a field of the plan with a unit that its name implies."""
     if name.endswith("_bytes") and isinstance(value, int):
         unit, size = next(
             ((u, s) for u, s in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)) if value >= s),
@@ -183,7 +200,7 @@ def readable(name: str, value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------- bench
+# ---------------------------------------------------------------- bench
 
 bench_app = typer.Typer(add_completion=False, rich_markup_mode=None)
 app.add_typer(bench_app, name="bench", invoke_without_command=True)
@@ -210,7 +227,7 @@ def bench(
         list[str] | None, typer.Option("--dtype", help="float32, bfloat16 or float16. Repeatable.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option("--device", help="cpu or cuda; without it, cuda where there is one.")
+        str | None, typer.Option("--device", help="cpu or cuda; default: cuda if available.")
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Smaller sizes, fewer rounds: minutes instead of half an hour.")
@@ -222,17 +239,18 @@ def bench(
     profile: Annotated[
         Path | None,
         typer.Option(
-            "--profile", help="Instead: a torch.profiler trace in this directory, and where the time goes."
+            "--profile", help="Instead of measuring, write a torch.profiler trace into this directory."
         ),
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads.")] = None,
     commit: Annotated[
-        str | None, typer.Option("--commit", help="What to record as the commit, in a copy without git.")
+        str | None, typer.Option("--commit", help="Commit to record in a copy without git.")
     ] = None,
 ) -> None:
-    """Measure time, memory and accuracy, beside the libraries that are installed.
+    """Measure time, memory and accuracy, beside the other libraries that are installed.
 
-    Without --suite, all of them. Every number stands behind a check of the result; what cannot be measured is a row that says why.
+    Runs all suites without --suite. Every number is checked for a correct result first; a row without a
+    number gives the reason.
     """
     if context.invoked_subcommand is not None:
         return
@@ -255,7 +273,10 @@ def bench_compare(
     before: Annotated[Path, typer.Argument(help="Report of the older run.")],
     after: Annotated[Path, typer.Argument(help="Report of the newer run.")],
 ) -> None:
-    """Show what got slower, larger or less exact between two reports, beyond their noise. Ends with status 1 if anything did."""
+    """List what got slower, larger or less exact between two reports, beyond their noise.
+
+    Exits with status 1 if there is a regression.
+    """
     from .bench import command
 
     with one_line(ValueError, OSError):
@@ -263,14 +284,15 @@ def bench_compare(
     raise typer.Exit(1 if worse else 0)
 
 
-# --------------------------------------------------------------------------------------------------------------------------------- doctor
+# ---------------------------------------------------------------- doctor
 
 
 @app.command()
 def doctor() -> None:
-    """Tell what is usable on this machine.
+    """Show what is usable on this machine.
 
-    Versions, devices, row backends and, where one cannot serve, why not; environment variables in force.
+    Versions, devices, row backends with the reasons of those that cannot serve, environment variables in
+    force.
     """
     from .doctor import sections
 

@@ -1,9 +1,14 @@
-"""What `opsd doctor` tells, as rows of text. Needs torch and numpy alone: the command runs without the packages of the other commands."""
+"""The tables of `opsd doctor`, as text.
+
+They need torch and numpy alone: the command runs without the packages of the other commands. It shows the
+machine itself, so it reads the backends and the GEMMs directly.
+"""
 
 from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
@@ -23,10 +28,11 @@ class Section(NamedTuple):
 
     title: str
     headers: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
 
 def sections() -> list[Section]:
+    """Return all tables of the command."""
     devices = [
         f"{torch.cuda.get_device_name(i)}, {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
         for i in range(torch.cuda.device_count())
@@ -49,6 +55,7 @@ def sections() -> list[Section]:
 
 
 def machine(devices: list[str]) -> list[tuple[str, str]]:
+    """Return versions, CPU, compiled kernels and `devices`."""
     rows = [
         ("opsd_kernels", __version__),
         ("python", f"{tested_versions.note('python', platform.python_version())} on {platform.platform()}"),
@@ -57,8 +64,9 @@ def machine(devices: list[str]) -> list[tuple[str, str]]:
     rows.append(
         ("CPU", f"{torch.get_num_threads()} threads, torch uses {torch.backends.cpu.get_cpu_capability()}")
     )
-    if too_old(torch.__version__):
-        rows.append(("", too_old(torch.__version__)))
+    old = too_old(torch.__version__)
+    if old is not None:
+        rows.append(("", old))
     rows.append(("C++ kernels", extension_state()))
     if extension.load():
         rows.append(("", f"to build them: {extension.build_command()}"))
@@ -70,6 +78,7 @@ def machine(devices: list[str]) -> list[tuple[str, str]]:
 
 
 def print_plainly() -> None:
+    """Print all tables without rich."""
     for title, headers, rows in sections():
         shown = [row for row in (headers, *rows) if any(row)]
         widths = [max(len(row[column]) for row in shown) for column in range(len(headers))]
@@ -81,7 +90,7 @@ def print_plainly() -> None:
 
 
 def extension_state() -> str:
-    """The instruction set that the compiled kernels chose, or why there are none."""
+    """Return the instruction set that the compiled kernels chose, or the reason why there are none."""
     try:
         return extension.load() or f"built, use {extension.capability()}"
     except RuntimeError as error:  # OPSD_CPU_CAPABILITY names no instruction set
@@ -89,14 +98,18 @@ def extension_state() -> str:
 
 
 def too_old(version: str) -> str | None:
-    """What is missing with a torch below the oldest one that the package is made for; None from that on."""
+    """Return the limitations of a torch below OLDEST_TORCH; None from that version on."""
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= OLDEST_TORCH:
         return None
     oldest = ".".join(map(str, OLDEST_TORCH))
-    return f"torch {version} is older than {oldest}: compiled kernels do not load, and a GPU may not multiply 16-bit matrices into an fp32 accumulator"
+    return (
+        f"torch {version} is older than {oldest}: compiled kernels do not load, and a GPU may not multiply "
+        "16-bit matrices into an fp32 accumulator"
+    )
 
 
 def installed_version(package: str) -> str:
+    """Return the version of a package, or `not installed`."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -104,6 +117,7 @@ def installed_version(package: str) -> str:
 
 
 def environment_value(variable: env.Variable) -> str:
+    """Return the value in force, or the error of an invalid one."""
     try:
         value = variable.get()
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Where a measurement was made: machine, versions, commit."""
+"""The origin of a measurement: machine, versions, commit."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 
 def package_version(package: str) -> str | None:
+    """Return the version of a package, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -20,7 +21,10 @@ def package_version(package: str) -> str | None:
 
 
 def git_commit() -> str:
-    """The commit of this package's sources, `-dirty` where the kernels or the op differ from it; `unknown` in a copy without git."""
+    """Return the commit of this package's sources, or `unknown` in a copy without git.
+
+    It ends in `-dirty` where `opsd_kernels` or `csrc` differ from the commit.
+    """
     root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
@@ -56,6 +60,7 @@ def _memory_bytes() -> int | None:
 
 
 def describe_machine(device: str) -> dict[str, object]:
+    """Return the machine's processor, memory and, on CUDA, GPU; `name` is one line for tables."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     capability = torch.backends.cpu.get_cpu_capability()
     cpu = {

@@ -1,12 +1,16 @@
-"""The JSON of committed reports: the top level indented, each record of a list on a line of its own, so that a later run shows as a diff by record."""
+"""The JSON of committed reports: the top level is indented, and each record of a list takes one line.
+
+A later run then differs record by record.
+"""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-# Characters. A value that is not a record stays on one line up to WIDTH. A record stays on one line at any length, except that one with records of its own,
-# such as a table with its rows, is broken into lines above LONG: one panel of a figure takes 78,000 characters.
+# In characters. A value that is not a record stays on one line up to WIDTH. A record stays on one line at any
+# length, unless it is longer than LONG and holds records of its own, such as a table with its rows: one panel
+# of a figure takes 78,000 characters.
 WIDTH, LONG = 160, 480
 
 
@@ -16,7 +20,7 @@ def dumps(report: Any) -> str:
 
 
 def _layout(value: Any, depth: int, top: bool = False) -> str:
-    """Return the text of `value`, whose children are indented by `depth` spaces where they get lines of their own."""
+    """Return the text of `value`; children on lines of their own are indented by `depth` spaces."""
     line = json.dumps(value)
     if isinstance(value, dict) and value and (top or len(line) > WIDTH):
         return _lines(
@@ -52,7 +56,7 @@ def _is_list_of_records(value: Any) -> bool:
 
 
 def _holds_records(record: Any) -> bool:
-    """True for a record that is broken into lines because it is long and holds a list of records."""
+    """Return whether a record is broken into lines: it is long and holds a list of records."""
     return (
         isinstance(record, dict)
         and any(map(_is_list_of_records, record.values()))

@@ -1,4 +1,7 @@
-"""The configurations that the whole test suite has been run on. The data: tested_versions.json, which tests/record_versions.py writes."""
+"""The configurations that the whole test suite has been run on.
+
+The data are in tested_versions.json, which tests/record_versions.py writes.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from . import report_json
 
 FILE = Path(__file__).with_name("tested_versions.json")
 PAGE = Path("docs/tested-versions.md")
-# The distributions whose versions a record holds, the libraries that the tests compare with last.
+# The distributions whose versions a record holds; last the libraries that the tests compare with.
 PACKAGES = (
     "torch",
     "triton",
@@ -31,7 +34,7 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Record:
-    """One run of the tests: where, when, with what, and how it ended."""
+    """One run of the tests: date, commit, versions, machine, and result."""
 
     date: str
     commit: str
@@ -47,8 +50,8 @@ class Record:
     files: int  # test files that took part
 
     @property
-    def configuration(self) -> tuple[str, str, str, tuple]:
-        """What a later run must share to replace this record."""
+    def configuration(self) -> tuple[object, ...]:
+        """The identity of the record: a later run with the same configuration replaces it."""
         return (
             self.python,
             self.platform,
@@ -70,7 +73,7 @@ def _version(package: str) -> str | None:
 
 
 def load(path: Path = FILE) -> tuple[Record, ...]:
-    """Return the records of a file. Raises ValueError for a file that holds anything else."""
+    """Return the records of a file. Raises ValueError for other content."""
     data = json.loads(path.read_text())
     try:
         return tuple(Record(**record) for record in data["records"])
@@ -95,7 +98,7 @@ def save(records: tuple[Record, ...], path: Path = FILE) -> None:
 
 @cache
 def tested(package: str) -> tuple[str, ...]:
-    """Return the versions of `package`, or of `python`, that some run without a failure had, oldest first."""
+    """Return the versions of `package`, or of `python`, in runs without a failure, oldest first."""
     good = [record for record in load() if not record.failed and record.passed]
     found = {
         record.python if package == "python" else public(record.packages.get(package) or "")
@@ -105,11 +108,12 @@ def tested(package: str) -> tuple[str, ...]:
 
 
 def note(package: str, found: str) -> str:
-    """Return what `opsd doctor` prints for a package: its version and whether the tests were run with it. No record, no claim."""
+    """Return a version as `opsd doctor` prints it: with the tested versions, if there are records."""
     known = tested(package)
     if not known or not re.match(r"\d", found):
         return found
-    return f"{found} ({'tested' if _same(package, found) in {_same(package, one) for one in known} else 'not tested'}; tested: {', '.join(known)})"
+    verdict = "tested" if _same(package, found) in {_same(package, one) for one in known} else "not tested"
+    return f"{found} ({verdict}; tested: {', '.join(known)})"
 
 
 def public(text: str) -> str:
@@ -118,7 +122,7 @@ def public(text: str) -> str:
 
 
 def _same(package: str, text: str) -> str:
-    """Return the part of a version that has to agree: all of a package's, major and minor of Python's."""
+    """Return the part of a version that is compared: major and minor of Python's, else the public version."""
     return ".".join(text.split(".")[:2]) if package == "python" else public(text)
 
 
@@ -134,19 +138,12 @@ def markdown(records: tuple[Record, ...] | None = None) -> str:
         return "\n".join([*head, "No run has been recorded yet.", ""])
     packages = [package for package in PACKAGES if any(record.packages.get(package) for record in records)]
     columns = ["Python", *packages, "test files", "passed", "failed", "skipped", "run"]
-    rows = [
-        [
-            record.python,
-            *(record.packages.get(package) or "-" for package in packages),
-            record.files,
-            record.passed,
-            record.failed,
-            record.skipped,
-            number,
-        ]
-        for number, record in enumerate(records, 1)
-    ]
-    table = [f"| {' | '.join(map(str, row))} |" for row in (columns, ["---"] * len(columns), *rows)]
+    rows = [columns, ["---"] * len(columns)]
+    for number, record in enumerate(records, 1):
+        versions = [record.packages.get(package) or "-" for package in packages]
+        counts = (record.files, record.passed, record.failed, record.skipped, number)
+        rows.append([record.python, *versions, *map(str, counts)])
+    table = [f"| {' | '.join(row)} |" for row in rows]
     runs = [
         f"{number}. {r.date}, commit {r.commit[:12]}, {r.cpu}, {r.platform}, {r.seconds:.0f} s: `{r.command}`"
         for number, r in enumerate(records, 1)
@@ -154,8 +151,10 @@ def markdown(records: tuple[Record, ...] | None = None) -> str:
     return "\n".join([*head, *table, "", *runs, ""])
 
 
-INTRO = """Generated by `make docs` from `opsd_kernels/tested_versions.json`. `opsd doctor` prints for each installed package whether it is one of these.
+INTRO = """Generated by `make docs` from `opsd_kernels/tested_versions.json`. `opsd doctor` prints for each
+installed package whether its version is one of these.
 
-A record comes from the tests' own report, `make test PYTEST_ARGS="--junitxml=build/tests.xml"` and then
+A record comes from a report of the tests: `make test PYTEST_ARGS="--junitxml=build/tests.xml"`, then
 `.venv/bin/python tests/record_versions.py build/tests.xml`.
-`pyproject.toml` has the versions that the package accepts. A peer without a version was not installed, and the tests that compare with it were skipped."""
+The versions that the package accepts are in `pyproject.toml`. A peer without a version was not installed, and
+the tests that compare with it were skipped."""

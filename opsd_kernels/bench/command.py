@@ -1,4 +1,4 @@
-"""What `opsd bench` does once its options are read: progress, tables, files."""
+"""`opsd bench` after its options are parsed: progress, tables, files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 
 from .. import env
-from . import compare, plots, profiling, runner, tables
-from .results import Report, load
+from . import runner
+from .measure import profiling
+from .measure.context import Context
+from .report import compare, plots, tables
+from .report.results import Report, load
 
-# Which change what is measured: part of the command that repeats it.
+# Environment variables that change the measurement: part of the command that repeats it.
 VARIABLES = (
     "OMP_NUM_THREADS",
     "GOMP_SPINCOUNT",
@@ -31,7 +34,7 @@ OUTPUTS = ("--json", "--plots")
 
 
 def without_outputs(arguments: list[str]) -> list[str]:
-    """Where the files went is not part of what was measured."""
+    """Return the arguments without the files that are written, which are not part of the measurement."""
     kept = [
         a
         for before, a in zip(["", *arguments], arguments, strict=False)
@@ -42,7 +45,10 @@ def without_outputs(arguments: list[str]) -> list[str]:
 
 @contextmanager
 def shown_progress() -> Iterator[runner.Progress]:
-    """A bar on a terminal, one line for each comparison otherwise. On stderr: the table may be piped."""
+    """Yield a progress callback: a bar on a terminal, otherwise one line for each comparison.
+
+    It writes to stderr, so that the table can be piped.
+    """
     errors = Console(stderr=True, highlight=False)
     if not runner.on_a_terminal():
         began = time.monotonic()
@@ -64,7 +70,7 @@ def shown_progress() -> Iterator[runner.Progress]:
 
 
 def show(table: tables.Table, console: Console) -> None:
-    """Wide tables are cut by rich on a terminal, never in a pipe."""
+    """Print a table. On a terminal rich folds wide ones; in a pipe they keep their width."""
     out = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
     for column in table.columns:
         out.add_column(column, overflow="fold")
@@ -75,13 +81,13 @@ def show(table: tables.Table, console: Console) -> None:
 
 def bench(
     suites: list[str],
-    context: runner.Context,
+    context: Context,
     path: Path | None,
     plots_dir: Path | None,
     arguments: list[str],
     commit: str | None,
 ) -> Report:
-    """Measures, prints, writes."""
+    """Run the suites, print their tables, and write the report to `path` and plots to `plots_dir`."""
     variables = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
     command = shlex.join([*variables, "opsd", "bench", *without_outputs(arguments)])
     with shown_progress() as progress:
@@ -101,7 +107,8 @@ def bench(
     return report
 
 
-def profile(context: runner.Context, directory: Path) -> None:
+def profile(context: Context, directory: Path) -> None:
+    """Trace each setting, and print where its time goes."""
     console = Console(highlight=False)
     for setting in profiling.settings(context):
         trace, table = profiling.profile(setting, directory)
@@ -110,7 +117,7 @@ def profile(context: runner.Context, directory: Path) -> None:
 
 
 def compare_files(before: Path, after: Path) -> bool:
-    """Prints what changed; whether anything got worse."""
+    """Print the changes between two reports; return whether there is a regression."""
     console = Console(highlight=False)
     old, new = load(before), load(after)
     for note in compare.comparable(old, new):

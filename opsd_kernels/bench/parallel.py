@@ -1,10 +1,10 @@
-"""What one rank of a loss head costs whose vocabulary is spread over R ranks and whose tokens over D: what it sends, its time, its memory. Pure arithmetic.
-
-The constants are arguments. benchmarks/parallel.py measures those that a machine without GPUs can tell; scaling.py writes docs/scaling.md from both.
+"""Cost of one rank of a loss head over R vocabulary ranks and D data ranks: bytes sent, time, memory.
 
     seconds = gemms * overhead + statistics gathered + sums of dh + sum of dW
 
-Nothing overlaps, and all ranks work alike. A collective takes a fixed time, and its bytes over the bandwidth of one direction of a link, sent around a ring.
+Arithmetic only. Every constant is an argument. benchmarks/parallel.py measures those that a machine without
+GPUs can provide; pages/scaling writes docs/scaling.md from both. The model has no overlap and equal ranks. A
+collective takes a fixed latency plus its bytes over the bandwidth of one direction of a link, in a ring.
 """
 
 from __future__ import annotations
@@ -14,36 +14,38 @@ from dataclasses import dataclass
 
 import torch
 
-from .._core.planner import DEFAULT_WORKSPACE_BYTES, FLOPS_PER_BYTE, ChunkPlan, plan
-from .._rows.contract import Column
 from ..spec import expect
+from .internals import DEFAULT_WORKSPACE_BYTES, FLOPS_PER_BYTE, ChunkPlan, Column, plan
 
-FP32 = 4  # bytes of what vocabulary ranks exchange
+FP32 = 4  # bytes of a number that vocabulary ranks exchange
 
 
 @dataclass(frozen=True)
-class Head:
-    """An LM head of a model that people train: (V, H), as published in its config."""
+class LMHead:
+    """The LM head of a published model: hidden size and vocabulary of its config."""
 
     name: str
     H: int
     V: int
 
 
-HEADS = (
-    Head("Llama-3-70B", 8192, 128256),
-    Head("Qwen2.5-72B", 8192, 152064),
-    Head("Qwen3-235B-A22B", 4096, 151936),
-    Head("Llama-3.1-405B", 16384, 128256),
+LM_HEADS = (
+    LMHead("Llama-3-70B", 8192, 128256),
+    LMHead("Qwen2.5-72B", 8192, 152064),
+    LMHead("Qwen3-235B-A22B", 4096, 151936),
+    LMHead("Llama-3.1-405B", 16384, 128256),
 )
 
 
 @dataclass(frozen=True)
 class Link:
-    latency: float  # seconds of a collective that carries next to nothing
-    bandwidth: float  # bytes per second that a rank sends while it receives as many
+    """A collective's cost on one link."""
+
+    latency: float  # seconds of a collective on an empty message
+    bandwidth: float  # bytes per second in each direction, while both are busy
 
     def seconds(self, calls: int, nbytes: float) -> float:
+        """Return the time of `calls` collectives that send `nbytes` in all."""
         return calls * self.latency + nbytes / self.bandwidth
 
 
@@ -58,31 +60,31 @@ class Machine:
     device_type: str = "cuda"
 
 
-# ---------------------------------------------------------------- what is sent
+# ---------------------------------------------------------------- traffic
 
 
 def gathered_numbers(one_sweep: bool = True, statistics: bool = False) -> int:
-    """fp32 numbers of a row that every vocabulary rank sends to all others (vocab_parallel.ShardedRows)."""
+    """Return the number of fp32 statistics of a row that each vocabulary rank sends to every other one."""
     return (Column.CLIPPED if statistics else Column.STUDENT_ENTROPY) + 3 * (not one_sweep)
 
 
 def reduced_numbers(H: int, labels: bool = True) -> int:
-    """fp32 numbers of a row that vocabulary ranks add up: dh, and both log-probs of the label."""
+    """Return the number of fp32 values that vocabulary ranks sum per row: dh and the label's log-probs."""
     return H + 2 * labels
 
 
 def chunk_calls(one_sweep: bool = True, labels: bool = True) -> tuple[int, int]:
-    """(gathers, sums) of a chunk, whatever its rows."""
+    """Return (all-gathers, all-reduces) per chunk, whatever its rows."""
     return 1 + (not one_sweep), 1 + labels
 
 
 def ring_gather(ranks: int, nbytes: float) -> float:
-    """Bytes that each rank sends until everyone has the `nbytes` of everyone."""
+    """Return the bytes that each rank sends in an all-gather of `nbytes` per rank."""
     return (ranks - 1) * nbytes
 
 
 def ring_sum(ranks: int, nbytes: float) -> float:
-    """Bytes that each rank sends until everyone has the sum of `nbytes`: the parts are scattered, then gathered."""
+    """Return the bytes that each rank sends in an all-reduce of `nbytes` (reduce-scatter, all-gather)."""
     return 2 * (ranks - 1) / ranks * nbytes
 
 
@@ -91,9 +93,9 @@ def ring_sum(ranks: int, nbytes: float) -> float:
 
 @dataclass(frozen=True)
 class Projection:
-    """A rank's share of one call, forward and backward. Times in seconds, sizes in bytes, sent ones in one direction."""
+    """One rank's share of a call, forward and backward. Seconds; bytes; traffic in one direction."""
 
-    head: Head
+    head: LMHead
     tokens: int  # of all ranks
     vocab_ranks: int
     data_ranks: int
@@ -106,36 +108,39 @@ class Projection:
     reduce_bytes: float
     data_bytes: float
     gemms: float
-    rest: float  # of the op beside its GEMMs: sweeps, dW read and written, merging the ranks' statistics
+    # Of the op beside its GEMMs: sweeps, reads and writes of dW, merging the ranks' statistics.
+    rest: float
     gather: float
     reduce: float
     data: float
     weight_bytes: int
     hidden_bytes: int
-    wide_bytes: int  # of a chunk's dh, which ranks add up in fp32
+    wide_bytes: int  # of a chunk's dh in fp32, which the ranks sum, beyond its own dtype
 
     @property
     def seconds(self) -> float:
+        """Time of the call."""
         return self.gemms + self.rest + self.exchange
 
     @property
     def exchange(self) -> float:
+        """Time of all collectives."""
         return self.gather + self.reduce + self.data
 
     @property
     def memory(self) -> int:
-        """Head, hidden states, and the call's peak above them, its gradients included."""
+        """Head, hidden states, and the call's peak above them, gradients included."""
         return self.weight_bytes + self.hidden_bytes + self.plan.peak_bytes + self.wide_bytes
 
     @property
     def modelled_overhead(self) -> float:
-        """In place of a measured one: the planner's model of a GPU, idle multiprocessors and the traffic of logits and dW on top of the operations."""
+        """Overhead by the planner's model of a GPU: idle multiprocessors, traffic of logits and dW."""
         made = self.plan
         return 1 / made.tile_share + FLOPS_PER_BYTE * (made.sweep_bytes + made.head_bytes) / made.flops
 
 
 def project(
-    head: Head,
+    head: LMHead,
     tokens: int,
     vocab_ranks: int,
     data_ranks: int,
@@ -147,13 +152,15 @@ def project(
     one_sweep: bool = True,
     labels: bool = True,
 ) -> Projection:
-    """`tokens` over `data_ranks`, the rows of a trainable head over `vocab_ranks`. `overhead`: time of the op over that of its GEMMs, on such a shard.
+    """Project a call with `tokens` over `data_ranks` and the rows of a trainable head over `vocab_ranks`.
 
-    The slowest rank counts: the one with the most tokens and the widest shard. dW is added up in `dtype`, once.
+    `overhead` is the op's time over that of its GEMMs, on such a shard. The projection is that of the slowest
+    rank, with the most tokens and the widest shard. dW is summed once, in `dtype`. Raises ValueError for a
+    number of tokens or ranks below 1, or an overhead below 1.
     """
     for name, value in (("tokens", tokens), ("vocab_ranks", vocab_ranks), ("data_ranks", data_ranks)):
-        expect(value >= 1, name, "a number from 1 on", value)
-    expect(overhead >= 1, "overhead", "at least 1, for the GEMMs cannot be avoided", overhead)
+        expect(value >= 1, name, "at least 1", value)
+    expect(overhead >= 1, "overhead", "at least 1, the time of the GEMMs", overhead)
     n, V = -(-tokens // data_ranks), -(-head.V // vocab_ranks)
     made = plan(
         n,
@@ -172,8 +179,18 @@ def project(
     data_bytes = ring_sum(data_ranks, V * head.H * size)
     gemms = made.flops / machine.rate
     return Projection(
-        head, tokens, vocab_ranks, data_ranks, n, V, made,
-        gathers, reduces, gather_bytes, reduce_bytes, data_bytes,
+        head=head,
+        tokens=tokens,
+        vocab_ranks=vocab_ranks,
+        data_ranks=data_ranks,
+        own_tokens=n,
+        own_vocab=V,
+        plan=made,
+        gathers=gathers,
+        reduces=reduces,
+        gather_bytes=gather_bytes,
+        reduce_bytes=reduce_bytes,
+        data_bytes=data_bytes,
         gemms=gemms,
         rest=gemms * (overhead - 1),
         gather=machine.gather.seconds(gathers, gather_bytes),
@@ -182,15 +199,16 @@ def project(
         weight_bytes=V * head.H * size * (1 if shared_head else 2),
         hidden_bytes=2 * n * head.H * size,
         wide_bytes=max(FP32 - made.gradient_dtype.itemsize, 0) * made.rows * head.H * split,
-    )  # fmt: skip
+    )
 
 
 def crossover_tokens(
-    head: Head, ranks: int, machine: Machine, *, dtype: torch.dtype = torch.bfloat16, labels: bool = True
+    head: LMHead, ranks: int, machine: Machine, *, dtype: torch.dtype = torch.bfloat16, labels: bool = True
 ) -> float:
-    """Tokens of a step at which splitting them over `ranks` and splitting the vocabulary over them cost the same exchange, by bandwidth alone.
+    """Return the tokens of a step at which both ways to split exchange equally long, by bandwidth alone.
 
-    Vocabulary ranks send so much per token; data ranks send the gradient of the head, once. More tokens: split the tokens.
+    Vocabulary ranks send a fixed amount per token, data ranks the gradient of the head once per step. With
+    more tokens, splitting the tokens is cheaper.
     """
     per_token = machine.gather.seconds(0, ring_gather(ranks, FP32 * gathered_numbers()))
     per_token += machine.reduce.seconds(0, ring_sum(ranks, FP32 * reduced_numbers(head.H, labels)))
@@ -201,8 +219,12 @@ def crossover_tokens(
 
 
 def fit_link(points: Iterable[tuple[float, float]]) -> tuple[Link, float]:
-    """Of (bytes, seconds): the line whose relative errors have the least squares, and the largest of these errors."""
-    # With u = 1 / t and v = x / t, the sum of (latency u + v / bandwidth - 1)^2 is least where two linear equations hold.
+    """Fit a link to (bytes, seconds) by relative least squares; return it and the largest relative error.
+
+    Raises ValueError for points of a single size.
+    """
+    # With u = 1 / t and v = x / t, the sum of (latency u + v / bandwidth - 1)^2 is minimal at the solution of
+    # two linear equations.
     points = list(points)
     expect(len({nbytes for nbytes, _ in points}) >= 2, "points", "at least two sizes", points)
     u, v = [1 / t for _, t in points], [x / t for x, t in points]

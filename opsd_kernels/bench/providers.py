@@ -1,7 +1,8 @@
-"""Who computes the loss: this package by backend, plain PyTorch, the other libraries, and the bare GEMMs, which bound them all.
+"""The implementations that are measured: this package, plain PyTorch, other libraries, the bare GEMMs.
 
-A provider makes an op for a setting, `op(student_hidden, student_weight, teacher_hidden, teacher_weight, labels=None) -> loss`: the mean over valid
-tokens, in mode `recompute` the loss of each token. Where it cannot, `unsupported` says why, in words for a table.
+A provider makes an op for a setting, `op(student_hidden, student_weight, teacher_hidden, teacher_weight,
+labels=None) -> loss`: the mean over valid tokens, in mode `recompute` the loss of each token. `unsupported`
+returns the reason why a provider cannot serve a setting, worded for a table, or None.
 """
 
 from __future__ import annotations
@@ -10,29 +11,32 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._rows import backends
 from ..divergence import linear_divergence
 from ..spec import check_choice
 from ..testing import Case
+from .internals import backends
 from .shapes import PEER_DIVERGENCES, Setting
 
-PEER_BETA = {
-    "forward_kl": 0.0,
-    "jsd": 0.5,
-    "reverse_kl": 1.0,
-}  # TRL's and Liger's; both take the two ends as special cases
+# Of TRL and Liger; both treat the two ends as special cases.
+PEER_BETA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
 BASE = "gemms"
-WHOLE_ROWS = {"cpu": 1024, "cuda": 8192}  # of the GEMMs that no planner has cut; above, they gain nothing
+# Chunk rows of the GEMMs that no planner has cut; larger chunks gain nothing.
+WHOLE_ROWS = {"cpu": 1024, "cuda": 8192}
 Op = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Provider:
-    """`exact`: held to this package's own gates; else to computing the same function (gate.py). `same_loss`: False for a yardstick of another loss."""
+    """One implementation. Its gate is gate.py's.
+
+    `exact`: held to this package's own gates; otherwise it has to compute the same function. `same_loss`:
+    False for a yardstick that computes another loss.
+    """
 
     name: str
     label: str
@@ -43,6 +47,7 @@ class Provider:
 
 
 def installed(module: str) -> bool:
+    """Return whether `module` can be imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the parent package is missing
@@ -50,7 +55,7 @@ def installed(module: str) -> bool:
 
 
 def _mean(losses: Tensor, labels: Tensor | None, setting: Setting) -> Tensor:
-    """The reduction that a user writes around a loss per token."""
+    """Reduce per-token losses as a user would: to the mean over valid tokens, or not at all."""
     if setting.mode == "recompute":
         return losses
     if labels is None:
@@ -62,16 +67,21 @@ def _mean(losses: Tensor, labels: Tensor | None, setting: Setting) -> Tensor:
 # ---------------------------------------------------------------- this package
 
 
-def _ours(**options: object) -> Callable[[Setting], Op]:
+def _ours(**options: Any) -> Callable[[Setting], Op]:
+    """Return the maker of this package's op with `options` of `linear_divergence`."""
+
     def make(setting: Setting) -> Op:
-        chosen = {"divergence": setting.divergence, **options}
+        chosen: dict[str, Any] = {"divergence": setting.divergence, **options}
         if setting.mode == "recompute":
             chosen |= {"reduction": "none", "backward": "recompute"}
         if setting.mode == "statistics":
-            return lambda h, W, t, Wt, labels=None: linear_divergence(
-                h, W, t, Wt, labels=labels, return_stats=True, **chosen
-            )[0]
-        return lambda h, W, t, Wt, labels=None: linear_divergence(h, W, t, Wt, labels=labels, **chosen)
+            chosen |= {"return_stats": True}
+
+        def op(h: Tensor, W: Tensor, t: Tensor, Wt: Tensor, labels: Tensor | None = None) -> Tensor:
+            result = linear_divergence(h, W, t, Wt, labels=labels, **chosen)
+            return result[0] if isinstance(result, tuple) else result
+
+        return op
 
     return make
 
@@ -88,32 +98,34 @@ def _backend_reason(name: str) -> Callable[[Setting], str | None]:
 # ---------------------------------------------------------------- plain PyTorch
 
 
+def _kl(log_other: Tensor, log_own: Tensor) -> Tensor:
+    """Shape (N,): KL(own || other) of each row, in nats."""
+    return torch.nn.functional.kl_div(log_other, log_own, log_target=True, reduction="none").sum(-1)
+
+
 def plain(setting: Setting, wide: torch.dtype = torch.float32) -> Op:
-    """What a user writes in PyTorch; logits upcast to fp32 as every trainer does."""
+    """Return the op as plain PyTorch, with logits upcast to fp32 as in every trainer."""
 
     def op(h: Tensor, W: Tensor, t: Tensor, Wt: Tensor, labels: Tensor | None = None) -> Tensor:
         with torch.no_grad():
             log_p = (t @ Wt.t()).to(wide).log_softmax(-1)
         log_q = (h @ W.t()).to(wide).log_softmax(-1)
         if setting.divergence == "reverse_kl":
-            losses = torch.nn.functional.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
+            losses = _kl(log_p, log_q)
         elif setting.divergence == "forward_kl":
-            losses = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+            losses = _kl(log_q, log_p)
         else:
-            log_m = torch.logaddexp(log_p, log_q) - torch.log(
-                torch.tensor(2.0, dtype=log_q.dtype, device=log_q.device)
-            )
-            losses = 0.5 * sum(
-                torch.nn.functional.kl_div(log_m, x, log_target=True, reduction="none").sum(-1)
-                for x in (log_p, log_q)
-            )
+            two = torch.tensor(2.0, dtype=log_q.dtype, device=log_q.device)
+            log_m = torch.logaddexp(log_p, log_q) - torch.log(two)
+            losses = 0.5 * (_kl(log_m, log_p) + _kl(log_m, log_q))
         return _mean(losses, labels, setting)
 
     return op
 
 
 def _compiled(setting: Setting) -> Op:
-    torch._dynamo.reset()  # else the ninth shape of a run would hit the recompilation limit and run eagerly
+    # Without it the ninth shape of a run hits the recompilation limit and runs eagerly.
+    torch._dynamo.reset()
     return torch.compile(plain(setting), dynamic=False)
 
 
@@ -128,7 +140,8 @@ def _trl(setting: Setting) -> Op:
     )
 
 
-def _no_labels(h: Tensor) -> Tensor:
+def _valid_labels(h: Tensor) -> Tensor:
+    """Shape (N,): a label for each token, for losses that have to have them."""
     return torch.zeros(h.shape[0], dtype=torch.int64, device=h.device)
 
 
@@ -138,7 +151,9 @@ def _liger_chunked(setting: Setting, compiled: bool | None = None) -> Op:
     module = loss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=PEER_BETA[setting.divergence], compiled=compiled
     )
-    return lambda h, W, t, Wt, labels=None: module(h, W, t, Wt, _no_labels(h) if labels is None else labels)
+    return lambda h, W, t, Wt, labels=None: module(
+        h, W, t, Wt, _valid_labels(h) if labels is None else labels
+    )
 
 
 def _liger_compiled(setting: Setting) -> Op:
@@ -150,7 +165,9 @@ def _liger_triton(setting: Setting) -> Op:
     module = importlib.import_module("liger_kernel.transformers.fused_linear_jsd").LigerFusedLinearJSD(
         jsd_beta=PEER_BETA[setting.divergence]
     )
-    return lambda h, W, t, Wt, labels=None: module(h, W, t, Wt, _no_labels(h) if labels is None else labels)
+    return lambda h, W, t, Wt, labels=None: module(
+        h, W, t, Wt, _valid_labels(h) if labels is None else labels
+    )
 
 
 def _cut_cross_entropy(setting: Setting) -> Op:
@@ -182,42 +199,45 @@ def _only_reference_divergences(setting: Setting) -> str | None:
     return None if setting.divergence in PEER_DIVERGENCES else f"not written for {setting.divergence}"
 
 
+TRL_REASON = _peer_reason("trl", "trl.kernels.chunked_divergence", missing="trl >= 1.16")
+LIGER_REASON = _peer_reason("liger_kernel", missing="liger-kernel", per_token=False)
+LIGER_COMPILED_REASON = _peer_reason("liger_kernel", missing="liger-kernel", cpu_only=True, per_token=False)
+LIGER_TRITON_REASON = _peer_reason(
+    "liger_kernel", "triton", missing="liger-kernel", cuda_only=True, per_token=False
+)
+CCE_REASON = _peer_reason("cut_cross_entropy", missing="cut-cross-entropy", cuda_only=True, per_token=False)
+FP32_LOGITS = _ours(logits_dtype=torch.float32)
+BY_BACKEND = [
+    Provider(f"opsd-{name}", f"opsd_kernels, {name}", _ours(backend=name), _backend_reason(name), exact=True)
+    for name in backends.NAMES
+]
 PROVIDERS = {
     p.name: p
     for p in (
         Provider("opsd", "opsd_kernels", _ours(), lambda setting: None, exact=True),
-        *(Provider(f"opsd-{name}", f"opsd_kernels, {name}", _ours(backend=name), _backend_reason(name), exact=True) for name in backends.NAMES),
-        Provider("opsd-fp32", "opsd_kernels, fp32 logits", _ours(logits_dtype=torch.float32), lambda setting: None, exact=True),
+        *BY_BACKEND,
+        Provider("opsd-fp32", "opsd_kernels, fp32 logits", FP32_LOGITS, lambda setting: None, exact=True),
         Provider("torch", "plain PyTorch", plain, _only_reference_divergences),
         Provider("compiled", "torch.compile", _compiled, _only_reference_divergences),
-        Provider("trl", "TRL ChunkedDivergenceFunction", _trl, _peer_reason("trl", "trl.kernels.chunked_divergence", missing="trl >= 1.16")),
-        Provider("liger-chunked", "Liger chunked JSD", _liger_chunked, _peer_reason("liger_kernel", missing="liger-kernel", per_token=False)),
-        Provider(  # Liger's default; on a CPU half a minute to a minute of compiling for each setting
-            "liger-compiled", "Liger chunked JSD, compiled", _liger_compiled,
-            _peer_reason("liger_kernel", missing="liger-kernel", cpu_only=True, per_token=False),
-        ),
-        Provider(
-            "liger-triton", "Liger Triton JSD", _liger_triton, _peer_reason("liger_kernel", "triton", missing="liger-kernel", cuda_only=True, per_token=False)
-        ),
-        Provider(
-            "cce", "cut-cross-entropy (another loss)", _cut_cross_entropy,
-            _peer_reason("cut_cross_entropy", missing="cut-cross-entropy", cuda_only=True, per_token=False), same_loss=False,
-        ),
+        Provider("trl", "TRL ChunkedDivergenceFunction", _trl, TRL_REASON),
+        Provider("liger-chunked", "Liger chunked JSD", _liger_chunked, LIGER_REASON),
+        # Liger's default; on a CPU it compiles for half a minute to a minute per setting.
+        Provider("liger-compiled", "Liger chunked JSD, compiled", _liger_compiled, LIGER_COMPILED_REASON),
+        Provider("liger-triton", "Liger Triton JSD", _liger_triton, LIGER_TRITON_REASON),
+        Provider("cce", "cut-cross-entropy (another loss)", _cut_cross_entropy, CCE_REASON, same_loss=False),
     )
-}  # fmt: skip
+}
 LABELS = {name: provider.label for name, provider in PROVIDERS.items()} | {
     BASE: "bare GEMMs",
     "whole": "bare GEMMs, chunks as large as pays",
 }
 DEFAULT = ("opsd", "torch", "compiled", "trl", "liger-chunked", "liger-compiled", "liger-triton", "cce")
-SLOW = (
-    "compiled",
-    "liger-compiled",
-)  # to start, not to run: left out of the quick suite, where it would take most of the time
+# Slow to compile, not to run: left out of the quick suite, where compilation would take most of the time.
+SLOW = ("compiled", "liger-compiled")
 
 
 def parse_providers(names: list[str] | None, quick: bool) -> list[Provider]:
-    """In the order given; without any, the default ones."""
+    """Return the providers named, in that order; without names, the default ones."""
     for name in names or ():
         check_choice("provider", name, tuple(PROVIDERS))
     chosen = names or [name for name in DEFAULT if not (quick and name in SLOW)]
@@ -228,7 +248,10 @@ def parse_providers(names: list[str] | None, quick: bool) -> list[Provider]:
 
 
 def stepper(op: Op, case: Case, setting: Setting) -> Callable[[], Tensor]:
-    """Forward and backward over fresh gradients, as in a training step; the loss. In mode `statistics`, forward alone."""
+    """Return a step: forward and backward from cleared gradients, as in training; the step returns the loss.
+
+    In mode `statistics` a step is the forward pass alone.
+    """
     live = case.leaves()
     options = {} if case.labels is None else {"labels": case.labels}
     upstream = torch.rand(setting.N, device=setting.device) + 0.5 if setting.mode == "recompute" else None
@@ -246,7 +269,10 @@ def stepper(op: Op, case: Case, setting: Setting) -> Callable[[], Tensor]:
 
 
 def bare_gemms(case: Case, setting: Setting, rows: int) -> Callable[[], None]:
-    """The GEMMs that no implementation can avoid, in the library's own form, over chunks of `rows` and into buffers allocated and touched before."""
+    """Return the GEMMs that no implementation can avoid, as plain torch.mm over chunks of `rows`.
+
+    Their buffers are allocated and touched before.
+    """
     h, W, t, Wt = (x.detach() for x in case.inputs())
     S = torch.ones(min(rows, setting.N), setting.V, dtype=h.dtype, device=h.device)
     dh = torch.ones_like(h) if setting.mode != "statistics" else None

@@ -1,4 +1,4 @@
-"""Runs suites task by task, and keeps what they found: the engine behind `opsd bench`."""
+"""The engine behind `opsd bench`: runs suites task by task and collects their rows into a report."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from ..spec import check_choice, expect
-from . import ceilings
-from .measure import Context, Task, free
+from .measure import ceilings
+from .measure.context import Context, Task, free
 from .providers import parse_providers
-from .results import Report, new_report
+from .report.results import Report, new_report
 from .shapes import DEVICES, parse_shape
 from .suites.accuracy import accuracy
 from .suites.latency import latency, masked, ratios
@@ -34,7 +34,7 @@ SUITES: dict[str, Callable[[Context], list[Task]]] = {
     "step": step,
 }
 DTYPES = ("float32", "bfloat16", "float16")
-Progress = Callable[[str, int, int], None]  # (what runs now, tasks done, tasks in all)
+Progress = Callable[[str, int, int], None]  # (label of the running task, tasks done, number of tasks)
 
 
 def make_context(
@@ -44,7 +44,7 @@ def make_context(
     providers: list[str] | None = None,
     dtypes: list[str] | None = None,
 ) -> Context:
-    """Raises ValueError for a name that is not known, or a device that is not there."""
+    """Check the options. Raises ValueError for an unknown name or a device that the machine lacks."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_choice("device", device, DEVICES)
     expect(
@@ -67,7 +67,10 @@ def run(
     commit: str | None = None,
     path: Path | None = None,
 ) -> Report:
-    """Everything that `suites` measure, also written to `path` after each task. A task that fails as a whole is an error: what a provider raises is a row."""
+    """Run `suites`; the report is also written to `path` after each task.
+
+    An exception of a provider becomes a row; one of a task itself is raised.
+    """
     for name in suites:
         check_choice("suite", name, tuple(SUITES))
     report = new_report(context.device, command, context.quick, suites, commit)
@@ -93,4 +96,5 @@ def run(
 
 
 def on_a_terminal() -> bool:
+    """Return whether stderr is a terminal."""
     return sys.stderr.isatty()

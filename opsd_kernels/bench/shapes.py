@@ -1,25 +1,28 @@
-"""What is measured: the sizes of real model heads, and one setting of the op with the inputs that belong to it."""
+"""The sizes of real model heads, and one setting of the op with its inputs."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
-from .._core.planner import ChunkPlan, plan
 from ..spec import KIND_NAMES, check_choice, expect
 from ..testing import Case
+from .internals import ChunkPlan, plan
 
 HEADS = ("shared", "two heads")
 MODES = ("trainable", "frozen", "recompute", "statistics")
-PEER_DIVERGENCES = ("forward_kl", "jsd", "reverse_kl")  # those that other libraries have
+PEER_DIVERGENCES = ("forward_kl", "jsd", "reverse_kl")  # implemented by other libraries as well
 DEVICES = ("cpu", "cuda")
 PASSES = {"trainable": 4, "frozen": 3, "recompute": 6, "statistics": 2}
 
 
 @dataclass(frozen=True)
 class Shape:
+    """The sizes of one head, with a name for `--shape`."""
+
     name: str
     N: int  # tokens
     H: int  # hidden
@@ -38,6 +41,7 @@ SHAPES = {
         Shape("tiny", 64, 32, 501),
     )
 }
+# By device and whether the run is quick.
 DEFAULT_SHAPES = {
     ("cpu", False): "cpu",
     ("cpu", True): "cpu-quick",
@@ -47,17 +51,13 @@ DEFAULT_SHAPES = {
 
 
 def parse_shape(text: str) -> Shape:
-    """A name of SHAPES, or sizes such as `N=1024,H=512,V=32000`."""
+    """Return the shape of a name in SHAPES, or of sizes such as `N=1024,H=512,V=32000`."""
     if text in SHAPES:
         return SHAPES[text]
     match = re.fullmatch(r"N=(\d+),H=(\d+),V=(\d+)", text.replace(" ", ""))
-    expect(
-        match is not None and min(map(int, match.groups())) > 0,
-        "shape",
-        f"one of {', '.join(SHAPES)}, or N=1024,H=512,V=32000",
-        repr(text),
-    )
-    return Shape(text, *map(int, match.groups()))
+    N, H, V = map(int, match.groups()) if match else (0, 0, 0)
+    expect(min(N, H, V) > 0, "shape", f"one of {', '.join(SHAPES)}, or N=1024,H=512,V=32000", repr(text))
+    return Shape(text, N, H, V)
 
 
 @dataclass(frozen=True)
@@ -82,49 +82,63 @@ class Setting:
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """The torch dtype of the inputs."""
         return getattr(torch, self.dtype)
 
     @property
     def trainable(self) -> bool:
+        """True where the head gets a gradient."""
         return self.mode in ("trainable", "recompute")
 
     @property
     def valid(self) -> int:
+        """Number of valid tokens."""
         return self.N - int(self.masked * self.N)
 
     @property
     def flops(self) -> int:
-        """Of the GEMM passes that nobody can avoid, over all tokens."""
+        """Operations of the unavoidable GEMM passes, over all tokens."""
         return 2 * PASSES[self.mode] * self.N * self.H * self.V
 
     @property
     def bytes(self) -> int:
-        """Traffic that nobody can avoid: each input and each gradient once."""
+        """Unavoidable traffic in bytes: each input and each gradient once."""
         size = self.torch_dtype.itemsize
         heads = 1 if self.head == "shared" else 2
         gradients = self.N * self.H * (self.mode != "statistics") + self.V * self.H * self.trainable
         return size * (2 * self.N * self.H + heads * self.V * self.H + gradients)
 
     def plan(self) -> ChunkPlan:
-        """What the op itself would do with the tokens that count."""
+        """Return the op's plan for the valid tokens."""
         return plan(
-            self.valid, self.V, self.H, dtype=self.torch_dtype, shared_head=self.head == "shared", trainable_head=self.trainable,
-            grad=self.mode != "statistics", backward="recompute" if self.mode == "recompute" else "in_forward", device_type=self.device,
-        )  # fmt: skip
+            self.valid,
+            self.V,
+            self.H,
+            dtype=self.torch_dtype,
+            shared_head=self.head == "shared",
+            trainable_head=self.trainable,
+            grad=self.mode != "statistics",
+            backward="recompute" if self.mode == "recompute" else "in_forward",
+            device_type=self.device,
+        )
 
-    def at(self, **changes: object) -> Setting:
+    def at(self, **changes: Any) -> Setting:
+        """Return a copy with some fields changed."""
         return replace(self, **changes)
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields, for JSON or a child process."""
         return asdict(self)
 
 
 def make_case(setting: Setting, seed: int = 0) -> Case:
-    """Random, peaked inputs; the teacher is the student, moved by its context.
+    """Draw random, peaked inputs; the teacher is the student with its hidden states perturbed.
 
-    Logits have a standard deviation of about 3 and reach 16, as far as the target of 2 % for 16-bit inputs goes: at 4 and H = 64 the error is 2.05 %.
+    Logits have a standard deviation of about 3 and reach 16, the limit of the 2 % target for 16-bit inputs:
+    at 4 and H = 64 the error is 2.05 %.
 
-    Made on the device and in its own order of random numbers: a head of 152k x 4096 takes a CPU longer than everything that is measured.
+    The tensors are drawn on the device, in an order of random numbers of its own: drawing a head of 152k x
+    4096 on a CPU takes longer than everything that is measured.
     """
     gen = torch.Generator(setting.device).manual_seed(seed)
     dtype = setting.torch_dtype
@@ -145,7 +159,7 @@ def make_case(setting: Setting, seed: int = 0) -> Case:
     if setting.masked:
         labels = torch.randint(setting.V, (setting.N,), generator=gen, device=setting.device)
         labels[torch.randperm(setting.N, generator=gen, device=setting.device)[setting.valid :]] = -100
-    leaves = {"statistics": (), "frozen": ("student_hidden",)}.get(
+    trainable = {"statistics": (), "frozen": ("student_hidden",)}.get(
         setting.mode, ("student_hidden", "student_weight")
     )
     return Case(
@@ -155,5 +169,5 @@ def make_case(setting: Setting, seed: int = 0) -> Case:
         teacher_weight,
         labels=labels,
         upstream=1.0,
-        trainable=leaves,
+        trainable=trainable,
     )

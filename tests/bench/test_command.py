@@ -1,4 +1,4 @@
-"""`opsd bench` as a user meets it."""
+"""`opsd bench` from the command line."""
 
 import json
 
@@ -6,10 +6,13 @@ import pytest
 from typer.testing import CliRunner
 
 from opsd_kernels import cli
-from opsd_kernels.bench import command, measure, runner
-from opsd_kernels.bench.results import load
+from opsd_kernels.bench import command, runner
+from opsd_kernels.bench.measure import context
+from opsd_kernels.bench.report.results import load
 
 TINY = "N=64,H=32,V=501"
+QUICK = ("--quick", "--device", "cpu")
+TWO_PROVIDERS = ("--provider", "opsd", "--provider", "torch")
 
 
 def opsd(*arguments):
@@ -18,7 +21,7 @@ def opsd(*arguments):
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
-    monkeypatch.setitem(measure.EFFORT, ("cpu", True), ((3, 3), 0.1))
+    monkeypatch.setitem(context.EFFORT, ("cpu", True), ((3, 3), 0.1))
 
 
 SLOWER = ("memory", "scaling", "step", "accuracy")
@@ -29,80 +32,33 @@ TIMED = [name for name in runner.SUITES if name not in SLOWER]
     "suite", [name if name == "ratios" else pytest.param(name, marks=pytest.mark.slow) for name in TIMED]
 )
 def test_a_suite_prints_and_writes(suite, tmp_path):
-    result = opsd(
-        "bench",
-        "--suite",
-        suite,
-        "--quick",
-        "--device",
-        "cpu",
-        "--shape",
-        TINY,
-        "--provider",
-        "opsd",
-        "--provider",
-        "torch",
-        "--json",
-        tmp_path / "a.json",
-    )
+    file = tmp_path / "a.json"
+    result = opsd("bench", "--suite", suite, *QUICK, "--shape", TINY, *TWO_PROVIDERS, "--json", file)
     assert result.exit_code == 0, result.output
-    report = load(tmp_path / "a.json")
+    report = load(file)
     measured = [row for row in report.rows if row.reason is None]
-    assert (
-        measured
-        and {row.suite for row in report.rows} == {suite}
-        and all(row.ms.median > 0 for row in measured)
-    )
+    assert measured and {row.suite for row in report.rows} == {suite}
+    assert all(row.ms.median > 0 for row in measured)
     assert not [row.reason for row in report.rows if row.reason and "no number" in row.reason]
-    assert report.commit[:12] in result.output and report.machine["name"].split(",")[
-        0
-    ] in result.output.replace("\n", " ")
+    output = result.output.replace("\n", " ")
+    assert report.commit[:12] in output and report.machine["name"].split(",")[0] in output
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", SLOWER)
 def test_the_slower_suites(suite, tmp_path):
-    options = ("--shape", TINY) if suite in ("memory", "scaling") else ()
-    result = opsd(
-        "bench",
-        "--suite",
-        suite,
-        "--quick",
-        "--device",
-        "cpu",
-        *options,
-        "--provider",
-        "opsd",
-        "--provider",
-        "torch",
-        "--json",
-        tmp_path / "a.json",
-    )
+    file, shape = tmp_path / "a.json", ("--shape", TINY) if suite in ("memory", "scaling") else ()
+    result = opsd("bench", "--suite", suite, *QUICK, *shape, *TWO_PROVIDERS, "--json", file)
     assert result.exit_code == 0, result.output
-    assert [row for row in load(tmp_path / "a.json").rows if row.reason is None]
+    assert [row for row in load(file).rows if row.reason is None]
 
 
 def test_plots_and_compare(tmp_path):
     pytest.importorskip("matplotlib")
-    a, b = tmp_path / "a.json", tmp_path / "b.json"
-    arguments = (
-        "bench",
-        "--suite",
-        "ratios",
-        "--quick",
-        "--device",
-        "cpu",
-        "--shape",
-        TINY,
-        "--provider",
-        "opsd",
-        "--json",
-        a,
-        "--plots",
-        tmp_path / "plots",
-    )
-    assert opsd(*arguments).exit_code == 0
-    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["latency.png", "roofline.png"]
+    a, b, plots = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "plots"
+    arguments = ("--suite", "ratios", *QUICK, "--shape", TINY, "--provider", "opsd")
+    assert opsd("bench", *arguments, "--json", a, "--plots", plots).exit_code == 0
+    assert sorted(path.name for path in plots.iterdir()) == ["latency.png", "roofline.png"]
     data = json.loads(a.read_text())
     for row in data["rows"]:
         row["gradient_error"] = 9.0 if row["provider"] == "opsd" else None
@@ -128,7 +84,7 @@ def test_profile_writes_a_trace_and_a_table(tmp_path):
     "arguments, says",
     [
         (("--suite", "nothing"), "suite: expected one of 'ratios'"),
-        (("--provider", "nobody"), "provider: expected one of"),
+        (("--provider", "unknown"), "provider: expected one of"),
         (("--dtype", "int8"), "dtype: expected one of"),
         (("--shape", "large"), "shape: expected one of"),
         (("compare", "/nowhere/a.json", "/nowhere/b.json"), "No such file"),

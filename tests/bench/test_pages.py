@@ -1,4 +1,4 @@
-"""The generated pages are current, and say where their numbers come from."""
+"""The generated pages are current, and name the source of their numbers."""
 
 import json
 from pathlib import Path
@@ -7,30 +7,33 @@ import pytest
 from typer.testing import CliRunner
 
 from opsd_kernels import cli, plan
-from opsd_kernels.bench import integration_pages, pages, scaling
-from opsd_kernels.bench.results import Report, Row
-from opsd_kernels.bench.timing import Sample
+from opsd_kernels.bench.measure.timing import Sample
+from opsd_kernels.bench.pages import integrations, performance, sizing, write
+from opsd_kernels.bench.pages.scaling.page import page as scaling_page
+from opsd_kernels.bench.report.results import Report, Row
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_performance_page_is_current():
-    assert (ROOT / pages.PAGE).read_text() == pages.performance(ROOT / pages.RESULTS), "run `make docs`"
+    assert (ROOT / write.PERFORMANCE).read_text() == performance.performance(ROOT / write.RESULTS), (
+        "run `make docs`"
+    )
 
 
 def test_readme_is_current():
-    text = (ROOT / pages.README).read_text()
-    assert text == pages.with_block(text, pages.readme_block(ROOT / pages.RESULTS)), "run `make docs`"
+    text = (ROOT / write.README).read_text()
+    assert text == write.with_block(text, performance.readme_block(ROOT / write.RESULTS)), "run `make docs`"
 
 
 def test_scaling_page_is_current():
-    assert (ROOT / pages.SCALING).read_text() == scaling.page(ROOT / pages.RESULTS), "run `make docs`"
+    assert (ROOT / write.SCALING).read_text() == scaling_page(ROOT / write.RESULTS), "run `make docs`"
 
 
-@pytest.mark.parametrize("side, page", integration_pages.PAGES.items())
+@pytest.mark.parametrize("side, page", integrations.PAGES.items())
 def test_integration_pages_are_current(side, page):
     text = (ROOT / page).read_text()
-    assert text == pages.with_block(text, integration_pages.block(ROOT / pages.RESULTS, side), page), (
+    assert text == write.with_block(text, integrations.block(ROOT / write.RESULTS, side), page), (
         "run `make docs`"
     )
 
@@ -67,7 +70,7 @@ def test_a_busy_machine_shows_cpu_time(tmp_path, load, heading, cells):
     report["shape"] = {"V": 151936, "H": 256, "sequences": 4, "prompt": 32, "completion": 64, "rounds": 3}
     (tmp_path / "some-cpu").mkdir()
     (tmp_path / "some-cpu" / "verl_steps.json").write_text(json.dumps(report))
-    block = integration_pages.block(tmp_path, "verl")
+    block = integrations.block(tmp_path, "verl")
     assert heading in block and f"| {cells} | 400 | 200 | 2.00 | 1e-02 | 3e-06 |" in block
     assert ("CPU time" in block) == (
         load > 5
@@ -76,17 +79,17 @@ def test_a_busy_machine_shows_cpu_time(tmp_path, load, heading, cells):
 
 def test_an_integration_that_was_not_measured_says_how():
     assert (
-        integration_pages.block(ROOT / "nothing", "verl")
-        == "Not measured yet: `python benchmarks/verl_steps.py` does it."
+        integrations.block(ROOT / "nothing", "verl")
+        == "Not measured yet: run `python benchmarks/verl_steps.py`."
     )
 
 
 def test_sizing_page_is_current():
-    text = (ROOT / pages.SIZING).read_text()
-    assert text == pages.with_block(text, pages.plans_block(), pages.SIZING), "run `make docs`"
+    text = (ROOT / write.SIZING).read_text()
+    assert text == write.with_block(text, sizing.plans_block(), write.SIZING), "run `make docs`"
 
 
-@pytest.mark.parametrize("example", pages.EXAMPLES, ids=lambda example: example[0])
+@pytest.mark.parametrize("example", sizing.EXAMPLES, ids=lambda example: example[0])
 def test_the_command_of_an_example_says_the_same(example):
     _, options, arguments = example
     result = CliRunner().invoke(cli.app, ["plan", *options.split(), "--device", "cuda", "--json"])
@@ -95,19 +98,17 @@ def test_the_command_of_an_example_says_the_same(example):
     )
 
 
+SETTING = (8, 4, 9, "bfloat16", "shared", "trainable", "jsd")
+
+
 @pytest.fixture
 def results(tmp_path):
+    """Return a folder of results with one report of one machine."""
     rows = [
         Row(
             "ratios",
             provider,
-            8,
-            4,
-            9,
-            "bfloat16",
-            "shared",
-            "trainable",
-            "jsd",
+            *SETTING,
             ms=Sample(2, 2, 2, 5),
             ratio=Sample(value, value, value, 5),
             noise=noise,
@@ -119,34 +120,9 @@ def results(tmp_path):
             ("torch", 3.21, "the machine was too noisy"),
         )
     ]
-    rows.append(
-        Row(
-            "ratios",
-            "trl",
-            8,
-            4,
-            9,
-            "bfloat16",
-            "shared",
-            "trainable",
-            "jsd",
-            reason="trl >= 1.16 is not installed",
-        )
-    )
+    rows.append(Row("ratios", "trl", *SETTING, reason="trl >= 1.16 is not installed"))
     rows += [
-        Row(
-            "memory",
-            name,
-            8,
-            4,
-            9,
-            "bfloat16",
-            "shared",
-            "trainable",
-            "jsd",
-            reason="out of memory (limit 1 MiB)",
-        )
-        for name in ("opsd", "torch")
+        Row("memory", name, *SETTING, reason="out of memory (limit 1 MiB)") for name in ("opsd", "torch")
     ]
     made = Report(
         {"name": "some machine"},
@@ -163,7 +139,7 @@ def results(tmp_path):
 
 
 def test_every_table_carries_machine_versions_commit_and_command(results):
-    page = pages.performance(results)
+    page = performance.performance(results)
     assert (
         page.count("\n| --- |")
         == page.count("some machine; torch 2.13.0; commit c0ffee; 2026-11-21. `opsd bench --suite ratios`")
@@ -171,17 +147,21 @@ def test_every_table_carries_machine_versions_commit_and_command(results):
     )
     assert "| N=8 H=4 V=9 | bfloat16 | shared | trainable | jsd | 2 | 1.05 | ~3.21 |" in page
     assert "out of memory" in page and "TRL" not in page
-    block = pages.readme_block(results)
+    block = performance.readme_block(results)
     assert "1.05" in block and "commit c0ffee" in block
 
 
 def test_a_gpu_without_results_says_so(results):
-    assert pages.NOT_YET in pages.performance(results) and "timed on a GPU" in pages.readme_block(results)
+    assert performance.NOT_YET in performance.performance(
+        results
+    ) and "timed on a GPU" in performance.readme_block(results)
     (results / "h200").mkdir()
     (results / "some-cpu" / "ratios.json").rename(results / "h200" / "ratios.json")
-    assert pages.NOT_YET not in pages.performance(results) and "## h200" in pages.performance(results)
+    assert performance.NOT_YET not in performance.performance(
+        results
+    ) and "## h200" in performance.performance(results)
 
 
 def test_readme_without_marks_is_refused():
     with pytest.raises(ValueError, match="expected the marks"):
-        pages.with_block("# Readme", "")
+        write.with_block("# Readme", "")

@@ -1,6 +1,6 @@
-"""The projection of docs/scaling.md against numbers computed by hand, and the script that measures its constants."""
+"""The projection of docs/scaling.md against numbers computed by hand, and the script behind its constants."""
 
-import importlib.util
+import importlib
 import json
 import re
 import subprocess
@@ -11,25 +11,28 @@ import pytest
 from typer.testing import CliRunner
 
 from opsd_kernels import cli, plan
-from opsd_kernels.bench import parallel, scaling
-from opsd_kernels.bench.parallel import Head, Link, Machine, project
-from opsd_kernels.bench.shapes import Setting
+from opsd_kernels.bench import parallel
+from opsd_kernels.bench.pages.scaling import assumptions
+from opsd_kernels.bench.pages.scaling.measured import measured_half
+from opsd_kernels.bench.pages.scaling.report import REPORT, Measured
+from opsd_kernels.bench.parallel import Link, LMHead, Machine, project
+from opsd_kernels.bench.shapes import Setting, make_case
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "parallel.py"
-HEAD = Head("made up", 1024, 32000)
-# Round numbers, so that a reader can follow: a TFLOP/s; 1 ms and 1 GB/s, 2 ms and 2 GB/s, 4 ms and 4 GB/s.
+HEAD = LMHead("made up", 1024, 32000)
+# Round numbers, so that a reader can follow: 1 TFLOP/s; 1 ms and 1 GB/s, 2 ms and 2 GB/s, 4 ms and 4 GB/s.
 MACHINE = Machine(1e12, Link(1e-3, 1e9), Link(2e-3, 2e9), Link(4e-3, 4e9))
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("parallel", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["parallel"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["parallel"]
+def scripts():
+    """Imports modules of benchmarks/, whose scripts import each other by name."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    yield importlib.import_module
+    sys.path.remove(str(SCRIPT.parent))
+    for name in [name for name in sys.modules if re.fullmatch("parallel(_[a-z]+)?", name)]:
+        del sys.modules[name]
 
 
 def test_a_projection_by_hand():
@@ -56,7 +59,7 @@ def test_one_rank_sends_nothing():
 
 
 def test_the_slowest_rank_counts():
-    made = project(Head("ragged", 64, 1001), 1001, 4, 3, MACHINE, 1.0)
+    made = project(LMHead("ragged", 64, 1001), 1001, 4, 3, MACHINE, 1.0)
     assert (made.own_vocab, made.own_tokens) == (251, 334)
 
 
@@ -76,9 +79,9 @@ def test_two_sweeps_two_heads_and_no_labels():
     [({"tokens": 0}, "tokens"), ({"data_ranks": 0}, "data_ranks"), ({"overhead": 0.9}, "overhead")],
 )
 def test_errors_name_the_argument(wrong, says):
-    told = {"tokens": 8, "vocab_ranks": 1, "data_ranks": 1, "machine": MACHINE, "overhead": 1.0, **wrong}
+    arguments = {"tokens": 8, "vocab_ranks": 1, "data_ranks": 1, "machine": MACHINE, "overhead": 1.0, **wrong}
     with pytest.raises(ValueError, match=f"^{says}: expected"):
-        project(HEAD, **told)
+        project(HEAD, **arguments)
 
 
 def test_at_the_crossover_both_ways_exchange_alike():
@@ -88,21 +91,21 @@ def test_at_the_crossover_both_ways_exchange_alike():
     assert abs(ways[0].exchange / ways[1].exchange - 1) < 1 / tokens
     equal = Machine(1.0, *[Link(0, 1e9)] * 3)
     assert (
-        abs(parallel.crossover_tokens(Head("large", 1 << 16, 1 << 17), 2, equal) / (1 << 16) - 1) < 1e-3
+        abs(parallel.crossover_tokens(LMHead("large", 1 << 16, 1 << 17), 2, equal) / (1 << 16) - 1) < 1e-3
     )  # V / 2
 
 
 def test_data_ranks_leave_a_node_by_all_adapters_that_they_have_there():
-    share = scaling.REACHED.value
-    assert scaling.gpus(2, 4).data == scaling.gpus(8, 1).gather == scaling.INSIDE
-    assert [scaling.gpus(ranks, 64 // ranks).data.bandwidth / share for ranks in (1, 2, 4, 8)] == [
+    share = assumptions.REACHED.value
+    assert assumptions.gpus(2, 4).data == assumptions.gpus(8, 1).gather == assumptions.INSIDE
+    assert [assumptions.gpus(ranks, 64 // ranks).data.bandwidth / share for ranks in (1, 2, 4, 8)] == [
         400e9,
         200e9,
         100e9,
         50e9,
     ]
     with pytest.raises(ValueError, match="vocab_ranks: expected a divisor of 8"):
-        scaling.gpus(3, 1)
+        assumptions.gpus(3, 1)
 
 
 def test_a_line_is_found_again():
@@ -114,8 +117,8 @@ def test_a_line_is_found_again():
         parallel.fit_link([(1e3, 1e-3)] * 2)
 
 
-def test_what_is_sent_is_what_the_projection_counts(script):
-    for found in script.exchanges():
+def test_what_is_sent_is_what_the_projection_counts(scripts):
+    for found in scripts("parallel_shards").exchanges(2):
         one_sweep, H = found["divergence"] == "reverse_kl", found["H"]
         kinds = [kind for kind, _ in found["per_row"]]
         sent = {
@@ -130,28 +133,29 @@ def test_what_is_sent_is_what_the_projection_counts(script):
         )
 
 
-def test_a_wrong_shard_gets_no_number(script, monkeypatch):
-    setting = Setting(8, 32, 501)
-    script.Gate(setting).errors(script.emulated(script.Gate(setting).case, "reverse_kl", 3))
-    monkeypatch.setattr(
-        script.VocabShard, "sum_hidden_grad", lambda shard, dh: dh.mul_(shard.group.size())
-    )  # each rank's part for the sum
+def test_a_wrong_shard_gets_no_number(scripts, monkeypatch):
+    groups, setting = scripts("parallel_groups"), Setting(8, 32, 501)
+    gate = groups.Gate(setting)
+    gate.errors(groups.emulated(gate.case, "reverse_kl", 3))
+    # Each rank's own part in place of the sum.
+    monkeypatch.setattr(groups.VocabShard, "sum_hidden_grad", lambda shard, dh: dh.mul_(shard.group.size()))
     with pytest.raises(AssertionError, match="student_hidden"):
-        script.shard_rows(setting, script.QUICK)
+        scripts("parallel_shards").shard_rows(setting, ranks_list=(1, 2, 3), rounds=3)
 
 
-def test_an_error_in_one_rank_reaches_the_caller(script, monkeypatch):
+def test_an_error_in_one_rank_reaches_the_caller(scripts, monkeypatch):
     def fails(shard, dh):
         if shard.rank == 1:
             raise RuntimeError("planted")
 
-    monkeypatch.setattr(script.VocabShard, "sum_hidden_grad", fails)
+    groups = scripts("parallel_groups")
+    monkeypatch.setattr(groups.VocabShard, "sum_hidden_grad", fails)
     with pytest.raises(RuntimeError, match="planted"):
-        script.emulated(script.make_case(Setting(8, 32, 501)), "reverse_kl", 3)
+        groups.emulated(make_case(Setting(8, 32, 501)), "reverse_kl", 3)
 
 
 def test_the_script_measures(tmp_path):
-    path = tmp_path / "some-cpu" / scaling.REPORT
+    path = tmp_path / "some-cpu" / REPORT
     command = [sys.executable, str(SCRIPT), "--quick", "--json", str(path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -162,18 +166,18 @@ def test_the_script_measures(tmp_path):
     assert {row["provider"] for row in report["rows"]} == {"gemms", "op", "group", "added"}
     assert all("ms" in row and "reason" not in row for row in report["rows"])
     assert set(report["links"]) == {"gather", "reduce", "data"} and len(report["runs"]) == 1
-    measured = scaling.Measured(path)
+    measured = Measured(path)
     assert (
         measured.predicted(report["runs"][0], "vocabulary").data_bytes
         == 0
         < measured.predicted(report["runs"][0], "data").data_bytes
     )
-    half = scaling.measured_half(measured)
+    half = measured_half(measured)
     assert "benchmarks/parallel.py --quick" in half and report["commit"][:12] in half
 
 
 def test_the_worked_cell_adds_up():
-    """A reader's pocket calculator, on the page as it stands."""
+    """The arithmetic of the committed page, repeated from its text."""
     text = (ROOT / "docs" / "scaling.md").read_text().replace(",", "")
     found = re.search(
         r"GEMMs: (\d+) x 2 x (\d+) x (\d+) x (\d+) = (\S+) TFLOP over (\S+) TFLOP/s: (\S+) ms", text
@@ -206,8 +210,8 @@ def test_opsd_plan_of_a_rank_is_that_of_its_share():
 
 
 def report_with(tmp_path, **ratios):
-    """The committed report with other ratios in front, (op, group); a quartile range of `spread` around each."""
-    found = sorted((ROOT / "benchmarks" / "results").glob(f"*/{scaling.REPORT}"))[0]
+    """Return the committed report with other ratios, each with a quartile range of `spread`."""
+    found = sorted((ROOT / "benchmarks" / "results").glob(f"*/{REPORT}"))[0]
     report = json.loads(found.read_text())
     for row in report["rows"]:
         if row["provider"] in ("op", "group"):
@@ -215,18 +219,17 @@ def report_with(tmp_path, **ratios):
             row["ratio"] = {"median": middle, "q1": middle - half, "q3": middle + half, "n": 5}
             row.pop("noise", None)
             row |= {"noise": "the machine was too noisy"} if half else {}
-    path = tmp_path / scaling.REPORT
+    path = tmp_path / REPORT
     path.write_text(json.dumps(report))
-    return scaling.Measured(path)
+    return Measured(path)
 
 
 def test_a_group_costs_at_least_what_one_rank_does(tmp_path):
     quiet = report_with(tmp_path, op=1.04, group=1.07, spread=0.0)
     assert (quiet.overhead(1), quiet.overhead(8)) == (1.04, 1.07) and quiet.warning == ""
     assert report_with(tmp_path, op=1.04, group=1.02, spread=0.0).overhead(8) == 1.04
-    assert (
-        report_with(tmp_path, op=0.97, group=0.98, spread=0.0).overhead(8) == 1.0
-    )  # noise: the GEMMs cannot be avoided
+    # A ratio below 1 is noise.
+    assert report_with(tmp_path, op=0.97, group=0.98, spread=0.0).overhead(8) == 1.0
 
 
 def test_a_busy_machine_is_named(tmp_path):

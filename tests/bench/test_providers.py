@@ -1,8 +1,9 @@
-"""Who is measured, and that a wrong result gets no number."""
+"""The providers, and their gate: a wrong result gets no number."""
 
 import pytest
 
-from opsd_kernels.bench import gate, measure
+from opsd_kernels.bench.measure import gate
+from opsd_kernels.bench.measure.rows import compare_providers
 from opsd_kernels.bench.providers import BASE, LABELS, PROVIDERS, Provider, parse_providers
 from opsd_kernels.bench.runner import SUITES, make_context
 from opsd_kernels.bench.shapes import MODES, Setting, make_case, parse_shape
@@ -30,7 +31,7 @@ def test_every_provider_passes_or_says_why_not(name, mode):
     setting = TINY.at(mode=mode)
     (row,) = [
         row
-        for row in measure.compare_providers("ratios", setting, [PROVIDERS[name]], **QUICK)
+        for row in compare_providers("ratios", setting, [PROVIDERS[name]], **QUICK)
         if row.provider == name
     ]
     if row.reason is not None:
@@ -46,9 +47,7 @@ def test_every_provider_passes_or_says_why_not(name, mode):
     "name, says", [("liger-triton", "NVIDIA GPU"), ("opsd-triton", "interprets"), ("cce", "NVIDIA GPU")]
 )
 def test_what_cannot_serve_is_a_row(name, says):
-    rows = {
-        row.provider: row for row in measure.compare_providers("ratios", TINY, [PROVIDERS[name]], **QUICK)
-    }
+    rows = {row.provider: row for row in compare_providers("ratios", TINY, [PROVIDERS[name]], **QUICK)}
     assert says in rows[name].reason and rows[name].ms is None
     assert rows[BASE].ms.n == 3 and rows["whole"].ratio.median > 0
 
@@ -66,7 +65,7 @@ def test_a_wrong_kernel_gets_no_number(exact):
     assert "no number" in verdict.failure and verdict.gradient_error is None
     (row,) = [
         row
-        for row in measure.compare_providers("ratios", TINY, [wrong], target=9.0, **QUICK)
+        for row in compare_providers("ratios", TINY, [wrong], target=9.0, **QUICK)
         if row.provider == "opsd"
     ]
     assert row.reason == verdict.failure and row.ms is None and row.verdict is None
@@ -86,8 +85,7 @@ def test_masked_tokens_are_ignored_labels():
 
 
 def test_accuracy_tells_a_rounded_pair_from_the_difference():
-    """At KL 1e-3 logits rounded to bf16 lose the direction, and the row says by how much."""
-
+    """At KL 1e-3 logits rounded to bf16 lose the direction of the gradient."""
     setting = Setting(48, 64, 2048, "bfloat16")
     found = {
         row.provider: row for row in errors(setting, (PROVIDERS["opsd"], PROVIDERS["torch"]), 1e-3, "normal")
@@ -97,7 +95,7 @@ def test_accuracy_tells_a_rounded_pair_from_the_difference():
 
 def test_names_are_checked():
     with pytest.raises(ValueError, match="provider: expected one of 'opsd'"):
-        parse_providers(["nobody"], quick=True)
+        parse_providers(["unknown"], quick=True)
     with pytest.raises(ValueError, match="shape: expected one of qwen3-0.6b"):
         parse_shape("N=12")
     with pytest.raises(ValueError, match="device: expected one of"):

@@ -1,21 +1,20 @@
-"""Planted regressions, each found by the suite: an added copy of the logits, a doubled sweep, chunks cut to 64 rows."""
+"""Planted regressions that the suites find: a copy of the logits, a doubled sweep, chunks of 64 rows."""
 
 import pytest
 import torch
 
 from opsd_kernels._core import planner
 from opsd_kernels._rows import backends
-from opsd_kernels.bench import memory
-from opsd_kernels.bench.compare import changes_of
-from opsd_kernels.bench.measure import blank, compare_providers
+from opsd_kernels.bench.measure import memory
+from opsd_kernels.bench.measure.context import blank
+from opsd_kernels.bench.measure.rows import compare_providers
 from opsd_kernels.bench.providers import PROVIDERS
-from opsd_kernels.bench.results import Report
+from opsd_kernels.bench.report.compare import changes_of
+from opsd_kernels.bench.report.results import Report
 from opsd_kernels.bench.shapes import Setting
 
-ATTEMPTS, MISSES = (
-    8,
-    3,
-)  # on a machine that others use, a comparison may be too noisy to tell, and one without a mark may miss
+# On a shared machine a comparison may be too noisy to tell, and one without a noise mark may miss.
+ATTEMPTS, MISSES = 8, 3
 
 
 def report(rows):
@@ -33,7 +32,10 @@ def what_changed(before, after):
 
 
 def check_found_by_time(setting, plant, what):
-    """A comparison of a run before with one after the change says `what`. Skipped where nearly every run says of itself that it was too noisy to tell."""
+    """Assert that a comparison of runs before and after the change finds `what`.
+
+    Skipped where nearly every run is marked as too noisy to tell.
+    """
     quiet = 0
     for _ in range(ATTEMPTS):
         with pytest.MonkeyPatch.context() as patch:
@@ -51,7 +53,7 @@ def check_found_by_time(setting, plant, what):
 COPY = """
 def make(setting, provider, limit):
     from opsd_kernels._core import gemm
-    from opsd_kernels.bench.memory import prepare
+    from opsd_kernels.bench.measure.memory import prepare
 
     project, kept = gemm.project, []
 
@@ -67,7 +69,7 @@ def make(setting, provider, limit):
 
 @pytest.mark.slow
 def test_an_added_copy_of_the_logits_is_found():
-    """By the planner's prediction, and by the report before."""
+    """Found by the planner's prediction and by the earlier report."""
     setting = Setting(512, 64, 32000, "float32")
     planned = {"predicted_bytes": setting.plan().peak_bytes, "rows": setting.plan().rows}
     before, after = (
@@ -108,7 +110,7 @@ def test_a_doubled_sweep_is_found():
 @pytest.mark.slow
 @pytest.mark.alone
 def test_chunks_cut_to_64_rows_are_found(monkeypatch):
-    """By the plan of each row. Not by its time: on some CPUs 64 rows cost less than two runs can tell apart."""
+    """Found by the plan of each row; on some CPUs 64 rows cost less time than two runs can tell apart."""
     setting = Setting(1024, 128, 8000, "bfloat16")
     before = measured(setting)
     assert what_changed(before, before) == set()

@@ -1,14 +1,14 @@
-"""Reports on disk, and what changed between two of them."""
+"""Reports on disk, and the changes between two of them."""
 
 import json
 from dataclasses import replace
 
 import pytest
 
-from opsd_kernels.bench.compare import changes_of, comparable
-from opsd_kernels.bench.results import Report, Row, load
-from opsd_kernels.bench.tables import times
-from opsd_kernels.bench.timing import Sample
+from opsd_kernels.bench.measure.timing import Sample
+from opsd_kernels.bench.report.compare import changes_of, comparable
+from opsd_kernels.bench.report.results import Report, Row, load
+from opsd_kernels.bench.report.tables import times
 
 ROW = Row("ratios", "opsd", 1024, 512, 32000, "bfloat16", "shared", "trainable", "jsd")
 MEASURED = {

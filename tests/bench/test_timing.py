@@ -1,8 +1,8 @@
-"""Medians, noise and turns of the benchmark's clock."""
+"""The benchmark's timing: medians, noise, and the order of runs."""
 
 import pytest
 
-from opsd_kernels.bench.timing import Sample, Variant, interleave, noise, ratio
+from opsd_kernels.bench.measure.timing import Sample, Variant, interleave, noise, ratio
 
 
 def steady(milliseconds, count=9, jitter=()):
@@ -19,7 +19,7 @@ def test_sample():
 
 
 def test_ratio_pairs_the_rounds():
-    """A machine at half speed in some rounds slows both."""
+    """A machine at half speed in some rounds slows both sides of a ratio."""
     slow = (1, 2, 1, 2, 1, 2)
     assert ratio(steady(30, jitter=slow), steady(10, jitter=slow)) == Sample(3, 3, 3, 9)
     assert ratio(steady(30, count=4), steady(10)).n == 4
@@ -40,7 +40,7 @@ def test_noise(variant, says):
 
 
 def test_turns(monkeypatch):
-    """Each timed run comes right after one of its own; setup is before each and not timed; a failure costs its own variant alone."""
+    """Timed runs follow an untimed one of the same variant; a failure affects its variant alone."""
     ran = []
 
     def fails():

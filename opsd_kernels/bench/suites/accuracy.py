@@ -1,4 +1,4 @@
-"""Error of loss and gradient against float64 as the teacher comes nearer: the curve of docs/numerics.md, for every provider."""
+"""Error of loss and gradient against float64 as the teacher approaches the student, for every provider."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 from dataclasses import replace
 
 from ...testing import Case, hard_case, relative_error
-from ..gate import outcome_of, reference
-from ..measure import Context, Task, blank, describe
+from ..measure.context import Context, Task, blank, describe
+from ..measure.gate import outcome_of, reference
+from ..measure.timing import reason_of
 from ..providers import PROVIDERS, SLOW, Provider
-from ..results import Row
+from ..report.results import Row
 from ..shapes import Setting
-from ..timing import reason_of
 
 KLS = (2.0, 1e-1, 1e-2, 1e-3, 1e-4)
 WIDTHS = {"normal": 4.0, "wide": 16.0}  # largest |logit|
@@ -22,14 +22,10 @@ VOCABULARY = {True: 2048, False: 16384}
 
 @functools.lru_cache(maxsize=4)
 def near_case(setting: Setting, kl: float, width: str) -> Case:
-    near = {
-        "near": kl,
-        "largest_logit": WIDTHS[width],
-        "widths": (1.0,),
-        "bias": False,
-        "seed": 1,
-        "views": False,
-    }
+    """Return a case at a forward KL of `kl`, without the ignored rows of `hard_case`.
+
+    Those rows hold inf and NaN, which most other implementations do not accept.
+    """
     case = hard_case(
         setting.N,
         setting.V,
@@ -37,17 +33,28 @@ def near_case(setting: Setting, kl: float, width: str) -> Case:
         setting.torch_dtype,
         shared_head=setting.head == "shared",
         masked_entry=None,
-        **near,
+        near=kl,
+        largest_logit=WIDTHS[width],
+        widths=(1.0,),
+        bias=False,
+        seed=1,
+        views=False,
     )
-    # The ignored rows hold inf and NaN, which most others do not take: here they are left out.
+    assert case.mask is not None and case.labels is not None
     keep = case.mask & (case.labels != -100)
-    hidden = {name: getattr(case, name)[keep].contiguous() for name in ("student_hidden", "teacher_hidden")}
     return replace(
-        case, **hidden, mask=None, labels=None, token_weights=None, trainable=("student_hidden",)
+        case,
+        student_hidden=case.student_hidden[keep].contiguous(),
+        teacher_hidden=case.teacher_hidden[keep].contiguous(),
+        mask=None,
+        labels=None,
+        token_weights=None,
+        trainable=("student_hidden",),
     ).to(setting.device)
 
 
 def errors(setting: Setting, providers: tuple[Provider, ...], kl: float, width: str) -> list[Row]:
+    """Return one row per provider with its errors at one case."""
     case = near_case(setting, kl, width)
     actual_kl = outcome_of(reference(setting.at(divergence="forward_kl")), case.double()).loss.item()
     setting = setting.at(N=case.student_hidden.shape[0])
@@ -56,8 +63,9 @@ def errors(setting: Setting, providers: tuple[Provider, ...], kl: float, width: 
     for provider in providers:
         row = blank("accuracy", provider.name, setting, variant=f"KL {kl:g}, {width} logits")
         reason = provider.unsupported(setting)
-        if not reason and not kl / 2 < actual_kl < 2 * kl:  # 16-bit hidden states move the teacher, too
-            reason = f"the case stands at KL {actual_kl:.2g}"
+        # Rounding hidden states to 16 bits moves the teacher as well.
+        if not reason and not kl / 2 < actual_kl < 2 * kl:
+            reason = f"the KL of the case is {actual_kl:.2g}"
         if reason:
             rows.append(replace(row, reason=reason))
             continue
@@ -66,6 +74,7 @@ def errors(setting: Setting, providers: tuple[Provider, ...], kl: float, width: 
         except Exception as error:
             rows.append(replace(row, reason=reason_of(error)))
             continue
+        assert actual.student_hidden is not None and truth.student_hidden is not None
         found = (
             relative_error(actual.student_hidden, truth.student_hidden),
             relative_error(actual.loss, truth.loss),
@@ -83,6 +92,7 @@ def errors(setting: Setting, providers: tuple[Provider, ...], kl: float, width: 
 
 
 def accuracy(context: Context) -> list[Task]:
+    """Return a task for each setting, width of the logits, and KL."""
     providers = (*context.without(*SLOW, "cce", "opsd-fp32"), PROVIDERS["opsd-fp32"])
     size = Setting(N, H, VOCABULARY[context.quick], device=context.device)
     cases = [("bfloat16", "shared")] + (
@@ -97,7 +107,5 @@ def accuracy(context: Context) -> list[Task]:
             for width in WIDTHS:
                 for kl in KLS:
                     label = f"KL {kl:g}, {width}, {describe(setting)}"
-                    tasks.append(
-                        Task(label, lambda s=setting, kl=kl, width=width: errors(s, providers, kl, width))
-                    )
+                    tasks.append(Task(label, functools.partial(errors, setting, providers, kl, width)))
     return tasks

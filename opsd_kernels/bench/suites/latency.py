@@ -1,15 +1,18 @@
-"""Time against the bare GEMMs: the table of targets, the walk through N, V, H, divergences and modes, and the share of masked tokens."""
+"""Time against the bare GEMMs: the targets, a walk through sizes, divergences and modes, masked tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from ...spec import KIND_NAMES
-from ..measure import Context, Task, compare_providers, describe
+from ..measure.context import Context, Task, describe
+from ..measure.rows import compare_providers
 from ..providers import SLOW
 from ..shapes import MODES, PEER_DIVERGENCES, Setting
 
-# Forward and backward against the bare GEMMs: (device, dtype, head) -> ratio. On CUDA by the hidden size, for the sweeps are paid for by GEMMs of H.
+# Upper limits of the ratio of forward and backward to the bare GEMMs: on a CPU by (dtype, head), on CUDA by
+# hidden size, since the GEMMs grow with H and the sweeps do not.
 TARGETS = {
     ("float32", "shared"): 1.10,
     ("float32", "two heads"): 1.10,
@@ -17,10 +20,11 @@ TARGETS = {
     ("bfloat16", "two heads"): 1.70,
 }
 CUDA_TARGETS = ((4096, 1.20), (0, 1.45))  # (at least this hidden size, ratio), bf16, shared head
-RATIO_SECONDS = 3.0  # times the usual effort: these are the numbers that are quoted
+RATIO_SECONDS = 3.0  # times the usual effort: these numbers are quoted
 
 
 def target(setting: Setting) -> float | None:
+    """Return the upper limit of the ratio at a setting, or None where none is stated."""
     if setting.mode not in ("trainable", "frozen"):
         return None
     if setting.device == "cpu":
@@ -44,28 +48,24 @@ def _ratio_settings(context: Context) -> Iterator[Setting]:
 
 
 def ratios(context: Context) -> list[Task]:
-    """Every provider at the shapes of the targets."""
+    """Return tasks with every provider at the shapes of the targets."""
 
     def task(setting: Setting) -> Task:
-        providers = (
-            context.only("torch")
-            if setting.mode == "frozen" and setting.device == "cpu"
-            else context.providers
-        )
-        providers = [
-            p for p in providers if p.name not in SLOW or setting.divergence == "reverse_kl"
-        ]  # compiled anew for each setting
+        ours_alone = setting.mode == "frozen" and setting.device == "cpu"
+        providers = context.only("torch") if ours_alone else context.providers
+        # Providers in SLOW compile anew for each setting.
+        chosen = [p for p in providers if p.name not in SLOW or setting.divergence == "reverse_kl"]
         effort = context.effort(1.0 if context.quick else RATIO_SECONDS)
         return Task(
             describe(setting),
-            lambda: compare_providers("ratios", setting, providers, target=target(setting), **effort),
+            partial(compare_providers, "ratios", setting, chosen, target=target(setting), **effort),
         )
 
     return [task(setting) for setting in _ratio_settings(context)]
 
 
 def _walk(context: Context) -> Iterator[Setting]:
-    """One thing changed at a time."""
+    """Yield settings around the centre, with one field changed at a time."""
     factors = (0.25, 4) if not context.quick else (0.25,)
     for shape in context.centre():
         for dtype in context.chosen_dtypes(
@@ -85,21 +85,21 @@ def _walk(context: Context) -> Iterator[Setting]:
 
 
 def latency(context: Context) -> list[Task]:
-    """This package and plain PyTorch; others in the suite `ratios`, or with --provider."""
+    """Return tasks with this package and plain PyTorch, on CUDA also with libraries that do not compile."""
     providers = context.only(
         "torch", *(() if context.device == "cpu" else ("trl", "liger-triton", "liger-chunked"))
     )
 
     def task(setting: Setting) -> Task:
         return Task(
-            describe(setting), lambda: compare_providers("latency", setting, providers, **context.effort())
+            describe(setting), partial(compare_providers, "latency", setting, providers, **context.effort())
         )
 
     return [task(setting) for setting in _walk(context)]
 
 
 def masked(context: Context) -> list[Task]:
-    """Ignored tokens cost nothing: against the GEMMs over all tokens."""
+    """Return tasks by share of ignored tokens, against the GEMMs over all tokens."""
     shares = (0.0, 0.5) if context.quick else (0.0, 0.25, 0.5, 0.75, 0.9)
     providers = context.without(*SLOW, "cce")
 
@@ -107,7 +107,7 @@ def masked(context: Context) -> list[Task]:
         variant = f"{setting.masked:.0%} masked"
         return Task(
             f"{variant}, {describe(setting)}",
-            lambda: compare_providers("masked", setting, providers, variant=variant, **context.effort(0.6)),
+            partial(compare_providers, "masked", setting, providers, variant=variant, **context.effort(0.6)),
         )
 
     dtypes = context.chosen_dtypes("bfloat16")

@@ -1,26 +1,32 @@
-"""Where a training step goes: rollout, trunk, loss, optimiser. A randomly initialised Qwen3 that is its own teacher, as in `opsd train`."""
+"""Where a training step goes: rollout, trunk, loss, optimiser.
+
+The model is a randomly initialised Qwen3 that is its own teacher, as in `opsd train`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..gate import check
-from ..measure import Context, Task, blank, free, part_row
+from ..measure.context import Context, Effort, Task, blank, free
+from ..measure.gate import check
+from ..measure.rows import part_row
+from ..measure.timing import Variant, interleave
 from ..providers import PROVIDERS, Provider, installed
-from ..results import Row
+from ..report.results import Row
 from ..shapes import Setting
-from ..timing import Variant, interleave
 
 STEP = "whole step"
 
 
 @dataclass(frozen=True)
 class Model:
-    """B prompts of P tokens, T sampled ones each."""
+    """Sizes of the model and of a step: B prompts of P tokens, with T sampled tokens each."""
 
     H: int
     V: int
@@ -39,29 +45,36 @@ MODELS = {
 
 
 class Step:
-    """The parts of one step, each a call of its own, over tensors that the ones before left."""
+    """The parts of one step, each a call of its own, over the tensors that earlier parts left."""
 
     def __init__(self, model: Model, setting: Setting, provider: Provider) -> None:
         from transformers import Qwen3Config, Qwen3ForCausalLM
 
         torch.manual_seed(0)
         config = Qwen3Config(
-            vocab_size=model.V, hidden_size=model.H, intermediate_size=3 * model.H, num_hidden_layers=model.layers, num_attention_heads=model.H // 64,
-            num_key_value_heads=max(1, model.H // 128), head_dim=64, tie_word_embeddings=True,
-        )  # fmt: skip
+            vocab_size=model.V,
+            hidden_size=model.H,
+            intermediate_size=3 * model.H,
+            num_hidden_layers=model.layers,
+            num_attention_heads=model.H // 64,
+            num_key_value_heads=max(1, model.H // 128),
+            head_dim=64,
+            tie_word_embeddings=True,
+        )
         self.size, self.setting = model, setting
-        self.net = Qwen3ForCausalLM(config).to(setting.torch_dtype).to(setting.device)
+        net: Any = Qwen3ForCausalLM(config)
+        self.net = net.to(setting.torch_dtype).to(setting.device)
         self.optimiser = torch.optim.AdamW(self.net.parameters(), lr=1e-5)
         self.prompts = torch.randint(model.V, (model.B, model.P), device=setting.device)
         self.tokens = torch.randint(model.V, (model.B, model.P + model.T), device=setting.device)
-        self.context = torch.randint(
-            model.V, (model.B, 2 * model.P + model.T), device=setting.device
-        )  # the teacher reads feedback first
+        # The teacher's prompt also holds feedback.
+        self.context = torch.randint(model.V, (model.B, 2 * model.P + model.T), device=setting.device)
         self.op = provider.make(setting)
         self.loss_value: Tensor | None = None
         self.trunk_forward()
 
     def rollout(self) -> None:
+        """Sample T tokens for each prompt."""
         with torch.no_grad():
             self.tokens = self.net.generate(
                 self.prompts,
@@ -72,30 +85,35 @@ class Step:
             )
 
     def trunk_forward(self) -> None:
+        """Compute the hidden states of the sampled tokens, for student and teacher."""
         T = self.size.T
         with torch.no_grad():
             self.teacher = self.net.model(self.context).last_hidden_state[:, -T - 1 : -1].flatten(0, 1)
         self.hidden = self.net.model(self.tokens).last_hidden_state[:, -T - 1 : -1].flatten(0, 1)
 
     def loss(self) -> None:
-        """Forward and backward of the loss head, down to the hidden states."""
+        """Run the loss head forward and backward, down to the gradient of the hidden states."""
         head = self.net.lm_head.weight
         self.cut = self.hidden.detach().requires_grad_()
         self.loss_value = self.op(self.cut, head, self.teacher.detach(), head.detach())
         self.loss_value.backward()
 
     def trunk_backward(self) -> None:
+        """Backpropagate the gradient of the loss head through the trunk."""
         self.hidden.backward(self.cut.grad)
 
     def trunk(self) -> None:
+        """Run the trunk forward and backward, for its time alone."""
         self.trunk_forward()
         self.hidden.backward(torch.ones_like(self.hidden))
 
     def optimise(self) -> None:
+        """Clip gradients and update the weights."""
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         self.optimiser.step()
 
     def whole(self) -> None:
+        """Run one training step."""
         self.optimiser.zero_grad()
         self.rollout()
         self.trunk_forward()
@@ -104,6 +122,7 @@ class Step:
         self.optimise()
 
     def parts(self) -> dict[str, Callable[[], object]]:
+        """Return the calls to time, by name."""
         return {
             STEP: self.whole,
             "rollout": self.rollout,
@@ -113,7 +132,8 @@ class Step:
         }
 
 
-def split(model: Model, setting: Setting, provider: Provider, effort: dict[str, object]) -> list[Row]:
+def split(model: Model, setting: Setting, provider: Provider, effort: Effort) -> list[Row]:
+    """Time the parts of a step with the loss of `provider`, as shares of the whole step."""
     row = blank("step", provider.name, setting)
     reason = provider.unsupported(setting) or check(provider, setting).failure
     if not installed("transformers"):
@@ -130,13 +150,12 @@ def split(model: Model, setting: Setting, provider: Provider, effort: dict[str, 
 
 
 def step(context: Context) -> list[Task]:
-    """With this package's loss, and with plain PyTorch's."""
+    """Return a task with this package's loss, and one with plain PyTorch's."""
     model = MODELS[context.device, context.quick]
     dtype = context.chosen_dtypes("float32" if context.device == "cpu" else "bfloat16")[0]
     setting = Setting(model.B * model.T, model.H, model.V, dtype, device=context.device)
     providers = [p for p in context.only("torch") if p.name in ("opsd", "torch")] or [PROVIDERS["opsd"]]
     shown = f"{model.layers} layers, H={model.H}, V={model.V}, {model.B} x ({model.P} + {model.T}) tokens"
     return [
-        Task(f"{p.label}, {shown}", lambda p=p: split(model, setting, p, context.effort(2.0)))
-        for p in providers
+        Task(f"{p.label}, {shown}", partial(split, model, setting, p, context.effort(2.0))) for p in providers
     ]

@@ -1,24 +1,24 @@
-"""The row sweeps of each backend against the copy bandwidth: they read and write logits, and little else."""
+"""The row sweeps of each backend against the copy bandwidth, which bounds them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
-from ..._core.planner import resolve_logits
-from ..._rows import backends
 from ...spec import Divergence, RowSpec
-from .. import ceilings
-from ..gate import check
-from ..measure import Context, Task, blank, describe, free
+from ..internals import backends, resolve_logits
+from ..measure import ceilings
+from ..measure.context import Context, Effort, Task, blank, describe, free
+from ..measure.gate import check
+from ..measure.timing import Variant, interleave, noise, ratio, reason_of
 from ..providers import PROVIDERS
-from ..results import Row
+from ..report.results import Row
 from ..shapes import Setting
-from ..timing import Variant, interleave, noise, ratio, reason_of
 
-# Buffers touched: each sweep reads student and teacher once; the gradient is written over the student.
+# Buffers touched: each sweep reads student and teacher once; the gradient overwrites the student.
 TOUCHED = {"row_stats": 2, "row_dot": 2, "row_grad_": 3, "row_fused_": 3}
 COPY = "copy"
 MOST_ROWS = 1024
@@ -27,6 +27,7 @@ MOST_ROWS = 1024
 def sweeps_of(
     setting: Setting, backend: str, S: torch.Tensor, T: torch.Tensor, difference: bool
 ) -> dict[str, Callable[[], object]]:
+    """Return the sweeps of a backend over the logits S and T, by name."""
     spec = RowSpec(Divergence.parse(setting.divergence), difference=difference)
     rows = backends.select(backend, S.device)
     stats = rows.row_stats(S, T, spec, None, None, False)
@@ -41,14 +42,16 @@ def sweeps_of(
     return {name: call for name, call in calls.items() if not (name == "row_dot" and spec.one_sweep)}
 
 
-def compare_sweeps(setting: Setting, effort: dict[str, object]) -> list[Row]:
+def compare_sweeps(setting: Setting, effort: Effort) -> list[Row]:
+    """Time every sweep of every backend in turn with a copy of the logits."""
     buffer, difference = resolve_logits(setting.torch_dtype, "auto", setting.head == "shared")
     C, gen = min(setting.plan().rows, MOST_ROWS), torch.Generator(setting.device).manual_seed(0)
     logits = (4 * torch.randn(C, setting.V, generator=gen, device=setting.device)).to(buffer)
     other = (0.4 * torch.randn(C, setting.V, generator=gen, device=setting.device)).to(buffer)
     T = other if difference else logits + other
     S, copied = logits.clone(), torch.empty_like(logits)
-    variants, rows = {COPY: Variant(lambda: copied.copy_(logits))}, {}
+    variants = {COPY: Variant(lambda: copied.copy_(logits))}
+    rows: dict[str, Row] = {}
     for name in backends.NAMES:
         provider = PROVIDERS[f"opsd-{name}"]
         made = blank("sweeps", provider.name, setting, rows=C)
@@ -62,38 +65,36 @@ def compare_sweeps(setting: Setting, effort: dict[str, object]) -> list[Row]:
             continue
         for sweep, call in calls.items():
             rows[f"{name} {sweep}"] = replace(made, variant=sweep)
-            variants[f"{name} {sweep}"] = Variant(
-                call, setup=lambda: S.copy_(logits)
-            )  # a sweep in place leaves gradients
+            # A sweep in place leaves gradients in S: the setup restores the logits.
+            variants[f"{name} {sweep}"] = Variant(call, setup=lambda: S.copy_(logits))
     interleave(variants, COPY, setting.device, **effort)
-    bandwidth = ceilings.copy_rate(setting.device)
-    done = []
-    for name, row in rows.items():
-        variant = variants.get(name)
-        if variant is None or variant.failure or not variant.times:
-            done.append(replace(row, reason=row.reason or variant.failure or "not measured"))
-            continue
-        touched = TOUCHED[row.variant] * C * setting.V * buffer.itemsize
-        rate = touched / (variant.sample().median / 1e3)
-        known = noise(variant, variants[COPY])
-        sample = ratio(variant, variants[COPY])
-        done.append(
-            replace(
-                row,
-                ms=variant.sample(),
-                ratio=sample,
-                base=COPY,
-                gbs=rate / 1e9,
-                ceiling=rate / bandwidth,
-                noise=known,
-            )
-        )
+    nbytes = logits.numel() * logits.element_size()
+    done = [_timed(row, variants.get(name), variants[COPY], nbytes, setting) for name, row in rows.items()]
     del variants
     free()
     return done
 
 
+def _timed(row: Row, variant: Variant | None, copy: Variant, nbytes: int, setting: Setting) -> Row:
+    """Return the row with time, ratio to the copy and bandwidth, or with the reason why it has none."""
+    if variant is None or variant.failure or not variant.times:
+        failure = variant.failure if variant is not None else None
+        return replace(row, reason=row.reason or failure or "not measured")
+    sample = variant.sample()
+    rate = TOUCHED[row.variant] * nbytes / (sample.median / 1e3)
+    return replace(
+        row,
+        ms=sample,
+        ratio=ratio(variant, copy),
+        base=COPY,
+        gbs=rate / 1e9,
+        ceiling=rate / ceilings.copy_rate(setting.device),
+        noise=noise(variant, copy),
+    )
+
+
 def sweeps(context: Context) -> list[Task]:
+    """Return a task for each dtype, head and divergence."""
     wanted = [("bfloat16", "shared", "reverse_kl"), ("bfloat16", "shared", "jsd")]
     wanted += (
         []
@@ -110,4 +111,4 @@ def sweeps(context: Context) -> list[Task]:
         for dtype, head, divergence in wanted
     ]
     settings = [s for s in settings if not context.dtypes or s.dtype in context.dtypes]
-    return [Task(describe(s), lambda s=s: compare_sweeps(s, context.effort())) for s in settings]
+    return [Task(describe(s), partial(compare_sweeps, s, context.effort())) for s in settings]

@@ -1,53 +1,62 @@
-"""What each dialect of the token loss costs over the same call with a plain tensor of weights."""
+"""Cost of each dialect of the token loss over the same call with a plain tensor of weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import weights as schemes
-from ..._core.planner import plan
 from ...divergence import linear_divergence
 from ...objectives import OnPolicyDistillation, PolicyGradient, PPOClip, linear_policy_divergence
 from ...testing import TARGETS, Case, relative_error
 from ...testing.reference import linear_divergence_reference
-from ..gate import TOKENS
-from ..measure import Context, Task, blank, describe, free, part_row
-from ..results import Row
+from ..internals import plan
+from ..measure.context import Context, Effort, Task, blank, describe, free
+from ..measure.gate import TOKENS
+from ..measure.rows import part_row
+from ..measure.timing import Variant, interleave, reason_of
+from ..report.results import Row
 from ..shapes import SHAPES, Setting, make_case
-from ..timing import Variant, interleave, reason_of
 
 B = 4  # sequences
-STATED_AT = SHAPES[
-    "cpu"
-]  # the size that the limits are meant for: at smaller ones what a call costs whatever its size weighs more
+# The size that the limits are stated at: at smaller sizes the constant cost of a call has a larger share.
+STATED_AT = SHAPES["cpu"]
 LIMITS = {"row weights": 1.05, "aligned sequence weights": 1.10, "GRPO mix": 1.05, "top-k": 1.60}
 BASE = "tensor weights"
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """`kind` names the limit it stands under, if any."""
+    """One call to time: an op of the public API and its options. `kind` names its limit in LIMITS, if any."""
 
     kind: str | None
-    op: Callable[..., Tensor]
-    options: dict[str, object]
+    op: Callable[..., Any]
+    options: dict[str, Any]
 
 
 def own_pass_budget(setting: Setting) -> int | None:
-    """The largest budget, by doubling, under which no chunk holds a sequence; None where every budget does."""
+    """Return the largest power-of-two budget under which no chunk holds a sequence; None if there is none."""
 
     def own_pass(budget: int) -> bool:
         try:
             chosen = plan(
-                setting.N, setting.V, setting.H, dtype=setting.torch_dtype, workspace_bytes=budget, device_type=setting.device,
-                weights_scope="sequence", longest_sequence=setting.N // B,
-            )  # fmt: skip
-        except ValueError:  # does not hold a row
+                setting.N,
+                setting.V,
+                setting.H,
+                dtype=setting.torch_dtype,
+                workspace_bytes=budget,
+                device_type=setting.device,
+                weights_scope="sequence",
+                longest_sequence=setting.N // B,
+            )
+        except ValueError:  # the budget does not hold a row
             return False
         return chosen.weighting == "own pass"
 
@@ -55,6 +64,7 @@ def own_pass_budget(setting: Setting) -> int | None:
 
 
 def dialects(setting: Setting) -> dict[str, Dialect]:
+    """Return the calls to time, by name; the first is BASE."""
     T, gen = setting.N // B, torch.Generator().manual_seed(1)
 
     def on(tensor: Tensor) -> Tensor:
@@ -62,16 +72,15 @@ def dialects(setting: Setting) -> dict[str, Dialect]:
 
     labels = on(torch.randint(setting.V, (B, T), generator=gen))
     old, advantages = on(-6 * torch.rand(B, T, generator=gen)), on(torch.randn(B, 1, generator=gen))
-    base = {"divergence": setting.divergence, "labels": labels}
+    base: dict[str, Any] = {"divergence": setting.divergence, "labels": labels}
     plain = {**base, "token_weights": on(0.5 + torch.rand(B, T, generator=gen))}
-    # The gate stands above every entropy: among them it jumps, and a row that rounding takes across it would count as a wrong gradient.
-    importance, entropy = (
-        schemes.ImportanceRatio(old),
-        schemes.EntropyGate("teacher", below=math.log(2 * setting.V)),
-    )
+    importance = schemes.ImportanceRatio(old)
+    # The threshold is above every entropy. Among the entropies the weight jumps there, and a row that
+    # rounding moves across it would count as a wrong gradient.
+    entropy = schemes.EntropyGate("teacher", below=math.log(2 * setting.V))
     prefix = {**base, "token_weights": schemes.PrefixDiscrepancy()}
 
-    def mix(policy: object) -> dict[str, object]:
+    def mix(policy: object) -> dict[str, Any]:
         return {**plain, "policy": policy, "policy_weight": 0.3}
 
     made = {
@@ -101,57 +110,56 @@ def dialects(setting: Setting) -> dict[str, Dialect]:
         "entry_clip": Dialect(None, linear_divergence, {**plain, "entry_clip": 0.05}),
         "token_clip": Dialect(None, linear_divergence, {**plain, "token_clip": 5.0}),
         "teacher_mix": Dialect(None, linear_divergence, {**plain, "teacher_mix": 0.3}),
-        "statistics": Dialect(
-            None, lambda *heads, **options: linear_divergence(*heads, **options, return_stats=True)[0], plain
-        ),
+        "statistics": Dialect(None, linear_divergence, {**plain, "return_stats": True}),
     }
-    return (
-        made
-        if made["PrefixDiscrepancy, own pass"].options["workspace_bytes"]
-        else {k: d for k, d in made.items() if "own pass" not in k}
-    )
+    if made["PrefixDiscrepancy, own pass"].options["workspace_bytes"] is None:
+        del made["PrefixDiscrepancy, own pass"]
+    return made
 
 
-def stepper(case: Case, op: Callable[..., Tensor], options: dict[str, object]) -> Callable[[], Tensor]:
+def stepper(case: Case, op: Callable[..., Any], options: dict[str, Any]) -> Callable[[], Tensor]:
+    """Return a step over B sequences: forward and backward; the step returns the hidden gradient."""
     live = case.leaves()
     T = live.student_hidden.shape[0] // B
 
     def step() -> Tensor:
         live.student_hidden.grad = live.student_weight.grad = None
         h, t = (x.unflatten(0, (B, T)) for x in (live.student_hidden, live.teacher_hidden))
-        loss = op(h, live.student_weight, t, live.teacher_weight, **options)
+        result = op(h, live.student_weight, t, live.teacher_weight, **options)
+        loss = result[0] if isinstance(result, tuple) else result
         loss.backward()
-        return live.student_hidden.grad
+        gradient = live.student_hidden.grad
+        assert gradient is not None
+        return gradient
 
     return step
 
 
-def by_definition(options: dict[str, object]) -> Callable[..., Tensor]:
-    """The dialect in plain torch; float64 in, float64 out."""
+def by_definition(options: dict[str, Any]) -> Callable[..., Tensor]:
+    """Return the dialect in plain torch; float64 inputs give a float64 loss."""
     policy, share = options.get("policy"), options.get("policy_weight", 0.0)
-    rest = {
-        name: value
-        for name, value in options.items()
-        if name not in ("policy", "policy_weight", "workspace_bytes")
-    }
+    ours_alone = ("policy", "policy_weight", "workspace_bytes", "return_stats")
+    rest = {name: value for name, value in options.items() if name not in ours_alone}
 
     def op(*heads: Tensor) -> Tensor:
         loss, stats = linear_divergence_reference(*heads, **rest, return_stats=True)
+        assert isinstance(stats, dict)
         if policy is None:
             return loss
         logprob = (heads[0] @ heads[1].T).log_softmax(-1).gather(-1, options["labels"][..., None])[..., 0]
-        seen = type("Stats", (), {name: value.detach() for name, value in stats.items()})
-        return (1 - share) * loss + share * policy(
-            logprob, seen, torch.ones_like(logprob, dtype=torch.bool)
-        ).mean()
+        seen = SimpleNamespace(**{name: value.detach() for name, value in stats.items()})
+        term = policy(logprob, seen, torch.ones_like(logprob, dtype=torch.bool))
+        return (1 - share) * loss + share * term.mean()
 
     return op
 
 
 def failures(setting: Setting) -> dict[str, str]:
-    """Dialects whose gradient is wrong, of 64 tokens: bf16 within the default target of docs/numerics.md, fp32 within that of fp32 logits.
+    """Return the dialects with a wrong gradient at TOKENS tokens, each with the reason.
 
-    A support is chosen by logits that bf16 has rounded: where the k-th and the next are that close, either is right, so top-k is judged in fp32 alone.
+    The bound is the default target of 16-bit inputs, for fp32 that of fp32 logits. Top-k is checked in fp32
+    alone: it selects entries by logits that bf16 has rounded, and where the k-th and the next one tie, either
+    is right.
     """
     small = setting.at(N=TOKENS)
     case, bound = make_case(small), TARGETS["default" if setting.dtype == "bfloat16" else "fp32_logits"]
@@ -170,7 +178,7 @@ def failures(setting: Setting) -> dict[str, str]:
 
 
 def gradient_error(case: Case, dialect: Dialect) -> float:
-    """Against the definition in float64. The budget of a large call does not hold for a small one."""
+    """Return the relative error against float64, without the workspace budget of a large call."""
     wide = {
         k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
         for k, v in dialect.options.items()
@@ -180,7 +188,8 @@ def gradient_error(case: Case, dialect: Dialect) -> float:
     return relative_error(stepper(case, dialect.op, options)(), truth)
 
 
-def compare_dialects(setting: Setting, effort: dict[str, object]) -> list[Row]:
+def compare_dialects(setting: Setting, effort: Effort) -> list[Row]:
+    """Time all dialects that pass their check in turn."""
     wrong = failures(setting)
     made, case = dialects(setting), make_case(setting)
     variants = {
@@ -192,7 +201,7 @@ def compare_dialects(setting: Setting, effort: dict[str, object]) -> list[Row]:
     limits = LIMITS if (setting.N, setting.H, setting.V) == (STATED_AT.N, STATED_AT.H, STATED_AT.V) else {}
     rows = []
     for name, dialect in made.items():
-        row = blank("weights", "opsd", setting, variant=name, target=limits.get(dialect.kind))
+        row = blank("weights", "opsd", setting, variant=name, target=limits.get(dialect.kind or ""))
         rows.append(
             replace(row, reason=wrong[name], target=None)
             if name in wrong
@@ -204,6 +213,7 @@ def compare_dialects(setting: Setting, effort: dict[str, object]) -> list[Row]:
 
 
 def weights(context: Context) -> list[Task]:
+    """Return a task for each dtype and divergence."""
     wanted = [("bfloat16", "reverse_kl")] + (
         [] if context.quick else [("bfloat16", "jsd"), ("float32", "reverse_kl")]
     )
@@ -213,7 +223,5 @@ def weights(context: Context) -> list[Task]:
         for dtype, divergence in wanted
     ]
     settings = [s for s in settings if not context.dtypes or s.dtype in context.dtypes]
-    return [
-        Task(describe(s), lambda s=s: compare_dialects(s, context.effort(3 if context.quick else 5)))
-        for s in settings
-    ]
+    times = 3 if context.quick else 5
+    return [Task(describe(s), partial(compare_dialects, s, context.effort(times))) for s in settings]

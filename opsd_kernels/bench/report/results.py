@@ -1,4 +1,4 @@
-"""Rows of measurements, and the report that holds them with all that a reader needs to run them again. JSON in and out."""
+"""Rows of measurements, and the report that holds them with machine, versions, commit and command; JSON."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .. import report_json
-from ..provenance import describe_machine, git_commit, package_version
-from .timing import Sample
+from ... import report_json
+from ...provenance import describe_machine, git_commit, package_version
+from ..measure.timing import Sample
 
 SCHEMA = 1
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "transformers", "opsd_kernels")
@@ -21,7 +21,7 @@ PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "tran
 
 @dataclass(frozen=True)
 class Row:
-    """One number or curve point. `reason` is why there is none. Fields that do not apply are None."""
+    """One measurement, or the reason why it is missing. Fields that do not apply are None."""
 
     suite: str
     provider: str
@@ -32,26 +32,28 @@ class Row:
     head: str
     mode: str
     divergence: str
-    variant: str = ""  # what the suite varies beside these: KL, masked share, scheme, sweep, part of a step
+    # The suite's own variable beside these: KL, masked share, scheme, sweep, part of a step.
+    variant: str = ""
     reason: str | None = None
     ms: Sample | None = None
     ratio: Sample | None = None  # to `base`, round by round
     base: str | None = None
-    whole: float | None = None  # ratio to the GEMMs in chunks as large as pays, whatever the planner cuts
-    noise: str | None = None  # why the ratio is not to be believed within 10 %
+    # Ratio to the GEMMs in chunks as large as pays, independent of the planner's chunks.
+    whole: float | None = None
+    noise: str | None = None  # why the ratio is not known within 10 %
     target: float | None = None  # for the ratio
-    tflops: float | None = None  # of the GEMM passes that cannot be avoided
-    gbs: float | None = None  # of the traffic that cannot be avoided
+    tflops: float | None = None  # of the unavoidable GEMM passes
+    gbs: float | None = None  # of the unavoidable traffic
     ceiling: float | None = None  # share of the nearer ceiling, GEMM rate or copy bandwidth
-    peak_bytes: int | None = None  # above what was live before the call
+    peak_bytes: int | None = None  # above the memory that was live before the call
     predicted_bytes: int | None = None
     gradient_error: float | None = None  # relative, against float64
     loss_error: float | None = None
     rows: int | None = None  # per chunk, as planned
 
     @property
-    def key(self) -> tuple:
-        """What makes two rows the same measurement."""
+    def key(self) -> tuple[object, ...]:
+        """Identity of the measurement: rows of two reports are compared if their keys agree."""
         return tuple(
             getattr(self, name)
             for name in ("suite", "provider", "N", "H", "V", "dtype", "head", "mode", "divergence", "variant")
@@ -59,6 +61,7 @@ class Row:
 
     @property
     def verdict(self) -> str | None:
+        """Whether the ratio meets its target; None without one."""
         if self.target is None or self.ratio is None:
             return None
         if self.noise:
@@ -68,7 +71,7 @@ class Row:
 
 @dataclass
 class Report:
-    """What one run of `opsd bench` measured, where and how."""
+    """The measurements of one run of `opsd bench`, with machine, versions, commit and command."""
 
     machine: dict[str, object]
     versions: dict[str, str | None]
@@ -84,23 +87,24 @@ class Report:
 
     @property
     def where(self) -> str:
-        """One line: machine, versions, commit."""
+        """One line: machine, versions, commit, date."""
         return where(vars(self))
 
     def save(self, path: Path) -> None:
+        """Write the report as JSON."""
         path.parent.mkdir(parents=True, exist_ok=True)
         head = {key: value for key, value in asdict(self).items() if key != "rows"}
         path.write_text(report_json.dumps({**head, "rows": [row_dict(row) for row in self.rows]}))
 
 
 def where(report: Mapping[str, Any]) -> str:
-    """One line of a report of any kind: machine, versions, commit."""
+    """Return one line for a report of any kind: machine, versions, commit, date."""
     shown = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
     return f"{report['machine']['name']}; {shown}; commit {report['commit'][:12]}; {report['date']}"
 
 
 def script_report(kind: str, script: str) -> dict[str, Any]:
-    """What the report of a script under benchmarks/ begins with: its kind, where and how it was made."""
+    """Return the head of a report by a script under benchmarks/: its kind, where and how it was made."""
     command = shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]])
     made = new_report("cpu", command, quick=False, suites=[])
     return {
@@ -110,7 +114,7 @@ def script_report(kind: str, script: str) -> dict[str, Any]:
 
 
 def rounded(value: Any) -> Any:
-    """Every float inside to five digits."""
+    """Return `value` with every float in it rounded to five digits."""
     if isinstance(value, dict):
         return {key: rounded(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -119,24 +123,22 @@ def rounded(value: Any) -> Any:
 
 
 def row_dict(row: Row) -> dict[str, object]:
-    """Of JSON; what does not apply is left out."""
+    """Return the row as a JSON object, without the fields that do not apply."""
     return {name: rounded(value) for name, value in asdict(row).items() if value is not None and value != ""}
 
 
-def parse_row(row: dict[str, object]) -> Row:
-    """Back from `row_dict`."""
+def parse_row(row: Mapping[str, Any]) -> Row:
+    """Return the row of a JSON object made by `row_dict`. Unknown fields are dropped."""
     known = {f.name for f in fields(Row)}
-    return Row(
-        **{
-            name: Sample(**value) if name in ("ms", "ratio") else value
-            for name, value in row.items()
-            if name in known
-        }
-    )
+    values = {name: value for name, value in row.items() if name in known}
+    for name in ("ms", "ratio"):
+        if name in values:
+            values[name] = Sample(**values[name])
+    return Row(**values)
 
 
 def load(path: Path) -> Report:
-    """Raises ValueError for a file of another kind or schema."""
+    """Read a report. Raises ValueError for a file of another kind or schema."""
     data = json.loads(Path(path).read_text())
     found = data.get("schema") if isinstance(data, dict) else None
     if found != SCHEMA:
@@ -147,6 +149,7 @@ def load(path: Path) -> Report:
 def new_report(
     device: str, command: str, quick: bool, suites: list[str], commit: str | None = None
 ) -> Report:
+    """Return a report without rows, of this machine and now."""
     versions = {package: package_version(package) for package in PACKAGES}
     return Report(
         describe_machine(device),

@@ -1,4 +1,4 @@
-"""Times of variants that are run in turn in one process: medians, quartiles, and whether the machine was quiet enough to believe them."""
+"""Times of variants run in turn in one process: medians, quartiles, and a verdict on the machine's noise."""
 
 from __future__ import annotations
 
@@ -7,18 +7,29 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
-NOTCH = 1.57  # half-width of a median's 95 % interval in quartile ranges, times the root of the number of values (McGill, Tukey, Larsen 1978)
-SETTLED = 0.02  # relative half-width at which no more rounds are run
-NOISY = 0.05  # and above which a row says so: two runs that are each off by this much differ by 10 %
-LONG = 2500.0  # milliseconds: a longer run loses less than a tenth to the pages it must have again, and is not run twice for each time
-L2_FLUSH_BYTES = 256 << 20  # above the L2 of every GPU so far (H200: 50 MiB, B200: 126 MiB)
+# Half-width of a median's 95 % interval in quartile ranges, times the root of the number of values
+# (McGill, Tukey, Larsen 1978).
+NOTCH = 1.57
+# Relative half-width at which no more rounds are run.
+SETTLED = 0.02
+# Relative half-width above which a row is marked noisy: two runs that are each off by this much differ by 10
+# %.
+NOISY = 0.05
+# Milliseconds. Page faults after an idle turn cost a longer run less than a tenth: it gets no warm-up run.
+LONG = 2500.0
+# Above the L2 of every GPU so far (H200: 50 MiB, B200: 126 MiB).
+L2_FLUSH_BYTES = 256 << 20
+
+T = TypeVar("T")
+Reading = Callable[[], float]  # milliseconds of a run that has been issued
 
 
 def _few(n: int) -> float:
-    """Student's 97.5 % quantile at n - 1 degrees of freedom over the normal one, within 2 % from n = 3 on."""
+    """Return Student's 97.5 % quantile (n - 1 degrees of freedom) over the normal one, to 2 % from n = 3."""
     return 1 + 1.25 / (n - 1) + 1.9 / (n - 1) ** 2 if n > 1 else 1.0
 
 
@@ -33,6 +44,7 @@ class Sample:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Sample:
+        """Summarise `values`."""
         quartiles = (
             statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
         )
@@ -46,7 +58,10 @@ class Sample:
 
 @dataclass
 class Variant:
-    """What is timed. `setup` runs before each run and is not timed. `failure` is why there is no time, once there is a reason."""
+    """One of the calls that are timed in turn.
+
+    `setup` is called before each run, outside the clock. `failure` is the reason for a missing time.
+    """
 
     run: Callable[[], object]
     setup: Callable[[], object] | None = None
@@ -54,10 +69,21 @@ class Variant:
     failure: str | None = None
 
     def sample(self) -> Sample:
+        """Summarise the times of all rounds."""
         return Sample.of(list(self.times.values()))
 
+    def set_up_and_run(self) -> None:
+        """Run once, untimed."""
+        if self.setup is not None:
+            self.setup()
+        self.run()
 
-def cpu_clock(variant: Variant) -> Callable[[], float]:
+
+Clock = Callable[[Variant], Reading]
+
+
+def cpu_clock(variant: Variant) -> Reading:
+    """Run `variant` and read the wall clock around it."""
     start = time.perf_counter()
     variant.run()
     elapsed = 1e3 * (time.perf_counter() - start)
@@ -65,12 +91,15 @@ def cpu_clock(variant: Variant) -> Callable[[], float]:
 
 
 class CudaClock:
-    """CUDA events around the run, behind a write that evicts L2. Read after the round, so that the host may run ahead of the device."""
+    """CUDA events around the run, after a write that evicts L2.
+
+    Events are read after the round, so the host may run ahead of the device.
+    """
 
     def __init__(self) -> None:
         self._flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
 
-    def __call__(self, variant: Variant) -> Callable[[], float]:
+    def __call__(self, variant: Variant) -> Reading:
         self._flush.zero_()
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -84,20 +113,24 @@ class CudaClock:
         return read
 
 
-def clock_for(device: str) -> Callable[[Variant], Callable[[], float]]:
+def clock_for(device: str) -> Clock:
+    """Return the clock of a device type."""
     return CudaClock() if device == "cuda" else cpu_clock
 
 
 def reason_of(error: Exception) -> str:
-    """One line for a table."""
+    """Return the error as one line of a table."""
     text = str(error).strip().splitlines()
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
         return "out of memory"
     return f"{type(error).__name__}: {text[0] if text else ''}"[:160]
 
 
-def _attempt(variant: Variant, action: Callable[[], object]) -> object:
-    """The result, or None and a failure noted. Errors of any kind become rows: a peer may raise what it likes."""
+def _attempt(variant: Variant, action: Callable[[], T]) -> T | None:
+    """Return the result of `action`, or record its failure in `variant` and return None.
+
+    Every exception is caught: other libraries raise many types, and each becomes a row of the table.
+    """
     try:
         return action()
     except Exception as error:
@@ -108,17 +141,16 @@ def _attempt(variant: Variant, action: Callable[[], object]) -> object:
     return None
 
 
-def _turn(variant: Variant, clock: Callable[[Variant], Callable[[], float]]) -> Callable[[], float] | None:
-    """One timed run, right after one of its own that is not timed.
+def _turn(variant: Variant, clock: Clock) -> Reading | None:
+    """Time one run, directly after an untimed run of the same variant.
 
-    Workspaces differ in size from variant to variant, and a virtual machine gives freed pages back: the first larger one pays up to 250 ms to have them again.
+    Variants differ in the size of their workspaces, and a virtual machine takes freed pages back: the first
+    run with a larger workspace pays up to 250 ms in page faults.
     """
 
-    def both() -> Callable[[], float]:
+    def both() -> Reading:
         if not (variant.times and min(variant.times.values()) > LONG):
-            if variant.setup is not None:
-                variant.setup()
-            variant.run()
+            variant.set_up_and_run()
         if variant.setup is not None:
             variant.setup()
         return clock(variant)
@@ -129,16 +161,15 @@ def _turn(variant: Variant, clock: Callable[[Variant], Callable[[], float]]) -> 
 def interleave(
     variants: dict[str, Variant], base: str, device: str, *, rounds: tuple[int, int], seconds: float
 ) -> None:
-    """Fills in the times of `variants`, one of each in turn, after a round that is not counted.
+    """Time `variants` round by round, each once per round, after one warm-up round.
 
-    At least rounds[0] rounds and at most rounds[1]; between them until every ratio to `base` is settled or `seconds` are over. A variant that is done, for
-    its ratio is settled or it has had its share of the time, leaves the round; `base` stays to the end.
+    Runs at least rounds[0] and at most rounds[1] rounds; in between it stops once every ratio to `base` is
+    settled or `seconds` have passed. A variant leaves the rounds when its ratio is settled or its share of
+    the time is used up; `base` stays to the end.
     """
     clock = clock_for(device)
     for variant in variants.values():
-        _attempt(variant, variant.run) if variant.setup is None else _attempt(
-            variant, lambda v=variant: (v.setup(), v.run())
-        )
+        _attempt(variant, variant.set_up_and_run)
     began, spent = time.monotonic(), dict.fromkeys(variants, 0.0)
     share = seconds / len(variants)
     for turn in range(rounds[1]):
@@ -151,20 +182,20 @@ def interleave(
         ]
         if enough and (active in ([base], []) or time.monotonic() - began > seconds):
             return
-        readings = {}
+        readings: dict[str, Reading | None] = {}
         for name in active:
             start = time.monotonic()
             readings[name] = _turn(variants[name], clock)
             spent[name] += time.monotonic() - start
         for name, read in readings.items():
-            value = (
-                None if read is None else _attempt(variants[name], read)
-            )  # an asynchronous failure of CUDA shows here
+            # An asynchronous CUDA error surfaces here.
+            value = None if read is None else _attempt(variants[name], read)
             if value is not None:
                 variants[name].times[turn] = value
 
 
 def _done(variant: Variant, base: Variant, spent: float, share: float) -> bool:
+    """Return whether `variant` needs no more rounds; a noisy one gets up to three times its share."""
     if not base.times:
         return spent > share
     return ratio(variant, base).uncertainty < SETTLED or spent > (
@@ -173,12 +204,12 @@ def _done(variant: Variant, base: Variant, spent: float, share: float) -> bool:
 
 
 def ratio(variant: Variant, base: Variant) -> Sample:
-    """Of the times of the same round: what slows the machine slows both."""
+    """Summarise the ratios of times of the same round: a slowdown of the machine affects both."""
     return Sample.of([time / base.times[turn] for turn, time in variant.times.items() if turn in base.times])
 
 
 def noise(variant: Variant, base: Variant) -> str | None:
-    """Why the ratio is not to be believed within 10 %, or None."""
+    """Return the reason why the ratio is not known within 10 %, or None."""
     paired = [variant.times[turn] / base.times[turn] for turn in sorted(variant.times) if turn in base.times]
     off = Sample.of(paired).uncertainty
     half = len(paired) // 2

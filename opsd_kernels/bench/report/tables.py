@@ -1,38 +1,40 @@
-"""Rows as tables: which columns a suite shows, and each value as text. The terminal and the pages print the same."""
+"""Rows as tables: the columns of each suite, and each value as text. Shared by the terminal and the pages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from .providers import LABELS
+from ..measure.timing import Sample
+from ..providers import LABELS
 from .results import Row
-from .timing import Sample
 
 NOISY_MARK = "~"
-HIDES, HIDDEN = (
-    0.15,
-    "too noisy",
-)  # the half-width from which a ratio is not printed, and what stands in its place
+# A ratio whose half-width is above HIDES is printed as HIDDEN.
+HIDES, HIDDEN = 0.15, "too noisy"
 
 
 @dataclass(frozen=True)
 class Table:
+    """A table of text."""
+
     title: str
     columns: list[str]
     rows: list[list[str]]
 
     def markdown(self) -> str:
+        """Return the table as Markdown, without its title."""
         lines = [f"| {' | '.join(self.columns)} |", f"|{' --- |' * len(self.columns)}"]
         return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in self.rows)])
 
 
 def milliseconds(sample: Sample | None) -> str:
+    """Return the median in milliseconds, to three digits; empty without a sample."""
     return "" if sample is None else f"{sample.median:.3g}" if sample.median < 100 else f"{sample.median:.0f}"
 
 
 def times(row: Row) -> str:
-    """The ratio; `~` in front of one that is not known within 10 %, and no number where it says next to nothing."""
+    """Return the ratio: after `~` if it is not known within 10 %, HIDDEN if not within HIDES."""
     if row.ratio is None:
         return ""
     return (
@@ -43,20 +45,24 @@ def times(row: Row) -> str:
 
 
 def mebibytes(nbytes: int | None) -> str:
+    """Return MiB without decimals; empty for None."""
     return (
         "" if nbytes is None else f"{nbytes / 2**20:.0f}" if nbytes < 10 << 30 else f"{nbytes / 2**20:,.0f}"
     )
 
 
 def percent(value: float | None) -> str:
+    """Return a share in percent; empty for None."""
     return "" if value is None else f"{value:.2%}" if abs(value) < 0.1 else f"{value:.0%}"
 
 
 def size(row: Row) -> str:
+    """Return the sizes of a row's head."""
     return f"N={row.N} H={row.H} V={row.V}"
 
 
 def planned_off(row: Row) -> str:
+    """Return the relative distance of the predicted peak from the measured one."""
     return (
         ""
         if not row.predicted_bytes or not row.peak_bytes
@@ -65,6 +71,7 @@ def planned_off(row: Row) -> str:
 
 
 def number(value: float | None, digits: str = ".3g") -> str:
+    """Return a number to three digits; empty for None."""
     return "" if value is None else format(value, digits)
 
 
@@ -94,6 +101,7 @@ NOTE: list[Column] = [("note", lambda r: r.reason or r.noise or "")]
 
 
 def variant(name: str) -> Column:
+    """Return the column of the row's variant, under a heading of the suite's own."""
     return name, lambda r: r.variant
 
 
@@ -146,10 +154,9 @@ COLUMNS: dict[str, tuple[str, list[Column]]] = {
 
 
 def table(suite: str, rows: Iterable[Row]) -> Table:
+    """Return the table of a suite, without the columns that are empty throughout."""
     title, columns = COLUMNS[suite]
     chosen = [row for row in rows if row.suite == suite]
     cells = [[show(row) for _, show in columns] for row in chosen]
-    kept = [
-        i for i in range(len(columns)) if any(line[i] for line in cells)
-    ]  # a column that is empty throughout says nothing
+    kept = [i for i in range(len(columns)) if any(line[i] for line in cells)]
     return Table(title, [columns[i][0] for i in kept], [[line[i] for i in kept] for line in cells])

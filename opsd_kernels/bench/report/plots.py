@@ -1,4 +1,7 @@
-"""PNG plots of a report: latency bars against the ceiling, memory against N, error against KL, roofline. Each carries machine, versions, commit and command."""
+"""PNG plots of a report: latency bars against the ceiling, memory against N, error against KL, roofline.
+
+Each carries machine, versions, commit and command.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .providers import BASE, LABELS
+from ..providers import BASE, LABELS
 from .results import Report, Row
 
 COLOURS = {
@@ -24,12 +27,11 @@ COLOURS = {
 }
 
 
-def colour(provider: str) -> str | None:
-    return COLOURS.get(provider)
-
-
 def draw(report: Report, directory: Path) -> list[Path]:
-    """The plots for which the report has rows. Raises ModuleNotFoundError naming matplotlib and the extra that brings it."""
+    """Draw the plots for which the report has rows; return their files.
+
+    Raises ModuleNotFoundError, with the extra to install, where matplotlib is missing.
+    """
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -56,6 +58,7 @@ def draw(report: Report, directory: Path) -> list[Path]:
 
 
 def _by(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    """Group rows by a key, in the order of its first appearance."""
     groups: dict[Any, list[Row]] = defaultdict(list)
     for row in rows:
         groups[key(row)].append(row)
@@ -63,7 +66,7 @@ def _by(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
 
 
 def latency_bars(axes: Any, rows: list[Row], report: Report) -> None:
-    """Time over that of the bare GEMMs; the line at 1 is the ceiling."""
+    """Draw ratios to the bare GEMMs as bars with quartiles; the line at 1 is the ceiling."""
     settings = _by(rows, lambda r: f"{r.dtype}, {r.head}\n{r.mode}, {r.divergence}")
     providers = [
         name for name in LABELS if any(row.provider == name for row in rows) and name not in (BASE, "whole")
@@ -72,20 +75,18 @@ def latency_bars(axes: Any, rows: list[Row], report: Report) -> None:
     for i, provider in enumerate(providers):
         places, heights, errors = [], [], []
         for place, group in enumerate(settings.values()):
-            row = next((r for r in group if r.provider == provider and r.ratio), None)
-            if row:
+            ratio = next((r.ratio for r in group if r.provider == provider and r.ratio), None)
+            if ratio:
                 places.append(place + i * width - 0.4)
-                heights.append(row.ratio.median)
-                errors.append(
-                    (max(0.0, row.ratio.median - row.ratio.q1), max(0.0, row.ratio.q3 - row.ratio.median))
-                )
+                heights.append(ratio.median)
+                errors.append((max(0.0, ratio.median - ratio.q1), max(0.0, ratio.q3 - ratio.median)))
         if places:
             axes.bar(
                 places,
                 heights,
                 width,
                 label=LABELS[provider],
-                color=colour(provider),
+                color=COLOURS.get(provider),
                 yerr=list(zip(*errors, strict=True)),
                 error_kw={"lw": 0.8},
             )
@@ -98,22 +99,24 @@ def latency_bars(axes: Any, rows: list[Row], report: Report) -> None:
 
 
 def memory_lines(axes: Any, rows: list[Row], report: Report) -> None:
+    """Draw peak memory against N, with the planner's prediction for this package."""
     for (provider, dtype), group in _by(rows, lambda r: (r.provider, r.dtype)).items():
-        group = sorted((r for r in group if r.peak_bytes), key=lambda r: r.N)
-        line = "-" if dtype == "bfloat16" else ":"
+        peaks = sorted((r.N, r.peak_bytes / 2**20) for r in group if r.peak_bytes)
         axes.plot(
-            [r.N for r in group],
-            [r.peak_bytes / 2**20 for r in group],
-            line,
+            [N for N, _ in peaks],
+            [peak for _, peak in peaks],
+            "-" if dtype == "bfloat16" else ":",
             marker="o",
-            color=colour(provider),
+            color=COLOURS.get(provider),
             label=f"{LABELS[provider]}, {dtype}",
         )
-        planned = [r for r in group if r.predicted_bytes]
+        planned = sorted(
+            (r.N, r.predicted_bytes / 2**20) for r in group if r.peak_bytes and r.predicted_bytes
+        )
         if planned and provider == "opsd":
             axes.plot(
-                [r.N for r in planned],
-                [r.predicted_bytes / 2**20 for r in planned],
+                [N for N, _ in planned],
+                [peak for _, peak in planned],
                 "x",
                 color="black",
                 label=f"planner's prediction, {dtype}",
@@ -126,19 +129,27 @@ def memory_lines(axes: Any, rows: list[Row], report: Report) -> None:
     axes.legend(fontsize=7)
 
 
+def _kl_of(row: Row) -> float:
+    """Return the KL that suite `accuracy` wrote into the variant."""
+    match = re.search(r"KL ([\d.e-]+)", row.variant)
+    assert match is not None, row.variant
+    return float(match[1])
+
+
 def error_lines(axes: Any, rows: list[Row], report: Report) -> None:
+    """Draw the error of the hidden gradient against the KL of the case."""
     chosen = [
         r
         for r in rows
         if r.dtype == "bfloat16" and r.head == "shared" and r.divergence == "reverse_kl" and r.gradient_error
     ]
     for (provider, wide), group in _by(chosen, lambda r: (r.provider, "wide" in r.variant)).items():
-        points = sorted((float(re.search(r"KL ([\d.e-]+)", r.variant)[1]), r.gradient_error) for r in group)
+        points = sorted((_kl_of(r), r.gradient_error) for r in group)
         axes.plot(
             *zip(*points, strict=True),
             "--" if wide else "-",
             marker="o",
-            color=colour(provider),
+            color=COLOURS.get(provider),
             label=f"{LABELS[provider]}{', wide logits' * wide}",
         )
     axes.set_xscale("log")
@@ -151,9 +162,12 @@ def error_lines(axes: Any, rows: list[Row], report: Report) -> None:
 
 
 def roofline(axes: Any, rows: list[Row], report: Report) -> None:
-    """Achieved TFLOP/s by operations per byte of unavoidable traffic, under the measured GEMM rate and copy bandwidth."""
-    points = [r for r in rows if r.tflops and r.gbs]
-    intensities = [1e3 * r.tflops / r.gbs for r in points]
+    """Draw TFLOP/s by FLOP per byte of unavoidable traffic, under the measured ceilings."""
+    spots = {
+        provider: [(1e3 * r.tflops / r.gbs, r.tflops) for r in group if r.tflops and r.gbs]
+        for provider, group in _by(rows, lambda r: r.provider).items()
+    }
+    intensities = [intensity for points in spots.values() for intensity, _ in points]
     low, high = min(intensities) / 4, max(intensities) * 4
     for name, rate in report.ceilings.items():
         if name.startswith("gemm "):
@@ -164,9 +178,10 @@ def roofline(axes: Any, rows: list[Row], report: Report) -> None:
                 lw=1,
                 label=f"ceiling, {name.removeprefix('gemm ')}",
             )
-    for provider, group in _by(points, lambda r: r.provider).items():
-        spots = [(1e3 * r.tflops / r.gbs, r.tflops) for r in group]
-        axes.plot(*zip(*spots, strict=True), "o", ms=4, color=colour(provider), label=LABELS[provider])
+    for provider, points in spots.items():
+        if points:
+            color = COLOURS.get(provider)
+            axes.plot(*zip(*points, strict=True), "o", ms=4, color=color, label=LABELS[provider])
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("FLOP per byte of unavoidable traffic")

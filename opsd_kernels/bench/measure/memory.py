@@ -1,4 +1,7 @@
-"""Peak memory of the op alone, and runs under a memory limit: on a CPU in a child process, on CUDA by the caching allocator."""
+"""Peak memory of the op alone, and runs under a memory limit.
+
+On a CPU both happen in a child process; on CUDA the caching allocator counts.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,29 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..testing import peak_bytes
-from .providers import BASE, PROVIDERS, bare_gemms, stepper
-from .shapes import Setting, make_case
+from ...testing import peak_bytes
+from ..providers import BASE, PROVIDERS, bare_gemms, stepper
+from ..shapes import Setting, make_case
 from .timing import Variant, interleave
 
-PLANNED = ("opsd", "opsd-cpp", "opsd-triton", "opsd-cuda")  # those whose peak the planner predicts
-SMALL = {"N": 64, "V": 999}  # of the call that loads libraries before anything is counted
+PLANNED = ("opsd", "opsd-cpp", "opsd-triton", "opsd-cuda")  # providers whose peak the planner predicts
+SMALL = {"N": 64, "V": 999}  # sizes of the call that loads libraries before anything is counted
 
 
 class OutOfMemory(RuntimeError):
-    """The op needed more than its limit, or than there is."""
+    """The op needed more than its limit, or more than the machine has."""
 
 
 def limit_data(nbytes: int) -> None:
-    """Private memory beyond `nbytes` more than now is refused: PyTorch raises, where the kernel would have killed the process. Linux."""
+    """Limit private memory to `nbytes` above the current use: PyTorch then raises before the OOM killer acts.
+
+    Linux only.
+    """
     import resource
 
     with open("/proc/self/status") as lines:
@@ -33,8 +40,8 @@ def limit_data(nbytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (now + nbytes, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
-def prepare(setting: dict[str, object], provider: str, limit: int | None = None) -> Callable[[], Tensor]:
-    """The call that `testing.peak_bytes` measures, after a small one of the same kind."""
+def prepare(setting: dict[str, Any], provider: str, limit: int | None = None) -> Callable[[], Tensor]:
+    """Return the call that `testing.peak_bytes` measures, after a small call of the same kind."""
     full = Setting(**setting)
     make = PROVIDERS[provider].make
     small = full.at(**{name: min(getattr(full, name), size) for name, size in SMALL.items()})
@@ -45,9 +52,18 @@ def prepare(setting: dict[str, object], provider: str, limit: int | None = None)
     return step
 
 
-def peak_of(setting: Setting, provider: str, limit: int | None = None, make: Callable | str = prepare) -> int:
-    """Bytes above the inputs, gradients included. Raises OutOfMemory."""
+def peak_of(
+    setting: Setting,
+    provider: str,
+    limit: int | None = None,
+    make: Callable[..., Callable[[], Tensor]] | str = prepare,
+) -> int:
+    """Return the peak in bytes above the inputs, gradients included. Raises OutOfMemory.
+
+    `make` is `prepare`, or, on a CPU, source text that defines `make` (see `testing.peak_bytes`).
+    """
     if setting.device == "cuda":
+        assert callable(make), "source text is for the child process of a CPU"
         return cuda_peak(make(setting.as_dict(), provider))
     try:
         return peak_bytes(make, setting.as_dict(), provider, limit, threads=torch.get_num_threads())
@@ -56,7 +72,7 @@ def peak_of(setting: Setting, provider: str, limit: int | None = None, make: Cal
 
 
 def cuda_peak(step: Callable[[], Tensor]) -> int:
-    """Of the caching allocator, above what is live."""
+    """Return the caching allocator's peak during `step`, in bytes above the memory allocated before it."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -69,6 +85,7 @@ def cuda_peak(step: Callable[[], Tensor]) -> int:
 
 
 def _out_of_memory(text: str, limit: int | None) -> OutOfMemory | None:
+    """Return OutOfMemory if the output of a failed process names a lack of memory."""
     if any(
         sign in text
         for sign in ("can't allocate memory", "MemoryError", "bad_alloc", "out of memory", "status -9")
@@ -83,7 +100,10 @@ def _out_of_memory(text: str, limit: int | None) -> OutOfMemory | None:
 def time_pair(
     setting: Setting, provider: str, limit: int | None, rounds: tuple[int, int], seconds: float
 ) -> dict[str, Variant]:
-    """Provider and bare GEMMs in turn, the provider under `limit` bytes beyond the inputs. A failure stands in its variant."""
+    """Time provider and bare GEMMs in turn, with `limit` bytes for everything beyond the inputs.
+
+    A failure is recorded in its variant.
+    """
     case = make_case(setting)
     variants = {
         BASE: Variant(bare_gemms(case, setting, setting.plan().rows)),
@@ -99,7 +119,8 @@ def time_pair(
 _CHILD = """
 import json, sys
 import torch
-from opsd_kernels.bench import memory, shapes
+from opsd_kernels.bench import shapes
+from opsd_kernels.bench.measure import memory
 setting, provider, limit, rounds, seconds, threads = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
 variants = memory.time_pair(shapes.Setting(**setting), provider, limit, tuple(rounds), seconds)
@@ -110,7 +131,7 @@ print("RESULT" + json.dumps({name: [v.times, v.failure] for name, v in variants.
 def time_under_limit(
     setting: Setting, provider: str, limit: int | None, rounds: tuple[int, int], seconds: float
 ) -> dict[str, Variant]:
-    """`time_pair`; on a CPU in a child process, which alone may run out of memory. Raises OutOfMemory."""
+    """Run `time_pair`, on a CPU in a child process that the limit applies to. Raises OutOfMemory."""
     if setting.device == "cuda":
         return time_pair(setting, provider, None, rounds, seconds)
     arguments = json.dumps([setting.as_dict(), provider, limit, rounds, seconds, torch.get_num_threads()])

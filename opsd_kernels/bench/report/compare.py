@@ -1,25 +1,29 @@
-"""Two reports of the same suites: what got slower, larger or less exact, beyond the noise of both."""
+"""Compare two reports of the same suites: changes in time, memory and error beyond the noise of both."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .providers import BASE, LABELS
+from ..providers import BASE, LABELS
+from ..suites.space import off_plan
 from .results import Report, Row
-from .suites.space import off_plan
 from .tables import Table, size
 
-LEAST = 0.05  # relative change that is never noise's
-UNCUT_LEAST = 0.20  # of the ratio to uncut GEMMs, whose own noise no row holds: two reruns differed by 16 %
-NOISE_FACTOR = 1.5  # of both rows' uncertainties together
-MEMORY_LEAST, MEMORY_SLACK = 0.02, 4 << 20  # a child process's peak moves by a few MiB
+# Relative change of a ratio below which it counts as noise.
+LEAST = 0.05
+# The same for the ratio to uncut GEMMs, whose noise no row records: two reruns differed by 16 %.
+UNCUT_LEAST = 0.20
+# Of both rows' uncertainties together.
+NOISE_FACTOR = 1.5
+# The peak of a child process moves by a few MiB.
+MEMORY_LEAST, MEMORY_SLACK = 0.02, 4 << 20
 ERROR_LEAST = 0.10
 BAD = ("slower", "more memory", "above plan", "less exact", "failed", "missing", "smaller chunks")
 
 
 @dataclass(frozen=True)
 class Change:
-    """`what` happened to a row; `before` and `after` are the values that show it, `bound` what noise explains."""
+    """A change of one row: its kind, the two values, and the largest change that noise explains."""
 
     row: Row
     what: str
@@ -29,19 +33,18 @@ class Change:
 
     @property
     def bad(self) -> bool:
+        """True for a regression."""
         return self.what in BAD
 
 
-def _noise(before: Row, after: Row) -> float:
-    return max(LEAST, NOISE_FACTOR * (before.ratio.uncertainty**2 + after.ratio.uncertainty**2) ** 0.5)
-
-
 def _time_changes(before: Row, after: Row) -> list[Change]:
-    """By the ratio to the bare GEMMs of the same chunks and, since a planner that cuts smaller chunks slows those as well, of chunks as large as pays."""
-    changes = []
+    """Compare the ratio to the bare GEMMs of the same chunks, and to those of chunks as large as pays.
+
+    The second one finds a planner that cuts smaller chunks, which slow the bare GEMMs as well.
+    """
     if not (before.ratio and after.ratio) or before.provider in (BASE, "whole"):
-        return changes
-    bound = _noise(before, after)
+        return []
+    bound = max(LEAST, NOISE_FACTOR * (before.ratio.uncertainty**2 + after.ratio.uncertainty**2) ** 0.5)
     pairs = [("", before.ratio.median, after.ratio.median, bound)]
     if before.whole and after.whole:
         pairs.append((" of uncut GEMMs", before.whole, after.whole, max(UNCUT_LEAST, 2 * bound)))
@@ -50,39 +53,28 @@ def _time_changes(before: Row, after: Row) -> list[Change]:
         if abs(moved) > bound:
             noisy = after.noise or before.noise
             what = "too noisy to tell" if noisy else "slower" if moved > 0 else "faster"
-            changes.append(Change(after, what, f"{a:.2f}{of}", f"{b:.2f}{of} ({moved:+.0%})", f"{bound:.0%}"))
-            break
-    return changes
+            return [Change(after, what, f"{a:.2f}{of}", f"{b:.2f}{of} ({moved:+.0%})", f"{bound:.0%}")]
+    return []
+
+
+def _mib(nbytes: float) -> str:
+    return f"{nbytes / 2**20:.0f} MiB"
 
 
 def _other_changes(before: Row, after: Row) -> list[Change]:
+    """Compare peak memory, gradient error and chunk rows."""
     changes = []
     if before.peak_bytes and after.peak_bytes:
-        moved, bound = after.peak_bytes - before.peak_bytes, MEMORY_LEAST * before.peak_bytes + MEMORY_SLACK
-        if abs(moved) > bound:
-            what = "more memory" if moved > 0 else "less memory"
-            changes.append(
-                Change(
-                    after,
-                    what,
-                    f"{before.peak_bytes / 2**20:.0f} MiB",
-                    f"{after.peak_bytes / 2**20:.0f} MiB",
-                    f"{bound / 2**20:.0f} MiB",
-                )
-            )
+        grown, slack = after.peak_bytes - before.peak_bytes, MEMORY_LEAST * before.peak_bytes + MEMORY_SLACK
+        if abs(grown) > slack:
+            what = "more memory" if grown > 0 else "less memory"
+            changes.append(Change(after, what, _mib(before.peak_bytes), _mib(after.peak_bytes), _mib(slack)))
     if before.gradient_error and after.gradient_error:
         moved = after.gradient_error / before.gradient_error - 1
         if abs(moved) > ERROR_LEAST:
             what = "less exact" if moved > 0 else "more exact"
-            changes.append(
-                Change(
-                    after,
-                    what,
-                    f"{before.gradient_error:.2e}",
-                    f"{after.gradient_error:.2e}",
-                    f"{ERROR_LEAST:.0%}",
-                )
-            )
+            errors = f"{before.gradient_error:.2e}", f"{after.gradient_error:.2e}"
+            changes.append(Change(after, what, *errors, f"{ERROR_LEAST:.0%}"))
     if before.rows and after.rows and before.rows != after.rows and before.provider != BASE:
         what = "smaller chunks" if after.rows < before.rows else "larger chunks"
         changes.append(Change(after, what, str(before.rows), str(after.rows)))
@@ -90,19 +82,13 @@ def _other_changes(before: Row, after: Row) -> list[Change]:
 
 
 def changes_of(before: Report, after: Report) -> list[Change]:
-    """Rows of the same key, and rows that only one of the two has a number for."""
+    """Compare rows of the same key, and list rows that one report lacks; regressions first."""
     old, found = {row.key: row for row in before.rows}, []
     for row in after.rows:
         then = old.pop(row.key, None)
         if off_plan(row) and not (then and off_plan(then)):
-            found.append(
-                Change(
-                    row,
-                    "above plan",
-                    f"planned {row.predicted_bytes / 2**20:.0f} MiB",
-                    f"{row.peak_bytes / 2**20:.0f} MiB",
-                )
-            )
+            planned = f"planned {_mib(row.predicted_bytes or 0)}"
+            found.append(Change(row, "above plan", planned, _mib(row.peak_bytes or 0)))
         if then is None:
             continue
         if row.reason and not then.reason:
@@ -119,7 +105,7 @@ def changes_of(before: Report, after: Report) -> list[Change]:
 
 
 def comparable(before: Report, after: Report) -> list[str]:
-    """What differs between the two runs, so that a change need not be this package's."""
+    """Return the differences of the two runs that can explain a change: machine, versions, quick or full."""
     notes = (
         [f"machines differ: {before.machine['name']} | {after.machine['name']}"]
         if before.machine["name"] != after.machine["name"]
@@ -137,6 +123,8 @@ def comparable(before: Report, after: Report) -> list[str]:
 
 
 def change_table(changes: list[Change]) -> Table:
+    """Return the changes as a table."""
+
     def cells(c: Change) -> list[str]:
         r = c.row
         what = f"{size(r)} {r.dtype}, {r.head}, {r.mode}, {r.divergence}" + (
