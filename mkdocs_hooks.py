@@ -18,7 +18,10 @@ LINK = re.compile(r"\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")  # no scheme, no ba
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages of PAGES at the top of the site."""
     for page in PAGES:
-        files.append(File.generated(config, page, content=(ROOT / page).read_text()))
+        file = File.generated(config, page, content=(ROOT / page).read_text())
+        # README.md would become index.html and hide docs/index.md
+        file.dest_uri = page.replace(".md", ".html")
+        files.append(file)
     return files
 
 
