@@ -58,6 +58,7 @@ lint: $(DONE)/ruff
 	@echo "==> ruff check"
 	@$(VENV)/bin/ruff check .
 
+# Without --quiet: under it mkdocs counts no warnings, and --strict passes.
 docs: install $(DONE)/dev
 	@echo "==> docs/reference/environment.md"
 	@$(PY) -c 'from opsd_kernels import env; print(env.markdown(), end="")' > docs/reference/environment.md
@@ -68,7 +69,7 @@ docs: install $(DONE)/dev
 	@echo "==> docs/reproduce"
 	@$(PY) -m opsd_kernels.train.reproduce.pages
 	@echo "==> build/site"
-	@$(PY) -m mkdocs build --quiet --strict
+	@$(PY) -m mkdocs build --strict
 
 bench-cpu: install $(DONE)/dev
 	@echo "==> opsd bench --suite ratios"
