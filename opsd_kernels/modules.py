@@ -91,7 +91,12 @@ class DistillationHead(nn.Module):
     ) -> Tensor | tuple[Tensor, TokenStats]:
         teacher = self.lm_head if teacher_head is None else teacher_head
         student, other = (self._whole(head.weight, head.bias) for head in (self.lm_head, teacher))
-        options: dict[str, Any] = {"student_bias": student[1], "teacher_bias": other[1], **self.options, **tensors}
+        options: dict[str, Any] = {
+            "student_bias": student[1],
+            "teacher_bias": other[1],
+            **self.options,
+            **tensors,
+        }
         return linear_divergence(student_hidden, student[0], teacher_hidden, other[0], **options)
 
     def _whole(self, *parameters: Any) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""docs/migrating.md: the `before` block of each section, which is another library's loss, against its `after` block, which is ours, on the same tensors."""
+"""Compare the `before` block of each section of docs/guides/migrating.md with its `after` block."""
 
 import re
 from collections import defaultdict
@@ -12,11 +12,9 @@ from opsd_kernels.testing import Outcome, assert_no_worse
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
 
-PAGE = Path(__file__).parent.parent / "docs" / "migrating.md"
-INSTALLED = {
-    "TRL": ("trl", "1.16"),
-    "Liger": ("liger_kernel", None),
-}  # what the first word of a heading needs
+PAGE = Path(__file__).parent.parent / "docs" / "guides" / "migrating.md"
+# The package and version required by the first word of a heading
+INSTALLED = {"TRL": ("trl", "1.16"), "Liger": ("liger_kernel", None)}
 
 
 def blocks(text: str) -> list[str]:
@@ -24,7 +22,7 @@ def blocks(text: str) -> list[str]:
 
 
 def sections(page: str) -> dict[str, list[str]]:
-    """Code blocks by heading, of the sections that have some."""
+    """Return the code blocks by heading, without sections that have none."""
     parts = re.split(r"^#{2,3} (.*)$", page, flags=re.MULTILINE)[1:]
     return {title: blocks(body) for title, body in zip(parts[::2], parts[1::2], strict=True) if blocks(body)}
 
@@ -34,7 +32,7 @@ SETUP = SECTIONS.pop("Setup")
 
 
 def trainer(section: str) -> SimpleNamespace:
-    """A stand-in with the settings that TRL's methods read, and those methods."""
+    """Return a stand-in with TRL's methods and their settings."""
     settings = SimpleNamespace(
         model=SimpleNamespace(training=True),
         accelerator=SimpleNamespace(gather=lambda x: x),
@@ -56,7 +54,7 @@ def trainer(section: str) -> SimpleNamespace:
 
 
 def outcome(section: str, block: str, name: str, dtype: str) -> Outcome:
-    """What the block leaves under `name`, and its gradients, in a session that has run the setup in `dtype` and nothing else."""
+    """Run the setup in `dtype` and then the block; return its variable `name` with the gradients."""
     setup = "\n".join(SETUP).replace("dtype = torch.float32", f"dtype = torch.{dtype}")
     assert f"torch.{dtype}" in setup
     with torch.random.fork_rng():

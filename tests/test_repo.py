@@ -301,7 +301,7 @@ def test_environment_variables_are_in_the_table():
 
 
 def test_environment_page_is_current():
-    assert (ROOT / "docs" / "environment.md").read_text() == env.markdown(), "run `make docs`"
+    assert (ROOT / "docs" / "reference" / "environment.md").read_text() == env.markdown(), "run `make docs`"
 
 
 def test_page_of_tested_versions_is_current():
@@ -335,7 +335,7 @@ def run_python(code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorials/getting-started.md"])
 def test_examples_run_as_pasted(page):
     """The blocks of a page, one after the other in one session."""
     result = run_python("\n".join(examples(ROOT / page)))

@@ -186,14 +186,24 @@ def performance(results: Path) -> str:
     return "\n".join(out).rstrip() + "\n"
 
 
+# The rows of README's table, of the suite `ratios`: one trainable head on both sides.
+HEADLINES = (("float32", "reverse_kl"), ("bfloat16", "reverse_kl"), ("bfloat16", "jsd"))
+
+
+def is_headline(row: Row) -> bool:
+    where = (row.suite, row.head, row.mode) == ("ratios", "shared", "trainable")
+    return where and (row.dtype, row.divergence) in HEADLINES
+
+
 def readme_block(results: Path) -> str:
-    """Return the block between README's marks: the ratios of every machine that has some."""
+    """Return README's table: three ratios of every machine that has some."""
     out = []
     for folder in machines(results):
         for report in reports(folder):
-            rows = [row for row in report.rows if row.suite == "ratios"]
+            rows = [row for row in report.rows if is_headline(row)]
             if rows:
-                out += [suite_table("ratios", rows).markdown(), "", f"{report.where}. `{report.command}`", ""]
+                made = pivot(rows, [SETTING[1], SETTING[4]], times)
+                out += [made.markdown(), "", f"{size(rows[0])}; {report.where}. `{report.command}`", ""]
     if not (results / GPU).is_dir():
         out.append("Nothing in this version has been timed on a GPU.")
     return "\n".join(out).strip()
