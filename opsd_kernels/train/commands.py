@@ -66,7 +66,7 @@ def train(
 
 def write_settings(config: TrainConfig, path: Path) -> None:
     """Never over a file that is there: it may hold comments of its owner's."""
-    from .config_file import commented_yaml
+    from .config.commented_file import commented_yaml
 
     if path.suffix not in (".yaml", ".yml"):
         fail(f"--write-config: expected a file that ends in .yaml, got {path}")
@@ -108,7 +108,7 @@ def reproduce(
     """
     with one_line(ModuleNotFoundError):
         needs_extra("train", "transformers", "safetensors", "matplotlib", "scipy")
-    from .reproduce import command
+    from .studies import command
 
     out = out or Path("runs") / f"reproduce-{paper}{'-quick' if quick else ''}"
     with one_line(ValueError):
@@ -130,8 +130,8 @@ def report(
     """
     with one_line(ModuleNotFoundError):
         needs_extra("train", "matplotlib")
-    from . import report as reports
-    from .report_page import page
+    from .records import report as reports
+    from .records.report_page import page
 
     out = out or run / "report.html"
     with one_line(OSError):
@@ -183,8 +183,8 @@ def probe(
         fail(f"CONFIG: expected one file, got {len(paths)}; directories of runs go with --fit")
     with one_line(ModuleNotFoundError):
         needs_extra("train", "transformers", "safetensors", "matplotlib", "scipy")
-    from . import probe as probing
     from .config import load_config
+    from .studies import probe as probing
 
     with one_line(ValueError, TypeError, OSError):
         if fit:
@@ -237,7 +237,7 @@ def discover(
 
     with one_line(ValueError, TypeError, OSError):
         parsed = load_config(config, overrides or ([] if config else ["env=mastermind"]))
-    from . import discover_run
+    from .studies import discover_run
 
     budget = discover_run.Budget(attempts, batch, window)
     try:

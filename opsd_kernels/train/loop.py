@@ -22,20 +22,24 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opsd_kernels.train import checkpoint, evaluate, models, report, report_page, seeds, sharding, warmstart
+from opsd_kernels.train import seeds
 from opsd_kernels.train import step as steps
 from opsd_kernels.train.batch import advantages, make_batch
-from opsd_kernels.train.checkpoint import RunState
 from opsd_kernels.train.config import ConfigError, TrainConfig
 from opsd_kernels.train.contexts import build_contexts
-from opsd_kernels.train.durable import write_file
+from opsd_kernels.train.distributed import sharding
+from opsd_kernels.train.distributed.ranks import Ranks, joined
 from opsd_kernels.train.envs import make_task
 from opsd_kernels.train.envs.base import Task
-from opsd_kernels.train.log import MetricsLog, Progress, Scalars, offset_after
-from opsd_kernels.train.prompts import PromptEncoder
-from opsd_kernels.train.ranks import Ranks, joined
-from opsd_kernels.train.rollout import Sampler, make_engine, requests
-from opsd_kernels.train.samples import sample_lines, samples_due
+from opsd_kernels.train.models import pretrained, warmstart
+from opsd_kernels.train.records import checkpoint, report, report_page
+from opsd_kernels.train.records.checkpoint import RunState
+from opsd_kernels.train.records.durable import write_file
+from opsd_kernels.train.records.log import MetricsLog, Progress, Scalars, offset_after
+from opsd_kernels.train.records.samples import sample_lines, samples_due
+from opsd_kernels.train.sampling import evaluate
+from opsd_kernels.train.sampling.prompts import PromptEncoder
+from opsd_kernels.train.sampling.rollout import Sampler, make_engine, requests
 from opsd_kernels.train.session import graceful_interrupt, open_run_directory, reproducible
 from opsd_kernels.train.step import Rehearsal, Trainer
 from opsd_kernels.train.teacher import make_reference, make_teacher
@@ -59,7 +63,7 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> dict[str, Any
     (a KeyboardInterrupt) on Ctrl-C, NonFiniteLoss on a loss that is inf or NaN (a checkpoint lies in `out` then), and ConfigError for a model or a
     device that is not there.
     """
-    models.check_machine(config)
+    pretrained.check_machine(config)
     task, out = make_task(config), Path(out)
     with joined(config.device) as ranks, reproducible(config), tempfile.TemporaryDirectory() as scratch:
         progress = Progress() if ranks.first else Progress(Console(quiet=True))
@@ -122,10 +126,10 @@ def prepare(config: TrainConfig, task: Task, out: Path, progress: Progress, rank
             f"rehearsal_prompts: expected 0, as {config.env} has no problems to rehearse, got {config.rehearsal_prompts}"
         )
     saved = ranks.first_then_all(lambda: checkpoint.latest(out / "checkpoint", progress.say))
-    model, tokenizer = models.load_student(
+    model, tokenizer = pretrained.load_student(
         ranks.first_then_all(lambda: base_of(config, task, progress, saved)), saved, config
     )
-    vocab = models.vocabulary(tokenizer)
+    vocab = pretrained.vocabulary(tokenizer)
     teacher = make_teacher(
         model,
         config,
@@ -183,8 +187,8 @@ def external_teacher(
         source = warmstart.base_model(
             dataclasses.replace(config, warm_accuracy=config.teacher_accuracy), task, progress
         )
-    model, theirs = models.load_pretrained(source, config)
-    models.check_same_vocabulary(tokenizer, theirs)
+    model, theirs = pretrained.load_pretrained(source, config)
+    pretrained.check_same_vocabulary(tokenizer, theirs)
     return model
 
 

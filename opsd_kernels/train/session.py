@@ -13,8 +13,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from opsd_kernels.train.config import TrainConfig, load_config
-from opsd_kernels.train.durable import remove_pending, write_file
-from opsd_kernels.train.log import Progress
+from opsd_kernels.train.records.durable import remove_pending, write_file
+from opsd_kernels.train.records.log import Progress
 from opsd_kernels.train.types import RunDirectoryError
 
 

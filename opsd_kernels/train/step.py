@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd_kernels import TokenStats
-from opsd_kernels.train import objective, sharding
+from opsd_kernels.train import objective
 from opsd_kernels.train.batch import micro_batches
 from opsd_kernels.train.config import TrainConfig
-from opsd_kernels.train.ranks import ALONE, Ranks
+from opsd_kernels.train.distributed import sharding
+from opsd_kernels.train.distributed.ranks import ALONE, Ranks
 from opsd_kernels.train.teacher import Teacher
 from opsd_kernels.train.types import Batch, Context, NonFiniteLoss, Rollout, StepMetrics
 from opsd_kernels.vocab_parallel import is_dtensor

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd_kernels.train.config import TrainConfig
-from opsd_kernels.train.ranks import ALONE, Ranks
-from opsd_kernels.train.sharding import cut_as, place
+from opsd_kernels.train.distributed.ranks import ALONE, Ranks
+from opsd_kernels.train.distributed.sharding import cut_as, place
 
 
 class Teacher:

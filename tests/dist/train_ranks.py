@@ -16,8 +16,10 @@ from typing import Any
 from launching import join, leave
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opsd_kernels.train import checkpoint, loop, objective, sharding, step
+from opsd_kernels.train import loop, objective, step
 from opsd_kernels.train.config import load_config
+from opsd_kernels.train.distributed import sharding
+from opsd_kernels.train.records import checkpoint
 from opsd_kernels.train.types import CheckpointError, TrainingInterrupted
 
 STOP_AFTER, DIE_AFTER = 3, 5  # steps; losses
@@ -63,12 +65,25 @@ def local_bytes(run: loop.Run) -> dict[str, int]:
     """What this rank holds of the state."""
 
     def size(tensors: Any) -> int:
-        return sum(local.numel() * local.element_size() for local in (t.to_local() if hasattr(t, "to_local") else t for t in tensors))
+        return sum(
+            local.numel() * local.element_size()
+            for local in (t.to_local() if hasattr(t, "to_local") else t for t in tensors)
+        )
 
     state = run.state
-    moments = [value for entry in state.optimizer.state.values() for name, value in entry.items() if name != "step"]
-    copies = [teacher.model for teacher in (state.teacher, state.reference) if teacher is not None and teacher.model is not state.model]
-    return {"model": size(state.model.parameters()), "optimizer": size(moments), "copies": size(p for copy in copies for p in copy.parameters())}
+    moments = [
+        value for entry in state.optimizer.state.values() for name, value in entry.items() if name != "step"
+    ]
+    copies = [
+        teacher.model
+        for teacher in (state.teacher, state.reference)
+        if teacher is not None and teacher.model is not state.model
+    ]
+    return {
+        "model": size(state.model.parameters()),
+        "optimizer": size(moments),
+        "copies": size(p for copy in copies for p in copy.parameters()),
+    }
 
 
 class Gathers(TorchDispatchMode):
@@ -92,8 +107,14 @@ def counting(plain: Any, calls: list[tuple[int, int]]) -> Any:
         with Gathers() as gathers:
             result = plain(student, teacher, batch, config, *rest, ranks=ranks)
         inside = {id(p) for unit in sharding.units(student)[1:] for p in unit.parameters()}
-        padded = [-(-p.shape[0] // ranks.world) * ranks.world * p.numel() // p.shape[0] for p in student.parameters() if id(p) not in inside]
-        calls.append((sum(map(len, step.share(batch, config, ranks, equally=True))), gathers.sizes.count(sum(padded))))
+        padded = [
+            -(-p.shape[0] // ranks.world) * ranks.world * p.numel() // p.shape[0]
+            for p in student.parameters()
+            if id(p) not in inside
+        ]
+        calls.append(
+            (sum(map(len, step.share(batch, config, ranks, equally=True))), gathers.sizes.count(sum(padded)))
+        )
         return result
 
     return gradients

@@ -2,12 +2,12 @@
 
 import pytest
 
-from opsd_kernels.train import tiny
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.envs import make_task
-from opsd_kernels.train.models import vocabulary
-from opsd_kernels.train.prompts import PromptEncoder
-from opsd_kernels.train.rollout import Sampler
+from opsd_kernels.train.models import tiny
+from opsd_kernels.train.models.pretrained import vocabulary
+from opsd_kernels.train.sampling.prompts import PromptEncoder
+from opsd_kernels.train.sampling.rollout import Sampler
 
 SMALL = {
     "threads": 1, "tiny_hidden": 16, "tiny_layers": 1, "tiny_heads": 2, "warm_accuracy": 2e-4, "warm_batch": 32, "warm_max_steps": 200, "tensorboard": False,

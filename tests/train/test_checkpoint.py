@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from opsd_kernels.testing import assert_same_bits
-from opsd_kernels.train import checkpoint, durable, models
-from opsd_kernels.train.checkpoint import RunState
+from opsd_kernels.train.models import pretrained
+from opsd_kernels.train.records import checkpoint, durable
+from opsd_kernels.train.records.checkpoint import RunState
 from opsd_kernels.train.step import make_optimizer
 from opsd_kernels.train.teacher import Copy
 
@@ -38,7 +39,7 @@ def state(model, encoder, config):
 
 
 def fresh(path, config):
-    model, tokenizer = models.load_pretrained(path, config)
+    model, tokenizer = pretrained.load_pretrained(path, config)
     return RunState(model, tokenizer, Copy(model, 0.3), None, make_optimizer(model, config), 0, {})
 
 
@@ -157,7 +158,7 @@ def test_no_checkpoint_yet(tmp_path):
 
 def test_a_checkpoint_is_a_model_directory(tmp_path, state, config):
     path = checkpoint.save(tmp_path, state, 0)
-    model, tokenizer = models.load_pretrained(path, config)
+    model, tokenizer = pretrained.load_pretrained(path, config)
     assert_same_bits(model.lm_head.weight.detach(), state.model.lm_head.weight.detach())
     assert tokenizer.get_vocab() == state.tokenizer.get_vocab()
     assert tokenizer.chat_template == state.tokenizer.chat_template

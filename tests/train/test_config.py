@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from opsd_kernels.train.config import ConfigError, TrainConfig, load_config
-from opsd_kernels.train.presets import PRESETS
+from opsd_kernels.train.config.presets import PRESETS
 
 
 @pytest.mark.parametrize(

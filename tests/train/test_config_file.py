@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from opsd_kernels.cli import app
 from opsd_kernels.train.config import TrainConfig, load_config
-from opsd_kernels.train.config_file import COMMENTS
+from opsd_kernels.train.config.commented_file import COMMENTS
 
 pytest.importorskip("yaml")
 

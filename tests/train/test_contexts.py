@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from opsd_kernels.train import tiny
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.contexts import ContextTemplate, build_contexts, forbidden_markers, neutralise
 from opsd_kernels.train.envs.secret_op import SecretOp
-from opsd_kernels.train.prompts import PromptEncoder
+from opsd_kernels.train.models import tiny
+from opsd_kernels.train.sampling.prompts import PromptEncoder
 from opsd_kernels.train.types import Context, Prompt, Rollout, Verdict
 
 

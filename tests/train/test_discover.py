@@ -11,13 +11,14 @@ from typer.testing import CliRunner
 
 from opsd_kernels import cli
 from opsd_kernels.testing import assert_same_bits
-from opsd_kernels.train import discover, discover_run, warmstart
 from opsd_kernels.train.config import TrainConfig
+from opsd_kernels.train.config.presets import PRESETS
 from opsd_kernels.train.contexts import ContextTemplate
-from opsd_kernels.train.discover import Budget, Search
 from opsd_kernels.train.envs.base import Env
-from opsd_kernels.train.log import Progress
-from opsd_kernels.train.presets import PRESETS
+from opsd_kernels.train.models import warmstart
+from opsd_kernels.train.records.log import Progress
+from opsd_kernels.train.studies import discover, discover_run
+from opsd_kernels.train.studies.discover import Budget, Search
 from opsd_kernels.train.types import Context, Prompt, Rollout, Verdict
 
 DIGITS = 1e-9  # of a float64: at a chance of 1e-12 the naive form has none

@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from opsd_kernels.train.discover import chance_within, solved_within
-from opsd_kernels.train.reproduce import discovery, discovery_cells, pages, study
-from opsd_kernels.train.reproduce.discovery import HALF, LAST, first_at, graded_at_most, shares
-from opsd_kernels.train.reproduce.discovery_cells import BEST, SELF, UNTOLD, Design
-from opsd_kernels.train.reproduce.lab import Lab
-from opsd_kernels.train.reproduce.statistics import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Estimate
+from opsd_kernels.train.studies import pages, study
+from opsd_kernels.train.studies.discover import chance_within, solved_within
+from opsd_kernels.train.studies.lab import Lab
+from opsd_kernels.train.studies.papers import discovery, discovery_cells
+from opsd_kernels.train.studies.papers.discovery import HALF, LAST, first_at, graded_at_most, shares
+from opsd_kernels.train.studies.papers.discovery_cells import BEST, SELF, UNTOLD, Design
+from opsd_kernels.train.studies.statistics import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Estimate
 
 GRID = 0.02  # between two of the attempts at which best-of-k is known
 

@@ -7,12 +7,12 @@ import types
 import numpy as np
 import pytest
 
-from opsd_kernels.train import tiny
 from opsd_kernels.train.config import ConfigError, TrainConfig
+from opsd_kernels.train.config.presets import FEEDBACK, PRESETS
 from opsd_kernels.train.envs import DEMOS, expr, make_task, mastermind, plan, verifiers
 from opsd_kernels.train.envs.arithmetic import ExpressionError, parse
-from opsd_kernels.train.presets import FEEDBACK, PRESETS
-from opsd_kernels.train.prompts import PromptEncoder
+from opsd_kernels.train.models import tiny
+from opsd_kernels.train.sampling.prompts import PromptEncoder
 from opsd_kernels.train.types import Verdict
 
 NEW = [name for name in DEMOS if name != "secret_op"]

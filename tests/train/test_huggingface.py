@@ -19,13 +19,14 @@ from transformers import (
 
 from opsd_kernels.integrations.transformers import Head
 from opsd_kernels.testing import assert_no_worse, assert_same_bits
-from opsd_kernels.train import models, objective
+from opsd_kernels.train import objective
 from opsd_kernels.train import step as steps
 from opsd_kernels.train.batch import completion_hidden, make_batch
 from opsd_kernels.train.config import ConfigError, TrainConfig
-from opsd_kernels.train.log import read_metrics
 from opsd_kernels.train.loop import train
-from opsd_kernels.train.rollout import Sampler, requests
+from opsd_kernels.train.models import pretrained
+from opsd_kernels.train.records.log import read_metrics
+from opsd_kernels.train.sampling.rollout import Sampler, requests
 from opsd_kernels.train.teacher import AdapterOff, Copy
 from opsd_kernels.train.types import Prompt, Rollout, Verdict
 
@@ -62,7 +63,7 @@ CONFIGS = {
 
 @pytest.fixture
 def vocab(encoder):
-    return models.vocabulary(encoder.tokenizer)
+    return pretrained.vocabulary(encoder.tokenizer)
 
 
 @pytest.fixture(params=CONFIGS)
@@ -130,7 +131,7 @@ def test_the_fused_loss_is_the_loss_of_the_models_own_logits(made, batch, vocab)
 
 def test_checkpointed_activations_give_the_same_gradient(made, batch, vocab):
     teacher, plain = moved(made), fused(copy.deepcopy(made).train(), moved(made), batch, vocab)
-    models.recompute_activations(made)
+    pretrained.recompute_activations(made)
     for actual, expected in zip(fused(made.train(), teacher, batch, vocab), plain, strict=True):
         assert_same_bits(actual, expected)
 
@@ -243,28 +244,30 @@ def test_lora_trains_the_adapter_alone_and_resumes(config, folder, data, tmp_pat
     ).read_bytes()
     assert not (newest[0] / "model.safetensors").exists()
     base, adapted = (
-        models.load_pretrained(folder, settings)[0],
-        models.load_student(folder, newest[0], settings)[0],
+        pretrained.load_pretrained(folder, settings)[0],
+        pretrained.load_student(folder, newest[0], settings)[0],
     )
     plain = dict(base.named_parameters())
-    kept = {name: p for name, p in models.without_adapter(adapted).named_parameters() if "lora" not in name}
+    kept = {
+        name: p for name, p in pretrained.without_adapter(adapted).named_parameters() if "lora" not in name
+    }
     assert all(p.equal(plain[name.replace(".base_layer", "")]) for name, p in kept.items())
     assert any("lora_B" in name and p.abs().max() > 0 for name, p in adapted.named_parameters())
 
 
 def test_the_teacher_without_the_adapter_is_the_base(folder, config, vocab, batch):
     pytest.importorskip("peft", reason="peft, the library of the adapters, is not installed")
-    base, _ = models.load_pretrained(folder, config)
-    adapted, _ = models.load_student(folder, None, dataclasses.replace(config, lora_rank=2))
+    base, _ = pretrained.load_pretrained(folder, config)
+    adapted, _ = pretrained.load_student(folder, None, dataclasses.replace(config, lora_rank=2))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.fill_(0.1)
     teacher = AdapterOff(adapted)
     with torch.no_grad(), teacher.using() as model:
-        off = models.hidden_states(model, batch.teacher)
+        off = pretrained.hidden_states(model, batch.teacher)
     with torch.no_grad():
-        assert_same_bits(off, models.hidden_states(base.eval(), batch.teacher))
-        assert not models.hidden_states(adapted, batch.teacher).equal(off)
+        assert_same_bits(off, pretrained.hidden_states(base.eval(), batch.teacher))
+        assert not pretrained.hidden_states(adapted, batch.teacher).equal(off)
     assert not Head.of(adapted).weight.requires_grad
     loss, _ = objective.step_loss(adapted, teacher, batch, config, batch.totals, vocab)
     loss.backward()
@@ -284,11 +287,11 @@ def test_an_optional_library_that_is_missing_is_named(config, folder, monkeypatc
         ConfigError,
         match=f"{key}: expected .*, as {library} is not installed|{key}: expected .* as vLLM is not installed",
     ):
-        models.load_student(folder, None, settings) if library == "peft" else models_engine(settings)
+        pretrained.load_student(folder, None, settings) if library == "peft" else models_engine(settings)
 
 
 def models_engine(settings):
-    from opsd_kernels.train.rollout import make_engine
+    from opsd_kernels.train.sampling.rollout import make_engine
 
     return make_engine(settings)
 
@@ -334,11 +337,11 @@ def test_what_vllm_is_asked_for(config, encoder, task, model, monkeypatch, vocab
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(encoder, task):
-    from opsd_kernels.train import tiny
+    from opsd_kernels.train.models import tiny
 
     with pytest.raises(
         ConfigError, match="teacher_model: expected a tokenizer with the student's vocabulary"
     ):
-        models.check_same_vocabulary(
+        pretrained.check_same_vocabulary(
             encoder.tokenizer, tiny.build_tokenizer((*task.vocabulary, "more"), task.template)
         )

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from opsd_kernels.train.config import TrainConfig
-from opsd_kernels.train.reproduce import iw_opd, pages
-from opsd_kernels.train.reproduce.lab import Lab
-from opsd_kernels.train.reproduce.statistics import GRADES
-from opsd_kernels.train.weight_text import EXAMPLE, parse_weights
+from opsd_kernels.train.config.weight_text import EXAMPLE, parse_weights
+from opsd_kernels.train.studies import pages
+from opsd_kernels.train.studies.lab import Lab
+from opsd_kernels.train.studies.papers import iw_opd
+from opsd_kernels.train.studies.statistics import GRADES
 
 
 @pytest.mark.parametrize("length, counted", [(10, (3, 3, 3)), (13, (4, 3, 4))])

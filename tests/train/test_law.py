@@ -5,11 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from opsd_kernels.train.probe import fit, load_law
-from opsd_kernels.train.reproduce import command, law
-from opsd_kernels.train.reproduce.compare import Trained
-from opsd_kernels.train.reproduce.statistics import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, spearman
-from opsd_kernels.train.reproduce.study import load
+from opsd_kernels.train.studies import command
+from opsd_kernels.train.studies.compare import Trained
+from opsd_kernels.train.studies.papers import law
+from opsd_kernels.train.studies.probe import fit, load_law
+from opsd_kernels.train.studies.statistics import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, spearman
+from opsd_kernels.train.studies.study import load
 
 NOISE, SLOPE_NOISE = 0.015, 0.05  # of a mean of five made-up runs, and of a line through their means
 GAPS = dict(

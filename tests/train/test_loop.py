@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from opsd_kernels.train import loop, warmstart
+from opsd_kernels.train import loop
 from opsd_kernels.train.config import ConfigError, TrainConfig, load_config
+from opsd_kernels.train.config.presets import PRESETS
 from opsd_kernels.train.envs import make_task
-from opsd_kernels.train.log import MetricsLog, read_metrics
 from opsd_kernels.train.loop import train
-from opsd_kernels.train.presets import PRESETS
+from opsd_kernels.train.models import warmstart
+from opsd_kernels.train.records.log import MetricsLog, read_metrics
 from opsd_kernels.train.types import NonFiniteLoss, RunDirectoryError
 
 LEFT = [

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from opsd_kernels.train import models
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.contexts import build_contexts
-from opsd_kernels.train.reproduce import mopd, pages
-from opsd_kernels.train.reproduce.lab import Lab
-from opsd_kernels.train.reproduce.statistics import GRADES, INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Estimate
-from opsd_kernels.train.rollout import requests
+from opsd_kernels.train.models import pretrained
+from opsd_kernels.train.sampling.rollout import requests
+from opsd_kernels.train.studies import pages
+from opsd_kernels.train.studies.lab import Lab
+from opsd_kernels.train.studies.papers import mopd
+from opsd_kernels.train.studies.statistics import GRADES, INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Estimate
 from opsd_kernels.train.types import Verdict
 
 WRITTEN = 1e-3  # digits of the value written down here
@@ -62,7 +63,7 @@ def test_a_score_is_the_mean_log_prob_of_the_answer_behind_the_other_prompt(
         dataclasses.replace(rollout, tokens=rollout.tokens[: 1 + i % 4]) for i, rollout in enumerate(rollouts)
     ]
     others = [rollout.prompt_tokens for rollout in rollouts[2:] + rollouts[:2]]
-    found = mopd.mean_logprobs(model, rollouts, others, config, models.vocabulary(encoder.tokenizer))
+    found = mopd.mean_logprobs(model, rollouts, others, config, pretrained.vocabulary(encoder.tokenizer))
     for rollout, prompt, score in zip(rollouts, others, found, strict=True):
         logits = model(input_ids=torch.tensor([prompt + rollout.tokens])).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1).gather(1, torch.tensor(rollout.tokens)[:, None]).mean().detach()

@@ -11,10 +11,11 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from opsd_kernels import cli
-from opsd_kernels.train import evaluate, probe
 from opsd_kernels.train.config import ConfigError, TrainConfig
-from opsd_kernels.train.log import Progress
-from opsd_kernels.train.probe import Point, fit, load_law, measure_context, with_context
+from opsd_kernels.train.records.log import Progress
+from opsd_kernels.train.sampling import evaluate
+from opsd_kernels.train.studies import probe
+from opsd_kernels.train.studies.probe import Point, fit, load_law, measure_context, with_context
 from opsd_kernels.train.teacher import make_teacher
 from opsd_kernels.train.types import Prompt, Rollout, Verdict
 

@@ -12,11 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from opsd_kernels.cli import app
-from opsd_kernels.train import charts, report_page
-from opsd_kernels.train.log import Scalars, offset_after, read_metrics
 from opsd_kernels.train.loop import train
-from opsd_kernels.train.report import Record, read_run
-from opsd_kernels.train.samples import DIGITS
+from opsd_kernels.train.records import charts, report_page
+from opsd_kernels.train.records.log import Scalars, offset_after, read_metrics
+from opsd_kernels.train.records.report import Record, read_run
+from opsd_kernels.train.records.samples import DIGITS
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)

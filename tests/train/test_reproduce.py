@@ -10,10 +10,11 @@ import pytest
 
 from opsd_kernels.train import loop
 from opsd_kernels.train.config import TrainConfig
-from opsd_kernels.train.reproduce import command, pages, sdpo
-from opsd_kernels.train.reproduce.compare import Arm, Design, Trained, compare, first_step_at
-from opsd_kernels.train.reproduce.lab import Cell, Lab
-from opsd_kernels.train.reproduce.statistics import (
+from opsd_kernels.train.studies import command, pages
+from opsd_kernels.train.studies.compare import Arm, Design, Trained, compare, first_step_at
+from opsd_kernels.train.studies.lab import Cell, Lab
+from opsd_kernels.train.studies.papers import sdpo
+from opsd_kernels.train.studies.statistics import (
     GRADES,
     INCONCLUSIVE,
     NOT_REPRODUCED,
@@ -26,7 +27,7 @@ from opsd_kernels.train.reproduce.statistics import (
     graded_equal,
     spearman,
 )
-from opsd_kernels.train.reproduce.study import Claim, Panel, Series, Study, Table, load
+from opsd_kernels.train.studies.study import Claim, Panel, Series, Study, Table, load
 
 ROOT = Path(__file__).resolve().parents[2]
 DRAWN = 0.01  # about two standard errors of a mean of 500 draws with deviation .1

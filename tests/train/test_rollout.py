@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from opsd_kernels.train import seeds
-from opsd_kernels.train.prompts import PromptEncoder
-from opsd_kernels.train.rollout import PlacedSampler, Request, requests
+from opsd_kernels.train.sampling.prompts import PromptEncoder
+from opsd_kernels.train.sampling.rollout import PlacedSampler, Request, requests
 from opsd_kernels.train.types import Context, Prompt
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, Qwen3Config
 
-from opsd_kernels.train import sharding
 from opsd_kernels.train.config import ConfigError, TrainConfig
-from opsd_kernels.train.ranks import ALONE, Ranks, joined
+from opsd_kernels.train.distributed import sharding
+from opsd_kernels.train.distributed.ranks import ALONE, Ranks, joined
 
 SHAPE = {
     "hidden_size": 16,

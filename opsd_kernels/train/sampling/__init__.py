@@ -1,0 +1,1 @@
+"""From prompts to verified rollouts: chat templates, generation, and accuracy measured on samples."""
