@@ -1,4 +1,7 @@
-"""The subcommands of `opsd` that train. torch and transformers are imported inside them, so that `opsd --help` stays quick."""
+"""The training subcommands of `opsd`.
+
+They import torch and transformers inside, so that `opsd --help` stays quick.
+"""
 
 from __future__ import annotations
 
@@ -35,22 +38,25 @@ def train(
 ) -> None:
     """Train a model on its own answers.
 
-    The teacher is the model itself, with feedback on the answer in view. Without CONFIG and --set, the defaults learn on a CPU in minutes.
+    The teacher is the model itself with feedback on the answer in its prompt. The defaults, without CONFIG
+    and --set, learn on a CPU in minutes.
     """
     if resume and out is None:
         fail("--resume: expected --out DIR, the run to continue, got none")
+    claimed = out / "config.json" if resume and out is not None else None
     with one_line(ModuleNotFoundError):
         needs_extra("train", "transformers", "safetensors", "matplotlib")
     from .config import ConfigError, load_config
     from .types import CheckpointError, NonFiniteLoss
 
     with one_line(ValueError, TypeError, OSError):
-        recorded = out / "config.json" if resume and (out / "config.json").is_file() else None
+        recorded = claimed if claimed is not None and claimed.is_file() else None
         parsed = load_config(config or recorded, overrides or [])
     if write_config is not None:
         write_settings(parsed, write_config)
         return
-    from . import loop  # after the settings: a typo in a key need not wait for transformers
+    # After the settings, so that a typo in a key is reported before transformers loads.
+    from . import loop
 
     out = out or new_run_directory(parsed.env)
     try:
@@ -65,7 +71,10 @@ def train(
 
 
 def write_settings(config: TrainConfig, path: Path) -> None:
-    """Never over a file that is there: it may hold comments of its owner's."""
+    """Write the settings to a new file.
+
+    An existing one is never overwritten: it may hold the user's comments.
+    """
     from .config.commented_file import commented_yaml
 
     if path.suffix not in (".yaml", ".yml"):
@@ -76,14 +85,14 @@ def write_settings(config: TrainConfig, path: Path) -> None:
 
 
 def new_run_directory(env_name: str) -> Path:
-    """runs/<environment>-<time>; a second run in the same second gets a number."""
+    """Return runs/<environment>-<time>, with a number appended if that exists."""
     stem = Path("runs") / f"{env_name}-{datetime.now():%Y%m%d-%H%M%S}"
     candidates = [stem, *(stem.with_name(f"{stem.name}-{i}") for i in range(2, 100))]
     return next(path for path in candidates if not path.exists())
 
 
 def resume_command(out: Path) -> str:
-    """What to type to go on; the program as it was called, since .venv/bin need not be on the PATH."""
+    """Return the command that resumes a run, with the program as called if `opsd` is not on the PATH."""
     program = "opsd" if shutil.which("opsd") else sys.argv[0]
     return shlex.join([program, "train", "--out", str(out), "--resume"])
 
@@ -126,7 +135,7 @@ def report(
 ) -> None:
     """Draw the curves of a run, and a page of its curves, tables and samples.
 
-    The page is one file without scripts that loads nothing. A run in progress can be looked at as often as wanted.
+    The page is one file without scripts or requests. The run may still be in progress.
     """
     with one_line(ModuleNotFoundError):
         needs_extra("train", "matplotlib")
@@ -174,13 +183,13 @@ def probe(
 ) -> None:
     """Measure what a context is worth before training.
 
-    The gap is the self-teacher's accuracy less that of a second try without the context. It predicts, by the law of the runs that it was fitted to,
-    what training will bring.
+    The gap is the self-teacher's accuracy minus that of a second try without the context. A law fitted to
+    finished runs predicts the improvement by training from it.
     """
     if fit and (overrides or contexts or law):
         fail("--fit: expected directories of runs alone, got --set, --context or --law beside it")
     if not fit and len(paths or []) > 1:
-        fail(f"CONFIG: expected one file, got {len(paths)}; directories of runs go with --fit")
+        fail(f"CONFIG: expected one file, got {len(paths or [])}; directories of runs go with --fit")
     with one_line(ModuleNotFoundError):
         needs_extra("train", "transformers", "safetensors", "matplotlib", "scipy")
     from .config import load_config
@@ -228,7 +237,8 @@ def discover(
 ) -> None:
     """Search for first right answers at test time.
 
-    The model learns from the feedback on its failures at one hard question, beside best-of-k and a multi-turn prompt with as many attempts.
+    The model learns from the feedback on its failures at one hard question. Best-of-k and a multi-turn prompt
+    get as many attempts.
     """
     with one_line(ModuleNotFoundError):
         needs_extra("train", "transformers", "safetensors", "matplotlib")

@@ -1,4 +1,4 @@
-"""The commented configuration file of `opsd train --write-config`: every key, its value and a line on what it does."""
+"""Write the configuration file of `opsd train --write-config`: every key, its value and a comment."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.config.settings import CHOICES
 
-WIDTH = 34  # of `key: value`, where the comments start
+# Width of `key: value`, where the comments start.
+WIDTH = 34
 COMMENTS: dict[str, dict[str, str]] = {
     "what runs, and where": {
         "env": "the problems and their verifier",
@@ -17,10 +18,10 @@ COMMENTS: dict[str, dict[str, str]] = {
         "device": "",
         "dtype": "of the weights",
         "threads": "CPU threads; part of the numbers",
-        "shard": "over several ranks: each holds everything, or its part (FSDP2)",
+        "shard": "over several ranks: each holds the whole model, or its part (FSDP2)",
     },
     "your own prompts, env: jsonl": {
-        "data": "JSONL file with a prompt a line",
+        "data": "JSONL file with a prompt per line",
         "verifier": "exact, numeric or package.module:function",
         "chat_template": "Jinja file for a tokenizer without one",
     },
@@ -34,18 +35,18 @@ COMMENTS: dict[str, dict[str, str]] = {
         "rollout_batch": "answers sampled at once, at most",
         "rollout_engine": "",
     },
-    "the teacher and its view": {
-        "context": "what the teacher is told",
-        "feedback": "what a failure is told; the kinds depend on env",
-        "siblings": "whether context sdpo shows a correct answer of the group",
-        "successes": "right siblings shown by context positive and contrastive",
+    "the teacher and its context": {
+        "context": "the contents of the teacher's prompt",
+        "feedback": "the feedback on a failure; the kinds depend on env",
+        "siblings": "true: context sdpo shows a correct answer of the group",
+        "successes": "correct siblings shown by context positive and contrastive",
         "failures": "wrong siblings shown by context contrastive and failure",
         "control": "other answers in place of the siblings",
-        "teacher": "who scores",
+        "teacher": "the model that scores",
         "ema_rate": "a of teacher <- (1-a) teacher + a student; null: .01 with feedback, .05 without",
         "trust_region": "the student's share of the mixed logits, for teacher trust_region",
         "teacher_model": "for teacher external: tiny, or a directory or name",
-        "teacher_accuracy": "where the warm start of teacher_model tiny stops",
+        "teacher_accuracy": "at which the warm start of teacher_model tiny stops",
     },
     "objective": {
         "objective": "the whole distribution, or the sampled token alone",
@@ -55,7 +56,7 @@ COMMENTS: dict[str, dict[str, str]] = {
         "teacher_temperature": "null: the same",
         "topk": "null: the whole vocabulary",
         "topk_support": "whose k largest",
-        "topk_tail": "what becomes of the others",
+        "topk_tail": "treatment of the others",
         "entry_clip": "of an entry of the vocabulary, nats; null: none",
         "token_clip": "of a token's divergence, nats; null: none",
         "token_weights": "schemes of opsd_kernels.weights, such as MeanOne(PrefixDiscrepancy(0.5))",
@@ -69,12 +70,12 @@ COMMENTS: dict[str, dict[str, str]] = {
     },
     "policy gradient": {
         "policy_weight": "its share of the loss; 1 runs no teacher",
-        "advantage_std": "whether advantages are divided by the group's deviation",
+        "advantage_std": "true: divide advantages by the group's standard deviation",
         "clip_low": "PPO's, below 1",
         "clip_high": "PPO's, above 1",
     },
-    "what is kept": {
-        "rehearsal_prompts": "a step, of the skills to keep",
+    "rehearsal": {
+        "rehearsal_prompts": "per step, of the skills to keep",
         "rehearsal_weight": "of their loss",
     },
     "optimiser": {
@@ -87,14 +88,14 @@ COMMENTS: dict[str, dict[str, str]] = {
         "lora_rank": "0: every weight trains",
         "lora_alpha": "",
     },
-    "watching": {
+    "evaluation and records": {
         "eval_every": "steps between probes of the accuracies",
         "eval_samples": "answers before and after the run",
         "probe_samples": "answers in a probe",
         "checkpoint_every": "steps",
         "keep_checkpoints": "the newest ones",
-        "samples_every": "steps between the ones whose samples are kept",
-        "samples_kept": "answers of such a step in samples.jsonl, with what the teacher saw",
+        "samples_every": "steps between two whose samples are kept",
+        "samples_kept": "answers of such a step in samples.jsonl, with the teacher's prompt",
         "tensorboard": "",
         "cache_dir": "of base models; null: OPSD_CACHE",
     },
@@ -103,7 +104,7 @@ COMMENTS: dict[str, dict[str, str]] = {
         "tiny_layers": "",
         "tiny_heads": "",
         "warm_seed": "",
-        "warm_accuracy": "where it stops",
+        "warm_accuracy": "at which it stops",
         "warm_share": "of the skill to be trained, among examples without a context",
         "warm_batch": "",
         "warm_learning_rate": "",
@@ -113,8 +114,8 @@ COMMENTS: dict[str, dict[str, str]] = {
 
 
 def commented_yaml(config: TrainConfig) -> str:
-    """A YAML file that `opsd train` reads back to the same configuration."""
-    lines = ["# opsd train THIS_FILE; what is left out has its default, --set KEY=VALUE wins over both."]
+    """Return a YAML file that `opsd train` reads back to the same configuration."""
+    lines = ["# opsd train THIS_FILE; missing keys have their defaults, --set KEY=VALUE overrides both."]
     for title, keys in COMMENTS.items():
         lines += ["", f"# {title}"]
         for key, comment in keys.items():
@@ -126,7 +127,7 @@ def commented_yaml(config: TrainConfig) -> str:
 
 
 def _scalar(value: Any) -> str:
-    """JSON is YAML, but for 1e-06: YAML 1.1 reads a number without a point as text."""
+    """Write a value as JSON, with a point in 1e-06, which YAML 1.1 would read as text."""
     text = json.dumps(value)
     mantissa, e, exponent = text.partition("e") if isinstance(value, float) else (text, "", "")
     return f"{mantissa}.0e{exponent}" if e and "." not in mantissa else text

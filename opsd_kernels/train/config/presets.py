@@ -1,4 +1,4 @@
-"""What depends on the environment before there is one: the kinds of feedback that each knows, and the settings that differ from the defaults."""
+"""The kinds of feedback of each environment, and the settings in which it differs from the defaults."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ FEEDBACK: dict[str, tuple[str, ...]] = {
     "jsonl": ("text", "answer", "none"),
 }
 
-# Applied by load_config below whatever the user sets. Answers differ in length, and skills in how fast a base model half learns them.
+# Defaults of load_config, which the user's settings override. Answers differ in length, and skills in how
+# fast a base model learns them in part.
 PRESETS: dict[str, dict[str, Any]] = {
     "secret_op": {},
     "expr": {"feedback": "case", "max_new_tokens": 8, "warm_share": 0.5},
-    # `opsd discover`, 12 hard questions, rate 1e-3: in 256 attempts forward KL found 11 and reverse KL 9; of 6 in 128, rate 3e-3, EMA .1 found 4, .003 found 3.
+    # `opsd discover`, 12 hard questions, rate 1e-3: in 256 attempts forward KL found 11 and reverse KL 9. Of
+    # 6 questions in 128 attempts at rate 3e-3, EMA .1 found 4 and .003 found 3.
     "mastermind": {
         "feedback": "counts",
         "warm_share": 0.6,
@@ -26,7 +28,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ema_rate": 0.1,
         "divergence": "forward_kl",
     },
-    # Told only where it went wrong, the teacher of `chain` is worse than its student (.31 against .39), which 100 steps bring to 0: hence the whole answer.
+    # With feedback `where` the teacher of `chain` is worse than its student (.31 against .39), which 100
+    # steps bring to 0: hence the whole answer as feedback.
     "chain": {"max_new_tokens": 13, "warm_share": 0.3},
     "plan": {"max_new_tokens": 10, "warm_share": 0.05, "warm_accuracy": 0.3},
     "jsonl": {

@@ -1,4 +1,4 @@
-"""One frozen TrainConfig. JSON and YAML in, JSON out."""
+"""The settings of a run: one frozen TrainConfig, read from JSON or YAML and written as JSON."""
 
 from __future__ import annotations
 
@@ -45,31 +45,35 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "shard": ("none", "fsdp"),
 }
 POSITIVE = (
-    "steps updates_per_batch prompts_per_step group_size rollout_temperature max_new_tokens rollout_batch distill_temperature reward_strength importance_clip "
-    "learning_rate max_grad_norm micro_batch eval_every eval_samples probe_samples checkpoint_every keep_checkpoints samples_every threads lora_alpha "
+    "steps updates_per_batch prompts_per_step group_size rollout_temperature max_new_tokens rollout_batch "
+    "distill_temperature reward_strength importance_clip learning_rate max_grad_norm micro_batch eval_every "
+    "eval_samples probe_samples checkpoint_every keep_checkpoints samples_every threads lora_alpha "
     "tiny_hidden tiny_layers tiny_heads warm_batch warm_learning_rate warm_max_steps"
 ).split()
 POSITIVE_OR_NULL = ("teacher_temperature", "topk", "entry_clip", "token_clip", "reward_clip")
-SHARES = ("beta", "warm_accuracy", "warm_share", "teacher_accuracy")  # strictly between 0 and 1
-NOT_NEGATIVE = ("seed", "warm_seed", "weight_decay", "lr_warmup_steps", "successes", "failures", "rehearsal_prompts", "rehearsal_weight", "lora_rank",
-                "samples_kept", "clip_low", "clip_high")  # fmt: skip
-WHERE_NOT_WHAT = (
-    "cache_dir",
-    "tensorboard",
-    "keep_checkpoints",
-    "shard",
-)  # a resumed run may differ in these
+# Strictly between 0 and 1.
+SHARES = ("beta", "warm_accuracy", "warm_share", "teacher_accuracy")
+NOT_NEGATIVE = (
+    "seed warm_seed weight_decay lr_warmup_steps successes failures rehearsal_prompts rehearsal_weight "
+    "lora_rank samples_kept clip_low clip_high"
+).split()
+# A resumed run may differ in these.
+WHERE_NOT_WHAT = ("cache_dir", "tensorboard", "keep_checkpoints", "shard")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides what a run computes. The defaults learn on two CPU cores in minutes.
+    """Everything that decides the results of a run. The defaults learn on two CPU cores in minutes.
 
-    `model` is "tiny" (made by a supervised warm start, cached) or the directory or name of a Hugging Face model.
-    `ema_rate=None` takes SDPO's .01 where there is feedback and .05 where there is none (arXiv:2601.20802). The tiny model moves
-    further in a step than a large one: with .01 its teacher forgot to read the context within 200 steps (accuracy .999 to .78, the student's .24 to .66;
-    with .003 .995 and .74).
-    `threads` and `backend` (None: the op's choice) are part of the numbers: another number of threads or another kernel rounds differently.
+    `model` is "tiny" (made by a supervised warm start, cached) or the directory or name of a Hugging Face
+    model.
+
+    `ema_rate=None` takes SDPO's .01 with feedback and .05 without (arXiv:2601.20802). The tiny model moves
+    further in a step than a large one: with .01 its teacher forgot to read the context within 200 steps
+    (accuracy .999 to .78, the student's .24 to .66; with .003 .995 and .74).
+
+    `threads` and `backend` (None: the op's choice) change the numbers: a different number of threads or a
+    different kernel rounds differently.
     """
 
     env: str = "secret_op"
@@ -92,7 +96,7 @@ class TrainConfig:
     max_new_tokens: int = 4
     rollout_batch: int = 512
     rollout_engine: str = "transformers"
-    # the teacher and its view
+    # the teacher and its context
     context: str = "sdpo"
     feedback: str = "answer"
     siblings: bool = True
@@ -128,7 +132,7 @@ class TrainConfig:
     advantage_std: bool = False
     clip_low: float = 0.2
     clip_high: float = 0.2
-    # what is kept
+    # rehearsal
     rehearsal_prompts: int = 16
     rehearsal_weight: float = 1.0
     # optimiser
@@ -140,7 +144,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     lora_rank: int = 0
     lora_alpha: float = 16.0
-    # watching
+    # evaluation and records
     eval_every: int = 50
     eval_samples: int = 2000
     probe_samples: int = 512
@@ -208,7 +212,7 @@ class TrainConfig:
         self._check_together()
 
     def _check_together(self) -> None:
-        """What one key demands of another."""
+        """Check the conditions between keys."""
         told = self.context != "sdpo" or self.siblings or self.feedback != "none"
         expect(
             told, "siblings", "true when feedback is 'none' (else no rollout has a context)", self.siblings
@@ -286,12 +290,12 @@ class TrainConfig:
 
     @property
     def shows_peers(self) -> bool:
-        """Whether the teacher sees several siblings, or failures."""
+        """True if the teacher's context shows several siblings, or failures."""
         return self.context in ("positive", "contrastive", "failure")
 
     @property
     def teacher_rate(self) -> float:
-        """The EMA rate a of `teacher <- (1-a) teacher + a student`."""
+        """Return the EMA rate a of `teacher <- (1-a) teacher + a student`."""
         if self.ema_rate is not None:
             return self.ema_rate
         return 0.05 if self.feedback == "none" else 0.01
@@ -300,7 +304,7 @@ class TrainConfig:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     def differences(self, other: TrainConfig) -> list[str]:
-        """`key: mine, theirs` for each key that decides the numbers and differs."""
+        """Return `key: mine here, theirs there` for each key that decides the numbers and differs."""
         return [
             f"{name}: {getattr(self, name)!r} here, {getattr(other, name)!r} there"
             for name in field_types()
@@ -309,7 +313,11 @@ class TrainConfig:
 
 
 def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> TrainConfig:
-    """The defaults, those of the environment, then the file (JSON or YAML), then each `key=value` in order. Raises ConfigError."""
+    """Combine the defaults, the environment's preset, the file (JSON or YAML) and each `key=value`, in this
+    order.
+
+    Raises ConfigError for an unknown key or a value that the key does not allow.
+    """
     values = read_file(Path(path)) if path is not None else {}
     for key in values:
         check_key(key, field_types())

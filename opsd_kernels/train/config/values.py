@@ -1,4 +1,4 @@
-"""Reading settings: files, `key=value` texts and types. Every error names the key, what was expected and what came."""
+"""Read settings from files and `key=value` texts, and check their types."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A key or value that the configuration does not allow."""
+    """A key or value that the configuration does not allow.
+
+    The message names the key, what was expected and what came.
+    """
 
 
 def expect(condition: bool, key: str, expected: str, got: Any, hint: str = "") -> None:
@@ -40,14 +43,13 @@ def check_key(key: str, known: typing.Iterable[str]) -> None:
 
 def check_type(key: str, value: Any, kind: Any) -> None:
     members = _members(kind)
-    right = type(value) in members or (
-        float in members and type(value) is int
-    )  # type(): a bool is no number here
+    # type() and not isinstance(), since a bool is an int.
+    right = type(value) in members or (float in members and type(value) is int)
     expect(right and not (isinstance(value, float) and not math.isfinite(value)), key, _describe(kind), value)
 
 
 def parse_value(text: str, kind: Any) -> Any:
-    """The value of `--set key=text`, read as the key's own type so that `model=7` stays a string."""
+    """Return the value of `--set key=text`, parsed as the key's type, so that `model=7` stays a string."""
     members = _members(kind)
     if types.NoneType in members and text.lower() in ("null", "none"):
         return None
@@ -82,7 +84,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def _read_yaml(text: str) -> Any:
-    """Raises ValueError for what is no YAML."""
+    """Parse YAML. Raises ValueError for invalid text."""
     try:
         import yaml
     except ImportError as error:
@@ -91,7 +93,7 @@ def _read_yaml(text: str) -> Any:
         ) from error
 
     class Loader(yaml.SafeLoader):
-        """1e-6 is a number in YAML 1.2, and text in the 1.1 that PyYAML reads."""
+        """Reads 1e-6 as a number, as YAML 1.2 does; in PyYAML's YAML 1.1 it is text."""
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")

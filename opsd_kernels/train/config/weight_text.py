@@ -1,6 +1,8 @@
-"""Token weights from a setting: `MeanOne(PrefixDiscrepancy(0.5)) * FirstFraction(0.3)`, the schemes of opsd_kernels.weights, numbers and products.
+"""Parse the setting `token_weights`: schemes of opsd_kernels.weights, numbers and products of them.
 
-`ImportanceRatio(clip)` takes the rollout policy's log-probs and `SegmentMean(inner)` the ends of segments from the batch. The text is read, not run.
+An example is `MeanOne(PrefixDiscrepancy(0.5)) * FirstFraction(0.3)`. `ImportanceRatio(clip)` takes the
+rollout policy's log-probs and `SegmentMean(inner)` the boundaries of segments from the batch. The text is
+parsed and never executed.
 """
 
 from __future__ import annotations
@@ -28,11 +30,12 @@ PLAIN = (
     "TrustGate",
 )
 FROM_THE_BATCH = ("ImportanceRatio", "SegmentMean")
-MAX_LENGTH = 500  # bounds the depth of the syntax tree
+# Bounds the depth of the syntax tree.
+MAX_LENGTH = 500
 
 
 class TokenData(NamedTuple):
-    """What a scheme may need of a batch besides its statistics."""
+    """The data of a batch that a scheme may need besides the statistics."""
 
     old_logprobs_BT: Tensor | None
     boundaries_BT: Tensor | None
@@ -43,7 +46,10 @@ EXAMPLE = TokenData(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.bool))
 
 
 def parse_weights(text: str) -> Builder:
-    """A function from a batch's data to a weighting. Raises ConfigError naming what it does not know."""
+    """Return a function from a batch's data to token weights.
+
+    Raises ConfigError for an invalid expression.
+    """
     try:
         if len(text) > MAX_LENGTH:
             raise ValueError(f"at most {MAX_LENGTH} signs")
@@ -65,7 +71,12 @@ def _node(node: ast.expr) -> Builder:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         inner = _node(node.operand)
         return lambda data: -inner(data)
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+    # Not isinstance() alone, since a bool is an int.
+    if (
+        isinstance(node, ast.Constant)
+        and isinstance(node.value, (int, float))
+        and not isinstance(node.value, bool)
+    ):
         number = float(node.value)
         return lambda data: number
     raise ValueError(f"expected a weighting, a number or a product, got {ast.unparse(node)!r}")

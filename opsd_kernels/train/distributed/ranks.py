@@ -1,8 +1,10 @@
-"""Several processes, one run, under a launcher such as `torchrun`: rollouts and micro-batches are split over the ranks, all else is the same on them.
+"""Run one training in several processes under a launcher such as `torchrun`.
 
-Each rank holds the whole model, or with `shard` its part (sharding.py). Rollouts are exchanged as they are, so that contexts, metrics and evaluations are
-computed by every rank from the same answers; gradients are summed, each already divided by the totals of the whole step, so the number of ranks changes no
-mean. Rank 0 alone writes files: a checkpoint knows nothing of ranks, and resumes on any number of them.
+Rollouts and micro-batches are split over the ranks; all else is equal on them. Each rank holds the whole
+model, or its part with `shard` (sharding.py). Rollouts are gathered, so that every rank computes contexts,
+metrics and evaluations from the same answers. Gradients are summed, each already divided by the totals of the
+whole step, so that no mean depends on the number of ranks. Rank 0 alone writes files; a checkpoint resumes on
+any number of ranks.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,22 +27,22 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process and the number of all. With one there is nothing to exchange."""
+    """The rank of this process and the number of ranks. With one rank every collective is a no-op."""
 
     rank: int = 0
     world: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this rank speaks and writes for all."""
+        """True on rank 0, which prints and writes files."""
         return self.rank == 0
 
     def share(self, items: Sequence[Item]) -> list[Item]:
-        """This rank's part: every `world`-th."""
+        """Return this rank's part: every `world`-th item."""
         return list(items[self.rank :: self.world])
 
     def together(self, mine: list[Item]) -> list[Item]:
-        """All ranks' shares, in the order of the whole."""
+        """Gather the shares of all ranks, in the order before `share`."""
         if self.world == 1:
             return mine
         shares: list[Any] = [None] * self.world
@@ -48,31 +50,37 @@ class Ranks:
         return [shares[i % self.world][i // self.world] for i in range(sum(map(len, shares)))]
 
     def total(self, value: Tensor) -> Tensor:
-        """The sum over the ranks."""
+        """Sum a tensor over the ranks, in place."""
         if self.world > 1:
             dist.all_reduce(value)
         return value
 
     def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
-        """Sums gradients over the ranks in place, all in one message. A rank that had no micro-batch adds zeros."""
+        """Sum gradients over the ranks in place, in one collective.
+
+        A rank without a micro-batch adds zeros.
+        """
         if self.world == 1:
             return
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        for parameter in trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = self.total(torch.cat([parameter.grad.flatten().float() for parameter in trained]))
-        for parameter, summed in zip(
-            trained, flat.split([parameter.numel() for parameter in trained]), strict=True
-        ):
-            parameter.grad.copy_(summed.view_as(parameter))
+        grads: list[Tensor] = []
+        for parameter in parameters:
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                grads.append(parameter.grad)
+        flat = self.total(torch.cat([grad.flatten().float() for grad in grads]))
+        for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(summed.view_as(grad))
 
     def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank."""
+        """True if the flag is true on any rank."""
         return flag if self.world == 1 else any(self.together([flag]))
 
     def on_first(self, action: Callable[[], Item]) -> Item | None:
-        """Rank 0 acts while the others wait, who get None. What it raises all raise, so that none waits for a rank that has left."""
+        """Run `action` on rank 0 while the others wait and return None.
+
+        Every rank raises an exception of rank 0, so that none hangs in a later collective.
+        """
         if self.world == 1:
             return action()
         result, error = None, None
@@ -90,7 +98,10 @@ class Ranks:
     def on_first_asking(
         self, action: Callable[[Callable[[str], Item]], Any], answer: Callable[[str], Item]
     ) -> None:
-        """Rank 0 acts, and may ask: `ask(name)` is `answer(name)` there, which all ranks call."""
+        """Run `action(ask)` on rank 0.
+
+        There `ask(name)` calls `answer(name)` on all ranks, and returns it.
+        """
 
         def told(name: str | None) -> str | None:
             sent = [name]
@@ -114,9 +125,9 @@ class Ranks:
         self.on_first(lead)
 
     def first_then_all(self, action: Callable[[], Item]) -> Item:
-        """Rank 0 acts, then the others: what it made is there for them."""
+        """Run `action` on rank 0, then on the others, which find the files that it made."""
         result = self.on_first(action)
-        return result if self.first else action()
+        return cast(Item, result) if self.first else action()
 
 
 ALONE = Ranks()
@@ -124,15 +135,19 @@ ALONE = Ranks()
 
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
-    """The ranks that the launcher made, in their process group; one process alone needs no launcher. A rank that dies leaves the others with an error."""
+    """Join the launcher's process group, and leave it at the end. One process alone needs no launcher.
+
+    After the death of a rank the collectives of the others raise.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or "RANK" not in os.environ:
         yield ALONE
         return
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
-        # transformers would load the weights in the first process alone, and leave them to accelerate's wrapper.
+        # transformers would load the weights in the first process only, for accelerate to distribute.
         raise ConfigError(
-            "launcher: expected accelerate launch without --use_fsdp (shard=fsdp is the trainer's own), got ACCELERATE_USE_FSDP=true"
+            "launcher: expected accelerate launch without --use_fsdp (shard=fsdp is the trainer's own), "
+            "got ACCELERATE_USE_FSDP=true"
         )
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

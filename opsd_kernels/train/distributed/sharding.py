@@ -1,7 +1,8 @@
-"""FSDP2 under the trainer: weights, gradients, optimiser states and the copies that teach are cut over the ranks.
+"""Shard student, optimiser states and teacher copies over the ranks with FSDP2.
 
-A transformer block is a unit; what is left, with the head and the embedding that may be tied to it, is the root's. Between the trunk's forward and the end
-of backward the root is whole, so that the op reads a plain head: one gather a micro-batch, however many chunks. Sampling holds all weights whole.
+A transformer block is a unit; the root holds the remaining weights, with the head and an embedding tied to
+it. The root is unsharded between the trunk's forward and the end of backward, so that the op reads a plain
+head: one all-gather per micro-batch for any number of chunks. Sampling unshards all weights.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,11 +22,16 @@ from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.distributed.ranks import Ranks
 from opsd_kernels.vocab_parallel import is_dtensor
 
-FORWARD = "last_hidden"  # the root's method that FSDP treats as a forward
+# The root's method that FSDP treats as a forward.
+FORWARD = "last_hidden"
+SomeModule = TypeVar("SomeModule", bound=Module)
 
 
-def place(model: Module, config: TrainConfig, ranks: Ranks) -> Module:
-    """The model, in place: with `shard=fsdp` and several ranks each keeps its part. Copies of it are made before, its optimiser after."""
+def place(model: SomeModule, config: TrainConfig, ranks: Ranks) -> SomeModule:
+    """Shard the model in place with `shard=fsdp` and several ranks; otherwise a no-op.
+
+    Make copies of the model before, and its optimiser after this call.
+    """
     if config.shard == "none" or ranks.world == 1:
         return model
     from torch.distributed.device_mesh import init_device_mesh
@@ -41,20 +47,24 @@ def place(model: Module, config: TrainConfig, ranks: Ranks) -> Module:
         fully_shard(block, reshard_after_forward=True, **options)
     fully_shard(root, reshard_after_forward=False, **options)
     for unit in units(root):
-        unit.set_gradient_divide_factor(1.0)  # sums: losses are divided by the counts of all ranks already
-        unit.set_force_sum_reduction_for_comms(True)  # gloo has no sum that multiplies first
+        # A sum, not a mean: losses are divided by the counts of all ranks already.
+        unit.set_gradient_divide_factor(1.0)
+        # gloo has no pre-multiplied sum.
+        unit.set_force_sum_reduction_for_comms(True)
     setattr(root, FORWARD, MethodType(_last_hidden, root))
     register_fsdp_forward_method(root, FORWARD)
+    # FSDP finds the root unit in its first forward.
     with torch.no_grad():
-        last_hidden(
-            model, torch.zeros(1, 1, dtype=torch.int64, device=config.device)
-        )  # FSDP learns in a first forward which unit is the root
+        last_hidden(model, torch.zeros(1, 1, dtype=torch.int64, device=config.device))
     release(model)
     return model
 
 
-def blocks(root: Module) -> list[Module]:
-    """The modules that transformers would not split over devices, but those that share a weight with the head or each other: such a one is the root's."""
+def blocks(root: Any) -> list[Module]:
+    """Return the modules that transformers does not split over devices and that share no weight.
+
+    A module that shares a weight with the head or another module belongs to the root.
+    """
     names = set(getattr(root, "_no_split_modules", None) or ())
     found = [module for module in trunk(root).modules() if type(module).__name__ in names]
     users = Counter(
@@ -73,8 +83,8 @@ def is_sharded(model: Module) -> bool:
     return FORWARD in vars(without_adapter(model))
 
 
-def last_hidden(model: Module, tokens_BL: Tensor) -> Tensor:  # -> (B, L, H)
-    """The trunk's output; of a sharded model through its root, whose head is whole from then on."""
+def last_hidden(model: Module, tokens_BL: Tensor) -> Tensor:
+    """Run the trunk; a sharded model runs through its root, which leaves the head unsharded."""
     root = without_adapter(model)
     return getattr(root, FORWARD)(tokens_BL) if is_sharded(model) else _last_hidden(root, tokens_BL)
 
@@ -84,25 +94,24 @@ def _last_hidden(root: Module, tokens_BL: Tensor) -> Tensor:
 
 
 def release(model: Module) -> None:
-    """Back to shards after forwards that no backward followed."""
+    """Reshard after forwards without a backward."""
     if not is_sharded(model):
         return
-    root = without_adapter(model)
+    root: Any = without_adapter(model)
     for unit in units(root):
         unit.reshard()
-    if hasattr(
-        root, "reset_iter_state"
-    ):  # not in torch 2.10, where FSDP's list of such forwards grows by an entry a block
+    # Not in torch 2.10, where FSDP's list of such forwards grows by an entry per block.
+    if hasattr(root, "reset_iter_state"):
         root.reset_iter_state()
 
 
 @contextmanager
 def whole(model: Module) -> Iterator[None]:
-    """All weights on every rank meanwhile, so that ranks may run the model a different number of times. Entered by all ranks."""
+    """Unshard all weights, so that ranks may run the model a different number of times. A collective call."""
     if not is_sharded(model):
         yield
         return
-    root = without_adapter(model)
+    root: Any = without_adapter(model)
     root.set_reshard_after_forward(False)
     for unit in units(root):
         unit.unshard()
@@ -115,22 +124,34 @@ def whole(model: Module) -> Iterator[None]:
 
 
 def gathered(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole tensors, sharded ones on the CPU, where `keep`; nothing elsewhere. Called by all ranks. One that comes twice comes out once, as tied weights do."""
+    """Return whole tensors on ranks with `keep`, sharded ones on the CPU, and nothing elsewhere.
+
+    A collective call. A tensor under two names, as tied weights have, is gathered once.
+    """
     made: dict[int, Tensor] = {}
     for tensor in tensors.values():
         if id(tensor) not in made:
-            full = tensor.detach().full_tensor() if is_dtensor(tensor) else tensor
-            made[id(tensor)] = full.cpu() if is_dtensor(tensor) and keep else full if keep else tensor
+            sharded = is_dtensor(tensor)
+            all_of_it = full(tensor.detach()) if sharded else tensor
+            # Dropped at once on ranks without `keep`, which take part in the collective only.
+            made[id(tensor)] = (all_of_it.cpu() if sharded else all_of_it) if keep else tensor
     return {name: made[id(tensor)] for name, tensor in tensors.items()} if keep else {}
 
 
-def cut_as(like: Tensor, value: Tensor) -> Tensor:
-    """A whole tensor, laid out over the ranks as `like` is. Nothing is sent: every rank has the value."""
+def full(tensor: Any) -> Tensor:
+    """Gather a DTensor; any other tensor is returned itself. A collective call for a DTensor."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def cut_as(like: Any, value: Tensor) -> Tensor:
+    """Lay out a whole tensor over the ranks like `like`.
+
+    Every rank has the value, so no collective is issued.
+    """
     value = value.to(like.device)
     if not is_dtensor(like):
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(
-        value, like.device_mesh, like.placements, src_data_rank=None
-    ).clone()  # a view would keep the whole
+    # Cloned, since a view would keep the whole tensor alive.
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).clone()

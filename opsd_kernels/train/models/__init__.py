@@ -1,1 +1,1 @@
-"""The student and its teacher as Hugging Face models: loading, adapters, and the tiny base model with its warm start."""
+"""Load Hugging Face models and adapters, and make the tiny base model by its warm start."""

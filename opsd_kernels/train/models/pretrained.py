@@ -1,8 +1,12 @@
-"""Loads the model to train and its tokenizer, and says where trunk and head are: the tiny demo model and a Hugging Face model take the same path."""
+"""Load the model to train and its tokenizer.
+
+The tiny demo model and a Hugging Face model take the same path.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,20 +20,26 @@ from opsd_kernels.train.distributed.sharding import last_hidden
 from opsd_kernels.train.types import Sequences
 
 
-def hidden_states(model: PreTrainedModel, side: Sequences) -> Tensor:  # -> (B, T, H)
-    """The trunk's last hidden states at the rows that predict the completion: no logits are made. A sharded model's head can be read afterwards."""
+def hidden_states(model: PreTrainedModel, side: Sequences) -> Tensor:
+    """Shape (B, T, H): the trunk's last hidden states at the rows that predict the completion.
+
+    No logits are computed. A sharded model's head is readable afterwards.
+    """
     return completion_hidden(last_hidden(model, side.tokens_BL), side.rows_BT)
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest token id. Rows of a head from here on are padding: probability zero on both sides, and never sampled."""
+    """Return the largest token id plus one.
+
+    Rows of a head from here on are padding: probability zero, never sampled.
+    """
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def load_pretrained(
     source: str | Path, config: TrainConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Weights from safetensors only, no remote code. Raises ConfigError where transformers finds no model it can load so."""
+    """Load weights from safetensors only, without remote code. Raises ConfigError if transformers cannot."""
     dtype = getattr(torch, config.dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -39,15 +49,19 @@ def load_pretrained(
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"model: expected 'tiny' or a Hugging Face model with safetensors weights, got {str(source)!r}: {reason}"
+            f"model: expected 'tiny' or a Hugging Face model with safetensors weights, "
+            f"got {str(source)!r}: {reason}"
         ) from error
-    return model.to(config.device), tokenizer
+    return cast(Any, model).to(config.device), tokenizer
 
 
 def load_student(
     base: str | Path, saved: Path | None, config: TrainConfig
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model to train: the base, or what a checkpoint holds; with `lora_rank`, the base frozen below an adapter, new or saved."""
+    """Load the model to train: the base, or the checkpoint in `saved`.
+
+    With `lora_rank` that is the frozen base under an adapter, new or from the checkpoint.
+    """
     if not config.lora_rank:
         model, tokenizer = load_pretrained(saved or base, config)
     else:
@@ -64,22 +78,28 @@ def load_student(
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
-    """Gradient checkpointing, under either of the names that transformers has for it."""
-    model = without_adapter(model)
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    """Enable gradient checkpointing, under either of its names in transformers."""
+    inner: Any = without_adapter(model)
+    if hasattr(inner, "activation_checkpointing_enable"):
+        inner.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def with_adapter(model: PreTrainedModel, saved: Path | None, config: TrainConfig) -> PreTrainedModel:
-    """LoRA on every linear layer but the head (arXiv:2106.09685), through peft. Raises ConfigError where peft is not installed."""
+    """Put LoRA (arXiv:2106.09685) on every linear layer but the head, through peft.
+
+    The result is a peft model, which forwards to the transformers model inside it. Raises ConfigError if peft
+    is not installed.
+    """
     try:
-        import peft
+        import peft as library
     except ImportError as error:
         raise ConfigError(
             f"lora_rank: expected 0, as peft is not installed (pip install peft), got {config.lora_rank}"
         ) from error
+    # Annotated: peft wants an int for lora_alpha and calls its models by other types.
+    peft: Any = library
     if saved is not None:
         return peft.PeftModel.from_pretrained(model, str(saved), is_trainable=True).to(config.device)
     adapter = peft.LoraConfig(
@@ -89,23 +109,23 @@ def with_adapter(model: PreTrainedModel, saved: Path | None, config: TrainConfig
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    # Forked, so that building the adapter leaves the run's own generator where it was.
+    # Forked, so that the new adapter does not advance the generator of the run.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return peft.get_peft_model(model, adapter)
 
 
 def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raises ConfigError where an external teacher reads other tokens than the student."""
+    """Raise ConfigError if the vocabulary of an external teacher differs from the student's."""
     if student.get_vocab() != teacher.get_vocab():
         raise ConfigError(
-            f"teacher_model: expected a tokenizer with the student's vocabulary of {len(student.get_vocab())} tokens, "
-            f"got one of {len(teacher.get_vocab())} with other entries"
+            "teacher_model: expected a tokenizer with the student's vocabulary "
+            f"of {len(student.get_vocab())} tokens, got one of {len(teacher.get_vocab())} with other entries"
         )
 
 
 def check_machine(config: TrainConfig) -> None:
-    """Raises ConfigError for a device or a row backend that this machine lacks."""
+    """Raise ConfigError if this machine lacks the device or the row backend."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: expected 'cpu', as torch finds no CUDA device, got 'cuda'")
     row = torch.zeros(1, 1, device=config.device)

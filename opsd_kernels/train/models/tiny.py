@@ -1,4 +1,4 @@
-"""The tiny model of the demo environments: a real transformers tokenizer and a real Llama, a quarter of a million parameters or fewer."""
+"""Build the demo model: a transformers tokenizer and a Llama of at most a quarter of a million parameters."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from opsd_kernels.train.contexts import ContextTemplate
 
 PAD, EOS, UNK, USER, ASSISTANT = "<pad>", "<eos>", "<unk>", "<user>", "<assistant>"
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}<assistant>{{ m.content }}<eos>{% else %}<user>{{ m.content }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}<assistant>{{ m.content }}<eos>"
+    "{% else %}<user>{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 MAX_LENGTH = 192
 
 
 def build_tokenizer(vocabulary: tuple[str, ...], template: ContextTemplate) -> PreTrainedTokenizerFast:
-    """Words, single digits and single signs; white space separates and carries no token. Turn and block markers are special tokens."""
+    """Build a tokenizer of words, single digits and single signs.
+
+    Turn and block markers are special tokens. White space separates and has no token.
+    """
     special = [PAD, EOS, UNK, USER, ASSISTANT, *(end for block in template.blocks() for end in block)]
     words = {word: index for index, word in enumerate([*special, *vocabulary])}
     core = Tokenizer(models.WordLevel(words, unk_token=UNK))
@@ -37,7 +41,7 @@ def build_tokenizer(vocabulary: tuple[str, ...], template: ContextTemplate) -> P
 
 
 def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Random weights, decided by `warm_seed` alone."""
+    """Build the model with random weights, which depend on `warm_seed` alone."""
     shape = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.tiny_hidden,
@@ -46,17 +50,16 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> Llam
         num_attention_heads=config.tiny_heads,
         num_key_value_heads=config.tiny_heads,
         max_position_embeddings=MAX_LENGTH,
-        initializer_range=0.06,  # at transformers' .02 one seed knew no addition after 1250 steps; at .06 the warm start was over after 725
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 100.0,
-        },  # positions within 30 tokens; 10000 learns the contexts more slowly
+        # At transformers' .02 one seed knew no addition after 1250 steps; at .06 the warm start took 725.
+        initializer_range=0.06,
+        # Positions within 30 tokens; 10000 learns the contexts more slowly.
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    # Forked, so that building the model leaves the run's own generator where it was.
+    # Forked, so that the new model does not advance the generator of the run.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.warm_seed)
         return LlamaForCausalLM(shape)

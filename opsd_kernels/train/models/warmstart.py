@@ -1,7 +1,8 @@
-"""Makes the tiny base model by supervised training, once, and keeps it on disk.
+"""Make the tiny base model by supervised training, once, and cache it on disk.
 
-It stops on the exact success probability on held-out problems, not on a step count: the accuracy without context goes from 1 % to 80 % within a few
-hundred steps, at a moment that depends on every setting. The cache key is a hash of the settings and of the sources that decide the weights.
+Training stops at a success probability on held-out problems, which is exact, and not at a step: the accuracy
+without context goes from 1 % to 80 % within a few hundred steps, whose onset depends on every setting. The
+cache key hashes the settings and the sources that decide the weights.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from opsd_kernels.train.records.log import Progress
 from opsd_kernels.train.sampling import prompts
 from opsd_kernels.train.sampling.prompts import PromptEncoder
 
-# Measured on seeds 0 and 1: 1 % after 250 steps, 3 % after 400, 22 % after 700 and 1350. A check costs 4 % of the steps between two.
+# Measured on seeds 0 and 1: 1 % after 250 steps, 3 % after 400, 22 % after 700 and 1350. A check takes 4 % of
+# the time of the steps between two checks.
 LR_WARMUP, CHECK_EVERY, CHECK_PROBLEMS = 100, 25, 512
 DECIDING = ("env", "threads")
 SOURCES = (base, batch, contexts, prompts, tiny)
@@ -43,16 +45,18 @@ OWN_SOURCES = {
 
 
 def base_model(config: TrainConfig, task: DemoTask, progress: Progress) -> Path:
-    """The directory of the warm-started model and its tokenizer, made now if it is not cached. Raises RuntimeError if it does not get there."""
+    """Return the directory of the warm-started model and its tokenizer, made now if it is not cached.
+
+    Raises RuntimeError if the warm start ends below `warm_accuracy`.
+    """
     folder = cache_folder(config)
     if folder.exists():
         progress.say(f"base model: cached in {folder}")
         return folder
     tokenizer = tiny.build_tokenizer(task.vocabulary, task.template)
     model = tiny.build_model(config, tokenizer)
-    progress.say(
-        f"base model: {sum(p.numel() for p in model.parameters()):,} parameters, supervised warm start, once"
-    )
+    parameters = sum(p.numel() for p in model.parameters())
+    progress.say(f"base model: {parameters:,} parameters, supervised warm start, once")
     WarmStart(config, task, PromptEncoder(tokenizer, task.template), model).run(progress)
 
     def fill(pending: Path) -> None:
@@ -60,20 +64,20 @@ def base_model(config: TrainConfig, task: DemoTask, progress: Progress) -> Path:
         tokenizer.save_pretrained(pending)
         (pending / "settings.json").write_text(json.dumps(settings(config), indent=2) + "\n")
 
-    write_directory(
-        folder, fill
-    )  # two runs that warm up at once write the same weights; the first one's stay
+    # Two runs that warm up at once write the same weights; those of the first stay.
+    write_directory(folder, fill)
     return folder
 
 
 def settings(config: TrainConfig) -> dict[str, str | int | float]:
-    """What decides the weights."""
+    """Return everything that decides the weights."""
     names = [
         name
         for name in config.__dataclass_fields__
         if name.startswith(("tiny_", "warm_")) or name in DECIDING
     ]
-    sources = b"".join(Path(module.__file__).read_bytes() for module in (*SOURCES, *OWN_SOURCES[config.env]))
+    modules = (*SOURCES, *OWN_SOURCES[config.env])
+    sources = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
     own = Path(__file__).read_bytes()
     return {
         **{name: getattr(config, name) for name in names},
@@ -90,7 +94,7 @@ def cache_folder(config: TrainConfig) -> Path:
 
 
 class WarmStart:
-    """Supervised training on answers, alone and with contexts."""
+    """Supervised training on answers to prompts without and with contexts."""
 
     def __init__(self, config: TrainConfig, task: DemoTask, encoder: PromptEncoder, model: PreTrainedModel):
         self.config, self.task, self.encoder, self.model = config, task, encoder, model
@@ -117,31 +121,27 @@ class WarmStart:
                     if accuracy >= config.warm_accuracy:
                         return
         raise RuntimeError(
-            f"warm start: expected held-out accuracy {config.warm_accuracy} within warm_max_steps={config.warm_max_steps}, got {accuracy:.3f}; "
-            "raise warm_max_steps or warm_share"
+            f"warm start: expected held-out accuracy {config.warm_accuracy} within "
+            f"warm_max_steps={config.warm_max_steps}, got {accuracy:.3f}; raise warm_max_steps or warm_share"
         )
 
     def _step(self, optimizer: torch.optim.Optimizer, rng: np.random.Generator) -> None:
         bare, privileged = self.task.warm_examples(rng, self.config.warm_batch, self.config.warm_share)
         total = len(bare) + len(privileged)
-        for examples in filter(
-            None, (bare, privileged)
-        ):  # apart, as the ones without a context are half as long
+        # Two batches, since prompts without a context are half as long.
+        for examples in filter(None, (bare, privileged)):
             log_probs = self._answer_log_probs(examples)
             (-log_probs.sum() / total).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    def _answer_log_probs(
-        self, examples: Sequence[WarmExample]
-    ) -> Tensor:  # -> (B,) mean over the answer's tokens, nats
+    def _answer_log_probs(self, examples: Sequence[WarmExample]) -> Tensor:
+        """Shape (B,): the mean log-prob of each answer's tokens, in nats."""
         prompts = self.encoder.encode([e.prompt for e in examples], [e.context for e in examples])
         answers = self.encoder.answer([e.answer for e in examples])
-        side, labels_BT = (
-            align(prompts, answers, self.encoder.tokenizer.pad_token_id),
-            completion_labels(answers),
-        )
+        side = align(prompts, answers, self.encoder.tokenizer.pad_token_id)
+        labels_BT = completion_labels(answers)
         hidden_BTH = completion_hidden(
             self.model.base_model(input_ids=side.tokens_BL, use_cache=False).last_hidden_state, side.rows_BT
         )
@@ -153,7 +153,7 @@ class WarmStart:
 
     @torch.no_grad()
     def success_probability(self, problems: Sequence[int]) -> float:
-        """Mean probability of sampling the right answer without a context: exact, where a sampled accuracy would scatter."""
+        """Return the mean probability of sampling the right answer without a context, exactly."""
         examples = [
             WarmExample(self.task.env(problem, 0).prompt(), None, self.task.solution(problem))
             for problem in problems

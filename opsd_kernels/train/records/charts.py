@@ -1,4 +1,7 @@
-"""Line charts as inline SVG, for a page that loads nothing. Colours are the page's: classes s0, s1, ... of its style sheet."""
+"""Draw line charts as inline SVG for a page without requests.
+
+Colours are the classes s0, s1, ... of the page's style sheet.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,16 @@ from html import escape
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 480, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 34  # margins
-MOST_POINTS = 1200  # of a curve: more than the chart has columns show nothing
+# Margins.
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 34
+# Of a curve: more points than columns of the chart are invisible.
+MOST_POINTS = 1200
 TICKS = 5
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Values to coordinates of one axis."""
+    """The map from values to coordinates of one axis."""
 
     low: float
     high: float
@@ -35,7 +40,7 @@ class Scale:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Round numbers inside the range, about TICKS of them, with as many digits as tell them apart."""
+        """Return about TICKS round numbers inside the range, with enough digits to tell them apart."""
         rough = (self.high - self.low) / TICKS
         unit = 10.0 ** math.floor(math.log10(rough))
         step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
@@ -45,7 +50,10 @@ class Scale:
 
 
 def line_chart(title: str, series: Sequence[tuple[str, Points]], x_label: str = "step") -> str:
-    """A figure with a legend that names each curve's last value. A curve with few points is drawn with markers."""
+    """Return a figure whose legend has each curve's last value.
+
+    A curve with few points is drawn with markers.
+    """
     drawn = [
         (index, name, [point for point in points if all(map(math.isfinite, point))])
         for index, (name, points) in enumerate(series)
@@ -65,13 +73,16 @@ def line_chart(title: str, series: Sequence[tuple[str, Points]], x_label: str = 
         for index, name, points in drawn
     )
     return (
-        f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f"<figure><figcaption>{escape(title)}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
         f'{_axes(x, y, x_label)}{curves}</svg><ul class="legend">{legend}</ul></figure>'
     )
 
 
 def thin(points: Points, most: int = MOST_POINTS) -> Points:
-    """At most about `most` points: the lowest and the highest of each stretch, so that no spike is lost."""
+    """Return about `most` points at most: the lowest and the highest of each stretch, so that no spike is
+    lost.
+    """
     if len(points) <= most:
         return points
     size = math.ceil(2 * len(points) / most)
@@ -85,7 +96,8 @@ def thin(points: Points, most: int = MOST_POINTS) -> Points:
 def _curve(index: int, name: str, points: Points, x: Scale, y: Scale, marked: bool) -> str:
     path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in thin(points))
     marks = "".join(
-        f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3"><title>{escape(name)} at {_number(a)}: {_number(b)}</title></circle>'
+        f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3">'
+        f"<title>{escape(name)} at {_number(a)}: {_number(b)}</title></circle>"
         for a, b in (points if marked else ())
     )
     return f'<g class="s{index}"><polyline points="{path}"/>{marks}</g>'
@@ -102,11 +114,12 @@ def _axes(x: Scale, y: Scale, x_label: str) -> str:
         for tick, text in x.ticks()
     )
     middle = (LEFT + WIDTH - RIGHT) / 2
-    return f'<g class="axes">{rows}{columns}<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text></g>'
+    label = f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>'
+    return f'<g class="axes">{rows}{columns}{label}</g>'
 
 
 def _number(value: float) -> str:
-    """Short: 12,300, 0.25, 3.1e-05."""
+    """Format a number briefly: 12,300, 0.25, 3.1e-05."""
     if value and abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}"

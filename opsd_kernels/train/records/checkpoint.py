@@ -1,6 +1,7 @@
-"""Atomic checkpoints without pickle: safetensors and JSON in a directory per step, which appears whole or not at all.
+"""Write and read checkpoints: safetensors and JSON, without pickle, in one atomic directory per step.
 
-`checkpoint/step_000040/` is itself a Hugging Face model directory: `from_pretrained` loads the trained student from it.
+`checkpoint/step_000040/` is also a Hugging Face model directory: `from_pretrained` loads the trained student
+from it.
 """
 
 from __future__ import annotations
@@ -33,23 +34,28 @@ FORMAT = 2
 
 @dataclass
 class RunState:
-    """Everything that the next step depends on. `facts` are numbers measured before training and the time spent so far."""
+    """Everything that the next step depends on.
+
+    `facts` holds the measurements before training and the time spent.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     teacher: Teacher
-    reference: Teacher | None  # the model before the run, where it is rehearsed; may be the teacher
+    reference: Teacher | None  # the model before the run, for rehearsal; may be the teacher itself
     optimizer: torch.optim.Optimizer
     step: int
     facts: dict[str, Any]
 
 
 def part(state: RunState, name: str, keep: bool = True) -> dict[str, Tensor] | None:
-    """Tensors of the model, teacher, reference or optimizer, whole where `keep`; of a sharded state all ranks must ask. None for what is not saved so."""
+    """Gather the tensors of the model, teacher, reference or optimizer, on ranks with `keep`.
+
+    A collective call for a sharded state. Returns None for a part that is saved otherwise or not at all.
+    """
     if name == "model":
-        return (
-            gathered(state.model.state_dict(keep_vars=True), keep) if is_sharded(state.model) else None
-        )  # keep_vars: else tied weights would be two
+        # keep_vars, so that tied weights are one tensor.
+        return gathered(state.model.state_dict(keep_vars=True), keep) if is_sharded(state.model) else None
     if name == "reference" and (state.reference is None or state.reference is state.teacher):
         return None
     return gathered(_optimizer_tensors(state) if name == "optimizer" else getattr(state, name).state(), keep)
@@ -62,29 +68,32 @@ def save(
     keep: int = 1,
     ask: Callable[[str], dict[str, Tensor] | None] | None = None,
 ) -> Path:
-    """Writes `folder/step_N` and removes all but the `keep` newest. A step that is there already is not written again. `ask` gets a part from all ranks.
+    """Write `folder/step_N`, unless it exists, and remove all but the `keep` newest checkpoints.
 
-    Raises CheckpointError if the write fails; the checkpoints before it are untouched.
+    `ask` gathers a part from all ranks. Raises CheckpointError if the write fails; earlier checkpoints stay
+    intact.
     """
     path = folder / f"step_{state.step:06d}"
+    ask = ask or functools.partial(part, state)
     try:
-        write_directory(
-            path, lambda pending: _fill(pending, state, log_offset, ask or functools.partial(part, state))
-        )
-    except (OSError, SafetensorError) as error:  # a full disk, above all
+        write_directory(path, lambda pending: _fill(pending, state, log_offset, ask))
+    # Above all a full disk.
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"checkpoint: step {state.step} could not be written to {folder}: {error}; the last checkpoint before it is intact"
+            f"checkpoint: step {state.step} could not be written to {folder}: {error}; "
+            "the last checkpoint before it is intact"
         ) from error
-    # The new one is on the disk by now; a kill between these lines leaves more, and the newest one counts.
+    # The new checkpoint is on the disk. A kill here leaves more of them, and the newest is used.
     for _, old in [entry for entry in _complete(folder) if entry[0] <= state.step][:-keep]:
         shutil.rmtree(old)
     return path
 
 
 def latest(folder: Path, say: Callable[[str], None] = lambda text: None) -> Path | None:
-    """The newest intact checkpoint, None where none was ever written; leftovers of a crash are cleared.
+    """Return the newest intact checkpoint, or None if there is none, and remove leftovers of a crash.
 
-    A damaged one is removed, and reported to `say`, if an older one is intact; else CheckpointError names what is wrong.
+    A damaged one is removed and reported to `say` if an older one is intact; else CheckpointError names the
+    damage.
     """
     if not folder.is_dir():
         return None
@@ -95,18 +104,20 @@ def latest(folder: Path, say: Callable[[str], None] = lambda text: None) -> Path
         if damage is None:
             for bad, why in damaged:
                 say(f"checkpoint: {why}; going on from {path.name}")
-                shutil.rmtree(bad)  # the run will write this step again
+                # The run will write this step again.
+                shutil.rmtree(bad)
             return path
         damaged.append((path, damage))
     if damaged:
-        raise CheckpointError(
-            "checkpoint: expected an intact one, got " + "; ".join(why for _, why in damaged)
-        )
+        found = "; ".join(why for _, why in damaged)
+        raise CheckpointError(f"checkpoint: expected an intact one, got {found}")
     return None
 
 
 def damage_of(path: Path) -> str | None:
-    """The first file of a checkpoint that is missing or has another size than was written; None for an intact one."""
+    """Name the first file of a checkpoint that is missing or differs in size; None if the checkpoint is
+    intact.
+    """
     try:
         sizes = json.loads((path / "state.json").read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -119,7 +130,10 @@ def damage_of(path: Path) -> str | None:
 
 
 def restore(path: Path, state: RunState) -> int:
-    """Loads teacher, optimiser, random number generators, step and facts into `state`, whose model came from `path`. Returns the log's offset."""
+    """Load teacher, optimiser, generators, step and facts into `state`, whose model was loaded from `path`.
+
+    Returns the log's offset.
+    """
     record = json.loads((path / "state.json").read_text())
     if record["format"] != FORMAT:
         raise ValueError(f"checkpoint: expected format {FORMAT} in {path}, got {record['format']}")
@@ -135,14 +149,11 @@ def restore(path: Path, state: RunState) -> int:
 def _fill(
     pending: Path, state: RunState, log_offset: int, ask: Callable[[str], dict[str, Tensor] | None]
 ) -> None:
-    # Tied weights are stored once here, and tied again by from_pretrained.
+    # Tied weights are stored once; from_pretrained ties them again.
     state.model.save_pretrained(pending, state_dict=ask("model"))
     state.tokenizer.save_pretrained(pending)
-    for name in (
-        "teacher",
-        "reference",
-        "optimizer",
-    ):  # one after the other: no more than one is whole at a time
+    # One after the other, so that at most one is unsharded at a time.
+    for name in ("teacher", "reference", "optimizer"):
         if (tensors := ask(name)) is not None:
             save_file(
                 {key: tensor.contiguous() for key, tensor in tensors.items()}, pending / f"{name}.safetensors"
@@ -187,19 +198,26 @@ def _load_optimizer(state: RunState, tensors: dict[str, Tensor]) -> None:
         state.optimizer.state[parameter][key] = value if key == "step" else cut_as(parameter, value)
 
 
-# The trainer draws from seeds.py, which has no state; the generators are saved for models with dropout and for code that bends it.
+# The trainer draws from seeds.py, which has no state. The generators are saved for dropout and for modified
+# trainers.
 def _random_tensors() -> dict[str, Tensor]:
     tensors = {
         "torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(np.random.get_state()[1].astype(np.int64)),
+        "numpy": torch.from_numpy(_numpy_state()[1].astype(np.int64)),
     }
     if torch.cuda.is_initialized():
         tensors |= {f"cuda_{index}": value for index, value in enumerate(torch.cuda.get_rng_state_all())}
     return tensors
 
 
+def _numpy_state() -> tuple[Any, ...]:
+    state = np.random.get_state(legacy=True)
+    assert isinstance(state, tuple)
+    return state
+
+
 def _random_record() -> dict[str, Any]:
-    name, _, *rest = np.random.get_state()
+    name, _, *rest = _numpy_state()
     return {"python": random.getstate(), "numpy": [name, *rest]}
 
 

@@ -1,4 +1,4 @@
-"""Writes that a crash at any moment leaves either undone or whole: a temporary sibling, fsync, rename."""
+"""Write files and directories atomically, also under a crash: temporary sibling, fsync, rename."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PENDING = ".pending-"
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Replaces `path`."""
+    """Replace `path` atomically."""
     pending = path.with_name(f"{PENDING}{path.name}-{uuid.uuid4().hex[:8]}")
     pending.write_bytes(content.encode() if isinstance(content, str) else content)
     _sync(pending)
@@ -21,13 +21,16 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
-    """`fill` writes into an empty directory, which then becomes `path`. Leaves a `path` that exists already as it is."""
+    """Let `fill` write into an empty directory, then rename that to `path`.
+
+    An existing `path` is left unchanged.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     pending = path.with_name(f"{PENDING}{path.name}-{uuid.uuid4().hex[:8]}")
     pending.mkdir()
     try:
         fill(pending)
-        # Contents before names: a rename may reach the disk ahead of data that was never flushed.
+        # Contents before names: a rename may reach the disk before data that was never flushed.
         for file in pending.rglob("*"):
             _sync(file)
         _sync(pending)
@@ -39,7 +42,7 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def remove_pending(folder: Path) -> None:
-    """Clears what a crash left behind. Only for a folder that no other process writes."""
+    """Remove leftovers of a crash. No other process may be writing to the folder."""
     for leftover in folder.glob(f"{PENDING}*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
@@ -48,7 +51,8 @@ def _rename_unless_taken(pending: Path, path: Path) -> None:
     try:
         os.rename(pending, path)
     except OSError:
-        if not path.exists():  # another process that wrote the same thing first is no failure
+        # Not an error if another process has written the same directory first.
+        if not path.exists():
             raise
 
 

@@ -1,4 +1,6 @@
-"""Where a run writes: a live bar on a terminal and plain lines otherwise, metrics.jsonl, TensorBoard if it is installed."""
+"""Report a run in progress: a live bar on a terminal or plain lines, metrics.jsonl, and TensorBoard if
+installed.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -20,7 +23,7 @@ LINE_EVERY_SECONDS = 10.0
 
 
 class Progress:
-    """Speaks to the user. On a terminal a bar follows the work; elsewhere a line every ten seconds."""
+    """Messages to the user. On a terminal a bar shows the progress; elsewhere a line every ten seconds."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(highlight=False)
@@ -30,7 +33,7 @@ class Progress:
 
     @contextmanager
     def bar(self, title: str, total: int | None, start: int = 0) -> Iterator[PlainBar | LiveBar]:
-        """Work of `total` steps; None where nobody knows how many it will be."""
+        """Show the progress of `total` steps, None for an unknown number."""
         if not self.console.is_terminal:
             yield PlainBar(self, title, total)
             return
@@ -46,7 +49,7 @@ class Progress:
 
 
 class PlainBar:
-    """A line every ten seconds, and one at the end: a log file should not grow by a line a step."""
+    """A line every ten seconds, and one at the end: a log file must not grow by a line per step."""
 
     def __init__(self, progress: Progress, title: str, total: int | None):
         self._progress, self._title, self._total = progress, title, total
@@ -61,7 +64,7 @@ class PlainBar:
 
 
 class LiveBar:
-    """A bar with the latest values behind it."""
+    """A bar followed by the latest values."""
 
     def __init__(self, live: RichProgress, task: TaskID):
         self._live, self._task = live, task
@@ -81,11 +84,14 @@ def number(value: float | None) -> str:
 
 
 class MetricsLog:
-    """metrics.jsonl, one object a step, and samples.jsonl. `offset` is where a checkpoint ends: what a killed run wrote after it is cut off."""
+    """An appended JSONL file: metrics.jsonl, with one object per step, or samples.jsonl.
+
+    `offset` is the length at the checkpoint; lines that a killed run wrote after it are cut off.
+    """
 
     def __init__(self, path: Path, offset: int = 0):
         path.touch()
-        # A kill may have left lines of steps that will be made again, or half a line.
+        # A kill may have left lines of steps that will be repeated, or half a line.
         os.truncate(path, min(offset, path.stat().st_size))
         self._file = path.open("a", encoding="utf-8")
 
@@ -94,7 +100,7 @@ class MetricsLog:
         self._file.flush()
 
     def sync(self) -> int:
-        """Puts every line on the disk; returns the file's length in bytes."""
+        """Flush every line to the disk; return the file's length in bytes."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
@@ -104,10 +110,13 @@ class MetricsLog:
 
 
 class Scalars:
-    """The numbers of each step for TensorBoard; nothing where it is switched off or not installed. An earlier process's from `first_step` on are hidden."""
+    """The numbers of each step for TensorBoard; a no-op if it is switched off or not installed.
+
+    Numbers of an earlier process from `first_step` on are hidden.
+    """
 
     def __init__(self, folder: Path, wanted: bool, first_step: int):
-        self._writer = None
+        self._writer: Any = None
         if not wanted:
             return
         try:
@@ -124,12 +133,16 @@ class Scalars:
                 for name, value in metrics.items()
                 if isinstance(value, (int, float)) and name != "step"
             }
-            # One event a step: add_scalar makes one of each number, .9 ms instead of .09.
+            # One event per step: add_scalar makes one per number, .9 ms instead of .09.
             values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
             self._writer.file_writer.add_summary(self._summary(value=values), metrics["step"])
 
     def flush(self) -> None:
-        """The writer keeps up to two minutes in memory: a run that is killed would lack them up to its checkpoint, and no later process writes those steps."""
+        """Write out the events that TensorBoard's writer keeps in memory for up to two minutes.
+
+        Without this a killed run would lack those before its checkpoint, and no later process repeats their
+        steps.
+        """
         if self._writer is not None:
             self._writer.flush()
 
@@ -139,12 +152,15 @@ class Scalars:
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:
-    """Its complete lines: the last one of a run in progress may be half there."""
+    """Read the complete lines of a file: the last one of a run in progress may be partial."""
     return [json.loads(line) for line in path.read_text().rpartition("\n")[0].splitlines()]
 
 
 def offset_after(path: Path, step: int) -> int:
-    """Length in bytes of the lines up to `step`, of a file whose lines carry their steps in order; 0 for a file that is not there."""
+    """Return the length in bytes of a file's lines up to `step`; 0 for a missing file.
+
+    Lines are in order of steps.
+    """
     offset = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         if not line.endswith(b"\n") or json.loads(line)["step"] > step:

@@ -1,4 +1,7 @@
-"""What is left of a run for the eye: its record as read from its directory, curves.png and the closing table. The page: report_page.py."""
+"""Read the record of a run from its directory, draw curves.png and print the final table.
+
+The page: report_page.py.
+"""
 
 from __future__ import annotations
 
@@ -30,20 +33,20 @@ MEASURED = (
 
 @dataclass(frozen=True)
 class Record:
-    """A run as its directory tells it, complete or in progress."""
+    """The contents of a run's directory, complete or in progress."""
 
     name: str
     config: dict[str, Any]
     metrics: list[StepMetrics]
     samples: list[dict[str, Any]]
-    facts: dict[str, Any]  # summary.json; before there is one, what the newest checkpoint knows
+    facts: dict[str, Any]  # of summary.json; of the newest checkpoint for a run in progress
     complete: bool
 
     def before(self, name: str) -> float | None:
         return self.facts.get(f"{name}_before")
 
     def after(self, name: str) -> tuple[float | None, int]:
-        """The value and its step: at the end, or of the latest probe on the way."""
+        """Return the value and its step: at the end, or of the latest probe of a run in progress."""
         if self.complete:
             return self.facts.get(f"{name}_after"), self.facts["steps"]
         return next(
@@ -53,7 +56,10 @@ class Record:
 
 
 def read_run(folder: Path, summary: dict[str, Any] | None = None) -> Record:
-    """`summary` stands for a summary.json that is not written yet. Raises FileNotFoundError for a directory without a run."""
+    """Read a run's directory; `summary` replaces a summary.json that is not written yet.
+
+    Raises FileNotFoundError for a directory without a run.
+    """
     config, written = folder / "config.json", folder / "summary.json"
     if not config.is_file():
         raise FileNotFoundError(
@@ -77,7 +83,7 @@ def read_run(folder: Path, summary: dict[str, Any] | None = None) -> Record:
 
 
 def newest_facts(checkpoints: Path) -> dict[str, Any]:
-    """What was measured before training, as the newest checkpoint has it; nothing before the first one."""
+    """Return the measurements before training from the newest checkpoint; empty without a checkpoint."""
     records = sorted(
         checkpoints.glob("step_*/state.json"), key=lambda path: int(path.parent.name.removeprefix("step_"))
     )
@@ -85,12 +91,12 @@ def newest_facts(checkpoints: Path) -> dict[str, Any]:
 
 
 def points_of(metrics: list[StepMetrics], name: str) -> list[tuple[float, float]]:
-    """(step, value) of the lines that have the value."""
+    """Return (step, value) of the lines that have the value."""
     return [(line["step"], line[name]) for line in metrics if line.get(name) is not None]
 
 
 def draw_curves(path: Path, metrics: list[StepMetrics]) -> None:
-    """A panel for each of PANELS over the steps. A value that only some steps have is drawn as points with a line."""
+    """Draw a panel for each of PANELS over the steps. A value of few steps is drawn as points with a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -116,12 +122,13 @@ def draw_curves(path: Path, metrics: list[StepMetrics]) -> None:
 
 
 def print_table(console: Console, summary: dict[str, Any], out: Path) -> None:
-    """Before and after, in percent, and where everything lies."""
+    """Print the accuracies before and after, in percent, and the paths of the run's files."""
     table = Table(title=f"{summary['steps']} steps in {summary['seconds']:.0f} s")
     for column in ("", "before", "after"):
         table.add_column(column, justify="left" if not column else "right")
     for label, name in MEASURED:
-        if summary[f"{name}_before"] is not None:  # an environment without an untrained skill
+        # None in an environment without an untrained skill.
+        if summary[f"{name}_before"] is not None:
             table.add_row(label, f"{summary[f'{name}_before']:.1%}", f"{summary[f'{name}_after']:.1%}")
     console.print(table)
     for name in ("summary.json", "metrics.jsonl", "samples.jsonl", "curves.png", "report.html", "checkpoint"):

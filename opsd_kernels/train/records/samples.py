@@ -1,4 +1,7 @@
-"""samples.jsonl: a few answers of every so many steps, each with its verdict, what the teacher saw, and how the two sides differ at each token."""
+"""Build samples.jsonl: a few answers of every `samples_every`-th step.
+
+Each has its verdict, the teacher's prompt, and the gap between the two sides at each token.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,17 @@ import torch
 from opsd_kernels.train import seeds
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.sampling.prompts import PromptEncoder
-from opsd_kernels.train.step import Update
+from opsd_kernels.train.step import Update, given
 from opsd_kernels.train.types import Batch, Context, Rollout
 
-SAMPLES = 21  # stream of random numbers
-DIGITS = 4  # of a gap
+# Stream of random numbers.
+SAMPLES = 21
+# Significant digits of a gap.
+DIGITS = 4
 
 
 def samples_due(config: TrainConfig, step: int) -> bool:
-    """The first step, and every `samples_every`-th."""
+    """True at the first step, and at every `samples_every`-th."""
     return config.samples_kept > 0 and (step == 1 or step % config.samples_every == 0)
 
 
@@ -32,7 +37,7 @@ def sample_lines(
     encoder: PromptEncoder,
     config: TrainConfig,
 ) -> list[dict[str, Any]]:
-    """A line for each of `samples_kept` rollouts, drawn at random: neither the best nor the worst ones."""
+    """Return a line for each of `samples_kept` rollouts, drawn uniformly at random."""
     drawn = sorted(seeds.shuffled(range(len(rollouts)), config.seed, SAMPLES, step)[: config.samples_kept])
     gaps = token_gaps({(rollouts[i].group, rollouts[i].sample) for i in drawn}, batch, update)
     return [
@@ -48,7 +53,14 @@ def record(
     gap: list[float | None] | None,
     encoder: PromptEncoder,
 ) -> dict[str, Any]:
-    """`teacher_view` is the user's turn as the teacher read it, null where it read none; `gap` is None where the rollout was not distilled."""
+    """Return one line of samples.jsonl.
+
+    `teacher_view` is the user's turn in the teacher's prompt, null if there is none; `gap` is null for a
+    rollout that is not distilled.
+    """
+    view = None
+    if context is not None:
+        view = encoder.template.render(rollout.prompt.text, context, encoder.markers)
     return {
         "step": step,
         "problem": rollout.prompt.problem,
@@ -57,9 +69,7 @@ def record(
         "answer": rollout.text,
         "reward": rollout.verdict.reward,
         "feedback": rollout.verdict.feedback,
-        "teacher_view": None
-        if context is None
-        else encoder.template.render(rollout.prompt.text, context, encoder.markers),
+        "teacher_view": view,
         "tokens": [encoder.tokenizer.decode([token]) for token in rollout.tokens],
         "gap": gap,
     }
@@ -68,12 +78,13 @@ def record(
 def token_gaps(
     wanted: set[tuple[int, int]], batch: Batch | None, update: Update | None
 ) -> dict[tuple[int, int], list[float | None]]:
-    """(group, sample) -> the teacher's log-prob less the student's at each token of the answer, in nats; null where it is not finite."""
+    """Map (group, sample) to the teacher's minus the student's log-prob of each token, in nats; None if not
+    finite.
+    """
     if batch is None or update is None or update.stats[0].teacher_logprob is None:
         return {}
-    gap_BT = torch.cat([part.teacher_logprob for part in update.stats]) - torch.cat(
-        [part.student_logprob for part in update.stats]
-    )
+    teacher_BT = torch.cat([given(part.teacher_logprob) for part in update.stats])
+    gap_BT = teacher_BT - torch.cat([given(part.student_logprob) for part in update.stats])
     places = [(rollout.group, rollout.sample) for rollout in batch.rollouts]
     rows = [b for b, place in enumerate(places) if place in wanted and batch.distilled_B[b]]
     return {

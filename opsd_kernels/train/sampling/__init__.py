@@ -1,1 +1,1 @@
-"""From prompts to verified rollouts: chat templates, generation, and accuracy measured on samples."""
+"""Turn prompts into verified rollouts: chat templates, generation, and accuracy measured on samples."""

@@ -1,4 +1,4 @@
-"""What a model can do: with and without the teacher's context, on problems it never trained on."""
+"""Measure accuracy on held-out problems, with and without the teacher's context."""
 
 from __future__ import annotations
 
@@ -12,25 +12,23 @@ from opsd_kernels.train.envs.base import Task
 from opsd_kernels.train.sampling.rollout import Request, Sampler, requests
 from opsd_kernels.train.teacher import Teacher
 
-EVALUATION_KEY = (
-    3  # the same random numbers at every evaluation of a run, so that differences are the model's
-)
+# The same random numbers at every evaluation of a run, so that differences are the model's.
+EVALUATION_KEY = 3
 
 
 def accuracy(
     sampler: Sampler, model: PreTrainedModel, task: Task, problems: Sequence[int], samples: int, seed: int
 ) -> float | None:
-    """Share of right answers at the rollout temperature, over `samples` answers that go round the problems; None without a problem."""
-    asked = (
-        []
-        if not problems
-        else [
-            Request(task.env(problems[i % len(problems)], 0).prompt(), i % len(problems), i // len(problems))
-            for i in range(samples)
-        ]
-    )
-    if not asked:
+    """Return the share of correct answers at the rollout temperature, or None without problems or samples.
+
+    The `samples` answers go round the problems.
+    """
+    count = len(problems)
+    if not count or not samples:
         return None
+    asked = [
+        Request(task.env(problems[i % count], 0).prompt(), i % count, i // count) for i in range(samples)
+    ]
     rollouts = sampler.sample(model, task, asked, seed, EVALUATION_KEY, 0)
     return sum(rollout.verdict.success for rollout in rollouts) / len(rollouts)
 
@@ -43,9 +41,10 @@ def self_teacher_accuracy(
     config: TrainConfig,
     samples: int,
 ) -> float:
-    """Share of right answers when the teacher answers again with each rollout's context, built as in training.
+    """Return the share of correct answers when the teacher answers again with each rollout's context.
 
-    A rollout without a context counts as it is: there the teacher has nothing to add. Simplification: a trust-region teacher answers as its reference does.
+    Contexts are built as in training. A rollout without a context counts with its own verdict.
+    Simplification: a trust-region teacher answers as its reference does.
     """
     # Whole groups, since a demonstration comes from a sibling.
     groups = max(1, samples // config.group_size)

@@ -1,7 +1,7 @@
-"""Batched sampling through transformers' generate and its KV cache.
+"""Sample rollouts in batches through transformers' generate and its KV cache.
 
-Each token is drawn by inverting the cumulative distribution at a number that depends on (key, group, sample, position) only, so a rollout does not
-depend on what else is in its batch.
+Each token is drawn by inverting the cumulative distribution at a random number that depends on (key, group,
+sample, position) only, so a rollout does not depend on the other rollouts of its batch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,12 +25,13 @@ from opsd_kernels.train.sampling.prompts import PromptEncoder
 from opsd_kernels.train.sampling.vllm_engine import VllmEngine
 from opsd_kernels.train.types import Context, Prompt, Rollout
 
-ROLLOUT, FEEDBACK = 1, 2  # streams of random numbers
+# Streams of random numbers.
+ROLLOUT, FEEDBACK = 1, 2
 
 
 @dataclass(frozen=True)
 class Request:
-    """One answer to sample: its place decides its random numbers."""
+    """One answer to sample. `group` and `sample` decide its random numbers."""
 
     prompt: Prompt
     group: int
@@ -39,7 +40,10 @@ class Request:
 
 
 class PlacedSampler(LogitsProcessor):
-    """Draws the next token itself and leaves generate a row with one finite entry. `uniforms_BT` holds the numbers to draw at."""
+    """A processor that draws the next token and leaves generate a row with one finite entry.
+
+    `uniforms_BT` holds the random numbers of the draws.
+    """
 
     def __init__(self, uniforms_BT: Tensor, temperature: float, vocab: int | None = None):
         self.uniforms_BT, self.temperature, self.vocab, self.position = uniforms_BT, temperature, vocab, 0
@@ -48,15 +52,14 @@ class PlacedSampler(LogitsProcessor):
         cumulative = (scores[:, : self.vocab].double() / self.temperature).softmax(-1).cumsum(-1)
         at = self.uniforms_BT[:, self.position, None] * cumulative[:, -1:]
         self.position += 1
-        drawn = torch.searchsorted(cumulative, at, right=True).clamp(
-            max=cumulative.shape[-1] - 1
-        )  # past the end only if scores are NaN: the loss will tell
+        # Past the end only if scores are NaN, which the loss reports.
+        drawn = torch.searchsorted(cumulative, at, right=True).clamp(max=cumulative.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """What sampling needs besides the model: encoder, lengths, temperature, batch size."""
+    """The settings of sampling: encoder, length, temperature, batch size."""
 
     encoder: PromptEncoder
     max_new_tokens: int
@@ -69,33 +72,35 @@ class Sampler:
     def sample(
         self, model: PreTrainedModel, task: Task, requests: Sequence[Request], *key: int
     ) -> list[Rollout]:
-        """One verified rollout per request, in their order, all of them on every rank. `key` (seed, step) opens the stream of random numbers."""
-        model.eval()  # no dropout in an answer
+        """Return one verified rollout per request, in their order, all of them on every rank.
+
+        A collective call. `key` (seed, step) selects the stream of random numbers.
+        """
+        # No dropout in an answer.
+        model.eval()
         rollouts: list[Rollout] = []
         with whole(model):
             for chunk in _chunks(self.ranks.share(requests), self.batch):
                 prompts = self.encode([(r.prompt, r.context) for r in chunk])
-                answers = (
-                    self._generate(model, prompts, chunk, key)
-                    if self.engine is None
-                    else self._through_engine(model, prompts, chunk, key)
-                )
+                if self.engine is None:
+                    answers = self._generate(model, prompts, chunk, key)
+                else:
+                    answers = self._through_engine(self.engine, model, prompts, chunk, key)
                 rollouts += self._verified(task, chunk, prompts, answers, key)
         if self.ranks.world == 1:
             return rollouts
-        # With the requests' own prompts, which `encode` knows by identity.
+        # With the prompt objects of the requests, since `encode` compares them by identity.
         return [
             replace(rollout, prompt=request.prompt)
             for rollout, request in zip(self.ranks.together(rollouts), requests, strict=True)
         ]
 
     def encode(self, views: Sequence[tuple[Prompt, Context | None]]) -> list[tuple[int, ...]]:
-        """The tokens of each view. One that comes more than once, as a group's does, is rendered once."""
+        """Return the tokens of each (prompt, context). A repeated pair, as in a group, is encoded once."""
         if not views:
             return []
-        keys = [
-            (id(prompt), context) for prompt, context in views
-        ]  # a prompt's earlier turns cannot be hashed
+        # By identity, since a prompt's earlier turns cannot be hashed.
+        keys = [(id(prompt), context) for prompt, context in views]
         different = dict(zip(keys, views, strict=True))
         known = dict(zip(different, self.encoder.encode(*zip(*different.values(), strict=True)), strict=True))
         return [known[key] for key in keys]
@@ -114,17 +119,20 @@ class Sampler:
         )  # (B, T)
         pad = self.pad_token
         length = max(map(len, prompts))
-        # Padding lies on the left here, so that every row's next token is the last column.
+        # Padding is on the left here, so that the last column predicts every row's next token.
         padded = torch.tensor([[pad] * (length - len(p)) + list(p) for p in prompts], device=model.device)
         present = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=model.device)
         stops = self.stops(model)
         draw = PlacedSampler(torch.from_numpy(uniforms).to(model.device), self.temperature, self.vocab)
+        # Greedy, since `draw` leaves one finite entry.
         greedy = GenerationConfig(
             max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=sorted(stops)
-        )  # `draw` has chosen
+        )
+        generate: Any = model.generate
         with generating_as(model, greedy):
-            # Not in step with other ranks, as generate would by itself under FSDP: theirs may have fewer tokens to sample, or none.
-            out = model.generate(
+            # generate syncs the ranks under FSDP by default; other ranks may have fewer tokens to sample, or
+            # none.
+            out = generate(
                 padded,
                 attention_mask=present,
                 generation_config=greedy,
@@ -135,6 +143,7 @@ class Sampler:
 
     def _through_engine(
         self,
+        engine: Engine,
         model: PreTrainedModel,
         prompts: list[tuple[int, ...]],
         requests: Sequence[Request],
@@ -145,7 +154,7 @@ class Sampler:
             for request in requests
         ]
         stops = self.stops(model)
-        answers = self.engine.generate(
+        answers = engine.generate(
             model, prompts, places, sorted(stops), self.max_new_tokens, self.temperature
         )
         return [_until_stop(list(answer), stops) for answer in answers]
@@ -160,24 +169,22 @@ class Sampler:
     ) -> list[Rollout]:
         end = self.encoder.tokenizer.eos_token_id
         bodies = [tokens[:-1] if tokens[-1] == end else tokens for tokens in answers]
-        different = list(dict.fromkeys(bodies))  # a group agrees ever more often
-        decoded = self.encoder.tokenizer.batch_decode(
-            different, skip_special_tokens=False
-        )  # a marker inside an answer is part of what it said
+        # The answers of a group agree more and more often.
+        different: Any = list(dict.fromkeys(bodies))
+        # Special tokens stay: a marker inside an answer is part of it.
+        decoded = self.encoder.tokenizer.batch_decode(different, skip_special_tokens=False)
         text_of = dict(zip(different, decoded, strict=True))
-        texts = [text_of[body] for body in bodies]
-        keys = seeds.mix(
-            *key,
-            FEEDBACK,
-            np.array([request.group for request in requests]),
-            np.array([request.sample for request in requests]),
-        )
-        verdicts = [
-            task.env(request.prompt.problem, of).verify(text)
-            for request, of, text in zip(requests, keys.tolist(), texts, strict=True)
-        ]
-        rows = zip(requests, prompts, answers, texts, verdicts, strict=True)
-        return [Rollout(request.prompt, request.group, request.sample, *row) for request, *row in rows]
+        groups = np.array([request.group for request in requests])
+        samples = np.array([request.sample for request in requests])
+        keys = seeds.mix(*key, FEEDBACK, groups, samples).tolist()
+        rollouts = []
+        for request, of, prompt, answer, body in zip(requests, keys, prompts, answers, bodies, strict=True):
+            text = text_of[body]
+            verdict = task.env(request.prompt.problem, of).verify(text)
+            rollouts.append(
+                Rollout(request.prompt, request.group, request.sample, prompt, answer, text, verdict)
+            )
+        return rollouts
 
     @property
     def pad_token(self) -> int:
@@ -185,14 +192,17 @@ class Sampler:
         return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def stops(self, model: PreTrainedModel) -> set[int]:
-        """End-of-sequence tokens: the tokenizer's, and those that the model's generation config adds."""
-        extra = model.generation_config.eos_token_id
+        """Return the end-of-sequence tokens of the tokenizer and of the model's generation config."""
+        generation: Any = model.generation_config
+        extra = generation.eos_token_id
         listed = extra if isinstance(extra, list) else [] if extra is None else [extra]
         return {self.encoder.tokenizer.eos_token_id, *listed}
 
 
 class Engine(Protocol):
-    """Something else that samples: one answer per prompt, its tokens up to and with a stop; `places` seed the answers."""
+    """Another sampler: one answer per prompt, its tokens up to and including a stop; `places` seed the
+    answers.
+    """
 
     def generate(
         self,
@@ -206,13 +216,16 @@ class Engine(Protocol):
 
 
 def make_engine(config: TrainConfig) -> Engine | None:
-    """None for transformers. Raises ConfigError where vLLM is not installed."""
+    """Make the configured engine; None for transformers. Raises ConfigError if vLLM is not installed."""
     return VllmEngine(config) if config.rollout_engine == "vllm" else None
 
 
 @contextmanager
 def generating_as(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Puts the model's own generation config aside: generate fills in from it, and a penalty in there would sample another distribution."""
+    """Replace the model's generation config for a while.
+
+    generate fills in from it, and a penalty in it would change the sampled distribution.
+    """
     own, model.generation_config = model.generation_config, settings
     try:
         yield
@@ -231,7 +244,7 @@ def _chunks(items: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
 
 
 def requests(prompts: Sequence[Prompt], samples: int, first_group: int = 0) -> list[Request]:
-    """`samples` answers to each prompt."""
+    """Return `samples` requests for each prompt."""
     return [
         Request(prompt, group, sample)
         for group, prompt in enumerate(prompts, first_group)

@@ -1,7 +1,8 @@
-"""Rollouts through vLLM, which a large model on a GPU wants. Optional: imported when it is asked for.
+"""Sample rollouts through vLLM, for large models on a GPU. Optional: imported on use.
 
-Simplifications: the engine holds a second copy of the weights, loaded before every sampling from the student's; a seed per answer makes it repeatable on the
-same vLLM and machine only, so that a resumed run is not bit for bit the one that was not interrupted.
+Simplifications: the engine holds a second copy of the weights, updated from the student before every
+sampling. A seed per answer makes it repeatable with the same vLLM and machine only, so a resumed run is not
+bit for bit the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import Module
 from transformers import PreTrainedModel
 
 from opsd_kernels.train.config import ConfigError, TrainConfig
 
-MEMORY_SHARE = 0.3  # of the GPU: the student, its optimiser and the teacher need the rest
+# Share of the GPU's memory; the student, its optimiser and the teacher need the rest.
+MEMORY_SHARE = 0.3
 
 
 class VllmEngine:
-    """`generate` brings the student's weights over and samples. Raises ConfigError without vLLM or with an adapter, whose weights have other names."""
+    """An engine whose `generate` copies the student's weights and samples.
+
+    Raises ConfigError without vLLM, or with an adapter, whose weights have other names.
+    """
 
     def __init__(self, config: TrainConfig):
         try:
@@ -53,7 +57,7 @@ class VllmEngine:
     ) -> list[tuple[int, ...]]:
         weights = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
 
-        def load(worker: Module) -> None:
+        def load(worker: Any) -> None:
             worker.load_weights(weights)
 
         self._engine.apply_model(load)
