@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -33,7 +33,7 @@ from opsd_kernels.train.contexts import build_contexts
 from opsd_kernels.train.distributed import sharding
 from opsd_kernels.train.distributed.ranks import Ranks, joined
 from opsd_kernels.train.envs import make_task
-from opsd_kernels.train.envs.base import DemoTask, Task
+from opsd_kernels.train.envs.base import Task
 from opsd_kernels.train.models import pretrained, warmstart
 from opsd_kernels.train.records import checkpoint, report, report_page
 from opsd_kernels.train.records.checkpoint import RunState
@@ -186,8 +186,7 @@ def base_of(config: TrainConfig, task: Task, progress: Progress, saved: Path | N
     """Return the path or name of the base model. A checkpoint that holds a whole model needs none."""
     if config.model != "tiny" or (saved is not None and not config.lora_rank):
         return config.model
-    # Every task but jsonl is a DemoTask, and TrainConfig refuses the tiny model for jsonl.
-    return warmstart.base_model(config, cast(DemoTask, task), progress)
+    return warmstart.base_model(config, task, progress)
 
 
 def external_teacher(
@@ -202,9 +201,7 @@ def external_teacher(
     source: str | Path = config.teacher_model
     if source == "tiny":
         source = warmstart.base_model(
-            dataclasses.replace(config, warm_accuracy=config.teacher_accuracy),
-            cast(DemoTask, task),
-            progress,
+            dataclasses.replace(config, warm_accuracy=config.teacher_accuracy), task, progress
         )
     model, theirs = pretrained.load_pretrained(source, config)
     pretrained.check_same_vocabulary(tokenizer, theirs)
@@ -254,8 +251,7 @@ def one_step(run: Run) -> StepMetrics:
     """Sample, verify, build the teacher's contexts, distil; return the step's line of metrics.jsonl."""
     began = time.monotonic()
     config, state, number = run.config, run.state, run.state.step + 1
-    # Sample and score rollouts, then build teacher contexts from the verdicts. Rehearsal prompts share the
-    # batch.
+    # Sample and score rollouts, then build each teacher context from the verdict. Rehearsal shares the batch.
     asked = requests(
         prompts_of_step(run, run.task.train, config.prompts_per_step, PROMPTS), config.group_size
     )

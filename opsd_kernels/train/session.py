@@ -78,7 +78,7 @@ def reproducible(config: TrainConfig) -> Iterator[None]:
 
 @contextmanager
 def graceful_interrupt(progress: Progress) -> Iterator[threading.Event]:
-    """Yield an event set by the first Ctrl-C, so that the step can end and be saved; a second one interrupts."""
+    """Yield an event that the first Ctrl-C sets, so that the step can end; a second one interrupts."""
     event = threading.Event()
     # Python delivers signals to the main thread alone.
     if threading.current_thread() is not threading.main_thread():

@@ -1,4 +1,4 @@
-"""Alignment: both sides predict the same tokens, whatever the lengths of their prompts."""
+"""Alignment: both sides predict the same tokens for prompts of any lengths."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, and everything in them comes back bit for bit."""
+"""Checkpoints: complete or absent, and restored bit for bit."""
 
 import copy
 import random
@@ -19,7 +19,7 @@ from opsd_kernels.train.teacher import Copy
 
 @pytest.fixture
 def state(model, encoder, config):
-    """A state whose optimiser has moments and whose teacher differs from its student."""
+    """Make a state whose optimiser has moments and whose teacher differs from its student."""
     teacher = Copy(model, 0.3)
     optimizer = make_optimizer(model, config)
     for step in range(2):
@@ -120,7 +120,7 @@ def test_a_crash_between_writes_leaves_the_last_checkpoint(tmp_path, state, conf
 
 
 def crash_at(monkeypatch, state, moment):
-    """The next call of that kind, or its n-th, fails and nothing is cleaned up, as after a SIGKILL."""
+    """Make the n-th call fail without any cleanup, as after a SIGKILL."""
     name, _, count = moment.partition(" ")
     targets = {
         "model.save_pretrained": (state.model, "save_pretrained"),

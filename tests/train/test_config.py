@@ -1,4 +1,4 @@
-"""The configuration: every mistake is an error that names the key, what was expected and what came."""
+"""The configuration: every mistake raises an error with the key, the expected and the given value."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The commented configuration file: every key, and the way back."""
+"""The commented configuration file: it has every key and is read back to the same configuration."""
 
 import dataclasses
 

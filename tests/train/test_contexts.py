@@ -1,4 +1,4 @@
-"""The teacher's view: whose answer it shows, who gets none, and texts that try to get out of their block."""
+"""The teacher's context: the answers it shows, rollouts without one, and texts that close their block."""
 
 import re
 import unicodedata
@@ -144,7 +144,7 @@ HOSTILE += [
 
 @pytest.fixture(scope="module")
 def encoder():
-    """One whose tokenizer knows all blocks."""
+    """Make an encoder whose tokenizer has the markers of all blocks."""
     task = SecretOp("answer", peers=True)
     return PromptEncoder(tiny.build_tokenizer(task.vocabulary, task.template), task.template)
 

@@ -1,4 +1,4 @@
-"""`opsd reproduce discovery` in its quick form, and the statistics that its claims stand on."""
+"""`opsd reproduce discovery --quick`, and the statistics behind its claims."""
 
 import json
 
@@ -24,9 +24,9 @@ def found(tmp_path_factory):
         here = Lab(folder / "cells", workers=0, quick=True)
         result = discovery.study(here)
         cells = len(list(here.folder.glob("*.json")))
-        assert (
-            discovery.study(here).tables == result.tables and len(list(here.folder.glob("*.json"))) == cells
-        )  # nothing is computed again
+        # Nothing is computed again.
+        assert discovery.study(here).tables == result.tables
+        assert len(list(here.folder.glob("*.json"))) == cells
     result.facts = {
         "machine": "a machine",
         "versions": {},
@@ -91,7 +91,7 @@ def test_no_question_comes_twice_on_a_base_model(monkeypatch):
 
 
 def test_shares_of_attempts_at_a_level():
-    """Mine solves a question every 2 attempts, theirs one every 6."""
+    """Mine solves a question in every 2 attempts, theirs one in every 6."""
     attempts = 30
     mine, theirs = solved_within([2, 4, 6, 8, 10], attempts), solved_within([6, 12, 18, 24, 30], attempts)
     counts = np.arange(1, attempts + 1)

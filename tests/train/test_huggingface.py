@@ -1,4 +1,4 @@
-"""Models of five architectures, made from their configs with random weights: the fused loss is the loss of the model's own logits."""
+"""Five architectures with random weights: the fused loss is the loss of the model's own logits."""
 
 import copy
 import dataclasses
@@ -44,7 +44,7 @@ SHAPE |= {
     "bos_token_id": None,
     "eos_token_id": 1,
 }
-PADDING = 7  # rows of the head that no token has
+PADDING = 7  # rows of the head without a token
 CONFIGS = {
     "llama": lambda v: LlamaConfig(vocab_size=v, **SHAPE),
     "qwen3": lambda v: Qwen3Config(vocab_size=v, head_dim=8, tie_word_embeddings=True, **SHAPE),
@@ -79,12 +79,15 @@ def batch(vocab):
     gen = torch.Generator().manual_seed(4)
     rows = [torch.randint(5, vocab, (n,), generator=gen).tolist() for n in (3, 7, 5, 4, 9, 6, 2, 4, 1)]
     prompts, views, answers = rows[:3], rows[3:6], rows[6:]
-    return make_batch([Rollout(Prompt(i, ""), i, 0, tuple(p), tuple(a), "", Verdict(0.0)) for i, (p, a) in enumerate(zip(prompts, answers, strict=True))],
-                      [tuple(view) for view in views], 0)  # fmt: skip
+    rollouts = [
+        Rollout(Prompt(i, ""), i, 0, tuple(prompt), tuple(answer), "", Verdict(0.0))
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
+    return make_batch(rollouts, [tuple(view) for view in views], 0)
 
 
 def own_logits(model, side, vocab):
-    """Of the model's own forward, without its padding."""
+    """Return the logits of the model's own forward, without padding."""
     return completion_hidden(model(input_ids=side.tokens_BL).logits, side.rows_BT)[..., :vocab]
 
 
@@ -121,7 +124,7 @@ def fused(student, teacher, batch, vocab, **changes):
 
 
 def test_the_fused_loss_is_the_loss_of_the_models_own_logits(made, batch, vocab):
-    """In fp32: in bf16 the trunk's rounding decides both errors, and one of them may cancel by chance."""
+    """Compared in fp32: in bf16 the trunk's rounding dominates both errors, and one may cancel by chance."""
     teacher = moved(made)
     truth = dense(copy.deepcopy(made).double(), copy.deepcopy(teacher).double(), batch, vocab)
     peer = dense(copy.deepcopy(made), teacher, batch, vocab)
@@ -168,7 +171,7 @@ def test_teacher_and_student_may_be_padded_differently(vocab, batch):
 
 @pytest.fixture
 def folder(tmp_path, encoder, vocab):
-    """A saved bf16 Gemma-2 with the tiny tokenizer."""
+    """Save a bf16 Gemma-2 with the tiny tokenizer."""
     torch.manual_seed(6)
     AutoModelForCausalLM.from_config(
         CONFIGS["gemma2"](vocab + PADDING), dtype=torch.bfloat16
@@ -280,13 +283,10 @@ def test_the_teacher_without_the_adapter_is_the_base(folder, config, vocab, batc
 def test_an_optional_library_that_is_missing_is_named(config, folder, monkeypatch, library, changes):
     monkeypatch.setitem(sys.modules, library, None)
     key = next(iter(changes))
-    settings = types.SimpleNamespace(
-        **{**dataclasses.asdict(config), **changes}
-    )  # vllm asks for cuda, which this machine need not have
-    with pytest.raises(
-        ConfigError,
-        match=f"{key}: expected .*, as {library} is not installed|{key}: expected .* as vLLM is not installed",
-    ):
+    # Not a TrainConfig, since rollout_engine=vllm requires device=cuda.
+    settings = types.SimpleNamespace(**{**dataclasses.asdict(config), **changes})
+    told = {"peft": "peft is not installed", "vllm": "vLLM is not installed"}[library]
+    with pytest.raises(ConfigError, match=f"{key}: expected .*, as {told}"):
         pretrained.load_student(folder, None, settings) if library == "peft" else models_engine(settings)
 
 
@@ -297,7 +297,7 @@ def models_engine(settings):
 
 
 def test_what_vllm_is_asked_for(config, encoder, task, model, monkeypatch, vocab):
-    """A stand-in for vLLM, which is not installed where tests run: it gets the student's weights, one seed per answer, and its tokens come back cut."""
+    """A stand-in for vLLM gets the weights and one seed per answer; its tokens are cut at a stop."""
     asked = types.SimpleNamespace(weights=None, prompts=[], params=[])
 
     class Engine:

@@ -1,4 +1,4 @@
-"""`opsd reproduce mopd`: how scores are compared with verdicts, what the controls hold, and the whole study on a model of a second."""
+"""`opsd reproduce mopd`: scores against verdicts, the contents of the controls, and the whole quick study."""
 
 import dataclasses
 
@@ -16,12 +16,12 @@ from opsd_kernels.train.studies.papers import mopd
 from opsd_kernels.train.studies.statistics import GRADES, INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Estimate
 from opsd_kernels.train.types import Verdict
 
-WRITTEN = 1e-3  # digits of the value written down here
+WRITTEN = 1e-3  # digits of the value in this file
 FP32 = 1e-5  # nats, of a sum over a vocabulary
 
 
 def test_agreement_within_groups_ignores_how_hard_a_prompt_is():
-    """Group 0 is easy and scored high, group 1 hard and scored low; inside each the order is the wrong way round."""
+    """Group 0 is easy and scored high, group 1 hard and scored low; the order inside each is reversed."""
     scores, right, groups = (
         np.array([9.0, 8.0, 7.0, 3.0, 2.0, 1.0]),
         [False, True, True, False, False, True],
@@ -29,9 +29,8 @@ def test_agreement_within_groups_ignores_how_hard_a_prompt_is():
     )
     found = mopd.agreement(scores, right, groups)
     assert found["auc_in_group"] == 0.0
-    assert found["auc"] == pytest.approx(
-        4 / 9
-    )  # of nine pairs, both in group 0 against the two wrong ones of group 1
+    # Of nine pairs, both in group 0 against the two wrong ones of group 1.
+    assert found["auc"] == pytest.approx(4 / 9)
     assert mopd.agreement(-scores, right, groups)["auc_in_group"] == 1.0
     assert mopd.agreement(scores, right, groups)["spearman"] == pytest.approx(
         -mopd.agreement(-scores, right, groups)["spearman"]

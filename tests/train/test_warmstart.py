@@ -1,4 +1,4 @@
-"""The warm start: made once, cached whole, stopped by what the model can do."""
+"""The warm start: made once, cached atomically, stopped at the target accuracy."""
 
 import dataclasses
 import io
@@ -75,7 +75,7 @@ def test_not_getting_there_is_an_error(config, task, progress, tmp_path):
 
 
 def test_success_probability_is_what_sampling_finds(config, task, encoder, sampler):
-    """A model that is right one time in ten by construction: the head prefers nothing but digits, then the end."""
+    """A model that is correct one time in ten by construction: the head prefers digits, then the end."""
     model = tiny.build_model(config, encoder.tokenizer)
     trainer = warmstart.WarmStart(config, task, encoder, model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

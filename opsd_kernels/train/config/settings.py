@@ -313,8 +313,7 @@ class TrainConfig:
 
 
 def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> TrainConfig:
-    """Combine the defaults, the environment's preset, the file (JSON or YAML) and each `key=value`, in this
-    order.
+    """Combine the defaults, the environment's preset, the file and each `key=value`, in this order.
 
     Raises ConfigError for an unknown key or a value that the key does not allow.
     """

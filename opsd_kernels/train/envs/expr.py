@@ -74,7 +74,7 @@ def first_failure(completion: str, problem: int) -> str | None:
 
 
 class Expr(DemoTask):
-    """80 % of the lines to train on, 20 % held out, descents untrained."""
+    """The task: 80 % of the lines to train on, 20 % held out; descents are untrained."""
 
     words = "expected got unexpected sign end too long wrong solve".split()
     vocabulary = (*"0123456789x+-*():=", *words)

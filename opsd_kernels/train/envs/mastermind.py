@@ -106,7 +106,7 @@ class MastermindAttempt(Env):
 
 
 class Mastermind(DemoTask):
-    """80 % of the codes to train on, 20 % held out; marking two codes is untrained."""
+    """The task: 80 % of the codes to train on, 20 % held out; marking two codes is untrained."""
 
     vocabulary = (*SYMBOLS, *"0123=", "wrong", "solve")
 

@@ -94,7 +94,7 @@ def _other_answer(problem: int, truth: str, key: int) -> str:
 
 
 class SecretOp(DemoTask):
-    """80 % of the `*` pairs to train on, 20 % held out; `+` is untrained."""
+    """The task: 80 % of the `*` pairs to train on, 20 % held out; `+` is untrained."""
 
     vocabulary = tuple("0123456789") + OPERATORS + ("?", "right", "wrong", "solve")
 

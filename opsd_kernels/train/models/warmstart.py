@@ -23,7 +23,7 @@ from opsd_kernels.train import batch, contexts
 from opsd_kernels.train.batch import IGNORE, align, completion_hidden, completion_labels
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.envs import arithmetic, base, chain, expr, mastermind, plan, secret_op
-from opsd_kernels.train.envs.base import DemoTask, WarmExample
+from opsd_kernels.train.envs.base import DemoTask, Task, WarmExample
 from opsd_kernels.train.models import tiny
 from opsd_kernels.train.records.durable import write_directory
 from opsd_kernels.train.records.log import Progress
@@ -44,15 +44,18 @@ OWN_SOURCES = {
 }
 
 
-def base_model(config: TrainConfig, task: DemoTask, progress: Progress) -> Path:
+def base_model(config: TrainConfig, task: Task, progress: Progress) -> Path:
     """Return the directory of the warm-started model and its tokenizer, made now if it is not cached.
 
-    Raises RuntimeError if the warm start ends below `warm_accuracy`.
+    Raises RuntimeError if the warm start ends below `warm_accuracy`, and TypeError for a task without
+    supervised examples.
     """
     folder = cache_folder(config)
     if folder.exists():
         progress.say(f"base model: cached in {folder}")
         return folder
+    if not isinstance(task, DemoTask):
+        raise TypeError(f"task: expected a DemoTask, with supervised examples, got {type(task).__name__}")
     tokenizer = tiny.build_tokenizer(task.vocabulary, task.template)
     model = tiny.build_model(config, tokenizer)
     parameters = sum(p.numel() for p in model.parameters())

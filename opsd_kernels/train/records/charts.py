@@ -80,9 +80,7 @@ def line_chart(title: str, series: Sequence[tuple[str, Points]], x_label: str = 
 
 
 def thin(points: Points, most: int = MOST_POINTS) -> Points:
-    """Return about `most` points at most: the lowest and the highest of each stretch, so that no spike is
-    lost.
-    """
+    """Thin a curve to about `most` points, the lowest and highest of each stretch: no spike is lost."""
     if len(points) <= most:
         return points
     size = math.ceil(2 * len(points) / most)

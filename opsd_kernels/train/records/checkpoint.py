@@ -115,9 +115,7 @@ def latest(folder: Path, say: Callable[[str], None] = lambda text: None) -> Path
 
 
 def damage_of(path: Path) -> str | None:
-    """Name the first file of a checkpoint that is missing or differs in size; None if the checkpoint is
-    intact.
-    """
+    """Name the first file of a checkpoint that is missing or differs in size; None if all are intact."""
     try:
         sizes = json.loads((path / "state.json").read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,6 +1,4 @@
-"""Report a run in progress: a live bar on a terminal or plain lines, metrics.jsonl, and TensorBoard if
-installed.
-"""
+"""Report a run in progress: a live bar or plain lines, metrics.jsonl, and TensorBoard if installed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Write report.html: curves, tables, and samples with the teacher's prompts, on one page without scripts or
-requests.
+"""Write report.html: one page of curves, tables and samples, without scripts or requests.
 
 Answers and feedback are untrusted: every text is escaped, and the page's policy also forbids scripts and
 requests.
@@ -24,7 +23,8 @@ SHOWN_STEPS = 40
 SHADES = (0.1, 0.5, 1.5, 4.0)
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STYLE = """
-:root { color-scheme: light dark; --bg: #fff; --fg: #1b1d20; --dim: #5a6068; --line: #d8dce1; --panel: #f5f6f8;
+:root { color-scheme: light dark;
+  --bg: #fff; --fg: #1b1d20; --dim: #5a6068; --line: #d8dce1; --panel: #f5f6f8;
   --s0: #1f5fbf; --s1: #b8450f; --s2: #0b7a4b; --s3: #8a35b0; --up: 31, 95, 191; --down: 200, 80, 10; }
 @media (prefers-color-scheme: dark) {
   :root { --bg: #15171a; --fg: #e6e8eb; --dim: #9aa1aa; --line: #343a41; --panel: #1e2125;

@@ -78,9 +78,7 @@ def record(
 def token_gaps(
     wanted: set[tuple[int, int]], batch: Batch | None, update: Update | None
 ) -> dict[tuple[int, int], list[float | None]]:
-    """Map (group, sample) to the teacher's minus the student's log-prob of each token, in nats; None if not
-    finite.
-    """
+    """Map (group, sample) to the teacher's minus the student's log-probs, in nats; None if not finite."""
     if batch is None or update is None or update.stats[0].teacher_logprob is None:
         return {}
     teacher_BT = torch.cat([given(part.teacher_logprob) for part in update.stats])

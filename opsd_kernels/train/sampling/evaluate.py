@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from transformers import PreTrainedModel
 
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.contexts import build_contexts
 from opsd_kernels.train.envs.base import Task
-from opsd_kernels.train.sampling.rollout import Request, Sampler, requests
+from opsd_kernels.train.sampling.rollout import Request, requests
 from opsd_kernels.train.teacher import Teacher
+from opsd_kernels.train.types import Rollout
 
 # The same random numbers at every evaluation of a run, so that differences are the model's.
 EVALUATION_KEY = 3
 
 
+class Sampling(Protocol):
+    """The part of a Sampler that evaluation needs."""
+
+    def sample(
+        self, model: PreTrainedModel, task: Task, requests: Sequence[Request], *key: int
+    ) -> list[Rollout]: ...
+
+
 def accuracy(
-    sampler: Sampler, model: PreTrainedModel, task: Task, problems: Sequence[int], samples: int, seed: int
+    sampler: Sampling, model: PreTrainedModel, task: Task, problems: Sequence[int], samples: int, seed: int
 ) -> float | None:
     """Return the share of correct answers at the rollout temperature, or None without problems or samples.
 
@@ -34,7 +44,7 @@ def accuracy(
 
 
 def self_teacher_accuracy(
-    sampler: Sampler,
+    sampler: Sampling,
     student: PreTrainedModel,
     teacher: Teacher,
     task: Task,

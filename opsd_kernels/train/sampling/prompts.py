@@ -25,7 +25,7 @@ REMEMBERED = 20_000
 
 
 class PromptEncoder:
-    """Encodes user turns.
+    """An encoder of user turns.
 
     Raises ValueError for a tokenizer without a chat template or an end-of-sequence token.
     """

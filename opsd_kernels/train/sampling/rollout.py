@@ -114,9 +114,8 @@ class Sampler:
         key: tuple[int, ...],
     ) -> list[tuple[int, ...]]:
         places = np.array([(request.group, request.sample) for request in requests], dtype=np.uint64)
-        uniforms = seeds.uniforms(
-            *key, ROLLOUT, places[:, :1], places[:, 1:], np.arange(self.max_new_tokens)
-        )  # (B, T)
+        # (B, T)
+        uniforms = seeds.uniforms(*key, ROLLOUT, places[:, :1], places[:, 1:], np.arange(self.max_new_tokens))
         pad = self.pad_token
         length = max(map(len, prompts))
         # Padding is on the left here, so that the last column predicts every row's next token.
@@ -130,7 +129,7 @@ class Sampler:
         )
         generate: Any = model.generate
         with generating_as(model, greedy):
-            # generate syncs the ranks under FSDP by default; other ranks may have fewer tokens to sample, or
+            # generate syncs the ranks under FSDP by default, but some may have fewer tokens to sample, or
             # none.
             out = generate(
                 padded,
@@ -200,9 +199,7 @@ class Sampler:
 
 
 class Engine(Protocol):
-    """Another sampler: one answer per prompt, its tokens up to and including a stop; `places` seed the
-    answers.
-    """
+    """Another sampler: one answer per prompt, up to and including a stop; `places` seed the answers."""
 
     def generate(
         self,

@@ -29,7 +29,8 @@ class VllmEngine:
             import vllm
         except ImportError as error:
             raise ConfigError(
-                "rollout_engine: expected transformers, as vLLM is not installed (pip install vllm), got 'vllm'"
+                "rollout_engine: expected transformers, as vLLM is not installed (pip install vllm), "
+                "got 'vllm'"
             ) from error
         if config.lora_rank or config.model == "tiny":
             raise ConfigError(

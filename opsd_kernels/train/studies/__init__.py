@@ -1,4 +1,5 @@
-"""Experiments that put claims of papers to the test on toys, and report what held: `opsd reproduce`.
+"""Experiments: `opsd reproduce` tests claims of papers on toys; `opsd probe` and `opsd discover` stand alone.
 
-One module per paper, with a function `study(lab)`; lab.py runs its cells, compare.py its arms, statistics.py grades its claims, pages.py writes it up.
+papers/ has one module per paper, with a function `study(lab)`; lab.py runs its cells, compare.py its arms,
+statistics.py grades its claims, and pages.py writes its page.
 """

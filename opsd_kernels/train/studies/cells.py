@@ -1,4 +1,4 @@
-"""What a cell of a study does, in a worker process: plain arguments in, plain numbers out."""
+"""Compute the cells of a study in a worker process: plain arguments in, plain numbers out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COSTS = ("completion_tokens", "teacher_tokens", "context_tokens")
 
 
 def train(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A run of the trainer: its summary, `curves` as lists of (step, value), and `costs`, the tokens that it generated and read."""
+    """Run the trainer; return its summary, `curves` as lists of (step, value), and `costs` in tokens."""
     summary = loop.train(TrainConfig(**arguments), folder / "run")
     metrics = read_metrics(folder / "run" / "metrics.jsonl")
     curves = {
@@ -38,6 +38,6 @@ def train(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def warm(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Makes the base model, unless the cache has it."""
+    """Make the base model, unless the cache has it."""
     config = TrainConfig(**arguments)
     return {"folder": str(warmstart.base_model(config, make_task(config), Progress()))}

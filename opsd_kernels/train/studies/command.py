@@ -1,4 +1,4 @@
-"""`opsd reproduce`: runs one study and writes it up."""
+"""`opsd reproduce`: run one study and write its results."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ PACKAGES = ("torch", "transformers", "opsd_kernels")
 
 
 def reproduce(paper: str, out: Path, quick: bool, workers: int, command: Sequence[str]) -> Study:
-    """Runs the study `paper` with its cells in `out`/cells, and writes <paper>.json, .png and .md into `out`.
+    """Run the study `paper` with its cells in `out`/cells, and write <paper>.json, .png and .md into `out`.
 
-    Raises ValueError for a paper that is not there.
+    Raises ValueError for an unknown paper.
     """
     if paper not in PAPERS:
         raise ValueError(f"paper: expected one of {', '.join(PAPERS)}, got {paper!r}")

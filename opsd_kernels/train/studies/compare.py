@@ -1,4 +1,7 @@
-"""Arms of one study at equal numbers of generated answers: a learning rate for each from the same list, then its seeds."""
+"""Train the arms of a study at equal numbers of generated answers.
+
+Each arm gets its best learning rate of one list, then all seeds.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from opsd_kernels.train.studies.lab import Lab, Result
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to train: the settings in which it differs from the study's others."""
+    """A way to train: the settings in which it differs from the other arms."""
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -21,13 +24,17 @@ class Arm:
 
 @dataclass(frozen=True)
 class Design:
-    """What all arms share. Seed i starts from base model i modulo `warm_seeds`. The rate is chosen on a seed that is not among the ones reported."""
+    """The settings that all arms share. Seed i starts from base model i modulo `warm_seeds`.
+
+    The rate is chosen on a seed that is not reported.
+    """
 
     seeds: int = 5
     warm_seeds: int = 3
     rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3)
 
-    TUNING = 1000  # the seed of the choice, on the first base model
+    # The seed on which the rate is chosen, with the first base model.
+    TUNING = 1000
 
     def quick(self) -> Design:
         return dataclasses.replace(self, seeds=1, warm_seeds=1, rates=self.rates[len(self.rates) // 2 :][:1])
@@ -40,7 +47,8 @@ class Trained:
     arm: Arm
     rate: float
     runs: list[Result]
-    tried: dict[float, float] = field(default_factory=dict)  # held-out accuracy of the choice's runs, by rate
+    # Held-out accuracy by rate, of the runs on which the rate was chosen.
+    tried: dict[float, float] = field(default_factory=dict)
 
     def values(self, name: str) -> list[float]:
         return [run[name] for run in self.runs]
@@ -50,7 +58,10 @@ class Trained:
 
 
 def compare(lab: Lab, base: TrainConfig, arms: Sequence[Arm], design: Design) -> dict[str, Trained]:
-    """Every arm by name, trained with the rate that served it best in held-out accuracy, or with its own where its settings have one."""
+    """Train every arm with its best rate in held-out accuracy, or with the rate in its settings.
+
+    Returns arms by name.
+    """
 
     def config(arm: Arm, rate: float, seed: int) -> TrainConfig:
         return dataclasses.replace(
@@ -61,7 +72,8 @@ def compare(lab: Lab, base: TrainConfig, arms: Sequence[Arm], design: Design) ->
     tried: dict[str, dict[float, float]] = {arm.name: {} for arm in arms}
     if len(design.rates) > 1:
         pairs = [(arm, rate) for arm in arms if "learning_rate" not in arm.settings for rate in design.rates]
-        tuning = design.TUNING - design.TUNING % design.warm_seeds  # of the first base model
+        # A seed of the first base model.
+        tuning = design.TUNING - design.TUNING % design.warm_seeds
         results = lab.train(f"{base.env}, learning rates", [config(arm, rate, tuning) for arm, rate in pairs])
         for (arm, rate), result in zip(pairs, results, strict=True):
             tried[arm.name][rate] = result["held_out_accuracy_after"]
@@ -80,7 +92,7 @@ def compare(lab: Lab, base: TrainConfig, arms: Sequence[Arm], design: Design) ->
 
 
 def first_step_at(run: Result, level: float, curve: str = "held_out_accuracy") -> float | None:
-    """The step at which a curve first reaches `level`, between two measurements by a straight line; None if it never does."""
+    """Return the step at which a curve first reaches `level`, interpolated linearly; None if never."""
     points = [
         (0, run[f"{curve}_before"]),
         *map(tuple, run["curves"][curve]),

@@ -1,10 +1,14 @@
-"""The search for a first right answer to one question: test-time self-distillation (arXiv:2601.20802), beside sampling the base model and beside asking
-it again with its last failures in view, each with the same number of attempts.
+"""Search for a first correct answer to one question by test-time self-distillation (arXiv:2601.20802).
 
-An attempt is an answer that was verified. Those of a batch count in their order up to the first right one, so `first` is exact whatever the batch.
+The baselines are sampling the base model, and a prompt with its last failures, each with the same number of
+attempts. An attempt is a verified answer. Those of a batch count in their order up to the first correct one,
+so `first` does not depend on the batch size.
 
-Deliberate simplifications: one question at a time, each from the base model's weights; no rehearsal and no warm-up of the learning rate, since a search
-takes a few dozen updates; a batch is sampled whole, and its tokens are paid for, although a success inside ends the search.
+Deliberate simplifications:
+
+- One question at a time, each from the base model's weights.
+- No rehearsal and no warm-up of the learning rate, since a search takes a few dozen updates.
+- A batch is sampled as a whole and its tokens are counted, although a success inside it ends the search.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -33,19 +38,22 @@ from opsd_kernels.train.step import Trainer
 from opsd_kernels.train.teacher import make_teacher
 from opsd_kernels.train.types import Context, Prompt, Rollout, Verdict
 
-SELF, BEST, TURNS, PROBE, CONTEXTS = 21, 22, 23, 24, 25  # streams of random numbers
-# Their verifiers accept one string, each of whose words is one token: the chance of an attempt is a product of token probabilities.
+# Streams of random numbers.
+SELF, BEST, TURNS, PROBE, CONTEXTS = 21, 22, 23, 24, 25
+# DemoTasks whose verifiers accept one string, each word of which is one token: the chance of an attempt is a
+# product of token probabilities.
 SOLE_ANSWER = ("secret_op", "mastermind", "chain", "plan")
-PROBED, PROBES = 256, 64  # problems looked at together; attempts that estimate a chance which is not exact
+# Problems per batch, and attempts that estimate a chance which is not exact.
+PROBED, PROBES = 256, 64
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Of one method at one question: attempts; of those, how many an optimisation step learns from; past failures that a multi-turn prompt shows."""
+    """The budget of one method at one question."""
 
     attempts: int = 256
-    batch: int = 8
-    window: int = 3
+    batch: int = 8  # attempts per optimisation step
+    window: int = 3  # past failures in a multi-turn prompt
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -57,19 +65,22 @@ class Budget:
 
 @dataclass
 class Search:
-    """One method at one question. `first` is the number of its first right attempt, from 1; None if the budget went without one."""
+    """One method at one question.
+
+    `first` is the number of its first correct attempt, from 1; None without one.
+    """
 
     problem: int
     first: int | None = None
     attempts: int = 0
-    generated_answers: int = 0  # those behind the first right one of the last batch included
+    generated_answers: int = 0  # includes those after the first correct one in its batch
     completion_tokens: int = 0
-    context_tokens: int = 0  # of feedback that was read, by the teacher or in a multi-turn prompt
+    context_tokens: int = 0  # of feedback, in the teacher's or a multi-turn prompt
     teacher_tokens: int = 0
     updates: int = 0
 
     def count(self, rollouts: Sequence[Rollout]) -> None:
-        """Takes answers in as attempts."""
+        """Count answers as attempts."""
         place = next((i for i, rollout in enumerate(rollouts, 1) if rollout.verdict.success), None)
         self.first = None if place is None else self.attempts + place
         self.attempts += len(rollouts) if place is None else place
@@ -82,7 +93,10 @@ class Search:
 
 @dataclass
 class Base:
-    """The base model, which every search starts from, and what it takes to sample and to learn. `start` holds the weights that a search changes."""
+    """The base model of every search, with its task and sampler.
+
+    `start` holds the weights that a search changes.
+    """
 
     config: TrainConfig
     task: Task
@@ -102,7 +116,7 @@ class Base:
 
 
 def load_base(config: TrainConfig, progress: Progress) -> Base:
-    """Raises ConfigError for a model or a device that is not there."""
+    """Load the base model. Raises ConfigError if the model or the device does not exist."""
     config = dataclasses.replace(config, lr_warmup_steps=0, rehearsal_prompts=0)
     pretrained.check_machine(config)
     task = make_task(config)
@@ -125,7 +139,7 @@ def load_base(config: TrainConfig, progress: Progress) -> Base:
 
 
 def self_distil(base: Base, problem: int, budget: Budget) -> Search:
-    """Attempts by the batch; what the world says about those that failed becomes the teacher's context, and the student takes a step towards it."""
+    """Sample attempts in batches, and distil from a teacher with the feedback on those that failed."""
     base.restore()
     config, search = base.config, Search(problem)
     teacher = make_teacher(base.model, config, base.other)
@@ -138,7 +152,8 @@ def self_distil(base: Base, problem: int, budget: Budget) -> Search:
             break
         contexts = build_contexts(rollouts, config, config.seed, CONTEXTS, problem, step)
         batch = loop.batch_of_step(config, base.sampler, rollouts, contexts)
-        if batch is None:  # nothing was said
+        # No attempt has feedback.
+        if batch is None:
             continue
         update = steps.update_on(trainer, batch, config, step)
         read = steps.reading_metrics(update, batch)
@@ -150,7 +165,10 @@ def self_distil(base: Base, problem: int, budget: Budget) -> Search:
 
 
 def best_of_k(base: Base, problems: Sequence[int], budget: Budget) -> list[Search]:
-    """The base model again and again. Where `success_probabilities` knows the chance of an attempt, nothing needs to be sampled."""
+    """Sample the base model repeatedly.
+
+    If `success_probabilities` gives the exact chance, this is not needed.
+    """
     prompts = {problem: base.prompt(problem) for problem in problems}
 
     def asks(search: Search) -> list[Request]:
@@ -161,7 +179,7 @@ def best_of_k(base: Base, problems: Sequence[int], budget: Budget) -> list[Searc
 
 
 def multi_turn(base: Base, problems: Sequence[int], budget: Budget) -> list[Search]:
-    """The base model, one attempt at a time, each with what was said about the last `window` of its failures in the prompt; older ones fall out."""
+    """Sample the base model one attempt at a time, with feedback on its last `window` failures."""
     prompts = {problem: base.prompt(problem) for problem in problems}
     failures: dict[int, deque[Rollout]] = {problem: deque(maxlen=budget.window) for problem in problems}
 
@@ -177,25 +195,29 @@ def multi_turn(base: Base, problems: Sequence[int], budget: Budget) -> list[Sear
 
 
 def conversation(base: Base, prompt: Prompt, failures: Sequence[Rollout], attempt: int) -> Request:
-    """The question after its failures: earlier turns for a chat model, a block of feedback for a tiny one, which knows one turn only."""
-    told = [failure for failure in failures if failure.verdict.feedback is not None]
+    """Ask the question after its failures.
+
+    They are earlier turns for a chat model, and a block of feedback for a tiny one, which knows a single
+    turn.
+    """
+    told = [
+        (failure.text, failure.verdict.feedback)
+        for failure in failures
+        if failure.verdict.feedback is not None
+    ]
     if not told:
         return Request(prompt, prompt.problem, attempt)
     if isinstance(base.task, DemoTask):
-        return Request(
-            prompt,
-            prompt.problem,
-            attempt,
-            Context((), "\n".join(failure.verdict.feedback for failure in told)),
-        )
+        context = Context((), "\n".join(feedback for _, feedback in told))
+        return Request(prompt, prompt.problem, attempt, context)
     markers = base.sampler.encoder.markers
     turns, asked = list(prompt.before), prompt.text
-    for failure in told:
+    for answer, feedback in told:
         turns += [
             {"role": "user", "content": asked},
-            {"role": "assistant", "content": neutralise(failure.text, markers)},
+            {"role": "assistant", "content": neutralise(answer, markers)},
         ]
-        asked = neutralise(failure.verdict.feedback, markers) + "\n" + base.task.template.instruction
+        asked = neutralise(feedback, markers) + "\n" + base.task.template.instruction
     return Request(Prompt(prompt.problem, asked, tuple(turns)), prompt.problem, attempt)
 
 
@@ -207,20 +229,16 @@ def _together(
     asks: Callable[[Search], list[Request]],
     heard: Callable[..., None] | None = None,
 ) -> list[Search]:
-    """Searches that leave the model as it is, side by side in one batch. A request's group is its problem, so that neighbours change no draw."""
+    """Run searches without updates in shared batches.
+
+    A request's group is its problem, so draws are independent.
+    """
     base.restore()
     searches = [Search(problem) for problem in problems]
     while running := [search for search in searches if search.goes_on(budget)]:
         asked = [asks(search) for search in running]
-        rollouts = iter(
-            base.sampler.sample(
-                base.model,
-                base.task,
-                [request for each in asked for request in each],
-                base.config.seed,
-                stream,
-            )
-        )
+        flat = [request for each in asked for request in each]
+        rollouts = iter(base.sampler.sample(base.model, base.task, flat, base.config.seed, stream))
         for search, each in zip(running, asked, strict=True):
             answers = [next(rollouts) for _ in each]
             search.count(answers)
@@ -233,14 +251,15 @@ def _together(
 def success_probabilities(
     base: Base, problems: Sequence[int], contexts: Sequence[Context | None] | None = None
 ) -> list[float] | None:
-    """The base model's exact chance of being right in one attempt; None where more than one answer may be right, or none fits `max_new_tokens`."""
+    """Return the base model's exact chance of a correct answer in one attempt.
+
+    None if several answers may be correct, or if the answer does not fit `max_new_tokens`.
+    """
     if base.config.env not in SOLE_ANSWER:
         return None
-    encoder = base.sampler.encoder
-    prompts, answers = (
-        [base.prompt(problem) for problem in problems],
-        encoder.answer([base.task.solution(problem) for problem in problems]),
-    )
+    encoder, task = base.sampler.encoder, cast(DemoTask, base.task)
+    prompts = [base.prompt(problem) for problem in problems]
+    answers = encoder.answer([task.solution(problem) for problem in problems])
     if max(map(len, answers)) > base.config.max_new_tokens:
         return None
     base.restore()
@@ -259,11 +278,16 @@ def success_probabilities(
             for micro in micros
         ]
     )
-    return logprobs_B.exp().clamp(max=1.0).tolist()  # rounding may leave a sure answer a hair above 1
+    # Rounding may put a certain answer slightly above 1.
+    return logprobs_B.exp().clamp(max=1.0).tolist()
 
 
 def sampled_probabilities(base: Base, problems: Sequence[int]) -> list[float]:
-    """Shares of right answers among `PROBES` attempts, in a stream of their own: the searches must not begin with attempts that are known to fail."""
+    """Return the shares of correct answers among `PROBES` attempts.
+
+    They have a stream of random numbers of their own: the searches must not start with attempts known to
+    fail.
+    """
     base.restore()
     asked = [Request(base.prompt(problem), problem, i) for problem in problems for i in range(PROBES)]
     right = [
@@ -274,9 +298,9 @@ def sampled_probabilities(base: Base, problems: Sequence[int]) -> list[float]:
 
 
 def hard_questions(base: Base, count: int, below: float, skip: int = 0) -> dict[int, float]:
-    """The first `count` held-out problems, behind `skip` of their kind, that the base model gets right with a chance below `below`; problem -> chance.
+    """Return problem -> chance of `count` held-out problems whose chance in one attempt is below `below`.
 
-    Raises ValueError if there are too few.
+    They are the first after `skip` such problems. Raises ValueError if there are too few.
     """
     found: list[tuple[int, float]] = []
     for start in range(0, len(base.task.held_out), PROBED):
@@ -287,19 +311,20 @@ def hard_questions(base: Base, count: int, below: float, skip: int = 0) -> dict[
         if len(found) >= skip + count:
             return dict(found[skip : skip + count])
     raise ValueError(
-        f"questions: expected at most {max(0, len(found) - skip)}, the held-out problems with a chance below {below}, got {count}"
+        f"questions: expected at most {max(0, len(found) - skip)}, "
+        f"the held-out problems with a chance below {below}, got {count}"
     )
 
 
-def solved_within(firsts: Sequence[int | None], attempts: int) -> np.ndarray:  # -> (Q, K)
-    """1 where a question was solved within k = 1 ... `attempts` attempts."""
+def solved_within(firsts: Sequence[int | None], attempts: int) -> np.ndarray:
+    """Shape (Q, K): 1 where a question was solved within k = 1 ... `attempts` attempts."""
     return np.array(
         [[first is not None and first <= k for k in range(1, attempts + 1)] for first in firsts], dtype=float
     )
 
 
-def chance_within(probabilities: Sequence[float], attempts: int | np.ndarray) -> np.ndarray:  # -> (Q, K)
-    """Best-of-k exactly: 1 - (1 - p)^k."""
+def chance_within(probabilities: Sequence[float] | np.ndarray, attempts: int | np.ndarray) -> np.ndarray:
+    """Shape (Q, K): best-of-k exactly, 1 - (1 - p)^k."""
     counts = np.arange(1, attempts + 1) if isinstance(attempts, int) else attempts
     with np.errstate(divide="ignore"):
         return -np.expm1(np.log1p(-np.asarray(probabilities, dtype=float))[:, None] * counts)

@@ -1,7 +1,7 @@
-"""`opsd discover`: self-distillation, best-of-k and multi-turn on the same hard questions; a table, a JSON and a figure of discovery@k.
+"""`opsd discover`: run self-distillation, best-of-k and multi-turn on the same hard questions.
 
-discovery@k is the share of the questions solved within k attempts. Its intervals come from questions drawn anew (bootstrap), and say nothing about
-other base models.
+Writes a table, a JSON and a figure of discovery@k, the share of the questions solved within k attempts. Its
+intervals are bootstraps over questions and do not cover other base models.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ COSTS = ("attempts", "generated_answers", "completion_tokens", "context_tokens",
 
 
 def discover(config: TrainConfig, out: Path, questions: int, below: float, budget: Budget) -> dict[str, Any]:
-    """Searches, and writes config.json, discovery.json and discovery.png into `out`, a new directory; returns what the JSON holds.
+    """Run the searches and write config.json, discovery.json and discovery.png into the new directory `out`.
 
-    Raises RunDirectoryError if `out` is not empty, ConfigError for a model or device that is not there, ValueError for more questions than there are.
+    Returns the contents of discovery.json. Raises RunDirectoryError if `out` is not empty, ConfigError if the
+    model or device does not exist, and ValueError if there are too few questions.
     """
     began, progress, out = time.monotonic(), Progress(), Path(out)
     open_run_directory(config, out, resume=False)
@@ -40,7 +41,8 @@ def discover(config: TrainConfig, out: Path, questions: int, below: float, budge
         asked = search.hard_questions(base, questions, below)
         mean = np.mean(list(asked.values()))
         progress.say(
-            f"{len(asked)} held-out questions that the base model gets right with a chance below {below:g}, on average {mean:.2%}"
+            f"{len(asked)} held-out questions that the base model gets right with a chance below {below:g}, "
+            f"on average {mean:.2%}"
         )
         methods, matrices = run_methods(base, asked, budget, progress)
     points = powers_of_two(budget.attempts)
@@ -67,13 +69,14 @@ def discover(config: TrainConfig, out: Path, questions: int, below: float, budge
 def run_methods(
     base: Base, asked: dict[int, float], budget: Budget, progress: Progress
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
-    """What each method's searches were and cost, and a (questions, attempts) matrix of what it had solved by when."""
+    """Run every method; return its record, and its (questions, attempts) matrix of questions solved."""
     problems, searches = list(asked), []
     with progress.bar("self-distillation", len(problems)) as bar:
         for done, problem in enumerate(problems, 1):
             searches.append(search.self_distil(base, problem, budget))
             bar.update(done, solved=sum(found.first is not None for found in searches))
-    methods, matrices = {}, {}
+    methods: dict[str, dict[str, Any]] = {}
+    matrices: dict[str, np.ndarray] = {}
 
     def add(name: str, searches: Sequence[Search]) -> None:
         methods[name] = {
@@ -97,38 +100,42 @@ def run_methods(
 
 
 def costs(searches: Sequence[Search]) -> dict[str, float]:
-    """Means per question."""
+    """Return the mean costs per question."""
     return {name: float(np.mean([getattr(found, name) for found in searches])) for name in COSTS}
 
 
 def mean_attempts(solved: np.ndarray) -> float:
-    """Attempts until the first right one or the end of the budget, mean over questions: attempt k + 1 is made where k did not do."""
+    """Return the mean number of attempts until the first correct one or the end of the budget."""
+    # Attempt k + 1 is made for questions not solved within k.
     return float((1 + (1 - solved[:, :-1]).sum(1)).mean())
 
 
 def powers_of_two(attempts: int) -> list[int]:
-    """1, 2, 4, ... and the whole budget."""
+    """Return 1, 2, 4, ... and the whole budget."""
     return sorted({attempts, *(2**i for i in range(attempts.bit_length()))})
 
 
-def resamples(count: int) -> np.ndarray:  # -> (R, Q), rows sum to 1
-    """The shares that bootstrap samples of `count` questions give to each; the same at every call, so that methods are compared on the same samples."""
+def resamples(count: int) -> np.ndarray:
+    """Shape (R, Q), rows sum to 1: the weights of `count` questions in bootstrap samples.
+
+    Equal at every call, so that methods are compared on the same samples.
+    """
     return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
 
 
-def bounds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (R, ...) -> two of (...)
-    """The percentile interval of resampled values."""
+def bounds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the percentile interval, two arrays of shape (...), of resampled values of shape (R, ...)."""
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return low, high
 
 
-def curve(solved: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (Q, K) -> three of (K,)
-    """discovery@k with its interval over questions."""
+def curve(solved: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return discovery@k and its interval over questions, each (K,), from `solved` of shape (Q, K)."""
     return solved.mean(0), *bounds(resamples(len(solved)) @ solved)
 
 
 def described(solved: np.ndarray, points: Sequence[int]) -> dict[str, list[float]]:
-    """[value, low, high] by k."""
+    """Return [value, low, high] by k."""
     lines = curve(solved)
     return {str(k): [float(line[k - 1]) for line in lines] for k in points}
 

@@ -1,4 +1,4 @@
-"""Tables and panels that studies of arms have in common."""
+"""Make the tables and panels that studies of arms have in common."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def bars(name: str, found: dict[str, Estimate]) -> Series:
 
 
 def accuracies(trained: dict[str, Trained], title: str = "held-out accuracy after training") -> Panel:
-    """A bar per arm."""
+    """Make a panel with a bar per arm."""
     return Panel(
         title,
         "bars",
@@ -32,7 +32,7 @@ def accuracies(trained: dict[str, Trained], title: str = "held-out accuracy afte
 
 
 def curves(title: str, trained: dict[str, Trained], curve: str = "held_out_accuracy") -> Panel:
-    """Means over the seeds of what the trainer measured on the way."""
+    """Make a panel of a curve's means over the seeds, with a line per arm."""
     series = []
     for name, arm in trained.items():
         inner = [[value for _, value in run["curves"][curve]] for run in arm.runs]
@@ -46,7 +46,7 @@ def curves(title: str, trained: dict[str, Trained], curve: str = "held_out_accur
 
 
 def outcomes(title: str, trained: dict[str, Trained]) -> Table:
-    """Before and after, by arm; means over the seeds, and an interval for what was trained."""
+    """Make a table of accuracies by arm: means over the seeds, and an interval for the trained skill."""
     columns = [
         "arm",
         "learning rate",
@@ -77,7 +77,7 @@ def outcomes(title: str, trained: dict[str, Trained]) -> Table:
 
 
 def costs(trained: dict[str, Trained], title: str = "Costs of a run") -> Table:
-    """What each arm generated and read, means over the seeds."""
+    """Make a table of the numbers of answers and tokens of each arm, means over the seeds."""
     names = list(next(iter(trained.values())).runs[0]["costs"])
     rows = [
         [name, *(f"{np.mean([run['costs'][cost] for run in arm.runs]):,.0f}" for cost in names)]

@@ -1,6 +1,7 @@
-"""Runs the cells of a study: small trainings and probes in worker processes, each result kept as JSON, so that a study that was stopped goes on.
+"""Run the cells of a study, small trainings and probes, in worker processes.
 
-A cell is a function and plain arguments. It is computed once per directory, whatever order or study asks for it; its file holds the commit it ran at.
+Results are kept, so a study can resume. A cell is a function and plain arguments. It is computed once per
+directory, in any order and for any study; its JSON file holds the result and the commit.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ from opsd_kernels.train.records.durable import write_file
 from opsd_kernels.train.records.log import Progress
 
 Result = dict[str, Any]
-DECIDING_BASE = ("env", "context", "threads", "cache_dir")  # beside the settings named tiny_ and warm_
+# The settings of a base model, besides those named tiny_ and warm_.
+DECIDING_BASE = ("env", "context", "threads", "cache_dir")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """`function`, as `module:name`, is called with `arguments` (plain JSON) and a directory of its own; what it returns is plain JSON."""
+    """A call of `function`, as `module:name`, with `arguments` and a directory of its own.
+
+    It returns plain JSON.
+    """
 
     function: str
     arguments: dict[str, Any]
@@ -41,12 +46,12 @@ class Cell:
 
 
 def train_cell(config: TrainConfig) -> Cell:
-    """A whole run of the trainer; its result is summary.json, the curves that the trainer measured, and what the run cost."""
+    """Return the cell of a whole run of the trainer: summary.json, the measured curves, and the costs."""
     return Cell("opsd_kernels.train.studies.cells:train", asdict(config))
 
 
 def warm_cell(config: TrainConfig) -> Cell:
-    """The base model that `config` starts from, made and cached: one cell for all configurations that start from it."""
+    """Return the cell that makes the base model of `config`, one for all that share the model."""
     kept = {
         name: value
         for name, value in asdict(config).items()
@@ -57,28 +62,32 @@ def warm_cell(config: TrainConfig) -> Cell:
 
 @dataclass
 class Lab:
-    """Where the cells of a study run, and what has become of them. `folder` holds a file for each. With no workers they run in this process."""
+    """The runner of a study's cells. `folder` holds a file for each.
+
+    Without workers they run in this process.
+    """
 
     folder: Path
     workers: int = 2
     quick: bool = False
     progress: Progress = field(default_factory=Progress)
     commits: set[str] = field(default_factory=set)
-    spent: dict[str, float] = field(default_factory=dict)  # seconds of CPU time by cell
+    # Seconds of CPU time by cell.
+    spent: dict[str, float] = field(default_factory=dict)
     _pool: ProcessPoolExecutor | None = field(default=None, repr=False)
 
     @property
     def seconds(self) -> float:
-        """CPU time of all cells that were asked for, whenever they ran."""
+        """Return the CPU time of all requested cells, in this process or an earlier one."""
         return sum(self.spent.values())
 
     def train(self, title: str, configs: Sequence[TrainConfig]) -> list[Result]:
-        """One result per configuration. Base models come first, each once, whatever number of cells starts from it."""
+        """Return one result per configuration. Base models are made first, each once."""
         distinct: dict[Path, TrainConfig] = {}
         for config in configs:
             distinct.setdefault(_base_folder(config), config)
         warm = {folder: warm_cell(config) for folder, config in distinct.items()}
-        # One that this study made before counts, one that lay in the cache cost it nothing.
+        # A base model that this study made earlier counts in its costs, one from the cache does not.
         self.run(
             f"{title}: base models",
             [cell for folder, cell in warm.items() if not folder.exists() or self._file(cell.key).exists()],
@@ -86,7 +95,10 @@ class Lab:
         return self.run(title, [train_cell(config) for config in configs])
 
     def run(self, title: str, cells: Sequence[Cell]) -> list[Result]:
-        """The cells' results, in their order; what lies in the directory is not computed again. Raises what a cell raised."""
+        """Return the cells' results, in their order. Results in the directory are not computed again.
+
+        Raises the exception of a cell that failed.
+        """
         wanted = {cell.key: cell for cell in cells}
         missing = [cell for key, cell in wanted.items() if not self._file(key).exists()]
         if missing:
@@ -108,12 +120,13 @@ class Lab:
                 bar.update(done)
 
     def _outcomes(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Result]]:
-        """As they come. After a failure those that run beside it still do, and then it is raised."""
+        """Yield results as they complete. After a failure the running cells complete before it is raised."""
         if self.workers == 0:
             yield from ((cell, compute(cell, self.folder)) for cell in cells)
             return
         if self._pool is None:
-            # Spawned: a fork of a process that has used torch's threads may hang. Kept, as a worker takes seconds to import torch and transformers.
+            # Spawned, since a fork of a process that has used torch's threads may hang. Kept, since a worker
+            # takes seconds to import torch and transformers.
             self._pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"))
         futures = {self._pool.submit(compute, cell, self.folder): cell for cell in cells}
         taken = set()
@@ -135,7 +148,7 @@ class Lab:
             raise
 
     def close(self) -> None:
-        """Ends the workers; cells that have not begun never will."""
+        """End the workers; cells that have not started are cancelled."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
@@ -145,9 +158,9 @@ class Lab:
 
 
 def compute(cell: Cell, folder: Path) -> Result:
-    """Runs a cell in a worker; `seconds` are of CPU time, which other work on the machine does not lengthen. What it prints goes to a log.
+    """Run a cell in a worker, with its output in a log, which an exception names.
 
-    An exception names that log.
+    `seconds` are of CPU time, which other work on the machine does not lengthen.
     """
     module, _, name = cell.function.partition(":")
     function = getattr(importlib.import_module(module), name)
@@ -165,11 +178,14 @@ def _redirected(log: Path) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            error.add_note(f"log of this cell: {log}") if hasattr(error, "add_note") else None  # Python 3.11
+            # From Python 3.11 on.
+            if hasattr(error, "add_note"):
+                error.add_note(f"log of this cell: {log}")
             raise
 
 
 def _base_folder(config: TrainConfig) -> Path:
-    from opsd_kernels.train.models.warmstart import cache_folder  # transformers loads in seconds
+    # Imported here, since transformers takes seconds to load.
+    from opsd_kernels.train.models.warmstart import cache_folder
 
     return cache_folder(config)

@@ -1,7 +1,8 @@
-"""What a context is worth before training, and the law by which that predicts what training brings (arXiv:2605.30070).
+"""Measure the gap of a context, and fit the law that predicts the improvement from it (arXiv:2605.30070).
 
-The gap of a context is the accuracy of the self-teacher with it, less that of a second try: the student answers again, without a context, wherever the
-teacher would. A second try alone raises the accuracy, by E[p (1 - p)] where right answers are told nothing and wrong ones are drawn again.
+The gap is the accuracy of the self-teacher with the context minus that of a second try: the student answers
+again, without a context, wherever the teacher would. A second try alone raises the accuracy, by E[p (1 - p)]
+if correct answers have no context and wrong ones are drawn again.
 """
 
 from __future__ import annotations
@@ -37,39 +38,34 @@ from opsd_kernels.train.studies.statistics import LEVEL, Estimate, estimate
 from opsd_kernels.train.teacher import Teacher, make_teacher
 from opsd_kernels.train.types import Rollout
 
-VIEW = ("context", "feedback", "siblings", "successes", "failures", "control")  # the keys that a law varies
+# The keys that differ between the runs of a law.
+VIEW = ("context", "feedback", "siblings", "successes", "failures", "control")
 SEEDS = ("seed", "warm_seed")
-WATCHING = (
-    "eval_every",
-    "eval_samples",
-    "probe_samples",
-    "checkpoint_every",
-    "samples_every",
-    "samples_kept",
-)
+WATCHING = tuple("eval_every eval_samples probe_samples checkpoint_every samples_every samples_kept".split())
 SCHEMA = 1
-SAME = 1e-12  # squares below it are rounding: accuracies are multiples of one answer in thousands
+# Squares below are rounding errors: accuracies are multiples of one answer in thousands.
+SAME = 1e-12
 
 
 def context_name(config: TrainConfig) -> str:
-    """Short: `answer`, `siblings`, `siblings + last`, `contrastive 2+1 (unrelated)`."""
+    """Return a short name: `answer`, `siblings`, `siblings + last`, `contrastive 2+1 (unrelated)`."""
     counts = {
         "none": "nothing",
         "sdpo": "siblings" if config.siblings else "",
         "positive": f"positive {config.successes}",
-    }
-    counts |= {
         "contrastive": f"contrastive {config.successes}+{config.failures}",
         "failure": f"failure {config.failures}",
     }
     told = config.feedback if config.context != "none" and config.feedback != "none" else ""
-    return " + ".join(filter(None, (counts[config.context], told))) + (
-        f" ({config.control})" if config.control != "none" else ""
-    )
+    control = f" ({config.control})" if config.control != "none" else ""
+    return " + ".join(filter(None, (counts[config.context], told))) + control
 
 
 def with_context(config: TrainConfig, text: str) -> TrainConfig:
-    """`text` is a kind of feedback, settings of the teacher's view, or both: `last`, `none,siblings=true`, `context=contrastive,failures=2`."""
+    """Apply a kind of feedback, settings of the context, or both.
+
+    Examples of `text`: `last`, `none,siblings=true`, `context=contrastive,failures=2`.
+    """
     first, *others = text.split(",")
     values = {}
     for pair in (first if "=" in first else f"feedback={first}", *others):
@@ -94,10 +90,11 @@ class Probe:
 
 
 class Recorder:
-    """Samples, and keeps what was asked, what came and the key."""
+    """A sampler that records requests, rollouts and keys."""
 
     def __init__(self, sampler: Sampler):
-        self.sampler, self.calls = sampler, []
+        self.sampler = sampler
+        self.calls: list[tuple[Sequence[Request], list[Rollout], tuple[int, ...]]] = []
 
     def sample(
         self, model: PreTrainedModel, task: Task, requests: Sequence[Request], *key: int
@@ -115,20 +112,19 @@ def measure_context(
     config: TrainConfig,
     samples: int,
 ) -> Probe:
-    """About `samples` rollouts, as many of each problem."""
+    """Measure one context on about `samples` rollouts, equally many of each problem."""
     recorder, groups, problems = Recorder(sampler), max(1, samples // config.group_size), len(task.held_out)
     if groups > problems:
         groups -= groups % problems
     evaluate.self_teacher_accuracy(recorder, student, teacher, task, config, groups * config.group_size)
     (_, attempts, _), (asked, answers, key) = recorder.calls
-    # At the teacher's own random numbers, so that what both draw in the same way cancels.
+    # With the teacher's random numbers, so that equal draws of both cancel.
     again = sampler.sample(
         student, task, [Request(request.prompt, request.group, request.sample) for request in asked], *key
     )
     place = {(rollout.group, rollout.sample): i for i, rollout in enumerate(attempts)}
-    right = np.repeat(
-        [[float(rollout.verdict.success)] for rollout in attempts], 3, axis=1
-    )  # (B, 3): student, teacher, second try
+    # (B, 3): student, teacher, second try.
+    right = np.repeat([[float(rollout.verdict.success)] for rollout in attempts], 3, axis=1)
     for column, drawn in ((1, answers), (2, again)):
         for rollout in drawn:
             right[place[rollout.group, rollout.sample], column] = rollout.verdict.success
@@ -141,8 +137,13 @@ def measure_context(
 
 
 def measure_contexts(configs: Sequence[TrainConfig], samples: int | None, progress: Progress) -> list[Probe]:
-    """One probe per configuration, of the model that its run would start from; `samples` None means `eval_samples`. Neighbours share a model if they can."""
-    probes, loaded, key = [], None, None
+    """Return one probe per configuration, of the base model of its run; `samples` None means `eval_samples`.
+
+    Consecutive configurations share a model if they can.
+    """
+    probes: list[Probe] = []
+    loaded: tuple[Sampler, PreTrainedModel, Teacher] | None = None
+    key: tuple[dict[str, Any], bool] | None = None
     for config in configs:
         pretrained.check_machine(config)
         task = make_task(config)
@@ -151,7 +152,7 @@ def measure_contexts(configs: Sequence[TrainConfig], samples: int | None, progre
             config.shows_peers,
         )
         with reproducible(config):
-            if wanted != key:
+            if loaded is None or wanted != key:
                 loaded, key = _load(config, task, progress), wanted
             probes.append(measure_context(*loaded, task, config, samples or config.eval_samples))
     return probes
@@ -161,23 +162,20 @@ def _load(config: TrainConfig, task: Task, progress: Progress) -> tuple[Sampler,
     model, tokenizer = pretrained.load_student(loop.base_of(config, task, progress), None, config)
     teacher = make_teacher(model, config, loop.external_teacher(config, task, tokenizer, progress))
     encoder, vocab = PromptEncoder(tokenizer, task.template), pretrained.vocabulary(tokenizer)
-    return (
-        Sampler(
-            encoder,
-            config.max_new_tokens,
-            config.rollout_temperature,
-            config.rollout_batch,
-            vocab,
-            make_engine(config),
-        ),
-        model,
-        teacher,
+    sampler = Sampler(
+        encoder,
+        config.max_new_tokens,
+        config.rollout_temperature,
+        config.rollout_batch,
+        vocab,
+        make_engine(config),
     )
+    return sampler, model, teacher
 
 
 @dataclass(frozen=True)
 class Point:
-    """A context: its gap before training, and what training brought in held-out accuracy. Means over `runs`."""
+    """A context: its gap before training and the improvement in held-out accuracy. Means over `runs`."""
 
     context: str
     gap: float
@@ -187,38 +185,34 @@ class Point:
 
 @dataclass(frozen=True)
 class Law:
-    """improvement = slope * gap + intercept, by least squares over contexts."""
+    """The line improvement = slope * gap + intercept, by least squares over contexts."""
 
     points: tuple[Point, ...]
     slope: float
     intercept: float
     r2: float
     scatter: float  # standard deviation of the residuals, n - 2 degrees of freedom
-    left_out: tuple[float, ...]  # each point as the line through the others predicts it
-    settings: dict[str, Any] = field(default_factory=dict)  # what all runs had in common
+    left_out: tuple[float, ...]  # the prediction for each point by the line through the others
+    settings: dict[str, Any] = field(default_factory=dict)  # common to all runs
 
     @property
     def error(self) -> float:
-        """Root mean square error on contexts that the line has not seen."""
+        """Return the root mean square error on contexts that were left out of the fit."""
         return float(np.sqrt(np.mean((coordinates(self.points)[1] - self.left_out) ** 2)))
 
     @property
     def spread(self) -> float:
-        """The same error for who knows no gap, and predicts the mean of the others."""
+        """Return the same error of a prediction by the mean of the other contexts."""
         _, gains = coordinates(self.points)
         return float(np.std(gains) * len(gains) / (len(gains) - 1))
 
     def predict(self, gap: float) -> Estimate:
-        """The improvement of one more context, with its 95 % prediction interval. A line through all points knows no more of it than their scatter."""
+        """Predict the improvement of one more context, with its 95 % prediction interval."""
         gaps, _ = coordinates(self.points)
-        value, varied, far = (
-            self.slope * gap + self.intercept,
-            float(np.sum((gaps - gaps.mean()) ** 2)),
-            (gap - gaps.mean()) ** 2,
-        )
-        lever = (
-            far / varied if varied > SAME else 0.0 if far < SAME else np.inf
-        )  # gaps that were all the same say nothing about another one
+        value = self.slope * gap + self.intercept
+        varied, far = float(np.sum((gaps - gaps.mean()) ** 2)), (gap - gaps.mean()) ** 2
+        # Equal gaps give no information about a different one.
+        lever = far / varied if varied > SAME else 0.0 if far < SAME else np.inf
         wide = stats.t.ppf((1 + LEVEL) / 2, len(gaps) - 2) * self.scatter * np.sqrt(1 + 1 / len(gaps) + lever)
         return Estimate(value, float(value - wide), float(value + wide), len(gaps))
 
@@ -236,12 +230,12 @@ class Law:
 
 
 def coordinates(points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
-    """Gaps and improvements."""
+    """Return the gaps and the improvements."""
     return np.array([point.gap for point in points]), np.array([point.improvement for point in points])
 
 
 def line(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(slope, intercept, R^2) along the last axis. Where x does not vary, a level line that explains nothing."""
+    """Fit (slope, intercept, R^2) along the last axis. For constant x the slope and R^2 are zero."""
     from_x, from_y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
     varied, shared, risen = np.sum(from_x**2, -1), np.sum(from_x * from_y, -1), np.sum(from_y**2, -1)
     slope = np.divide(shared, varied, out=np.zeros_like(shared), where=varied > SAME)
@@ -250,7 +244,7 @@ def line(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def by_context(runs: Sequence[Point]) -> list[Point]:
-    """Runs of one context become one point."""
+    """Merge the runs of each context into one point."""
     groups: dict[str, list[Point]] = {}
     for run in runs:
         groups.setdefault(run.context, []).append(run)
@@ -267,12 +261,11 @@ def _mean(group: Sequence[Point]) -> Point:
 
 
 def fit(runs: Sequence[Point], settings: dict[str, Any] | None = None) -> Law:
-    """Raises ValueError for fewer than three contexts: a line goes through any two."""
+    """Fit the law. Raises ValueError for fewer than three contexts, since a line fits any two."""
     points = by_context(runs)
     if len(points) < 3:
-        raise ValueError(
-            f"fit: expected runs of at least 3 contexts, got {len(points)}: {', '.join(point.context for point in points)}"
-        )
+        names = ", ".join(point.context for point in points)
+        raise ValueError(f"fit: expected runs of at least 3 contexts, got {len(points)}: {names}")
     gaps, gains = coordinates(points)
     slope, intercept, r2 = map(float, line(gaps, gains))
     scatter = np.sqrt(np.sum((gains - slope * gaps - intercept) ** 2) / (len(points) - 2))
@@ -284,20 +277,21 @@ def fit(runs: Sequence[Point], settings: dict[str, Any] | None = None) -> Law:
 
 
 def load_law(path: Path) -> Law:
-    """Fitted anew from the file's points. Raises ValueError for a file of another kind."""
+    """Fit a law anew from the points of its file. Raises ValueError for a file of another kind."""
     try:
         data = json.loads(Path(path).read_text())
     except ValueError as error:
         raise ValueError(f"law: expected a JSON file that a fit wrote, got {path}: {error}") from error
     if not isinstance(data, dict) or (data.get("kind"), data.get("schema")) != ("law", SCHEMA):
         raise ValueError(
-            f"law: expected a file of opsd probe --fit or of opsd reproduce law (fits/law.json), got {path}, which is another"
+            "law: expected a file of opsd probe --fit or of opsd reproduce law (fits/law.json), "
+            f"got {path}, which is another"
         )
     return fit([Point(**point) for point in data["points"]], data["settings"])
 
 
 def common_settings(config: TrainConfig) -> dict[str, Any]:
-    """What the runs of one law must share."""
+    """Return the settings that the runs of one law must share."""
     return {
         name: value
         for name, value in asdict(config).items()
@@ -314,9 +308,10 @@ def differences(settings: dict[str, Any], others: dict[str, Any]) -> list[str]:
 
 
 def fit_runs(folders: Sequence[Path], samples: int | None, progress: Progress) -> Law:
-    """The law of finished runs of `opsd train`: what each brought is in its summary, the gap of its context is probed on the model that it started from.
+    """Fit the law to finished runs of `opsd train`, whose gaps are probed on their base models.
 
-    Raises ValueError for a directory without a finished run, and for runs that differ in more than context and seeds.
+    Raises ValueError for a directory without a finished run, and for runs that differ in more than context
+    and seeds.
     """
     configs = []
     for folder in folders:
@@ -328,7 +323,8 @@ def fit_runs(folders: Sequence[Path], samples: int | None, progress: Progress) -
         differ = differences(common_settings(configs[0]), common_settings(configs[-1]))
         if differ:
             raise ValueError(
-                f"fit: expected runs that differ in context and seeds alone, got {folders[0]} and {folder} with {'; '.join(differ)}"
+                f"fit: expected runs that differ in context and seeds alone, got {folders[0]} and {folder} "
+                f"with {'; '.join(differ)}"
             )
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
     gains = [
@@ -344,7 +340,7 @@ def fit_runs(folders: Sequence[Path], samples: int | None, progress: Progress) -
 def probe_command(
     configs: Sequence[TrainConfig], samples: int | None, law_file: Path | None, out: Path | None
 ) -> None:
-    """`opsd probe`: a table of the contexts, with what the law predicts for each if there is one."""
+    """`opsd probe`: print a table of the contexts, with the law's predictions if there is a law."""
     progress, law = Progress(), load_law(law_file) if law_file else None
     probes = measure_contexts(configs, samples, progress)
     predictions = [law.predict(probe.gap.value) for probe in probes] if law else []
@@ -363,14 +359,8 @@ def probe_command(
 
 def show_probes(console: Console, probes: Sequence[Probe], law: Law | None) -> None:
     table = Table(title="accuracy before training [95 % over problems]")
-    for column in (
-        "context",
-        "student",
-        "self-teacher",
-        "second try",
-        "gap",
-        *(["predicted improvement [95 %]"] if law else []),
-    ):
+    columns = ["context", "student", "self-teacher", "second try", "gap"]
+    for column in [*columns, *(["predicted improvement [95 %]"] if law else [])]:
         table.add_column(column)
     for probe in probes:
         predicted = (
@@ -387,7 +377,7 @@ def show_probes(console: Console, probes: Sequence[Probe], law: Law | None) -> N
 
 
 def fit_command(folders: Sequence[Path], samples: int | None, out: Path | None) -> None:
-    """`opsd probe --fit`: the law of finished runs, as a table and as a file for `--law`."""
+    """`opsd probe --fit`: fit the law of finished runs, print its table and write a file for `--law`."""
     progress = Progress()
     law = fit_runs(folders, samples, progress)
     table = Table(title="the law, by context")
@@ -400,7 +390,8 @@ def fit_command(folders: Sequence[Path], samples: int | None, out: Path | None) 
     progress.console.print(table)
     progress.say(f"improvement = {law.slope:.3f} gap {law.intercept:+.3f}, R^2 {law.r2:.3f}")
     progress.say(
-        f"error on a context that was left out {law.error:.3f}, without the gap {law.spread:.3f} (root mean square)"
+        f"error on a context that was left out {law.error:.3f}, without the gap {law.spread:.3f} "
+        "(root mean square)"
     )
     if out is not None:
         law.save(out)

@@ -1,9 +1,10 @@
-"""Means with bootstrap intervals, paired differences, and the grade that an interval gives a claim."""
+"""Compute means with bootstrap intervals, paired differences, and the grade of a claim by its interval."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -11,6 +12,7 @@ from scipy import stats
 LEVEL, RESAMPLES = 0.95, 10_000
 REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "direction reproduced", "not reproduced", "inconclusive"
 GRADES = (REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE)
+Values = Sequence[float] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,11 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def estimate(values: Sequence[float], statistic: Callable[..., float] = np.mean) -> Estimate:
-    """Of runs that are alike but for their seeds. With one run the interval is a point: nothing is known about its scatter.
+def estimate(values: Values, statistic: Callable[..., Any] = np.mean) -> Estimate:
+    """Estimate a statistic over runs that differ in their seeds. With one run the interval is a point.
 
-    A percentile interval over five runs covers about 85 %, not 95 (it is made of the runs at hand): read a bound near zero as no evidence.
+    A percentile interval over five runs covers about 85 %, not 95, since it only resamples those runs: a
+    bound near zero is no evidence.
     """
     sample = np.asarray(values, dtype=float)
     value = float(statistic(sample))
@@ -49,19 +52,19 @@ def estimate(values: Sequence[float], statistic: Callable[..., float] = np.mean)
 
 
 def difference(mine: Sequence[float], theirs: Sequence[float]) -> Estimate:
-    """Mean of mine - theirs, run by run: the same seed and base model on both sides."""
+    """Estimate the mean of mine - theirs, paired by run: the same seed and base model on both sides."""
     return estimate([a - b for a, b in zip(mine, theirs, strict=True)])
 
 
 def graded_ahead(gain: Estimate) -> str:
-    """The claim that a difference is above zero."""
+    """Grade the claim that a difference is above zero."""
     if gain.count < 3:
         return INCONCLUSIVE
     return REPRODUCED if gain.low > 0 else NOT_REPRODUCED if gain.high < 0 else INCONCLUSIVE
 
 
 def graded_equal(gap: Estimate, margin: float) -> str:
-    """The claim that a difference is at most `margin` either way."""
+    """Grade the claim that a difference is at most `margin` either way."""
     if gap.count < 3:
         return INCONCLUSIVE
     if -margin <= gap.low and gap.high <= margin:
@@ -69,13 +72,13 @@ def graded_equal(gap: Estimate, margin: float) -> str:
     return NOT_REPRODUCED if gap.low > margin or gap.high < -margin else INCONCLUSIVE
 
 
-def spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    """Rank correlation, ties at their mean rank."""
+def spearman(a: Values, b: Values) -> float:
+    """Return the rank correlation, with ties at their mean rank."""
     return float(stats.spearmanr(a, b).statistic)
 
 
-def auc(scores: Sequence[float], right: Sequence[bool]) -> float:
-    """Probability that a right answer has the higher score, ties counted half: the area under the ROC curve."""
-    scores, right = np.asarray(scores, dtype=float), np.asarray(right, dtype=bool)
-    positive, negative = scores[right], scores[~right]
+def auc(scores: Values, right: Sequence[bool]) -> float:
+    """Return the area under the ROC curve: the chance that a correct answer scores higher, ties half."""
+    all_scores, mask = np.asarray(scores, dtype=float), np.asarray(right, dtype=bool)
+    positive, negative = all_scores[mask], all_scores[~mask]
     return float(stats.mannwhitneyu(positive, negative).statistic / (len(positive) * len(negative)))

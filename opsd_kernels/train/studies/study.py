@@ -1,10 +1,12 @@
-"""What a study found: tables, panels of a figure, graded claims. JSON in and out."""
+"""The results of a study: tables, panels of a figure, graded claims. Read from and written to JSON."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from opsd_kernels import report_json
 from opsd_kernels.train.records.durable import write_file
@@ -15,10 +17,10 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says, what was measured here, and whether it held."""
+    """A claim of the paper, its measurement here, and its grade."""
 
     text: str
-    measured: str  # in words: what the estimate is the difference, or the value, of
+    measured: str  # the estimated quantity in words
     estimate: Estimate
     grade: str
     remark: str = ""
@@ -33,10 +35,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Series:
-    """Points, with intervals where there are any. In a panel of bars, x holds the labels."""
+    """Points with optional intervals. In a panel of bars, x holds the labels."""
 
     name: str
-    x: list[float] | list[str]
+    x: Sequence[float] | Sequence[str]
     y: list[float]
     low: list[float] | None = None
     high: list[float] | None = None
@@ -55,7 +57,10 @@ class Panel:
 
 @dataclass
 class Study:
-    """`design`: sentences on what was equal between arms and what varied. `notes`: what a reader must know to judge the result."""
+    """A study. `design`: sentences on equal and varied settings of the arms.
+
+    `notes`: caveats to judge the result by.
+    """
 
     paper: str
     title: str
@@ -66,9 +71,8 @@ class Study:
     tables: list[Table]
     panels: list[Panel]
     notes: list[str] = field(default_factory=list)
-    facts: dict[str, object] = field(
-        default_factory=dict
-    )  # machine, versions, commits, command, date, seconds, quick
+    # Machine, versions, commits, command, date, seconds, quick.
+    facts: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def save(self, path: Path) -> None:
@@ -77,7 +81,7 @@ class Study:
 
 
 def load(path: Path) -> Study:
-    """Raises ValueError for a file of another kind or schema."""
+    """Read a study. Raises ValueError for a file of another kind or schema."""
     data = json.loads(path.read_text())
     found = data.get("schema") if isinstance(data, dict) else None
     if found != SCHEMA:

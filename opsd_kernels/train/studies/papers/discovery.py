@@ -1,4 +1,7 @@
-"""Test-time self-distillation on `mastermind` (arXiv:2601.20802): attempts until a first right answer, beside best-of-k and a multi-turn prompt."""
+"""Test test-time self-distillation (arXiv:2601.20802) on `mastermind`: attempts until a first correct answer.
+
+The baselines are best-of-k and a multi-turn prompt.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +42,8 @@ from opsd_kernels.train.studies.statistics import (
 from opsd_kernels.train.studies.study import Claim, Panel, Series, Study, Table
 
 QUICK = {"tiny_hidden": 16, "tiny_layers": 1, "tiny_heads": 2, "warm_accuracy": 1e-9, "warm_batch": 32}
-FAR = np.unique(
-    np.geomspace(1, 1e7, 1500).astype(int)
-)  # attempts of best-of-k, whose chance is known beyond the budget too
+# Attempts of best-of-k, whose chance is also known beyond the budget.
+FAR = np.unique(np.geomspace(1, 1e7, 1500).astype(int))
 HALF, LAST = "50 %", "its level at the end of the budget"
 
 
@@ -56,8 +58,9 @@ def study(lab: Lab) -> Study:
         "discovery",
         "Test-time self-distillation on questions that the base model almost never answers",
         "Reinforcement Learning via Self-Distillation, arXiv:2601.20802, on test-time self-distillation",
-        "A question has a right answer that the base model hardly ever samples. Does learning from what is said about its failures at that question find "
-        "the answer in fewer attempts than sampling the base model, or than a prompt that shows the last failures?",
+        "A question has a right answer that the base model hardly ever samples. Does learning from what is "
+        "said about its failures at that question find the answer in fewer attempts than sampling the base "
+        "model, or than a prompt that shows the last failures?",
         sentences(design),
         claims(found),
         [
@@ -75,40 +78,54 @@ def study(lab: Lab) -> Study:
 
 
 NOTES = [
-    "A code of `mastermind` is one string, so that the base model's chance of an attempt is exact, and best-of-k is 1 - (1 - p)^k without sampling. "
-    "Self-distillation and multi-turn are sampled, once per question.",
-    "The intervals come from questions drawn anew; base models are three, and the table by base model shows how they differ.",
-    "The warm start teaches the base model to read the marks of one to four guesses; what it can do with them is in the table of chances.",
-    "What it depends on, first attempt: the teacher. The table by base model has the median ratio of its chance of the right answer with a marked "
-    "failure in view to that without. A base model with a ratio below 1 teaches itself away from the answer; its last row is the first base model after a "
-    "shorter warm start, which reads worse, at hard questions of its own.",
-    "In a first run of this study all base models stopped at that shorter warm start, and the claims on attempts were not reproduced: at 50 % it "
-    "took .83 [.66, 1.17] of best-of-k's attempts, and never came to its final level; two of the three base models hardly read their feedback. The stop was "
-    "moved from 2 to 3 % for that reason, with the outcome known.",
-    "Second attempt: a teacher that stays as it was, and twice as many updates for as many attempts, in the last table.",
+    "A code of `mastermind` is one string, so that the base model's chance of an attempt is exact, and "
+    "best-of-k is 1 - (1 - p)^k without sampling. Self-distillation and multi-turn are sampled, once per "
+    "question.",
+    "The intervals come from questions drawn anew; base models are three, and the table by base model shows "
+    "how they differ.",
+    "The warm start teaches the base model to read the marks of one to four guesses; what it can do with "
+    "them is in the table of chances.",
+    "What it depends on, first attempt: the teacher. The table by base model has the median ratio of its "
+    "chance of the right answer with a marked failure in view to that without. A base model with a ratio "
+    "below 1 teaches itself away from the answer; its last row is the first base model after a shorter warm "
+    "start, which reads worse, at hard questions of its own.",
+    "In a first run of this study all base models stopped at that shorter warm start, and the claims on "
+    "attempts were not reproduced: at 50 % it took .83 [.66, 1.17] of best-of-k's attempts, and never came "
+    "to its final level; two of the three base models hardly read their feedback. The stop was moved from 2 "
+    "to 3 % for that reason, with the outcome known.",
+    "Second attempt: a teacher that stays as it was, and twice as many updates for as many attempts, in the "
+    "last table.",
 ]
 
 
 def sentences(design: Design) -> list[str]:
     return [
-        f"{design.seeds} seeds on {design.warm_seeds} base models, {design.questions} held-out questions for each seed, none asked twice of the same base "
-        f"model: the first that it answers right with an exact chance below {design.below:g} in one attempt, in the order of the held-out list.",
-        f"{design.attempts} attempts per question and method. Self-distillation takes an optimisation step after every {design.batch}; attempts of a batch "
-        "count in their order up to the first right one. Weights, optimiser and teacher start anew at every question.",
-        "Feedback on an attempt: the guess with its numbers of exact and misplaced symbols, `counts`. Control: `wrong`, and nothing else, "
-        f"on the questions of the first {design.controls} seeds. Multi-turn shows "
-        f"the base model the marked guesses of its last {' or '.join(map(str, design.windows))} failures.",
-        f"Learning rate of self-distillation, with `counts` and with `wrong`: the best of {', '.join(f'{rate:g}' for rate in design.rates)} in discovery@k, "
-        f"averaged over k, on {design.tuning} other questions of the first base model.",
-        "Share of attempts: those that self-distillation takes to a level of discovery, by those that the other method takes to the same level, read off "
-        "both curves, for each bootstrap sample of questions. It counts as 1 where self-distillation does not get there within the budget.",
+        f"{design.seeds} seeds on {design.warm_seeds} base models, {design.questions} held-out questions "
+        "for each seed, none asked twice of the same base model: the first that it answers right with an "
+        f"exact chance below {design.below:g} in one attempt, in the order of the held-out list.",
+        f"{design.attempts} attempts per question and method. Self-distillation takes an optimisation step "
+        f"after every {design.batch}; attempts of a batch count in their order up to the first right one. "
+        "Weights, optimiser and teacher start anew at every question.",
+        "Feedback on an attempt: the guess with its numbers of exact and misplaced symbols, `counts`. "
+        f"Control: `wrong`, and nothing else, on the questions of the first {design.controls} seeds. "
+        "Multi-turn shows the base model the marked guesses of its last "
+        f"{' or '.join(map(str, design.windows))} failures.",
+        "Learning rate of self-distillation, with `counts` and with `wrong`: the best of "
+        f"{', '.join(f'{rate:g}' for rate in design.rates)} in discovery@k, averaged over k, on "
+        f"{design.tuning} other questions of the first base model.",
+        "Share of attempts: those that self-distillation takes to a level of discovery, by those that the "
+        "other method takes to the same level, read off both curves, for each bootstrap sample of "
+        "questions. It counts as 1 where self-distillation does not get there within the budget.",
     ]
 
 
 def shares(
     mine: np.ndarray, theirs: np.ndarray, counts: np.ndarray, level: str
 ) -> tuple[float, float, Estimate]:
-    """Attempts of theirs and of mine to a level, and mine by theirs with its interval. `mine` (Q, K) by 1 ... K, `theirs` (Q, G) by `counts`."""
+    """Return the attempts of theirs and of mine to a level, and their ratio with its interval.
+
+    `mine` has shape (Q, K), by 1 ... K attempts; `theirs` has shape (Q, G), by `counts`.
+    """
     attempts = mine.shape[1]
 
     def to_level(weights_RQ: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -129,8 +146,8 @@ def shares(
 
 def first_at(
     curves_RK: np.ndarray, levels_R1: np.ndarray, counts: np.ndarray, otherwise: float
-) -> np.ndarray:  # -> (R,)
-    """The first of `counts` at which a curve has its level; rounding of the mean over questions counts as equal."""
+) -> np.ndarray:
+    """Shape (R,): the first of `counts` at which a curve reaches its level, up to rounding."""
     there = curves_RK >= levels_R1 - 1e-9
     return np.where(there.any(1), counts[there.argmax(1)].astype(float), otherwise)
 
@@ -138,15 +155,14 @@ def first_at(
 def against(
     found: Found, other: str, level: str, rows: np.ndarray | slice = slice(None), mine: str = SELF
 ) -> tuple[float, float, Estimate]:
-    if other == BEST:  # known for any number of attempts
+    # The chance of best-of-k is known for any number of attempts.
+    if other == BEST:
         counts = beyond(found)
         return shares(found.solved[mine][rows], chance_within(found.chances[rows], counts), counts, level)
-    rows = (
-        slice(len(found.solved[other])) if rows == slice(None) else rows
-    )  # the control has the first questions only
-    return shares(
-        found.solved[mine][rows], found.solved[other][rows], np.arange(1, found.design.attempts + 1), level
-    )
+    # The control has the first questions only.
+    rows = slice(len(found.solved[other])) if rows == slice(None) else rows
+    counts = np.arange(1, found.design.attempts + 1)
+    return shares(found.solved[mine][rows], found.solved[other][rows], counts, level)
 
 
 def beyond(found: Found) -> np.ndarray:
@@ -154,7 +170,7 @@ def beyond(found: Found) -> np.ndarray:
 
 
 def graded_at_most(share: Estimate, bound: float) -> str:
-    """The claim that a share is at most `bound`."""
+    """Grade the claim that a share is at most `bound`."""
     if share.count < 3:
         return INCONCLUSIVE
     return REPRODUCED if share.high <= bound else NOT_REPRODUCED if share.low > bound else INCONCLUSIVE
@@ -189,7 +205,7 @@ def claims(found: Found) -> list[Claim]:
 
 
 def mean_gain(mine: np.ndarray, theirs: np.ndarray) -> Estimate:
-    """The difference of two methods' discovery@k, averaged over k, question by question."""
+    """Estimate the difference of two methods' discovery@k, averaged over k and paired by question."""
     gains = (mine - theirs).mean(1)
     low, high = bounds(resamples(len(gains)) @ gains)
     return Estimate(float(gains.mean()), float(low), float(high), len(gains))
@@ -228,7 +244,7 @@ def share_table(found: Found) -> Table:
 
 
 def base_table(found: Found) -> Table:
-    """What the teacher makes of a failure, and what that brings."""
+    """Make a table of each base model's reading of a failure, and of its results."""
     rows = []
     for base in np.unique(found.bases):
         own = found.bases == base
@@ -265,7 +281,7 @@ def base_table(found: Found) -> Table:
 
 
 def costs_table(found: Found) -> Table:
-    """Means over the questions. Best-of-k is not sampled: its attempts follow from the chances, and each is an answer of the base model."""
+    """Make a table of mean costs. Best-of-k is not sampled: its attempts follow from the chances."""
     rows = [[name, *(f"{spent[cost]:,.1f}" for cost in COSTS)] for name, spent in found.costs.items()]
     rows.append([BEST, f"{mean_attempts(found.solved[BEST]):,.1f}", *("-" for _ in COSTS[1:])])
     return Table("Costs of a question, means", ["method", *(cost.replace("_", " ") for cost in COSTS)], rows)
@@ -302,7 +318,7 @@ def rates_table(found: Found) -> Table:
 
 
 def variants_table(found: Found) -> Table:
-    """One setting changed at a time, against the same questions."""
+    """Make a table of variants of one setting each, on the same questions."""
     rows = []
     for name, solved in found.variants.items():
         same = found.solved[SELF][: len(solved)]

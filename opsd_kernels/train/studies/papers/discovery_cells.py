@@ -1,4 +1,8 @@
-"""What `opsd reproduce discovery` runs: hard questions of each base model, learning rates, searches, and what the base model can do with feedback."""
+"""Run the cells of `opsd reproduce discovery`.
+
+They find hard questions of each base model, choose learning rates, search, and measure how the base model
+reads feedback.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +27,21 @@ from opsd_kernels.train.types import Context
 
 ONE = "one failure, `counts`"
 SELF, UNTOLD, BEST = "self-distillation", "self-distillation, told `wrong`", "best-of-k"
-VARIANTS = {"frozen teacher": ({"teacher": "frozen"}, None), "batches of 4": ({}, 4)}  # settings, batch
-TOLD_SAMPLES, TOLD_STREAM = 16, 26  # failed attempts at a question whose feedback the base model is given
+# Settings, batch.
+VARIANTS: dict[str, tuple[dict[str, Any], int | None]] = {
+    "frozen teacher": ({"teacher": "frozen"}, None),
+    "batches of 4": ({}, 4),
+}
+# Attempts per question whose failures are shown to the base model, and the stream of random numbers.
+TOLD_SAMPLES, TOLD_STREAM = 16, 26
 
 
 @dataclass(frozen=True)
 class Design:
-    """Seed i starts from base model i modulo `warm_seeds` and has questions of its own. The rates are chosen on others, of the first base model."""
+    """The design. Seed i starts from base model i modulo `warm_seeds` and has questions of its own.
+
+    The rates are chosen on other questions, of the first base model.
+    """
 
     seeds: int = 5
     warm_seeds: int = 3
@@ -40,11 +52,11 @@ class Design:
     attempts: int = 256
     batch: int = 8
     windows: tuple[int, ...] = (3, 1)
-    controls: int = 3  # the first seeds, on whose questions the control runs
-    varied: int = 1  # and the variants
-    other: float | None = (
-        0.02  # warm_accuracy of one more base model, which has learned to read for less long
-    )
+    # Numbers of the first seeds on whose questions the control and the variants run.
+    controls: int = 3
+    varied: int = 1
+    # warm_accuracy of one more base model, with a shorter warm start.
+    other: float | None = 0.02
 
     def quick(self) -> Design:
         return dataclasses.replace(
@@ -68,7 +80,10 @@ class Design:
 
 @dataclass(frozen=True)
 class Found:
-    """Everything that was measured. Rows of the matrices are the questions of all seeds, in the order of `bases`; columns are numbers of attempts."""
+    """All measurements.
+
+    Rows are the questions of all seeds, in the order of `bases`; columns are numbers of attempts.
+    """
 
     design: Design
     rates: dict[str, float]
@@ -77,17 +92,16 @@ class Found:
     chances: np.ndarray  # (Q,) of the base model, exact
     solved: dict[str, np.ndarray]  # (Q, K) by method; the control has the first questions only
     costs: dict[str, dict[str, float]]
-    told: dict[str, np.ndarray]  # (Q,) by what is in view
+    told: dict[str, np.ndarray]  # (Q,) by the context
     variants: dict[str, np.ndarray]  # (first questions, K) of self-distillation in other settings
-    other: (
-        dict[str, np.ndarray] | None
-    )  # the first base model after another warm start, at hard questions of its own: chances, solved, told
+    # The first base model after another warm start, at hard questions of its own: chances, solved, told.
+    other: dict[str, np.ndarray] | None
 
 
 def measure(lab: Lab, config: TrainConfig, design: Design) -> Found:
     asked, spare = ask(lab, config, design)
     configs = {seed: seeded(config, design, seed) for seed in asked}
-    views = {SELF: {}, UNTOLD: {"feedback": "wrong"}}
+    views: dict[str, dict[str, Any]] = {SELF: {}, UNTOLD: {"feedback": "wrong"}}
     rates, scores = choose(lab, configs[0], design, views, spare)
 
     def searched(
@@ -136,6 +150,10 @@ def measure(lab: Lab, config: TrainConfig, design: Design) -> Found:
         name: solved_within([search.first for search in found], design.attempts)
         for name, found in searches.items()
     }
+    other = None
+    if design.other is not None:
+        changed = dataclasses.replace(configs[0], warm_accuracy=design.other, learning_rate=rates[SELF])
+        other = other_start(lab, changed, design)
     return Found(
         design,
         rates,
@@ -149,13 +167,7 @@ def measure(lab: Lab, config: TrainConfig, design: Design) -> Found:
             for name in views_told[0]
         },
         variants,
-        None
-        if design.other is None
-        else other_start(
-            lab,
-            dataclasses.replace(configs[0], warm_accuracy=design.other, learning_rate=rates[SELF]),
-            design,
-        ),
+        other,
     )
 
 
@@ -192,7 +204,7 @@ def turns(window: int) -> str:
 
 
 def ask(lab: Lab, config: TrainConfig, design: Design) -> tuple[dict[int, dict[int, float]], list[int]]:
-    """Each seed's questions with their chances, and those of the first base model that rates are chosen on."""
+    """Return each seed's questions with their chances, and the questions on which rates are chosen."""
     bases = [seeded(config, design, warm) for warm in range(design.warm_seeds)]
     lab.run("base models", [warm_cell(base) for base in bases])
     rounds = -(-design.seeds // design.warm_seeds)
@@ -212,7 +224,7 @@ def ask(lab: Lab, config: TrainConfig, design: Design) -> tuple[dict[int, dict[i
 def choose(
     lab: Lab, config: TrainConfig, design: Design, views: dict[str, dict[str, Any]], spare: list[int]
 ) -> tuple[dict[str, float], dict[str, dict[float, float]]]:
-    """The learning rate of each view, and the scores that it was chosen by."""
+    """Choose the learning rate of each feedback; return rates and scores."""
     if len(design.rates) == 1:
         return dict.fromkeys(views, design.rates[0]), {}
     tried = [(name, rate) for name in views for rate in design.rates]
@@ -242,7 +254,7 @@ def search_cell(config: TrainConfig, method: str, problems: Sequence[int], budge
 
 
 def search(arguments: dict[str, Any], folder: Path) -> Result:
-    """One method at some questions."""
+    """Run one method at some questions."""
     config, budget = TrainConfig(**arguments["config"]), Budget(**arguments["budget"])
     with reproducible(config):
         base = discover.load_base(config, Progress())
@@ -254,7 +266,7 @@ def search(arguments: dict[str, Any], folder: Path) -> Result:
 
 
 def questions(arguments: dict[str, Any], folder: Path) -> Result:
-    """Hard questions of a base model, each with its chance."""
+    """Find hard questions of a base model, each with its chance."""
     config = TrainConfig(**arguments["config"])
     with reproducible(config):
         hard = discover.hard_questions(
@@ -264,7 +276,7 @@ def questions(arguments: dict[str, Any], folder: Path) -> Result:
 
 
 def told(arguments: dict[str, Any], folder: Path) -> Result:
-    """The base model's chance at each question: alone, and as the teacher that reads what was said about its own failures."""
+    """Return the base model's chance at each question, without context and with feedback on its failures."""
     config, problems, lines = TrainConfig(**arguments["config"]), arguments["problems"], arguments["lines"]
     with reproducible(config):
         base = discover.load_base(config, Progress())
@@ -278,7 +290,7 @@ def told(arguments: dict[str, Any], folder: Path) -> Result:
             rollouts, dataclasses.replace(base.config, siblings=False), config.seed, TOLD_STREAM
         )
 
-        def mean(views: Sequence[tuple[int, Context]]) -> list[float]:
+        def mean(views: Sequence[tuple[int, Context | None]]) -> list[float]:
             chances = discover.success_probabilities(
                 base, [problems[group] for group, _ in views], [view for _, view in views]
             )
@@ -286,7 +298,7 @@ def told(arguments: dict[str, Any], folder: Path) -> Result:
             return [float(np.mean(np.array(chances)[places == group])) for group in range(len(problems))]
 
         last = [
-            (group, [r.verdict.feedback for r in rollouts if r.group == group][-lines:])
+            (group, [str(r.verdict.feedback) for r in rollouts if r.group == group][-lines:])
             for group in range(len(problems))
         ]
         return {

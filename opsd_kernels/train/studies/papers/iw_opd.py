@@ -1,4 +1,4 @@
-"""IW-OPD (arXiv:2606.22600) on `chain` and `plan`: which tokens of a rollout are worth the teacher's attention."""
+"""Test IW-OPD (arXiv:2606.22600) on `chain` and `plan`: the value of a rollout's tokens by their position."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from opsd_kernels.train.studies.statistics import Estimate, difference, graded_a
 from opsd_kernels.train.studies.study import Claim, Study, Table
 
 BASE = {
-    "rehearsal_prompts": 0, "prompts_per_step": 32, "group_size": 4, "steps": 40, "eval_every": 20, "probe_samples": 64, "eval_samples": 400,
-    "checkpoint_every": 10_000, "samples_kept": 0, "tensorboard": False,
+    "rehearsal_prompts": 0, "prompts_per_step": 32, "group_size": 4, "steps": 40, "eval_every": 20,
+    "probe_samples": 64, "eval_samples": 400, "checkpoint_every": 10_000, "samples_kept": 0,
+    "tensorboard": False,
 }  # fmt: skip
 QUICK = {
     "steps": 1, "prompts_per_step": 4, "group_size": 2, "eval_samples": 8,
@@ -65,18 +66,16 @@ class Block:
 
     def _weights(self, name: str) -> str | None:
         text = WEIGHTS[name]
-        # The discrepancy that a full divergence accumulates is its own.
-        return (
-            text.replace("(0.5)", '(0.5, "divergence")')
-            if text and self.objective == FULL and "Prefix" in text
-            else text
-        )
+        # With the full vocabulary the accumulated discrepancy is the divergence.
+        if text and self.objective == FULL and "Prefix" in text:
+            return text.replace("(0.5)", '(0.5, "divergence")')
+        return text
 
 
 BLOCKS = (
     *(Block(env, EXTERNAL, SAMPLED) for env in ENVS),
     *(Block(env, SELF, FULL) for env in ENVS),
-    # For the objectives' sake: the same teacher, the other objective.
+    # To compare objectives: the same teacher, the other objective.
     *(Block(env, EXTERNAL, FULL, (ALL,)) for env in ENVS),
     *(Block(env, SELF, SAMPLED, (ALL,)) for env in ENVS),
 )
@@ -94,10 +93,12 @@ def study(lab: Lab) -> Study:
     return Study(
         "iw_opd",
         "IW-OPD: the position of a token",
-        "On the Position Bias of On-Policy Distillation, arXiv:2606.22600; the opposite for self-teachers: PW-OPSD, arXiv:2605.21606",
-        "Late tokens of a rollout that has drifted are said to be taught badly: the first 30 % of the tokens train as well as all of them, the last 30 % "
-        "hardly at all, and weights by the discrepancy accumulated before a token learn faster. Does that hold where position means nothing (`chain`), and "
-        "where the first token decides (`plan`)?",
+        "On the Position Bias of On-Policy Distillation, arXiv:2606.22600; the opposite for self-teachers: "
+        "PW-OPSD, arXiv:2605.21606",
+        "Late tokens of a rollout that has drifted are said to be taught badly: the first 30 % of the "
+        "tokens train as well as all of them, the last 30 % hardly at all, and weights by the discrepancy "
+        "accumulated before a token learn faster. Does that hold where position means nothing (`chain`), "
+        "and where the first token decides (`plan`)?",
         sentences(config_of(lab, "chain"), design),
         [claim for block in main for claim in position_claims(trials[block], block)]
         + objective_claims(trials),
@@ -113,9 +114,11 @@ def study(lab: Lab) -> Study:
 
 
 NOTES = [
-    "AdamW divides out a constant factor of the loss, so a mean weight above 1 does not make its steps longer; only the clip of the gradient's norm sees it. "
-    "`MeanOne` is kept as the control that the paper's plain gradient steps would need.",
-    "The answers are 10 and 13 tokens long, the paper's thousands: accumulated discrepancy has little room to grow.",
+    "AdamW divides out a constant factor of the loss, so a mean weight above 1 does not make its steps "
+    "longer; only the clip of the gradient's norm sees it. `MeanOne` is kept as the control that the "
+    "paper's plain gradient steps would need.",
+    "The answers are 10 and 13 tokens long, the paper's thousands: accumulated discrepancy has little room "
+    "to grow.",
 ]
 
 
@@ -124,7 +127,10 @@ def config_of(lab: Lab, env: str, **changes: Any) -> TrainConfig:
 
 
 def external_teachers(lab: Lab, envs: Sequence[str]) -> dict[str, str]:
-    """The directory of the other model of each environment: one for all students, warm-started further than they are, `plan`'s on right plans almost alone."""
+    """Return the directory of each environment's external teacher, one for all students.
+
+    Its warm start is longer than theirs; that of `plan` has correct plans almost alone.
+    """
     configs = {
         env: config_of(
             lab, env, **(TEACHERS[env] if not lab.quick else {"warm_share": TEACHERS[env]["warm_share"]})
@@ -136,13 +142,14 @@ def external_teachers(lab: Lab, envs: Sequence[str]) -> dict[str, str]:
     for folder in folders.values():
         if not folder.exists():
             raise FileNotFoundError(
-                f"{folder}: expected the teacher that a cell in {lab.folder} made; the cache has lost it, so start with another directory"
+                f"{folder}: expected the teacher that a cell in {lab.folder} made; "
+                "the cache has lost it, so start with another directory"
             )
     return {env: str(folder) for env, folder in folders.items()}
 
 
 def settings_of(lab: Lab, block: Block, folder: str) -> TrainConfig:
-    """What the block's arms share; `folder` holds the other model."""
+    """Return the settings of the block's arms; `folder` holds the external teacher."""
     if block.teacher == SELF:
         return config_of(lab, block.env, objective=block.objective)
     return config_of(
@@ -157,7 +164,7 @@ def settings_of(lab: Lab, block: Block, folder: str) -> TrainConfig:
 
 
 def trained_blocks(lab: Lab, blocks: Sequence[Block], folders: dict[str, str], design: Design) -> Trials:
-    """Every arm of every block, at its block's rate."""
+    """Train every arm of every block, at its block's rate."""
     bases = {block: settings_of(lab, block, folders[block.env]) for block in blocks}
     rates = best_rates(lab, bases, design)
     cells = [(block, arm, seed) for block in blocks for arm in block.arms() for seed in range(design.seeds)]
@@ -173,10 +180,11 @@ def trained_blocks(lab: Lab, blocks: Sequence[Block], folders: dict[str, str], d
 
 
 def best_rates(lab: Lab, bases: dict[Block, TrainConfig], design: Design) -> dict[Block, float]:
-    """For each block the rate that serves `all` and IW-OPD best on average."""
+    """Return each block's best rate in the average of `all` and IW-OPD."""
     if len(design.rates) == 1:
         return dict.fromkeys(bases, design.rates[0])
-    seed = design.TUNING - design.TUNING % design.warm_seeds  # of the first base model
+    # A seed of the first base model.
+    seed = design.TUNING - design.TUNING % design.warm_seeds
     tried = [
         (block, rate, arm)
         for block in bases
@@ -190,7 +198,11 @@ def best_rates(lab: Lab, bases: dict[Block, TrainConfig], design: Design) -> dic
     scores: dict[tuple[Block, float], float] = dict.fromkeys(((block, rate) for block, rate, _ in tried), 0.0)
     for (block, rate, _), result in zip(tried, results, strict=True):
         scores[block, rate] += result["held_out_accuracy_after"]
-    return {block: max(design.rates, key=lambda rate, block=block: scores[block, rate]) for block in bases}
+
+    def best(block: Block) -> float:
+        return max(design.rates, key=lambda rate: scores[block, rate])
+
+    return {block: best(block) for block in bases}
 
 
 def seeded(base: TrainConfig, arm: Arm, rate: float, seed: int, design: Design) -> TrainConfig:
@@ -232,7 +244,10 @@ def objective_claims(trials: Trials) -> list[Claim]:
     for env, teacher in dict.fromkeys((env, teacher) for env, teacher, _ in whole):
         full, sampled = (whole[env, teacher, objective] for objective in (FULL, SAMPLED))
         gain = difference(after(full), after(sampled))
-        text = f"{env}, {TEACHER_WORDS[teacher]} as teacher: the full vocabulary teaches more than the sampled tokens"
+        text = (
+            f"{env}, {TEACHER_WORDS[teacher]} as teacher: "
+            "the full vocabulary teaches more than the sampled tokens"
+        )
         claims.append(
             Claim(text, "held-out accuracy after, full less sampled, all tokens", gain, graded_ahead(gain))
         )
@@ -240,7 +255,7 @@ def objective_claims(trials: Trials) -> list[Claim]:
 
 
 def against_all(trained: dict[str, Trained], block: Block) -> Table:
-    """Accuracy and forgetting, with each arm's difference from equal weights, seed by seed."""
+    """Make a table of accuracy and forgetting, with each arm's paired difference from equal weights."""
     table = outcomes(f"Accuracy and forgetting: {block.name}", trained)
     gaps = [str(difference(after(arm), after(trained[ALL]))) for arm in trained.values()]
     return Table(
@@ -253,12 +268,16 @@ def against_all(trained: dict[str, Trained], block: Block) -> Table:
 def sentences(base: TrainConfig, design: Design) -> list[str]:
     weights = ", ".join(f"{name} `{text}`" for name, text in WEIGHTS.items() if text)
     return [
-        f"{base.steps} steps of {base.prompts_per_step} prompts with {base.group_size} answers each in every arm, no rehearsal; {design.seeds} seeds on "
-        f"{design.warm_seeds} base models per environment. `chain`: 12 running sums; `plan`: a plan, then 8 running sums that follow from it.",
-        f"Weights: none (`{ALL}`), {weights}. With the full vocabulary the discrepancy is the token's divergence.",
-        "Another model as teacher, without a privileged context, with sampled tokens as in IW-OPD: one for all students, warm-started to "
-        f"{TEACHERS['chain']['warm_accuracy']:g} accuracy; that of `plan` saw right plans almost alone. The self-teacher reads the environment's feedback and "
-        "siblings that succeeded, with the full vocabulary as in SDPO.",
-        f"Learning rate: one of {', '.join(f'{rate:g}' for rate in design.rates)} per environment, teacher and objective, the one that serves `{ALL}` and "
-        f"`{IW}` best on average on a seed that is not reported; not one per weighting, which would cost three times the runs.",
+        f"{base.steps} steps of {base.prompts_per_step} prompts with {base.group_size} answers each in "
+        f"every arm, no rehearsal; {design.seeds} seeds on {design.warm_seeds} base models per environment. "
+        "`chain`: 12 running sums; `plan`: a plan, then 8 running sums that follow from it.",
+        f"Weights: none (`{ALL}`), {weights}. With the full vocabulary the discrepancy is the token's "
+        "divergence.",
+        "Another model as teacher, without a privileged context, with sampled tokens as in IW-OPD: one for "
+        f"all students, warm-started to {TEACHERS['chain']['warm_accuracy']:g} accuracy; that of `plan` saw "
+        "right plans almost alone. The self-teacher reads the environment's feedback and siblings that "
+        "succeeded, with the full vocabulary as in SDPO.",
+        f"Learning rate: one of {', '.join(f'{rate:g}' for rate in design.rates)} per environment, teacher "
+        f"and objective, the one that serves `{ALL}` and `{IW}` best on average on a seed that is not "
+        "reported; not one per weighting, which would cost three times the runs.",
     ]

@@ -1,9 +1,10 @@
-"""The predictive law (arXiv:2605.30070) on `secret_op`: does the gap of a context before training predict what training with it brings?"""
+"""Test on `secret_op` whether a context's gap predicts the improvement with it (arXiv:2605.30070)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,52 +26,42 @@ from opsd_kernels.train.studies.probe import (
 from opsd_kernels.train.studies.statistics import Estimate, difference, estimate, graded_ahead, graded_equal
 from opsd_kernels.train.studies.study import Claim, Panel, Series, Study, Table
 
-BASE = {
-    "steps": 80, "prompts_per_step": 32, "group_size": 4, "rehearsal_prompts": 8, "eval_samples": 600, "eval_every": 10_000, "checkpoint_every": 10_000,
-    "samples_kept": 0, "tensorboard": False,
+BASE: dict[str, Any] = {
+    "steps": 80, "prompts_per_step": 32, "group_size": 4, "rehearsal_prompts": 8, "eval_samples": 600,
+    "eval_every": 10_000, "checkpoint_every": 10_000, "samples_kept": 0, "tensorboard": False,
 }  # fmt: skip
-QUICK = {
+QUICK: dict[str, Any] = {
     "steps": 3, "prompts_per_step": 4, "group_size": 3, "rehearsal_prompts": 2, "eval_samples": 24,
-    "tiny_hidden": 16, "tiny_layers": 1, "tiny_heads": 2, "warm_accuracy": 2e-4, "warm_batch": 32, "warm_max_steps": 200,
+    "tiny_hidden": 16, "tiny_layers": 1, "tiny_heads": 2, "warm_accuracy": 2e-4, "warm_batch": 32,
+    "warm_max_steps": 200,
 }  # fmt: skip
-FEEDBACK = (
-    "answer",
-    "first",
-    "first_two",
-    "last",
-    "marks",
-    "wrong",
-    "corrupted",
-)  # `other` misleads as `corrupted` does, and is left out for time
+# `other` misleads as `corrupted` does, and is left out for time.
+FEEDBACK = ("answer", "first", "first_two", "last", "marks", "wrong", "corrupted")
 CONTEXTS = (
     *(Arm(kind, {"feedback": kind, "siblings": False}) for kind in FEEDBACK),
     Arm("siblings", {"feedback": "none"}),
 )
-MAIN, SMALLER, SMALLEST = (
-    96,
-    64,
-    48,
-)  # tiny_hidden; with 128 the warm start was still on its plateau (4 %) after 1850 steps
+# tiny_hidden. With 128 the warm start was still on its plateau (4 %) after 1850 steps.
+MAIN, SMALLER, SMALLEST = 96, 64, 48
 RATES = (5e-4,)
 DESIGNS = {MAIN: Design(5, 3, RATES), SMALLER: Design(1, 1, RATES), SMALLEST: Design(1, 1, RATES)}
-PROBE_SEED, PROBE_SAMPLES = (
-    2000,
-    1000,
-)  # no run has this seed: the gap's scatter is not that of a run's own first measurement
+# No run has this seed, so that the gap is independent of a run's first measurement.
+PROBE_SEED, PROBE_SAMPLES = 2000, 1000
 LEAST_R2, MARGIN = 0.9, 0.05
-NEAR_FLOOR, LEAST_SHARE, WINDOW = 0.05, 1 / 600, 5  # an accuracy, one answer of those that measure it, steps
+# An accuracy, one answer of those that measure it, and steps.
+NEAR_FLOOR, LEAST_SHARE, WINDOW = 0.05, 1 / 600, 5
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One size of model: runs by context, and each context's probe (as JSON) for the base model of each run."""
+    """One size of model: the runs by context, and each context's probe (JSON) per base model of a run."""
 
     hidden: int
     trained: dict[str, Trained]
     probes: dict[str, list[Result]]
 
     def points(self, gap: str = "gap") -> list[Point]:
-        """A point per context, the mean over its runs."""
+        """Return a point per context, the mean over its runs."""
         return [
             Point(name, float(np.mean(self.probed(name, gap))), float(np.mean(runs.gains())), len(runs.runs))
             for name, runs in self.trained.items()
@@ -107,8 +98,9 @@ def study(lab: Lab) -> Study:
         "law",
         "A predictive law: the gap before training and the improvement after",
         "A Predictive Law for On-Policy Self-Distillation From World Feedback, arXiv:2605.30070",
-        "The self-teacher with its context is right more often than its student. Does that gap, measured before training, say what training with the context "
-        "will bring, as a straight line over contexts, and for contexts and sizes of model that the line has not seen?",
+        "The self-teacher with its context is right more often than its student. Does that gap, measured "
+        "before training, say what training with the context will bring, as a straight line over contexts, "
+        "and for contexts and sizes of model that the line has not seen?",
         sentences(lab.quick),
         claims(measured, laws, plain),
         [
@@ -127,23 +119,27 @@ def study(lab: Lab) -> Study:
 
 
 NOTES = [
-    "A first run had half the steps at twice the rate, 40 at 0.001, on the same base models: R^2 .475, .752 without `corrupted`, error on a context that was "
-    "left out .186 against .212 of the others' mean. This is the second, with the outcome of the first known.",
-    "The line is one of equal steps, rollouts and learning rate: a budget of its own, not the end of training. With another budget it has another slope.",
-    "Feedback is told to failures alone, so the second try is the same for all contexts without siblings, and subtracting it moves them without bending "
-    "their line. It parts them from the contexts with siblings, where right answers are drawn again too and a second try gains less.",
-    "`corrupted` is the right answer with one digit changed. The teacher repeats it and is as wrong as if it knew nothing; yet each digit is right in two "
-    "attempts of three. The gap counts whole answers and misses that, while the student is taught token by token.",
-    "The contexts are of one task, and several are parts of the same answer: they are fewer independent ones than they look.",
+    "A first run had half the steps at twice the rate, 40 at 0.001, on the same base models: R^2 .475, .752 "
+    "without `corrupted`, error on a context that was left out .186 against .212 of the others' mean. This "
+    "is the second, with the outcome of the first known.",
+    "The line is one of equal steps, rollouts and learning rate: a budget of its own, not the end of "
+    "training. With another budget it has another slope.",
+    "Feedback is told to failures alone, so the second try is the same for all contexts without siblings, "
+    "and subtracting it moves them without bending their line. It parts them from the contexts with "
+    "siblings, where right answers are drawn again too and a second try gains less.",
+    "`corrupted` is the right answer with one digit changed. The teacher repeats it and is as wrong as if "
+    "it knew nothing; yet each digit is right in two attempts of three. The gap counts whole answers and "
+    "misses that, while the student is taught token by token.",
+    "The contexts are of one task, and several are parts of the same answer: they are fewer independent "
+    "ones than they look.",
 ]
 
 
 def config_of(hidden: int, quick: bool) -> TrainConfig:
     if not quick:
         return TrainConfig(**BASE, tiny_hidden=hidden)
-    return TrainConfig(
-        **{**BASE, **QUICK, "tiny_hidden": {MAIN: QUICK["tiny_hidden"], SMALLER: 12, SMALLEST: 8}[hidden]}
-    )
+    tiny = {MAIN: QUICK["tiny_hidden"], SMALLER: 12, SMALLEST: 8}
+    return TrainConfig(**{**BASE, **QUICK, "tiny_hidden": tiny[hidden]})
 
 
 def design_of(hidden: int, quick: bool) -> Design:
@@ -151,7 +147,7 @@ def design_of(hidden: int, quick: bool) -> Design:
 
 
 def measure(lab: Lab, base: TrainConfig, contexts: Sequence[Arm], design: Design) -> Measured:
-    """Runs and gaps of all contexts. The base models are made with the runs."""
+    """Measure the runs and gaps of all contexts. The base models are made with the runs."""
     samples = base.eval_samples if lab.quick else PROBE_SAMPLES
     configs = [
         [replace(base, seed=PROBE_SEED, warm_seed=warm, **context.settings) for context in contexts]
@@ -162,7 +158,7 @@ def measure(lab: Lab, base: TrainConfig, contexts: Sequence[Arm], design: Design
         Cell(f"{__name__}:probe_cell", {"configs": [asdict(config) for config in row], "samples": samples})
         for row in configs
     ]
-    found = lab.run("gaps", cells)
+    found: list[Any] = lab.run("gaps", cells)
     probes = {
         context.name: [found[seed % design.warm_seeds][place] for seed in range(design.seeds)]
         for place, context in enumerate(contexts)
@@ -171,7 +167,7 @@ def measure(lab: Lab, base: TrainConfig, contexts: Sequence[Arm], design: Design
 
 
 def probe_cell(arguments: dict[str, Any], folder: Path) -> list[Result]:
-    """The gaps of several contexts on one base model."""
+    """Measure the gaps of several contexts on one base model."""
     from opsd_kernels.train.records.log import Progress
 
     configs = [TrainConfig(**config) for config in arguments["configs"]]
@@ -179,43 +175,51 @@ def probe_cell(arguments: dict[str, Any], folder: Path) -> list[Result]:
 
 
 def sentences(quick: bool) -> list[str]:
-    base, main, others = (
-        config_of(MAIN, quick),
-        design_of(MAIN, quick),
-        [size for size in DESIGNS if size != MAIN],
-    )
+    base, main = config_of(MAIN, quick), design_of(MAIN, quick)
+    others = [size for size in DESIGNS if size != MAIN]
     return [
-        f"`{base.env}`: {base.steps} steps of {base.prompts_per_step} prompts with {base.group_size} answers each for every context, learning rate "
-        f"{main.rates[0]:g} for all: the law compares contexts, not rates. {base.rehearsal_prompts} prompts of `+` are rehearsed in each step.",
-        "Contexts: seven kinds of feedback without siblings (`other` is left out for time), and a right sibling alone.",
-        f"Hidden size {MAIN}: {main.seeds} seeds on {main.warm_seeds} base models. Hidden size {' and '.join(map(str, others))}: "
-        f"{design_of(others[0], quick).seeds} seed each, so their points scatter more. Every base model stops at {base.warm_accuracy:.0%} without a context.",
-        "Gap: accuracy of the teacher with its context less that of a second try, in which the student answers again without a context exactly where the "
-        f"teacher answers; {base.eval_samples if quick else PROBE_SAMPLES} answers to held-out problems before training, with a seed that no run has. "
-        "Plain gap: teacher less student.",
-        f"Improvement: held-out accuracy after less before, {base.eval_samples} answers each, the mean over the seeds. One point per context.",
-        "Intervals of R^2, slopes, intercepts and rank correlations are bootstraps over contexts, those of a context's improvement over its runs.",
+        f"`{base.env}`: {base.steps} steps of {base.prompts_per_step} prompts with {base.group_size} "
+        f"answers each for every context, learning rate {main.rates[0]:g} for all: the law compares "
+        f"contexts, not rates. {base.rehearsal_prompts} prompts of `+` are rehearsed in each step.",
+        "Contexts: seven kinds of feedback without siblings (`other` is left out for time), and a right "
+        "sibling alone.",
+        f"Hidden size {MAIN}: {main.seeds} seeds on {main.warm_seeds} base models. Hidden size "
+        f"{' and '.join(map(str, others))}: {design_of(others[0], quick).seeds} seed each, so their points "
+        f"scatter more. Every base model stops at {base.warm_accuracy:.0%} without a context.",
+        "Gap: accuracy of the teacher with its context less that of a second try, in which the student "
+        "answers again without a context exactly where the teacher answers; "
+        f"{base.eval_samples if quick else PROBE_SAMPLES} answers to held-out problems before training, "
+        "with a seed that no run has. Plain gap: teacher less student.",
+        f"Improvement: held-out accuracy after less before, {base.eval_samples} answers each, the mean over "
+        "the seeds. One point per context.",
+        "Intervals of R^2, slopes, intercepts and rank correlations are bootstraps over contexts, those of "
+        "a context's improvement over its runs.",
     ]
 
 
 def over_contexts(statistic: Callable[..., np.ndarray], *sets: Sequence[Point]) -> Estimate:
-    """`statistic` of gaps and improvements, of one list of points or of several with the same contexts, and its bootstrap interval over contexts."""
+    """Estimate a statistic of gaps and improvements, with its bootstrap interval over contexts.
+
+    `sets` are one or more lists of points with the same contexts.
+    """
     values = [array for points in sets for array in coordinates(points)]
 
-    def of(places: np.ndarray, axis: int = -1) -> np.ndarray:  # all resamples at once, along the first axis
+    # All resamples at once, along the first axis.
+    def of(places: np.ndarray, axis: int = -1) -> np.ndarray:
         return statistic(*(array[places.astype(int)] for array in values))
 
     return estimate(range(len(sets[0])), of)
 
 
 def rank_correlation(gaps: np.ndarray, gains: np.ndarray) -> np.ndarray:
-    """Spearman's."""
+    """Return Spearman's rank correlation."""
     slope, _, explained = line(rankdata(gaps, axis=-1), rankdata(gains, axis=-1))
     return np.sign(slope) * np.sqrt(explained)
 
 
 def claims(measured: dict[int, Measured], laws: dict[int, Law], plain: dict[int, Law]) -> list[Claim]:
     law, points = laws[MAIN], measured[MAIN].points()
+    all_sizes = line(*coordinates([point for one in measured.values() for point in one.points()]))
     r2 = over_contexts(lambda gaps, gains: line(gaps, gains)[2], points)
     mean = float(np.mean([point.improvement for point in points]))
     without = [abs(point.improvement - mean) * len(points) / (len(points) - 1) for point in points]
@@ -231,7 +235,8 @@ def claims(measured: dict[int, Measured], laws: dict[int, Law], plain: dict[int,
     start = over_contexts(lambda gaps, gains: line(gaps, gains)[1], points)
     return [
         Claim(
-            "The gap before training predicts the improvement linearly (reported R^2 .95 to .99 over about six contexts)",
+            "The gap before training predicts the improvement linearly (reported R^2 .95 to .99 over about "
+            "six contexts)",
             f"R^2 over {len(points)} contexts, hidden {MAIN}; graded against {LEAST_R2:g}",
             r2,
             graded_ahead(
@@ -254,10 +259,11 @@ def claims(measured: dict[int, Measured], laws: dict[int, Law], plain: dict[int,
         ),
         Claim(
             "The line holds across sizes of model",
-            f"slope at hidden {MAIN} less slope at {smallest}; equal means within a quarter of the slope at {MAIN}, {abs(law.slope) / 4:.3f}",
+            f"slope at hidden {MAIN} less slope at {smallest}; "
+            f"equal means within a quarter of the slope at {MAIN}, {abs(law.slope) / 4:.3f}",
             turned,
             graded_equal(turned, abs(law.slope) / 4),
-            f"one line through all sizes: R^2 {line(*coordinates([point for one in measured.values() for point in one.points()]))[2]:.3f}",
+            f"one line through all sizes: R^2 {all_sizes[2]:.3f}",
         ),
         harm(measured[MAIN], "wrong", "A context without information does harm (not the paper's)"),
         harm(measured[MAIN], "corrupted", "A context that misleads does harm (not the paper's)"),
@@ -293,10 +299,8 @@ def contexts_table(main: Measured, law: Law) -> Table:
     ]
     rows = []
     for point, left in sorted(zip(law.points, law.left_out, strict=True), key=lambda pair: -pair[0].gap):
-        runs, shares = (
-            main.trained[point.context],
-            [probe["answered"] for probe in main.probes[point.context]],
-        )
+        runs = main.trained[point.context]
+        shares = [probe["answered"] for probe in main.probes[point.context]]
         means = [
             f"{np.mean(main.probed(point.context, name)):.3f}"
             for name in ("student", "teacher", "second_try", "plain_gap", "gap")
@@ -353,7 +357,7 @@ def fits_table(measured: dict[int, Measured], laws: dict[int, Law], plain: dict[
 
 
 def bent_table(main: Measured) -> Table:
-    """The same gaps against the improvement on the way, and on a scale without a floor."""
+    """Relate the gaps to the improvement at earlier steps, and on a scale without a floor."""
     gaps = np.array([np.mean(main.probed(name, "gap")) for name in main.trained])
     steps = main.trained["answer"].runs[0]["steps"]
 
@@ -364,7 +368,7 @@ def bent_table(main: Measured) -> Table:
     rows = [
         row(
             f"reward of {WINDOW} training steps up to step {last}, less accuracy before",
-            lambda run, last=last: rewarded(run, last),
+            partial(rewarded, last=last),
         )
         for last in (max(1, steps * quarter // 4) for quarter in (1, 2, 3, 4))
     ]
@@ -382,10 +386,8 @@ def bent_table(main: Measured) -> Table:
 
 
 def rewarded(run: Result, last: int) -> float:
-    return (
-        float(np.mean([reward for _, reward in run["curves"]["reward"]][max(0, last - WINDOW) : last]))
-        - run["held_out_accuracy_before"]
-    )
+    rewards = [reward for _, reward in run["curves"]["reward"]][max(0, last - WINDOW) : last]
+    return float(np.mean(rewards)) - run["held_out_accuracy_before"]
 
 
 def log_odds(run: Result, when: str) -> float:
@@ -394,16 +396,17 @@ def log_odds(run: Result, when: str) -> float:
 
 
 def floor(main: Measured) -> str:
-    """How many contexts had nothing left to lose."""
+    """Describe how many contexts left the student near zero."""
     low = [
         f"`{name}`"
         for name, runs in main.trained.items()
         if np.mean(runs.values("held_out_accuracy_after")) < NEAR_FLOOR
     ]
     return (
-        f"{len(low)} of {len(main.trained)} contexts left the student below {NEAR_FLOOR:.0%} ({', '.join(low) or 'none'}): nothing is left to lose there, "
-        "and the line bends. Two attempts to mend it: *Improvement measured otherwise* has the "
-        "same runs at earlier steps and in log-odds, *Lines* the fit without the context that is farthest from the line of the others."
+        f"{len(low)} of {len(main.trained)} contexts left the student below {NEAR_FLOOR:.0%} "
+        f"({', '.join(low) or 'none'}): nothing is left to lose there, and the line bends. Two attempts to "
+        "mend it: *Improvement measured otherwise* has the same runs at earlier steps and in log-odds, "
+        "*Lines* the fit without the context that is farthest from the line of the others."
     )
 
 
@@ -423,7 +426,7 @@ def sizes_table(measured: dict[int, Measured]) -> Table:
 
 
 def dotted(law: Law) -> Series:
-    """A line as points, for a panel of points."""
+    """Return a line as points, for a panel of points."""
     gaps = [point.gap for point in law.points]
     along = np.linspace(min(gaps), max(gaps), 50)
     name = f"{law.slope:.2f} gap {law.intercept:+.2f}, R^2 {law.r2:.2f}"
@@ -432,8 +435,9 @@ def dotted(law: Law) -> Series:
 
 def scattered(one: Measured, gap: str = "gap") -> Series:
     points, spans = one.points(gap), [estimate(runs.gains()) for runs in one.trained.values()]
-    spots = [array.tolist() for array in coordinates(points)]
-    return Series(f"hidden {one.hidden}", *spots, [span.low for span in spans], [span.high for span in spans])
+    gaps, gains = (array.tolist() for array in coordinates(points))
+    lows, highs = [span.low for span in spans], [span.high for span in spans]
+    return Series(f"hidden {one.hidden}", gaps, gains, lows, highs)
 
 
 def points_panel(gap: str, measured: dict[int, Measured], laws: dict[int, Law]) -> Panel:
@@ -456,7 +460,11 @@ def left_out_panel(laws: dict[int, Law]) -> Panel:
         )
         for hidden in sorted(laws)
     ]
-    everywhere = [place for one in series for place in one.x + one.y]
+    everywhere = [
+        place
+        for law in laws.values()
+        for place in (*law.left_out, *(point.improvement for point in law.points))
+    ]
     same = np.linspace(min(everywhere), max(everywhere), 50).tolist()
     series.append(Series("equal", same, same))
     return Panel(

@@ -1,4 +1,4 @@
-"""MOPD (arXiv:2605.12652) on `secret_op`: what sibling answers in the teacher's view are worth, and whether its scores know right from wrong."""
+"""Test MOPD (arXiv:2605.12652) on `secret_op`: siblings in the context, and the teacher's scores."""
 
 from __future__ import annotations
 
@@ -38,12 +38,13 @@ from opsd_kernels.train.studies.statistics import (
 from opsd_kernels.train.studies.study import Claim, Panel, Study, Table
 from opsd_kernels.train.types import Rollout
 
-BASE = {
+BASE: dict[str, Any] = {
     "env": "secret_op", "context": "positive", "feedback": "none", "rehearsal_prompts": 0,
     "steps": 120, "lr_warmup_steps": 5, "prompts_per_step": 16, "group_size": 8, "eval_every": 40,
-    "probe_samples": 128, "eval_samples": 512, "checkpoint_every": 10_000, "samples_kept": 0, "tensorboard": False,
+    "probe_samples": 128, "eval_samples": 512, "checkpoint_every": 10_000, "samples_kept": 0,
+    "tensorboard": False,
 }  # fmt: skip
-QUICK = {
+QUICK: dict[str, Any] = {
     "steps": 2, "prompts_per_step": 4, "eval_every": 1, "probe_samples": 8, "eval_samples": 16,
     "tiny_hidden": 16, "tiny_layers": 1, "tiny_heads": 2, "warm_accuracy": 2e-4, "warm_batch": 32,
 }  # fmt: skip
@@ -62,7 +63,8 @@ ALONE = "no context"
 VIEWS = {**{arm.name: arm.settings for arm in ARMS}, ALONE: {"context": "none"}}
 SCORES = ("teacher", "teacher less student")
 MEASURES = ("spearman", "auc", "auc_in_group")
-RANKED_GROUPS, RANKED = 256, 15  # prompts, and the stream of random numbers
+# Prompts, and the stream of random numbers.
+RANKED_GROUPS, RANKED = 256, 15
 MARGIN = 0.02
 
 
@@ -75,8 +77,9 @@ def study(lab: Lab) -> Study:
         "mopd",
         "MOPD: siblings in the teacher's view",
         "Multi-Rollout On-Policy Distillation via Peer Successes and Failures, arXiv:2605.12652",
-        "The teacher reads other answers to the same prompt: right ones to imitate, and wrong ones to avoid. Do two successes and a failure teach best, "
-        "do successes teach better than other answers in as many blocks, and does the teacher's score of a rollout agree with the verifier?",
+        "The teacher reads other answers to the same prompt: right ones to imitate, and wrong ones to "
+        "avoid. Do two successes and a failure teach best, do successes teach better than other answers in "
+        "as many blocks, and does the teacher's score of a rollout agree with the verifier?",
         sentences(base, design),
         [*arm_claims(trained), *ranking_claims(ranked)],
         [outcomes("Accuracy and forgetting", trained), costs(trained), ranking_table(ranked)],
@@ -87,23 +90,31 @@ def study(lab: Lab) -> Study:
 
 
 NOTES = [
-    "In `secret_op` a problem has one right answer, so that all successes of a group are the same string: a second one adds nothing but its repetition, and "
-    "a score may rank rollouts by comparing them with the success it reads. The paper's tasks have many right answers.",
-    "The warm start shows one or two right siblings, and a wrong one beside them in half of the examples; a failure alone and three successes it never shows.",
+    "In `secret_op` a problem has one right answer, so that all successes of a group are the same string: a "
+    "second one adds nothing but its repetition, and a score may rank rollouts by comparing them with the "
+    "success it reads. The paper's tasks have many right answers.",
+    "The warm start shows one or two right siblings, and a wrong one beside them in half of the examples; a "
+    "failure alone and three successes it never shows.",
 ]
 
 
 def sentences(base: TrainConfig, design: Design) -> list[str]:
     return [
-        f"`{base.env}`, no feedback, no rehearsal: {base.steps} steps of {base.prompts_per_step} prompts with {base.group_size} answers each in every arm, "
-        "so that siblings that succeeded are there for most rollouts. A rollout without any stays out of the loss.",
-        f"{design.seeds} seeds on {design.warm_seeds} base models that were taught to read peers. Learning rate of each arm: the best of "
-        f"{', '.join(f'{rate:g}' for rate in design.rates)} on a seed that is not reported.",
-        f"Controls: `{SHUFFLED}` and `{UNRELATED}` fill the blocks of `{TWO}`, the first with any siblings, right or wrong, the second with right answers to "
-        f"other prompts where there are any; `{THREE}` fills the blocks of `{CONTRASTIVE}`. Blocks and tokens are the same up to a token or two per answer.",
-        f"Scores: {base.group_size} answers of each base model to {RANKED_GROUPS} held-out prompts, the rollouts that all views have something to show for, "
-        f"the same ones for every view. A score is the mean of the teacher's log-probs over the answer's tokens, or of those less the student's. "
-        f"`{ALONE}`: the student's own log-probs. `in group`: mean over the groups with a right and a wrong answer.",
+        f"`{base.env}`, no feedback, no rehearsal: {base.steps} steps of {base.prompts_per_step} prompts "
+        f"with {base.group_size} answers each in every arm, so that siblings that succeeded are there for "
+        "most rollouts. A rollout without any stays out of the loss.",
+        f"{design.seeds} seeds on {design.warm_seeds} base models that were taught to read peers. Learning "
+        f"rate of each arm: the best of {', '.join(f'{rate:g}' for rate in design.rates)} on a seed that is "
+        "not reported.",
+        f"Controls: `{SHUFFLED}` and `{UNRELATED}` fill the blocks of `{TWO}`, the first with any siblings, "
+        f"right or wrong, the second with right answers to other prompts where there are any; `{THREE}` "
+        f"fills the blocks of `{CONTRASTIVE}`. Blocks and tokens are the same up to a token or two per "
+        "answer.",
+        f"Scores: {base.group_size} answers of each base model to {RANKED_GROUPS} held-out prompts, the "
+        "rollouts that all views have something to show for, the same ones for every view. A score is the "
+        "mean of the teacher's log-probs over the answer's tokens, or of those less the student's. "
+        f"`{ALONE}`: the student's own log-probs. `in group`: mean over the groups with a right and a wrong "
+        "answer.",
     ]
 
 
@@ -132,14 +143,14 @@ def arm_claims(trained: dict[str, Trained]) -> list[Claim]:
 
 
 def graded_no_worse(gain: Estimate, margin: float) -> str:
-    """The claim that a difference is not below -margin."""
+    """Grade the claim that a difference is not below -margin."""
     if gain.count < 3:
         return INCONCLUSIVE
     return REPRODUCED if gain.low > -margin else NOT_REPRODUCED if gain.high < -margin else INCONCLUSIVE
 
 
 def rankings(lab: Lab, base: TrainConfig, design: Design) -> list[Result]:
-    """One per base model and seed."""
+    """Return one ranking per base model and seed."""
     groups = 8 if lab.quick else RANKED_GROUPS
     configs = [replace(base, seed=seed, warm_seed=seed % design.warm_seeds) for seed in range(design.seeds)]
     cells = [
@@ -150,7 +161,10 @@ def rankings(lab: Lab, base: TrainConfig, design: Design) -> list[Result]:
 
 
 def ranking(arguments: dict[str, Any], folder: Path) -> Result:
-    """How scores of a base model's rollouts agree with their verdicts, by view and score. Null where all are right or all are wrong."""
+    """Measure how scores of a base model's rollouts agree with their verdicts, by context and score.
+
+    Null if all rollouts are correct, or none is.
+    """
     config = TrainConfig(**arguments["config"])
     with reproducible(config):
         task = make_task(config)
@@ -198,7 +212,7 @@ def mean_logprobs(
     config: TrainConfig,
     vocab: int,
 ) -> np.ndarray:
-    """Mean log-prob, in nats, of each rollout's tokens behind another prompt."""
+    """Return the mean log-prob, in nats, of each rollout's tokens after another prompt."""
     if not rollouts:
         return np.zeros(0)
     batch = make_batch(
@@ -214,7 +228,7 @@ def mean_logprobs(
 
 
 def agreement(scores: np.ndarray, right: Sequence[bool], groups: Sequence[int]) -> dict[str, float | None]:
-    """Spearman and AUC over all rollouts, and the mean AUC of the groups that hold both kinds."""
+    """Return Spearman and AUC over all rollouts, and the mean AUC of the groups with both verdicts."""
     if len(set(right)) < 2:
         return dict.fromkeys(MEASURES)
     members: dict[int, list[int]] = {}
@@ -222,17 +236,12 @@ def agreement(scores: np.ndarray, right: Sequence[bool], groups: Sequence[int]) 
         members.setdefault(group, []).append(index)
     mixed = [places for places in members.values() if len({right[i] for i in places}) == 2]
     within = [auc(scores[places], [right[i] for i in places]) for places in mixed]
-    return dict(
-        zip(
-            MEASURES,
-            (spearman(scores, right), auc(scores, right), float(np.mean(within)) if within else None),
-            strict=True,
-        )
-    )
+    in_group = float(np.mean(within)) if within else None
+    return dict(zip(MEASURES, (spearman(scores, right), auc(scores, right), in_group), strict=True))
 
 
 def ranked_by(ranked: Sequence[Result], view: str, score: str, measure: str) -> list[float]:
-    """NaN where it is not known."""
+    """Return a measure of every ranking, NaN if it is not known."""
     values = [result["views"][view][score][measure] for result in ranked]
     return [float("nan") if value is None else value for value in values]
 
@@ -252,7 +261,8 @@ def ranking_claims(ranked: Sequence[Result]) -> list[Claim]:
 
     return [
         ahead(
-            "The teacher's scores rank rollouts as the verifier does: better than the model without a context",
+            "The teacher's scores rank rollouts as the verifier does: better than the model without a "
+            "context",
             CONTRASTIVE,
             ALONE,
         ),
@@ -268,7 +278,8 @@ def ranking_table(ranked: Sequence[Result]) -> Table:
         for view in VIEWS
         for score in (SCORES if view != ALONE else SCORES[:1])
     ]
-    counts = f"{sum(result['rollouts'] for result in ranked)} rollouts, {sum(result['right'] for result in ranked)} of them right"
+    rollouts, right = (sum(result[name] for result in ranked) for name in ("rollouts", "right"))
+    counts = f"{rollouts} rollouts, {right} of them right"
     return Table(
         f"Scores against verdicts: {counts}", ["view", "score", "Spearman", "AUC", "AUC in group"], rows
     )
