@@ -27,7 +27,7 @@ def reproduce(paper: str, out: Path, quick: bool, workers: int, command: Sequenc
         raise ValueError(f"paper: expected one of {', '.join(PAPERS)}, got {paper!r}")
     lab = Lab(Path(out) / "cells", workers, quick, Progress())
     try:
-        study = importlib.import_module(f"opsd_kernels.train.studies.{paper}").study(lab)
+        study = importlib.import_module(f"opsd_kernels.train.studies.papers.{paper}").study(lab)
     finally:
         lab.close()
     study.facts = {
