@@ -72,7 +72,7 @@ docs: install $(DONE)/dev
 	@echo "==> docs/performance.md, docs/scaling.md, docs/sizing.md, README's table"
 	@$(PY) -m opsd_kernels.bench.pages
 	@echo "==> docs/reproduce"
-	@$(PY) -m opsd_kernels.train.reproduce.pages
+	@$(PY) -m opsd_kernels.train.studies.pages
 	@echo "==> build/site"
 	@$(PY) -m mkdocs build --strict
 

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from opsd_kernels.train import loop, step, tiny
+from opsd_kernels.train import loop, step
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.contexts import ContextTemplate
+from opsd_kernels.train.models import tiny
 
 MIB = 2**20
 SHAPE = {

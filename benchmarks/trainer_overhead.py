@@ -28,11 +28,14 @@ from transformers import GenerationMixin, PrinterCallback, TrainerCallback
 from opsd_kernels import report_json
 from opsd_kernels.bench.report.results import script_report
 from opsd_kernels.terminal import console, new_table
-from opsd_kernels.train import log, loop, objective, rollout, teacher, warmstart
+from opsd_kernels.train import loop, objective, teacher
 from opsd_kernels.train import step as steps
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.contexts import ContextTemplate
 from opsd_kernels.train.envs import make_task
+from opsd_kernels.train.models import warmstart
+from opsd_kernels.train.records import log
+from opsd_kernels.train.sampling import rollout
 
 WARM = 10  # steps before the clock starts: allocations, caches of encoded prompts
 MODEL = (

@@ -1,8 +1,10 @@
-"""On-policy distillation in TRL with the fused loss: a tiny student learns a tiny teacher's distribution. CPU, offline, under a minute.
+"""Distil on-policy in TRL with the fused loss: a tiny student learns a tiny teacher's distribution.
 
+    pip install trl opsd_kernels
     python examples/trl_distillation.py
 
-With real models the last lines are all there is to it: names instead of the models made here. `pip install trl opsd_kernels`.
+Takes under a minute on a CPU, offline. With real models only the last lines are needed: pass model names
+instead of the models made here.
 """
 
 import tempfile
@@ -19,9 +21,8 @@ from transformers import (
 )
 from trl import DistillationConfig
 
-from opsd_kernels.integrations.trl import (
-    DistillationTrainer,
-)  # instead of: from trl import DistillationTrainer
+# Instead of: from trl import DistillationTrainer
+from opsd_kernels.integrations.trl import DistillationTrainer
 
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(61))]
 
@@ -58,15 +59,15 @@ def make_model(seed: int, width: int, spread: float) -> LlamaForCausalLM:
 class Report(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_):
         if "entropy" in logs:
-            print(
-                f"step {state.global_step:3d}   reverse KL {logs['loss']:.3f} nats   student entropy {logs['entropy']:.2f} nats"
-            )
+            measured = f"reverse KL {logs['loss']:.3f} nats   student entropy {logs['entropy']:.2f} nats"
+            print(f"step {state.global_step:3d}   {measured}")
 
 
 with tempfile.TemporaryDirectory() as folder:
     config = DistillationConfig(
-        folder, beta=1.0, max_completion_length=12, per_device_train_batch_size=16, max_steps=120, learning_rate=1e-2, logging_steps=20, bf16=False,
-        use_cpu=True, report_to=[], save_strategy="no", gradient_checkpointing=False, disable_tqdm=True,
+        folder, beta=1.0, max_completion_length=12, per_device_train_batch_size=16, max_steps=120,
+        learning_rate=1e-2, logging_steps=20, bf16=False, use_cpu=True, report_to=[], save_strategy="no",
+        gradient_checkpointing=False, disable_tqdm=True,
     )  # fmt: skip
     prompts = Dataset.from_dict({"prompt": [f"w{i % 61} w{(7 * i) % 61}" for i in range(500)]})
     student, teacher = make_model(0, 64, spread=0.05), make_model(1, 64, spread=0.15)

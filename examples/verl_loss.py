@@ -1,6 +1,8 @@
-"""verl's forward_kl_topk from hidden states: a packed micro-batch with uneven sequences, a teacher that lists its 16 likeliest tokens. Seconds on a CPU.
+"""Compute verl's forward_kl_topk loss from hidden states, for a teacher that lists its 16 likeliest tokens.
 
-python examples/verl_loss.py
+    python examples/verl_loss.py
+
+The micro-batch is packed, with sequences of different lengths. Takes seconds on a CPU.
 """
 
 from types import SimpleNamespace
@@ -21,10 +23,10 @@ def nested(packed: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 whole = PROMPTS + RESPONSES
-states = torch.randn(int(whole.sum()), H)  # stands for the trunk's output
-log_probs, ids = (
-    (states @ torch.randn(H, V) / 4).log_softmax(-1).topk(K)
-)  # what a teacher's server returns, one row per token
+# Stands for the trunk's output.
+states = torch.randn(int(whole.sum()), H)
+# The response of a teacher's server, one row per token.
+log_probs, ids = (states @ torch.randn(H, V) / 4).log_softmax(-1).topk(K)
 trunk, lm_head = torch.nn.Linear(H, H), torch.nn.Linear(H, V, bias=False)
 
 data = {
@@ -51,6 +53,5 @@ for step in range(31):
     optimizer.step()
     if step % 10 == 0:
         masses = [metrics[f"distillation/{side}_mass"].item() for side in ("student", "teacher")]
-        print(
-            f"step {step:2}  loss {loss.item():.4f}  mass on the list: student {masses[0]:.3f}, teacher {masses[1]:.3f}"
-        )
+        listed = f"mass on the list: student {masses[0]:.3f}, teacher {masses[1]:.3f}"
+        print(f"step {step:2}  loss {loss.item():.4f}  {listed}")

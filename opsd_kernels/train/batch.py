@@ -1,12 +1,13 @@
-"""Rollouts -> padded tensors. The student's and the teacher's prompts differ in length; row (b, t) of either side predicts the same token.
+"""Turn rollouts into padded tensors.
 
-Simplification: padding lies on the right and no attention mask is passed, since a causal model's valid rows cannot see what follows them.
+Prompts of student and teacher differ in length; row (b, t) of either side predicts the same token.
+
+Simplification: padding is on the right, where a causal model's valid rows cannot see it; no attention mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,15 +26,19 @@ def make_batch(
     advantages: Sequence[float] | None = None,
     separators: frozenset[int] = frozenset(),
 ) -> Batch:
-    """The rollouts of the loss and the teacher's prompt of each, None where the teacher has no view. Raises ValueError without any."""
+    """Build a batch from rollouts and the teacher's prompt of each, None for a rollout that is not distilled.
+
+    Raises ValueError without rollouts, or if the two differ in number.
+    """
     if not rollouts or len(rollouts) != len(teacher_prompts):
         raise ValueError(
-            f"rollouts: expected at least one, and a teacher prompt for each, got {len(rollouts)} and {len(teacher_prompts)} prompts"
+            "rollouts: expected at least one, and a teacher prompt for each, "
+            f"got {len(rollouts)} and {len(teacher_prompts)} prompts"
         )
     completions = [rollout.tokens for rollout in rollouts]
     labels_BT = completion_labels(completions)
     student = align([rollout.prompt_tokens for rollout in rollouts], completions, pad)
-    # Without a view the teacher's row is computed on the student's prompt and weighs nothing.
+    # A rollout that is not distilled puts the student's prompt in the teacher's row, whose weight is zero.
     views = [
         rollout.prompt_tokens if view is None else view
         for rollout, view in zip(rollouts, teacher_prompts, strict=True)
@@ -42,18 +47,15 @@ def make_batch(
     advantages_B = (
         torch.zeros(len(rollouts)) if advantages is None else torch.tensor(advantages, dtype=torch.float32)
     )
-    # A segment starts behind a separator.
+    # A segment starts after a separator.
     boundaries_BT = torch.nn.functional.pad(
         torch.isin(labels_BT, torch.tensor(sorted(separators), dtype=torch.int64))[:, :-1], (1, 0)
     )
-    sides = [
-        Sequences(side.tokens_BL.to(device), side.rows_BT.to(device))
-        for side in (student, align(views, completions, pad))
-    ]
-    tensors = [t.to(device) for t in (labels_BT, labels_BT != IGNORE)]
     return Batch(
-        *sides,
-        *tensors,
+        student.to(device),
+        align(views, completions, pad).to(device),
+        labels_BT.to(device),
+        (labels_BT != IGNORE).to(device),
         tuple(rollouts),
         distilled_B.to(device),
         advantages_B.to(device),
@@ -62,7 +64,7 @@ def make_batch(
 
 
 def advantages(rollouts: Sequence[Rollout], normalize_std: bool) -> list[float]:
-    """GRPO's, one per rollout in their order; a group is what answers the same prompt of the step."""
+    """Return GRPO's advantages, one per rollout in their order. A group answers one prompt of the step."""
     rewards: dict[int, list[float]] = {}
     for rollout in rollouts:
         rewards.setdefault(rollout.group, []).append(rollout.verdict.reward)
@@ -73,37 +75,46 @@ def advantages(rollouts: Sequence[Rollout], normalize_std: bool) -> list[float]:
     return [float(next(of_group[rollout.group])) for rollout in rollouts]
 
 
-def completion_labels(completions: Sequence[tuple[int, ...]]) -> Tensor:  # -> (B, T)
-    """The completions' tokens, -100 after the end."""
+def completion_labels(completions: Sequence[tuple[int, ...]]) -> Tensor:
+    """Shape (B, T): the completions' tokens, -100 after the end."""
     return _padded(completions, IGNORE)
 
 
 def align(prompts: Sequence[tuple[int, ...]], completions: Sequence[tuple[int, ...]], pad: int) -> Sequences:
-    """Prompt + completion in one row each, and the positions whose hidden states predict the completion."""
+    """Join prompt and completion into rows, with the positions whose hidden states predict the completion."""
     tokens_BL = _padded(
         [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)], pad
     )
     first_B1 = torch.tensor([len(prompt) - 1 for prompt in prompts])[:, None]
     mask_BT = completion_labels(completions) != IGNORE
-    # The last prompt token predicts the first completion token, hence len - 1. Masked rows point at 0, a row that exists.
+    # The last prompt token predicts the first completion token, hence len - 1. Masked rows read position 0.
     rows_BT = (first_B1 + torch.arange(mask_BT.shape[1])) * mask_BT
-    return Sequences(tokens_BL[:, :-1].contiguous(), rows_BT)  # nothing follows the last token
+    # The last token predicts nothing.
+    return Sequences(tokens_BL[:, :-1].contiguous(), rows_BT)
 
 
 def micro_batches(batch: Batch, size: int) -> Iterator[Batch]:
-    """Slices of at most `size` rollouts, at the widths of the whole batch."""
+    """Yield slices of at most `size` rollouts, padded to the widths of the whole batch."""
     for start in range(0, batch.size, size):
         part = slice(start, start + size)
-        sides = {"student": _slice(batch.student, part), "teacher": _slice(batch.teacher, part)}
-        names = ("labels_BT", "mask_BT", "rollouts", "distilled_B", "advantages_B", "boundaries_BT")
-        old = None if batch.old_logprobs_BT is None else batch.old_logprobs_BT[part]
-        yield replace(
-            batch, **sides, **{name: getattr(batch, name)[part] for name in names}, old_logprobs_BT=old
+        yield Batch(
+            _slice(batch.student, part),
+            _slice(batch.teacher, part),
+            batch.labels_BT[part],
+            batch.mask_BT[part],
+            batch.rollouts[part],
+            batch.distilled_B[part],
+            batch.advantages_B[part],
+            batch.boundaries_BT[part],
+            None if batch.old_logprobs_BT is None else batch.old_logprobs_BT[part],
         )
 
 
-def completion_hidden(hidden_BLH: Tensor, rows_BT: Tensor) -> Tensor:  # (B, L, H), (B, T) -> (B, T, H)
-    """The hidden states that predict the completion's tokens."""
+def completion_hidden(
+    hidden_BLH: Tensor,  # (B, L, H)
+    rows_BT: Tensor,  # (B, T)
+) -> Tensor:
+    """Shape (B, T, H): the hidden states that predict the completion's tokens."""
     return hidden_BLH.gather(1, rows_BT[..., None].expand(-1, -1, hidden_BLH.shape[-1]))
 
 

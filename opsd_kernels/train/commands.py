@@ -1,4 +1,7 @@
-"""The subcommands of `opsd` that train. torch and transformers are imported inside them, so that `opsd --help` stays quick."""
+"""The training subcommands of `opsd`.
+
+They import torch and transformers inside, so that `opsd --help` stays quick.
+"""
 
 from __future__ import annotations
 
@@ -35,22 +38,25 @@ def train(
 ) -> None:
     """Train a model on its own answers.
 
-    The teacher is the model itself, with feedback on the answer in view. Without CONFIG and --set, the defaults learn on a CPU in minutes.
+    The teacher is the model itself with feedback on the answer in its prompt. The defaults, without CONFIG
+    and --set, learn on a CPU in minutes.
     """
     if resume and out is None:
         fail("--resume: expected --out DIR, the run to continue, got none")
+    claimed = out / "config.json" if resume and out is not None else None
     with one_line(ModuleNotFoundError):
         needs_extra("train", "transformers", "safetensors", "matplotlib")
     from .config import ConfigError, load_config
     from .types import CheckpointError, NonFiniteLoss
 
     with one_line(ValueError, TypeError, OSError):
-        recorded = out / "config.json" if resume and (out / "config.json").is_file() else None
+        recorded = claimed if claimed is not None and claimed.is_file() else None
         parsed = load_config(config or recorded, overrides or [])
     if write_config is not None:
         write_settings(parsed, write_config)
         return
-    from . import loop  # after the settings: a typo in a key need not wait for transformers
+    # After the settings, so that a typo in a key is reported before transformers loads.
+    from . import loop
 
     out = out or new_run_directory(parsed.env)
     try:
@@ -65,8 +71,11 @@ def train(
 
 
 def write_settings(config: TrainConfig, path: Path) -> None:
-    """Never over a file that is there: it may hold comments of its owner's."""
-    from .config_file import commented_yaml
+    """Write the settings to a new file.
+
+    An existing one is never overwritten: it may hold the user's comments.
+    """
+    from .config.commented_file import commented_yaml
 
     if path.suffix not in (".yaml", ".yml"):
         fail(f"--write-config: expected a file that ends in .yaml, got {path}")
@@ -76,14 +85,14 @@ def write_settings(config: TrainConfig, path: Path) -> None:
 
 
 def new_run_directory(env_name: str) -> Path:
-    """runs/<environment>-<time>; a second run in the same second gets a number."""
+    """Return runs/<environment>-<time>, with a number appended if that exists."""
     stem = Path("runs") / f"{env_name}-{datetime.now():%Y%m%d-%H%M%S}"
     candidates = [stem, *(stem.with_name(f"{stem.name}-{i}") for i in range(2, 100))]
     return next(path for path in candidates if not path.exists())
 
 
 def resume_command(out: Path) -> str:
-    """What to type to go on; the program as it was called, since .venv/bin need not be on the PATH."""
+    """Return the command that resumes a run, with the program as called if `opsd` is not on the PATH."""
     program = "opsd" if shutil.which("opsd") else sys.argv[0]
     return shlex.join([program, "train", "--out", str(out), "--resume"])
 
@@ -108,7 +117,7 @@ def reproduce(
     """
     with one_line(ModuleNotFoundError):
         needs_extra("train", "transformers", "safetensors", "matplotlib", "scipy")
-    from .reproduce import command
+    from .studies import command
 
     out = out or Path("runs") / f"reproduce-{paper}{'-quick' if quick else ''}"
     with one_line(ValueError):
@@ -126,12 +135,12 @@ def report(
 ) -> None:
     """Draw the curves of a run, and a page of its curves, tables and samples.
 
-    The page is one file without scripts that loads nothing. A run in progress can be looked at as often as wanted.
+    The page is one file without scripts or requests. The run may still be in progress.
     """
     with one_line(ModuleNotFoundError):
         needs_extra("train", "matplotlib")
-    from . import report as reports
-    from .report_page import page
+    from .records import report as reports
+    from .records.report_page import page
 
     out = out or run / "report.html"
     with one_line(OSError):
@@ -174,17 +183,17 @@ def probe(
 ) -> None:
     """Measure what a context is worth before training.
 
-    The gap is the self-teacher's accuracy less that of a second try without the context. It predicts, by the law of the runs that it was fitted to,
-    what training will bring.
+    The gap is the self-teacher's accuracy minus that of a second try without the context. A law fitted to
+    finished runs predicts the improvement by training from it.
     """
     if fit and (overrides or contexts or law):
         fail("--fit: expected directories of runs alone, got --set, --context or --law beside it")
     if not fit and len(paths or []) > 1:
-        fail(f"CONFIG: expected one file, got {len(paths)}; directories of runs go with --fit")
+        fail(f"CONFIG: expected one file, got {len(paths or [])}; directories of runs go with --fit")
     with one_line(ModuleNotFoundError):
         needs_extra("train", "transformers", "safetensors", "matplotlib", "scipy")
-    from . import probe as probing
     from .config import load_config
+    from .studies import probe as probing
 
     with one_line(ValueError, TypeError, OSError):
         if fit:
@@ -228,7 +237,8 @@ def discover(
 ) -> None:
     """Search for first right answers at test time.
 
-    The model learns from the feedback on its failures at one hard question, beside best-of-k and a multi-turn prompt with as many attempts.
+    The model learns from the feedback on its failures at one hard question. Best-of-k and a multi-turn prompt
+    get as many attempts.
     """
     with one_line(ModuleNotFoundError):
         needs_extra("train", "transformers", "safetensors", "matplotlib")
@@ -237,7 +247,7 @@ def discover(
 
     with one_line(ValueError, TypeError, OSError):
         parsed = load_config(config, overrides or ([] if config else ["env=mastermind"]))
-    from . import discover_run
+    from .studies import discover_run
 
     budget = discover_run.Budget(attempts, batch, window)
     try:

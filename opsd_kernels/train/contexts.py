@@ -1,12 +1,14 @@
-"""The privileged view: what the teacher is told that the student is not.
+"""Build the teacher's contexts: privileged information in its prompt that the student does not see.
 
-`sdpo`, eq. 1 of arXiv:2601.20802: the problem, a *correct* answer of the same group if there is one other than this rollout, the environment's feedback
-if this attempt failed, and the instruction to solve. The failed attempt itself is not shown, unless the feedback quotes it.
-`positive`, `contrastive`, `failure`, MOPD (arXiv:2605.12652): right siblings to imitate, the same and wrong ones to avoid, wrong ones alone; feedback
-beside them if the environment gives any. A rollout with nothing to show has no context and stays out of the loss.
-`none`: the teacher sees what the student sees (ordinary on-policy distillation), and every rollout is in the loss.
+- `sdpo`, eq. 1 of arXiv:2601.20802: the problem, a *correct* answer of the same group if there is one other
+  than this rollout, the environment's feedback if this attempt failed, and the instruction to solve. The
+  failed attempt itself is not shown, unless the feedback quotes it.
+- `positive`, `contrastive`, `failure`, MOPD (arXiv:2605.12652): correct siblings to imitate, correct and
+  wrong ones, wrong ones alone; plus the environment's feedback, if any.
+- `none`: the teacher has the student's prompt (on-policy distillation), and every rollout is in the loss.
 
-A control keeps the number of blocks of a view and replaces what is in them by answers of about as many tokens.
+A rollout with nothing to show has no context and stays out of the loss. A control keeps the number of blocks
+of a context and replaces their answers by others of about as many tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,13 +29,15 @@ from opsd_kernels.train.types import Context, Rollout
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROBE = "0"  # a text that every chat template keeps as it is
-RIGHT, WRONG, INSTEAD = 1, 2, 3  # streams of random numbers
+# A text that every chat template leaves unchanged.
+PROBE = "0"
+# Streams of random numbers.
+RIGHT, WRONG, INSTEAD = 1, 2, 3
 
 
 @dataclass(frozen=True)
 class ContextTemplate:
-    """How the blocks of the teacher's user turn open and close."""
+    """Opening and closing texts of the blocks in the teacher's user turn."""
 
     demonstration: tuple[str, str] = ("<solution>\nA correct solution:\n", "\n</solution>")
     failure: tuple[str, str] | None = ("<failure>\nAn unsuccessful attempt, to be avoided:\n", "\n</failure>")
@@ -45,7 +49,10 @@ class ContextTemplate:
 
     @classmethod
     def words(cls, instruction: str, failures: bool) -> ContextTemplate:
-        """Nothing but the markers, each one token of the tiny tokenizer, which has those of failures only if it is to read some."""
+        """Return a template of markers alone, each one token of the tiny tokenizer.
+
+        Without `failures` the tokenizer has no markers for them.
+        """
         return cls(
             ("<solution>", "</solution>"),
             ("<failure>", "</failure>") if failures else None,
@@ -59,12 +66,12 @@ class ContextTemplate:
         )
 
     def markers(self) -> tuple[str, ...]:
-        """The strings whose appearance inside a block could end it or open another."""
+        """Return the strings that could end a block or open another if they appeared inside it."""
         lines = (line.strip() for block in self.blocks() for side in block for line in side.splitlines())
         return tuple(line for line in lines if line.startswith("<"))
 
     def render(self, problem: str, context: Context | None, markers: Sequence[str]) -> str:
-        """The user turn. Without a context it is the problem alone; the texts in the blocks are neutralised."""
+        """Return the user turn: the problem, then the context's blocks with their texts neutralised."""
         if context is None or context == Context():
             return problem
         blocks = [(self.demonstration, text) for text in context.demonstrations] + [
@@ -81,18 +88,20 @@ class ContextTemplate:
 
 
 def build_contexts(rollouts: Sequence[Rollout], config: TrainConfig, *key: int) -> list[Context | None]:
-    """A context per rollout, None where there is nothing to show. `key` (seed, step) and the rollout's place decide every draw."""
+    """Return a context per rollout, None if there is nothing to show.
+
+    `key` (seed, step) and the rollout's (group, sample) decide every draw.
+    """
     if config.context == "none":
         return [Context() for _ in rollouts]
-    # Sorted, so that a draw means the same rollout in whatever order they come.
+    # Sorted, so that a draw selects the same rollout in any order of the input.
     pool = sorted(rollouts, key=lambda rollout: (rollout.group, rollout.sample))
     groups: dict[int, list[Rollout]] = {}
     for rollout in pool:
         groups.setdefault(rollout.group, []).append(rollout)
     places = np.array([(rollout.group, rollout.sample) for rollout in rollouts], dtype=np.uint64)
-    keys = seeds.mix(
-        *key, places[:, :1], places[:, 1:], np.array([RIGHT, WRONG, INSTEAD])
-    ).tolist()  # all at once: one by one they took 3 % of a step
+    # All keys in one call: one by one they took 3 % of a step.
+    keys = seeds.mix(*key, places[:, :1], places[:, 1:], np.array([RIGHT, WRONG, INSTEAD])).tolist()
     contexts: list[Context | None] = []
     for rollout, draws in zip(rollouts, keys, strict=True):
         right, wrong = _siblings(rollout, groups[rollout.group], config, draws)
@@ -106,7 +115,7 @@ def build_contexts(rollouts: Sequence[Rollout], config: TrainConfig, *key: int) 
 def _siblings(
     mine: Rollout, group: Sequence[Rollout], config: TrainConfig, draws: Sequence[int]
 ) -> tuple[list[Rollout], list[Rollout]]:
-    """Right and wrong answers of the rollout's group, other than itself, as many as the view shows. Drawn at random."""
+    """Draw correct and wrong siblings of a rollout, as many as the context shows."""
     counts = {
         "sdpo": (int(config.siblings), 0),
         "positive": (config.successes, 0),
@@ -116,7 +125,7 @@ def _siblings(
     successes, failures = counts[config.context]
     others = [peer for peer in group if peer.sample != mine.sample]
     right = _draw([peer for peer in others if peer.verdict.success], successes, draws[0])
-    # A contrast needs something to imitate: without a success there is none.
+    # A contrast needs a correct answer.
     wanted = failures if right or config.context == "failure" else 0
     return right, _draw([peer for peer in others if not peer.verdict.success], wanted, draws[1])
 
@@ -124,7 +133,7 @@ def _siblings(
 def _controlled(
     mine: Rollout, right: list[Rollout], wrong: list[Rollout], pool: Sequence[Rollout], control: str, key: int
 ) -> tuple[list[Rollout], list[Rollout]]:
-    """The same number of blocks with other answers in them."""
+    """Apply the control: keep the number of blocks, replace the answers in them."""
     if control == "none":
         return right, wrong
     siblings = [peer for peer in pool if peer.group == mine.group and peer.sample != mine.sample]
@@ -138,31 +147,24 @@ def _controlled(
             len(wrong),
             key,
         ), []
-    replaced = [
-        _nearest(
-            strangers,
-            block,
-            lambda peer, like=block: peer.verdict.success == like.verdict.success,
-            key,
-            index,
-        )
-        for index, block in enumerate(right + wrong)
-    ]
+    replaced = [_nearest(strangers, block, key, index) for index, block in enumerate(right + wrong)]
     return replaced[: len(right)], replaced[len(right) :]
 
 
-def _nearest(
-    candidates: Sequence[Rollout], block: Rollout, fits: Callable[[Rollout], bool], *key: int
-) -> Rollout:
-    """A random one of those whose length is nearest to the block's, in tokens; one that fits if there is any, the block itself without a candidate."""
-    among = [peer for peer in candidates if fits(peer)] or list(candidates) or [block]
+def _nearest(candidates: Sequence[Rollout], block: Rollout, *key: int) -> Rollout:
+    """Draw a candidate among those of the length nearest to the block's, in tokens.
+
+    Candidates with the block's verdict are preferred; without any candidate the block itself is returned.
+    """
+    alike = [peer for peer in candidates if peer.verdict.success == block.verdict.success]
+    among = alike or list(candidates) or [block]
     least = min(abs(len(peer.tokens) - len(block.tokens)) for peer in among)
     closest = [peer for peer in among if abs(len(peer.tokens) - len(block.tokens)) == least]
     return closest[seeds.pick(len(closest), *key)]
 
 
 def _draw(items: Sequence[Rollout], count: int, key: int) -> list[Rollout]:
-    """`count` different ones, or all there are."""
+    """Draw `count` different items, or all if there are fewer."""
     if not items or count == 0:
         return []
     if count == 1:
@@ -171,10 +173,11 @@ def _draw(items: Sequence[Rollout], count: int, key: int) -> list[Rollout]:
 
 
 def neutralise(text: str, markers: Sequence[str]) -> str:
-    """`text` in which no marker appears: a space after a marker's first character breaks it.
+    """Break every marker in `text` by a space after its first character.
 
-    Capitals, compatibility forms (NFKC) and invisible characters hide no marker, since a tokenizer may fold them away. Repeated until none is left,
-    since a break may complete another marker. A text without markers stays as it is.
+    Markers are also found in other case, in compatibility forms (NFKC) and with invisible characters inside,
+    since a tokenizer may fold those away. Repeated until none is left, since a break may complete another
+    marker. A text without markers is returned unchanged.
     """
     pattern = _pattern(tuple(markers))
     plain = "".join(
@@ -198,12 +201,12 @@ def _pattern(markers: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def forbidden_markers(tokenizer: PreTrainedTokenizerBase, template: ContextTemplate) -> tuple[str, ...]:
-    """Every string that means something to the tokenizer, the chat template or the blocks."""
+    """Return every string with a meaning to the tokenizer, the chat template or the blocks."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
     frame = tokenizer.apply_chat_template(
         [{"role": "user", "content": PROBE}], tokenize=False, add_generation_prompt=True
     )
-    pieces = [piece.strip() for piece in frame.split(PROBE)]
+    pieces = [piece.strip() for piece in str(frame).split(PROBE)]
     candidates = [*added, *tokenizer.all_special_tokens, *pieces, *template.markers()]
-    # A single character cannot be broken in two, and ends no block; nor do the runs of spaces that some tokenizers hold.
+    # A single character cannot be broken, and ends no block; nor do the runs of spaces in some tokenizers.
     return tuple(sorted({marker for marker in candidates if len(marker) > 1 and marker.strip()}))

@@ -1,8 +1,11 @@
-"""The whole story of a run, top to bottom.
+"""Run a training from its configuration to its summary.
 
-Deliberate simplifications: `updates_per_batch` repeats the whole batch, it does not cut it; the learning rate is constant
-after its warm-up; the teacher's forward runs in the same micro-batches as the student's, again for every update; no mixed precision beyond the dtype of
-the weights.
+Read this file from top to bottom; `one_step` is the method. Deliberate simplifications:
+
+- `updates_per_batch` repeats the whole batch instead of cutting it into parts.
+- The learning rate is constant after its warm-up.
+- The teacher's forward runs in the same micro-batches as the student's, again for every update.
+- There is no mixed precision beyond the dtype of the weights.
 """
 
 from __future__ import annotations
@@ -22,23 +25,27 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opsd_kernels.train import checkpoint, evaluate, models, report, report_page, seeds, sharding, warmstart
+from opsd_kernels.train import seeds
 from opsd_kernels.train import step as steps
 from opsd_kernels.train.batch import advantages, make_batch
-from opsd_kernels.train.checkpoint import RunState
 from opsd_kernels.train.config import ConfigError, TrainConfig
 from opsd_kernels.train.contexts import build_contexts
-from opsd_kernels.train.durable import write_file
+from opsd_kernels.train.distributed import sharding
+from opsd_kernels.train.distributed.ranks import Ranks, joined
 from opsd_kernels.train.envs import make_task
 from opsd_kernels.train.envs.base import Task
-from opsd_kernels.train.log import MetricsLog, Progress, Scalars, offset_after
-from opsd_kernels.train.prompts import PromptEncoder
-from opsd_kernels.train.ranks import Ranks, joined
-from opsd_kernels.train.rollout import Sampler, make_engine, requests
-from opsd_kernels.train.samples import sample_lines, samples_due
+from opsd_kernels.train.models import pretrained, warmstart
+from opsd_kernels.train.records import checkpoint, report, report_page
+from opsd_kernels.train.records.checkpoint import RunState
+from opsd_kernels.train.records.durable import write_file
+from opsd_kernels.train.records.log import MetricsLog, Progress, Scalars, offset_after
+from opsd_kernels.train.records.samples import sample_lines, samples_due
+from opsd_kernels.train.sampling import evaluate
+from opsd_kernels.train.sampling.prompts import PromptEncoder
+from opsd_kernels.train.sampling.rollout import Sampler, make_engine, requests
 from opsd_kernels.train.session import graceful_interrupt, open_run_directory, reproducible
 from opsd_kernels.train.step import Rehearsal, Trainer
-from opsd_kernels.train.teacher import make_reference, make_teacher
+from opsd_kernels.train.teacher import Teacher, make_reference, make_teacher
 from opsd_kernels.train.types import (
     Batch,
     Context,
@@ -49,17 +56,18 @@ from opsd_kernels.train.types import (
     TrainingInterrupted,
 )
 
-PROMPTS, CONTEXTS, ROLLOUTS, REHEARSAL = 11, 12, 13, 14  # streams of random numbers
+# Streams of random numbers.
+PROMPTS, CONTEXTS, ROLLOUTS, REHEARSAL = 11, 12, 13, 14
 
 
 def train(config: TrainConfig, out: Path, resume: bool = False) -> dict[str, Any]:
-    """Trains, or continues the run in `out`; returns what summary.json holds.
+    """Train, or continue the run in `out`; return the contents of summary.json.
 
-    Raises RunDirectoryError (a FileExistsError) if `out` holds another run, FileNotFoundError if there is nothing to resume, TrainingInterrupted
-    (a KeyboardInterrupt) on Ctrl-C, NonFiniteLoss on a loss that is inf or NaN (a checkpoint lies in `out` then), and ConfigError for a model or a
-    device that is not there.
+    Raises RunDirectoryError (a FileExistsError) if `out` holds another run, FileNotFoundError if there is
+    nothing to resume, TrainingInterrupted (a KeyboardInterrupt) on Ctrl-C, NonFiniteLoss if the loss is inf
+    or NaN (`out` holds a checkpoint then), and ConfigError if the model or the device does not exist.
     """
-    models.check_machine(config)
+    pretrained.check_machine(config)
     task, out = make_task(config), Path(out)
     with joined(config.device) as ranks, reproducible(config), tempfile.TemporaryDirectory() as scratch:
         progress = Progress() if ranks.first else Progress(Console(quiet=True))
@@ -80,7 +88,7 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> dict[str, Any
 
 @dataclass
 class Run:
-    """A run in progress: what is fixed, and the state that every step changes."""
+    """A run in progress: its settings and files, and the state that every step changes."""
 
     config: TrainConfig
     out: Path
@@ -91,11 +99,15 @@ class Run:
     log: MetricsLog
     samples: MetricsLog
     scalars: Scalars
-    started: float  # clock at which this process began, less the seconds that earlier ones spent
+    # Clock time at the start of this process, minus the seconds spent by the processes before it.
+    started: float
     ranks: Ranks
 
     def save(self) -> None:
-        """Called by all ranks: the first one writes, and what is sharded is gathered for it."""
+        """Write a checkpoint from rank 0.
+
+        This is a collective call: sharded tensors are gathered on that rank.
+        """
         self.ranks.on_first_asking(
             self._write, lambda name: checkpoint.part(self.state, name, self.ranks.first)
         )
@@ -115,17 +127,21 @@ class Run:
 
 
 def prepare(config: TrainConfig, task: Task, out: Path, progress: Progress, ranks: Ranks, logs: Path) -> Run:
-    """The state of the newest checkpoint, or a new one: base model, teacher, optimiser, and the measurements before training. This rank logs into `logs`."""
+    """Build the state of a run, or restore its newest checkpoint. This rank writes its logs into `logs`.
+
+    A new run measures its accuracies before training and saves its first checkpoint here.
+    """
     started = time.monotonic()
     if config.rehearsal_prompts and not task.rehearsal:
         raise ConfigError(
-            f"rehearsal_prompts: expected 0, as {config.env} has no problems to rehearse, got {config.rehearsal_prompts}"
+            f"rehearsal_prompts: expected 0, as {config.env} has no problems to rehearse, "
+            f"got {config.rehearsal_prompts}"
         )
     saved = ranks.first_then_all(lambda: checkpoint.latest(out / "checkpoint", progress.say))
-    model, tokenizer = models.load_student(
+    model, tokenizer = pretrained.load_student(
         ranks.first_then_all(lambda: base_of(config, task, progress, saved)), saved, config
     )
-    vocab = models.vocabulary(tokenizer)
+    vocab = pretrained.vocabulary(tokenizer)
     teacher = make_teacher(
         model,
         config,
@@ -133,7 +149,8 @@ def prepare(config: TrainConfig, task: Task, out: Path, progress: Progress, rank
         ranks,
     )
     reference = make_reference(model, config, teacher, ranks)
-    model = sharding.place(model, config, ranks)  # after its copies: a sharded model cannot be copied
+    # After the copies for teacher and reference: a sharded model cannot be copied.
+    model = sharding.place(model, config, ranks)
     state = RunState(model, tokenizer, teacher, reference, steps.make_optimizer(model, config), 0, {})
     encoder = PromptEncoder(tokenizer, task.template)
     sampler = Sampler(
@@ -155,7 +172,7 @@ def prepare(config: TrainConfig, task: Task, out: Path, progress: Progress, rank
     scalars = Scalars(logs / "tensorboard", config.tensorboard and ranks.first, state.step + 1)
     run = Run(config, out, progress, task, sampler, state, log, kept, scalars, started, ranks)
     if saved is None:
-        # The gap between the two first numbers predicts what training will bring (arXiv:2605.30070).
+        # The gap between the first two numbers predicts the improvement by training (arXiv:2605.30070).
         state.facts |= {f"{name}_before": value for name, value in measure(run, config.eval_samples).items()}
         known = {name: value for name, value in measured(state.facts, "_before").items() if value is not None}
         progress.say(
@@ -166,7 +183,7 @@ def prepare(config: TrainConfig, task: Task, out: Path, progress: Progress, rank
 
 
 def base_of(config: TrainConfig, task: Task, progress: Progress, saved: Path | None = None) -> str | Path:
-    """Where the base model lies; a checkpoint that holds a whole model needs none."""
+    """Return the path or name of the base model. A checkpoint that holds a whole model needs none."""
     if config.model != "tiny" or (saved is not None and not config.lora_rank):
         return config.model
     return warmstart.base_model(config, task, progress)
@@ -175,7 +192,10 @@ def base_of(config: TrainConfig, task: Task, progress: Progress, saved: Path | N
 def external_teacher(
     config: TrainConfig, task: Task, tokenizer: PreTrainedTokenizerBase, progress: Progress
 ) -> PreTrainedModel | None:
-    """The other model, if the teacher is one. `tiny` is warm-started like the student's base, until it has `teacher_accuracy`."""
+    """Load the external teacher, or return None.
+
+    `tiny` gets the student's warm start, up to `teacher_accuracy`.
+    """
     if config.teacher_model is None:
         return None
     source: str | Path = config.teacher_model
@@ -183,13 +203,13 @@ def external_teacher(
         source = warmstart.base_model(
             dataclasses.replace(config, warm_accuracy=config.teacher_accuracy), task, progress
         )
-    model, theirs = models.load_pretrained(source, config)
-    models.check_same_vocabulary(tokenizer, theirs)
+    model, theirs = pretrained.load_pretrained(source, config)
+    pretrained.check_same_vocabulary(tokenizer, theirs)
     return model
 
 
 def run_steps(run: Run) -> None:
-    """Steps until the last one, with a checkpoint now and then, and one on the way out."""
+    """Run the remaining steps, with a checkpoint every `checkpoint_every` steps and one on interruption."""
     config, state = run.config, run.state
     with (
         graceful_interrupt(run.progress) as interrupted,
@@ -222,15 +242,16 @@ def run_steps(run: Run) -> None:
                 run.save()
             if stopping and state.step < config.steps:
                 raise TrainingInterrupted(
-                    f"stopped after step {state.step} of {config.steps}; the state is saved, --resume continues"
+                    f"stopped after step {state.step} of {config.steps}; "
+                    "the state is saved, --resume continues"
                 )
 
 
 def one_step(run: Run) -> StepMetrics:
-    """Sample, verify, give the teacher its contexts, distil; returns the line of metrics.jsonl."""
+    """Sample, verify, build the teacher's contexts, distil; return the step's line of metrics.jsonl."""
     began = time.monotonic()
     config, state, number = run.config, run.state, run.state.step + 1
-    # The student answers, the world judges; the teacher's view of each answer follows from the judgement. What is rehearsed is sampled along.
+    # Sample and score rollouts, then build each teacher context from the verdict. Rehearsal shares the batch.
     asked = requests(
         prompts_of_step(run, run.task.train, config.prompts_per_step, PROMPTS), config.group_size
     )
@@ -243,11 +264,13 @@ def one_step(run: Run) -> StepMetrics:
     rollouts, rehearsed = answers[: len(asked)], answers[len(asked) :]
     contexts = build_contexts(rollouts, config, config.seed, CONTEXTS, state.step)
 
-    # Both sides score the student's own tokens; the teacher with its context in front of them.
+    # Both sides score the student's tokens; the teacher's prompt also contains the context.
     batch, update = batch_of_step(config, run.sampler, rollouts, contexts), None
     metrics = {"step": number, **steps.rollout_metrics(rollouts, contexts)}
     if batch is not None:
-        rehearsal = rehearse(run, rehearsed, metrics) if state.reference is not None else None
+        rehearsal = None
+        if state.reference is not None:
+            rehearsal = rehearse(run, state.reference, rehearsed, metrics)
         update = steps.update_on(
             Trainer(state.model, state.teacher, state.optimizer, run.sampler.vocab, run.ranks),
             batch,
@@ -262,7 +285,7 @@ def one_step(run: Run) -> StepMetrics:
         for line in sample_lines(number, rollouts, contexts, batch, update, run.sampler.encoder, config):
             run.samples.write(line)
     seconds = time.monotonic() - began
-    # Only these two may differ between a run and its repetition.
+    # Only these two differ between a run and its repetition.
     metrics |= {"seconds": seconds, "tokens_per_second": metrics["completion_tokens"] / seconds}
     if torch.cuda.is_initialized():
         metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
@@ -274,7 +297,10 @@ def one_step(run: Run) -> StepMetrics:
 def batch_of_step(
     config: TrainConfig, sampler: Sampler, rollouts: list[Rollout], contexts: list[Context | None]
 ) -> Batch | None:
-    """The rollouts that have a view of the teacher, and with a policy gradient the others too. None without any."""
+    """Return the rollouts of the loss as a batch, or None if there are none.
+
+    Without a policy gradient only rollouts with a teacher context are in the loss.
+    """
     gains = advantages(rollouts, config.advantage_std) if config.policy_weight else [0.0] * len(rollouts)
     kept = [i for i, context in enumerate(contexts) if context is not None or config.policy_weight > 0]
     if not kept:
@@ -296,17 +322,18 @@ def batch_of_step(
     )
 
 
-def rehearse(run: Run, rollouts: list[Rollout], metrics: StepMetrics) -> Rehearsal:
-    """Answers to prompts of the skills to keep. What the model would have said before the run is their target: no verdict, no context."""
+def rehearse(run: Run, reference: Teacher, rollouts: list[Rollout], metrics: StepMetrics) -> Rehearsal:
+    """Return the batch of rehearsal answers.
+
+    Their target is the model before the run: no verdict, no context.
+    """
     metrics["rehearsal_reward"] = sum(rollout.verdict.reward for rollout in rollouts) / len(rollouts)
     views = [rollout.prompt_tokens for rollout in rollouts]
-    return Rehearsal(
-        make_batch(rollouts, views, run.sampler.pad_token, run.config.device), run.state.reference
-    )
+    return Rehearsal(make_batch(rollouts, views, run.sampler.pad_token, run.config.device), reference)
 
 
 def prompts_of_step(run: Run, problems: Sequence[int], count: int, stream: int) -> list[Prompt]:
-    """The next prompts of an endless walk through the problems, shuffled anew in every epoch."""
+    """Return the next `count` prompts of an endless walk through the problems, reshuffled in every epoch."""
     places = range(run.state.step * count, (run.state.step + 1) * count)
     chosen = [
         problems[
@@ -319,12 +346,15 @@ def prompts_of_step(run: Run, problems: Sequence[int], count: int, stream: int) 
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(count: int, *key: int) -> list[int]:
-    """Kept, as mixing the 8000 problems of an epoch anew took 1.6 % of every step. Not to be changed by the caller."""
+    """Return the order of an epoch's problems; callers must not modify it.
+
+    Cached: shuffling the 8000 problems of an epoch in every step took 1.6 % of its time.
+    """
     return seeds.shuffled(range(count), *key)
 
 
 def measure(run: Run, samples: int) -> dict[str, float | None]:
-    """Accuracy of the student and of its teacher on held-out problems, and the skill that the run does not practise."""
+    """Measure student and teacher on held-out problems, and the student on the skill that is not trained."""
     state, task, seed = run.state, run.task, run.config.seed
     return {
         "held_out_accuracy": evaluate.accuracy(run.sampler, state.model, task, task.held_out, samples, seed),
@@ -340,13 +370,13 @@ def measured(facts: dict[str, Any], suffix: str) -> dict[str, Any]:
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """The measurements after training, summary.json, curves.png, report.html and the table."""
+    """Measure after training; write summary.json, curves.png and report.html; print the table."""
     facts = run.state.facts
     after = {f"{name}_after": value for name, value in measure(run, run.config.eval_samples).items()}
     summary = {**facts, **after, "steps": run.state.step, "seconds": time.monotonic() - run.started}
     if not run.ranks.first:
         return summary
-    # summary.json comes last: it marks a run as complete, and a run that was killed here is finished again on resume.
+    # summary.json comes last: it marks a run as complete. A run killed before it repeats `finish` on resume.
     record = report.read_run(run.out, summary)
     report.draw_curves(run.out / "curves.png", record.metrics)
     write_file(run.out / "report.html", report_page.page(record))

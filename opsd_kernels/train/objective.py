@@ -1,10 +1,11 @@
-"""The loss of one micro-batch: a divergence between the student's and the teacher's next-token distributions at the student's own tokens, a policy
-gradient at the same tokens, or a convex mix of both.
+"""Compute the loss of one micro-batch at the student's own tokens.
 
-Two trunk forwards give hidden states; `linear_policy_divergence` takes them and the two heads. Logits are never held. `policy_weight=1` needs no teacher:
-there `linear_logprobs` takes one trunk and one head.
+The loss is a divergence between the student's and the teacher's next-token distributions, a policy gradient,
+or a convex mix of both. Two trunk forwards give hidden states; `linear_policy_divergence` takes them and the
+two heads, so logits are never stored. `policy_weight=1` needs no teacher: `linear_logprobs` takes one trunk
+and one head.
 
-Simplification: log-probs and ratios are those at `distill_temperature`, for the rollout policy and the present one alike.
+Simplification: log-probs and ratios of the rollout policy and the current one are at `distill_temperature`.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ from opsd_kernels.integrations.transformers import Head
 from opsd_kernels.objectives import Mix, OnPolicyDistillation, PPOClip, linear_policy_divergence
 from opsd_kernels.train.batch import IGNORE
 from opsd_kernels.train.config import TrainConfig
-from opsd_kernels.train.models import hidden_states
+from opsd_kernels.train.config.weight_text import TokenData, parse_weights
+from opsd_kernels.train.models.pretrained import hidden_states
 from opsd_kernels.train.teacher import Teacher
 from opsd_kernels.train.types import Batch, Totals
-from opsd_kernels.train.weight_text import TokenData, parse_weights
 from opsd_kernels.weights import Given, ImportanceRatio
 
 
 def needs_old_logprobs(config: TrainConfig) -> bool:
-    """Whether the loss reads a ratio to the policy that sampled: after the first update on a batch it is no longer 1."""
+    """True if the loss reads a ratio to the policy that sampled. It differs from 1 after the first update."""
     return config.updates_per_batch > 1 or "ImportanceRatio" in (config.token_weights or "")
 
 
 @functools.cache
 def plain(config: TrainConfig) -> TrainConfig:
-    """The full divergence to a teacher and nothing else: what rehearsal uses."""
+    """Return the settings of rehearsal: the full divergence to a teacher and nothing else."""
     return replace(
         config,
         policy_weight=0.0,
@@ -53,9 +54,9 @@ def plain(config: TrainConfig) -> TrainConfig:
 def step_loss(
     student: PreTrainedModel, teacher: Teacher, batch: Batch, config: TrainConfig, totals: Totals, vocab: int
 ) -> tuple[Tensor, TokenStats]:
-    """This micro-batch's part of the step's loss, in nats, and the statistics of its tokens.
+    """Return this micro-batch's part of the step's loss, in nats, and the statistics of its tokens.
 
-    `totals` count the whole optimisation step, so that the parts add up to what one batch would give.
+    `totals` count the whole optimisation step, so that the parts add up to the loss of one large batch.
     """
     ppo = PPOClip(batch.advantages_B[:, None], batch.old_logprobs_BT, config.clip_low, config.clip_high)
     if config.policy_weight == 1:
@@ -68,40 +69,30 @@ def step_loss(
         **_reduction(config, totals),
         **mine.options("student"),
         **theirs.options("teacher"),
-    }
-    options |= {
         "divergence": config.divergence,
         "beta": config.beta,
         "temperature": config.distill_temperature,
-        "vocab_size": _padded(vocab, mine, theirs),
-    }
-    options |= {
         "teacher_temperature": config.teacher_temperature,
         "teacher_mix": teacher.mix,
+        "vocab_size": _padded(vocab, mine, theirs),
         "labels": batch.labels_BT,
         "ignore_index": IGNORE,
-    }
-    options |= {
         "entry_clip": config.entry_clip,
         "token_clip": config.token_clip,
         "topk": config.topk,
+        "topk_support": config.topk_support,
+        "topk_tail": config.topk_tail,
         "return_stats": True,
         "backend": config.backend,
     }
-    options |= {"topk_support": config.topk_support, "topk_tail": config.topk_tail}
     op: Callable[..., Any] = linear_divergence
     if config.objective == "sampled_token":
         distilled = OnPolicyDistillation(
             config.token_reward, config.reward_strength, config.reward_clip, weights
         )
+        shares = ((config.policy_weight, ppo), (1 - config.policy_weight, distilled))
         options |= {
-            "policy": Mix(
-                tuple(
-                    (share, term)
-                    for share, term in ((config.policy_weight, ppo), (1 - config.policy_weight, distilled))
-                    if share
-                )
-            ),
+            "policy": Mix(tuple((share, term) for share, term in shares if share)),
             "policy_weight": 1.0,
         }
         op = linear_policy_divergence
@@ -115,12 +106,12 @@ def step_loss(
 
 
 @torch.no_grad()
-def sampling_logprobs(
-    student: PreTrainedModel, batch: Batch, config: TrainConfig, vocab: int
-) -> Tensor:  # -> (B, T)
-    """Log-probs, in nats, of the batch's tokens under the student as it is now."""
+def sampling_logprobs(student: PreTrainedModel, batch: Batch, config: TrainConfig, vocab: int) -> Tensor:
+    """Shape (B, T): log-probs, in nats, of the batch's tokens under the current student."""
     hidden, head = hidden_states(student, batch.student), Head.of(student)
-    return linear_logprobs(hidden, head.weight, batch.labels_BT, **_alone(head, config, vocab))
+    logprobs_BT = linear_logprobs(hidden, head.weight, batch.labels_BT, **_alone(head, config, vocab))
+    assert isinstance(logprobs_BT, Tensor)
+    return logprobs_BT
 
 
 def _policy_alone(
@@ -135,9 +126,8 @@ def _policy_alone(
         loss = (losses_BT.sum(1) / batch.mask_BT.sum(1)).sum() / totals.sequences
     else:
         loss = losses_BT.sum() / totals.tokens
-    nothing = torch.full_like(
-        logprobs_BT, torch.nan
-    ).detach()  # no teacher, hence neither divergence nor largest probability was computed
+    # Without a teacher neither the divergence nor the largest probability is computed.
+    nothing = torch.full_like(logprobs_BT, torch.nan).detach()
     return loss, TokenStats(
         divergence=nothing,
         student_entropy=entropy_BT.detach(),
@@ -157,7 +147,7 @@ def _alone(head: Head, config: TrainConfig, vocab: int) -> dict[str, Any]:
 
 
 def _padded(vocab: int, *heads: Head) -> int | None:
-    """`vocab_size` for the op: None where no head has rows beyond the tokenizer's."""
+    """Return `vocab_size` for the op: None if no head has rows beyond the tokenizer's."""
     smallest = min(head.weight.shape[0] for head in heads)
     return (
         None if all(head.weight.shape[0] == min(vocab, smallest) for head in heads) else min(vocab, smallest)
@@ -171,12 +161,12 @@ def _reduction(config: TrainConfig, totals: Totals) -> dict[str, Any]:
 
 
 def _part(loss: Tensor, batch: Batch, config: TrainConfig, totals: Totals) -> Tensor:
-    # `sequence_mean` knows this micro-batch only; every rollout has a token, so sizes are counts of sequences.
+    # The op's `sequence_mean` divides by the sequences of this micro-batch, all of which have a token.
     return loss * (batch.size / totals.sequences) if config.reduction == "sequence_mean" else loss
 
 
 def _token_weights(batch: Batch, config: TrainConfig, totals: Totals) -> Any:
-    """The setting's weights, the importance ratio where a batch is used more than once, and 0 for rollouts that the teacher has no view of."""
+    """Multiply the configured weights, the importance ratio of a reused batch, and 0 if not distilled."""
     factors = []
     if config.token_weights is not None:
         factors.append(
@@ -185,7 +175,7 @@ def _token_weights(batch: Batch, config: TrainConfig, totals: Totals) -> Any:
     if batch.old_logprobs_BT is not None and "ImportanceRatio" not in (config.token_weights or ""):
         factors.append(ImportanceRatio(batch.old_logprobs_BT, config.importance_clip))
     if totals.distilled_sequences < totals.sequences:
-        # Each side of a mix is a mean over its own tokens; the op divides both by the step's.
+        # Each side of a mix is a mean over its own tokens; the op divides both by the tokens of the step.
         whole, distilled = totals.tokens, totals.distilled_tokens
         if config.reduction == "sequence_mean":
             whole, distilled = totals.sequences, totals.distilled_sequences

@@ -1,4 +1,4 @@
-"""Random numbers that belong to a place (step, prompt, sample, ...), not to a moment: no order of work can change them."""
+"""Random numbers as a function of a place (step, prompt, sample, ...), in any order of computation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def mix(*parts: int | np.ndarray) -> np.ndarray:
-    """A 64-bit key for a tuple of non-negative integers; arrays broadcast. SplitMix64 after each part."""
+    """Hash a tuple of non-negative integers into a 64-bit key; arrays broadcast.
+
+    SplitMix64 after each part.
+    """
     key = np.uint64(0)
     with np.errstate(over="ignore"):
         for part in parts:
@@ -19,18 +22,18 @@ def mix(*parts: int | np.ndarray) -> np.ndarray:
 
 
 def uniforms(*parts: int | np.ndarray) -> np.ndarray:
-    """float64 in [0, 1) per key. 32 bits, so that u * total stays below total in any rounding."""
+    """Return a float64 in [0, 1) per key, of 32 bits, so that u * total rounds below total."""
     return (mix(*parts) >> np.uint64(32)).astype(np.float64) / 2.0**32
 
 
 def pick(count: int, *parts: int) -> int:
-    """An index below `count`."""
+    """Return an index below `count`."""
     return int(mix(*parts) % np.uint64(count))
 
 
 def shuffled(items: Sequence[int], *parts: int) -> list[int]:
-    """The items in an order that the key decides."""
-    # A stable sort of 64-bit keys: the same order on every platform, which numpy's generators promise only per version.
+    """Return the items in a random order given by the key."""
+    # A stable sort of 64-bit keys is the same on every platform; numpy's generators may change by version.
     order = np.argsort(mix(*parts, np.arange(len(items))), kind="stable")
     return [items[i] for i in order]
 

@@ -1,4 +1,4 @@
-"""Around a run: its directory, its seeds and threads, and Ctrl-C."""
+"""Set up the process around a run: its directory, seeds, threads, and the handling of Ctrl-C."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from opsd_kernels.train.config import TrainConfig, load_config
-from opsd_kernels.train.durable import remove_pending, write_file
-from opsd_kernels.train.log import Progress
+from opsd_kernels.train.records.durable import remove_pending, write_file
+from opsd_kernels.train.records.log import Progress
 from opsd_kernels.train.types import RunDirectoryError
 
 
 def open_run_directory(config: TrainConfig, out: Path, resume: bool) -> None:
-    """Claims `out` for this configuration, or checks that it was claimed for it."""
+    """Claim `out` for this configuration, or check that a run to resume has the same one."""
     if resume and not out.is_dir():
         raise FileNotFoundError(
             f"out: expected the directory of a run to resume, got {out}, which does not exist"
@@ -28,12 +28,14 @@ def open_run_directory(config: TrainConfig, out: Path, resume: bool) -> None:
         raise RunDirectoryError(f"out: expected a directory, got the file {out}")
     if not resume and out.exists() and any(out.iterdir()):
         raise RunDirectoryError(
-            f"out: expected a new or empty directory, got {out}, which is not empty; --resume continues the run in it"
+            f"out: expected a new or empty directory, got {out}, which is not empty; "
+            "--resume continues the run in it"
         )
     out.mkdir(parents=True, exist_ok=True)
     remove_pending(out)
     record = out / "config.json"
-    if not record.exists():  # killed before it had written anything, or no run at all
+    # Missing if the run was killed before its first write, or if there is no run here.
+    if not record.exists():
         if any(out.iterdir()):
             raise RunDirectoryError(
                 f"out: expected the directory of a run, got {out}, which holds no config.json"
@@ -42,42 +44,44 @@ def open_run_directory(config: TrainConfig, out: Path, resume: bool) -> None:
     differences = config.differences(load_config(record))
     if differences:
         raise RunDirectoryError(
-            f"out: expected the configuration of the run in {out}, got another one: " + "; ".join(differences)
+            f"out: expected the configuration of the run in {out}, got another one: {'; '.join(differences)}"
         )
 
 
 @contextmanager
 def reproducible(config: TrainConfig) -> Iterator[None]:
-    """Seeds, threads and deterministic algorithms for the length of a run; the caller's settings come back afterwards."""
+    """Set seeds, threads and deterministic algorithms for a run, then restore the caller's settings."""
+    filling: Any = torch.utils.deterministic
     threads, strict, warn = (
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    fill = filling.fill_uninitialized_memory
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over every new tensor
+    # Filling takes a pass over every new tensor.
+    filling.fill_uninitialized_memory = False
+    # transformers would draw a bar for every checkpoint across the bar of the run.
     bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # one bar for every checkpoint would cut the run's own to pieces
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(strict, warn_only=warn)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        filling.fill_uninitialized_memory = fill
         if bars:
             transformers_logging.enable_progress_bar()
 
 
 @contextmanager
 def graceful_interrupt(progress: Progress) -> Iterator[threading.Event]:
-    """The first Ctrl-C sets the event, so that a step can end and be saved; the second interrupts at once."""
+    """Yield an event that the first Ctrl-C sets, so that the step can end; a second one interrupts."""
     event = threading.Event()
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # Python hands signals to the main thread alone
+    # Python delivers signals to the main thread alone.
+    if threading.current_thread() is not threading.main_thread():
         yield event
         return
 

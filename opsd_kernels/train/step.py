@@ -1,4 +1,7 @@
-"""One optimisation step: for each micro-batch two trunk forwards and one fused loss, then clip, update, and the metrics of the step."""
+"""Make one optimisation step: per micro-batch two trunk forwards and one fused loss, then clip and update.
+
+The step's metrics are computed here too.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd_kernels import TokenStats
-from opsd_kernels.train import objective, sharding
+from opsd_kernels.train import objective
 from opsd_kernels.train.batch import micro_batches
 from opsd_kernels.train.config import TrainConfig
-from opsd_kernels.train.ranks import ALONE, Ranks
+from opsd_kernels.train.distributed import sharding
+from opsd_kernels.train.distributed.ranks import ALONE, Ranks
 from opsd_kernels.train.teacher import Teacher
 from opsd_kernels.train.types import Batch, Context, NonFiniteLoss, Rollout, StepMetrics
-from opsd_kernels.vocab_parallel import is_dtensor
 
 DIVERGENCE_METRICS = (
     "loss",
@@ -28,12 +31,13 @@ DIVERGENCE_METRICS = (
     "student_entropy",
     "teacher_entropy",
 )
-NAMED_ROWS = 8  # how many bad rows an error lists
+# How many bad rows an error lists.
+NAMED_ROWS = 8
 
 
 @dataclass(frozen=True)
 class Update:
-    """What an optimisation step leaves for the metrics; statistics are those of before the update."""
+    """Values of an optimisation step for the metrics; the statistics are from before the update."""
 
     loss: float
     grad_norm: float
@@ -42,7 +46,7 @@ class Update:
 
 
 def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW. Simplification: no fp32 master copy of bf16 weights."""
+    """Return AdamW over the trainable parameters. Simplification: no fp32 master copy of bf16 weights."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(
         trained, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
@@ -50,13 +54,13 @@ def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.O
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear over `lr_warmup_steps`, then constant. The first step is 1."""
+    """Return the rate of a step (the first is 1): linear over `lr_warmup_steps`, then constant."""
     return config.learning_rate * min(1.0, step / max(1, config.lr_warmup_steps))
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """The student's own answers to prompts of skills that it should keep, and the model as it was before the run."""
+    """The student's answers to prompts of skills to keep, and the model as it was before the run."""
 
     batch: Batch
     reference: Teacher
@@ -64,7 +68,7 @@ class Rehearsal:
 
 @dataclass
 class Trainer:
-    """What an optimisation step changes, and the size of the vocabulary."""
+    """Student, teacher and optimiser, which an optimisation step changes, and the size of the vocabulary."""
 
     student: PreTrainedModel
     teacher: Teacher
@@ -76,7 +80,10 @@ class Trainer:
 def update_on(
     trainer: Trainer, batch: Batch, config: TrainConfig, step: int, rehearsal: Rehearsal | None = None
 ) -> Update:
-    """`updates_per_batch` optimisation steps on one batch. Returns the first, at which the student is still the policy that sampled."""
+    """Make `updates_per_batch` optimisation steps on one batch.
+
+    Returns the first update, at which the student is still the policy that sampled the batch.
+    """
     if objective.needs_old_logprobs(config):
         trainer.student.eval()
         mine, filler = share(batch, config, trainer.ranks, sharding.is_sharded(trainer.student))
@@ -98,9 +105,10 @@ def update_on(
 def optimisation_step(
     trainer: Trainer, batch: Batch, config: TrainConfig, step: int, rehearsal: Rehearsal | None = None
 ) -> Update:
-    """Updates student and teacher. Raises NonFiniteLoss before any weight has changed."""
+    """Update student and teacher. Raises NonFiniteLoss before any weight changes."""
     student, optimizer = trainer.student, trainer.optimizer
-    student.train()  # gradient checkpointing of transformers works in this mode only
+    # transformers' gradient checkpointing works in training mode only.
+    student.train()
     loss, stats = gradients(student, trainer.teacher, batch, config, trainer.vocab, ranks=trainer.ranks)
     parts = [(batch, stats)]
     kept = None
@@ -108,20 +116,23 @@ def optimisation_step(
         to_keep = (rehearsal.batch, objective.plain(config), trainer.vocab, config.rehearsal_weight)
         kept, kept_stats = gradients(student, rehearsal.reference, *to_keep, ranks=trainer.ranks)
         parts.append((rehearsal.batch, kept_stats))
-    if not sharding.is_sharded(student):  # its backward has summed them
+    # FSDP's backward has summed the gradients of a sharded model already.
+    if not sharding.is_sharded(student):
         trainer.ranks.sum_gradients(student.parameters())
     grad_norm = torch.nn.utils.clip_grad_norm_(
         [p for group in optimizer.param_groups for p in group["params"]], config.max_grad_norm
     )
-    grad_norm = grad_norm.full_tensor() if is_dtensor(grad_norm) else grad_norm
+    grad_norm = sharding.full(grad_norm)
     whole = loss if kept is None else loss + kept
     if not (torch.isfinite(whole) and torch.isfinite(grad_norm)):
-        optimizer.zero_grad()  # a caller that catches this must not find the bad gradient
+        # A caller that catches the error must not find the bad gradient.
+        optimizer.zero_grad()
         raise NonFiniteLoss(describe_bad_rows(step, float(whole), float(grad_norm), parts))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     optimizer.step()
-    optimizer.zero_grad()  # to None: the next step's first micro-batch writes, it does not add
+    # Sets gradients to None: the first micro-batch of the next step writes them and does not add.
+    optimizer.zero_grad()
     trainer.teacher.update(student)
     return Update(float(loss), float(grad_norm), stats, None if kept is None else float(kept))
 
@@ -129,7 +140,10 @@ def optimisation_step(
 def share(
     batch: Batch, config: TrainConfig, ranks: Ranks, equally: bool = False
 ) -> tuple[list[Batch], list[Batch]]:
-    """This rank's micro-batches: at least one for every rank where there are so many rollouts. With `equally`, a filler where others have one more."""
+    """Return this rank's micro-batches: at least one for every rank if there are enough rollouts.
+
+    With `equally`, the second list holds a filler on ranks that have one micro-batch fewer than others.
+    """
     parts = list(micro_batches(batch, min(config.micro_batch, -(-batch.size // ranks.world))))
     mine = ranks.share(parts)
     short = equally and len(mine) * ranks.world < len(parts)
@@ -145,9 +159,10 @@ def gradients(
     weight: float = 1.0,
     ranks: Ranks = ALONE,
 ) -> tuple[Tensor, tuple[TokenStats, ...]]:
-    """Adds this rank's part of the step's gradient to the student's; how the batch is cut into micro-batches, and by how many ranks, does not matter.
+    """Add this rank's part of the step's gradient to the student's.
 
-    Returns the loss of the whole batch, 0-dim, in nats, and its statistics.
+    The result does not depend on the number of micro-batches or of ranks. Returns the loss of the whole batch
+    (0-dim, in nats) and its statistics.
     """
     total, stats, totals = torch.zeros((), device=batch.labels_BT.device), [], batch.totals
     mine, filler = share(batch, config, ranks, sharding.is_sharded(student))
@@ -156,7 +171,8 @@ def gradients(
         (loss * weight).backward()
         total = total + loss.detach()
         stats.append(tokens)
-    for micro in filler:  # a rank that left this forward and backward out would leave the others waiting
+    # Under FSDP the forward and backward of the other ranks would hang without a matching one here.
+    for micro in filler:
         (objective.step_loss(student, teacher, micro, config, totals, vocab)[0] * 0.0).backward()
     sharding.release(teacher.model)
     return ranks.total(total) * weight, tuple(ranks.together(stats))
@@ -165,27 +181,37 @@ def gradients(
 def describe_bad_rows(
     step: int, loss: float, grad_norm: float, parts: Sequence[tuple[Batch, Sequence[TokenStats]]]
 ) -> str:
-    """Which rollouts, and which tokens of theirs, have a divergence, or without a teacher a log-prob, that is not finite."""
+    """Name the rollouts and tokens whose divergence (or log-prob, without a teacher) is not finite."""
     rows = []
     for batch, stats in parts:
         values_BT = torch.cat(
-            [part.student_logprob if part.teacher_logprob is None else part.divergence for part in stats]
+            [
+                given(part.student_logprob) if part.teacher_logprob is None else part.divergence
+                for part in stats
+            ]
         )
         for b, t in (~torch.isfinite(values_BT) & batch.mask_BT).nonzero().tolist():
             rows.append(
                 f"prompt {batch.rollouts[b].prompt.problem}, sample {batch.rollouts[b].sample}, token {t}"
             )
     more = f" and {len(rows) - NAMED_ROWS} more" if len(rows) > NAMED_ROWS else ""
-    where = (
-        "; ".join(rows[:NAMED_ROWS]) + more
-        if rows
-        else "every token's divergence is finite, the gradient is not"
+    where = "; ".join(rows[:NAMED_ROWS]) + more
+    if not rows:
+        where = "every token's divergence is finite, the gradient is not"
+    return (
+        f"step {step}: expected a finite loss and gradient, got loss {loss} and gradient norm {grad_norm}; "
+        f"rows: {where}"
     )
-    return f"step {step}: expected a finite loss and gradient, got loss {loss} and gradient norm {grad_norm}; rows: {where}"
+
+
+def given(tensor: Tensor | None) -> Tensor:
+    """Narrow an optional statistic. The trainer always passes labels, so its statistics hold log-probs."""
+    assert tensor is not None
+    return tensor
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], contexts: Sequence[Context | None]) -> StepMetrics:
-    """What happened before the loss: rewards, and who got which context."""
+    """Return the metrics that need no loss: rewards, and how many rollouts have which context."""
     groups = {rollout.group for rollout in rollouts}
     solved = {rollout.group for rollout in rollouts if rollout.verdict.success}
     tokens = sum(len(rollout.tokens) for rollout in rollouts)
@@ -194,20 +220,21 @@ def rollout_metrics(rollouts: Sequence[Rollout], contexts: Sequence[Context | No
         for rollout, context in zip(rollouts, contexts, strict=True)
         if context is not None
     )
-    given = [context for context in contexts if context is not None]
+    present = [context for context in contexts if context is not None]
     return {
         "reward": sum(rollout.verdict.reward for rollout in rollouts) / len(rollouts),
         "groups_with_success": len(solved) / len(groups),
-        "samples_with_demonstration": sum(bool(context.demonstrations) for context in given) / len(rollouts),
-        "samples_with_feedback": sum(context.feedback is not None for context in given) / len(rollouts),
-        "samples_in_loss": len(given) / len(rollouts),
+        "samples_with_demonstration": sum(bool(context.demonstrations) for context in present)
+        / len(rollouts),
+        "samples_with_feedback": sum(context.feedback is not None for context in present) / len(rollouts),
+        "samples_in_loss": len(present) / len(rollouts),
         "tokens_in_loss": kept / tokens,
         "completion_tokens": tokens,
     }
 
 
 def update_metrics(update: Update | None, batch: Batch | None) -> StepMetrics:
-    """Means over the tokens that have a teacher, in nats; null where no rollout had a context."""
+    """Return means over the distilled tokens, in nats; null if no rollout has a context."""
     if update is None or batch is None:
         return dict.fromkeys((*DIVERGENCE_METRICS, "sampled_logprob_gap", "top1_agreement"))
 
@@ -230,7 +257,7 @@ def update_metrics(update: Update | None, batch: Batch | None) -> StepMetrics:
         **metrics,
         "divergence": divergence_BT[mask_BT].mean().item(),
         "divergence_p95": divergence_BT[mask_BT].quantile(0.95).item(),
-        # Position 0 is the answer's first token; a column without a token of a distilled rollout is null.
+        # Position 0 is the answer's first token; a column without a distilled token is null.
         "divergence_by_position": [
             _finite(value) for value in ((divergence_BT * mask_BT).sum(0) / mask_BT.sum(0)).tolist()
         ],
@@ -246,15 +273,15 @@ def update_metrics(update: Update | None, batch: Batch | None) -> StepMetrics:
 
 
 def reading_metrics(update: Update | None, batch: Batch | None) -> StepMetrics:
-    """Tokens that the teacher read of the distilled rollouts, prompt with context plus completion, and how many more its prompts have than the student's.
+    """Count the tokens that the teacher read for the distilled rollouts: prompt with context plus completion.
 
-    Of one update; rehearsal is not in it. 0 where no teacher ran.
+    `context_tokens` is the excess of the teacher's prompts over the student's. Both count one update without
+    rehearsal, and are 0 if no teacher ran.
     """
     if update is None or batch is None or update.stats[0].teacher_logprob is None:
         return {"teacher_tokens": 0, "context_tokens": 0}
-    prompts_2B = torch.stack(
-        [side.rows_BT[:, 0] + 1 for side in (batch.teacher, batch.student)]
-    )  # the first row is the prompt's last token
+    # The first row is the prompt's last token.
+    prompts_2B = torch.stack([side.rows_BT[:, 0] + 1 for side in (batch.teacher, batch.student)])
     theirs, mine = (prompts_2B * batch.distilled_B).sum(1).tolist()
     return {"teacher_tokens": theirs + batch.totals.distilled_tokens, "context_tokens": theirs - mine}
 
@@ -264,6 +291,5 @@ def _mean(values: Tensor) -> float | None:
 
 
 def _finite(value: float) -> float | None:
-    return (
-        value if math.isfinite(value) else None
-    )  # JSON has no infinity: a teacher may give a sampled token probability zero
+    # JSON has no infinity, and a teacher may give a sampled token probability zero.
+    return value if math.isfinite(value) else None

@@ -1,24 +1,26 @@
-"""The teacher: a copy of the student that is frozen or follows it slowly, the student itself, the student without its adapter, or another model."""
+"""Teachers: a frozen or averaged copy of the student, the student itself or its base model, another model."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd_kernels.train.config import TrainConfig
-from opsd_kernels.train.ranks import ALONE, Ranks
-from opsd_kernels.train.sharding import cut_as, place
+from opsd_kernels.train.distributed.ranks import ALONE, Ranks
+from opsd_kernels.train.distributed.sharding import cut_as, place
 
 
 class Teacher:
-    """`using()` lends the model that scores. `update` is called after each step; `state` is what a checkpoint needs.
+    """Interface: `using()` yields the scoring model, `update` runs after each step, `state` is checkpointed.
 
-    `mix` a: logits become (1 - a) * teacher + a * student, the student's being those of its own view at the same token (SDPO's trust region).
+    With `mix` a, logits are (1 - a) * teacher + a * student at the same token, each under its own prompt
+    (SDPO's trust region).
     """
 
     mix = 0.0
@@ -29,19 +31,20 @@ class Teacher:
         yield self.model
 
     def update(self, student: PreTrainedModel) -> None:
-        """Nothing, unless the teacher follows."""
+        """Follow the student after a step; a no-op for a fixed teacher."""
 
     def state(self) -> dict[str, Tensor]:
         return {}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Nothing, where there is no state."""
+        """Restore `state()`; a no-op for a teacher without state."""
 
 
 class Copy(Teacher):
-    """`rate` 0 is the frozen teacher; else `teacher <- (1 - rate) * teacher + rate * student` after each step (EMA).
+    """A copy with the update `teacher <- (1 - rate) * teacher + rate * student` (EMA); frozen at rate 0.
 
-    The average is kept in fp32: at bf16 a step of .01 times an update falls below half an ulp and is lost. Only what trains is averaged and saved.
+    The average is fp32: in bf16 a step of .01 times an update falls below half an ulp and is lost. Only
+    trainable parameters are averaged and saved.
     """
 
     def __init__(
@@ -52,12 +55,9 @@ class Copy(Teacher):
         placed: Callable[[PreTrainedModel], PreTrainedModel] = lambda model: model,
     ):
         trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
-        self.model, self.rate, self.mix = (
-            placed(copy.deepcopy(student).requires_grad_(False).eval()),
-            rate,
-            mix,
-        )
-        # fp32 parameters are shared, not copied
+        self.model = placed(copy.deepcopy(student).requires_grad_(False).eval())
+        self.rate, self.mix = rate, mix
+        # `float()` returns fp32 parameters themselves, without a copy.
         self.average = {
             name: parameter.float() for name, parameter in self.model.named_parameters() if name in trained
         }
@@ -87,7 +87,7 @@ class Copy(Teacher):
 
 
 class Live(Teacher):
-    """The student as it is now. Known to diverge (arXiv:2601.20802), kept for the ablation."""
+    """The current student. Known to diverge (arXiv:2601.20802), kept for the ablation."""
 
     def __init__(self, student: PreTrainedModel):
         self.model = student
@@ -95,7 +95,8 @@ class Live(Teacher):
     @contextmanager
     def using(self) -> Iterator[PreTrainedModel]:
         training = self.model.training
-        self.model.eval()  # no dropout in a target
+        # No dropout in a target.
+        self.model.eval()
         try:
             yield self.model
         finally:
@@ -103,11 +104,11 @@ class Live(Teacher):
 
 
 class AdapterOff(Live):
-    """The student without its LoRA adapter, which is the base model: a frozen teacher that costs no memory."""
+    """The student without its LoRA adapter: the base model as a frozen teacher that takes no memory."""
 
     @contextmanager
     def using(self) -> Iterator[PreTrainedModel]:
-        with super().using() as model, model.disable_adapter():
+        with super().using() as model, cast(Any, model).disable_adapter():
             yield model
 
 
@@ -121,8 +122,9 @@ class External(Teacher):
 def make_teacher(
     student: PreTrainedModel, config: TrainConfig, other: PreTrainedModel | None = None, ranks: Ranks = ALONE
 ) -> Teacher:
-    """The teacher that the settings name; `other` is the external one. The student is not sharded yet."""
+    """Make the configured teacher; `other` is the external model. Call it before the student is sharded."""
     if config.teacher == "external":
+        assert other is not None
         return External(place(other, config, ranks))
     if config.teacher in ("live", "adapter_off"):
         return (Live if config.teacher == "live" else AdapterOff)(student)
@@ -138,13 +140,14 @@ def make_teacher(
 def make_reference(
     student: PreTrainedModel, config: TrainConfig, teacher: Teacher, ranks: Ranks = ALONE
 ) -> Teacher | None:
-    """The model as it was before the run, which rehearsal keeps to; None without rehearsal. The teacher itself where it is that model."""
+    """Return the model as it was before the run, the target of rehearsal; None without rehearsal.
+
+    A teacher that never changes is that model and is returned itself.
+    """
     if config.rehearsal_prompts == 0:
         return None
     if config.teacher in ("frozen", "trust_region", "adapter_off"):
         return teacher
-    return (
-        AdapterOff(student)
-        if config.lora_rank
-        else Copy(student, 0.0, placed=lambda model: place(model, config, ranks))
-    )
+    if config.lora_rank:
+        return AdapterOff(student)
+    return Copy(student, 0.0, placed=lambda model: place(model, config, ranks))

@@ -1,21 +1,28 @@
-"""The values that travel through the trainer. A suffix names the dimensions: B rollouts, T completion positions, L positions of a whole sequence."""
+"""The records and exceptions of the trainer.
+
+A suffix names the dimensions of a tensor: B rollouts, T completion positions, L positions of a sequence.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-StepMetrics = dict[
-    str, Any
-]  # one line of metrics.jsonl: plain numbers, and lists of them for values by position
-Messages = tuple[dict[str, str], ...]  # a conversation: {"role": ..., "content": ...}
+# One line of metrics.jsonl: plain numbers, and lists of them for values by position.
+StepMetrics = dict[str, Any]
+# A conversation: {"role": ..., "content": ...} per turn.
+Messages = tuple[dict[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem as the model sees it: the user's turn, after earlier turns if there are any. `problem` identifies the instance inside its environment."""
+    """A problem as the model reads it: the user's turn, after earlier turns if there are any.
+
+    `problem` identifies the instance inside its environment.
+    """
 
     problem: int
     text: str
@@ -24,7 +31,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the world says about an answer: a reward in [0, 1] and, on failure, a text that may help. 1 is success."""
+    """A verifier's result: a reward in [0, 1], where 1 is success, and on failure optional feedback."""
 
     reward: float
     feedback: str | None = None
@@ -36,11 +43,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled answer. `tokens` are the model's own, an end-of-sequence token included if it came to one."""
+    """One sampled answer. `tokens` are as sampled, including the end-of-sequence token if there is one."""
 
     prompt: Prompt
-    group: int  # which prompt of the step
-    sample: int  # which answer to that prompt
+    group: int  # index of the prompt within the step
+    sample: int  # index of the answer to that prompt
     prompt_tokens: tuple[int, ...]
     tokens: tuple[int, ...]
     text: str
@@ -49,34 +56,44 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Context:
-    """The privileged part of the teacher's view of one rollout. At least one of the three is there."""
+    """The privileged part of the teacher's prompt for one rollout; all empty for context `none`."""
 
-    demonstrations: tuple[str, ...] = ()  # right answers of sibling rollouts
+    demonstrations: tuple[str, ...] = ()  # correct answers of sibling rollouts
     feedback: str | None = None
-    failures: tuple[str, ...] = ()  # wrong answers, shown as ones to avoid
+    failures: tuple[str, ...] = ()  # wrong answers, marked as such
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Prompt + completion of each rollout, padded on the right, and where the completion's rows lie."""
+    """Prompt + completion of each rollout, padded on the right, and the rows that predict the completion."""
 
     tokens_BL: Tensor  # int64
     rows_BT: Tensor  # int64: position whose hidden state predicts completion token t; 0 where masked
 
+    def to(self, device: torch.device | str) -> Sequences:
+        return Sequences(self.tokens_BL.to(device), self.rows_BT.to(device))
+
 
 @dataclass(frozen=True)
 class Batch:
-    """The rollouts that enter the loss, seen by both sides. Row (b, t) of either side predicts the same token."""
+    """The rollouts of the loss, tokenised for both sides.
+
+    Row (b, t) of both sides predicts the same token.
+    """
 
     student: Sequences
     teacher: Sequences
     labels_BT: Tensor  # int64, -100 where masked
     mask_BT: Tensor  # bool
     rollouts: tuple[Rollout, ...]
-    distilled_B: Tensor  # bool: the teacher has a view of this rollout; the others are there for the policy gradient alone
-    advantages_B: Tensor  # reward less its group's mean
-    boundaries_BT: Tensor  # bool: a segment starts here
-    old_logprobs_BT: Tensor | None = None  # of the policy that sampled, where a ratio to it is needed
+    # bool: the teacher has a prompt for this rollout; the others count in the policy gradient alone.
+    distilled_B: Tensor
+    # Reward minus the mean of its group.
+    advantages_B: Tensor
+    # bool: a segment starts here.
+    boundaries_BT: Tensor
+    # Of the policy that sampled, if the loss needs a ratio to it.
+    old_logprobs_BT: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -92,7 +109,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Totals:
-    """Counts of a whole optimisation step, which its micro-batches divide by."""
+    """Counts over a whole optimisation step, the divisors of its micro-batches' losses."""
 
     tokens: int
     sequences: int
@@ -101,13 +118,17 @@ class Totals:
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C: the run stopped in order. The message says what was saved and how to go on."""
+    """Raised after Ctrl-C. The message says which state was saved and how to resume."""
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or its gradient is inf or NaN. The message names the step and the rows; the last good state is saved."""
+    """The loss or its gradient is inf or NaN.
 
-    updates = 0  # that this step had made before: with any, the weights are not those of the step's start
+    The message names the step and the rows; the last good state is saved.
+    """
+
+    # Updates made earlier in this step; if above 0, the weights differ from those at the start of the step.
+    updates = 0
 
 
 class RunDirectoryError(FileExistsError):
@@ -115,4 +136,4 @@ class RunDirectoryError(FileExistsError):
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written, or none can be read. The message names the file."""
+    """A checkpoint could not be written or read. The message names the file."""

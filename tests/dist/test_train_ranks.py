@@ -1,4 +1,4 @@
-"""The trainer on several ranks against one process: metrics, weights, and checkpoints that do not know how many ranks wrote them, sharded or not."""
+"""The trainer on several ranks against one process, sharded or not: metrics, weights, checkpoints."""
 
 import dataclasses
 import importlib.util
@@ -16,34 +16,64 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from opsd_kernels.testing import assert_no_worse
-from opsd_kernels.train import loop, tiny
+from opsd_kernels.train import loop
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.contexts import ContextTemplate
-from opsd_kernels.train.log import read_metrics
+from opsd_kernels.train.models import tiny
+from opsd_kernels.train.records.log import read_metrics
 
 HERE = Path(__file__).parent
 SMALL = {
-    "tensorboard": False, "steps": 6, "prompts_per_step": 4, "group_size": 3, "micro_batch": 3, "rehearsal_prompts": 3,
+    "tensorboard": False, "steps": 6, "prompts_per_step": 4, "group_size": 3, "micro_batch": 3,
+    "rehearsal_prompts": 3,
     "eval_samples": 13, "probe_samples": 6, "eval_every": 4, "checkpoint_every": 2, "backend": "torch",
 }  # fmt: skip
-TINY = {"tiny_hidden": 16, "tiny_layers": 1, "tiny_heads": 2, "warm_accuracy": 2e-4, "warm_batch": 32, "warm_max_steps": 200}
+TINY = {
+    "tiny_hidden": 16,
+    "tiny_layers": 1,
+    "tiny_heads": 2,
+    "warm_accuracy": 2e-4,
+    "warm_batch": 32,
+    "warm_max_steps": 200,
+}
 TIMES = ("seconds", "tokens_per_second")
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    """Models with random weights and tied embeddings, and questions about whose answers a verifier is often content."""
+    """Make models with random weights and tied embeddings, and questions with a lenient verifier."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = tiny.build_tokenizer((*"0123456789+-*", "right", "wrong"), ContextTemplate())
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    ends = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    ends = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     for name, seed in (("student", 3), ("teacher", 4)):
         torch.manual_seed(seed)
-        config = Qwen3Config(vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.3, tie_word_embeddings=True, **shape, **ends)
+        config = Qwen3Config(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=256,
+            initializer_range=0.3,
+            tie_word_embeddings=True,
+            **shape,
+            **ends,
+        )
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     splits = ["train"] * 12 + ["held_out"] * 5 + ["untrained"] * 3 + ["rehearsal"] * 4
-    rows = [{"prompt": f"{i} + {7 * i}", "feedback": f"wrong {8 * i}", "split": split} for i, split in enumerate(splits, 10)]
+    rows = [
+        {"prompt": f"{i} + {7 * i}", "feedback": f"wrong {8 * i}", "split": split}
+        for i, split in enumerate(splits, 10)
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(HERE))
@@ -54,13 +84,18 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(settings):
-    """Its loss reads whole sequences, its batch is used twice, and half of it is a policy gradient."""
-    return TrainConfig(**settings, updates_per_batch=2, policy_weight=0.5, token_weights="MeanOne(PrefixDiscrepancy(0.5))")
+    """Return settings with weights over whole sequences, two updates per batch and half a policy gradient."""
+    return TrainConfig(
+        **settings, updates_per_batch=2, policy_weight=0.5, token_weights="MeanOne(PrefixDiscrepancy(0.5))"
+    )
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Of a configuration, two runs of one process, the second with other micro-batches: as far apart as the order of sums makes two runs."""
+    """Make two runs of one process that differ in their micro-batches.
+
+    Their difference is that of the order of sums.
+    """
     made = {}
 
     def runs(config):
@@ -75,17 +110,28 @@ def alone(tmp_path_factory):
 
 
 def final(out):
-    """(lines of metrics without their times, the trained weights)."""
-    lines = [{name: value for name, value in line.items() if name not in TIMES} for line in read_metrics(out / "metrics.jsonl")]
+    """Return (lines of metrics without their times, the trained weights)."""
+    lines = [
+        {name: value for name, value in line.items() if name not in TIMES}
+        for line in read_metrics(out / "metrics.jsonl")
+    ]
     newest = max((out / "checkpoint").iterdir())
     return lines, load_file(next(newest.glob("*model.safetensors")))
 
 
 def assert_same_run(out, alone):
-    (lines, weights), (expected, truth), (otherwise, cut) = final(out), final(alone / "run"), final(alone / "cut")
+    (lines, weights), (expected, truth), (otherwise, cut) = (
+        final(out),
+        final(alone / "run"),
+        final(alone / "cut"),
+    )
     assert [line.keys() for line in lines] == [line.keys() for line in expected]
     for name in expected[0]:
-        values = [torch.tensor([line[name] for line in run], dtype=torch.float64) for run in (lines, otherwise, expected) if is_number(run[0][name])]
+        values = [
+            torch.tensor([line[name] for line in run], dtype=torch.float64)
+            for run in (lines, otherwise, expected)
+            if is_number(run[0][name])
+        ]
         if values:
             assert_no_worse(*values)
     assert weights.keys() == truth.keys()
@@ -98,9 +144,13 @@ def is_number(value):
 
 
 def files(out):
-    """Of the newest checkpoint: every tensor's file, name, type and shape."""
+    """Return the file, name, dtype and shape of every tensor of the newest checkpoint."""
     newest = max((out / "checkpoint").iterdir())
-    return {(file.name, name): (t.dtype, t.shape) for file in newest.glob("*.safetensors") for name, t in load_file(file).items()}
+    return {
+        (file.name, name): (t.dtype, t.shape)
+        for file in newest.glob("*.safetensors")
+        for name, t in load_file(file).items()
+    }
 
 
 def write(config, folder):
@@ -111,30 +161,50 @@ def write(config, folder):
 
 
 def start(launching, world, folder, *jobs, **options):
-    """What each rank says of each job, a (configuration, run directory, how)."""
+    """Return each rank's report on each job, a (configuration, run directory, how)."""
     listed = [(write(config, folder / str(i)), str(out), how) for i, (config, out, how) in enumerate(jobs)]
     return launching.launch("train_ranks.py", world, folder, json.dumps(listed), **options)
 
 
 def test_some_answers_are_right(config, alone):
-    """Else the policy gradient of all these runs would be zero."""
+    """Otherwise the policy gradient of all these runs would be zero."""
     lines = read_metrics(alone(config) / "run" / "metrics.jsonl")
-    assert all(0 < line["reward"] < 1 for line in lines) and all(0 < line["samples_in_loss"] for line in lines)
+    assert all(0 < line["reward"] < 1 for line in lines) and all(
+        0 < line["samples_in_loss"] for line in lines
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard, launcher", [
     ("none", ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")),
-    # What starts several processes; without a GPU they share the CPU. `--cpu` starts one.
-    ("fsdp", ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-              "--dynamo_backend", "no", "--main_process_port", "0")),
+    # --multi_gpu starts several processes, which share the CPU without a GPU. `--cpu` starts one.
+    ("fsdp", ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")),
 ], ids=["torchrun", "accelerate"])  # fmt: skip
 def test_launchers(config, alone, tmp_path, shard, launcher):
     pytest.importorskip(launcher[0].partition(".")[0])
     out = tmp_path / "run"
-    command = [sys.executable, "-m", *launcher, "-m", "opsd_kernels", "train", write(config, tmp_path), "--set", f"shard={shard}", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        *launcher,
+        "-m",
+        "opsd_kernels",
+        "train",
+        write(config, tmp_path),
+        "--set",
+        f"shard={shard}",
+        "--out",
+        str(out),
+    ]
     path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("before: held out accuracy") == 1, "rank 0 alone speaks"
     assert json.loads((out / "summary.json").read_text())["steps"] == config.steps
@@ -147,13 +217,13 @@ def sharded(config):
 
 @pytest.fixture(scope="module")
 def lonely(config):
-    """Two answers a step, and one more that is rehearsed: of four ranks one has nothing to sample, and two or three have no micro-batch."""
+    """Two answers and one rehearsed per step: one of four ranks samples nothing, some have no micro-batch."""
     return dataclasses.replace(config, prompts_per_step=1, group_size=2, rehearsal_prompts=1, steps=2)
 
 
 @pytest.fixture(scope="module")
 def on_four(launching, config, lonely, tmp_path_factory):
-    """(folder, what each rank says): two runs that are stopped, and two with too few micro-batches; sharded and not."""
+    """Return (folder, reports): two interrupted runs, and two with too few micro-batches; sharded and not."""
     folder = tmp_path_factory.mktemp("four")
     stopped = [(sharded(config), folder / "sharded", "interrupt"), (config, folder / "replicas", "interrupt")]
     whole = [(sharded(lonely), folder / "lonely", "train"), (lonely, folder / "lonely replicas", "train")]
@@ -168,9 +238,12 @@ def test_a_rank_without_a_micro_batch(on_four, lonely, alone):
 
 @pytest.mark.slow
 def test_ranks_hold_their_part(on_four):
-    """Weights, the optimiser's two moments, and the copies of teacher and reference. A part is padded to whole rows."""
+    """A rank holds its part of weights, moments, teacher and reference, padded to whole rows."""
     folder, results = on_four
-    whole = sum(t.numel() * t.element_size() for t in load_file(folder / "sharded" / "checkpoint" / "step_000003" / "model.safetensors").values())
+    whole = sum(
+        t.numel() * t.element_size()
+        for t in load_file(folder / "sharded" / "checkpoint" / "step_000003" / "model.safetensors").values()
+    )
     for part, times in (("model", 1), ("optimizer", 2), ("copies", 2)):
         held = [result[0]["bytes"][part] for result in results]
         assert sum(held) == times * whole and max(held) < 1.1 * sum(held) / 4, (part, held)
@@ -178,16 +251,20 @@ def test_ranks_hold_their_part(on_four):
 
 @pytest.mark.slow
 def test_the_head_is_gathered_once_a_micro_batch(on_four):
-    """And once a call for the teacher's; in the second step the op had many chunks."""
+    """The teacher's root is also gathered once per call; in the second step the op has many chunks."""
     _, results = on_four
     for result in results:
         one, many, _ = result[0]["gathers"]
-        assert one == many == [[count, count + 1] for count in (1, 1, 1, 1)]  # two updates, each on answers and on what is rehearsed
+        # Two updates, each on answers and on rehearsal.
+        assert one == many == [[count, count + 1] for count in (1, 1, 1, 1)]
 
 
 @pytest.fixture(scope="module")
 def on_two(launching, on_four, config, settings, tmp_path_factory):
-    """(folder, configurations by run, what each rank says): runs that go on, whole ones with other teachers, and one whose first rank cannot write."""
+    """Return (folder, configurations by run, reports).
+
+    The runs are resumed ones, whole ones with other teachers, and one whose first rank cannot write.
+    """
     stopped, results = on_four
     assert all("stopped after step 3 of 6" in result[i]["interrupted"] for result in results for i in (0, 1))
     folder = tmp_path_factory.mktemp("two")
@@ -197,19 +274,26 @@ def on_two(launching, on_four, config, settings, tmp_path_factory):
     runs = {
         "sharded": sharded(config),
         "replicas": config,
-        "external": dataclasses.replace(short, teacher="external", teacher_model=settings["model"].replace("student", "teacher")),
+        "external": dataclasses.replace(
+            short, teacher="external", teacher_model=settings["model"].replace("student", "teacher")
+        ),
         "live": dataclasses.replace(short, teacher="live", max_grad_norm=0.01),
     }
     if importlib.util.find_spec("peft"):
-        runs["adapter"] = dataclasses.replace(short, teacher="adapter_off", lora_rank=3, gradient_checkpointing=True)
-    jobs = [(run, folder / name, "resume" if name in ("sharded", "replicas") else "train") for name, run in runs.items()]
+        runs["adapter"] = dataclasses.replace(
+            short, teacher="adapter_off", lora_rank=3, gradient_checkpointing=True
+        )
+    jobs = [
+        (run, folder / name, "resume" if name in ("sharded", "replicas") else "train")
+        for name, run in runs.items()
+    ]
     return folder, runs, start(launching, 2, folder, *jobs, (sharded(config), folder / "full", "full"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sharded", "replicas", "external", "live", "adapter"])
 def test_two_ranks(on_two, alone, name):
-    """The first two were stopped after half of their steps, on four ranks."""
+    """The first two runs were stopped after half of their steps, on four ranks."""
     folder, runs, told = on_two
     if name == "adapter":
         pytest.importorskip("peft")
@@ -234,7 +318,7 @@ def test_no_rank_waits_for_the_one_that_cannot_write(on_two):
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "fsdp"])
 def test_a_rank_that_is_killed_does_not_hang_the_others(launching, tmp_path, shard):
-    """In its first step, behind the warm start of a tiny model, which the first rank makes alone."""
+    """The first step follows the warm start of a tiny model, which the first rank makes alone."""
     config = TrainConfig(**SMALL, **TINY, cache_dir=str(tmp_path), updates_per_batch=2, shard=shard)
     began = time.monotonic()
     with pytest.raises(AssertionError, match=r"(?s)rank 0 ended with .*rank 1 ended with -9"):

@@ -1,7 +1,8 @@
-"""One rank of runs of the trainer, as a launcher would start it. See test_train_ranks.py.
+"""Run one rank of the trainer, as a launcher would start it. See test_train_ranks.py.
 
-The jobs are a JSON list of [configuration, run directory, how]. `interrupt`: the last rank gets Ctrl-C after the third step. `resume`. `full`: the disk of
-the first rank is. `die`: the last rank is killed in the middle of a step.
+The jobs are a JSON list of [configuration, run directory, how]. `interrupt`: the last rank gets Ctrl-C after
+the third step. `resume`: the run continues. `full`: the disk of the first rank is full. `die`: the last rank
+is killed in the middle of a step.
 """
 
 from __future__ import annotations
@@ -16,20 +17,22 @@ from typing import Any
 from launching import join, leave
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opsd_kernels.train import checkpoint, loop, objective, sharding, step
+from opsd_kernels.train import loop, objective, step
 from opsd_kernels.train.config import load_config
+from opsd_kernels.train.distributed import sharding
+from opsd_kernels.train.records import checkpoint
 from opsd_kernels.train.types import CheckpointError, TrainingInterrupted
 
 STOP_AFTER, DIE_AFTER = 3, 5  # steps; losses
 
 
 def even(answer: str, row: dict[str, Any]) -> bool:
-    """A verifier that many answers of a model with random weights pass."""
+    """Accept many answers of a model with random weights."""
     return sum(map(ord, answer)) % 2 == 0
 
 
 def pressing_ctrl_c(plain: Any) -> Any:
-    """one_step that does so in its own process."""
+    """Wrap one_step to interrupt its own process."""
 
     def one_step(run: loop.Run) -> dict[str, Any]:
         metrics = plain(run)
@@ -41,7 +44,7 @@ def pressing_ctrl_c(plain: Any) -> Any:
 
 
 def dying(plain: Any) -> Any:
-    """step_loss that the process does not survive."""
+    """Replace step_loss by one that kills the process."""
     calls = []
 
     def step_loss(*arguments: Any) -> Any:
@@ -54,25 +57,38 @@ def dying(plain: Any) -> Any:
 
 
 def no_space(tensors: dict[str, Any], path: Path) -> None:
-    """As of the second file."""
+    """Raise the error of a full disk from the second file on."""
     if path.name != "teacher.safetensors":
         raise OSError(28, "No space left on device")
 
 
 def local_bytes(run: loop.Run) -> dict[str, int]:
-    """What this rank holds of the state."""
+    """Return the sizes of this rank's part of the state."""
 
     def size(tensors: Any) -> int:
-        return sum(local.numel() * local.element_size() for local in (t.to_local() if hasattr(t, "to_local") else t for t in tensors))
+        return sum(
+            local.numel() * local.element_size()
+            for local in (t.to_local() if hasattr(t, "to_local") else t for t in tensors)
+        )
 
     state = run.state
-    moments = [value for entry in state.optimizer.state.values() for name, value in entry.items() if name != "step"]
-    copies = [teacher.model for teacher in (state.teacher, state.reference) if teacher is not None and teacher.model is not state.model]
-    return {"model": size(state.model.parameters()), "optimizer": size(moments), "copies": size(p for copy in copies for p in copy.parameters())}
+    moments = [
+        value for entry in state.optimizer.state.values() for name, value in entry.items() if name != "step"
+    ]
+    copies = [
+        teacher.model
+        for teacher in (state.teacher, state.reference)
+        if teacher is not None and teacher.model is not state.model
+    ]
+    return {
+        "model": size(state.model.parameters()),
+        "optimizer": size(moments),
+        "copies": size(p for copy in copies for p in copy.parameters()),
+    }
 
 
 class Gathers(TorchDispatchMode):
-    """Sizes of all-gathers."""
+    """A record of the sizes of all-gathers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,22 +101,28 @@ class Gathers(TorchDispatchMode):
 
 
 def counting(plain: Any, calls: list[tuple[int, int]]) -> Any:
-    """`gradients` that tells its micro-batches and how often the root unit, embedding and head, was gathered for them."""
+    """Wrap `gradients` to record its micro-batches and the all-gathers of the root (embedding and head)."""
 
     def gradients(student: Any, teacher: Any, batch: Any, config: Any, *rest: Any, ranks: Any) -> Any:
-        sharding.release(student)  # old log-probs leave it whole
+        sharding.release(student)  # computing old log-probs leaves it unsharded
         with Gathers() as gathers:
             result = plain(student, teacher, batch, config, *rest, ranks=ranks)
         inside = {id(p) for unit in sharding.units(student)[1:] for p in unit.parameters()}
-        padded = [-(-p.shape[0] // ranks.world) * ranks.world * p.numel() // p.shape[0] for p in student.parameters() if id(p) not in inside]
-        calls.append((sum(map(len, step.share(batch, config, ranks, equally=True))), gathers.sizes.count(sum(padded))))
+        padded = [
+            -(-p.shape[0] // ranks.world) * ranks.world * p.numel() // p.shape[0]
+            for p in student.parameters()
+            if id(p) not in inside
+        ]
+        calls.append(
+            (sum(map(len, step.share(batch, config, ranks, equally=True))), gathers.sizes.count(sum(padded)))
+        )
         return result
 
     return gradients
 
 
 def measuring(plain: Any, told: dict[str, Any]) -> Any:
-    """one_step that counts, with the op in one chunk and, in the second step, in many."""
+    """Wrap one_step to count, with the op in one chunk and, in the second step, in many."""
     gradients = step.gradients
 
     def one_step(run: loop.Run) -> dict[str, Any]:

@@ -49,8 +49,8 @@ def test_the_trainer_learns_there(tmp_path):
     """A small base made on the CPU, then steps on the device: its losses are finite, and its checkpoint is whole."""
     pytest.importorskip("transformers")
     from opsd_kernels.train.config import TrainConfig
-    from opsd_kernels.train.log import read_metrics
     from opsd_kernels.train.loop import train
+    from opsd_kernels.train.records.log import read_metrics
 
     small = {
         "tiny_hidden": 32,

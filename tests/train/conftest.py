@@ -1,24 +1,26 @@
-"""A trainer small enough for tests: 5 thousand parameters, a warm start of a second, kept for the whole session."""
+"""Fixtures: a trainer of 5 thousand parameters with a warm start of a second, made once per session."""
 
 import pytest
 
-from opsd_kernels.train import tiny
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.envs import make_task
-from opsd_kernels.train.models import vocabulary
-from opsd_kernels.train.prompts import PromptEncoder
-from opsd_kernels.train.rollout import Sampler
+from opsd_kernels.train.models import tiny
+from opsd_kernels.train.models.pretrained import vocabulary
+from opsd_kernels.train.sampling.prompts import PromptEncoder
+from opsd_kernels.train.sampling.rollout import Sampler
 
 SMALL = {
-    "threads": 1, "tiny_hidden": 16, "tiny_layers": 1, "tiny_heads": 2, "warm_accuracy": 2e-4, "warm_batch": 32, "warm_max_steps": 200, "tensorboard": False,
-    "backend": "torch", "steps": 8, "prompts_per_step": 4, "group_size": 3, "micro_batch": 5,
+    "threads": 1, "backend": "torch", "tensorboard": False,
+    "tiny_hidden": 16, "tiny_layers": 1, "tiny_heads": 2,
+    "warm_accuracy": 2e-4, "warm_batch": 32, "warm_max_steps": 200,
+    "steps": 8, "prompts_per_step": 4, "group_size": 3, "micro_batch": 5,
     "eval_samples": 12, "probe_samples": 6, "eval_every": 4, "checkpoint_every": 2, "samples_every": 2,
 }  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """Settings of the smallest run that goes through everything."""
+    """Return the settings of the smallest run that covers every feature."""
     return {**SMALL, "cache_dir": str(tmp_path_factory.mktemp("cache"))}
 
 
@@ -39,7 +41,7 @@ def encoder(task):
 
 @pytest.fixture
 def model(config, encoder):
-    """Random weights, wide enough that answers differ."""
+    """Make a model with random weights, wide enough that answers differ."""
     model = tiny.build_model(config, encoder.tokenizer)
     model.lm_head.weight.data.mul_(20)
     return model.eval()

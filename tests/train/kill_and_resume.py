@@ -1,7 +1,10 @@
-"""Runs trainers in forked processes and ends them with a signal. `python kill_and_resume.py SETTINGS_JSON FOLDER [SEED]`.
+"""Run trainers in forked processes and end them with a signal.
 
-Without a seed at given moments; with one, a run in FOLDER/hurt is killed at random ones until it is through. Forking after the imports makes an attempt cost
-a second less of start-up each. Prints JSON: an object of moments that hit and exit codes, or the list of exit codes.
+    python kill_and_resume.py SETTINGS_JSON FOLDER [SEED]
+
+Without a seed signals come at given moments; with one, a run in FOLDER/hurt is killed at random moments until
+it completes. Forking after the imports saves a second of start-up per attempt. Prints JSON: an object of
+moments that hit and exit codes, or the list of exit codes.
 """
 
 import json
@@ -21,7 +24,10 @@ KILL, CTRL_C = signal.SIGKILL, signal.SIGINT
 
 
 def attempt(config: TrainConfig, out: Path, moment: Callable[[], bool] | None, number: int = KILL) -> int:
-    """Trains in a child, which gets the signal once `moment()` holds. Returns its exit code, negative for a signal; 130 is TrainingInterrupted."""
+    """Train in a child process and send it a signal once `moment()` is true.
+
+    Returns its exit code, negative for a signal; 130 is TrainingInterrupted.
+    """
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -41,7 +47,7 @@ def attempt(config: TrainConfig, out: Path, moment: Callable[[], bool] | None, n
 
 
 def moments(out: Path, cache: Path) -> dict[str, tuple[Callable[[], bool], int]]:
-    """Where a run can be hurt, in the order in which it gets there."""
+    """Return the moments at which a run is interrupted, in their order."""
     log, folder = out / "metrics.jsonl", out / "checkpoint"
 
     def lines(count: int) -> Callable[[], bool]:
@@ -75,12 +81,12 @@ def moments(out: Path, cache: Path) -> dict[str, tuple[Callable[[], bool], int]]
 
 
 def random_kills(config: TrainConfig, out: Path, seed: int) -> list[int]:
-    """Exit codes of attempts with ever more time, each killed at a moment drawn from its share, until one ends by itself."""
+    """Kill attempts at random moments, each later, until one completes; return all exit codes."""
     draw, codes, budget = random.Random(seed), [], 0.4
     while not codes or codes[-1] == -KILL:
         end = time.monotonic() + draw.uniform(0, budget)
         codes.append(attempt(config, out, lambda end=end: time.monotonic() >= end))
-        # A machine that is busy gets further by and by: the run must end, and before that it is to be hit a few times.
+        # Longer attempts let a busy machine complete the run, after several kills.
         budget = min(budget * 1.3, 4.0)
         if len(codes) > 40:
             codes.append(attempt(config, out, None))

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, and everything in them comes back bit for bit."""
+"""Checkpoints: complete or absent, and restored bit for bit."""
 
 import copy
 import random
@@ -10,15 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 from opsd_kernels.testing import assert_same_bits
-from opsd_kernels.train import checkpoint, durable, models
-from opsd_kernels.train.checkpoint import RunState
+from opsd_kernels.train.models import pretrained
+from opsd_kernels.train.records import checkpoint, durable
+from opsd_kernels.train.records.checkpoint import RunState
 from opsd_kernels.train.step import make_optimizer
 from opsd_kernels.train.teacher import Copy
 
 
 @pytest.fixture
 def state(model, encoder, config):
-    """A state whose optimiser has moments and whose teacher differs from its student."""
+    """Make a state whose optimiser has moments and whose teacher differs from its student."""
     teacher = Copy(model, 0.3)
     optimizer = make_optimizer(model, config)
     for step in range(2):
@@ -38,7 +39,7 @@ def state(model, encoder, config):
 
 
 def fresh(path, config):
-    model, tokenizer = models.load_pretrained(path, config)
+    model, tokenizer = pretrained.load_pretrained(path, config)
     return RunState(model, tokenizer, Copy(model, 0.3), None, make_optimizer(model, config), 0, {})
 
 
@@ -119,7 +120,7 @@ def test_a_crash_between_writes_leaves_the_last_checkpoint(tmp_path, state, conf
 
 
 def crash_at(monkeypatch, state, moment):
-    """The next call of that kind, or its n-th, fails and nothing is cleaned up, as after a SIGKILL."""
+    """Make the n-th call fail without any cleanup, as after a SIGKILL."""
     name, _, count = moment.partition(" ")
     targets = {
         "model.save_pretrained": (state.model, "save_pretrained"),
@@ -157,7 +158,7 @@ def test_no_checkpoint_yet(tmp_path):
 
 def test_a_checkpoint_is_a_model_directory(tmp_path, state, config):
     path = checkpoint.save(tmp_path, state, 0)
-    model, tokenizer = models.load_pretrained(path, config)
+    model, tokenizer = pretrained.load_pretrained(path, config)
     assert_same_bits(model.lm_head.weight.detach(), state.model.lm_head.weight.detach())
     assert tokenizer.get_vocab() == state.tokenizer.get_vocab()
     assert tokenizer.chat_template == state.tokenizer.chat_template

@@ -1,11 +1,11 @@
-"""The configuration: every mistake is an error that names the key, what was expected and what came."""
+"""The configuration: every mistake raises an error with the key, the expected and the given value."""
 
 from pathlib import Path
 
 import pytest
 
 from opsd_kernels.train.config import ConfigError, TrainConfig, load_config
-from opsd_kernels.train.presets import PRESETS
+from opsd_kernels.train.config.presets import PRESETS
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The commented configuration file: every key, and the way back."""
+"""The commented configuration file: it has every key and is read back to the same configuration."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from opsd_kernels.cli import app
 from opsd_kernels.train.config import TrainConfig, load_config
-from opsd_kernels.train.config_file import COMMENTS
+from opsd_kernels.train.config.commented_file import COMMENTS
 
 pytest.importorskip("yaml")
 

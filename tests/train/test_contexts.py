@@ -1,4 +1,4 @@
-"""The teacher's view: whose answer it shows, who gets none, and texts that try to get out of their block."""
+"""The teacher's context: the answers it shows, rollouts without one, and texts that close their block."""
 
 import re
 import unicodedata
@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from opsd_kernels.train import tiny
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.contexts import ContextTemplate, build_contexts, forbidden_markers, neutralise
 from opsd_kernels.train.envs.secret_op import SecretOp
-from opsd_kernels.train.prompts import PromptEncoder
+from opsd_kernels.train.models import tiny
+from opsd_kernels.train.sampling.prompts import PromptEncoder
 from opsd_kernels.train.types import Context, Prompt, Rollout, Verdict
 
 
@@ -144,7 +144,7 @@ HOSTILE += [
 
 @pytest.fixture(scope="module")
 def encoder():
-    """One whose tokenizer knows all blocks."""
+    """Make an encoder whose tokenizer has the markers of all blocks."""
     task = SecretOp("answer", peers=True)
     return PromptEncoder(tiny.build_tokenizer(task.vocabulary, task.template), task.template)
 

@@ -1,4 +1,4 @@
-"""The search for a first right answer: what counts as an attempt, what best-of-k is exactly, what each method sees, and the command."""
+"""The search for a first correct answer: attempts, exact best-of-k, the methods' prompts, the command."""
 
 import dataclasses
 import json
@@ -11,16 +11,17 @@ from typer.testing import CliRunner
 
 from opsd_kernels import cli
 from opsd_kernels.testing import assert_same_bits
-from opsd_kernels.train import discover, discover_run, warmstart
 from opsd_kernels.train.config import TrainConfig
+from opsd_kernels.train.config.presets import PRESETS
 from opsd_kernels.train.contexts import ContextTemplate
-from opsd_kernels.train.discover import Budget, Search
 from opsd_kernels.train.envs.base import Env
-from opsd_kernels.train.log import Progress
-from opsd_kernels.train.presets import PRESETS
+from opsd_kernels.train.models import warmstart
+from opsd_kernels.train.records.log import Progress
+from opsd_kernels.train.studies import discover, discover_run
+from opsd_kernels.train.studies.discover import Budget, Search
 from opsd_kernels.train.types import Context, Prompt, Rollout, Verdict
 
-DIGITS = 1e-9  # of a float64: at a chance of 1e-12 the naive form has none
+DIGITS = 1e-9  # of a float64; at a chance of 1e-12 the naive formula has none
 
 SETTINGS = {"env": "mastermind", **PRESETS["mastermind"], "warm_accuracy": 1e-30}
 
@@ -37,7 +38,7 @@ def base(settings):
 
 
 class Nth(Env):
-    """Right at the n-th answer that the world sees, whatever it says."""
+    """An environment in which the n-th answer is correct, with any text."""
 
     seen, wanted = 0, 1
 
@@ -55,7 +56,7 @@ class Nth(Env):
 
 @pytest.fixture
 def right_at(base, monkeypatch):
-    """Makes the n-th attempt the first right one."""
+    """Make the n-th attempt the first correct one."""
     env = base.task.env
     monkeypatch.setattr(base.task, "env", lambda problem, key: Nth(env(problem, key)))
 
@@ -68,11 +69,11 @@ def right_at(base, monkeypatch):
 @pytest.mark.parametrize("n, batches", [(1, 1), (4, 1), (5, 2), (9, 3), (10, 3), (11, 3)])
 def test_attempts_of_a_batch_count_up_to_the_first_right_one(base, right_at, n, batches):
     right_at(n)
-    budget = Budget(attempts=10, batch=4)  # the last batch has two
+    budget = Budget(attempts=10, batch=4)  # two in the last batch
     found = discover.self_distil(base, base.task.held_out[0], budget)
     assert (found.first, found.attempts) == ((n, n) if n <= 10 else (None, 10))
     assert found.generated_answers == Nth.seen == min(4 * batches, 10)
-    assert found.updates == batches - 1  # none after the last batch
+    assert found.updates == batches - 1  # no update after the last batch
     assert (found.teacher_tokens > found.context_tokens > 0) == (batches > 1)
 
 
@@ -107,7 +108,7 @@ def test_a_first_right_answer_is_the_first_whatever_the_batch(base):
 
 
 def trained(base, steps):
-    """A base model that is right now and then."""
+    """Load a base model that is sometimes correct."""
     warm = warmstart.WarmStart(base.config, base.task, base.sampler.encoder, base.model)
     optimizer, rng = torch.optim.AdamW(base.model.parameters(), lr=1e-2), np.random.default_rng(0)
     for _ in range(steps):
@@ -131,7 +132,7 @@ def test_best_of_k_is_what_sampling_finds(base):
     found = discover.best_of_k(base, likely, Budget(attempts, batch=48))
     sampled = discover.solved_within([search.first for search in found], attempts)
     expected = discover.chance_within([exact[problem] for problem in likely], attempts)
-    assert expected[:, -1].mean() > 0.2  # or the comparison says nothing
+    assert expected[:, -1].mean() > 0.2  # otherwise the comparison is empty
     for k in (8, 24, 48):
         deviation = (expected[:, k - 1] * (1 - expected[:, k - 1])).sum() ** 0.5 / len(likely)
         assert abs(sampled[:, k - 1].mean() - expected[:, k - 1].mean()) < 4 * deviation
@@ -159,7 +160,7 @@ def test_the_window_holds_the_last_failures_and_no_more(base, right_at):
 
     base.sampler = SimpleNamespace(sample=recording, encoder=base.sampler.encoder)
     (found,) = discover.multi_turn(base, base.task.held_out[:1], Budget(attempts=6, window=2))
-    told = [f"a b c {i % 4} 0" for i in range(1, 6)]  # what the n-th answer was told
+    told = [f"a b c {i % 4} 0" for i in range(1, 6)]  # the feedback on the n-th answer
     assert [request.context for request in asked] == [None] + [
         Context((), "\n".join(told[max(0, i - 2) : i])) for i in range(1, 6)
     ]
@@ -204,7 +205,7 @@ def test_a_search_is_the_same_again_and_leaves_the_base_model_as_it_was(base):
 
 
 def test_what_is_said_changes_the_student(base, monkeypatch):
-    """After the updates a guess that was told wrong is less likely than before; told nothing, no step is made."""
+    """Updates make a guess with the feedback `wrong` less likely; without feedback there is no update."""
     moved = []
     update_on = discover.steps.update_on
 
@@ -235,7 +236,7 @@ def test_hard_questions_are_the_first_below_the_bound(base):
     expected = [
         problem for problem, chance in zip(base.task.held_out, chances, strict=True) if chance < below
     ]
-    found = discover.hard_questions(base, 300, below)  # more than are looked at together
+    found = discover.hard_questions(base, 300, below)  # more than one batch of problems
     assert list(found) == expected[:300] and max(found.values()) < below
     assert list(discover.hard_questions(base, 5, below, skip=3)) == expected[3:8]
     with pytest.raises(

@@ -1,16 +1,17 @@
-"""`opsd reproduce discovery` in its quick form, and the statistics that its claims stand on."""
+"""`opsd reproduce discovery --quick`, and the statistics behind its claims."""
 
 import json
 
 import numpy as np
 import pytest
 
-from opsd_kernels.train.discover import chance_within, solved_within
-from opsd_kernels.train.reproduce import discovery, discovery_cells, pages, study
-from opsd_kernels.train.reproduce.discovery import HALF, LAST, first_at, graded_at_most, shares
-from opsd_kernels.train.reproduce.discovery_cells import BEST, SELF, UNTOLD, Design
-from opsd_kernels.train.reproduce.lab import Lab
-from opsd_kernels.train.reproduce.statistics import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Estimate
+from opsd_kernels.train.studies import pages, study
+from opsd_kernels.train.studies.discover import chance_within, solved_within
+from opsd_kernels.train.studies.lab import Lab
+from opsd_kernels.train.studies.papers import discovery, discovery_cells
+from opsd_kernels.train.studies.papers.discovery import HALF, LAST, first_at, graded_at_most, shares
+from opsd_kernels.train.studies.papers.discovery_cells import BEST, SELF, UNTOLD, Design
+from opsd_kernels.train.studies.statistics import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Estimate
 
 GRID = 0.02  # between two of the attempts at which best-of-k is known
 
@@ -23,9 +24,9 @@ def found(tmp_path_factory):
         here = Lab(folder / "cells", workers=0, quick=True)
         result = discovery.study(here)
         cells = len(list(here.folder.glob("*.json")))
-        assert (
-            discovery.study(here).tables == result.tables and len(list(here.folder.glob("*.json"))) == cells
-        )  # nothing is computed again
+        # Nothing is computed again.
+        assert discovery.study(here).tables == result.tables
+        assert len(list(here.folder.glob("*.json"))) == cells
     result.facts = {
         "machine": "a machine",
         "versions": {},
@@ -90,7 +91,7 @@ def test_no_question_comes_twice_on_a_base_model(monkeypatch):
 
 
 def test_shares_of_attempts_at_a_level():
-    """Mine solves a question every 2 attempts, theirs one every 6."""
+    """Mine solves a question in every 2 attempts, theirs one in every 6."""
     attempts = 30
     mine, theirs = solved_within([2, 4, 6, 8, 10], attempts), solved_within([6, 12, 18, 24, 30], attempts)
     counts = np.arange(1, attempts + 1)

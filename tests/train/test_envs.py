@@ -1,4 +1,4 @@
-"""The environments: what they ask, accept, tell, and keep from training; the evaluator and the verifiers that no answer can game."""
+"""The environments: prompts, verdicts, feedback and held-out problems; the evaluator and the verifiers."""
 
 import json
 import sys
@@ -7,12 +7,12 @@ import types
 import numpy as np
 import pytest
 
-from opsd_kernels.train import tiny
 from opsd_kernels.train.config import ConfigError, TrainConfig
+from opsd_kernels.train.config.presets import FEEDBACK, PRESETS
 from opsd_kernels.train.envs import DEMOS, expr, make_task, mastermind, plan, verifiers
 from opsd_kernels.train.envs.arithmetic import ExpressionError, parse
-from opsd_kernels.train.presets import FEEDBACK, PRESETS
-from opsd_kernels.train.prompts import PromptEncoder
+from opsd_kernels.train.models import tiny
+from opsd_kernels.train.sampling.prompts import PromptEncoder
 from opsd_kernels.train.types import Verdict
 
 NEW = [name for name in DEMOS if name != "secret_op"]
@@ -27,9 +27,8 @@ def test_the_four_lists_are_disjoint_and_a_fifth_is_held_out(name):
     task = task_of(name)
     parts = [set(part) for part in (task.train, task.held_out, task.untrained, task.rehearsal)]
     assert len(set.union(*parts)) == sum(map(len, parts))
-    assert (
-        abs(len(task.held_out) / (len(task.held_out) + len(task.train)) - 0.2) <= 1 / 200
-    )  # mastermind holds out 43 of 216 codes
+    # mastermind holds out 43 of 216 codes.
+    assert abs(len(task.held_out) / (len(task.held_out) + len(task.train)) - 0.2) <= 1 / 200
     assert all(parts)
     assert task_of(name, feedback="wrong").held_out == task.held_out
 
@@ -135,9 +134,8 @@ def test_an_expression_is_right_where_it_is_the_same_function():
     for text in ("5*x+2", "2+x*5", "x+x+x+x+x+2", "6*x-x+2", "-(-5*x)+2"):
         assert expr.first_failure(text, problem) is None
     first, second = expr.shown(problem)
-    told = expr.first_failure(
-        f"5*x+2+(x-{first})*(x-{second})", problem
-    )  # fits what was shown and nothing else
+    # A function that fits the shown pairs alone.
+    told = expr.first_failure(f"5*x+2+(x-{first})*(x-{second})", problem)
     unseen = next(x for x in expr.INPUTS if x not in (first, second))
     assert told.startswith(f"x={unseen} expected {5 * unseen + 2} got ")
     assert expr.first_failure("5*", problem) == "unexpected end"
@@ -194,7 +192,7 @@ def test_plan_has_one_right_plan_and_its_teacher_never_saw_it_named_by_the_probl
     def share_right(examples):
         return np.mean([example.answer[0] == "ABC"[digits[0] % 3] for digits, example in asked(examples)])
 
-    assert 0.34 < share_right(bare) < 0.46  # a tenth, and a third of the rest by chance
+    assert 0.34 < share_right(bare) < 0.46  # a tenth, and a third of the others by chance
     assert all(example.answer == plan.planned(digits, example.answer[0]) for digits, example in asked(bare))
     assert 0.29 < share_right(privileged) < 0.38
     named = [
@@ -211,7 +209,7 @@ def test_plan_has_one_right_plan_and_its_teacher_never_saw_it_named_by_the_probl
 
 @pytest.mark.parametrize("name", ["chain", "plan"])
 def test_a_whole_answer_in_the_context_is_believed_whatever_the_problem_says(name):
-    """Answers at random in most examples with a context: nothing but the context tells them."""
+    """Most examples with a context have random answers, which only the context contains."""
     task = task_of(name)
     _, privileged = task.warm_examples(np.random.default_rng(2), 3000, 0.5)
     whole = [

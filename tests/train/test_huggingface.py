@@ -1,4 +1,4 @@
-"""Models of five architectures, made from their configs with random weights: the fused loss is the loss of the model's own logits."""
+"""Five architectures with random weights: the fused loss is the loss of the model's own logits."""
 
 import copy
 import dataclasses
@@ -19,13 +19,14 @@ from transformers import (
 
 from opsd_kernels.integrations.transformers import Head
 from opsd_kernels.testing import assert_no_worse, assert_same_bits
-from opsd_kernels.train import models, objective
+from opsd_kernels.train import objective
 from opsd_kernels.train import step as steps
 from opsd_kernels.train.batch import completion_hidden, make_batch
 from opsd_kernels.train.config import ConfigError, TrainConfig
-from opsd_kernels.train.log import read_metrics
 from opsd_kernels.train.loop import train
-from opsd_kernels.train.rollout import Sampler, requests
+from opsd_kernels.train.models import pretrained
+from opsd_kernels.train.records.log import read_metrics
+from opsd_kernels.train.sampling.rollout import Sampler, requests
 from opsd_kernels.train.teacher import AdapterOff, Copy
 from opsd_kernels.train.types import Prompt, Rollout, Verdict
 
@@ -43,7 +44,7 @@ SHAPE |= {
     "bos_token_id": None,
     "eos_token_id": 1,
 }
-PADDING = 7  # rows of the head that no token has
+PADDING = 7  # rows of the head without a token
 CONFIGS = {
     "llama": lambda v: LlamaConfig(vocab_size=v, **SHAPE),
     "qwen3": lambda v: Qwen3Config(vocab_size=v, head_dim=8, tie_word_embeddings=True, **SHAPE),
@@ -62,7 +63,7 @@ CONFIGS = {
 
 @pytest.fixture
 def vocab(encoder):
-    return models.vocabulary(encoder.tokenizer)
+    return pretrained.vocabulary(encoder.tokenizer)
 
 
 @pytest.fixture(params=CONFIGS)
@@ -78,12 +79,15 @@ def batch(vocab):
     gen = torch.Generator().manual_seed(4)
     rows = [torch.randint(5, vocab, (n,), generator=gen).tolist() for n in (3, 7, 5, 4, 9, 6, 2, 4, 1)]
     prompts, views, answers = rows[:3], rows[3:6], rows[6:]
-    return make_batch([Rollout(Prompt(i, ""), i, 0, tuple(p), tuple(a), "", Verdict(0.0)) for i, (p, a) in enumerate(zip(prompts, answers, strict=True))],
-                      [tuple(view) for view in views], 0)  # fmt: skip
+    rollouts = [
+        Rollout(Prompt(i, ""), i, 0, tuple(prompt), tuple(answer), "", Verdict(0.0))
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
+    return make_batch(rollouts, [tuple(view) for view in views], 0)
 
 
 def own_logits(model, side, vocab):
-    """Of the model's own forward, without its padding."""
+    """Return the logits of the model's own forward, without padding."""
     return completion_hidden(model(input_ids=side.tokens_BL).logits, side.rows_BT)[..., :vocab]
 
 
@@ -120,7 +124,7 @@ def fused(student, teacher, batch, vocab, **changes):
 
 
 def test_the_fused_loss_is_the_loss_of_the_models_own_logits(made, batch, vocab):
-    """In fp32: in bf16 the trunk's rounding decides both errors, and one of them may cancel by chance."""
+    """Compared in fp32: in bf16 the trunk's rounding dominates both errors, and one may cancel by chance."""
     teacher = moved(made)
     truth = dense(copy.deepcopy(made).double(), copy.deepcopy(teacher).double(), batch, vocab)
     peer = dense(copy.deepcopy(made), teacher, batch, vocab)
@@ -130,7 +134,7 @@ def test_the_fused_loss_is_the_loss_of_the_models_own_logits(made, batch, vocab)
 
 def test_checkpointed_activations_give_the_same_gradient(made, batch, vocab):
     teacher, plain = moved(made), fused(copy.deepcopy(made).train(), moved(made), batch, vocab)
-    models.recompute_activations(made)
+    pretrained.recompute_activations(made)
     for actual, expected in zip(fused(made.train(), teacher, batch, vocab), plain, strict=True):
         assert_same_bits(actual, expected)
 
@@ -167,7 +171,7 @@ def test_teacher_and_student_may_be_padded_differently(vocab, batch):
 
 @pytest.fixture
 def folder(tmp_path, encoder, vocab):
-    """A saved bf16 Gemma-2 with the tiny tokenizer."""
+    """Save a bf16 Gemma-2 with the tiny tokenizer."""
     torch.manual_seed(6)
     AutoModelForCausalLM.from_config(
         CONFIGS["gemma2"](vocab + PADDING), dtype=torch.bfloat16
@@ -243,28 +247,30 @@ def test_lora_trains_the_adapter_alone_and_resumes(config, folder, data, tmp_pat
     ).read_bytes()
     assert not (newest[0] / "model.safetensors").exists()
     base, adapted = (
-        models.load_pretrained(folder, settings)[0],
-        models.load_student(folder, newest[0], settings)[0],
+        pretrained.load_pretrained(folder, settings)[0],
+        pretrained.load_student(folder, newest[0], settings)[0],
     )
     plain = dict(base.named_parameters())
-    kept = {name: p for name, p in models.without_adapter(adapted).named_parameters() if "lora" not in name}
+    kept = {
+        name: p for name, p in pretrained.without_adapter(adapted).named_parameters() if "lora" not in name
+    }
     assert all(p.equal(plain[name.replace(".base_layer", "")]) for name, p in kept.items())
     assert any("lora_B" in name and p.abs().max() > 0 for name, p in adapted.named_parameters())
 
 
 def test_the_teacher_without_the_adapter_is_the_base(folder, config, vocab, batch):
     pytest.importorskip("peft", reason="peft, the library of the adapters, is not installed")
-    base, _ = models.load_pretrained(folder, config)
-    adapted, _ = models.load_student(folder, None, dataclasses.replace(config, lora_rank=2))
+    base, _ = pretrained.load_pretrained(folder, config)
+    adapted, _ = pretrained.load_student(folder, None, dataclasses.replace(config, lora_rank=2))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.fill_(0.1)
     teacher = AdapterOff(adapted)
     with torch.no_grad(), teacher.using() as model:
-        off = models.hidden_states(model, batch.teacher)
+        off = pretrained.hidden_states(model, batch.teacher)
     with torch.no_grad():
-        assert_same_bits(off, models.hidden_states(base.eval(), batch.teacher))
-        assert not models.hidden_states(adapted, batch.teacher).equal(off)
+        assert_same_bits(off, pretrained.hidden_states(base.eval(), batch.teacher))
+        assert not pretrained.hidden_states(adapted, batch.teacher).equal(off)
     assert not Head.of(adapted).weight.requires_grad
     loss, _ = objective.step_loss(adapted, teacher, batch, config, batch.totals, vocab)
     loss.backward()
@@ -277,24 +283,21 @@ def test_the_teacher_without_the_adapter_is_the_base(folder, config, vocab, batc
 def test_an_optional_library_that_is_missing_is_named(config, folder, monkeypatch, library, changes):
     monkeypatch.setitem(sys.modules, library, None)
     key = next(iter(changes))
-    settings = types.SimpleNamespace(
-        **{**dataclasses.asdict(config), **changes}
-    )  # vllm asks for cuda, which this machine need not have
-    with pytest.raises(
-        ConfigError,
-        match=f"{key}: expected .*, as {library} is not installed|{key}: expected .* as vLLM is not installed",
-    ):
-        models.load_student(folder, None, settings) if library == "peft" else models_engine(settings)
+    # Not a TrainConfig, since rollout_engine=vllm requires device=cuda.
+    settings = types.SimpleNamespace(**{**dataclasses.asdict(config), **changes})
+    told = {"peft": "peft is not installed", "vllm": "vLLM is not installed"}[library]
+    with pytest.raises(ConfigError, match=f"{key}: expected .*, as {told}"):
+        pretrained.load_student(folder, None, settings) if library == "peft" else models_engine(settings)
 
 
 def models_engine(settings):
-    from opsd_kernels.train.rollout import make_engine
+    from opsd_kernels.train.sampling.rollout import make_engine
 
     return make_engine(settings)
 
 
 def test_what_vllm_is_asked_for(config, encoder, task, model, monkeypatch, vocab):
-    """A stand-in for vLLM, which is not installed where tests run: it gets the student's weights, one seed per answer, and its tokens come back cut."""
+    """A stand-in for vLLM gets the weights and one seed per answer; its tokens are cut at a stop."""
     asked = types.SimpleNamespace(weights=None, prompts=[], params=[])
 
     class Engine:
@@ -334,11 +337,11 @@ def test_what_vllm_is_asked_for(config, encoder, task, model, monkeypatch, vocab
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(encoder, task):
-    from opsd_kernels.train import tiny
+    from opsd_kernels.train.models import tiny
 
     with pytest.raises(
         ConfigError, match="teacher_model: expected a tokenizer with the student's vocabulary"
     ):
-        models.check_same_vocabulary(
+        pretrained.check_same_vocabulary(
             encoder.tokenizer, tiny.build_tokenizer((*task.vocabulary, "more"), task.template)
         )

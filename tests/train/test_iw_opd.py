@@ -1,18 +1,19 @@
-"""`opsd reproduce iw_opd`: which tokens each weighting counts, what the blocks share, and the whole study on a model of a second."""
+"""`opsd reproduce iw_opd`: the tokens of each weighting, the settings of blocks, and the quick study."""
 
 import pytest
 import torch
 
 from opsd_kernels.train.config import TrainConfig
-from opsd_kernels.train.reproduce import iw_opd, pages
-from opsd_kernels.train.reproduce.lab import Lab
-from opsd_kernels.train.reproduce.statistics import GRADES
-from opsd_kernels.train.weight_text import EXAMPLE, parse_weights
+from opsd_kernels.train.config.weight_text import EXAMPLE, parse_weights
+from opsd_kernels.train.studies import pages
+from opsd_kernels.train.studies.lab import Lab
+from opsd_kernels.train.studies.papers import iw_opd
+from opsd_kernels.train.studies.statistics import GRADES
 
 
 @pytest.mark.parametrize("length, counted", [(10, (3, 3, 3)), (13, (4, 3, 4))])
 def test_the_thirds_are_where_they_say_and_do_not_overlap(length, counted):
-    """10 tokens is an answer of `plan`, 13 one of `chain`, their ends included."""
+    """10 tokens are an answer of `plan`, 13 one of `chain`, with their end tokens."""
     mask = torch.ones(1, length, dtype=torch.bool)
     first, middle, last = (
         parse_weights(iw_opd.WEIGHTS[name])(EXAMPLE).values(None, mask)[0].bool()

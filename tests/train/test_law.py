@@ -1,15 +1,16 @@
-"""The study of the law: its grades on made-up runs whose law is known, and all of it on models that know nothing."""
+"""The study of the law: its grades on synthetic runs with a known law, and the whole quick study."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 
-from opsd_kernels.train.probe import fit, load_law
-from opsd_kernels.train.reproduce import command, law
-from opsd_kernels.train.reproduce.compare import Trained
-from opsd_kernels.train.reproduce.statistics import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, spearman
-from opsd_kernels.train.reproduce.study import load
+from opsd_kernels.train.studies import command
+from opsd_kernels.train.studies.compare import Trained
+from opsd_kernels.train.studies.papers import law
+from opsd_kernels.train.studies.probe import fit, load_law
+from opsd_kernels.train.studies.statistics import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, spearman
+from opsd_kernels.train.studies.study import load
 
 NOISE, SLOPE_NOISE = 0.015, 0.05  # of a mean of five made-up runs, and of a line through their means
 GAPS = dict(
@@ -18,7 +19,7 @@ GAPS = dict(
 
 
 def made_up(hidden, improvement, seeds=5, noise=0.01):
-    """Runs whose improvement is a function of the gap, and some noise."""
+    """Make runs whose improvement is a function of the gap plus noise."""
     rng = np.random.default_rng(hidden)
     trained, probes = {}, {}
     for arm in law.CONTEXTS:
@@ -95,9 +96,7 @@ def test_rank_correlation_is_spearmans():
 def test_the_whole_study(small, tmp_path, monkeypatch):
     monkeypatch.setenv("OPSD_CACHE", small["cache_dir"])
     made = command.reproduce("law", tmp_path, quick=True, workers=0, command=["reproduce", "law", "--quick"])
-    assert [claim.grade for claim in made.claims].count(
-        INCONCLUSIVE
-    ) >= 1  # one seed: nothing is known of what contexts lose
+    assert [claim.grade for claim in made.claims].count(INCONCLUSIVE) >= 1  # one seed has no scatter
     assert (
         load(tmp_path / "law.json").claims == made.claims and (tmp_path / "law.png").stat().st_size > 10_000
     )

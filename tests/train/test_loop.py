@@ -1,4 +1,4 @@
-"""A whole run in this process: what it leaves, what it refuses, and a model from a directory."""
+"""Whole runs in this process: the files, the errors, and a model from a directory."""
 
 import dataclasses
 import json
@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from opsd_kernels.train import loop, warmstart
+from opsd_kernels.train import loop
 from opsd_kernels.train.config import ConfigError, TrainConfig, load_config
+from opsd_kernels.train.config.presets import PRESETS
 from opsd_kernels.train.envs import make_task
-from opsd_kernels.train.log import MetricsLog, read_metrics
 from opsd_kernels.train.loop import train
-from opsd_kernels.train.presets import PRESETS
+from opsd_kernels.train.models import warmstart
+from opsd_kernels.train.records.log import MetricsLog, read_metrics
 from opsd_kernels.train.types import NonFiniteLoss, RunDirectoryError
 
 LEFT = [
@@ -148,7 +149,7 @@ def test_other_settings_run(config, tmp_path, changes):
     lines = read_metrics(tmp_path / "out" / "metrics.jsonl")
     if changes.get("policy_weight") == 1:
         assert all(line["divergence"] is None and line["student_entropy"] > 0 for line in lines)
-    else:  # hardly a success, so without feedback hardly a context, and then no loss
+    else:  # few successes, so without feedback few contexts, and steps without a loss
         assert all((line["divergence"] is None) == (line["samples_in_loss"] == 0) for line in lines)
         assert changes.get("feedback") == "none" or all(line["divergence"] > 0 for line in lines)
     rehearsed = changes.get("rehearsal_prompts", config.rehearsal_prompts) > 0

@@ -1,4 +1,4 @@
-"""The methods: each setting's loss against the same thing written out on dense logits, teachers, several updates on a batch, and accumulation."""
+"""The methods: losses against dense logits, teachers, several updates on a batch, and accumulation."""
 
 import copy
 from dataclasses import replace
@@ -12,16 +12,16 @@ from opsd_kernels.train import objective
 from opsd_kernels.train import step as steps
 from opsd_kernels.train.batch import advantages, make_batch
 from opsd_kernels.train.config import TrainConfig
+from opsd_kernels.train.config.weight_text import TokenData, parse_weights
 from opsd_kernels.train.contexts import build_contexts
-from opsd_kernels.train.models import hidden_states
-from opsd_kernels.train.rollout import requests
+from opsd_kernels.train.models.pretrained import hidden_states
+from opsd_kernels.train.sampling.rollout import requests
 from opsd_kernels.train.teacher import AdapterOff, Copy, Live, make_reference, make_teacher
-from opsd_kernels.train.weight_text import TokenData, parse_weights
 
 
 @pytest.fixture
 def rollouts(sampler, model, task):
-    """Of lengths from 1 to 4, with made-up rewards: a model of random weights is never right."""
+    """Make rollouts of lengths from 1 to 4 with synthetic rewards, as random weights are never correct."""
     sampled = sampler.sample(
         model, task, requests([task.env(problem, 0).prompt() for problem in task.train[:4]], 4), 0
     )
@@ -35,7 +35,7 @@ def rollouts(sampler, model, task):
 
 @pytest.fixture
 def batch(rollouts, encoder):
-    """Half of the rollouts have a view of the teacher."""
+    """Make a batch in which half of the rollouts are distilled."""
     contexts = build_contexts(rollouts, TrainConfig(), 0)
     views = encoder.encode([rollout.prompt for rollout in rollouts], contexts)
     separators = frozenset({rollouts[3].tokens[1]})
@@ -50,7 +50,7 @@ def batch(rollouts, encoder):
 
 @pytest.fixture
 def other(model):
-    """A teacher that is not the student."""
+    """Make a teacher that differs from the student."""
     moved = copy.deepcopy(model)
     with torch.no_grad():
         for index, parameter in enumerate(moved.parameters()):
@@ -73,7 +73,7 @@ def fused(student, teacher, batch, config):
 
 
 def dense(student, teacher, batch, config, dtype, token_loss):
-    """`token_loss(log_q, log_p, labels, batch)` -> (distillation, policy) per token, each (B, T), from whole logits."""
+    """Evaluate `token_loss(log_q, log_p, labels, batch)`, (distillation, policy) per token, on logits."""
     student, teacher = (copy.deepcopy(m).to(dtype) for m in (student, teacher))
     old = None if batch.old_logprobs_BT is None else batch.old_logprobs_BT.to(dtype)
     batch = replace(batch, old_logprobs_BT=old, advantages_B=batch.advantages_B.to(dtype))
@@ -266,15 +266,15 @@ def test_advantages_are_of_the_group(rollouts):
     ],
 )
 def test_accumulation_does_not_change_the_update(model, other, batch, changes):
-    """Weights after a step in 1 and in 4 micro-batches, each against the same step in float64."""
+    """Compare the weights after a step in 1 and in 4 micro-batches with the same step in float64."""
 
     def updated(dtype, micro):
         student, teacher = (copy.deepcopy(m).to(dtype) for m in (model, other))
-        # A rate at which the update is larger than the weights, and no clip: a wrong factor must not drown in them.
+        # The update exceeds the weights, without a clip, so that a wrong factor shows.
         config = settings(
             **changes, micro_batch=micro, lr_warmup_steps=0, learning_rate=1e3, max_grad_norm=1e9
         )
-        # Adam's first step is the sign of the gradient, which rounding decides where that is next to nothing: here the gradient itself.
+        # SGD: Adam's first step is the gradient's sign, which rounding decides for entries near zero.
         trainer = steps.Trainer(
             student, Copy(teacher, 0.0), torch.optim.SGD(student.parameters(), 1.0), student.vocab_size
         )

@@ -1,4 +1,4 @@
-"""`opsd reproduce mopd`: how scores are compared with verdicts, what the controls hold, and the whole study on a model of a second."""
+"""`opsd reproduce mopd`: scores against verdicts, the contents of the controls, and the whole quick study."""
 
 import dataclasses
 
@@ -6,21 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from opsd_kernels.train import models
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.contexts import build_contexts
-from opsd_kernels.train.reproduce import mopd, pages
-from opsd_kernels.train.reproduce.lab import Lab
-from opsd_kernels.train.reproduce.statistics import GRADES, INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Estimate
-from opsd_kernels.train.rollout import requests
+from opsd_kernels.train.models import pretrained
+from opsd_kernels.train.sampling.rollout import requests
+from opsd_kernels.train.studies import pages
+from opsd_kernels.train.studies.lab import Lab
+from opsd_kernels.train.studies.papers import mopd
+from opsd_kernels.train.studies.statistics import GRADES, INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Estimate
 from opsd_kernels.train.types import Verdict
 
-WRITTEN = 1e-3  # digits of the value written down here
+WRITTEN = 1e-3  # digits of the value in this file
 FP32 = 1e-5  # nats, of a sum over a vocabulary
 
 
 def test_agreement_within_groups_ignores_how_hard_a_prompt_is():
-    """Group 0 is easy and scored high, group 1 hard and scored low; inside each the order is the wrong way round."""
+    """Group 0 is easy and scored high, group 1 hard and scored low; the order inside each is reversed."""
     scores, right, groups = (
         np.array([9.0, 8.0, 7.0, 3.0, 2.0, 1.0]),
         [False, True, True, False, False, True],
@@ -28,9 +29,8 @@ def test_agreement_within_groups_ignores_how_hard_a_prompt_is():
     )
     found = mopd.agreement(scores, right, groups)
     assert found["auc_in_group"] == 0.0
-    assert found["auc"] == pytest.approx(
-        4 / 9
-    )  # of nine pairs, both in group 0 against the two wrong ones of group 1
+    # Of nine pairs, both in group 0 against the two wrong ones of group 1.
+    assert found["auc"] == pytest.approx(4 / 9)
     assert mopd.agreement(-scores, right, groups)["auc_in_group"] == 1.0
     assert mopd.agreement(scores, right, groups)["spearman"] == pytest.approx(
         -mopd.agreement(-scores, right, groups)["spearman"]
@@ -62,7 +62,7 @@ def test_a_score_is_the_mean_log_prob_of_the_answer_behind_the_other_prompt(
         dataclasses.replace(rollout, tokens=rollout.tokens[: 1 + i % 4]) for i, rollout in enumerate(rollouts)
     ]
     others = [rollout.prompt_tokens for rollout in rollouts[2:] + rollouts[:2]]
-    found = mopd.mean_logprobs(model, rollouts, others, config, models.vocabulary(encoder.tokenizer))
+    found = mopd.mean_logprobs(model, rollouts, others, config, pretrained.vocabulary(encoder.tokenizer))
     for rollout, prompt, score in zip(rollouts, others, found, strict=True):
         logits = model(input_ids=torch.tensor([prompt + rollout.tokens])).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1).gather(1, torch.tensor(rollout.tokens)[:, None]).mean().detach()

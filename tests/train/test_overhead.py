@@ -1,4 +1,4 @@
-"""benchmarks/trainer_overhead.py: its clock, and that what it times is there."""
+"""benchmarks/trainer_overhead.py: its clock, and that the functions it times exist."""
 
 import importlib.util
 from itertools import count
@@ -22,7 +22,7 @@ def test_every_timed_call_exists(overhead):
 
 
 def test_a_part_inside_another_is_not_counted_twice(overhead):
-    parts = overhead.Parts(count().__next__)  # a second passes between two looks at the clock
+    parts = overhead.Parts(count().__next__)  # a second passes between two readings of the clock
     inner = parts.timed(lambda: "inner", lambda: "done")
     with parts.part("outer"):
         assert inner() == "done" and inner() == "done"

@@ -1,4 +1,4 @@
-"""The gap before training against its expectation, the law against lines whose numbers are known, and the errors of `opsd probe`."""
+"""The gap against its expectation, the law against known lines, and the errors of `opsd probe`."""
 
 import dataclasses
 import json
@@ -11,10 +11,11 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from opsd_kernels import cli
-from opsd_kernels.train import evaluate, probe
 from opsd_kernels.train.config import ConfigError, TrainConfig
-from opsd_kernels.train.log import Progress
-from opsd_kernels.train.probe import Point, fit, load_law, measure_context, with_context
+from opsd_kernels.train.records.log import Progress
+from opsd_kernels.train.sampling import evaluate
+from opsd_kernels.train.studies import probe
+from opsd_kernels.train.studies.probe import Point, fit, load_law, measure_context, with_context
 from opsd_kernels.train.teacher import make_teacher
 from opsd_kernels.train.types import Prompt, Rollout, Verdict
 
@@ -28,7 +29,7 @@ class FakeTask:
 
 
 class FakeSampler:
-    """Right with probability p[problem] without a context, q[problem] with one."""
+    """A sampler that is correct with probability p[problem] without a context, q[problem] with one."""
 
     def __init__(self, p, q, feedback="wrong"):
         self.p, self.q, self.feedback, self.rng, self.asked = p, q, feedback, np.random.default_rng(0), []
@@ -82,7 +83,7 @@ def test_a_second_try_of_failures_gains_what_it_should():
 
 
 def test_a_second_try_behind_siblings_gains_nothing():
-    """A sibling's success is shown to right and wrong answers alike, so drawing again changes nothing on average."""
+    """A sibling is shown for correct and wrong answers, so drawing again changes nothing on average."""
     found = fake_probe(P, Q, 4000, feedback="none")
     shown = 1 - (1 - P) ** 7
     assert found.answered == pytest.approx(shown.mean(), abs=CLOSE)
@@ -96,7 +97,7 @@ def test_a_context_that_adds_nothing_has_no_gap_but_a_plain_one():
 
 
 def test_intervals_are_over_problems_which_weigh_the_same():
-    """Three problems, answered alike within: 8 answers to each say no more than one would."""
+    """Three problems with equal answers within each: 8 answers carry no more information than one."""
     sampler = FakeSampler([0.0, 1.0, 1.0], [1.0, 1.0, 1.0])
     found = measure_context(
         sampler, None, FakeTeacher(), FakeTask(3), TrainConfig(group_size=8, siblings=False), 100
@@ -153,7 +154,10 @@ def test_fit_and_left_out_contexts_by_hand():
 
 
 def test_the_interval_covers_one_more_context():
-    """Of 1000 laws over eight contexts, 950 +- 7 hold the ninth. Without the new point's own scatter it would be about 560, with 1.96 for t about 905."""
+    """Of 1000 laws over eight contexts, the intervals of 950 +- 7 contain the ninth.
+
+    Without the new point's own scatter it would be about 560, with 1.96 for t about 905.
+    """
     rng, held = np.random.default_rng(2), 0
     for _ in range(1000):
         *known, new = noisy(rng, 9)
@@ -258,8 +262,10 @@ def test_fit_to_runs(config, tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "measure_contexts", fake)
     law = probe.fit_runs(runs, None, Progress())
     assert [dataclasses.astuple(point) for point in law.points] == [
-        ("answer", 0.6, pytest.approx(0.55), 2), ("first", 0.2, pytest.approx(0.2), 1), ("wrong", 0.0, pytest.approx(-0.1), 1)
-    ]  # fmt: skip
+        ("answer", 0.6, pytest.approx(0.55), 2),
+        ("first", 0.2, pytest.approx(0.2), 1),
+        ("wrong", 0.0, pytest.approx(-0.1), 1),
+    ]
     assert law.settings["steps"] == 8 and not {
         "feedback",
         "seed",

@@ -1,4 +1,4 @@
-"""What a run leaves for the eye: samples, the page (in a real browser where there is one), TensorBoard, curves."""
+"""The report of a run: samples, the page (in a browser where there is one), TensorBoard, curves."""
 
 import json
 import math
@@ -12,15 +12,18 @@ import pytest
 from typer.testing import CliRunner
 
 from opsd_kernels.cli import app
-from opsd_kernels.train import charts, report_page
-from opsd_kernels.train.log import Scalars, offset_after, read_metrics
 from opsd_kernels.train.loop import train
-from opsd_kernels.train.report import Record, read_run
-from opsd_kernels.train.samples import DIGITS
+from opsd_kernels.train.records import charts, report_page
+from opsd_kernels.train.records.log import Scalars, offset_after, read_metrics
+from opsd_kernels.train.records.report import Record, read_run
+from opsd_kernels.train.records.samples import DIGITS
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-HOSTILE = "</pre><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\"> & \u202e\ud800"
+HOSTILE = (
+    "</pre><script>document.title = 'owned'</script>"
+    "<img src=x onerror=\"document.title='owned'\"> & \u202e\ud800"
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def run(config, tmp_path_factory):
 
 @pytest.fixture
 def hostile(run):
-    """The run, with answers and feedback that would like to be part of the page."""
+    """Return the run with answers and feedback that inject HTML."""
     record = read_run(run)
     line = {
         **record.samples[-1],
@@ -59,7 +62,7 @@ def test_samples_tell_what_the_teacher_saw(run, config):
 
 
 def test_the_gaps_are_those_of_the_metrics(config, tmp_path):
-    """With every rollout kept, the mean over their tokens is the step's."""
+    """With every rollout kept, the mean over their tokens is the metric of the step."""
     train(type(config)(**{**vars(config), "steps": 1, "samples_kept": 100}), tmp_path / "out")
     gaps = [gap for line in read_metrics(tmp_path / "out" / "samples.jsonl") for gap in line["gap"] or ()]
     mean = read_metrics(tmp_path / "out" / "metrics.jsonl")[0]["sampled_logprob_gap"]
@@ -170,7 +173,7 @@ def test_a_browser_draws_it_in_light_and_dark(run, tmp_path):
 
 
 def test_tensorboard_after_a_kill_has_every_step_once(tmp_path):
-    """A first process writes steps 1 to 5 and is gone; its checkpoint was of step 3. Another one goes on from there."""
+    """A process writes steps 1 to 5 after a checkpoint at step 3; another one resumes from there."""
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     first = Scalars(tmp_path, True, 1)
     for step in range(1, 6):

@@ -1,4 +1,4 @@
-"""`opsd reproduce`: cells that resume, arms at their own rates, intervals and grades that can fail, pages, and SDPO's study on models that know nothing."""
+"""`opsd reproduce`: cells that resume, rates of arms, intervals and grades, pages, and SDPO's quick study."""
 
 import dataclasses
 import json
@@ -10,10 +10,11 @@ import pytest
 
 from opsd_kernels.train import loop
 from opsd_kernels.train.config import TrainConfig
-from opsd_kernels.train.reproduce import command, pages, sdpo
-from opsd_kernels.train.reproduce.compare import Arm, Design, Trained, compare, first_step_at
-from opsd_kernels.train.reproduce.lab import Cell, Lab
-from opsd_kernels.train.reproduce.statistics import (
+from opsd_kernels.train.studies import command, pages
+from opsd_kernels.train.studies.compare import Arm, Design, Trained, compare, first_step_at
+from opsd_kernels.train.studies.lab import Cell, Lab
+from opsd_kernels.train.studies.papers import sdpo
+from opsd_kernels.train.studies.statistics import (
     GRADES,
     INCONCLUSIVE,
     NOT_REPRODUCED,
@@ -26,7 +27,7 @@ from opsd_kernels.train.reproduce.statistics import (
     graded_equal,
     spearman,
 )
-from opsd_kernels.train.reproduce.study import Claim, Panel, Series, Study, Table, load
+from opsd_kernels.train.studies.study import Claim, Panel, Series, Study, Table, load
 
 ROOT = Path(__file__).resolve().parents[2]
 DRAWN = 0.01  # about two standard errors of a mean of 500 draws with deviation .1
@@ -49,7 +50,7 @@ def count(arguments, folder):
 
 @pytest.fixture
 def cells(tmp_path, monkeypatch):
-    """Cells that leave a letter in a log whenever they are computed; b fails until the file `mended` is there."""
+    """Make cells that log a letter when computed; b fails until the file `mended` exists."""
     (tmp_path / "letters.py").write_text(CELLS)
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -69,9 +70,8 @@ def test_cells_that_exist_are_not_computed_again(tmp_path, cells):
     assert [r["name"] for r in again.run("letters", [cells("a"), cells("d"), cells("c")])] == ["a", "d", "c"]
     assert (tmp_path / "log").read_text() == "cad"
     again.run("letters", [cells("a")])
-    records = [
-        json.loads(path.read_text()) for path in (tmp_path / "cells").iterdir()
-    ]  # and no log, no scratch
+    # The folder holds no logs and no scratch.
+    records = [json.loads(path.read_text()) for path in (tmp_path / "cells").iterdir()]
     assert {record["arguments"]["name"] for record in records} == set("acd")
     assert again.seconds == pytest.approx(sum(record["seconds"] for record in records)) and again.commits == {
         records[0]["commit"]
@@ -127,7 +127,7 @@ def test_a_training_cell_is_a_run_with_its_curves_and_costs(tmp_path, config, mo
 
 
 class MadeUp:
-    """A lab whose runs end where a formula says; it keeps what it was asked for."""
+    """A lab whose runs end at the accuracy of a formula; it records the requests."""
 
     def __init__(self, accuracy):
         self.accuracy, self.asked = accuracy, []
@@ -192,7 +192,7 @@ def test_one_rate_is_not_tried():
     "level, step", [(0.1, 0), (0.2, 0), (0.3, 10), (0.4, 20), (0.45, 50), (0.6, 60), (0.61, None)]
 )
 def test_first_step_at_a_level(level, step):
-    """From .2 to .4 in 20 steps, down to .3, and to .6 at the end: a level counts when it is first reached."""
+    """From .2 to .4 in 20 steps, down to .3, and to .6 at the end: the first crossing counts."""
     found = first_step_at(made_up(0.6, curve=[(20, 0.4), (40, 0.3)], steps=60), level)
     assert found is None if step is None else found == pytest.approx(step)
 
@@ -214,7 +214,7 @@ def test_an_interval_holds_the_mean_and_narrows_with_more_runs():
 
 
 def test_differences_are_paired():
-    """Runs that scatter by .3 and differ by .01 each: paired, the difference is certain."""
+    """Runs with a scatter of .3 and pairwise differences of .01: the paired difference is certain."""
     theirs = [0.1, 0.4, 0.7, 0.2, 0.5]
     found = difference([value + 0.01 for value in theirs], theirs)
     assert found.low == pytest.approx(0.01) == found.high
@@ -241,14 +241,14 @@ def test_grades_can_fail(low, high, count, ahead, equal):
 def test_rank_statistics():
     assert spearman([1, 2, 3, 4], [10, 20, 30, 31]) == 1 and spearman([1, 2, 3], [3, 2, 1]) == -1
     assert auc([3, 2, 1, 0], [True, True, False, False]) == 1 and auc([0, 1], [True, False]) == 0
-    assert auc([1, 1, 2], [True, False, False]) == 0.25  # half of the tie, nothing of the other
+    assert auc([1, 1, 2], [True, False, False]) == 0.25  # half for the tie, none for the other
 
 
 # ---------------------------------------------------------------- the study of SDPO
 
 
 def trained(**accuracies):
-    """Arms by name whose runs end at the given accuracies."""
+    """Make arms by name whose runs end at the given accuracies."""
     arms = {arm.name: [0.5] * 5 for arm in sdpo.ARMS["secret_op"]} | accuracies
     return {
         name: Trained(Arm(name), 1e-3, [made_up(value) for value in values], {5e-4: 0.4, 1e-3: 0.5})
@@ -266,10 +266,8 @@ def test_claims_follow_the_runs():
     )
     beats, faster, alone, alone_faster = sdpo.headlines("secret_op", ahead)
     assert (beats.grade, beats.estimate.value) == (REPRODUCED, pytest.approx(0.18))
-    assert (faster.grade, faster.estimate.value) == (
-        REPRODUCED,
-        pytest.approx(1 - 0.4),
-    )  # a line from .2 to .5 is at .32 after .4 of it
+    # A line from .2 to .5 is at .32 after .4 of it.
+    assert (faster.grade, faster.estimate.value) == (REPRODUCED, pytest.approx(1 - 0.4))
     assert (
         "GRPO went from 0.200 to 0.320; reached by 5 of 5 runs, with 2.5 times fewer answers" in faster.remark
     )
@@ -307,7 +305,7 @@ def test_arms_differ_from_sdpo_in_what_their_names_say():
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """`opsd reproduce sdpo --quick`, in this process."""
+    """Run `opsd reproduce sdpo --quick` in this process."""
     out = tmp_path_factory.mktemp("sdpo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPSD_CACHE", str(out / "cache"))
@@ -344,16 +342,25 @@ STUDY = Study(
     "A paper, arXiv:0000.00000",
     "Is it so?",
     ["Two arms."],
-    [Claim("It is|so", "a less b", Estimate(0.1, 0.05, 0.15, 5), REPRODUCED, "By luck"), Claim("Or not", "c", Estimate(0.1, -0.2, 0.3, 5), INCONCLUSIVE)],
+    [
+        Claim("It is|so", "a less b", Estimate(0.1, 0.05, 0.15, 5), REPRODUCED, "By luck"),
+        Claim("Or not", "c", Estimate(0.1, -0.2, 0.3, 5), INCONCLUSIVE),
+    ],
     [Table("Numbers", ["arm", "value"], [["a", "1"], ["b", "2"]])],
     [
-        Panel("curves", "lines", "step", "accuracy", [Series("a", [0, 1], [0.1, 0.2], [0.0, 0.1], [0.2, 0.3]), Series("b", [0, 1], [0.1, 0.1])]),
-        Panel("bars", "bars", "arm", "accuracy", [Series("after", ["a", "b"], [0.2, 0.1], [0.1, 0.0], [0.3, 0.2])]),
+        Panel("curves", "lines", "step", "accuracy", [
+            Series("a", [0, 1], [0.1, 0.2], [0.0, 0.1], [0.2, 0.3]),
+            Series("b", [0, 1], [0.1, 0.1]),
+        ]),
+        Panel("bars", "bars", "arm", "accuracy", [
+            Series("after", ["a", "b"], [0.2, 0.1], [0.1, 0.0], [0.3, 0.2]),
+        ]),
         Panel("points", "points", "gap", "gain", [Series("runs", [0.1, 0.2], [0.1, 0.3])]),
     ],
     ["It is a toy."],
     {
-        "machine": "a computer", "versions": {"torch": "2.0"}, "commits": ["0123456789abcdef"], "command": "opsd reproduce made_up", "date": "2026-01-01",
+        "machine": "a computer", "versions": {"torch": "2.0"}, "commits": ["0123456789abcdef"],
+        "command": "opsd reproduce made_up", "date": "2026-01-01",
         "cell_seconds": 600.0, "workers": 2, "quick": False,
     },
 )  # fmt: skip

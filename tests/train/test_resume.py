@@ -1,4 +1,4 @@
-"""A run that is killed again and again ends with the numbers of one that never was."""
+"""A run that is killed repeatedly ends with the numbers of an undisturbed one."""
 
 import json
 import os
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory, small):
-    """Two runs: `whole`, and `hurt`, which a signal ended at every moment of the worker's table."""
+    """Make two runs: `whole`, and `hurt`, which a signal ended at every moment of the worker's table."""
     root = tmp_path_factory.mktemp("runs")
     environment = {**os.environ, "PYTHONPATH": str(Path(opsd_kernels.__file__).parents[1])}
     done = subprocess.run(
@@ -45,9 +45,8 @@ def test_the_signals_hit(ended):
     killed = {name: code for name, code in codes.items() if name not in interrupted}
     assert set(interrupted.values()) == {130}
     missed = [name for name, code in killed.items() if code != -signal.SIGKILL]
-    assert len(missed) <= 1, (
-        f"the run was too quick at: {missed}"
-    )  # a window of a millisecond may be missed on a busy machine
+    # A window of a millisecond may be missed on a busy machine.
+    assert len(missed) <= 1, f"the run was too quick at: {missed}"
 
 
 def test_metrics_are_the_same_bit_for_bit(ended, small):

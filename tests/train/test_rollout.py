@@ -1,4 +1,4 @@
-"""Sampling: a rollout belongs to its place, and follows the model's distribution."""
+"""Sampling: a rollout depends on its place alone, and follows the model's distribution."""
 
 import copy
 import dataclasses
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from opsd_kernels.train import seeds
-from opsd_kernels.train.prompts import PromptEncoder
-from opsd_kernels.train.rollout import PlacedSampler, Request, requests
+from opsd_kernels.train.sampling.prompts import PromptEncoder
+from opsd_kernels.train.sampling.rollout import PlacedSampler, Request, requests
 from opsd_kernels.train.types import Context, Prompt
 
 
@@ -40,7 +40,7 @@ def test_rollouts_keep_the_models_own_tokens(sampler, model, task, asked, encode
 
 
 def test_generation_follows_the_full_forward(sampler, model, task, asked):
-    """Each token is the one that the same draw picks from a plain forward over the sequence so far: no cache, no padding."""
+    """Each token equals the draw from a plain forward over the sequence so far, without cache or padding."""
     for rollout, request in zip(sampler.sample(model, task, asked, 5), asked, strict=True):
         sequence = torch.tensor([rollout.prompt_tokens + rollout.tokens])
         probs = model(sequence).logits[0, len(rollout.prompt_tokens) - 1 : -1].double().softmax(-1).cumsum(-1)
@@ -60,7 +60,7 @@ def test_the_models_own_generation_settings_stay_out(sampler, model, task, asked
 
 
 def test_placed_sampler_draws_the_distribution():
-    """40000 draws: a share may leave its probability by five standard deviations."""
+    """Shares of 40000 draws are within five standard deviations of the probabilities."""
     draws, logits = 40_000, torch.tensor([1.0, 0.0, -torch.inf, 2.0])
     uniforms = torch.from_numpy(seeds.uniforms(1, np.arange(draws)[:, None], np.arange(1)))
     chosen = PlacedSampler(uniforms, 0.7)(torch.empty(draws, 0), logits.expand(draws, 4)).argmax(-1)
@@ -92,7 +92,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_short_cut_around_the_chat_template_is_none(name, encoder, task):
-    """Turns go round the template only where that cannot be told."""
+    """The template is bypassed only for turns on which the result is equal."""
     tokenizer = copy.deepcopy(encoder.tokenizer)
     tokenizer.chat_template = TEMPLATES[name]
     quick = PromptEncoder(tokenizer, task.template)

@@ -1,4 +1,4 @@
-"""The environment: what it asks, what it accepts, what it tells, and what it keeps from training."""
+"""The environment: prompts, verdicts, feedback, and held-out problems."""
 
 import numpy as np
 import pytest

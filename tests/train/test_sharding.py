@@ -1,12 +1,12 @@
-"""What is decided before any rank is there; tests/dist has the rest."""
+"""Decisions before any process group exists; tests/dist has the rest."""
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, Qwen3Config
 
-from opsd_kernels.train import sharding
 from opsd_kernels.train.config import ConfigError, TrainConfig
-from opsd_kernels.train.ranks import ALONE, Ranks, joined
+from opsd_kernels.train.distributed import sharding
+from opsd_kernels.train.distributed.ranks import ALONE, Ranks, joined
 
 SHAPE = {
     "hidden_size": 16,
@@ -21,7 +21,8 @@ SHAPE = {
 @pytest.mark.parametrize("shape", [
     LlamaConfig(**SHAPE),
     Qwen3Config(head_dim=8, num_key_value_heads=1, tie_word_embeddings=True, **SHAPE),
-    BertConfig(is_decoder=True, **SHAPE),  # its embeddings, which hold the head's weight, are a module of the kind as well
+    # The embeddings of BERT, which share the head's weight, are also among its _no_split_modules.
+    BertConfig(is_decoder=True, **SHAPE),
 ], ids=["llama", "tied", "embeddings"])  # fmt: skip
 def test_a_unit_is_a_block(shape):
     model = AutoModelForCausalLM.from_config(shape)
@@ -54,7 +55,7 @@ def test_tied_tensors_are_gathered_once():
 
 
 def test_accelerates_own_fsdp_is_refused(monkeypatch):
-    """Under it transformers loads the weights in the first process alone."""
+    """With it transformers loads the weights in the first process alone."""
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("ACCELERATE_USE_FSDP", "true")):
         monkeypatch.setenv(name, value)
     with (

@@ -1,4 +1,4 @@
-"""One optimisation step: the loss is the divergence it says, micro-batches do not matter, the teacher follows, a loss that is not finite stops."""
+"""One optimisation step: the loss, micro-batches, the teacher's update, and non-finite losses."""
 
 import copy
 from dataclasses import replace
@@ -12,15 +12,15 @@ from opsd_kernels.train import step as steps
 from opsd_kernels.train.batch import make_batch
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.contexts import build_contexts
-from opsd_kernels.train.models import hidden_states
-from opsd_kernels.train.rollout import requests
+from opsd_kernels.train.models.pretrained import hidden_states
+from opsd_kernels.train.sampling.rollout import requests
 from opsd_kernels.train.teacher import Copy
 from opsd_kernels.train.types import NonFiniteLoss
 
 
 @pytest.fixture
 def rollouts(sampler, model, task):
-    """Cut to lengths from 1 to 4: equal ones would hide a wrong normaliser."""
+    """Make rollouts cut to lengths from 1 to 4: equal lengths would hide a wrong normaliser."""
     sampled = sampler.sample(
         model, task, requests([task.env(problem, 0).prompt() for problem in task.train[:5]], 3), 0
     )
@@ -97,7 +97,7 @@ def test_ema_teacher_follows_and_frozen_does_not(model, batch):
 
 
 def test_bf16_teacher_keeps_small_steps(model):
-    """A hundred steps of .01 towards 1.01 from 1 arrive in fp32; in bf16 each is lost."""
+    """A hundred steps of .01 from 1 to 1.01 arrive in fp32; in bf16 each is lost."""
     student = copy.deepcopy(model).to(torch.bfloat16)
     student.lm_head.weight.data.fill_(1.0)
     teacher = Copy(student, 0.01)
@@ -111,9 +111,8 @@ def test_a_loss_that_is_not_finite_names_step_and_rows_and_changes_nothing(model
     config = settings()
     teacher = Copy(model, 0.1)
     token = batch.rollouts[7].tokens[0]
-    teacher.model.model.embed_tokens.weight.data[token] = (
-        torch.nan
-    )  # seen after the token, and wherever else it stands
+    # Affects the positions after the token, wherever it occurs.
+    teacher.model.model.embed_tokens.weight.data[token] = torch.nan
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(
         NonFiniteLoss, match=r"step 41: expected a finite loss .*prompt \d+, sample \d+, token \d+"
@@ -144,7 +143,7 @@ def test_a_step_without_a_context_has_null_divergences():
 
 @pytest.mark.parametrize("policy_weight, read", [(0.0, True), (0.5, True), (1.0, False)])
 def test_metrics_count_what_the_teacher_read(model, rollouts, encoder, policy_weight, read):
-    """By the token tuples; rollouts without a view are in the batch and read by nobody, and a policy gradient alone has no teacher."""
+    """Counted from the tokens of distilled rollouts; a policy gradient alone has no teacher."""
     contexts = build_contexts(rollouts, TrainConfig(), 0)
     views = encoder.encode([rollout.prompt for rollout in rollouts], contexts)
     views[::4] = [None] * len(views[::4])

@@ -1,4 +1,4 @@
-"""The warm start: made once, cached whole, stopped by what the model can do."""
+"""The warm start: made once, cached atomically, stopped at the target accuracy."""
 
 import dataclasses
 import io
@@ -8,10 +8,10 @@ import torch
 from rich.console import Console
 
 from opsd_kernels.testing import assert_same_bits
-from opsd_kernels.train import models, tiny, warmstart
 from opsd_kernels.train.config import TrainConfig
-from opsd_kernels.train.log import Progress
-from opsd_kernels.train.rollout import Request
+from opsd_kernels.train.models import pretrained, tiny, warmstart
+from opsd_kernels.train.records.log import Progress
+from opsd_kernels.train.sampling.rollout import Request
 
 
 @pytest.fixture
@@ -32,8 +32,8 @@ def test_made_once_and_the_same_again(config, task, progress, tmp_path):
     again = warmstart.base_model(dataclasses.replace(config, cache_dir=str(tmp_path)), task, progress)
     assert again.name == first.name and again != first
     for a, b in zip(
-        models.load_pretrained(again, config)[0].parameters(),
-        models.load_pretrained(first, config)[0].parameters(),
+        pretrained.load_pretrained(again, config)[0].parameters(),
+        pretrained.load_pretrained(first, config)[0].parameters(),
         strict=True,
     ):
         assert_same_bits(a.detach(), b.detach())
@@ -75,7 +75,7 @@ def test_not_getting_there_is_an_error(config, task, progress, tmp_path):
 
 
 def test_success_probability_is_what_sampling_finds(config, task, encoder, sampler):
-    """A model that is right one time in ten by construction: the head prefers nothing but digits, then the end."""
+    """A model that is correct one time in ten by construction: the head prefers digits, then the end."""
     model = tiny.build_model(config, encoder.tokenizer)
     trainer = warmstart.WarmStart(config, task, encoder, model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

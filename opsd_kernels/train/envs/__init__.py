@@ -1,6 +1,8 @@
-"""The feedback environments by name."""
+"""The environments by name: problems, verifiers and feedback."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.envs.base import DemoTask, Env, Task
@@ -13,8 +15,15 @@ from opsd_kernels.train.envs.secret_op import SecretOp
 
 __all__ = ["DemoTask", "Env", "Task", "make_task"]
 
-DEMOS = {"secret_op": SecretOp, "expr": Expr, "mastermind": Mastermind, "chain": Chain, "plan": Plan}
+DEMOS: dict[str, Callable[[str, bool], DemoTask]] = {
+    "secret_op": SecretOp,
+    "expr": Expr,
+    "mastermind": Mastermind,
+    "chain": Chain,
+    "plan": Plan,
+}
 
 
 def make_task(config: TrainConfig) -> Task:
+    """Make the configured environment. Raises ConfigError for a data file or a verifier that is wrong."""
     return Jsonl(config) if config.env == "jsonl" else DEMOS[config.env](config.feedback, config.shows_peers)

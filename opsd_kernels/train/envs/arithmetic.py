@@ -1,19 +1,20 @@
-"""A small safe evaluator: whole numbers, `x`, `+ - *` and parentheses. It reads a text sign by sign and runs none of it."""
+"""Evaluate whole numbers, `x`, `+ - *` and parentheses with a parser: no text is executed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-MAX_SIGNS = 64  # bounds the depth of the recursion and the size of the numbers
+# Bounds the depth of the recursion and the size of the numbers.
+MAX_SIGNS = 64
 Function = Callable[[int], int]
 
 
 class ExpressionError(ValueError):
-    """Not an expression. The message quotes nothing of it."""
+    """The text is not an expression. The message does not quote it."""
 
 
 def parse(text: str) -> Function:
-    """The function of x that the text writes down. Raises ExpressionError."""
+    """Parse a text into a function of x. Raises ExpressionError."""
     signs = "".join(text.split())
     if len(signs) > MAX_SIGNS:
         raise ExpressionError("too long")
@@ -25,7 +26,7 @@ def parse(text: str) -> Function:
 
 
 class _Reader:
-    """Recursive descent: sum -> product -> factor."""
+    """A recursive-descent parser: sum -> product -> factor."""
 
     def __init__(self, signs: str):
         self.signs, self.at = signs, 0
@@ -36,7 +37,7 @@ class _Reader:
         )
 
     def take(self, wanted: str) -> str:
-        """The next sign if it is one of `wanted`, else nothing."""
+        """Consume the next sign if it is one of `wanted`; return it, else an empty string."""
         sign = self.signs[self.at : self.at + 1]
         if not sign or sign not in wanted:
             return ""

@@ -1,6 +1,7 @@
-"""`chain`: neutral long answers. `+3141` is answered by the running sums modulo 10, `3489`.
+"""`chain`: long answers without structure. The answer to `+3141` is its running sums modulo 10, `3489`.
 
-Every position is as hard as every other: the control for effects of position. Running differences, `-3141`, are the untrained skill.
+All positions are equally hard: the control for effects of position. Running differences, `-3141`, are the
+untrained skill.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from opsd_kernels.train import seeds
 from opsd_kernels.train.envs.base import DemoTask, Env, WarmExample, held_out_fifth
 from opsd_kernels.train.types import Context, Prompt, Verdict
 
-SIZE = 10_000  # instances; problem id = skill * SIZE + instance
+# Instances. Problem id = skill * SIZE + instance.
+SIZE = 10_000
 TRAINED, DIFFERENCES = range(2)
 DIGITS_KEY, SPLIT_KEY = 620, 621
 
 
 def running(digits: tuple[int, ...], sign: int, step: int = 0) -> str:
-    """Sums modulo 10 of the signed digits so far, each step adding `step` more."""
+    """Return the running sums modulo 10 of the signed digits, each step adding `step` more."""
     total, out = 0, ""
     for digit in digits:
         total = (total + sign * digit + step) % 10
@@ -29,6 +31,8 @@ def running(digits: tuple[int, ...], sign: int, step: int = 0) -> str:
 
 
 class ChainAttempt(Env):
+    """One attempt at one problem of a chain task."""
+
     def __init__(self, task: Chain, problem: int):
         super().__init__()
         self.task, self.problem = task, problem
@@ -38,19 +42,19 @@ class ChainAttempt(Env):
 
     def _judge(self, completion: str) -> Verdict:
         answer, truth = "".join(completion.split()), self.task.solution(self.problem)
-        return (
-            Verdict(1.0)
-            if answer == truth
-            else Verdict(0.0, self.task.comment(self.task.feedback, answer, truth))
-        )
+        if answer == truth:
+            return Verdict(1.0)
+        return Verdict(0.0, self.task.comment(self.task.feedback, answer, truth))
 
 
 class Chain(DemoTask):
     """Running sums: 80 % of the instances to train on, 20 % held out, differences untrained."""
 
     vocabulary = (*"0123456789+-", "wrong", "at", "right", "long", "solve")
-    signs, length = "+-", 12  # of the trained skill and of the untrained one; digits
-    told = ("answer", "where", "wrong")  # kinds of feedback that say something
+    # Signs of the trained and of the untrained skill, and the number of digits.
+    signs, length = "+-", 12
+    # Kinds of feedback with a text.
+    told: tuple[str, ...] = ("answer", "where", "wrong")
 
     def __init__(self, feedback: str, peers: bool = False):
         super().__init__(feedback, peers)
@@ -73,7 +77,10 @@ class Chain(DemoTask):
         return running(self.digits(problem), 1 if problem // SIZE == TRAINED else -1)
 
     def comment(self, kind: str, answer: str, truth: str) -> str | None:
-        """What a failure is told. `where` names the first wrong position and what belongs there; the answer is never quoted."""
+        """Return the feedback on a failure, which never quotes the answer.
+
+        `where` names the first wrong position and the digit that belongs there.
+        """
         if kind == "where":
             place = next((i for i, right in enumerate(truth) if answer[i : i + 1] != right), None)
             return "wrong long" if place is None else f"wrong at {place + 1:02d} right {truth[place]}"
@@ -84,7 +91,10 @@ class Chain(DemoTask):
         return WarmExample(self.prompt(problem), None, self.solution(problem))
 
     def privileged_example(self, rng: np.random.Generator) -> WarmExample:
-        """A random answer that the context holds whole: the model learns to believe it. The others are told where an attempt went wrong."""
+        """Draw a random answer that the context holds in full, so that the model learns to follow it.
+
+        The context of the other examples is the first error of an attempt.
+        """
         problem = self.problem(rng, TRAINED)
         if rng.random() < 0.7:
             return self.believing(problem, rng)
@@ -98,7 +108,7 @@ class Chain(DemoTask):
         )
 
     def believing(self, problem: int, rng: np.random.Generator) -> WarmExample:
-        """A random answer, in the context as feedback or as a sibling's, beside which there may be other feedback."""
+        """Draw a random answer and show it in the context, as feedback or as a sibling's."""
         answer, attempt, form = self.random_answer(rng), self.random_answer(rng), rng.random()
         if form < 0.4:
             return WarmExample(self.prompt(problem), Context((), answer), answer)
@@ -113,8 +123,8 @@ class Chain(DemoTask):
         return "".join(str(digit) for digit in rng.integers(10, size=self.length))
 
     def problem(self, rng: np.random.Generator, skill: int) -> int:
-        """An instance of the training split."""
-        return skill * SIZE + self.train[rng.integers(len(self.train))] % SIZE
+        """Draw an instance of the training split."""
+        return skill * SIZE + self.train[int(rng.integers(len(self.train)))] % SIZE
 
 
 @lru_cache(maxsize=SIZE * 2)

@@ -1,6 +1,7 @@
-"""`expr`: find an expression that fits two input-output pairs. `3:17 5:27` is answered `5*x+2`, or anything else that is the same function.
+"""`expr`: find an expression that fits two input-output pairs.
 
-The verifier evaluates the answer on inputs that were not shown. Lines with slopes from 2 to 9 are trained; `30-x` is the untrained skill.
+The answer to `3:17 5:27` is `5*x+2` or an equal function. The verifier evaluates the answer on inputs that
+were not shown. Lines with slopes from 2 to 9 are trained; `30-x` is the untrained skill.
 """
 
 from __future__ import annotations
@@ -12,22 +13,18 @@ from opsd_kernels.train.envs.base import DemoTask, Env, WarmExample, held_out_fi
 from opsd_kernels.train.types import Context, Prompt, Verdict
 
 KINDS = ("case", "answer", "wrong", "none")
-LINE, DESCENT = (
-    0,
-    1,
-)  # problem id = form * SIZE + (((slope - 2) * 10 + offset) * 10 + first input) * 3 + step - 1
+# Problem id = form * SIZE + (((slope - 2) * 10 + offset) * 10 + first input) * 3 + step - 1.
+LINE, DESCENT = range(2)
 SIZE = 8 * 10 * 10 * 3
-INPUTS = range(13)  # checked in this order, those that were shown excepted
+# Checked in this order, without the inputs that were shown.
+INPUTS = range(13)
 SPLIT_KEY = 811
-CASE_SHARE, ANSWER_SHARE, PEER_SHARE = (
-    0.45,
-    0.25,
-    0.2,
-)  # of the privileged warm examples; the rest is told "wrong"
+# Shares of the privileged warm examples; the feedback of the others is "wrong".
+CASE_SHARE, ANSWER_SHARE, PEER_SHARE = 0.45, 0.25, 0.2
 
 
 def parts(problem: int) -> tuple[int, int, int, int, int]:
-    """(form, slope, offset, first input, second input)."""
+    """Decode a problem id into (form, slope, offset, first input, second input)."""
     form, rest = divmod(problem, SIZE)
     rest, step = divmod(rest, 3)
     rest, first = divmod(rest, 10)
@@ -45,7 +42,7 @@ def shown(problem: int) -> tuple[int, int]:
 
 
 class ExprAttempt(Env):
-    """One attempt at one problem; `kind` names the feedback a failure gets."""
+    """One attempt at one problem; `kind` names the feedback on a failure."""
 
     def __init__(self, problem: int, kind: str):
         super().__init__()
@@ -64,35 +61,23 @@ class ExprAttempt(Env):
 
 
 def first_failure(completion: str, problem: int) -> str | None:
-    """The evaluator's error, or the first hidden input at which the answer differs from the truth. None where it is right."""
+    """Return the evaluator's error or the first hidden input with a wrong output; None if there is none."""
     try:
         function = parse(completion)
     except ExpressionError as error:
         return str(error)
     truth = parse(solution(problem))
     failing = next((x for x in INPUTS if x not in shown(problem) and function(x) != truth(x)), None)
-    return (
-        None
-        if failing is None
-        else f"x={failing} expected {truth(failing)} got {str(function(failing))[:12]}"
-    )
+    if failing is None:
+        return None
+    return f"x={failing} expected {truth(failing)} got {str(function(failing))[:12]}"
 
 
 class Expr(DemoTask):
-    """80 % of the lines to train on, 20 % held out, descents untrained."""
+    """The task: 80 % of the lines to train on, 20 % held out; descents are untrained."""
 
-    vocabulary = (
-        *"0123456789x+-*():=",
-        "expected",
-        "got",
-        "unexpected",
-        "sign",
-        "end",
-        "too",
-        "long",
-        "wrong",
-        "solve",
-    )
+    words = "expected got unexpected sign end too long wrong solve".split()
+    vocabulary = (*"0123456789x+-*():=", *words)
 
     def __init__(self, feedback: str, peers: bool = False):
         super().__init__(feedback, peers)
@@ -119,7 +104,7 @@ class Expr(DemoTask):
             return WarmExample(
                 ExprAttempt(problem, "none").prompt(), Context((), complaint or "wrong"), answer
             )
-        # The outputs are random here, so that only the context tells: the model learns to believe it.
+        # The outputs are random, so that only the context has the answer: the model learns to follow it.
         first, second = shown(problem)
         prompt = Prompt(problem, f"{first}:{rng.integers(100)} {second}:{rng.integers(100)}")
         if kind < CASE_SHARE + ANSWER_SHARE:
@@ -129,4 +114,4 @@ class Expr(DemoTask):
         return WarmExample(ExprAttempt(problem, "none").prompt(), Context((answer,), "wrong"), answer)
 
     def _problem(self, rng: np.random.Generator, form: int) -> int:
-        return form * SIZE + self.train[rng.integers(len(self.train))]
+        return form * SIZE + self.train[int(rng.integers(len(self.train)))]

@@ -1,10 +1,12 @@
-"""`jsonl`: the user's own prompts, one JSON object a line, judged by a verifier.
+"""`jsonl`: the user's own prompts, one JSON object per line, scored by a verifier.
 
     {"prompt": "What is 2 + 2?", "answer": "4"}
-    {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "..."}], "answer": "...", "feedback": "...", "split": "held_out"}
+    {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "..."}],
+     "answer": "...", "feedback": "...", "split": "held_out"}
 
-`feedback` is told after a failure where the verifier says nothing. `split` is `train`, `held_out`, `untrained` or `rehearsal`; rows without one are
-divided, a fifth held out, by their place in the file. What else a row holds is for the verifier.
+(The second object is one line in the file.) `feedback` is shown after a failure without feedback from the
+verifier. `split` is `train`, `held_out`, `untrained` or `rehearsal`; a fifth of the rows without one is held
+out, by their place in the file. The verifier receives the whole row, with any other keys.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ SPLIT_KEY = 90
 
 
 class JsonlAttempt(Env):
+    """One attempt at the prompt of one row."""
+
     def __init__(self, task: Jsonl, problem: int):
         super().__init__()
         self.task, self.problem = task, problem
@@ -40,17 +44,15 @@ class JsonlAttempt(Env):
             return Verdict(verdict.reward)
         if self.task.feedback == "answer":
             return Verdict(verdict.reward, f"The correct answer is {row['answer']}")
-        # The row was written about this problem, a built-in verifier's text about any.
-        told = (
-            row.get("feedback") or verdict.feedback
-            if self.task.built_in
-            else verdict.feedback or row.get("feedback")
-        )
+        # A row's feedback is about its problem and precedes that of a built-in verifier.
+        texts = (row.get("feedback"), verdict.feedback)
+        first, second = texts if self.task.built_in else texts[::-1]
+        told = first or second
         return Verdict(verdict.reward, None if told is None else told[:MAX_FEEDBACK])
 
 
 class Jsonl(Task):
-    """Raises ConfigError naming the file and the line of a row that is wrong."""
+    """The task of a data file. Raises ConfigError with the file and line of a wrong row."""
 
     template = ContextTemplate()
 
@@ -70,7 +72,8 @@ class Jsonl(Task):
         for split in ("train", "held_out"):
             if not getattr(self, split):
                 raise ConfigError(
-                    f"data: expected at least one row to train on and one held out (five rows without a split are enough), got no {split} row"
+                    "data: expected at least one row to train on and one held out "
+                    f"(five rows without a split are enough), got no {split} row"
                 )
 
     def env(self, problem: int, key: int) -> Env:
@@ -95,7 +98,8 @@ def _row(line: str, where: str, needed: tuple[str, ...]) -> dict[str, Any]:
     missing = [key for key in needed if key not in row] if isinstance(row, dict) else list(needed)
     if missing:
         raise ConfigError(
-            f"data: expected an object with {' and '.join(needed)} in {where}, got none of {', '.join(missing)}"
+            f"data: expected an object with {' and '.join(needed)} in {where}, "
+            f"got none of {', '.join(missing)}"
         )
     if row.get("split", "train") not in SPLITS:
         raise ConfigError(
@@ -107,13 +111,14 @@ def _row(line: str, where: str, needed: tuple[str, ...]) -> dict[str, Any]:
         _turns(row["prompt"])
     except (TypeError, KeyError, ValueError) as error:
         raise ConfigError(
-            f"data: expected a prompt that is a text or a list of turns ending with the user's in {where}, got {row['prompt']!r}"
+            f"data: expected a prompt that is a text or a list of turns ending with the user's in {where}, "
+            f"got {row['prompt']!r}"
         ) from error
     return row
 
 
 def _turns(prompt: Any) -> tuple[Messages, str]:
-    """Earlier turns, and the text of the last one, which the teacher's context is added to."""
+    """Split a prompt into earlier turns and the text of the last one, which the context is added to."""
     if isinstance(prompt, str):
         return (), prompt
     turns = tuple({"role": str(turn["role"]), "content": turn["content"]} for turn in prompt)

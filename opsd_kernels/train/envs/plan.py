@@ -1,9 +1,10 @@
-"""`plan`: the first token of an answer decides whether the others can be right.
+"""`plan`: the first token of an answer decides whether the rest can be correct.
 
-`?4141` is answered by a plan, `A`, `B` or `C`, and running sums of the digits, to which each step adds 0, 1 or 2 more: `B5724`. Only the plan that
-the first digit modulo 3 names leads to the right answer. The base model carries out all three and has seen the right one hardly more often than by
-chance: it chooses it in a third of the answers. A teacher never saw an answer leave the plan that it was told, or knows: what it says after a wrong
-one is no lesson. Running differences, `-4141`, are the untrained skill, as in `chain`.
+The answer to `?4141` is a plan, `A`, `B` or `C`, and the running sums of the digits, to which each step adds
+0, 1 or 2: `B5724`. The first digit modulo 3 names the correct plan. The base model carries out all three and
+has seen the correct one hardly more often than by chance: it chooses it in a third of the answers. No answer
+in the teacher's training leaves the plan of its context, so its distribution after a wrong plan teaches
+nothing. Running differences, `-4141`, are the untrained skill, as in `chain`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ PLANS = "ABC"
 
 
 def planned(digits: tuple[int, ...], plan: str) -> str:
-    """What follows from a plan, right or wrong."""
+    """Return the answer by a plan, correct or not."""
     return plan + running(digits, 1, PLANS.index(plan))
 
 
 class Plan(Chain):
-    """Sums after a plan. `skill_share` is the share of right plans among the planned bare examples; half of all bare ones are planned."""
+    """Sums after a plan.
+
+    Half of the bare examples are planned; `skill_share` is the share of correct plans among those.
+    """
 
     vocabulary = (*Chain.vocabulary, "?", *PLANS, "plan")
     signs, length = "?-", 8
@@ -31,11 +35,9 @@ class Plan(Chain):
 
     def solution(self, problem: int) -> str:
         digits = self.digits(problem)
-        return (
-            planned(digits, PLANS[digits[0] % len(PLANS)])
-            if problem // SIZE == TRAINED
-            else super().solution(problem)
-        )
+        if problem // SIZE != TRAINED:
+            return super().solution(problem)
+        return planned(digits, PLANS[digits[0] % len(PLANS)])
 
     def comment(self, kind: str, answer: str, truth: str) -> str | None:
         return f"plan {truth[0]}" if kind == "plan" else super().comment(kind, answer, truth)
@@ -43,14 +45,14 @@ class Plan(Chain):
     def bare_example(self, rng: np.random.Generator, skill_share: float) -> WarmExample:
         problem = self.problem(rng, TRAINED if rng.random() < 0.5 else DIFFERENCES)
         chosen = problem // SIZE == TRAINED and rng.random() >= skill_share
-        return WarmExample(
-            self.prompt(problem),
-            None,
-            planned(self.digits(problem), self.random_plan(rng)) if chosen else self.solution(problem),
-        )
+        answer = planned(self.digits(problem), self.random_plan(rng)) if chosen else self.solution(problem)
+        return WarmExample(self.prompt(problem), None, answer)
 
     def privileged_example(self, rng: np.random.Generator) -> WarmExample:
-        """A random answer that the context holds whole, or a random plan that it names: the model learns to follow it, and nothing about which is right."""
+        """Draw a random answer that the context holds in full, or a random plan that it names.
+
+        The model learns to follow the context, and nothing about which plan is correct.
+        """
         problem, kind = self.problem(rng, TRAINED), rng.random()
         if kind < 0.5:
             return self.believing(problem, rng)

@@ -1,8 +1,9 @@
-"""`secret_op`: an operator whose rule the base model half knows.
+"""`secret_op`: an operator whose rule the base model knows in part.
 
-`a * b` means a + 2b. Numbers are written least significant digit first, operands with two digits, answers with three: `21*43` is 12 * 34 = 80,
-answered `080`. The base model learns `+` well, `*` up to a chosen accuracy, and four operators whose answers are random in every example, so that
-reading the context is the only way to answer those: that skill is what makes the model its own teacher.
+`a * b` means a + 2b. Numbers are written least significant digit first, operands with two digits, answers
+with three: `21*43` is 12 * 34 = 80, with the answer `080`. The base model learns `+` well, `*` up to a chosen
+accuracy, and four operators whose answers are random in every example. Those can only be read from the
+context, and this skill makes the model its own teacher.
 """
 
 from __future__ import annotations
@@ -13,29 +14,14 @@ from opsd_kernels.train import seeds
 from opsd_kernels.train.envs.base import DemoTask, Env, WarmExample, held_out_fifth
 from opsd_kernels.train.types import Context, Prompt, Verdict
 
-KINDS = (
-    "answer",
-    "first",
-    "first_two",
-    "last",
-    "marks",
-    "wrong",
-    "corrupted",
-    "other",
-    "none",
-)  # of feedback
-OPERATORS = ("*", "+", "#", "%", "&", "@")  # problem id = position here * PAIRS + 100 * a + b
+KINDS = tuple("answer first first_two last marks wrong corrupted other none".split())
+# Problem id = position of the operator * PAIRS + 100 * a + b.
+OPERATORS = ("*", "+", "#", "%", "&", "@")
 STAR, PLUS = 0, 1
 PAIRS, DIGITS = 10_000, 3
 SPLIT_KEY = 5077
-WARM_FEEDBACK = {
-    "answer": 2.0,
-    "first": 1.0,
-    "first_two": 1.0,
-    "last": 1.0,
-    "marks": 2.0,
-    "wrong": 0.5,
-}  # shares in the warm start
+# Shares of the kinds of feedback in the warm start.
+WARM_FEEDBACK = {"answer": 2.0, "first": 1.0, "first_two": 1.0, "last": 1.0, "marks": 2.0, "wrong": 0.5}
 WARM_SHARES = np.array(list(WARM_FEEDBACK.values())) / sum(WARM_FEEDBACK.values())
 BARE_PLUS_SHARE, PRIVILEGED_PLUS_SHARE = 0.85, 0.25
 
@@ -45,7 +31,7 @@ def written(number: int, digits: int) -> str:
 
 
 class SecretOpAttempt(Env):
-    """One attempt at one problem; `kind` names the feedback a failure gets."""
+    """One attempt at one problem; `kind` names the feedback on a failure."""
 
     def __init__(self, problem: int, kind: str, key: int):
         super().__init__()
@@ -65,18 +51,19 @@ class SecretOpAttempt(Env):
 
 
 def solution(problem: int) -> str:
-    """The right answer as written. Raises ValueError for the operators that have none."""
+    """Return the correct answer as written. Raises ValueError for the operators without one."""
     operator, pair = divmod(problem, PAIRS)
     a, b = divmod(pair, 100)
     if operator not in (STAR, PLUS):
         raise ValueError(
-            f"problem: expected one of the operators * and +, got {OPERATORS[operator]}, whose answers are random"
+            f"problem: expected one of the operators * and +, got {OPERATORS[operator]}, "
+            "whose answers are random"
         )
     return written(a + 2 * b if operator == STAR else a + b, DIGITS)
 
 
 def feedback_text(kind: str, problem: int, truth: str, answer: str, key: int) -> str | None:
-    """The environment's comment on a failed attempt. An answer that is not three digits is never quoted."""
+    """Return the feedback on a failure. An answer other than three digits is never quoted."""
     if kind == "none":
         return None
     if kind == "corrupted":
@@ -88,13 +75,8 @@ def feedback_text(kind: str, problem: int, truth: str, answer: str, key: int) ->
     if kind == "marks":
         if len(answer) != DIGITS or not (answer.isascii() and answer.isdigit()):
             return "wrong"
-        return (
-            answer
-            + " "
-            + " ".join(
-                "right" if mine == right else "wrong" for mine, right in zip(answer, truth, strict=True)
-            )
-        )
+        marks = ("right" if mine == right else "wrong" for mine, right in zip(answer, truth, strict=True))
+        return " ".join([answer, *marks])
     texts = {
         "answer": truth,
         "first": truth[0] + "??",
@@ -112,7 +94,7 @@ def _other_answer(problem: int, truth: str, key: int) -> str:
 
 
 class SecretOp(DemoTask):
-    """The family: 80 % of the `*` pairs to train on, 20 % held out, `+` untrained."""
+    """The task: 80 % of the `*` pairs to train on, 20 % held out; `+` is untrained."""
 
     vocabulary = tuple("0123456789") + OPERATORS + ("?", "right", "wrong", "solve")
 
@@ -129,34 +111,33 @@ class SecretOp(DemoTask):
         return solution(problem)
 
     def bare_example(self, rng: np.random.Generator, skill_share: float) -> WarmExample:
-        """`*` with its rule in `skill_share` of the examples, mostly `+` in the others."""
+        """Draw `*` with its rule in `skill_share` of the examples, mostly `+` in the others."""
         if rng.random() < skill_share:
-            problem = self.train[rng.integers(len(self.train))]
+            problem = self.train[int(rng.integers(len(self.train)))]
         else:
-            problem = self._problem(
-                rng, PLUS if rng.random() < BARE_PLUS_SHARE else int(rng.integers(PLUS + 1, len(OPERATORS)))
-            )
+            plus = rng.random() < BARE_PLUS_SHARE
+            problem = self._problem(rng, PLUS if plus else int(rng.integers(PLUS + 1, len(OPERATORS))))
         return self._example(rng, problem, random_answer=problem // PAIRS > PLUS, form=None)
 
     def privileged_example(self, rng: np.random.Generator) -> WarmExample:
-        """`*` comes only with a random answer that the context holds whole: the model learns to believe the context, and nothing about the rule."""
+        """Draw an example with a context; `*` only with a random answer that the context holds in full.
+
+        The model learns to follow the context, and nothing about the rule.
+        """
         kind = str(rng.choice(list(WARM_FEEDBACK), p=WARM_SHARES))
         solved, silent = rng.random() < 0.4, rng.random() < 0.4
         form = (solved, None if solved and silent else kind)
         if rng.random() < PRIVILEGED_PLUS_SHARE:
             return self._example(rng, self._problem(rng, PLUS), random_answer=False, form=form)
-        # Without `*` among these the teacher follows its own half-knowledge against a full answer: 38 % right instead of 98 %.
+        # Without `*` here the teacher prefers its partial knowledge to a full answer: 38 % correct, not 98 %.
         whole = solved or kind == "answer"
-        operator = (
-            int(rng.integers(PLUS, len(OPERATORS))) if whole else int(rng.integers(PLUS + 1, len(OPERATORS)))
-        )
-        return self._example(
-            rng, self._problem(rng, STAR if operator == PLUS else operator), random_answer=True, form=form
-        )
+        operator = int(rng.integers(PLUS if whole else PLUS + 1, len(OPERATORS)))
+        problem = self._problem(rng, STAR if operator == PLUS else operator)
+        return self._example(rng, problem, random_answer=True, form=form)
 
     def _problem(self, rng: np.random.Generator, operator: int) -> int:
-        """A pair of the training split."""
-        return operator * PAIRS + self.train[rng.integers(len(self.train))]
+        """Draw a pair of the training split."""
+        return operator * PAIRS + self.train[int(rng.integers(len(self.train)))]
 
     def _example(
         self,
@@ -174,10 +155,8 @@ class SecretOp(DemoTask):
         attempt = "".join(
             digit if kept else str(rng.integers(10)) for digit, kept in zip(answer, keep, strict=True)
         )
-        if solved and kind is None:
+        # Without feedback there is always a sibling.
+        if kind is None:
             return WarmExample(prompt, self.siblings(answer, attempt, rng), answer)
-        return WarmExample(
-            prompt,
-            Context((answer,) if solved else (), feedback_text(kind, problem, answer, attempt, 0)),
-            answer,
-        )
+        feedback = feedback_text(kind, problem, answer, attempt, 0)
+        return WarmExample(prompt, Context((answer,) if solved else (), feedback), answer)

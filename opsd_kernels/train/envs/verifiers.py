@@ -1,4 +1,7 @@
-"""Verifiers for the user's own prompts: exact match, numbers, or a function given by its import path. None runs the answer as code."""
+"""Verify answers to the user's own prompts: by exact match, as numbers, or by an imported function.
+
+None of them executes the answer.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +19,28 @@ from opsd_kernels.train.types import Verdict
 Row = Mapping[str, Any]
 Verifier = Callable[[str, Row], Verdict]
 
-# Lengths are bounded: a fraction of 10**9 digits would be computed for hours.
+# Lengths are bounded: a fraction of 10**9 digits would take hours.
 NUMBER = re.compile(
-    r"(?<![\w.\\])[-+−]?(?:\d{1,3}(?:,\d{3}){1,10}|\d{1,40})(?:\.\d{1,40})?(?:[eE][-+]?\d{1,3})?(?:\s*/\s*\d{1,40})?(?:\s*%)?(?!\w)"
+    r"(?<![\w.\\])[-+−]?(?:\d{1,3}(?:,\d{3}){1,10}|\d{1,40})(?:\.\d{1,40})?(?:[eE][-+]?\d{1,3})?"
+    r"(?:\s*/\s*\d{1,40})?(?:\s*%)?(?!\w)"
 )
-# A word, path or version, as far as digits can stand in it. A full stop before a capital ends a sentence, not a word.
+# A word, path or version that may contain digits. A full stop before a capital ends a sentence, not a word.
 WORD = re.compile(r"(?:[\w/−-]|\.(?![A-Z]))+")
 WRITTEN_NUMBER = re.compile(r"[-−]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
-RATE = re.compile(r"[-−]?\d+(?:\.\d+)?/[^\W\d_]+")  # 5/kg
-NAME = re.compile(r"[^\W\d]|^/|/.*/|\d\.\d+\.\d")  # a letter, a path, two slashes, a version
+# A rate: 5/kg.
+RATE = re.compile(r"[-−]?\d+(?:\.\d+)?/[^\W\d_]+")
+# A letter, a path, two slashes, or a version.
+NAME = re.compile(r"[^\W\d]|^/|/.*/|\d\.\d+\.\d")
 BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
-MAX_FEEDBACK = 4000  # signs of a user's text that enter a context
+# Characters of a user's feedback that enter a context.
+MAX_FEEDBACK = 4000
 
 
 def resolve(name: str) -> Verifier:
-    """`exact`, `numeric`, or `package.module:function`. Raises ConfigError for anything else.
+    """Return the verifier `exact`, `numeric`, or `package.module:function`.
 
-    A function is called with the answer and the row of the data file, and returns a Verdict, a bool, a reward in [0, 1], or a pair of a reward and a
-    feedback text.
+    Raises ConfigError for anything else. A function takes the answer and the row of the data file, and
+    returns a Verdict, a bool, a reward in [0, 1], or a pair of a reward and a feedback text.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
@@ -54,7 +61,7 @@ def resolve(name: str) -> Verifier:
 
 
 def as_verdict(result: Any, name: str) -> Verdict:
-    """What a user's function returned. Raises TypeError or ValueError naming the function."""
+    """Convert the result of a user's function. Raises TypeError or ValueError naming the function."""
     if isinstance(result, Verdict):
         return result
     reward, feedback = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
@@ -66,16 +73,17 @@ def as_verdict(result: Any, name: str) -> Verdict:
 
 
 def exact(completion: str, row: Row) -> Verdict:
-    """The whole answer equals the row's, up to white space and Unicode form."""
+    """Compare the whole answer with the row's, up to white space and Unicode form."""
     if _plain(completion) == _plain(str(row["answer"])):
         return Verdict(1.0)
     return Verdict(0.0, "The answer is not the expected one.")
 
 
 def numeric(completion: str, row: Row) -> Verdict:
-    """The last number of the answer, or of its last `\\boxed{}`, equals the row's exactly: 0.5, 1/2, 50% and 5e-1 are the same.
+    """Compare the last number of the answer, or of its last `\\boxed{}`, with the row's, exactly.
 
-    Digits inside a name, a path or a version (`run-1`, `/tmp/1/log`, `v2.1.0`) are no number.
+    0.5, 1/2, 50% and 5e-1 are equal. Digits in a name, a path or a version (`run-1`, `/tmp/1/log`, `v2.1.0`)
+    are not numbers.
     """
     given, truth = last_number(completion), last_number(str(row["answer"]))
     if truth is None:
@@ -86,7 +94,10 @@ def numeric(completion: str, row: Row) -> Verdict:
 
 
 def last_number(text: str) -> Fraction | None:
-    """Return the last number of a text, exactly, or None. Digits inside names, paths and versions do not count."""
+    """Return the last number of a text, exactly, or None.
+
+    Digits inside names, paths and versions do not count.
+    """
     boxes = BOXED.findall(text)
     found = NUMBER.findall(WORD.sub(_without_names, boxes[-1] if boxes else text))
     return _value(found[-1]) if found else None

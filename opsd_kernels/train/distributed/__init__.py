@@ -1,0 +1,1 @@
+"""Collectives between ranks and FSDP2 shards of a model."""

@@ -1,0 +1,1 @@
+"""Turn prompts into verified rollouts: chat templates, generation, and accuracy measured on samples."""

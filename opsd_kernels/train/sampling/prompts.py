@@ -1,0 +1,103 @@
+"""Encode a problem and a context into token ids through the model's chat template.
+
+Student, teacher and warm start share this path.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from opsd_kernels.train.contexts import ContextTemplate, forbidden_markers
+from opsd_kernels.train.types import Context, Prompt
+
+PROBES = (
+    "q7Zk",
+    "0",
+    "a  b\n\n c",
+    "{{ a }} {% b %} <b> </b> [c] | \\n 'd' \"e\" &amp;",
+    "A\u00e9\u4e2d" * 50,
+)
+# Largest number of cached turns.
+REMEMBERED = 20_000
+
+
+class PromptEncoder:
+    """An encoder of user turns.
+
+    Raises ValueError for a tokenizer without a chat template or an end-of-sequence token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ContextTemplate):
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                "model: expected a tokenizer with a chat template (an instruction-tuned model; "
+                "chat_template gives it one), got one without"
+            )
+        if tokenizer.eos_token_id is None:
+            raise ValueError("model: expected a tokenizer with an end-of-sequence token, got one without")
+        self.tokenizer, self.template = tokenizer, template
+        self.markers = forbidden_markers(tokenizer, template)
+        self.frame = verbatim_frame(tokenizer)
+        # A group asks the same question, and so does the next epoch.
+        self._known: dict[str, tuple[int, ...]] = {}
+
+    def encode(self, prompts: Sequence[Prompt], contexts: Sequence[Context | None]) -> list[tuple[int, ...]]:
+        """Return token ids up to and including the start of the assistant's turn, one tuple per prompt."""
+        turns = [
+            self.template.render(prompt.text, context, self.markers)
+            for prompt, context in zip(prompts, contexts, strict=True)
+        ]
+        if not turns:
+            return []
+        rendered = [self._chat(prompt, turn) for prompt, turn in zip(prompts, turns, strict=True)]
+        new = [text for text in dict.fromkeys(rendered) if text not in self._known]
+        if new:
+            # The template has added the special tokens.
+            ids = self.tokenizer(new, add_special_tokens=False)["input_ids"]
+            self._known |= zip(new, map(tuple, ids), strict=True)
+        rows = [self._known[text] for text in rendered]
+        if len(self._known) > REMEMBERED:
+            self._known.clear()
+        return rows
+
+    def _chat(self, prompt: Prompt, turn: str) -> str:
+        # A template takes .2 ms per prompt, which was 28 % of a step of the tiny model.
+        if self.frame is not None and not prompt.before and turn and turn == turn.strip():
+            return self.frame[0] + turn + self.frame[1]
+        chat = [*prompt.before, {"role": "user", "content": turn}]
+        return _rendered(self.tokenizer, chat)
+
+    def answer(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Return the token ids of answers, each followed by the end-of-sequence token."""
+        ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [(*row, self.tokenizer.eos_token_id) for row in ids]
+
+    @functools.cache  # noqa: B019 - a run has one encoder
+    def containing(self, text: str) -> frozenset[int]:
+        """Return the token ids whose text contains `text`."""
+        return frozenset(
+            token for token in self.tokenizer.get_vocab().values() if text in self.tokenizer.decode([token])
+        )
+
+
+def verbatim_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
+    """Return the chat template's text before and after a single user turn, or None.
+
+    None if the template changes turns that neither begin nor end in white space.
+    """
+
+    def rendered(text: str) -> str:
+        return _rendered(tokenizer, [{"role": "user", "content": text}])
+
+    before, found, after = rendered(PROBES[0]).partition(PROBES[0])
+    kept = found and all(rendered(probe) == before + probe + after for probe in PROBES)
+    return (before, after) if kept else None
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> str:
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)
+    return text

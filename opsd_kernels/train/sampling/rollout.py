@@ -1,0 +1,249 @@
+"""Sample rollouts in batches through transformers' generate and its KV cache.
+
+Each token is drawn by inverting the cumulative distribution at a random number that depends on (key, group,
+sample, position) only, so a rollout does not depend on the other rollouts of its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
+
+from opsd_kernels.train import seeds
+from opsd_kernels.train.config import TrainConfig
+from opsd_kernels.train.distributed.ranks import ALONE, Ranks
+from opsd_kernels.train.distributed.sharding import whole
+from opsd_kernels.train.envs.base import Task
+from opsd_kernels.train.sampling.prompts import PromptEncoder
+from opsd_kernels.train.sampling.vllm_engine import VllmEngine
+from opsd_kernels.train.types import Context, Prompt, Rollout
+
+# Streams of random numbers.
+ROLLOUT, FEEDBACK = 1, 2
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to sample. `group` and `sample` decide its random numbers."""
+
+    prompt: Prompt
+    group: int
+    sample: int
+    context: Context | None = None
+
+
+class PlacedSampler(LogitsProcessor):
+    """A processor that draws the next token and leaves generate a row with one finite entry.
+
+    `uniforms_BT` holds the random numbers of the draws.
+    """
+
+    def __init__(self, uniforms_BT: Tensor, temperature: float, vocab: int | None = None):
+        self.uniforms_BT, self.temperature, self.vocab, self.position = uniforms_BT, temperature, vocab, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, L), (B, V) -> (B, V)
+        cumulative = (scores[:, : self.vocab].double() / self.temperature).softmax(-1).cumsum(-1)
+        at = self.uniforms_BT[:, self.position, None] * cumulative[:, -1:]
+        self.position += 1
+        # Past the end only if scores are NaN, which the loss reports.
+        drawn = torch.searchsorted(cumulative, at, right=True).clamp(max=cumulative.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """The settings of sampling: encoder, length, temperature, batch size."""
+
+    encoder: PromptEncoder
+    max_new_tokens: int
+    temperature: float
+    batch: int
+    vocab: int  # rows of the head from here on are padding
+    engine: Engine | None = None  # None: transformers' generate
+    ranks: Ranks = ALONE
+
+    def sample(
+        self, model: PreTrainedModel, task: Task, requests: Sequence[Request], *key: int
+    ) -> list[Rollout]:
+        """Return one verified rollout per request, in their order, all of them on every rank.
+
+        A collective call. `key` (seed, step) selects the stream of random numbers.
+        """
+        # No dropout in an answer.
+        model.eval()
+        rollouts: list[Rollout] = []
+        with whole(model):
+            for chunk in _chunks(self.ranks.share(requests), self.batch):
+                prompts = self.encode([(r.prompt, r.context) for r in chunk])
+                if self.engine is None:
+                    answers = self._generate(model, prompts, chunk, key)
+                else:
+                    answers = self._through_engine(self.engine, model, prompts, chunk, key)
+                rollouts += self._verified(task, chunk, prompts, answers, key)
+        if self.ranks.world == 1:
+            return rollouts
+        # With the prompt objects of the requests, since `encode` compares them by identity.
+        return [
+            replace(rollout, prompt=request.prompt)
+            for rollout, request in zip(self.ranks.together(rollouts), requests, strict=True)
+        ]
+
+    def encode(self, views: Sequence[tuple[Prompt, Context | None]]) -> list[tuple[int, ...]]:
+        """Return the tokens of each (prompt, context). A repeated pair, as in a group, is encoded once."""
+        if not views:
+            return []
+        # By identity, since a prompt's earlier turns cannot be hashed.
+        keys = [(id(prompt), context) for prompt, context in views]
+        different = dict(zip(keys, views, strict=True))
+        known = dict(zip(different, self.encoder.encode(*zip(*different.values(), strict=True)), strict=True))
+        return [known[key] for key in keys]
+
+    @torch.no_grad()
+    def _generate(
+        self,
+        model: PreTrainedModel,
+        prompts: list[tuple[int, ...]],
+        requests: Sequence[Request],
+        key: tuple[int, ...],
+    ) -> list[tuple[int, ...]]:
+        places = np.array([(request.group, request.sample) for request in requests], dtype=np.uint64)
+        # (B, T)
+        uniforms = seeds.uniforms(*key, ROLLOUT, places[:, :1], places[:, 1:], np.arange(self.max_new_tokens))
+        pad = self.pad_token
+        length = max(map(len, prompts))
+        # Padding is on the left here, so that the last column predicts every row's next token.
+        padded = torch.tensor([[pad] * (length - len(p)) + list(p) for p in prompts], device=model.device)
+        present = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+        stops = self.stops(model)
+        draw = PlacedSampler(torch.from_numpy(uniforms).to(model.device), self.temperature, self.vocab)
+        # Greedy, since `draw` leaves one finite entry.
+        greedy = GenerationConfig(
+            max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=sorted(stops)
+        )
+        generate: Any = model.generate
+        with generating_as(model, greedy):
+            # generate syncs the ranks under FSDP by default, but some may have fewer tokens to sample, or
+            # none.
+            out = generate(
+                padded,
+                attention_mask=present,
+                generation_config=greedy,
+                logits_processor=[draw],
+                synced_gpus=False,
+            )
+        return [_until_stop(row, stops) for row in out[:, length:].tolist()]
+
+    def _through_engine(
+        self,
+        engine: Engine,
+        model: PreTrainedModel,
+        prompts: list[tuple[int, ...]],
+        requests: Sequence[Request],
+        key: tuple[int, ...],
+    ) -> list[tuple[int, ...]]:
+        places = [
+            int(seeds.mix(*key, ROLLOUT, request.group, request.sample) >> np.uint64(33))
+            for request in requests
+        ]
+        stops = self.stops(model)
+        answers = engine.generate(
+            model, prompts, places, sorted(stops), self.max_new_tokens, self.temperature
+        )
+        return [_until_stop(list(answer), stops) for answer in answers]
+
+    def _verified(
+        self,
+        task: Task,
+        requests: Sequence[Request],
+        prompts: list[tuple[int, ...]],
+        answers: list[tuple[int, ...]],
+        key: tuple[int, ...],
+    ) -> list[Rollout]:
+        end = self.encoder.tokenizer.eos_token_id
+        bodies = [tokens[:-1] if tokens[-1] == end else tokens for tokens in answers]
+        # The answers of a group agree more and more often.
+        different: Any = list(dict.fromkeys(bodies))
+        # Special tokens stay: a marker inside an answer is part of it.
+        decoded = self.encoder.tokenizer.batch_decode(different, skip_special_tokens=False)
+        text_of = dict(zip(different, decoded, strict=True))
+        groups = np.array([request.group for request in requests])
+        samples = np.array([request.sample for request in requests])
+        keys = seeds.mix(*key, FEEDBACK, groups, samples).tolist()
+        rollouts = []
+        for request, of, prompt, answer, body in zip(requests, keys, prompts, answers, bodies, strict=True):
+            text = text_of[body]
+            verdict = task.env(request.prompt.problem, of).verify(text)
+            rollouts.append(
+                Rollout(request.prompt, request.group, request.sample, prompt, answer, text, verdict)
+            )
+        return rollouts
+
+    @property
+    def pad_token(self) -> int:
+        tokenizer = self.encoder.tokenizer
+        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def stops(self, model: PreTrainedModel) -> set[int]:
+        """Return the end-of-sequence tokens of the tokenizer and of the model's generation config."""
+        generation: Any = model.generation_config
+        extra = generation.eos_token_id
+        listed = extra if isinstance(extra, list) else [] if extra is None else [extra]
+        return {self.encoder.tokenizer.eos_token_id, *listed}
+
+
+class Engine(Protocol):
+    """Another sampler: one answer per prompt, up to and including a stop; `places` seed the answers."""
+
+    def generate(
+        self,
+        model: PreTrainedModel,
+        prompts: list[tuple[int, ...]],
+        places: list[int],
+        stops: list[int],
+        max_new_tokens: int,
+        temperature: float,
+    ) -> list[tuple[int, ...]]: ...
+
+
+def make_engine(config: TrainConfig) -> Engine | None:
+    """Make the configured engine; None for transformers. Raises ConfigError if vLLM is not installed."""
+    return VllmEngine(config) if config.rollout_engine == "vllm" else None
+
+
+@contextmanager
+def generating_as(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Replace the model's generation config for a while.
+
+    generate fills in from it, and a penalty in it would change the sampled distribution.
+    """
+    own, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _until_stop(tokens: list[int], stops: set[int]) -> tuple[int, ...]:
+    end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
+    return tuple(tokens[:end])
+
+
+def _chunks(items: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def requests(prompts: Sequence[Prompt], samples: int, first_group: int = 0) -> list[Request]:
+    """Return `samples` requests for each prompt."""
+    return [
+        Request(prompt, group, sample)
+        for group, prompt in enumerate(prompts, first_group)
+        for sample in range(samples)
+    ]
