@@ -50,7 +50,8 @@ PACK = Variable(
     "OPSD_PACK",
     "1",
     "1: pack the valid rows before the GEMMs, with one host sync for their number if mask or labels are on a "
-    "GPU. 0: project every row, the invalid ones as zeros, without a sync. Always 0 during CUDA graph capture.",
+    "GPU. 0: project every row, the invalid ones as zeros, without a sync. Always 0 during CUDA graph "
+    "capture.",
     ("0", "1"),
 )
 CUDA_CLUSTER = Variable(

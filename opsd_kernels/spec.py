@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 
 class Kind(IntEnum):
@@ -99,7 +100,7 @@ class Divergence:
         return self.kind in (Kind.REVERSE_KL, Kind.FORWARD_KL)
 
 
-def interpolation(beta: float) -> dict[str, object]:
+def interpolation(beta: float) -> dict[str, Any]:
     """Return the options for the generalised JSD of GKD (arXiv:2306.13649) as libraries define it.
 
     At 0 and 1 these are the KLs, which are not its limits.

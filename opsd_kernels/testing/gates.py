@@ -94,7 +94,7 @@ def assert_one_rounding(
 
 
 def assert_no_worse(actual: Checkable, peer: Checkable | Sequence[Checkable], truth: Checkable) -> None:
-    """Assert a largest error against float64 `truth` of at most twice `peer`'s plus 1e-5 of the largest value.
+    """Assert a largest error against float64 `truth` of at most twice `peer`'s plus 1e-5 of the largest.
 
     `peer` is plain PyTorch at the same dtype with fp32 logits. Of several peers (`plain_outcomes`) the one
     with the largest error counts.

@@ -235,7 +235,7 @@ def _of_labels(log_probs: Tensor, labels: Tensor) -> Tensor:
 def reference_statistics(
     student: Tensor, teacher: Tensor | None, labels: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Return the student's fields of TokenStats, (n,) each; with a teacher also its fields and the agreement."""
+    """Return the student's fields of TokenStats, (n,) each; with a teacher also its own and the agreement."""
     log_q = student.detach().log_softmax(-1)
     stats = {"student_entropy": _entropy(log_q), "student_max_prob": log_q.exp().amax(-1)}
     if labels is not None:
