@@ -36,7 +36,7 @@ def _divergence(name: str, beta: float) -> dict[str, Any]:
 
 
 def _vocab_size(student_weight: Tensor, teacher_weight: Tensor) -> int | None:
-    """Return the student's vocabulary, beyond which both probabilities are zero, if the teacher's is larger."""
+    """Return the student's vocabulary if the teacher's is larger: both probabilities are zero beyond it."""
     return student_weight.shape[0] if student_weight.shape[0] < teacher_weight.shape[0] else None
 
 

@@ -82,7 +82,7 @@ class FusedLoss:
             return self._states(model, *rows, **images).to(head.weight.device), head
 
     def _wrapped(self, model: nn.Module, method: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run `method` as the forward of the model's wrapper, so that DDP, FSDP and DeepSpeed call their hooks."""
+        """Run `method` as the forward of the model's wrapper, so that the hooks of DDP and FSDP fire."""
         inner = self.accelerator.unwrap_model(model)
         return self._redirect(model, inner, method, inner, *args, **kwargs)
 

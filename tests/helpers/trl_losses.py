@@ -39,7 +39,8 @@ OPS = {
     ),
     "package": Ops(linear_divergence, linear_topk_divergence, linear_logprobs),
 }
-ALPHA = {"forward_kl": 0.0, "reverse_kl": 1.0}  # TRL's names of the two ends, for `alpha` and `beta` alike
+# TRL's `alpha` and `beta` of the two ends.
+ALPHA = {"forward_kl": 0.0, "reverse_kl": 1.0}
 BETAS = pytest.mark.parametrize(
     "divergence, beta", [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.2)]
 )
@@ -62,7 +63,7 @@ def sdpo() -> Any:
 
 
 def on_logits(loss_of: Callable) -> Callable:
-    """A loss of student logits, teacher logits and labels, as an op over hidden states and heads."""
+    """Turn a loss of student logits, teacher logits and labels into an op on hidden states and heads."""
 
     def op(
         student_hidden,
@@ -87,7 +88,7 @@ def on_logits(loss_of: Callable) -> Callable:
 def batch(
     dtype: torch.dtype = torch.float64, ragged: bool = True, largest_logit: float = 12.0, **made: Any
 ) -> Case:
-    """(B, T) tokens with finite numbers everywhere. `ragged`: the first sequence ends early, by label; no other token is ignored."""
+    """Make (B, T) tokens of finite numbers. With `ragged` labels end the first sequence early."""
     case = hard_case(
         B * T, V, H, dtype, masked_entry=None, views=False, batch=B, largest_logit=largest_logit, **made
     )
@@ -120,7 +121,7 @@ def at(log_probs: Tensor, ids: Tensor) -> Tensor:
 
 
 def listed(ops: Ops, ids: Tensor, logprobs: Tensor) -> Callable:
-    """Our op for a listed teacher under the arguments of a local one, which it does not look at."""
+    """Call our op for a listed teacher with the arguments of a local one, which it does not read."""
 
     def op(student_hidden, student_weight, teacher_hidden, teacher_weight, *, teacher_bias, **options):
         return ops.topk_divergence(student_hidden, student_weight, ids, logprobs, **options)
@@ -129,7 +130,10 @@ def listed(ops: Ops, ids: Tensor, logprobs: Tensor) -> Callable:
 
 
 def short_list(case: Case) -> tuple[Tensor, Tensor]:
-    """The teacher's K likeliest tokens, of which it returned only two for some positions and none at all after the end: id 0, log-prob -inf."""
+    """Return the teacher's K likeliest tokens with gaps: two at some positions, none after the end.
+
+    A gap has id 0 and log-prob -inf.
+    """
     logprobs, ids = logits_of(case)[1].log_softmax(-1).topk(K)
     logprobs[1, ::2, 2:], ids[1, ::2, 2:] = -math.inf, 0
     ended = (case.labels == -100)[..., None]
@@ -158,7 +162,7 @@ MODEL = SimpleNamespace(training=True)
 
 
 def old_logprobs(case: Case) -> Tensor:
-    """Of a policy some steps back: ratios on both sides of 1 and of the clip."""
+    """Return log-probs of an older policy, with ratios on both sides of 1 and of the clip."""
     now = at(logits_of(case)[0].log_softmax(-1), case.labels)
     return now + torch.linspace(-1.5, 1.5, now.numel(), dtype=now.dtype).view(now.shape)
 

@@ -43,7 +43,8 @@ def tokenizer():
         tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
     )
     core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+    template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant> {% endif %}"
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, chat_template=template, padding_side="left", **special
@@ -64,10 +65,12 @@ CHATS = datasets.Dataset.from_dict(
     {"messages": [[*chat, {"role": "assistant", "content": "w1 w2 w3 w4 w5"}] for chat in ASKED["messages"]]}
 )
 LOGITS = {"distillation_mode": "topk_logits", "distillation_topk": 8, "distillation_add_tail": True}
-SETTINGS = {  # those of the 20 steps
+# Settings of the 20 steps.
+SETTINGS = {
     "DistillationTrainer": {"beta": 0.5, "temperature": 1.3},
-    "SDPOTrainer": {**LOGITS, "distillation_alpha": 0.5, "distillation_is_clip": 1.02, "distillation_weight": 0.8, "num_generations": 4,
-                    "steps_per_generation": 4, "loss_type": "grpo", "teacher_update_rate": 0.3},
+    "SDPOTrainer": {**LOGITS, "distillation_alpha": 0.5, "distillation_is_clip": 1.02,
+                    "distillation_weight": 0.8, "num_generations": 4, "steps_per_generation": 4, "loss_type": "grpo",
+                    "teacher_update_rate": 0.3},
     "IWOPDTrainer": {"max_length": 64, "iw_opd_gamma": 0.7},
 }  # fmt: skip
 
@@ -77,10 +80,13 @@ def load(path, dtype=torch.float32):
 
 
 def build(cls, name, home, dtype=torch.float32, data=None, student=None, teacher=None, **settings):
-    """A trainer of `cls` on the models of `home`, in `dtype`."""
-    common = {"output_dir": home.out, "per_device_train_batch_size": 4, "max_steps": STEPS, "learning_rate": 1e-3, "logging_steps": 1, "bf16": False,
-              "report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "gradient_checkpointing": False, "max_completion_length": 8,
-              "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "per_device_eval_batch_size": 4}  # fmt: skip
+    """Build a trainer of `cls` on the models of `home`, in `dtype`."""
+    common = {
+        "output_dir": home.out, "per_device_train_batch_size": 4, "max_steps": STEPS, "learning_rate": 1e-3,
+        "logging_steps": 1, "bf16": False, "report_to": [], "save_strategy": "no", "use_cpu": True,
+        "disable_tqdm": True, "gradient_checkpointing": False, "max_completion_length": 8,
+        "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "per_device_eval_batch_size": 4,
+    }  # fmt: skip
     settings, student = (
         {**common, **SETTINGS[name], **settings},
         load(home.student, dtype) if student is None else student,
@@ -121,7 +127,7 @@ def copied(batch, dtype=None):
 
 
 class Recorded:
-    """Keeps the batches that the loss got and what it returned; with batches given, feeds those instead of sampling."""
+    """Record batches and losses. Batches in `fed` replace sampled ones."""
 
     fed, divisor = None, True
 
@@ -134,9 +140,8 @@ class Recorded:
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.divisor and isinstance(self, iw_opd.IWOPDTrainer):
-            num_items_in_batch = (
-                inputs["labels"] != -100
-            ).sum()  # what TRL's loss needs to be right: see test_divisor_is_what_was_sampled
+            # TRL's loss needs this count: see test_the_divisor_is_what_was_sampled.
+            num_items_in_batch = (inputs["labels"] != -100).sum()
         self.batches.append(copied(inputs))
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.losses.append((loss[0] if isinstance(loss, tuple) else loss).detach())
@@ -152,7 +157,10 @@ def parameters(model):
 
 
 def after_training(cls, name, home, fed=None, dtype=torch.float32):
-    """Losses and metrics by step, those of an evaluation, all parameters, the batches, and the names of everything that was logged."""
+    """Train and evaluate. Returns losses, metrics and parameters, the batches, and all logged names.
+
+    The losses and metrics are by step.
+    """
     torch.manual_seed(0)
     trainer = build(recorded(cls, fed), name, home, dtype)
     trainer.train()
@@ -185,14 +193,14 @@ def judged(*operands, **options):
 
 
 def ragged(lengths, width, left):
-    """(B, width) 0 / 1."""
+    """Return a mask (B, width) of 0 and 1."""
     columns = torch.arange(width)
     lengths = torch.tensor(lengths)[:, None]
     return (columns >= width - lengths if left else columns < lengths).long()
 
 
 def batch_for(name):
-    """Four sequences of unequal length, one of them without a token that counts, one without a teacher."""
+    """Make four sequences of unequal length, one without a valid token, one without a teacher."""
     gen = torch.Generator().manual_seed(1)
     prompt, longer, completion = (
         ragged((2, 5, 3, 4), 5, True),
@@ -231,7 +239,7 @@ def batch_for(name):
 
 
 def one_step(trainer, batch, dtype=torch.float32, count=None, model=None, **changes):
-    """Loss and gradient of all parameters, with settings changed on the trainer."""
+    """Return the loss and the gradient of all parameters, with settings changed on the trainer."""
     for key, value in changes.items():
         for holder in (trainer, trainer.args):
             if hasattr(holder, key):
@@ -280,13 +288,14 @@ FULL, TOPK = (
     {"distillation_mode": "topk_logits", "distillation_topk": 9},
 )
 SAMPLED = {"distillation_mode": "sampled_token", "distillation_alpha": 1.0}
-SDPO_DEFAULTS = {"distillation_alpha": 0.4, "distillation_add_tail": False, "distillation_is_clip": 1.2, "distillation_weight": 1.0, "temperature": 1.0,
-                 "loss_type": "grpo", "importance_sampling_level": "token"}  # fmt: skip
+SDPO_DEFAULTS = {"distillation_alpha": 0.4, "distillation_add_tail": False, "distillation_is_clip": 1.2,
+                 "distillation_weight": 1.0, "temperature": 1.0, "loss_type": "grpo",
+                 "importance_sampling_level": "token"}  # fmt: skip
 JSD = {"distillation_objective": "jsd", "temperature": 1.3, "loss_add_tail": True}
 
 
 def make_models(root):
-    """Directories of a student and of a teacher of another architecture and width."""
+    """Save a student and a teacher of another architecture and width below `root`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         student = transformers.LlamaForCausalLM(transformers.LlamaConfig(hidden_size=32, **SHAPE))
@@ -302,7 +311,7 @@ def make_models(root):
 
 
 def make_trio(home):
-    """TRL's in fp32, ours in fp32, and what judges them, in float64."""
+    """Return a function that makes TRL's trainer and ours in fp32, and the truth's in float64."""
     made = {}
 
     def get(name):
@@ -317,7 +326,7 @@ def make_trio(home):
             made[name] = [build(cls, name, home, dtype, **settings) for cls, dtype in classes]
             for trainer in made[name]:
                 trainer.current_gradient_accumulation_steps = 2
-                if name == "SDPOTrainer":  # a teacher that is not the student
+                if name == "SDPOTrainer":  # a teacher unlike the student
                     trainer.teacher_model.load_state_dict(
                         {k: 0.9 * v for k, v in trainer.teacher_model.state_dict().items()}
                     )

@@ -13,7 +13,8 @@ from opsd_kernels.testing import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PROMPTS, RESPONSES = (4, 2, 7, 3), (9, 5, 1, 6)  # uneven; the third response is masked as a whole
+# Uneven lengths; the whole third response is masked.
+PROMPTS, RESPONSES = (4, 2, 7, 3), (9, 5, 1, 6)
 V, H, H_T, K = 61, 12, 16, 6
 GLOBAL = [
     {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None},
@@ -22,7 +23,7 @@ GLOBAL = [
 
 
 def response_mask() -> Tensor:
-    """(4, 9): uneven lengths, tool output masked inside the first and at the end of the second, nothing left of the third."""
+    """Shape (4, 9): uneven lengths, masked tool output in the first two responses, an empty third."""
     mask = torch.arange(9) < torch.tensor(RESPONSES)[:, None]
     mask[0, 3:5] = mask[1, 3:] = mask[2] = False
     return mask
@@ -52,7 +53,7 @@ class Batch:
         self.mask = response_mask()
 
     def to(self, dtype: torch.dtype | None) -> "Batch":
-        """A batch of its own with the same numbers, None: in their dtypes."""
+        """Copy the batch, in `dtype` or, with None, in the same dtypes."""
         other = Batch.__new__(Batch)
         other.__dict__ = {
             k: x.to(dtype or x.dtype) if x.is_floating_point() else x for k, x in self.__dict__.items()
@@ -60,7 +61,7 @@ class Batch:
         return other
 
     def data(self, layout: str = "nested", **counts: object) -> dict[str, object]:
-        """`padded`: prompts left-padded and responses right-padded to one length; what the model returns is packed all the same."""
+        """Return verl's `data`; `padded` on the left of prompts and the right of responses."""
         whole = tuple(p + r for p, r in zip(PROMPTS, RESPONSES, strict=True))
         made = {
             "teacher_logprobs": self.teacher_logprobs,
@@ -116,7 +117,7 @@ def settings(
 
 
 def responses_of(packed: Tensor) -> Tensor:
-    """(4, 9, ...) by slicing sequence by sequence: the rows one before each token of the response."""
+    """Shape (4, 9, ...): the rows one before each response token, sliced sequence by sequence."""
     out, end = [], 0
     for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
         end += prompt + response
@@ -134,7 +135,7 @@ def dense_aggregate(
     global_batch_size=None,
     loss_scale_factor=None,
 ) -> Tensor:
-    """Sequence by sequence."""
+    """Aggregate losses sequence by sequence."""
     kept = [row[keep] for row, keep in zip(losses, mask, strict=True)]
     counted = [row for row in kept if row.numel()]
     sequences = global_batch_size or len(counted)

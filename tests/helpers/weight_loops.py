@@ -26,7 +26,7 @@ MASK = torch.tensor([[c == "1" for c in row] for row in LAYOUTS])
 
 
 def make_stats(mask, seed=0, dtype=torch.float32, masked=math.nan):
-    """Statistics of every size, `masked` where a token is not valid."""
+    """Draw statistics of every size, with `masked` at invalid tokens."""
     gen = torch.Generator().manual_seed(seed)
     drawn = {f.name: torch.rand(mask.shape, generator=gen, dtype=torch.float64) for f in fields(TokenStats)}
     drawn |= {name: -4 * x for name, x in drawn.items() if name.endswith("logprob")}
@@ -41,7 +41,7 @@ OLD = torch.where(MASK, per_token(7), math.nan)
 STARTS = per_token(8) > -1.2  # at masked tokens too
 
 
-# ---------------------------------------------------------------- the loops: (valid tokens of one sequence as dicts) -> their weights
+# ---------------------------------------------------------------- loops over valid tokens
 
 
 def share(p, last=False):

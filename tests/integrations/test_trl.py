@@ -1,4 +1,4 @@
-"""TRL's trainers with the fused loss beside TRL's own: 20 steps of training, and one step of every setting."""
+"""TRL's trainers with the fused loss against TRL's own: 20 training steps, and one step of every setting."""
 
 import warnings
 
@@ -39,7 +39,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.mark.parametrize("name", NAMES)
 def test_twenty_steps(name, home, monkeypatch):
-    """Both sample for themselves, from the same seed. The truth is float64 on the same batches: TRL's loss, or the judge's where TRL's knows fp32 only."""
+    """Both trainers sample with the same seed. The truth is float64 on the same batches.
+
+    It is TRL's loss, or the reference's where TRL's is fp32 only.
+    """
     theirs, batches, logged = after_training(THEIRS[name], name, home)
     mine, sampled, also = after_training(getattr(fused, name), name, home)
     assert logged == also and len(mine["evaluation"])
@@ -58,9 +61,8 @@ def test_twenty_steps(name, home, monkeypatch):
         truth["losses"].std() > 0
         and (truth["parameters"] - parameters(load(home.student)).double()).abs().max() > 1e-3
     )
-    truth["evaluation"] = theirs[
-        "evaluation"
-    ].double()  # on what the models sample, which float64 samples otherwise
+    # on the models' own samples, which differ in float64
+    truth["evaluation"] = theirs["evaluation"].double()
     for key in truth:
         assert_no_worse(mine[key], theirs[key], truth[key])
 
@@ -132,7 +134,7 @@ def test_iw_opd_settings(trio, monkeypatch, settings):
 
 
 def test_nothing_to_learn_from(trio):
-    """No sequence has a teacher: the loss is 0 and attached."""
+    """Without a teacher for any sequence the loss is 0 and still has a graph."""
     mine = trio("SDPOTrainer")[1]
     for settings in (FULL, SAMPLED):
         outcome = one_step(
@@ -145,7 +147,7 @@ def test_nothing_to_learn_from(trio):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_logits_are_made(trio, name):
-    """The head is never called, by TRL's it is; nor for the log-probs of the rollout."""
+    """The head is never called, not even for the log-probs of the rollout; TRL's trainers call it."""
     calls = []
     for trainer in trio(name)[:2]:
         hooks = [
@@ -172,7 +174,7 @@ def test_no_logits_are_made(trio, name):
 
 
 def counted(reduced, bucket):
-    """A reduction over one process."""
+    """Reduce over one process, and record the bucket."""
     reduced.append(bucket.index())
     done = torch.futures.Future()
     done.set_result(bucket.buffer())
@@ -180,7 +182,7 @@ def counted(reduced, bucket):
 
 
 def test_the_wrapper_of_the_student_runs(trio, tmp_path):
-    """Under DDP the loss is made inside the wrapper's forward, whose hooks then reduce the gradients."""
+    """Under DDP the loss is computed in the wrapper's forward, whose hooks then reduce the gradients."""
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
     )
@@ -210,7 +212,7 @@ def test_recomputed_activations(trio, name):
 
 
 def test_adapter_off_is_the_teacher(home):
-    """LoRA: the teacher of kind `base` is the student without its adapter, trunk and head."""
+    """With LoRA the teacher of kind `base` is the student without its adapter, trunk and head."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     outcomes, theirs = [], sdpo.SDPOTrainer
     for cls, dtype in ((theirs, torch.float32), (fused.SDPOTrainer, torch.float32), (theirs, torch.float64)):

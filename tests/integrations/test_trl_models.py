@@ -40,7 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def masked_head(path, dtype):
-    """A model with one vocabulary entry that is never sampled: probability zero on both sides."""
+    """Load a model in which one vocabulary entry has probability zero."""
     model = load(path, dtype)
     head, width = model.get_output_embeddings(), model.config.hidden_size
     biased = torch.nn.Linear(width, V, dtype=dtype)
@@ -53,7 +53,7 @@ def masked_head(path, dtype):
 
 
 def beside_the_judge(name, monkeypatch, batch, make, **settings):
-    """One step of TRL's and of ours in fp32, then of ours with the judge's loss, in fp32 and in float64. `make(cls, dtype)` gives a trainer."""
+    """Take one step of TRL's and ours in fp32, then of ours on the reference loss in fp32 and float64."""
     mine, op, outcomes = getattr(fused, name), fused.linear_divergence, []
     for cls, dtype, loss in (
         (THEIRS[name], torch.float32, op),
@@ -74,7 +74,7 @@ def beside_the_judge(name, monkeypatch, batch, make, **settings):
     [("SDPOTrainer", {**SDPO_DEFAULTS, **FULL}), ("IWOPDTrainer", {**JSD, "beta": 1.0, "loss_top_k": 0})],
 )
 def test_a_masked_vocabulary_entry(home, monkeypatch, name, settings):
-    """TRL's loss is NaN: 0 * (-inf + inf). Ours is what the other entries say."""
+    """TRL's loss is NaN: 0 * (-inf + inf). Ours is the sum over the other entries."""
 
     def make(cls, dtype):
         teacher = (
@@ -94,7 +94,7 @@ def test_a_masked_vocabulary_entry(home, monkeypatch, name, settings):
 
 
 def step_of_iw_opd(cls, home, data, dtype=torch.float32, **settings):
-    """The losses of one optimisation step as the optimizer sees them, and the batches."""
+    """Return the losses of one optimisation step, as the optimizer gets them, and the batches."""
     torch.manual_seed(0)
     trainer = build(
         recorded(cls, divisor=False),
@@ -111,7 +111,7 @@ def step_of_iw_opd(cls, home, data, dtype=torch.float32, **settings):
 
 
 def true_step(home, batches):
-    """TRL's own loss in float64, over the number of tokens that were sampled."""
+    """Return TRL's own loss in float64, over the number of sampled tokens."""
     judge = build(iw_opd.IWOPDTrainer, "IWOPDTrainer", home, torch.float64)
     count = sum((batch["labels"] != -100).sum() for batch in batches)
     return sum(
@@ -123,7 +123,11 @@ def true_step(home, batches):
 
 
 def test_the_divisor_is_what_was_sampled(home):
-    """TRL's counts the data set's completions, `gradient_accumulation_steps` times: none in a data set of prompts, and too many with accumulation."""
+    """The loss is divided by the number of sampled tokens.
+
+    TRL's counts the data set's completions, `gradient_accumulation_steps` times: none in a data set of
+    prompts, and too many with accumulation.
+    """
     theirs, _ = step_of_iw_opd(iw_opd.IWOPDTrainer, home, ASKED)
     assert not theirs.isfinite()
     for data, steps in ((ASKED, 1), (CHATS, 2)):
@@ -139,7 +143,11 @@ def test_the_divisor_is_what_was_sampled(home):
 
 @pytest.mark.parametrize("name", ["DistillationTrainer", "SDPOTrainer"])
 def test_mixed_precision_is_what_the_config_says(home, name):
-    """TRL's DistillationTrainer leaves the forward that has autocast in it: with bf16=True it computes in fp32. Its SDPOTrainer does not."""
+    """With bf16=True the loss runs under autocast.
+
+    TRL's DistillationTrainer leaves the forward that enters autocast and computes in fp32; its SDPOTrainer
+    does not.
+    """
     seen = {}
     for cls in (THEIRS[name], getattr(fused, name)):
         trainer = build(
@@ -157,7 +165,7 @@ def test_mixed_precision_is_what_the_config_says(home, name):
 
 
 def test_recurrent_gemma_keeps_its_softcap(home, monkeypatch):
-    """TRL's DistillationTrainer does not know `logits_soft_cap`."""
+    """TRL's DistillationTrainer ignores `logits_soft_cap`."""
 
     def model(seed, dtype):
         with torch.random.fork_rng(devices=[]):
@@ -223,7 +231,7 @@ def test_models_without_a_fused_loss_are_refused(home):
 
 
 def test_options_of_the_op_are_within_reach(home):
-    """A subclass states what TRL's config has no word for."""
+    """A subclass sets options that TRL's config lacks."""
     limited = type(
         "Limited", (fused.DistillationTrainer,), {"loss_options": {"token_clip": 0.05, "backend": "torch"}}
     )

@@ -70,7 +70,7 @@ def test_nothing_valid_is_zero():
     [({"batch_num_tokens": 7}, "global_batch_size"), ({"global_batch_size": 7}, "batch_num_tokens")],
 )
 def test_counts_of_one_rank_are_not_those_of_all(mode, given, missing):
-    """`token-sum` needs no count."""
+    """Only `token-sum` works without the counts of the global batch."""
     needed = "global_batch_size" if mode.startswith("seq") else {"token-mean": "batch_num_tokens"}.get(mode)
     if needed == missing:
         with pytest.raises(
@@ -99,7 +99,7 @@ def test_every_aggregation(mode, counts, loss_mode):
 @pytest.mark.parametrize("floor", [None, -3.0, -10.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_clamps_of_a_list(floor, highest, temperature):
-    """Lists on which every clamp holds some tokens and leaves others."""
+    """Every clamp holds some tokens of the lists and leaves others."""
     made = settings(log_prob_min_clamp=floor, loss_max_clamp=highest)
     batch = Batch()
     log_q = (batch.hidden @ batch.weight.T / temperature).log_softmax(-1).gather(-1, batch.teacher_ids)
@@ -132,7 +132,7 @@ def test_whole_teachers(loss_mode, beta, highest):
 
 @pytest.mark.parametrize("loss_mode", ["forward_kl_topk", "reverse_kl"])
 def test_bf16(loss_mode):
-    """Against the dense loss of the rounded numbers; the list's log-probs stay fp32, as a server sends them."""
+    """The truth is the dense loss of the rounded numbers; a list's log-probs stay fp32, as from a server."""
     made, batch = settings(loss_mode=loss_mode, log_prob_min_clamp=-4.0, loss_max_clamp=3.0), Batch()
     batch.hidden, batch.weight, batch.teacher_hidden, batch.teacher_weight = (
         x.bfloat16() for x in (batch.hidden, batch.weight, batch.teacher_hidden, batch.teacher_weight)
@@ -143,7 +143,7 @@ def test_bf16(loss_mode):
 
 @pytest.mark.parametrize("loss_mode", ["forward_kl_topk", "jsd"])
 def test_layouts_are_one(loss_mode):
-    """Nested batches, padded ones with packed model outputs, and dictionaries of either."""
+    """Nested batches, padded ones with packed model outputs, and dictionaries of either give one loss."""
     made = settings("seq-mean-token-sum", loss_mode=loss_mode)
     first, *others = (
         outcome(lambda b, x=x, y=y: distillation_loss(*made, b.outputs(x), b.data(y))[0], Batch())
@@ -167,7 +167,7 @@ def test_tokens_outside_the_mask_may_hold_anything():
 
 
 def test_padding_of_a_list_counts_for_nothing():
-    """verl floors it to a probability of exp(log_prob_min_clamp)."""
+    """A list entry of -inf adds nothing; verl floors it to a probability of exp(log_prob_min_clamp)."""
     made, batch, short = settings(log_prob_min_clamp=-3.0), Batch(), Batch()
     batch.teacher_logprobs, batch.teacher_ids = batch.teacher_logprobs[:, :4], batch.teacher_ids[:, :4]
     short.teacher_logprobs[:, 4:], short.teacher_ids[:, 4:] = -torch.inf, 10 * V
@@ -229,7 +229,8 @@ def dense_distill(hidden, weight, labels, ids, log_probs, temperature, floor) ->
     log_q = (hidden @ weight.T / temperature).log_softmax(-1)
     at_list, valid = log_q.gather(-1, ids), labels != -100
     found = (
-        log_q.gather(-1, labels.clamp(min=0)[..., None])[..., 0], -(log_q.exp() * log_q).sum(-1), list_losses(at_list, log_probs, floor),
+        log_q.gather(-1, labels.clamp(min=0)[..., None])[..., 0], -(log_q.exp() * log_q).sum(-1),
+        list_losses(at_list, log_probs, floor),
         at_list.exp().sum(-1), log_probs.exp().sum(-1),
     )  # fmt: skip
     return tuple(torch.where(valid, x, 0.0) for x in found)
@@ -239,7 +240,7 @@ def dense_distill(hidden, weight, labels, ids, log_probs, temperature, floor) ->
 @pytest.mark.parametrize("shifted", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_topk_distill(floor, shifted, temperature):
-    """All five outputs, and the gradient of a mix of the three that have one, with weights that differ from token to token."""
+    """All five outputs, and the gradient of a mix of the three differentiable ones."""
     batch = Batch()
     labels = batch.labels[None].clone()
     labels[:, 3:7] = -100
@@ -291,7 +292,7 @@ def test_topk_distill(floor, shifted, temperature):
 
 
 def test_topk_distill_fills_what_the_loss_aggregates():
-    """Losses of tokens from inside the model's forward pass, then verl's clamps and aggregation, are `distillation_loss`."""
+    """Per-token losses of the forward, with verl's clamps and aggregation, equal `distillation_loss`."""
     made, batch = settings("seq-mean-token-sum", loss_max_clamp=1.0, log_prob_min_clamp=-4.0), Batch()
 
     def in_two_steps(b: Batch) -> Tensor:
@@ -338,7 +339,7 @@ def loss_of_verl(
 
 @pytest.fixture(scope="session")
 def theirs(tmp_path_factory) -> verl_source.Theirs:
-    """From the directory that VERL_SOURCE names (it holds `verl/`), or from the wheel that pip downloads. verl is not installed by it."""
+    """verl's functions, from the directory in VERL_SOURCE or a wheel that pip downloads."""
     try:
         root = Path(os.environ.get("VERL_SOURCE") or verl_source.download(tmp_path_factory.mktemp("verl")))
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
@@ -352,7 +353,7 @@ def theirs(tmp_path_factory) -> verl_source.Theirs:
     "floor, highest, temperature", [(None, None, 1.0), (-3.0, 0.3, 0.7), (-10.0, 10.0, 1.0)]
 )
 def test_is_verls(theirs, mode, counts, floor, highest, temperature):
-    """verl's code from logits to the aggregated loss. The metrics that both have are the same."""
+    """verl's code from logits to the aggregated loss gives our loss and the metrics that both have."""
     made = settings(
         mode, 32 if counts["dp_size"] > 1 else None, log_prob_min_clamp=floor, loss_max_clamp=highest
     )
@@ -377,7 +378,7 @@ def test_is_verls(theirs, mode, counts, floor, highest, temperature):
 
 
 def test_the_page_runs():
-    """Its loss against the dense one."""
+    """The page's example computes the dense loss."""
     (block,) = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs" / "integrations-verl.md").read_text(), re.DOTALL
     )

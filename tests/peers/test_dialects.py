@@ -53,7 +53,7 @@ JSD_LOSSES = {
 @pytest.mark.parametrize("peer", JSD_LOSSES)
 @pytest.mark.parametrize("items", [None, 100])
 def test_generalized_jsd_loss(ops, peer, divergence, beta, items):
-    """All three divide by the number of labels that count, or by the trainer's count of the global batch: our `normalizer`."""
+    """All three divide by the number of counted labels or the trainer's global count, our `normalizer`."""
     path, name = JSD_LOSSES[peer]
     loss_of = getattr(trl(path), name).generalized_jsd_loss
 
@@ -93,7 +93,10 @@ def test_full_logit_self_distillation(ops, trainer, divergence, beta):
 )
 @pytest.mark.parametrize("trainer", ["sdpo", "sdft"])
 def test_topk_self_distillation(ops, trainer, divergence, beta, tail, k):
-    """The student's support, whatever the divergence. (One entry alone that is renormalised is 1 on both sides, and no loss.)"""
+    """The support is the student's for every divergence.
+
+    A single renormalised entry is 1 on both sides and gives no loss.
+    """
     loss_of = trl(f"experimental.{trainer}.loss_utils").compute_topk_self_distillation_loss
     how = {
         "distillation_topk": k,
@@ -105,7 +108,8 @@ def test_topk_self_distillation(ops, trainer, divergence, beta, tail, k):
     ours = evaluate(
         ops.divergence, case, divergence=divergence, beta=beta, topk=k, topk_tail=tail, reduction="none"
     )
-    if tail == "bucket":  # 1 - mass, where the mass is nearly 1, multiplies the roundings of either side
+    # 1 - mass, for a mass near 1, multiplies the rounding errors of both sides.
+    if tail == "bucket":
         assert_no_worse(ours, theirs, theirs)
     else:
         assert_same(ours, theirs)
@@ -114,7 +118,7 @@ def test_topk_self_distillation(ops, trainer, divergence, beta, tail, k):
 @TAILS
 @pytest.mark.parametrize("divergence, side", [("forward_kl", "teacher"), ("reverse_kl", "student")])
 def test_iw_opd_topk(ops, divergence, side, tail):
-    """The forward KL on the teacher's support, the reverse KL on the student's."""
+    """The forward KL is on the teacher's support, the reverse KL on the student's."""
     how = {"beta": ALPHA[divergence], "top_k": K, "add_tail": tail == "bucket"}
     theirs = evaluate(
         on_logits(lambda s, t, labels: iw_opd().generalized_jsd_loss(s, t, labels, **how)), batch()
@@ -126,7 +130,7 @@ def test_iw_opd_topk(ops, divergence, side, tail):
 
 
 def without_repeats(ids: Tensor, logprobs: Tensor) -> Tensor:
-    """-inf at each entry whose id stands further left already: padding, to us."""
+    """Set entries whose id occurs further left to -inf, our padding."""
     earlier = (ids[..., :, None] == ids[..., None, :]).tril(-1).any(-1)
     return logprobs.masked_fill(earlier, -math.inf)
 
@@ -134,7 +138,7 @@ def without_repeats(ids: Tensor, logprobs: Tensor) -> Tensor:
 @TAILS
 @pytest.mark.parametrize("beta", [0.5, 0.2])
 def test_iw_opd_topk_jsd_on_the_union_of_both_supports(ops, beta, tail):
-    """As a listed teacher whose list is the union."""
+    """A listed teacher with the union as its list gives the same loss."""
     case = batch()
     s, t = logits_of(case)
     ids = torch.cat([t.topk(K).indices, s.topk(K).indices], -1)
@@ -170,7 +174,10 @@ def test_iw_opd_server_forward_kl(ops, tail):
     "divergence, tail", [("jsd", "bucket"), ("jsd", "renormalize"), ("reverse_kl", "bucket")]
 )
 def test_iw_opd_sparse_top_1(ops, divergence, tail):
-    """The support of the mixed divergences is the teacher's likeliest token and the sampled one, that of the reverse KL the sampled one alone."""
+    """Mixed divergences have the teacher's likeliest token and the sampled one as their support.
+
+    The reverse KL has the sampled one alone.
+    """
     case = batch()
     teacher = logits_of(case)[1].log_softmax(-1)
     sampled, top = case.labels.clamp(min=0), teacher.argmax(-1)
@@ -189,7 +196,7 @@ def test_iw_opd_sparse_top_1(ops, divergence, tail):
     assert_same(ours, evaluate(on_logits(theirs), case))
 
 
-# ---------------------------------------------------------------- SDPO's trainer: clipped importance ratios, sequence means
+# ---------------------------------------------------------------- SDPO: importance ratios, sequence means
 
 
 @pytest.mark.parametrize("clip", [None, 2.0])
@@ -215,7 +222,7 @@ def test_sdpo_loss(ops, mode, options, clip):
 @TAILS
 @pytest.mark.parametrize("clip", [None, 2.0])
 def test_sdpo_server_loss(ops, tail, clip):
-    """The teacher's support here, since a server cannot score the student's."""
+    """The support is the teacher's, since a server cannot score the student's."""
     case = batch()
     teacher = logits_of(case)[1].log_softmax(-1)
     logprobs, ids = teacher.topk(K)
@@ -262,7 +269,7 @@ def test_sdpo_server_loss(ops, tail, clip):
 
 
 def sampled(ops: Ops, loss_of: Callable) -> Callable:
-    """A loss of the student's and the teacher's log-probs of the labels, as an op over hidden states and heads."""
+    """Turn a loss of both sides' log-probs of the labels into an op on hidden states and heads."""
 
     def op(
         student_hidden,
@@ -287,7 +294,7 @@ def sampled(ops: Ops, loss_of: Callable) -> Callable:
 
 
 def test_sampled_token_self_distillation(ops):
-    """Its gradient is that of the reverse KL's estimate at the sampled token; its value is no divergence."""
+    """The gradient is that of the reverse KL's estimate at the sampled token; the value is no divergence."""
     loss_of = trl("experimental.sdpo.loss_utils").compute_sampled_token_self_distillation_loss
     case = batch(ragged=False)
     theirs = evaluate(
@@ -300,7 +307,7 @@ def test_sampled_token_self_distillation(ops):
 @pytest.mark.parametrize("gamma", [0.0, 0.5])
 @pytest.mark.parametrize("items", [None, 100])
 def test_iw_opd_loss(ops, gamma, items):
-    """-w_t * (log t - log s) * log s of the sampled token, w by the discrepancy of the prefix."""
+    """The loss is -w_t * (log t - log s) * log s of the sampled token; the prefix's discrepancy gives w."""
     trainer = SimpleNamespace(
         temperature=1.3,
         iw_opd_gamma=gamma,

@@ -58,7 +58,7 @@ def liger_chunked(hidden, weight, labels, *, bias, temperature=1.0):
 
 
 def outcome(logprobs: Callable, case: Case, *, entropy: bool, **options: Any) -> Outcome:
-    """Log-probs, or twice them minus the entropies, as a loss per token: both upstream gradients at once."""
+    """Evaluate log-probs, or twice them minus the entropies, as a loss per token: both gradients at once."""
 
     def op(
         student_hidden, student_weight, teacher_hidden, teacher_weight, *, student_bias, teacher_bias, labels
@@ -86,7 +86,7 @@ FUSED = [(trl_chunked, True, options) for options in TRANSFORMS] + [
     "peer, entropy, options", FUSED, ids=lambda value: getattr(value, "__name__", str(value))
 )
 def test_fused_logprobs(ops, peer, entropy, options):
-    """Both compute in fp32 whatever the inputs. Liger's has no entropy, scale or softcap."""
+    """Both compute in fp32 for any inputs. Liger's has no entropy, scale or softcap."""
     case = batch(ragged=False)
     ours = outcome(functools.partial(ops.logprobs, return_entropy=True), case, entropy=entropy, **options)
     assert_on_target(outcome(peer, case, entropy=entropy, **options), ours, "fp32_logits")
@@ -130,7 +130,7 @@ def test_an_infinite_reverse_kl_is_the_largest_float_in_iw_opd_and_infinite_in_o
 
 
 def test_a_short_list_is_nan_in_sdpos_server_loss_and_finite_in_ours(ops):
-    """A server that returns fewer than K log-probs leaves -inf, which IW-OPD's server loss masks and SDPO's does not."""
+    """Fewer than K log-probs leave -inf, which IW-OPD's server loss masks and SDPO's does not."""
     case = batch()
     ids, logprobs = short_list(case)
     student = logits_of(case)[0].log_softmax(-1).gather(-1, ids)
@@ -169,7 +169,7 @@ def test_sdpo_takes_a_bf16_softmax_and_misses_the_loss_that_ours_hits(ops, optio
 
 @pytest.mark.parametrize("peer", [trl_chunked, liger_chunked])
 def test_an_ignored_label_has_a_logprob_and_a_gradient_in_both_and_none_in_ours(ops, peer):
-    """Theirs is -log Z, as if the label's logit were 0: the caller masks."""
+    """The other libraries give -log Z, as if the label's logit were 0, for the caller to mask."""
     case = batch()
     ignored = case.labels == -100
     hidden = case.student_hidden.clone().requires_grad_()
@@ -197,7 +197,7 @@ def test_an_excluded_token_makes_trls_entropy_nan_and_not_ours(ops, peer):
 
 @pytest.mark.parametrize("peer", [trl_chunked, liger_chunked])
 def test_both_round_bf16_logits_and_miss_the_logprobs_that_ours_hits(ops, peer):
-    """Of likely tokens: their log-probs are small differences of large logits."""
+    """The log-probs of likely tokens are small differences of large logits."""
     case = batch(torch.bfloat16, ragged=False, largest_logit=40.0, widths=(1.0,))
     likely = logits_of(case.double())[0].argmax(-1)
     given = case.student_hidden, case.student_weight, likely

@@ -74,7 +74,7 @@ def by_loop(
     side: str = "student",
     tail: str = "bucket",
 ) -> tuple[Tensor, Tensor]:
-    """(D, clipped fraction), both (n,)."""
+    """Return (D, clipped fraction), both (n,)."""
     losses, fractions = [], []
     for s, t in zip(S, T, strict=True):
         pairs = chosen(probabilities(s), probabilities(t), topk, side, tail)
@@ -260,7 +260,7 @@ def test_a_masked_token_may_list_anything():
 
 
 class Recorded:
-    """w = divergence / teacher entropy, or 1 + position; keeps what it was called with."""
+    """A weighting, divergence / teacher entropy or 1 + position, that records its arguments."""
 
     def __init__(self, scope: str) -> None:
         self.scope, self.stats, self.mask = scope, None, None

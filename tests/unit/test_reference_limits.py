@@ -34,7 +34,7 @@ from opsd_kernels.testing.reference import (
 @TAILS
 @pytest.mark.parametrize("k", [V, V + 5])
 def test_a_support_of_all_entries_changes_nothing(divergence, side, tail, k):
-    """The bucket of nothing is equal on both sides, and its clamp has no gradient."""
+    """An empty bucket is equal on both sides, and its clamp has no gradient."""
     S, T = logits()
     restricted = value_and_gradient(
         lambda s: judge(s, T, divergence=divergence, topk=k, topk_support=side, topk_tail=tail), S
@@ -164,7 +164,7 @@ def test_a_column_that_both_exclude_is_no_column(divergence, extra):
 @pytest.mark.parametrize("extra", ["clip", "mix", "bucket", "none"])
 @SIDES
 def test_a_column_that_one_excludes_is_never_nan(divergence, extra, side):
-    """Infinite exactly where the mathematics is; the gradient is finite wherever the loss is."""
+    """The loss is infinite exactly where D is; where the loss is finite, so is the gradient."""
     S, T = logits()
     column = S.mean(0).argmax().item()
     options = {"divergence": divergence, f"{side}_bias": minus_infinity(column), **EXTRAS[extra]}
@@ -175,7 +175,7 @@ def test_a_column_that_one_excludes_is_never_nan(divergence, extra, side):
 
 
 def test_an_infinite_entry_counts_as_its_clip():
-    """The other entries keep their gradient."""
+    """An infinite term counts as the clip, and the other entries keep their gradient."""
     S, T = logits()
     free = [v for v in range(V) if v != 2]
     ours = value_and_gradient(lambda s: judge(s, T, teacher_bias=minus_infinity(2), entry_clip=0.05), S)

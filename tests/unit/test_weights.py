@@ -1,4 +1,4 @@
-"""Token weightings against loops over Python numbers (weight_loops.py), and the bounds of their inputs."""
+"""Token weightings against loops over Python numbers (weight_loops.py), and the tokens that affect them."""
 
 import math
 from dataclasses import fields
@@ -18,7 +18,7 @@ from opsd_kernels.weights import schemes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("name", CASES)
 def test_matches_the_loop(name, dtype):
-    """Left, right and interior padding, an empty sequence, one token; NaN at masked tokens."""
+    """Left, right and interior padding, an empty sequence and one token, with NaN at masked tokens."""
     weighting, loop, scope = CASES[name]
     stats = make_stats(MASK, dtype=dtype)
     truth = run_loop(loop, stats, MASK)
@@ -37,7 +37,7 @@ def test_one_sequence_without_a_batch_dimension(name):
 
 @pytest.mark.parametrize("p", ["0.1", "0.25", "0.3", "0.55", "0.7", "0.85", "0.95", "1"])
 def test_shares_are_exact_and_complementary(p):
-    """Also where p * T is whole or a tie, which the floating-point product misses by a rounding error."""
+    """Shares are exact even where p * T is whole or a tie, which the product misses by a rounding error."""
     for length in range(1, 201):
         mask, tokens = torch.ones(1, length, dtype=torch.bool), [{}] * length
         first, last = W.FirstFraction(float(p))(None, mask), W.LastFraction(float(p))(None, mask)
@@ -87,7 +87,7 @@ def test_sequences_do_not_depend_on_each_other(seed, row, junk, name):
 )
 @few
 def test_row_weights_need_their_own_row_only(seed, split, name):
-    """The op fills the statistics chunk by chunk; later rows hold zeros."""
+    """Rows that the op has not computed yet hold zeros and do not change the others."""
     weighting, stats = READERS[name], make_stats(MASK, seed)
     done = (torch.arange(B * T) < split).view(B, T)
     partly = TokenStats(
@@ -115,7 +115,7 @@ def test_weights_carry_no_gradient_and_repeat_bit_for_bit(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_is_read_back_from_the_device(name):
-    """On the meta device there is nothing to read: `.item()` and branches on data raise."""
+    """On the meta device `.item()` and branches on data raise."""
     stats = TokenStats(**{f.name: torch.zeros(B, T, device="meta") for f in fields(TokenStats)})
     weighting = schemes._moved(CASES[name][0], lambda _, tensor: tensor.to("meta"))
     assert weighting(stats, MASK.to("meta")).shape == (B, T)
@@ -130,7 +130,7 @@ def test_nothing_is_read_back_from_the_device(name):
 
 
 def row_stats(**columns):
-    """(statistics, mask) of one sequence; the columns that are not given are 0."""
+    """Return (statistics, mask) of one sequence; missing columns are 0."""
     given = {name: torch.tensor([values], dtype=torch.float64) for name, values in columns.items()}
     zeros = torch.zeros_like(next(iter(given.values())))
     return TokenStats(**{f.name: zeros for f in fields(TokenStats)} | given), torch.ones_like(

@@ -20,7 +20,7 @@ from opsd_kernels.weights.base import check_weighting
 @pytest.mark.parametrize("rows", [1, None], ids=["(1, N)", "(N,)"])
 @pytest.mark.parametrize("name", CASES)
 def test_packed_rows_match_the_loop(name, rows):
-    """Sequences without their padding behind each other; in one of them masked tokens stay."""
+    """Pack sequences one after the other without padding; one keeps its masked tokens."""
     weighting, loop, scope = CASES[name]
     keep = MASK.clone()
     keep[2] = True
@@ -166,7 +166,7 @@ def test_products_with_anything_else_are_type_errors():
 
 
 def test_a_tensor_as_a_factor():
-    """On the right of `*`: on the left a tensor answers first, and refuses."""
+    """A tensor may stand on the right of `*`: on the left its own `__mul__` comes first and refuses."""
     given = torch.linspace(0.1, 2.0, MASK.numel()).reshape(MASK.shape)
     product = W.FirstFraction(0.5) * given
     assert product.scope == "index"
