@@ -24,8 +24,8 @@ bias_s/_t     (V,) contiguous, of the dtype of the statistics, or None. -inf in 
 stats         (n, len(Column)) in float64 for float64 logits, else float32. Columns up to SPREAD and the
               divergence's own value (REVERSE_KL / FORWARD_KL) are always right; the others only with
               `metrics`, else 0.
-loss, A       (n,) of the dtype of stats: the divergence in nats, and the row scalar A of mathematics.md. For the
-              two plain KLs without an entry clip `row_dot` reads both from stats (A = D for reverse, -1 for
+loss, A       (n,) of the dtype of stats: the divergence in nats, and the row scalar A of mathematics.md. For
+              the two plain KLs without an entry clip `row_dot` reads both from stats (A = D for reverse, -1 for
               forward) and no logits.
 clips         spec.entry_clip: a term f > clip counts as the clip and its u as 0; for reverse KL, whose u = f
               lacks a constant times q, as -q. spec.token_clip: a sum above it counts as the clip. With

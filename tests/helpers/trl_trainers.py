@@ -69,8 +69,8 @@ LOGITS = {"distillation_mode": "topk_logits", "distillation_topk": 8, "distillat
 SETTINGS = {
     "DistillationTrainer": {"beta": 0.5, "temperature": 1.3},
     "SDPOTrainer": {**LOGITS, "distillation_alpha": 0.5, "distillation_is_clip": 1.02,
-                    "distillation_weight": 0.8, "num_generations": 4, "steps_per_generation": 4, "loss_type": "grpo",
-                    "teacher_update_rate": 0.3},
+                    "distillation_weight": 0.8, "num_generations": 4, "steps_per_generation": 4,
+                    "loss_type": "grpo", "teacher_update_rate": 0.3},
     "IWOPDTrainer": {"max_length": 64, "iw_opd_gamma": 0.7},
 }  # fmt: skip
 
