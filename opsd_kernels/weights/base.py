@@ -15,9 +15,9 @@ Optional attributes: `needs_labels`, True if it reads the log-probs; `needs_metr
 statistics it reads the divergence alone; `lengths`, those of the sequences in one packed row
 (`PackedSequences`); `exchanges`, True if calling it issues a collective (`AcrossRanks`).
 
-The schemes here promise more: a masked token weighs 0 and influences nothing, even if its statistics are NaN;
-no gradient flows; no host sync; the same bits in every run. They compute and return float64, since there are
-few numbers and the op rounds them once.
+The schemes here promise more: a masked token has weight 0 and influences nothing, even if its statistics are
+NaN; no gradient flows; no host sync; the same bits in every run. They compute and return float64, since there
+are few numbers and the op rounds them once.
 """
 
 from __future__ import annotations

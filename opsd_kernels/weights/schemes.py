@@ -69,9 +69,9 @@ class LastFraction(_Share):
 
 @dataclass(frozen=True)
 class LinearDecay(Schedule):
-    """From 1 at the first valid token to `end` >= 0 at the last, linear in (t - 1) / (T - 1).
+    """1 at the first valid token, `end` >= 0 at the last, linear in (t - 1) / (T - 1).
 
-    A single token weighs 1. `end` > 1 lets the weights grow.
+    A single token has weight 1. `end` > 1 lets the weights grow.
     """
 
     end: float
