@@ -1,4 +1,4 @@
-// Checks of what comes from torch. Every message names the argument, what was expected and what came.
+// Checks of tensor arguments. Every message names the argument, the expected value and the given one.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -37,8 +37,8 @@ inline void check_dtype(const torch::stable::Tensor& x, const char* argument, to
   expect(x.scalar_type() == expected, argument, torch::headeronly::toString(expected), torch::headeronly::toString(x.scalar_type()));
 }
 
-// (n, V) with unit column stride and rows that do not overlap or, where `repeated` allows it, are all the same one.
-// Strides of dimensions of size one mean nothing.
+// (n, V) with unit column stride and rows that do not overlap or, if `repeated`, are one row for all.
+// Strides of dimensions of size one are ignored.
 inline void check_rows(const torch::stable::Tensor& x, const char* argument, int64_t n, int64_t V, bool repeated = false) {
   check_shape(x, argument, {n, V});
   expect(V == 1 || x.stride(1) == 1, argument, "a column stride of 1", x.stride(1));

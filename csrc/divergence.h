@@ -1,9 +1,11 @@
-// (f, u) of one vocabulary entry for every divergence: the C++ home of the formulas, host and device, torch-free.
-// What they mean and why they are written in delta = log p - log q: opsd_kernels/_rows/torch_math.py.
+// (f, u) of one vocabulary entry for every divergence: the C++ home of the formulas, host and device,
+// torch-free. opsd_kernels/_rows/torch_math.py defines them and says why they are written in delta = log p -
+// log q.
 //
-// X is a number: float, double, or a SIMD vector of floats that brings its own select, abs, max, reciprocal, exp_pair and log1p.
-// All of f and u are homogeneous of degree one in (q, p) at fixed delta, so a caller may fold a row's factor into both.
-// GUARDED: a term is 0 where its probability is 0, whatever delta is. Rows whose delta is finite do without.
+// X is a number: float, double, or a SIMD vector of floats with select, abs, max, reciprocal, exp_pair and
+// log1p. All of f and u are homogeneous of degree one in (q, p) at fixed delta, so a caller may fold a row's
+// factor into both. GUARDED: a term is 0 where its probability is 0, whatever delta is. Rows of finite delta
+// need no guard.
 #pragma once
 
 #include <cmath>
@@ -35,7 +37,8 @@ OPSD_HOST_DEVICE float max(float a, float b) { return a > b ? a : b; }
 OPSD_HOST_DEVICE double max(double a, double b) { return a > b ? a : b; }
 OPSD_HOST_DEVICE float abs(float x) { return x < 0 ? -x : x; }
 OPSD_HOST_DEVICE double abs(double x) { return x < 0 ? -x : x; }
-// Both off one polynomial: x = whole * ln 2 + r, |r| <= ln(2) / 2, Taylor to r^7, which leaves 2e-8 of r. Good for x <= 88; below -100 as -100.
+// Both from one polynomial: x = whole * ln 2 + r, |r| <= ln(2) / 2, Taylor to r^7, which leaves 2e-8 of r.
+// For x <= 88; x below -100 counts as -100.
 OPSD_HOST_DEVICE ExpPair<float> exp_pair(float x) {
   constexpr float LOG2_E = 1.44269504f, LN2_HIGH = 0.693145751953125f, LN2_LOW = 1.4286068203094172e-6f;
   x = x < -100 ? -100 : x;
@@ -76,7 +79,7 @@ OPSD_HOST_DEVICE Ratio<X> ratio(X delta) {
   return {delta, pair.exp, pair.expm1};
 }
 
-// The same where expm1(delta) is known, and a normal number: exp(-|delta|) is its sum with 1, or one over that.
+// The same from a known expm1(delta), a normal number: exp(-|delta|) is 1 + expm1(delta), or its reciprocal.
 template <class X>
 OPSD_HOST_DEVICE Ratio<X> ratio(X delta, X expm1_delta) {
   const auto below = delta <= X(0);
@@ -151,8 +154,8 @@ OPSD_HOST_DEVICE Terms<X> entry(X q, X p, const Ratio<X>& r, X beta) {
   if constexpr (KIND == Kind::TVD) return tvd<GUARDED>(q, p, r);
 }
 
-// A term under the entry clip; taken: 1 where the clip took it, else 0. Reverse KL's u = f leaves out a constant times q: the q that A
-// then lacks is taken here.
+// A term under the entry clip; taken: 1 where the clip holds, else 0. Reverse KL's u = f leaves out a
+// constant times q: the q that A then lacks is subtracted here.
 template <class X>
 struct ClippedTerms {
   X f, u, taken;

@@ -1,4 +1,4 @@
-// What registration.cpp registers beside the row operators (row_binding.h), and the sweeps under those.
+// The operators of registration.cpp beside the row operators (row_binding.h), and the sweeps behind those.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -17,7 +17,7 @@ void sweep(const RowArgs& a, Sweep which, int32_t device);
 std::string capability();
 // out (+)= a @ b in fp32, of bf16 matrices with one stride of 1 each.
 void gemm_bf16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate);
-// Why gemm_bf16_ cannot run here; empty if it can.
+// The reason why gemm_bf16_ cannot run on this machine; empty if it can.
 std::string gemm_unavailable();
 
 }  // namespace cpu
@@ -25,7 +25,7 @@ std::string gemm_unavailable();
 namespace cuda {
 
 void sweep(const RowArgs& a, Sweep which, int32_t device);
-// How rows of V entries of `itemsize` bytes are launched, in words.
+// Describes the launch of rows of V entries of `itemsize` bytes.
 std::string launch_text(int64_t V, int64_t itemsize, int64_t architecture);
 
 }  // namespace cuda

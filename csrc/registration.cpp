@@ -1,10 +1,11 @@
-// The compiled operators: the only file that names them. What the sweeps do: opsd_kernels/_rows/contract.py.
+// Registers the compiled operators. opsd_kernels/_rows/contract.py is the contract of the sweeps.
 //
-// Compiled into two libraries: one for the CPU, with the schemas, and with OPSD_CUDA one for CUDA. A third, of the tests, runs the CUDA sources on a CPU
-// under a namespace of its own (OPSD_EMULATED).
+// Compiled into two libraries: one for the CPU, with the schemas, and with OPSD_CUDA one for CUDA. A third
+// one, of the tests, runs the CUDA sources on a CPU in a namespace of its own (OPSD_EMULATED).
 //
-// A fragment, because Python defines further operators in the same namespace. G may share memory with S, as the contract says; the schema
-// marks it alone as written. These run inside an opaque operator, so they carry neither autograd nor a fake implementation.
+// A fragment, because Python defines further operators in the same namespace. G may share memory with S, as
+// the contract allows; the schema marks only G as written. The operators run inside an opaque operator, so
+// they have neither autograd nor a fake implementation.
 #include <torch/csrc/stable/library.h>
 
 #include "ops.h"

@@ -1,11 +1,12 @@
-// The plain argument struct between the torch binding and the sweeps, shared by every device. Knows no torch.
+// The plain argument struct between the torch binding and the sweeps of every device. Torch-free.
 #pragma once
 
 #include <cstdint>
 
 namespace opsd {
 
-enum class Kind : int { REVERSE_KL = 0, FORWARD_KL, JSD, SKEW_REVERSE_KL, SKEW_FORWARD_KL, TVD };  // spec.Kind
+// spec.Kind
+enum class Kind : int { REVERSE_KL = 0, FORWARD_KL, JSD, SKEW_REVERSE_KL, SKEW_FORWARD_KL, TVD };
 constexpr int KINDS = 6;
 
 enum class Dtype : int { FLOAT64, FLOAT32, BFLOAT16, FLOAT16 };
@@ -54,7 +55,7 @@ struct RowArgs {
   const int64_t* labels;  // (n,) with policy; no label outside [0, V)
   Transform student, teacher;
   bool difference;  // T holds raw teacher minus raw student logits
-  bool linear;      // and the transformed difference is a multiple of it: RowSpec.linear_difference
+  bool linear;      // the transformed difference is a multiple of T too: RowSpec.linear_difference
   bool metrics;
   Kind kind;
   double beta;

@@ -1,4 +1,4 @@
-// The row operators of every device: tensors to RowArgs, checked, and on to that device's sweep.
+// The row operators of every device: check tensors, fill RowArgs, call the device's sweep.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -49,7 +49,7 @@ inline const void* bias_pointer(const Optional& bias, const char* argument, cons
   return bias->const_data_ptr();
 }
 
-// The arguments that every sweep has.
+// The arguments of every sweep.
 inline RowArgs logits(const Tensor& S, const Tensor& T, const Optional& bias_s, const Optional& bias_t, bool metrics, OPSD_SPEC_PARAMETERS) {
   expect(S.dim() == 2, "S", "2 dimensions (n, V)", S.dim());
   const int64_t n = S.size(0), V = S.size(1);

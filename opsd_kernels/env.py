@@ -1,4 +1,7 @@
-"""Every environment variable of the package: name, default, meaning. Nothing else reads OPSD_*, and docs/environment.md is printed from here."""
+"""Every environment variable of the package: name, default, meaning.
+
+No other module reads OPSD_*. `make docs` writes docs/environment.md from this table.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Variable:
-    """An environment variable. Unset and empty mean the same: `default`, told in words."""
+    """An environment variable. Unset and empty both mean `default`, which is given in words."""
 
     name: str
     default: str
@@ -17,7 +20,7 @@ class Variable:
     choices: tuple[str, ...] = ()
 
     def get(self) -> str | None:
-        """The value, or None if unset. Raises ValueError where the variable has choices and holds none of them."""
+        """Return the value, or None if unset. Raises ValueError for a value outside `choices`."""
         value = os.environ.get(self.name, "").strip()
         if value and self.choices and value not in self.choices:
             raise ValueError(
@@ -29,43 +32,47 @@ class Variable:
 BACKEND = Variable(
     "OPSD_BACKEND",
     "the first usable one",
-    "Row backend of every call that names none. One that cannot serve is an error, not a fallback.",
+    "Row backend of every call without `backend`. A backend that cannot serve is an error, not a fallback.",
     ("cuda", "triton", "cpp", "torch"),
 )
 WORKSPACE_BYTES = Variable(
     "OPSD_WORKSPACE_BYTES",
     "the planner's",
-    "Byte budget of the logit buffers of every call that sets no `workspace_bytes`.",
+    "Byte budget of the logit buffers of every call without `workspace_bytes`.",
 )
 CPU_CAPABILITY = Variable(
     "OPSD_CPU_CAPABILITY",
     "the widest the processor has",
-    "Limits the instruction set that the C++ kernels choose. Read once, when the extension is loaded.",
+    "Upper limit of the instruction set of the C++ kernels. Read once, when the extension is loaded.",
     ("avx512", "avx2", "default"),
 )
 PACK = Variable(
     "OPSD_PACK",
     "1",
-    "1: rows that count are packed before the GEMMs, which waits once for their number where mask or labels are on a GPU. 0: every row is projected, and those "
-    "that do not count as zeros; nothing waits. While a CUDA graph is captured it is always 0.",
+    "1: pack the valid rows before the GEMMs, with one host sync for their number if mask or labels are on a "
+    "GPU. 0: project every row, the invalid ones as zeros, without a sync. Always 0 during CUDA graph "
+    "capture.",
     ("0", "1"),
 )
 CUDA_CLUSTER = Variable(
     "OPSD_CUDA_CLUSTER",
     "8",
-    "The most thread blocks of a CUDA kernel that hold one row on chip together (compute capability 9.0 and above). 0: every sweep reads it from memory.",
+    "Largest cluster of thread blocks that hold one row on chip together (CUDA kernels, compute capability "
+    "9.0 and above). 0: every sweep reads the row from memory.",
     ("0", "1", "2", "4", "8"),
 )
 BUILD_CPU = Variable(
     "OPSD_BUILD_CPU",
     "auto",
-    "When the package is built. auto: C++ kernels where torch and a C++20 compiler are found. 1: an error if they cannot be built. 0: none.",
+    "At build time. auto: C++ kernels if torch and a C++20 compiler are found. 1: an error if they cannot be "
+    "built. 0: none.",
     ("auto", "0", "1"),
 )
 BUILD_CUDA = Variable(
     "OPSD_BUILD_CUDA",
     "auto",
-    "When the package is built. auto: CUDA kernels where torch has CUDA and nvcc is found. 1: an error if they cannot be built. 0: none.",
+    "At build time. auto: CUDA kernels if torch has CUDA and nvcc is found. 1: an error if they cannot be "
+    "built. 0: none.",
     ("auto", "0", "1"),
 )
 CACHE = Variable(
@@ -82,7 +89,7 @@ def backend() -> str | None:
 
 
 def workspace_bytes() -> int | None:
-    """Bytes, or None if unset. Raises ValueError for anything but a positive whole number."""
+    """Return the bytes, or None if unset. Raises ValueError for anything but a positive whole number."""
     value = WORKSPACE_BYTES.get()
     if value is not None and not (value.isdecimal() and int(value) > 0):
         raise ValueError(f"{WORKSPACE_BYTES.name}: expected a positive whole number of bytes, got {value!r}")
@@ -98,13 +105,13 @@ def pack() -> bool:
 
 
 def cache_dir() -> Path:
-    """The cache directory; it need not exist yet. Follows XDG_CACHE_HOME where OPSD_CACHE is unset."""
+    """Return the cache directory, which may not exist yet. Without OPSD_CACHE it follows XDG_CACHE_HOME."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(CACHE.get() or f"{base}/opsd_kernels").expanduser()
 
 
 def markdown() -> str:
-    """docs/environment.md."""
+    """Return the text of docs/environment.md."""
     rows = [
         f"| `{v.name}` | {', '.join(f'`{c}`' for c in v.choices) or 'any'} | {v.default} | {v.meaning} |"
         for v in VARIABLES

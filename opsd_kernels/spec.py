@@ -1,14 +1,15 @@
-"""What a caller may ask for, as frozen values: divergence, logit transform, reduction. Validation lives here, and so do its error texts."""
+"""The options of a call as frozen values, with their validation and error texts."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 
 class Kind(IntEnum):
-    """Divergences by the number that the kernels branch on; csrc/divergence.h and triton_math.py use the same order."""
+    """The divergences. csrc/divergence.h and triton_math.py branch on the same numbers."""
 
     REVERSE_KL = 0
     FORWARD_KL = 1
@@ -19,7 +20,8 @@ class Kind(IntEnum):
 
 
 KIND_NAMES = {kind.name.lower(): kind for kind in Kind}
-SCOPES = ("index", "row", "sequence")  # what a token's weight depends on, the narrowest first
+# What a token's weight may depend on, the narrowest first.
+SCOPES = ("index", "row", "sequence")
 SUPPORT_SIDES = ("student", "teacher")
 TAILS = ("bucket", "renormalize", "none")
 REDUCTIONS = ("mean", "sum", "none", "sequence_mean")
@@ -29,36 +31,31 @@ BACKWARDS = ("auto", "in_forward", "recompute")
 def expect(
     condition: bool, argument: str, expected: str, got: object, error: type[Exception] = ValueError
 ) -> None:
-    """The one form of an argument error: who, what was expected, what came."""
+    """Raise `error` unless `condition` holds, in the one form of an argument error: name, expected, got."""
     if not condition:
         raise error(f"{argument}: expected {expected}, got {got}")
 
 
 def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
-    expect(
-        isinstance(value, str) and value in choices,
-        argument,
-        "one of " + ", ".join(repr(c) for c in choices),
-        repr(value),
-    )
+    """Raise ValueError unless `value` is one of `choices`."""
+    expected = "one of " + ", ".join(repr(c) for c in choices)
+    expect(isinstance(value, str) and value in choices, argument, expected, repr(value))
 
 
 def check_number(argument: str, value: object, *, positive: bool = False) -> float:
-    """`value` as a float; finite, and above zero where asked."""
+    """Return a finite number as a float. Raises TypeError for other types, ValueError for other numbers."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{argument}: expected a number, got {value!r} of type {type(value).__name__}")
-    if not abs(value) < math.inf or (
-        positive and value <= 0
-    ):  # a traced number (SymFloat) knows neither isfinite nor, in a text, its value
+    # A traced number (SymFloat) has neither isfinite nor, in a text, a value.
+    if not abs(value) < math.inf or (positive and value <= 0):
         raise ValueError(f"{argument}: expected a {'positive ' * positive}finite number, got {value!r}")
     return float(value)
 
 
 def _mixture_weight(name: str, beta: float, hints: dict[float, str]) -> float:
     if not 0 < beta < 1:
-        raise ValueError(
-            f"beta: expected a number strictly between 0 and 1 for divergence={name!r}{hints.get(beta, '')}, got {beta!r}"
-        )
+        expected = f"a number strictly between 0 and 1 for divergence={name!r}{hints.get(beta, '')}"
+        raise ValueError(f"beta: expected {expected}, got {beta!r}")
     return beta
 
 
@@ -75,17 +72,9 @@ class Divergence:
         kind = KIND_NAMES[name]
         beta = check_number("beta", beta)
         if kind == Kind.JSD:
-            return cls(
-                kind,
-                _mixture_weight(
-                    name,
-                    beta,
-                    {
-                        0.0: "; for beta=0 use divergence='forward_kl'",
-                        1.0: "; for beta=1 use divergence='reverse_kl'",
-                    },
-                ),
-            )
+            hints = {0.0: "; for beta=0 use divergence='forward_kl'"}
+            hints[1.0] = "; for beta=1 use divergence='reverse_kl'"
+            return cls(kind, _mixture_weight(name, beta, hints))
         return cls(kind, _mixture_weight(name, beta, {}) if cls(kind).mixes else beta)
 
     @property
@@ -94,22 +83,28 @@ class Divergence:
 
     @property
     def mixes(self) -> bool:
-        """Whether the mixture m = beta*p + (1-beta)*q enters."""
+        """True if its formula has the mixture m = beta * p + (1 - beta) * q."""
         return self.kind in (Kind.JSD, Kind.SKEW_REVERSE_KL, Kind.SKEW_FORWARD_KL)
 
     @property
     def kinked(self) -> bool:
-        """Whether the gradient jumps where p = q: logits rounded to 16 bits would flip its sign there (2-7 % error instead of 1 %)."""
+        """True if the gradient jumps at p = q.
+
+        Logits rounded to 16 bits would flip its sign there: 2-7 % error instead of 1 %.
+        """
         return self.kind == Kind.TVD
 
     @property
     def one_sweep(self) -> bool:
-        """Whether the statistics sweep alone yields the value: the two plain KLs."""
+        """True if the statistics sweep alone yields the value: for the two plain KLs."""
         return self.kind in (Kind.REVERSE_KL, Kind.FORWARD_KL)
 
 
-def interpolation(beta: float) -> dict[str, object]:
-    """Arguments for the generalised JSD of GKD (arXiv:2306.13649) as libraries switch it: at 0 and 1 the KLs, which are not its limits."""
+def interpolation(beta: float) -> dict[str, Any]:
+    """Return the options for the generalised JSD of GKD (arXiv:2306.13649) as libraries define it.
+
+    At 0 and 1 these are the KLs, which are not its limits.
+    """
     ends = {0.0: "forward_kl", 1.0: "reverse_kl"}
     return {"divergence": ends[beta]} if beta in ends else {"divergence": "jsd", "beta": beta}
 
@@ -134,17 +129,21 @@ class LogitTransform:
 
     @property
     def factor(self) -> float:
-        """What a raw logit is multiplied by where no softcap bends it."""
+        """The factor of a raw logit without a softcap."""
         return self.scale / self.temperature
 
 
 @dataclass(frozen=True)
 class Support:
-    """The K entries per token that a divergence is restricted to: the K largest logits of a side or, with `side` None, those that the call lists."""
+    """The K entries per token that a divergence is restricted to.
+
+    They are the K largest logits of `side` or, with None, the entries that the call lists. `tail` says how
+    the remaining mass counts: as one more entry, by renormalisation, or not at all.
+    """
 
     k: int
     side: str | None
-    tail: str  # what the remaining mass becomes: one more entry, nothing after renormalisation, nothing
+    tail: str
 
     @classmethod
     def parse(cls, k: int | None, side: str, tail: str, tail_name: str = "topk_tail") -> Support | None:
@@ -165,32 +164,35 @@ class Support:
 
 @dataclass(frozen=True)
 class RowSpec:
-    """Everything a row sweep needs beside its tensors.
+    """The arguments of a row sweep beside its tensors.
 
-    With `difference`, the teacher buffer holds raw teacher logits minus raw student logits (math.md: the difference GEMM). `teacher_mix` a makes the
-    teacher's transformed logits (1 - a) * t + a * s, s held constant. A clip of inf clips nothing.
+    With `difference`, the teacher buffer holds raw teacher logits minus raw student logits (mathematics.md:
+    the difference GEMM). `teacher_mix` a makes the teacher's transformed logits (1 - a) * t + a * s, s held
+    constant. `entry_clip` clips each term of the sum, `token_clip` the sum; inf clips nothing.
     """
 
     divergence: Divergence
-    student: LogitTransform = field(
-        default_factory=LogitTransform
-    )  # an object as a default is none that torch.compile of 2.10 and 2.11 can trace
+    # torch.compile of 2.10 and 2.11 cannot trace an object as a default.
+    student: LogitTransform = field(default_factory=LogitTransform)
     teacher: LogitTransform = field(default_factory=LogitTransform)
     difference: bool = False
     teacher_mix: float = 0.0
-    entry_clip: float = math.inf  # of each term of the sum
-    token_clip: float = math.inf  # of the sum
+    entry_clip: float = math.inf
+    token_clip: float = math.inf
 
     def linear_difference(self, same_bias: bool) -> bool:
-        """Whether the difference of the *transformed* logits is `factor` times the difference buffer, so that it never meets the logits."""
+        """True if the difference of the *transformed* logits is `factor` times the difference buffer.
+
+        The buffer then keeps its digits: it is never added to the logits.
+        """
         return self.difference and same_bias and self.student == self.teacher and self.student.softcap is None
 
     @property
     def one_sweep(self) -> bool:
-        """Whether the statistics sweep alone yields the value: a plain KL whose terms are not clipped."""
+        """True if the statistics sweep alone yields the value: for a plain KL without an entry clip."""
         return self.divergence.one_sweep and self.entry_clip == math.inf
 
     @property
     def kinked(self) -> bool:
-        """Whether the gradient jumps where logits differ by little, at p = q or at the entry clip: fp32 logits then."""
+        """True if the gradient jumps at p = q or at the entry clip, which calls for fp32 logits."""
         return self.divergence.kinked or self.entry_clip < math.inf

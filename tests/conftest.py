@@ -14,6 +14,8 @@ from _pytest.junitxml import xml_key
 from opsd_kernels import provenance, tested_versions
 from opsd_kernels._rows import backends
 
+pytest.register_assert_rewrite("row_contract", "row_options_contract")
+
 
 def pytest_sessionstart(session):
     """Put versions and machine into the report that --junitxml writes: tests/record_versions.py makes a record of them."""

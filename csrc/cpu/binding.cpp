@@ -1,4 +1,4 @@
-// The CPU's sweep: rows over torch's own thread pool.
+// The CPU sweep: rows over torch's thread pool.
 #include <torch/csrc/stable/ops.h>
 
 #include "../ops.h"
@@ -6,7 +6,7 @@
 
 namespace opsd::cpu {
 
-// Entries below which a second thread costs more than it brings.
+// Below this many entries a second thread costs more than it gains.
 constexpr int64_t GRAIN = 1 << 15;
 
 void sweep(const RowArgs& a, Sweep which, int32_t) {

@@ -14,7 +14,7 @@ struct Level {
   bool (*present)();
 };
 
-// Best first. A level is built where setup.py found an x86 compiler.
+// Best first. Levels are built where setup.py finds an x86 compiler.
 const Level LEVELS[] = {
 #if defined(OPSD_X86)
     {"avx512", avx512::run_rows,
@@ -49,7 +49,7 @@ const Level& level() {
 
 const char* cpu_capability() { return level().name; }
 
-// Doubles are worked one at a time with the C library's functions: one build of that is enough.
+// Doubles are processed one at a time with the C library's functions, so one build of them is enough.
 RunRows rows_for(Dtype dtype) { return dtype == Dtype::FLOAT64 ? baseline::run_rows : level().run; }
 
 }  // namespace opsd

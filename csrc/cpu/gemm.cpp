@@ -1,9 +1,9 @@
-// Packs tiles into the micro-kernel's layout and walks them so that what is packed stays in the second-level cache.
-// Compiled for AVX-512, which every processor with bf16 products has.
+// Packs tiles into the micro-kernel's layout and walks them so that packed tiles stay in the second-level
+// cache. Compiled for AVX-512, which every processor with bf16 products has.
 #include "gemm.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 finds both in its own intrinsics (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of both in its own intrinsics (bug 105593)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
@@ -17,7 +17,8 @@
 namespace opsd::avx512 {
 namespace {
 
-constexpr int64_t TILE = 64;      // rows and columns of a micro-kernel call: within 5 % of 32 and 128 in every role
+// rows and columns of a micro-kernel call: within 5 % of 32 and 128 in every role
+constexpr int64_t TILE = 64;
 constexpr int64_t DEPTH = 1024;   // of a packed tile of b: 128 KiB
 constexpr int64_t LANES = 16;     // 32-bit pairs of a register
 
@@ -80,7 +81,8 @@ void transpose_block(const uint16_t* from, int64_t stride, uint32_t* to, int64_t
   }
 }
 
-// to[j * stride_to + i] = (from[i][2j], from[i][2j + 1]) for `rows` rows of K elements; a missing last element counts as zero.
+// to[j * stride_to + i] = (from[i][2j], from[i][2j + 1]) for `rows` rows of K elements; a missing last
+// element is zero.
 void transpose_pairs(const uint16_t* from, int64_t stride, int64_t rows, int64_t K, uint32_t* to, int64_t stride_to) {
   for (int64_t i = 0; i < rows; i += LANES)
     for (int64_t k = 0; k < K; k += 2 * LANES) {
@@ -110,7 +112,7 @@ class ColumnPanel {
     else interleave(b.data + k * b.stride + n, b.stride, depth, width, packed_.get(), TILE);
   }
 
-  // Rows of a; of an odd depth, a copy with a zero behind each.
+  // Rows of a; with an odd depth, a copy with a zero after each row.
   GemmOperand rows_of_a(int64_t m, int64_t rows, int64_t k, int64_t depth) const {
     const uint16_t* from = g_.a.data + m * g_.a.stride + k;
     if (depth % 2 == 0) return {from, g_.a.stride, false};
@@ -141,7 +143,7 @@ class ColumnPanel {
   }
 };
 
-// Rows [m0, m1) of c for all columns, a transposed and packed tile by tile, b packed whole.
+// Rows [m0, m1) of c for all columns, with a transposed and packed tile by tile, b packed as a whole.
 class RowPanel {
   const GemmArgs& g_;
   const uint32_t* packed_b_;

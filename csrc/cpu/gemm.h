@@ -1,4 +1,5 @@
-// bf16 x bf16 -> fp32 GEMM on the micro-kernel of the oneDNN inside torch, which torch's own `mm` rounds to bf16. Torch-free; see gemm.cpp.
+// bf16 x bf16 -> fp32 GEMM on the micro-kernel of torch's oneDNN; torch's own `mm` rounds to bf16.
+// Torch-free.
 #pragma once
 
 #include <cstdint>
@@ -25,14 +26,16 @@ struct GemmArgs {
   MicroKernel kernel;
 };
 
-// How the work is cut into independent items: panels of columns times splits of the rows or, where a is transposed, panels of rows.
+// The independent items of work: panels of columns times splits of the rows or, where a is transposed, panels
+// of rows.
 struct GemmCut {
   int64_t panel, panels, splits;
   int64_t items() const { return panels * splits; }
 };
 
 namespace avx512 {
-// Items [begin, end). `packed`: interleaved rows of b, (K + 1) / 2 by N pairs, where a is transposed; else unused.
+// Items [begin, end). `packed`: interleaved rows of b, (K + 1) / 2 by N pairs, where a is transposed; else
+// unused.
 void run_gemm(const GemmArgs& args, const GemmCut& cut, const uint32_t* packed, int64_t begin, int64_t end);
 // Pairs of rows [begin, end) of b.
 void interleave_gemm(const GemmOperand& b, int64_t K, int64_t N, uint32_t* packed, int64_t begin, int64_t end);

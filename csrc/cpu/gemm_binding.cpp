@@ -1,4 +1,4 @@
-// From tensors to GemmArgs, the micro-kernel's address, and items over torch's own thread pool.
+// Tensors to GemmArgs, the address of the micro-kernel, and items over torch's thread pool.
 #include <dlfcn.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -16,8 +16,9 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// at::native::cpublas::brgemm(..., const BFloat16*, const BFloat16*, float*, bool) and brgemm_release(bool), which torch's attention calls. They are
-// not part of its public interface: where they are missing the caller takes another GEMM, and projection.py tries this one before it trusts it.
+// at::native::cpublas::brgemm(..., const BFloat16*, const BFloat16*, float*, bool) and brgemm_release(bool),
+// which torch's attention calls. They are not part of its public interface: where they are missing the caller
+// takes another GEMM, and extension.py tries this one on small products first.
 constexpr const char* KERNEL = "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb";
 constexpr const char* RELEASE = "_ZN2at6native7cpublas14brgemm_releaseEb";
 
@@ -28,7 +29,7 @@ void* symbol(const char* name) {
 
 struct Kernel {
   MicroKernel run = reinterpret_cast<MicroKernel>(symbol(KERNEL));
-  void (*release)(bool) = reinterpret_cast<void (*)(bool)>(symbol(RELEASE));  // gives the AMX tiles back
+  void (*release)(bool) = reinterpret_cast<void (*)(bool)>(symbol(RELEASE));  // releases the AMX tiles
 };
 
 const Kernel& kernel() {
@@ -52,7 +53,8 @@ constexpr int64_t TILE = 64;
 GemmCut cut(const GemmArgs& g, int64_t threads) {
   if (g.a.transposed) return {TILE, (g.M + TILE - 1) / TILE, 1};
   const int64_t rounds = (g.N + threads * PANEL - 1) / (threads * PANEL), share = (g.N + threads * rounds - 1) / (threads * rounds);
-  const int64_t panel = (share + TILE - 1) / TILE * TILE, panels = (g.N + panel - 1) / panel;  // each thread gets as many
+  // Each thread gets as many.
+  const int64_t panel = (share + TILE - 1) / TILE * TILE, panels = (g.N + panel - 1) / panel;
   return {panel, panels, std::clamp<int64_t>(threads / panels, 1, (g.M + TILE - 1) / TILE)};
 }
 #endif

@@ -1,11 +1,13 @@
-// The sweeps after the statistics, over the scratch rows: value and u of the divergences that need normalised probabilities, and the gradient.
+// The sweeps after the statistics, over the scratch rows: value and u of divergences of normalised
+// probabilities, and the gradient.
 #pragma once
 
 #include "statistics.h"
 
 namespace opsd::OPSD_CAPABILITY {
 
-// delta off a stored row: the difference buffer itself, or the offsets that a general source left in the scratch.
+// delta of a stored row: from the difference buffer itself, or from a general source's offsets in the
+// scratch.
 template <class X, class T>
 struct GapRow {
   const T* D;
@@ -24,10 +26,10 @@ struct RatioRow {
 
 struct Value {
   double loss, A;
-  double clipped = 0;  // share of the terms that the entry clip took; 1 where the token clip took their sum
+  double clipped = 0;  // share of the terms under the entry clip; 1 where the token clip holds
 };
 
-// What the terms depend on beside the row.
+// The arguments of the terms beside the row.
 struct TermOptions {
   double beta, clip;
 };
@@ -71,14 +73,16 @@ OPSD_INLINE void put(Out* G, const Scratch<X>& w, bool bent, int64_t v, int64_t 
   store_as(G + v, g, count);
 }
 
-// What multiplies a row's gradient, its A, and the term weight * (q - onehot(label)) beside it; weight 0 and label -1: none.
+// A row's factor and A, and the further term weight * (q - onehot(label)); weight 0 and label -1: no such
+// term.
 struct Pull {
   double factor, A, weight;
   int64_t label;
   double share() const { return weight - factor * A; }  // of q
 };
 
-// Writes value(v, lanes) for each vector of a row. value lacks the onehot: the label's entry is written again, less the weight, rounded once.
+// Writes value(v, lanes) for each vector of a row. value lacks the onehot: the label's entry is written
+// again, minus the weight, with one rounding.
 template <class X, class Out, class Read>
 OPSD_INLINE void write_row(Out* G, int64_t V, const Pull& pull, bool bent, const Scratch<X>& w, Read value) {
   auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) { put(G, w, bent, v, lanes.count, value(v, lanes)); };
@@ -94,7 +98,7 @@ OPSD_SWEEP void combine(Out* G, int64_t V, double inverse_z, const Pull pull, bo
   write_row<X>(G, V, pull, bent, w, value);
 }
 
-// A row without a divergence: u may be infinite, and is not read.
+// A row of factor 0: u may be infinite, and is not read.
 template <class X, class Out>
 OPSD_SWEEP void policy_gradient(Out* G, int64_t V, double inverse_z, const Pull pull, bool bent, const Scratch<X> w) {
   const X share(pull.weight * inverse_z);
@@ -102,7 +106,8 @@ OPSD_SWEEP void policy_gradient(Out* G, int64_t V, double inverse_z, const Pull 
   write_row<X>(G, V, pull, bent, w, value);
 }
 
-// The gradient of a plain KL and a policy term. Of FAR and reverse KL only the guard is needed, which does near rows no harm.
+// The gradient of a plain KL and a policy term. FAR and reverse KL differ only in the guard, which near rows
+// tolerate.
 template <Kind KIND, bool FAR, class X, class T, class Out>
 OPSD_SWEEP void kl_policy_gradient(const GapRow<X, T> gap, Out* G, int64_t V, const RowState row, const Pull pull, bool bent, const Scratch<X> w) {
   const X scale_q(row.inverse_z), scale_p(row.inverse_zt), factor(pull.factor), weight(pull.weight), share(pull.share());

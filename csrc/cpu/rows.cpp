@@ -1,4 +1,5 @@
-// Drives the sweeps row by row. Compiled once per instruction set, with OPSD_CAPABILITY naming its namespace; see vec.h.
+// Drives the sweeps row by row. Compiled once per instruction set, with OPSD_CAPABILITY naming its namespace;
+// see vec.h.
 #include "rows.h"
 
 #include <unistd.h>
@@ -11,7 +12,8 @@
 namespace opsd::OPSD_CAPABILITY {
 namespace {
 
-// Subnormal operands and results cost a hundred cycles each on x86 and matter to nothing here (1e-38): read and written as 0.
+// Subnormal operands and results cost a hundred cycles each on x86 and do not matter here (1e-38): flushed to
+// 0.
 class FlushSubnormals {
 #if defined(__AVX2__)
   unsigned saved_ = _mm_getcsr();
@@ -58,8 +60,8 @@ class Rows {
   const Scratch<X> w_;
   const bool clip_entries_ = a_.entry_clip < INF;
   const bool one_sweep_ = (a_.kind == Kind::REVERSE_KL || a_.kind == Kind::FORWARD_KL) && !clip_entries_;
-  // 1 where two pairs of rows and the scratch fit the cache, so that a row may fetch the next; else 0. At V = 152k a bf16 row gains 40 %
-  // by it, and a float32 row, which does not fit, would lose 20 %.
+  // 1 where two pairs of rows and the scratch fit the cache, so that a row may prefetch the next; else 0. At
+  // V = 152k a bf16 row gains 40 %, and a float32 row, which does not fit, would lose 20 %.
   const int64_t ahead_;
 
   static int64_t bytes_per_entry(const Scratch<X>& w, Sweep sweep) {
@@ -135,15 +137,17 @@ class Rows {
     return {0, 0};
   }
 
-  // loss and A before the token clip; where the statistics do not hold them, u is in the scratch, too.
+  // loss and A before the token clip; where they are not in the statistics, u is in the scratch too.
   Value dot(const Source& source, const RowState& row) const {
-    if (std::isnan(row.gap)) return {row.gap, row.gap};  // a side without a distribution: the guards would make 0 of it
+    // A side has no distribution, which the guards would turn into 0.
+    if (std::isnan(row.gap)) return {row.gap, row.gap};
     if (!one_sweep_) return clip_entries_ ? two_sweep_value<true>(source, row) : two_sweep_value<false>(source, row);
     if (a_.kind == Kind::REVERSE_KL) return {row.reverse_kl, row.reverse_kl};
     return {row.forward_kl, -1.0};
   }
 
-  // Writes loss, A and the clipped share, and returns that. The token clip compares what is written: contract.clip_tokens does.
+  // Writes loss, A and the clipped share, and returns the share. As contract.clip_tokens, the token clip
+  // compares the rounded loss.
   double write_value(int64_t i, const Value& v) const {
     E loss = static_cast<E>(v.loss), clipped = static_cast<E>(v.clipped);
     if (loss > static_cast<E>(a_.token_clip)) loss = static_cast<E>(a_.token_clip), clipped = 1;
@@ -177,7 +181,7 @@ class Rows {
     });
   }
 
-  // Row i's factor and policy through the transform's constants, without A.
+  // Row i's factor and policy slope through the transform's constants, without A.
   Pull pull_of(int64_t i) const {
     const double weight = a_.policy ? static_cast<const E*>(a_.policy)[i] * a_.student.scale / a_.student.temperature : 0;
     const int64_t label = weight != 0 && a_.labels[i] >= 0 && a_.labels[i] < a_.V ? a_.labels[i] : -1;
@@ -237,7 +241,8 @@ template <class X, class In>
 void run_dtype(const RowArgs& a, Sweep sweep, int64_t begin, int64_t end) {
   const Workspace<X> space(a.V);
   Scratch<X> w = space.rows;
-  if (a.kind == Kind::REVERSE_KL && a.entry_clip == INF) w.p = nullptr;  // its gradient needs q and delta alone
+  // its gradient needs q and delta alone
+  if (a.kind == Kind::REVERSE_KL && a.entry_clip == INF) w.p = nullptr;
   if (a.linear && !a.bias_s && !a.bias_t) {
     const Rows<X, In, LinearSource> rows(a, w, sweep);
     for (int64_t i = begin; i < end; ++i) rows.run(sweep, i);

@@ -1,7 +1,9 @@
-// Where a row's logits come from: raw buffers of any dtype, through the transform, as numbers X of the sweep's precision.
+// Loads a row's logits: raw buffers of any dtype, through the transform, as numbers X of the sweep's
+// precision.
 //
-// A source hands out the entries of a vector and reads student and teacher off them. Logits are kept as multiples y * factor, so that s - max is one
-// fused step: rounding s = 1.3 * z at |z| = 40 first would cost 2e-6 of every probability.
+// A source loads the entries of a vector and computes student and teacher from them. Logits are kept as
+// multiples y * factor, so that s - max is one fused step: rounding s = 1.3 * z at |z| = 40 first would cost
+// 2e-6 of every probability.
 #pragma once
 
 #include "vec_math.h"
@@ -39,8 +41,9 @@ struct FirstLanes {
   }
 };
 
-// Entries per step of the accumulation: so many additions to a lane in X, then over blocks in double. Where lanes are few, more of a row goes to each:
-// 250 additions to each of four made the forward KL of a row of 1003 entries, 1.8, wrong by 5e-6.
+// Entries per block of the accumulation: additions to a lane in X inside a block, over blocks in double. With
+// few lanes each takes more of a row: 250 additions to each of four lanes gave an error of 5e-6 in a forward
+// KL of 1.8 over 1003 entries.
 template <class X>
 constexpr int64_t BLOCK = (LANES<X> == 4 ? 32 : LANES<X> == 8 ? 64 : 256) * LANES<X>;
 
@@ -59,7 +62,8 @@ OPSD_INLINE void walk(int64_t V, Step step, Flush flush) {
   }
 }
 
-// Brings the next row into the second-level cache while this one is computed on; a prefetch past the last row does nothing.
+// Prefetches the next row into the second-level cache during this one; a prefetch past the last row is a
+// no-op.
 template <class T>
 struct NextRow {
   const T* S;
@@ -72,15 +76,15 @@ struct NextRow {
   }
 };
 
-// A number that no float holds, as a sum of two.
+// A number as a sum of two floats.
 template <class X>
 struct Split {
   X high, low;
   explicit Split(double value) : high(value), low(value - static_cast<double>(static_cast<ElementOf<X>>(value))) {}
 };
 
-// The pair of logits that a row is taken relative to (contract.py); shift is the rounded difference. Where the teacher is mixed, (1 - a) * t + a * s,
-// `teacher` is what t itself is taken relative to.
+// The reference logits of a row (contract.py); shift is their rounded difference. With a mixed teacher,
+// (1 - a) * t + a * s, `teacher` is the reference of t itself.
 template <class X>
 struct References {
   X student, teacher, shift;
@@ -93,7 +97,8 @@ struct Relative {
   X x, y, o;
 };
 
-// The difference buffer holds what the gap d is a multiple of, and nothing bends or shifts the student: one load and one product per side.
+// The gap d is a multiple of the difference buffer, without bias or softcap: one load and one product per
+// side.
 template <class X, class T>
 struct LinearSource {
   static constexpr bool LINEAR = true;
@@ -124,7 +129,7 @@ struct LinearSource {
   bool bent() const { return false; }
 };
 
-// A sum and what rounding it lost: at |z| = 40 that is 2e-6, times the factor.
+// A sum and its rounding error: at |z| = 40 that is 2e-6, times the factor.
 template <class X>
 struct Exact {
   X sum, rest;
@@ -135,13 +140,15 @@ OPSD_INLINE Exact<X> add_exactly(const Exact<X>& a, X b) {
   return {sum, a.rest + select(rest == rest, rest, X(0.0))};  // NaN where a side is infinite
 }
 
-// Anything: two heads, biases, softcaps, different temperatures, with or without the difference buffer.
+// The general source: two heads, biases, softcaps, different temperatures, with or without the difference
+// buffer.
 template <class X, class T>
 struct GeneralSource {
   using Bias = ElementOf<X>;
   static constexpr bool LINEAR = false;
 
-  // softcap(scale * (z + bias)) / temperature = y * outer, with y = tanh(inner * (z + bias)) or plainly z + bias
+  // softcap(scale * (z + bias)) / temperature = y * outer, with y = tanh(inner * (z + bias)) or plainly z +
+  // bias
   struct Side {
     const Bias* bias;
     bool bent;
@@ -165,7 +172,7 @@ struct GeneralSource {
   Side student_side, teacher_side;
   double teacher_mix;
   bool difference, linear, mixed;
-  X kept, mix, gap_factor;  // 1 - a and a of the mix, and what the raw difference is multiplied by
+  X kept, mix, gap_factor;  // 1 - a and a of the mix, and the factor of the raw difference
   NextRow<T> next;
 
   struct Entry {
@@ -207,7 +214,8 @@ struct GeneralSource {
     }
     X y = teacher_side.above(e.t, r.teacher);
     if (mixed) y = fma(y, kept, x * mix);
-    return {x, y, select(x == y, X(0.0), y - x)};  // both -inf: masked, and no reason to call the row far
+    // both -inf: a masked entry, which does not make the row far
+    return {x, y, select(x == y, X(0.0), y - x)};
   }
   // d(logit)/d(raw logit) over scale / temperature
   OPSD_INLINE X slope(const Entry& e) const { return fma(-e.s.sum, e.s.sum, X(1.0)); }

@@ -1,4 +1,5 @@
-// The statistics of one row: its peak, then the shifted sums, near (relative to the student's peak alone) or far (each side to its own maximum).
+// The statistics of one row: its peak, then the shifted sums, near (relative to the student's peak alone) or
+// far (each side relative to its own maximum).
 #pragma once
 
 #include <cmath>
@@ -9,7 +10,7 @@ namespace opsd::OPSD_CAPABILITY {
 
 constexpr double INF = __builtin_inf();
 
-// Rows of V numbers that live while one row is worked on, so in the cache. Null where a sweep has no use for them.
+// Scratch rows of V numbers, in the cache while one row is processed. Null where a sweep does not need them.
 template <class X>
 struct Scratch {
   using E = ElementOf<X>;
@@ -19,7 +20,7 @@ struct Scratch {
   E* slope = nullptr;  // of a softcap
 };
 
-// What the statistics leave behind, in double: the two dozen scalars of a row cost nothing.
+// The statistics of a row, in double: two dozen scalars cost nothing.
 struct RowState {
   double max_s = 0, logsum_s = 0, max_t = 0, logsum_t = 0, gap = 0, spread = 0, reverse_kl = 0, forward_kl = 0;
   double entropy_s = 0, entropy_t = 0, prob_s = 0, prob_t = 0, argmax_s = 0, argmax_t = 0;
@@ -27,9 +28,10 @@ struct RowState {
   bool far = false;
 };
 
-// The sweeps take everything by value: what a store might alias would be loaded again for every vector.
+// The sweeps take everything by value: a reference that a store might alias is loaded again for every vector.
 
-enum class Mode { REVERSE, FORWARD, METRICS };  // what the sums must hold beside the student's normaliser, the gap and the reverse KL
+// sums beside the student's normaliser, the gap and the reverse KL
+enum class Mode { REVERSE, FORWARD, METRICS };
 
 struct Peak {
   double value;
@@ -42,7 +44,7 @@ OPSD_SWEEP Peak maximum(const Source source, int64_t V, Read read) {
   Peak peak{-INF, 0};
   for (int64_t start = 0; start < V; start += STEP) {
     const int64_t end = start + STEP < V ? start + STEP : V;
-    // Four chains: one maximum every four cycles would be slower than the loads. max() leaves NaN out.
+    // Four chains: one maximum every four cycles would be slower than the loads. max() skips NaN.
     X top[4] = {X(-INF), X(-INF), X(-INF), X(-INF)};
     int64_t v = start;
     for (; v + 4 * N <= end; v += 4 * N)
@@ -88,10 +90,12 @@ OPSD_INLINE void keep(const Scratch<X>& w, const Source& source, const typename 
 // Sums over e = exp(x) and p = exp(y).
 struct Sums {
   double z, zt, eo, ew, po, spread;
-  double ex = 0, py = 0, p = 1, top_e = 1, top_p = 1;  // of METRICS; the largest e and p are not quite 1, for a maximum is rounded
+  // Of METRICS. The largest e and p are not quite 1, since a maximum is rounded.
+  double ex = 0, py = 0, p = 1, top_e = 1, top_p = 1;
 };
 
-// The sums that only METRICS asks for, each side relative to its own maximum in near rows, too: an entropy sees the rounding of 20 * exp(20).
+// The sums of METRICS, each side relative to its own maximum in near rows too: an entropy has the rounding
+// error of 20 * exp(20) otherwise.
 template <class X>
 struct MetricSums {
   Total<X> ex, py, p;
@@ -110,8 +114,9 @@ struct MetricSums {
   }
 };
 
-// The teacher's terms are p = e * exp(o). sum e * expm1(o) keeps the gap's digits however near the teacher is; sum p, which the forward KL
-// needs anyway, keeps them where most of the student's probability is gone from the teacher.
+// The teacher's terms are p = e * exp(o). sum e * expm1(o) keeps the gap's digits however near the teacher
+// is; sum p, which the forward KL needs anyway, keeps them where the teacher has little mass on the student's
+// likely entries.
 template <Mode MODE, class X, class Source>
 OPSD_SWEEP Sums near_sums(const Source source, int64_t V, const References<X> references, const References<X> maxima, const Scratch<X> w) {
   Total<X> z, zt, eo, ew, po;
@@ -143,7 +148,7 @@ OPSD_SWEEP Sums near_sums(const Source source, int64_t V, const References<X> re
   };
   walk<X>(V, step, flush);
   Sums sums{z.sum, MODE == Mode::REVERSE ? z.sum + ew.sum : zt.sum, eo.sum, ew.sum, po.sum, reduce_max(spread)};
-  if (!std::isfinite(sums.eo)) sums.spread = INF;  // a NaN among the offsets: max() left it out
+  if (!std::isfinite(sums.eo)) sums.spread = INF;  // a NaN among the offsets, which max() skips
   if constexpr (MODE == Mode::METRICS) metrics.report(sums);
   return sums;
 }

@@ -1,7 +1,8 @@
-// One SIMD vector of floats, as wide as the flags of this translation unit allow, and the same few operations for a plain double.
+// A SIMD vector of floats, as wide as the flags of this translation unit allow, and the same operations for a
+// double.
 //
-// Everything lives in namespace opsd::OPSD_CAPABILITY and is inlined, so that no function compiled for a newer processor can be
-// picked by the linker for an older one.
+// Everything is in namespace opsd::OPSD_CAPABILITY and inlined, so that the linker cannot pick a function
+// that was compiled for a newer processor.
 #pragma once
 
 #include <cstdint>
@@ -110,7 +111,7 @@ OPSD_INLINE Vec fma(Vec a, Vec b, Vec c) {
 OPSD_INLINE Vec max(Vec a, Vec b) { return Vec(a.v > b.v ? a.v : b.v); }
 #endif
 #if !defined(__AVX2__) && !defined(__FP_FAST_FMAF)
-// The product unrounded, where the rounding of a logit would be too much.
+// The unrounded product, where rounding a logit would cost too much.
 OPSD_INLINE Vec exact_fma(Vec a, Vec b, Vec c) {
   typedef double Doubles __attribute__((vector_size(8 * VEC_LANES)));
   const Doubles x = __builtin_convertvector(a.v, Doubles), y = __builtin_convertvector(b.v, Doubles), z = __builtin_convertvector(c.v, Doubles);
@@ -185,7 +186,7 @@ OPSD_INLINE Vec load(const float* p) {
   std::memcpy(&a.v, p, sizeof(a.v));
   return a;
 }
-// Four uops of __builtin_convertvector against one: GCC splits it into halves.
+// One uop instead of four: GCC splits __builtin_convertvector into halves.
 OPSD_INLINE Ints widen(const uint16_t* p) {
 #if defined(__AVX512F__)
   return (Ints)_mm512_maskz_cvtepu16_epi32(ALL, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -210,7 +211,8 @@ OPSD_INLINE void narrow(uint16_t* p, Ints a) {
 }
 
 #if defined(__AVX512F__)
-// One instruction for the rounding below, where the processor has it; asked at run time, so that one AVX-512 build serves all of them.
+// One instruction for the rounding below, if the processor has it: checked at run time, so that one AVX-512
+// build serves all processors.
 static const bool HAS_BF16 = __builtin_cpu_supports("avx512bf16");
 #endif
 
@@ -224,7 +226,8 @@ OPSD_INLINE void store(BFloat16* p, Vec a) {
 #endif
   const Ints raw = bits(a);
   const Ints rounded = raw + 0x7fff + ((raw >> 16) & 1);
-  const Vec kept = select(a == a, from_bits(rounded), from_bits(raw | 0x400000));  // a NaN must not be rounded into a number
+  // a NaN must not be rounded into a number
+  const Vec kept = select(a == a, from_bits(rounded), from_bits(raw | 0x400000));
   narrow(&p->bits, bits(kept) >> 16);
 }
 
@@ -252,7 +255,8 @@ OPSD_INLINE Vec load(const Half* p) {
 OPSD_INLINE void store(Half* p, Vec a) {
   const Ints raw = bits(a), magnitude = raw & 0x7fffffff, sign = (raw >> 16) & 0x8000;
   const Ints normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112 << 23)) >> 13;
-  const Ints tiny = bits(from_bits(magnitude) + Vec(0.5)) - 0x3f000000;  // 0.5 has the spacing of a subnormal half: the addition rounds
+  // 0.5 has the spacing of a subnormal half: the addition rounds
+  const Ints tiny = bits(from_bits(magnitude) + Vec(0.5)) - 0x3f000000;
   const Ints special = select_ints(magnitude > 0x7f800000, Ints{} + 0x7e00, Ints{} + 0x7c00);
   const Ints finite = select_ints(magnitude < 0x38800000, tiny, normal);
   const Ints value = select_ints(magnitude >= 0x477ff000, special, finite) | sign;  // from 65520 up: infinity

@@ -1,5 +1,5 @@
-// exp, expm1, log1p and tanh of a vector of floats, each within about one unit in the last place, by polynomials that were fitted
-// to the least maximal error on their interval. -inf and NaN go through as IEEE; domains are noted where they are not everything.
+// exp, expm1, log1p and tanh of a vector of floats, each within about one unit in the last place, by minimax
+// polynomials. -inf and NaN propagate as in IEEE; a domain is noted where it is limited.
 #pragma once
 
 #include "../divergence.h"
@@ -26,7 +26,8 @@ OPSD_INLINE Reduced reduce(Vec x) {
 #if defined(__AVX2__) || defined(__FP_FAST_FMAF)
   return {n, fma(n, Vec(-0.693147180559945309), x)};  // off by 3e-9 |x|, for ln 2 is not a float
 #else
-  return {n, fma(n, Vec(2.12194440054690583e-4), fma(n, Vec(-0.693359375), x))};  // n times a number of 9 bits is exact
+  // n times a number of 9 bits is exact
+  return {n, fma(n, Vec(2.12194440054690583e-4), fma(n, Vec(-0.693359375), x))};
 #endif
 }
 
@@ -67,7 +68,8 @@ OPSD_INLINE Vec log1p(Vec x) {
   const Ints offset = bits(Vec(1.0) + x) + (0x3f800000 - 0x3f3504f3);  // exponents count from sqrt(1/2)
   const Vec k = to_float((offset >> 23) - 127);
   const Vec power = from_bits(0x7f000000 - (offset & 0x7f800000));  // 2^-k
-  const Vec f = fma(power, x, power - Vec(1.0));                    // (1 + x) / 2^k - 1 from x, with all its digits
+  // (1 + x) / 2^k - 1 from x, with all its digits
+  const Vec f = fma(power, x, power - Vec(1.0));
   Vec y = fma(Vec(-0.07819587741658397), f, Vec(0.13005231238963932));
   y = fma(y, f, Vec(-0.13210368119947474));
   y = fma(y, f, Vec(0.14163482264515603));
@@ -80,11 +82,12 @@ OPSD_INLINE Vec log1p(Vec x) {
   return fma(k, Vec(0.693359375), fma(k, Vec(-2.12194440054690583e-4), mantissa));
 }
 
-// tanh((c + c_rest) * x) = (1 - u) / (1 + u) with u = exp(-2c|x|). A softcap of 30 magnifies every last digit, so the product is never rounded,
-// and large arguments go by 1 - 2u / (1 + u).
+// tanh((c + c_rest) * x) = (1 - u) / (1 + u) with u = exp(-2c|x|). A softcap of 30 magnifies every last
+// digit, so the product is never rounded, and large arguments take 1 - 2u / (1 + u).
 OPSD_INLINE Vec scaled_tanh(Vec x, Vec c, Vec c_rest) {
   const Vec y = select(c < Vec(0.0), Vec(2.0), Vec(-2.0)) * abs(x);
-  const Vec product = y * c, rest = fma(y, c_rest, exact_fma(y, c, -product));  // rest: NaN where x is infinite
+  // rest: NaN where x is infinite
+  const Vec product = y * c, rest = fma(y, c_rest, exact_fma(y, c, -product));
   Reduced a = reduce(max(Vec(EXP_FLOOR), product));
   a.r = a.r + select(rest == rest, rest, Vec(0.0));
   const ExpPair<Vec> u = exp_pair(a);

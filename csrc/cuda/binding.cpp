@@ -1,4 +1,4 @@
-// From a sweep to its launches: device, stream, and the shape of a row.
+// Launches a sweep: device, stream, and the shape of a row.
 #include <cstdlib>
 #include <sstream>
 #include <string>
@@ -10,14 +10,14 @@
 #if !defined(OPSD_EMULATED)
 #include <torch/csrc/stable/accelerator.h>
 
-// Exported by every libtorch_cuda since 2.3; declared by a header of torch that a build without CUDA hides.
+// Exported by every libtorch_cuda since 2.3. A torch built without CUDA hides the header that declares it.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 #endif
 
 namespace opsd::cuda {
 namespace {
 
-// OPSD_CUDA_CLUSTER: the most blocks that may share a row; 0: none, each sweep reads from device memory.
+// OPSD_CUDA_CLUSTER: the largest cluster per row; 0: no cluster, each sweep reads from device memory.
 int most_blocks() {
   const char* text = std::getenv("OPSD_CUDA_CLUSTER");
   if (!text || !*text) return MOST_BLOCKS;

@@ -1,4 +1,5 @@
-// What a thread knows of its block and its cluster, and how they meet. The tests' emulator gives the same names on a CPU.
+// A thread's index in its block and cluster, and their barriers. The tests' emulator has the same names on a
+// CPU.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The sweeps after the statistics: value and u of the divergences that need normalised probabilities, and the gradient.
+// The sweeps after the statistics: value and u of divergences of normalised probabilities, and the gradient.
 #pragma once
 
 #include "statistics.cuh"
@@ -18,7 +18,7 @@ OPSD_DEVICE Distribution distribution(const Relative& r, const Statistics& row) 
   return {q, q * ratio.exp, delta, ratio.expm1};
 }
 
-// What the terms depend on beside the row.
+// The arguments of the terms beside the row.
 struct TermOptions {
   float beta, clip;
 };
@@ -37,7 +37,8 @@ struct ValueSums {
   OPSD_DEVICE void absorb(const ValueSums& other) { f += other.f, u += other.u, taken += other.taken; }
 };
 
-// Loss and A before the token clip, and the share of the terms that the entry clip took; the same in every thread.
+// Loss and A before the token clip, and the share of the terms under the entry clip; the same in every
+// thread.
 struct Value {
   float loss, A, clipped;
 };
@@ -46,7 +47,8 @@ template <Kind KIND, bool PLAIN, class In>
 OPSD_DEVICE Value value(const Source<PLAIN>& source, const Slice<In>& slice, const Statistics& row, Exchange& x, const RowArgs& a) {
   const TermOptions options{static_cast<float>(a.beta), static_cast<float>(a.entry_clip)};
   const bool clips = options.clip < INF;
-  if (row.gap != row.gap) return {row.gap, row.gap, 0};  // a side without a distribution: the guards would make 0 of it
+  // A side has no distribution, which the guards would turn into 0.
+  if (row.gap != row.gap) return {row.gap, row.gap, 0};
   if (KIND == Kind::REVERSE_KL && !clips) return {row.reverse_kl, row.reverse_kl, 0};
   if (KIND == Kind::FORWARD_KL && !clips) return {row.forward_kl, -1, 0};
   ValueSums sums;
@@ -62,7 +64,7 @@ OPSD_DEVICE Value value(const Source<PLAIN>& source, const Slice<In>& slice, con
   return {sums.f, sums.u, sums.taken / static_cast<float>(a.V)};
 }
 
-// Writes a row's loss, A and clipped share, and returns that. One thread writes; all know.
+// Writes a row's loss, A and clipped share from one thread, and returns the share in all.
 OPSD_DEVICE float write_value(const RowArgs& a, int64_t n, const Value& v, bool writes) {
   const float limit = a.token_clip;
   const bool above = v.loss > limit;
@@ -75,7 +77,8 @@ OPSD_DEVICE float write_value(const RowArgs& a, int64_t n, const Value& v, bool 
   return clipped;
 }
 
-// What multiplies a row's gradient, its A, and the term weight * (q - onehot(label)) beside it; weight 0 and label -1: none.
+// A row's factor and A, and the further term weight * (q - onehot(label)); weight 0 and label -1: no such
+// term.
 struct Pull {
   float factor, A, weight;
   int64_t label;

@@ -1,4 +1,5 @@
-// How a row is spread over threads and blocks: a function of its size and the device alone, so that a row gives the same bits in every batch.
+// Spreads a row over threads and blocks, by its size and the device alone: a row gives the same bits in every
+// batch.
 #pragma once
 
 #include <algorithm>
@@ -6,7 +7,7 @@
 
 namespace opsd::cuda {
 
-// What the choice depends on beside the row.
+// The device's properties behind the choice.
 struct Device {
   int architecture = 0;      // 90: sm_90
   int64_t shared_bytes = 0;  // that a block may ask for
@@ -14,16 +15,19 @@ struct Device {
 
 struct Shape {
   int threads;
-  int blocks;            // of the cluster that holds the row; 0: the row is read from device memory by every sweep
+  // Blocks of the cluster that holds the row; 0: every sweep reads it from device memory.
+  int blocks;
   int64_t per_block;     // entries
   int64_t shared_bytes;  // of a block
 };
 
-constexpr int MOST_THREADS = 256;  // of a block: at a hundred registers each, two blocks fit on a multiprocessor
+// of a block: at a hundred registers each, two blocks fit on a multiprocessor
+constexpr int MOST_THREADS = 256;
 constexpr int MOST_BLOCKS = 8;     // of a portable cluster
 constexpr int WARP = 32;
 constexpr int MOST_WORDS = 12;  // of what a warp or a block hands to the others
-constexpr int64_t EXCHANGE_BYTES = 4 * MOST_WORDS * (MOST_THREADS / WARP + MOST_BLOCKS + 1);  // of Exchange, in front of the rows that are held
+// Bytes of Exchange, before the rows in shared memory.
+constexpr int64_t EXCHANGE_BYTES = 4 * MOST_WORDS * (MOST_THREADS / WARP + MOST_BLOCKS + 1);
 static_assert(EXCHANGE_BYTES % 16 == 0);
 
 inline int threads_for(int64_t entries, int64_t itemsize) {
@@ -32,7 +36,8 @@ inline int threads_for(int64_t entries, int64_t itemsize) {
 
 inline Shape streaming(int64_t V, int64_t itemsize) { return {threads_for(V, itemsize), 0, V, EXCHANGE_BYTES}; }
 
-// The smallest cluster of which two fit on a multiprocessor, so that one loads while the other computes; else the smallest that holds the row.
+// The smallest cluster of which two fit on a multiprocessor, so that one loads while the other computes; else
+// the smallest that holds the row.
 inline Shape shape_for(int64_t V, int64_t itemsize, const Device& device, int most_blocks) {
   if (device.architecture >= 90) {
     for (const int64_t room : {device.shared_bytes / 2 - 512, device.shared_bytes}) {

@@ -1,4 +1,4 @@
-// One value of a whole row from what its threads hold. The order of additions is fixed by thread numbers: same bits in every run.
+// Reduces a row's values over its threads. Thread numbers fix the order of additions: same bits in every run.
 #pragma once
 
 #include "cluster.cuh"
@@ -6,7 +6,7 @@
 
 namespace opsd::cuda {
 
-// Shared memory through which the blocks' and warps' parts pass. `whole` is read by the other blocks of the cluster.
+// Shared memory for the parts of warps and blocks. The other blocks of the cluster read `whole`.
 struct Exchange {
   uint32_t warps[MOST_THREADS / WARP][MOST_WORDS];
   uint32_t blocks[MOST_BLOCKS][MOST_WORDS];
@@ -14,7 +14,7 @@ struct Exchange {
 };
 static_assert(sizeof(Exchange) == EXCHANGE_BYTES);
 
-// A Part as words: what shared memory holds is of no type.
+// A Part as words: shared memory is untyped.
 template <class Part>
 OPSD_DEVICE Part part_of(const uint32_t* words) {
   Part part;
@@ -29,7 +29,8 @@ OPSD_DEVICE Part fold(const uint32_t (*parts)[MOST_WORDS], int count) {
   return total;
 }
 
-// Every thread of the row leaves with the same Part: `absorb` must be commutative, bit for bit. All threads of the cluster come here together.
+// Returns the same Part in every thread of the row: `absorb` must be commutative, bit for bit. All threads of
+// the cluster must call it.
 template <class Part>
 OPSD_DEVICE Part merge(Part part, Exchange& x) {
   static_assert(sizeof(Part) % 4 == 0 && sizeof(Part) / 4 <= MOST_WORDS);
@@ -44,7 +45,7 @@ OPSD_DEVICE Part merge(Part part, Exchange& x) {
     if (thread() == 0) memcpy(x.whole, &part, sizeof(Part));
     cluster_sync();
     for (int i = thread(); i < blocks * WORDS; i += threads()) x.blocks[i / WORDS][i % WORDS] = in_block(x.whole, i / WORDS)[i % WORDS];
-    cluster_sync();  // nobody overwrites `whole`, or leaves, while another block reads it
+    cluster_sync();  // no block overwrites `whole`, or exits, while another one reads it
     part = fold<Part>(x.blocks, blocks);
   }
   block_sync();

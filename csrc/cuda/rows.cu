@@ -1,4 +1,5 @@
-// Launches the kernels of one type of buffer: compiled once for each, with OPSD_IN naming the type and OPSD_RUN the function.
+// Launches the kernels of one buffer type: compiled once per type, with OPSD_IN as the type and OPSD_RUN the
+// function.
 #include "rows.cuh"
 
 #include "rows.h"

@@ -1,5 +1,5 @@
-// The kernels. One block per row and sweep reads the row from device memory; the fused one holds it in the shared memory of a cluster instead, so that the
-// logits are read once and the gradient is written once.
+// The kernels. One block per row and sweep reads the row from device memory. The fused kernel holds it in the
+// shared memory of a cluster instead, so that logits are read once and the gradient is written once.
 #pragma once
 
 #include "gradient.cuh"
@@ -42,7 +42,7 @@ OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) stats_kernel(OPSD_GRID_CONST
   const Statistics row = finish(source, whole, slice, near, exchange(), a);
   if (thread() > 0) return;
   row.write(stats_of(a, n), a);
-  // The plain KLs are valued here where somebody wants a loss of this sweep.
+  // A plain KL has its loss from this sweep, if the caller wants one.
   if (a.loss && a.kind == Kind::REVERSE_KL) write_value(a, n, {row.reverse_kl, row.reverse_kl, 0}, true);
   if (a.loss && a.kind == Kind::FORWARD_KL) write_value(a, n, {row.forward_kl, -1, 0}, true);
 }
@@ -66,7 +66,8 @@ OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) grad_kernel(OPSD_GRID_CONSTA
   if (pull.zero()) return zero_gradient<PLAIN>(slice, G);
   Statistics row;
   row.read(stats_of(a, n), a.spread_limit);
-  // In a narrowed view the first tile's gradient lies over logits that another thread loads; later ones over those of earlier tiles.
+  // In a narrowed view the first tile's gradient overlaps logits that another thread loads; later tiles'
+  // overlap earlier tiles' logits.
   const bool narrowed = a.G == a.S && a.out != a.dtype;
   gradient<KIND>(source, slice, row, pull, G, a, [=] {
     if (narrowed) block_sync();

@@ -1,4 +1,5 @@
-// What a thread reads of a row: raw logits through the transform, relative to the row's references. The meaning of x, y and o: kernels/contract.py.
+// Loads a row: raw logits through the transform, relative to the row's references. contract.py defines x, y
+// and o.
 #pragma once
 
 #include "vec.cuh"
@@ -6,7 +7,8 @@
 namespace opsd::cuda {
 
 constexpr float INF = __builtin_inff();
-constexpr float LOWEST = -1e38f;  // below every logit but -inf: a maximum that starts here never makes -inf - -inf
+// below every logit but -inf: a maximum that starts here never makes -inf - -inf
+constexpr float LOWEST = -1e38f;
 
 // The student's logit to which the student's are relative, and the teacher's.
 struct References {
@@ -17,8 +19,8 @@ struct Relative {
   float x, y, o;  // s - reference, t - reference, y - x
 };
 
-// PLAIN: no bias, no softcap, and teacher logits of their own or a difference that stays one. A logit is y * outer, with y = tanh(inner * (z + bias)) under a
-// softcap, else z + bias: s - reference is then one rounding.
+// PLAIN: no bias, no softcap, and teacher logits or a linear difference. A logit is y * outer, with
+// y = tanh(inner * (z + bias)) under a softcap, else z + bias: s - reference is then one rounding.
 template <bool PLAIN>
 class Source {
   const float *bias_s_, *bias_t_;
@@ -27,7 +29,7 @@ class Source {
 
  public:
   struct Entry {
-    float s, t;  // each side's y; in place of the teacher's the raw difference where the gap is a multiple of it
+    float s, t;  // each side's y; the raw difference for the teacher where the gap is a multiple of it
   };
 
   OPSD_DEVICE explicit Source(const RowArgs& a)
@@ -68,7 +70,7 @@ class Source {
     }
     float y = fmaf(e.t, outer_t_, PLAIN ? -r.teacher : fmaf(r.student, mix_, -r.teacher));
     if (!PLAIN && mix_ != 0) y = fmaf(x, mix_, y);
-    return {x, y, x == y ? 0 : y - x};  // both -inf: masked, and no reason to call the row far
+    return {x, y, x == y ? 0 : y - x};  // both -inf: a masked entry, which does not make the row far
   }
   // d(logit)/d(raw logit) over scale / temperature
   OPSD_DEVICE float slope(const Entry& e) const { return bent_s_ ? (1 - e.s) * (1 + e.s) : 1; }
@@ -91,8 +93,9 @@ struct Slice {
       : S(s), T(t), offset(first), length(count), aligned_s(aligned(s)), aligned_t(aligned(t)) {}
 };
 
-// step(v, S, T) for each pack of the slice that is this thread's: vectors, of which two of each buffer are under way at once (one in general rows, whose
-// fused kernels spilled), then what is left, an entry to a thread. `loaded` runs, in all threads together, when packs have come and before they are worked on.
+// Calls step(v, S, T) for each of this thread's packs of the slice: vectors, with two loads of each buffer in
+// flight (one in general rows, whose fused kernels spilled), then the tail, an entry per thread. `loaded`
+// runs in all threads together, after the loads of the packs and before their steps.
 template <bool PLAIN, class In, class Loaded, class Step>
 OPSD_DEVICE void walk(const Slice<In>& slice, Loaded loaded, Step step) {
   constexpr int N = LANES<In>, AT_ONCE = PLAIN ? 2 : 1;

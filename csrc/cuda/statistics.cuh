@@ -1,5 +1,6 @@
-// The statistics of one row in one read: sums relative to a student's logit near its maximum and the teacher's there, moved along when a larger one comes.
-// Rows whose teacher is far take two sweeps more, each side relative to its own maximum.
+// The statistics of one row in one read: sums relative to a student logit near its maximum and the teacher's
+// there, rescaled when a larger one comes. Rows of a far teacher take two more sweeps, each side relative to
+// its own maximum.
 #pragma once
 
 #include "../divergence.h"
@@ -8,8 +9,9 @@
 
 namespace opsd::cuda {
 
-// A reference may lie this far below the largest logit: e^16 is no harm to a sum, and moving it costs as much as a vector of entries. In the first forty
-// vectors of a thread nearly every one holds a new maximum for one of the warp's lanes.
+// The reference may lie this far below the largest logit: a sum tolerates e^16, and rescaling costs as much
+// as a vector of entries. In a thread's first forty vectors nearly every one has a new maximum for one of the
+// warp's lanes.
 constexpr float MARGIN = 16;
 constexpr float GAP_LOW = -0.5f, GAP_HIGH = 1;  // contract.GAP_BOUNDS
 
@@ -32,7 +34,7 @@ struct NearSums {
   }
 };
 
-// What a thread holds of the sweep.
+// A thread's part of the sweep.
 struct Near {
   References at{LOWEST, LOWEST};
   NearSums sums;
@@ -108,16 +110,17 @@ struct Near {
   }
 };
 
-// The same of a row whose teacher is far; every term is 0 where its probability is. With r = exp(y).
+// The same for a row of a far teacher, with r = exp(y); a term of probability 0 is 0.
 struct FarSums {
-  float eo = 0, r = 0, ro = 0, rt = 0, top = LOWEST;  // sums of e * o, r, r * o, r * y, and the largest y: what rounding made of the maximum
+  // sums of e * o, r, r * o, r * y; the largest y, the maximum's rounding error
+  float eo = 0, r = 0, ro = 0, rt = 0, top = LOWEST;
   OPSD_DEVICE void absorb(const FarSums& other) {
     eo += other.eo, r += other.r, ro += other.ro, rt += other.rt;
     top = max(top, other.top);
   }
 };
 
-// A row's columns, but for CLIPPED, and what the later sweeps need of them.
+// A row's columns except CLIPPED, for the later sweeps.
 struct Statistics {
   References at;
   float logsum_s, logsum_t, gap, spread, reverse_kl, forward_kl, entropy_s, entropy_t, prob_s, prob_t;
@@ -143,14 +146,14 @@ struct Statistics {
   }
 };
 
-// A whole row in device memory, wherever its slices are read from.
+// A whole row in device memory.
 template <class In>
 struct WholeRow {
   const In *S, *T;
   int64_t V;
 };
 
-// The entry of `largest`, whose pack is known: sets `at` to its index. `value` reads a side's logit off an entry.
+// Finds the entry of `largest` in its known pack and sets `at` to its index. `value` computes a side's logit.
 template <bool PLAIN, class In, class Read>
 OPSD_DEVICE typename Source<PLAIN>::Entry locate(const Source<PLAIN>& source, const WholeRow<In>& row, Largest& largest, Read value) {
   auto at = [&](int64_t v) { return source.at(to_float(row.S[v]), to_float(row.T[v]), v); };
@@ -192,7 +195,7 @@ OPSD_DEVICE void far_statistics(const Source<PLAIN>& source, const Slice<In>& sl
   row.prob_t = expf(sums.top) / sums.r;
 }
 
-// From every thread's part of the near sweep to the row's statistics, the same in every thread.
+// Reduces the threads' parts of the near sweep to the row's statistics, the same in every thread.
 template <bool PLAIN, class In>
 OPSD_DEVICE Statistics finish(const Source<PLAIN>& source, const WholeRow<In>& whole, const Slice<In>& slice, Near near, Exchange& x, const RowArgs& a) {
   Statistics row;
@@ -216,10 +219,10 @@ OPSD_DEVICE Statistics finish(const Source<PLAIN>& source, const WholeRow<In>& w
   row.forward_kl = sums.go / sums.g - row.gap;
   row.entropy_s = row.logsum_s - sums.es / sums.e;
   row.prob_s = expf(source.relative(peak, row.at).x) / sums.e;
-  const float above = sums.g * expf(-top);  // the teacher's sum relative to its maximum, which may lie 20 above
+  const float above = sums.g * expf(-top);  // the teacher's sum relative to its own maximum, up to 20 above
   row.entropy_t = logf(above) - sums.gt / sums.g;
   row.prob_t = 1 / above;
-  row.spread = sums.em == sums.em ? max(sums.high, sums.low) : INF;  // a maximum passes over NaN, the sum does not
+  row.spread = sums.em == sums.em ? max(sums.high, sums.low) : INF;  // a maximum skips NaN, the sum keeps it
   row.far = !(row.spread <= static_cast<float>(a.spread_limit));
   if (row.far) far_statistics(source, slice, x, row, sums.e);
   return row;

@@ -1,4 +1,4 @@
-"""Row backends in order of preference, each with a predicate that says why it cannot serve, if it cannot."""
+"""Row backends in order of preference, each with a predicate for the reason why it cannot serve."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import FrameType
 
 import torch
 
@@ -27,17 +28,18 @@ class SlowBackendWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Backend:
-    """A module of this folder, and in `reason` what `unsupported` says."""
+    """A backend's name, its module in this folder, and the predicate behind `unsupported`."""
 
     name: str
     module: str
     reason: Callable[[str, torch.dtype | None], str | None]
 
     def unsupported(self, device_type: str, dtype: torch.dtype | None = None) -> str | None:
-        """None if it can sweep logits of `dtype` (None: of the common ones) on `device_type`, else the reason why not."""
+        """Return None if it sweeps logits of `dtype` (None: a common one) there, else the reason."""
         return self.reason(device_type, dtype)
 
     def load(self) -> RowBackend:
+        """Import the module."""
         return importlib.import_module(f"{__package__}.{self.module}")
 
 
@@ -45,7 +47,8 @@ def _no_cuda(device_type: str, dtype: torch.dtype | None) -> str | None:
     if device_type != "cuda":
         return f"the CUDA kernels run on cuda, not on {device_type}"
     if dtype not in (None, *CUDA_DTYPES):
-        return f"the CUDA kernels sweep float32, bfloat16 and float16 logits, not {str(dtype).removeprefix('torch.')}"
+        name = str(dtype).removeprefix("torch.")
+        return f"the CUDA kernels sweep float32, bfloat16 and float16 logits, not {name}"
     return extension.cuda_unavailable()
 
 
@@ -71,15 +74,17 @@ NAMES = tuple(backend.name for backend in BACKENDS)
 
 
 def check_name(name: str | None) -> None:
+    """Raise ValueError for a name that no backend has."""
     if name is not None:
         check_choice("backend", name, NAMES)
 
 
 def select(name: str | None, device: torch.device, dtype: torch.dtype | None = None) -> RowBackend:
-    """The backend asked for by `name` or by OPSD_BACKEND, else the first that sweeps logits of `dtype` on `device`.
+    """Return the backend of `name` or OPSD_BACKEND, else the first that sweeps logits of `dtype` on `device`.
 
-    Raises ValueError with the reason where a backend asked for by name cannot serve. On a CPU Triton only interprets, so it serves there by name alone.
-    Warns once per process where nothing was asked for and torch's own operators serve a CPU because the C++ kernels are missing.
+    Raises ValueError with the reason if the named backend cannot serve. On a CPU Triton only interprets, so
+    it serves there by name alone. Warns once per process if no name is given and torch's own operators serve
+    a CPU because the C++ kernels are missing.
     """
     name = name or env.backend()
     backend = _chosen(name, device.type, dtype)
@@ -91,16 +96,22 @@ def select(name: str | None, device: torch.device, dtype: torch.dtype | None = N
 @cache
 def _warn_of_missing_kernels() -> None:
     text = (
-        f"this call runs on torch's own operators, which are slower than the C++ kernels: {extension.load()}. To build them: {extension.build_command()} "
+        "this call runs on torch's own operators, which are slower than the C++ kernels: "
+        f"{extension.load()}. "
+        f"To build them: {extension.build_command()} "
         "(OPSD_BACKEND=torch keeps torch's operators, without this warning)"
     )
     warnings.warn(text, SlowBackendWarning, stacklevel=1 + _depth_of_caller())
 
 
 def _depth_of_caller() -> int:
-    """Frames between the function that calls this and the nearest one outside this package and torch. `skip_file_prefixes` needs Python 3.12."""
+    """Count the frames from the caller to the nearest one outside this package and torch.
+
+    `warnings.warn(skip_file_prefixes=)` needs Python 3.12.
+    """
     inside = (str(extension.PACKAGE), str(Path(torch.__file__).parent))
-    frame, depth = sys._getframe(1), 0
+    frame: FrameType | None = sys._getframe(1)
+    depth = 0
     while frame is not None and frame.f_code.co_filename.startswith(inside):
         frame, depth = frame.f_back, depth + 1
     return depth
@@ -109,25 +120,27 @@ def _depth_of_caller() -> int:
 def _chosen(name: str | None, device_type: str, dtype: torch.dtype | None) -> Backend:
     check_name(name)
     for backend in BACKENDS:
-        if name in (None, backend.name) and not (
-            name is None and backend.name == "triton" and device_type == "cpu"
-        ):
-            reason = backend.unsupported(device_type, dtype)
-            if reason is None:
-                return backend
-            expect(
-                name is None, "backend", f"one that is usable on {device_type}", f"{backend.name!r}: {reason}"
-            )
+        interprets = backend.name == "triton" and device_type == "cpu"
+        if name != backend.name and (name is not None or interprets):
+            continue
+        reason = backend.unsupported(device_type, dtype)
+        if reason is None:
+            return backend
+        usable = f"one that is usable on {device_type}"
+        expect(name is None, "backend", usable, f"{backend.name!r}: {reason}")
     raise AssertionError("the torch backend serves everywhere")
 
 
 def explain(device_type: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, str | None]:
-    """For each backend None if it can sweep logits of `dtype` (None: of the common ones) on `device_type`, else the reason why not."""
+    """Return for each backend what `Backend.unsupported` returns: None, or the reason why it cannot serve."""
     return {backend.name: backend.unsupported(device_type, dtype) for backend in BACKENDS}
 
 
 def launches(V: int, dtype: torch.dtype) -> dict[str, str]:
-    """How the GPU backends spread a row of V logits of `dtype` over threads, or why they do not. Heuristics; nothing is tuned when the op runs."""
+    """Describe how each GPU backend spreads a row of V logits over threads, or why it cannot serve.
+
+    The sizes are heuristics; nothing is tuned when the op runs.
+    """
     return {"cuda": _no_cuda("cuda", dtype) or _cuda_launch(V, dtype), "triton": _triton_launch(V, dtype)}
 
 

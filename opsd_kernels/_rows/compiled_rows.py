@@ -1,4 +1,4 @@
-"""Row sweeps of the compiled libraries (csrc/), on the device of their tensors. What a sweep must honour: contract.py."""
+"""Row sweeps of the compiled libraries (csrc/), on the device of their tensors. Contract: contract.py."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def _transform_values(t: LogitTransform) -> tuple[float, float, float]:
 
 
 def _spec_values(spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> tuple:
-    """RowSpec in the order of csrc/registration.cpp."""
+    """Flatten a RowSpec in the order of csrc/registration.cpp."""
     divergence = int(spec.divergence.kind), spec.divergence.beta
     transforms = *_transform_values(spec.student), *_transform_values(spec.teacher)
-    dialect = spec.teacher_mix, spec.entry_clip, spec.token_clip
+    options = spec.teacher_mix, spec.entry_clip, spec.token_clip
     return (
         *divergence,
         *transforms,
         spec.difference,
         spec.linear_difference(bias_s is bias_t),
-        *dialect,
+        *options,
         SPREAD_LIMIT,
     )
 
@@ -54,11 +54,11 @@ def row_grad_(
     bias_s: Tensor | None,
     bias_t: Tensor | None,
     G: Tensor,
-    policy: Tensor | None = None,
+    policy_slope: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> None:
     OPERATORS.row_grad_(
-        S, T, stats, A, factor, policy, labels, bias_s, bias_t, G, *_spec_values(spec, bias_s, bias_t)
+        S, T, stats, A, factor, policy_slope, labels, bias_s, bias_t, G, *_spec_values(spec, bias_s, bias_t)
     )
 
 
@@ -71,9 +71,9 @@ def row_fused_(
     bias_t: Tensor | None,
     metrics: bool,
     G: Tensor,
-    policy: Tensor | None = None,
+    policy_slope: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return OPERATORS.row_fused_(
-        S, T, factor, policy, labels, bias_s, bias_t, metrics, G, *_spec_values(spec, bias_s, bias_t)
+        S, T, factor, policy_slope, labels, bias_s, bias_t, metrics, G, *_spec_values(spec, bias_s, bias_t)
     )

@@ -1,4 +1,4 @@
-"""The compiled libraries, for the CPU and for CUDA: whether they are there, and what they can do here."""
+"""The compiled libraries for CPU and CUDA: load them, and query what they support on this machine."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ PACKAGE = Path(__file__).resolve().parents[1]
 def _load(stem: str, what: str) -> str | None:
     libraries = sorted(PACKAGE.glob(f"{stem}.*so")) + sorted(PACKAGE.glob(f"{stem}*.pyd"))
     if not libraries:
-        recorded = PACKAGE / "without_cpp_kernels.txt"  # setup.py puts it into a wheel without kernels
-        return (
-            f"the {what} not built: {recorded.read_text()}"
-            if recorded.exists()
-            else f"the {what} not built (docs/build.md)"
-        )
+        # setup.py writes this file into a wheel without kernels
+        recorded = PACKAGE / "without_cpp_kernels.txt"
+        if recorded.exists():
+            return f"the {what} not built: {recorded.read_text()}"
+        return f"the {what} not built (docs/build.md)"
     try:
         torch.ops.load_library(libraries[0])
     except OSError as error:
-        return f"{libraries[0].name} does not load: {error.__cause__ or error}"  # torch's own text names the file alone
+        # torch's own text names the file alone
+        return f"{libraries[0].name} does not load: {error.__cause__ or error}"
     return None
 
 
 @cache
 def load() -> str | None:
-    """Registers the C++ extension's operators, once. None if they are there, else the reason why they are not."""
+    """Register the C++ extension's operators, once. Return None, or the reason why they are missing."""
     return _load("_C", "C++ extension was")
 
 
 def build_command() -> str:
-    """The shell command that builds the C++ kernels for this installation, from where it was installed."""
+    """Return the shell command that builds the C++ kernels for this installation, from its own origin."""
     checkout = PACKAGE.parent
     if (checkout / "setup.py").is_file() and (checkout / "csrc").is_dir():
         return (
@@ -47,21 +47,23 @@ def build_command() -> str:
         )
     try:
         installed = distribution("opsd_kernels")
-        installer, origin = (
-            (installed.read_text("INSTALLER") or "").strip(),
-            json.loads(installed.read_text("direct_url.json") or "{}"),
-        )
+        installer = (installed.read_text("INSTALLER") or "").strip()
+        origin = json.loads(installed.read_text("direct_url.json") or "{}")
     except PackageNotFoundError:
         installer, origin = "", {}
-    if installer == "uv":  # which builds in an environment without torch, and keeps wheels
-        command = f"uv pip install --python {shlex.quote(sys.executable)} --no-build-isolation --reinstall --no-deps --no-cache"
+    python = shlex.quote(sys.executable)
+    if installer == "uv":  # it builds in an environment without torch, and caches wheels
+        command = f"uv pip install --python {python} --no-build-isolation --reinstall --no-deps --no-cache"
     else:
-        command = f"{shlex.quote(sys.executable)} -m pip install --force-reinstall --no-deps --no-cache-dir"
+        command = f"{python} -m pip install --force-reinstall --no-deps --no-cache-dir"
     return f"{command} {_origin(origin)}"
 
 
 def _origin(direct_url: dict) -> str:
-    """What to install from: the folder, archive or repository of an installation by URL (PEP 610), else the source distribution of the index."""
+    """Return the origin of an installation by URL (PEP 610), else the source distribution of the index.
+
+    The URL names a folder, an archive or a repository.
+    """
     url = direct_url.get("url", "")
     if not url or url.endswith(".whl"):
         return "--no-binary opsd_kernels opsd_kernels"
@@ -72,7 +74,7 @@ def _origin(direct_url: dict) -> str:
 
 @cache
 def cuda_unavailable() -> str | None:
-    """Registers the CUDA kernels, once. None if they can run on the devices that are visible, else the reason why they cannot."""
+    """Register the CUDA kernels, once. Return None if they run on the visible devices, else the reason."""
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     if not torch.cuda.is_available():
@@ -80,23 +82,30 @@ def cuda_unavailable() -> str | None:
     oldest = min(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
     if oldest < (8, 0):
         return f"a device of compute capability 8.0 or more is needed, got {oldest[0]}.{oldest[1]}"
-    return load() or _load("_cuda", "CUDA kernels were")  # the schemas are those of the C++ extension
+    # the C++ extension registers the schemas
+    return load() or _load("_cuda", "CUDA kernels were")
 
 
 def capability() -> str:
-    """The instruction set of the CPU sweeps: 'avx512', 'avx2' or 'default'. OPSD_CPU_CAPABILITY limits it; RuntimeError if that names none."""
+    """Return the instruction set of the CPU sweeps: 'avx512', 'avx2' or 'default'.
+
+    OPSD_CPU_CAPABILITY limits it. Raises RuntimeError if the variable names none of them.
+    """
     return torch.ops.opsd_kernels.cpu_capability()
 
 
 @cache
 def has_amx() -> bool:
-    """True on an x86 CPU with tile units (AMX), which Intel alone builds."""
+    """True on an x86 CPU with tile units (AMX), so far Intel's."""
     return torch.cpu._is_amx_tile_supported()
 
 
 @cache
 def mm_has_units(dtype: torch.dtype) -> bool:
-    """True if a library multiplies CPU matrices of `dtype` under `torch.mm`. Otherwise torch runs loops of its own, an order of magnitude slower."""
+    """True if `torch.mm` on CPU matrices of `dtype` calls a library.
+
+    Otherwise torch runs loops of its own, an order of magnitude slower.
+    """
     if dtype not in (torch.bfloat16, torch.float16):
         return True
     name = "bf16" if dtype == torch.bfloat16 else "fp16"
@@ -105,9 +114,10 @@ def mm_has_units(dtype: torch.dtype) -> bool:
 
 @cache
 def gemm_unavailable() -> str | None:
-    """None if `gemm_bf16_` (csrc/cpu/gemm.h) gives what it should here, else the reason why it is not used.
+    """Return None if `gemm_bf16_` (csrc/cpu/gemm.h) works here, else the reason why it is not used.
 
-    Its micro-kernel is not part of torch's public interface, so it is tried once on shapes with every kind of edge.
+    Its micro-kernel is not part of torch's public interface, so it is tried once on shapes with every kind of
+    edge.
     """
     reason = load() or torch.ops.opsd_kernels.gemm_unavailable()
     if reason:

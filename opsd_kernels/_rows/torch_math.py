@@ -1,8 +1,9 @@
-"""(f, u) of one vocabulary entry for every divergence: the Python home of the formulas (C++: csrc/divergence.h, Triton: triton_math.py).
+"""(f, u) of one vocabulary entry for every divergence: the Python home of the formulas.
 
-D = sum_v f_v and dD/ds_v = u_v - q_v * A with A = sum_v u_v, where u_v = q_v * d f_v / d q_v at fixed p; for forward KL the constant row scalar
-is A = -1. Everything is written in delta = log p - log q, so that a teacher close to the student costs no digits, and without
-any exponential that could overflow: with a = expm1(-|delta|),
+The others are csrc/divergence.h and triton_math.py. D = sum_v f_v and dD/ds_v = u_v - q_v * A with A = sum_v
+u_v, where u_v = q_v * d f_v / d q_v at fixed p; for forward KL the row scalar is the constant A = -1.
+Everything is written in delta = log p - log q, so that a teacher close to the student costs no digits, and
+without an exponential that could overflow: with a = expm1(-|delta|),
 
     m/q = 1 + beta * a        where delta <= 0,        m/p = 1 + (1 - beta) * a        where delta > 0.
 
@@ -26,7 +27,7 @@ def _guard(probability: Tensor, term: Tensor) -> Tensor:
 
 
 def _mixture(delta: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """log(m/q), log(m/p) and p/m."""
+    """Return log(m/q), log(m/p) and p/m."""
     a = torch.expm1(-delta.abs())
     below = delta <= 0
     over_q, over_p = 1 + beta * a, 1 + (1 - beta) * a
@@ -79,16 +80,17 @@ ENTRIES: dict[Kind, Entry] = {
 
 
 def entry(divergence: Divergence, q: Tensor, p: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (f, u) of entries with probabilities q and p."""
     return ENTRIES[divergence.kind](q, p, delta, divergence.beta)
 
 
 def clipped_u(divergence: Divergence, q: Tensor) -> Tensor:
-    """u of an entry whose f the entry clip took: 0, less the constant times q that reverse KL's u = f leaves out."""
+    """Return u under the entry clip: 0, less the constant times q that reverse KL's u = f leaves out."""
     return -q if divergence.kind == Kind.REVERSE_KL else torch.zeros_like(q)
 
 
 def transform(z: Tensor, transform: LogitTransform, bias: Tensor | None) -> Tensor:
-    """Raw logits -> logits."""
+    """Map raw logits to logits."""
     y = (z if bias is None else z + bias) * transform.scale
     if transform.softcap is not None:
         y = transform.softcap * torch.tanh(y / transform.softcap)
@@ -96,7 +98,7 @@ def transform(z: Tensor, transform: LogitTransform, bias: Tensor | None) -> Tens
 
 
 def transform_slope(z: Tensor, transform: LogitTransform, bias: Tensor | None) -> Tensor | float:
-    """d(logit)/d(raw logit)."""
+    """Return d(logit)/d(raw logit)."""
     if transform.softcap is None:
         return transform.factor
     y = (z if bias is None else z + bias) * transform.scale

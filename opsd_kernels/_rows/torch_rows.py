@@ -1,4 +1,4 @@
-"""Row sweeps in plain torch: any device, any dtype, the oracle of the other backends. What a sweep must honour: contract.py. The formulas: torch_math.py."""
+"""Row sweeps in plain torch, for any device and dtype. Contract: contract.py. Formulas: torch_math.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from ..spec import RowSpec
 from .contract import GAP_BOUNDS, SPREAD_LIMIT, Column, clip_tokens, offset, plain_kl, stats_dtype
 from .torch_math import clipped_u, entry, transform, transform_slope
 
-# Rows are walked in blocks of about this many entries, so that the dozen temporaries of a sweep stay small beside the chunk's own buffers.
+# Rows are swept in blocks of about this many entries, so that the dozen temporaries stay small beside the
+# chunk's buffers.
 BLOCK_ENTRIES = 1 << 17
 
 
@@ -21,13 +22,14 @@ class Logits(NamedTuple):
     s: Tensor
     t: Tensor
     d: Tensor
-    linear: bool  # d is exact, from the difference buffer
+    # True if d is exact, from the difference buffer
+    linear: bool
 
     def offset(self, max_s: Tensor, max_t: Tensor) -> Tensor:
         return offset(self.s, self.t, self.d, max_s, max_t, self.linear)
 
     def teacher_above(self, max_s: Tensor, max_t: Tensor) -> Tensor:
-        """t - max_t, without the rounding of t = s + d where d is exact."""
+        """Return t - max_t, without the rounding of t = s + d where d is exact."""
         return (self.s - max_s) + self.offset(max_s, max_t) if self.linear else self.t - max_t
 
 
@@ -37,7 +39,10 @@ def _blocks(S: Tensor) -> list[slice]:
 
 
 def logits(S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> Logits:
-    """From raw logits, (n, V) or some of their columns with those of the biases. One bias object on both sides says that it cancels."""
+    """Transform raw logits (n, V), or some of their columns with the same columns of the biases.
+
+    One bias object on both sides means that it cancels in the difference.
+    """
     wide = stats_dtype(S.dtype)
     z, other = S.to(wide), T.to(wide)
     s = transform(z, spec.student, bias_s)
@@ -51,25 +56,24 @@ def logits(S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: T
 
 
 def _expected(probability: Tensor, value: Tensor) -> Tensor:
-    """sum p * value over the vocabulary, where an entry of probability 0 counts nothing whatever its value."""
+    """Sum probability * value over the vocabulary. An entry of probability 0 adds 0, whatever its value."""
     return torch.where(probability > 0, probability * value, torch.zeros_like(value)).sum(-1)
 
 
 def distributions(logits: Logits, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, p and delta of some entries. Near rows take p = q * exp(delta), so that p - q keeps delta's digits."""
+    """Return q, p and delta of entries. Near rows take p = q * exp(delta): p - q keeps delta's digits."""
     column = {c: stats[:, c, None] for c in Column}
     references = column[Column.STUDENT_MAX], column[Column.TEACHER_MAX]
     q = torch.exp(logits.s - references[0] - column[Column.STUDENT_LOGSUM])
     delta = logits.offset(*references) - column[Column.GAP]
     far_p = torch.exp(logits.teacher_above(*references) - column[Column.TEACHER_LOGSUM])
-    near_p = torch.where(
-        logits.t == -torch.inf, 0.0, q * torch.exp(delta)
-    )  # delta is NaN where neither side has the entry
+    # delta is NaN where neither side has the entry
+    near_p = torch.where(logits.t == -torch.inf, 0.0, q * torch.exp(delta))
     return q, torch.where(column[Column.SPREAD] <= SPREAD_LIMIT, near_p, far_p), delta
 
 
 def _normalisers(logits: Logits) -> tuple[Tensor, ...]:
-    """The columns up to SPREAD, (n, 1) each."""
+    """Return the columns up to SPREAD, (n, 1) each."""
     s, t, *_ = logits
     peak = s.argmax(-1, keepdim=True)
     max_s, at_peak = s.gather(-1, peak), t.gather(-1, peak)
@@ -79,19 +83,16 @@ def _normalisers(logits: Logits) -> tuple[Tensor, ...]:
     max_t = torch.where(near, at_peak, t.amax(-1, keepdim=True))
     e = torch.exp(s - max_s)
     Z = e.sum(-1, keepdim=True)
-    logsum_s, logsum_t = (
-        torch.log(Z),
-        torch.log(torch.exp(logits.teacher_above(max_s, max_t)).sum(-1, keepdim=True)),
-    )
-    x = (e * torch.expm1(o)).sum(
-        -1, keepdim=True
-    ) / Z  # of one e: a q whose sum is 1 + eps would put eps into L, and L into the KL at first order
+    logsum_s = torch.log(Z)
+    logsum_t = torch.log(torch.exp(logits.teacher_above(max_s, max_t)).sum(-1, keepdim=True))
+    # Numerator and Z from one e: a q with sum 1 + eps would put eps into L, and L into the KL at first order.
+    x = (e * torch.expm1(o)).sum(-1, keepdim=True) / Z
     close = near & (x > GAP_BOUNDS[0]) & (x < GAP_BOUNDS[1])
     return max_s, logsum_s, max_t, logsum_t, torch.where(close, torch.log1p(x), logsum_t - logsum_s), spread
 
 
 def missing(stats: Tensor) -> Tensor:
-    """NaN where a side has no distribution, which the guards by probability would hide; else 0."""
+    """Shape (n,): NaN where a side has no distribution, which the guards would hide; else 0."""
     return 0 * stats[:, Column.GAP]
 
 
@@ -104,10 +105,9 @@ def _block_stats(logits: Logits, metrics: bool) -> Tensor:
     stats[:, Column.REVERSE_KL] = _expected(q, -delta) + missing(stats)
     stats[:, Column.FORWARD_KL] = _expected(p, delta) + missing(stats)
     if metrics:
+        # A near row's reference may lie 20 below the teacher's own maximum.
         above = logits.teacher_above(max_s, max_t)
-        above = above - above.amax(
-            -1, keepdim=True
-        )  # a near row's reference may lie 20 below the teacher's own maximum
+        above = above - above.amax(-1, keepdim=True)
         teacher_sum = torch.exp(above).sum(-1)
         stats[:, Column.STUDENT_ENTROPY] = logsum_s[:, 0] - _expected(q, s - max_s)
         stats[:, Column.TEACHER_ENTROPY] = torch.log(teacher_sum) - _expected(p, above)
@@ -125,7 +125,7 @@ def row_stats(
 
 
 def terms(q: Tensor, p: Tensor, delta: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """(f, u, clipped) of every entry, under the entry clip."""
+    """Return (f, u, clipped) of every entry, under the entry clip."""
     f, u = entry(spec.divergence, q, p, delta)
     clipped = f > spec.entry_clip
     return (
@@ -158,7 +158,7 @@ def row_grad_(
     bias_s: Tensor | None,
     bias_t: Tensor | None,
     G: Tensor,
-    policy: Tensor | None = None,
+    policy_slope: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> None:
     factor = torch.where(stats[:, Column.CLIPPED] == 1, 0.0, factor)
@@ -166,9 +166,10 @@ def row_grad_(
         q, p, delta = distributions(logits(S[b], T[b], spec, bias_s, bias_t), stats[b])
         _, u, _ = terms(q, p, delta, spec)
         grad = torch.where(factor[b, None] == 0, 0.0, (u - q * A[b, None]) * factor[b, None])
-        if policy is not None:
+        if policy_slope is not None and labels is not None:
             onehot = (torch.arange(S.shape[1], device=S.device) == labels[b, None]).to(q.dtype)
-            grad += torch.where(policy[b, None] == 0, 0.0, policy[b, None] * (q - onehot))
+            pull = policy_slope[b, None]
+            grad += torch.where(pull == 0, 0.0, pull * (q - onehot))
         slope = transform_slope(S[b].to(q.dtype), spec.student, bias_s)
         G[b].copy_(torch.where(grad == 0, 0.0, grad * slope))
 
@@ -182,10 +183,10 @@ def row_fused_(
     bias_t: Tensor | None,
     metrics: bool,
     G: Tensor,
-    policy: Tensor | None = None,
+    policy_slope: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     stats = row_stats(S, T, spec, bias_s, bias_t, metrics)
     loss, A = row_dot(S, T, stats, spec, bias_s, bias_t)
-    row_grad_(S, T, stats, A, factor, spec, bias_s, bias_t, G, policy, labels)
+    row_grad_(S, T, stats, A, factor, spec, bias_s, bias_t, G, policy_slope, labels)
     return stats, loss, A

@@ -1,4 +1,4 @@
-"""What the host hands to the Triton sweeps (triton_rows.py) beside the tensors: tile, mode, scalars."""
+"""Arguments of the Triton kernels beside the tensors: tile, mode, scalars."""
 
 from __future__ import annotations
 
@@ -10,37 +10,47 @@ from torch import Tensor
 
 from ..spec import LogitTransform, RowSpec
 
-# MODE: what T holds. LINEAR takes the teacher mix into its factor; MIXED: the mix is made from both logits.
+# MODE: the content of T. LINEAR takes the teacher mix into its factor; the MIXED modes mix both logits.
 PLAIN, DIFFERENCE, LINEAR, PLAIN_MIXED, DIFFERENCE_MIXED = (tl.constexpr(mode) for mode in range(5))
 
-# Left to itself, ptxas spills up to 48 bytes per thread to reach the next step of occupancy (64 or 80 registers): 19 of 540 variants, most of them fused.
-# A limit of our own turns that off. With this one no variant spills. Aligned rows take at most 128 registers but in float64; unaligned ones with softcaps,
-# biases and metrics up to 163, clips or none, so that one block fits on a multiprocessor.
-COMPILER_OPTIONS = {"maxnreg": 255, "enable_fp_fusion": True}  # fusion: its default changes in Triton 3.10
+# Without a limit, ptxas spills up to 48 bytes per thread to reach the next step of occupancy (64 or 80
+# registers): 19 of 540 variants, most of them fused. With this limit no variant spills. Aligned rows take at
+# most 128 registers but in float64; unaligned ones with softcaps, biases and metrics up to 163, clips or
+# none, so that one block fits on a multiprocessor. The default of fusion changes in Triton 3.10.
+COMPILER_OPTIONS = {"maxnreg": 255, "enable_fp_fusion": True}
 
 
 def config(V: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(BLOCK_V, num_warps) for rows of V logits of `dtype`: eight entries per thread (float64: four), two 16-byte loads of each buffer at most."""
+    """Return (BLOCK_V, num_warps) for rows of V logits of `dtype`.
+
+    A thread holds eight entries (float64: four), at most two 16-byte loads of each buffer.
+    """
     if dtype == torch.float64:
         return 512, 4
     return (1024, 4) if V <= 1024 else (2048, 8)
 
 
 def pack(aligned: bool, dtype: torch.dtype, BLOCK_V: int, num_warps: int) -> int:
-    """How the compiler hands out a tile: 16 bytes of neighbours to a thread where all rows are aligned (> 0), else entries far apart (< 0)."""
+    """Return PACK, how the compiler spreads a tile over threads.
+
+    Positive where all rows are aligned: a thread holds PACK neighbours, 16 bytes. Else negative: entries far
+    apart.
+    """
     return 16 // dtype.itemsize if aligned else -(BLOCK_V // (32 * num_warps))
 
 
 def aligned(S: Tensor, T: Tensor) -> bool:
-    """As Triton judges it: addresses in bytes and strides in entries, divisible by 16."""
+    """True if addresses in bytes and strides in entries are divisible by 16, Triton's own criterion."""
     return all(number % 16 == 0 for number in (S.data_ptr(), T.data_ptr(), S.stride(0), T.stride(0)))
 
 
 def is_narrowed(S: Tensor, G: Tensor) -> bool:
+    """True if G is the narrowed view of S."""
     return G.dtype != S.dtype and G.data_ptr() == S.data_ptr()
 
 
 def mode(spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> int:
+    """Return the MODE of a call."""
     if spec.linear_difference(bias_s is bias_t):
         return LINEAR.value
     if spec.teacher_mix:
@@ -49,14 +59,14 @@ def mode(spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> int:
 
 
 def _scalars(transform: LogitTransform) -> tuple[float, float]:
-    """(inner, outer): a logit is y * outer, with y of triton_math.bend."""
+    """Return (inner, outer): a logit is y * outer, with y of triton_math.bend."""
     if transform.softcap is None:
         return 1.0, transform.factor
     return transform.scale / transform.softcap, transform.softcap / transform.temperature
 
 
 def transforms(spec: RowSpec) -> dict[str, object]:
-    """Both sides' transforms; the teacher's carries its weight in the mix."""
+    """Return both sides' transforms. The teacher's outer factor includes its weight in the mix."""
     inner_s, outer_s = _scalars(spec.student)
     inner_t, outer_t = _scalars(spec.teacher)
     caps = {"CAP_S": spec.student.softcap is not None, "CAP_T": spec.teacher.softcap is not None}
@@ -71,5 +81,5 @@ def transforms(spec: RowSpec) -> dict[str, object]:
 
 
 def terms(spec: RowSpec) -> dict[str, object]:
-    """What a term of the sum depends on beside its kind."""
+    """Return the arguments of a term beside its kind."""
     return {"beta": spec.divergence.beta, "clip": spec.entry_clip, "CLIP": spec.entry_clip < math.inf}

@@ -1,7 +1,8 @@
-"""The Triton home of the formulas (Python: torch_math.py, C++: csrc/divergence.h): entry, logit transform, and the functions that Triton lacks.
+"""The Triton home of the formulas: entry, logit transform, and the functions that Triton lacks.
 
-Everything is written in what both the compiler and the interpreter know. Triton's own fp32 exp is the hardware's `ex2.approx`, good to 2 ulp of exp(x): its
-difference from 1 has no digits near 0, hence `exp_pair`. In float64 exp and log are the device library's.
+The others are torch_math.py and csrc/divergence.h. The code uses only functions of both the compiler and the
+interpreter. Triton's own fp32 exp is the hardware's `ex2.approx`, good to 2 ulp of exp(x): its difference
+from 1 has no digits near 0, hence `exp_pair`. In float64 exp and log are those of the device library.
 """
 
 from __future__ import annotations
@@ -18,20 +19,19 @@ SKEW_REVERSE_KL = tl.constexpr(int(Kind.SKEW_REVERSE_KL))
 SKEW_FORWARD_KL = tl.constexpr(int(Kind.SKEW_FORWARD_KL))
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# ln 2 in two parts; the first has zeros in its low bits, so that a whole number below 2**15 times it is exact in fp32.
+# ln 2 in two parts. The first has zeros in its low bits: its product with a whole number below 2**15 is exact
+# in fp32.
 LN2_HIGH = tl.constexpr(0.693145751953125)
 LN2_LOW = tl.constexpr(1.4286068203094172e-06)
-ROUND_TO_INT = tl.constexpr(
-    12582912.0
-)  # 1.5 * 2**23: adding it to an fp32 leaves the nearest whole number in the low bits
+# 1.5 * 2**23: adding it to an fp32 leaves the nearest whole number in the low bits
+ROUND_TO_INT = tl.constexpr(12582912.0)
 
 
 @triton.jit
 def _exp_pair_fp32(x):
     whole = tl.fma(x, LOG2_E, ROUND_TO_INT) - ROUND_TO_INT
-    r = tl.fma(
-        whole, -LN2_LOW, tl.fma(whole, -LN2_HIGH, x)
-    )  # |r| <= ln(2) / 2: Taylor to r**7 leaves 2e-8 of r
+    # |r| <= ln(2) / 2: Taylor to r**7 leaves 2e-8 of r
+    r = tl.fma(whole, -LN2_LOW, tl.fma(whole, -LN2_HIGH, x))
     c = tl.fma(r, 1.0 / 5040, 1.0 / 720)
     c = tl.fma(c, r, 1.0 / 120)
     c = tl.fma(c, r, 1.0 / 24)
@@ -51,7 +51,7 @@ def _exp_pair_fp64(x):
 
 @triton.jit
 def exp_pair(x):
-    """exp(x) and expm1(x), both to about 1e-7 of themselves (fp64: 1e-15), for x <= 80. NaN stays NaN."""
+    """Return exp(x) and expm1(x) to a relative 1e-7 (fp64: 1e-15), for x <= 80. NaN stays NaN."""
     x = tl.where(x < -100.0, -100.0, x)
     if x.dtype == tl.float64:
         e, m = _exp_pair_fp64(x)
@@ -68,7 +68,7 @@ def expm1(x):
 
 @triton.jit
 def log1p(y):
-    """log(1 + y) for y > -1: the logarithm of the rounded sum, plus what the rounding dropped."""
+    """Return log(1 + y) for y > -1: the logarithm of the rounded sum plus the rounding error."""
     w = 1.0 + y
     return tl.log(w) + (y - (w - 1.0)) / w
 
@@ -82,7 +82,10 @@ def tanh(x):
 
 @triton.jit
 def bend(z, inner, CAPPED: tl.constexpr):
-    """The logit transform but for its last factor: raw logit plus bias -> y, where the logit is y * outer. Under a softcap y = tanh(z * inner)."""
+    """Map a raw logit plus bias to y, where the logit is y * outer: the transform without its last factor.
+
+    Under a softcap y = tanh(z * inner).
+    """
     if CAPPED:
         z = tanh(z * inner)
     return z
@@ -90,7 +93,7 @@ def bend(z, inner, CAPPED: tl.constexpr):
 
 @triton.jit
 def bend_slope(y, inner, CAPPED: tl.constexpr):
-    """dy / dz, from y."""
+    """Return dy / dz, from y."""
     if CAPPED:
         slope = inner * (1.0 - y) * (1.0 + y)
     else:
@@ -105,7 +108,7 @@ def guarded(probability, term):
 
 @triton.jit
 def entry(q, p, delta, beta, KIND: tl.constexpr):
-    """(f, u) of torch_math.py for entries with delta = log p - log q."""
+    """Return (f, u) of torch_math.py for entries with delta = log p - log q."""
     if KIND == REVERSE_KL:
         f = guarded(q, -q * delta)
         u = f
@@ -139,7 +142,10 @@ def entry(q, p, delta, beta, KIND: tl.constexpr):
 
 @triton.jit
 def clipped_entry(q, p, delta, beta, clip, KIND: tl.constexpr, CLIP: tl.constexpr):
-    """(f, u) under the entry clip, and where it took f. There u is 0, less the constant times q that reverse KL's u = f leaves out."""
+    """Return (f, u) under the entry clip, and where the clip holds.
+
+    There u is 0, less the constant times q that reverse KL's u = f leaves out.
+    """
     f, u = entry(q, p, delta, beta, KIND)
     over = f > clip
     if CLIP:

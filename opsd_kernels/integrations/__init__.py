@@ -1,1 +1,1 @@
-"""The op in the trainers and under the calling conventions of other libraries."""
+"""The op inside other libraries' trainers, and under their calling conventions."""

@@ -1,7 +1,8 @@
-"""TRL's (1.16) `DistillationTrainer`, `SDPOTrainer` and `IWOPDTrainer` with the fused loss: logits of tokens x vocabulary are never made.
+"""TRL's (1.16) `DistillationTrainer`, `SDPOTrainer` and `IWOPDTrainer` with the fused loss, without logits.
 
-Only what makes a loss from logits is overridden. Settings that the fused loss does not serve raise ValueError when the trainer is made. How to use them, what
-differs, and defects that are not copied: docs/integrations-trl.md.
+Only the methods that compute a loss from logits are overridden. The constructor raises ValueError for
+settings that the fused loss does not support. docs/integrations-trl.md shows how to use them, how they differ
+from TRL's, and which defects are not copied.
 """
 
 from __future__ import annotations
@@ -23,20 +24,31 @@ from opsd_kernels.spec import expect, interpolation
 from opsd_kernels.weights import Given, ImportanceRatio, PrefixDiscrepancy
 
 TAILS = {True: "bucket", False: "renormalize"}
-Side = tuple[
-    Tensor, Head
-]  # hidden states (B, T, H) of the rows that predict the completion, and the head above them
+# Hidden states (B, T, H) of the rows that predict the completion, and the head that projects them.
+Side = tuple[Tensor, Head]
 
 
 class FusedLoss:
-    """What the three share. `loss_options`: arguments of linear_divergence beyond what TRL's config says, e.g. {"workspace_bytes": 2**28}; they win."""
+    """Base of the three trainers.
+
+    `loss_options` are further arguments of linear_divergence, e.g. {"workspace_bytes": 2**28}; they override
+    those of TRL's config.
+    """
 
     loss_options: ClassVar[dict[str, Any]] = {}
 
+    # attributes of TRL's trainers
+    accelerator: Any
+    model: Any
+    teacher_model: Any
+    temperature: float
+    is_deepspeed_enabled: bool
+    is_fsdp_enabled: bool
+    _metrics: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        server = any(
-            getattr(value, "use_teacher_server", False) for value in (*args, *kwargs.values())
-        )  # before TRL waits for one
+        # checked first: TRL's constructor waits for the server
+        server = any(getattr(value, "use_teacher_server", False) for value in (*args, *kwargs.values()))
         expect(not server, "use_teacher_server", "False: the loss reads the teacher's hidden states", server)
         super().__init__(*args, **kwargs)
         self._redirect = _ForwardRedirection()
@@ -47,26 +59,30 @@ class FusedLoss:
             None,
         )
         self._check_settings()
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # these may have cut the weights already
+        # DeepSpeed and FSDP may have partitioned the weights already.
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             check_head("model", self.model)
             check_head("teacher_model", self.accelerator.unwrap_model(self.teacher_model))
 
     def _check_settings(self) -> None:
-        """Raises ValueError for what the trainer has and the fused loss has not."""
+        """Raise ValueError for settings of the trainer that the fused loss does not support."""
 
     def _states(self, model: nn.Module, tokens: Tensor, attended: Tensor, length: int) -> Tensor:
-        return trunk(model)(input_ids=tokens, attention_mask=attended, use_cache=False).last_hidden_state[
-            :, -length - 1 : -1
-        ]
+        """Return hidden states (B, length, H) of the rows that predict the last `length` tokens."""
+        states = trunk(model)(input_ids=tokens, attention_mask=attended, use_cache=False).last_hidden_state
+        return states[:, -length - 1 : -1]
 
-    def _side(self, model: nn.Module, *rows: Any, **images: Tensor) -> Side:
-        """Inside the forward of `model`'s wrapper. Redirection replaced the forward that accelerate put autocast into, hence the one here."""
+    def _side(self, model: nn.Module, *rows: Any, **images: Any) -> Side:
+        """Run inside the forward of `model`'s wrapper.
+
+        The redirection replaced the forward in which accelerate enters autocast, hence autocast here.
+        """
         head = Head.of(model)
         with self.accelerator.autocast():
             return self._states(model, *rows, **images).to(head.weight.device), head
 
     def _wrapped(self, model: nn.Module, method: Any, *args: Any, **kwargs: Any) -> Any:
-        """`method` of the unwrapped model as the forward of its wrapper, so that the hooks of DDP, FSDP and DeepSpeed fire."""
+        """Run `method` as the forward of the model's wrapper, so that the hooks of DDP and FSDP fire."""
         inner = self.accelerator.unwrap_model(model)
         return self._redirect(model, inner, method, inner, *args, **kwargs)
 
@@ -83,9 +99,8 @@ class FusedLoss:
             return on_heads(op, sides, *tensors, temperature=self.temperature, **options)
 
     def _log(self, name: str, value: Tensor) -> None:
-        self._metrics["train" if self.model.training else "eval"][name].append(
-            value.detach().float().mean().item()
-        )
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics[name].append(value.detach().float().mean().item())
 
 
 def _completion(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
@@ -95,16 +110,16 @@ def _completion(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
     return tokens, attended, inputs["completion_ids"].shape[1]
 
 
-def _of_sequences(
-    values: Tensor, mask: Tensor
-) -> Tensor:  # TRL's mean of means: a sequence without a valid token counts, as 0
+def _of_sequences(values: Tensor, mask: Tensor) -> Tensor:
+    """Return TRL's mean of sequence means, in which a sequence without a valid token counts as 0."""
     return (torch.where(mask, values, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
 
 
 class DistillationTrainer(FusedLoss, trl.DistillationTrainer):
-    """TRL's, in four passes over the heads instead of six (KL) or eight (JSD)."""
+    """TRL's DistillationTrainer in four passes over the heads instead of six (KL) or eight (JSD)."""
 
-    _states = trl.DistillationTrainer._get_last_hidden_state  # it knows images
+    # TRL's method also takes images.
+    _states = trl.DistillationTrainer._get_last_hidden_state
 
     def _compute_loss(
         self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
@@ -123,14 +138,17 @@ class DistillationTrainer(FusedLoss, trl.DistillationTrainer):
             "labels": labels,
             "mask": mask,
             "normalizer": num_items_in_batch,
-            "return_stats": True,
         }
-        loss, stats = self._call(linear_divergence, {"student": student, "teacher": teacher}, **options)
+        sides = {"student": student, "teacher": teacher}
+        loss, stats = self._call(linear_divergence, sides, **options, return_stats=True)
         return loss, stats.student_entropy.sum(), mask.sum()
 
 
 class SDPOTrainer(FusedLoss, sdpo.SDPOTrainer):
-    """TRL's, with importance clip, top-k, sampled tokens and the mix with a policy loss each in one pass over the heads, all sequences together."""
+    """TRL's SDPOTrainer, with all sequences in one call.
+
+    Importance clip, top-k, sampled tokens and the mix with a policy loss need no further pass over the heads.
+    """
 
     def _check_settings(self) -> None:
         expect(
@@ -155,14 +173,10 @@ class SDPOTrainer(FusedLoss, sdpo.SDPOTrainer):
     ) -> Tensor:
         expect(not return_outputs, "return_outputs", "False: there are no logits to return", return_outputs)
         teacher = None
-        if (
-            self.args.distillation_weight > 0
-        ):  # before the student's forward, not inside: the two may be one module
-            rows = (
-                inputs["teacher_input_ids"],
-                inputs["teacher_attention_mask"],
-                inputs["completion_ids"].shape[1],
-            )
+        # Before the student's forward, not inside it: the two may be one module.
+        if self.args.distillation_weight > 0:
+            tokens, attended = inputs["teacher_input_ids"], inputs["teacher_attention_mask"]
+            rows = (tokens, attended, inputs["completion_ids"].shape[1])
             with torch.no_grad(), self._get_teacher_context_for_self_distillation():
                 teacher = self._wrapped(self.teacher_model, self._side, *rows)
         loss, metrics = self._wrapped(model, self._loss, teacher, inputs)
@@ -171,11 +185,9 @@ class SDPOTrainer(FusedLoss, sdpo.SDPOTrainer):
         return loss / (self.current_gradient_accumulation_steps if self.model.training else 1.0)
 
     def _compute_rollout_logps(self, **inputs: Tensor) -> Tensor | None:
-        if (
-            self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations)
-            == 0
-        ):
-            return None  # the policy that samples is the one that is updated: a ratio of 1
+        period = self.args.steps_per_generation * self.num_iterations
+        if self.args.gradient_accumulation_steps % period == 0:
+            return None  # the sampling policy is the updated one: a ratio of 1
         with torch.no_grad():
             sides = {"": self._wrapped(self.model, self._side, *_completion(inputs))}
             return self._call(
@@ -183,111 +195,84 @@ class SDPOTrainer(FusedLoss, sdpo.SDPOTrainer):
             )
 
     def _policy(self, inputs: dict[str, Any], mask: Tensor) -> Mix:
-        """TRL's policy loss, as a term whose mean of sequence means it is."""
+        """Return a policy term whose mean of sequence means is TRL's policy loss."""
         lengths = mask.sum(-1, keepdim=True).clamp(min=1)
         divisor = {"grpo": lengths, "dr_grpo": self.max_completion_length}.get(
             self.loss_type, mask.sum().clamp(min=1) / len(mask)
         )
         clip = (self.epsilon_low, self.epsilon_high, self.importance_sampling_level == "sequence")
-        return Mix(
-            (
-                (
-                    lengths / divisor,
-                    PPOClip(
-                        inputs["advantages"].reshape(len(mask), -1), inputs.get("old_per_token_logps"), *clip
-                    ),
-                ),
-            )
-        )
+        advantages = inputs["advantages"].reshape(len(mask), -1)
+        term = PPOClip(advantages, inputs.get("old_per_token_logps"), *clip)
+        return Mix(((lengths / divisor, term),))
 
     def _loss(
         self, model: nn.Module, teacher: Side | None, inputs: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        mask, labels, share, old = (
-            inputs["completion_mask"] != 0,
-            inputs["completion_ids"],
-            self.args.distillation_weight,
-            inputs.get("old_per_token_logps"),
-        )
-        student, policy = (
-            self._side(model, *_completion(inputs)),
-            self._policy(inputs, mask) if share < 1 else None,
-        )
-        if share == 0:
-            loss = _of_sequences(
-                policy(self._call(linear_logprobs, {"": student}, labels, mask=mask), None, mask), mask
-            )
+        mask, labels = inputs["completion_mask"] != 0, inputs["completion_ids"]
+        share = self.args.distillation_weight
+        student = self._side(model, *_completion(inputs))
+        policy = self._policy(inputs, mask) if share < 1 else None
+        if teacher is None:
+            assert policy is not None
+            logprobs = self._call(linear_logprobs, {"": student}, labels, mask=mask)
+            loss = _of_sequences(policy(logprobs, None, mask), mask)
             return loss, {"self_distillation/policy_loss": loss}
-        taught = (
-            mask
-            if inputs.get("self_distillation_mask") is None
-            else mask & (inputs["self_distillation_mask"] != 0)[:, None]
-        )
-        valid, clip, weights = (
-            taught if share == 1 else mask,
-            self.args.distillation_is_clip,
-            Given(taught.float()),
-        )
-        weights = weights if clip is None or old is None else weights * ImportanceRatio(old, clip)
-        options = {
-            **interpolation(self.args.distillation_alpha),
-            "labels": labels,
-            "mask": valid,
-            "reduction": "sequence_mean",
-            "return_stats": True,
-        }
-        sampled = (
-            OnPolicyDistillation(weights=weights) if self.args.distillation_mode == "sampled_token" else None
-        )
-        if sampled is not None:
-            options |= {
-                "policy": Mix(((share, sampled), (1 - share, policy))) if share < 1 else sampled,
-                "policy_weight": 1.0,
-            }
-        else:
-            topk = self.args.distillation_topk if self.args.distillation_mode == "topk_logits" else None
-            options |= {
-                "token_weights": weights,
-                "topk": topk,
-                "topk_tail": TAILS[self.args.distillation_add_tail],
-            }
-            options |= {"policy": policy, "policy_weight": 1 - share} if share < 1 else {}
-        loss, stats = self._call(
-            linear_policy_divergence if "policy" in options else linear_divergence,
-            {"student": student, "teacher": teacher},
-            **options,
-        )
+        taught, weights = self._taught(inputs, mask)
+        valid = taught if share == 1 else mask
+        sampled = None
+        if self.args.distillation_mode == "sampled_token":
+            sampled = OnPolicyDistillation(weights=weights)
+        options = self._terms(weights, sampled, policy)
+        op = linear_policy_divergence if "policy" in options else linear_divergence
+        options |= {"labels": labels, "mask": valid, "reduction": "sequence_mean", "return_stats": True}
+        loss, stats = self._call(op, {"student": student, "teacher": teacher}, **options)
         with torch.no_grad():
-            values = (
-                stats.divergence * weights(stats, valid)
-                if sampled is None
-                else sampled(stats.student_logprob, stats, valid)
-            )
+            if sampled is None:
+                values = stats.divergence * weights(stats, valid)
+            else:
+                values = sampled(stats.student_logprob, stats, valid)
             mean = torch.where(taught, values, 0.0).sum() / taught.sum().clamp(min=1)
-            metrics = {
-                f"{prefix}/distillation_loss": mean for prefix in ("self_distillation", self._name.lower())
-            }
-            metrics |= (
-                {
-                    "self_distillation/policy_loss": _of_sequences(
-                        policy(stats.student_logprob, stats, mask), mask
-                    )
-                }
-                if share < 1
-                else {}
-            )
+            names = ("self_distillation", self._name.lower())
+            metrics = {f"{name}/distillation_loss": mean for name in names}
+            if policy is not None:
+                per_token = policy(stats.student_logprob, stats, mask)
+                metrics["self_distillation/policy_loss"] = _of_sequences(per_token, mask)
         return loss * valid.any(-1).float().mean(), metrics
+
+    def _taught(self, inputs: dict[str, Any], mask: Tensor) -> tuple[Tensor, Any]:
+        """Return the tokens to distil, (B, T) bool, and their weighting, with TRL's importance clip."""
+        chosen, old = inputs.get("self_distillation_mask"), inputs.get("old_per_token_logps")
+        taught = mask if chosen is None else mask & (chosen != 0)[:, None]
+        weights, clip = Given(taught.float()), self.args.distillation_is_clip
+        return taught, weights if clip is None or old is None else weights * ImportanceRatio(old, clip)
+
+    def _terms(
+        self, weights: Any, sampled: OnPolicyDistillation | None, policy: Mix | None
+    ) -> dict[str, Any]:
+        """Return the options of the divergence and of its policy term."""
+        share = self.args.distillation_weight
+        options = interpolation(self.args.distillation_alpha)
+        if sampled is not None:
+            term = sampled if policy is None else Mix(((share, sampled), (1 - share, policy)))
+            return options | {"policy": term, "policy_weight": 1.0}
+        topk = self.args.distillation_topk if self.args.distillation_mode == "topk_logits" else None
+        tail = TAILS[self.args.distillation_add_tail]
+        options |= {"token_weights": weights, "topk": topk, "topk_tail": tail}
+        return options if policy is None else options | {"policy": policy, "policy_weight": 1 - share}
 
 
 class IWOPDTrainer(FusedLoss, iw_opd.IWOPDTrainer):
-    """TRL's, both objectives. Divides by the completion tokens of the optimisation step, which TRL does not."""
+    """TRL's IWOPDTrainer, with both of its objectives.
+
+    The loss is divided by the completion tokens of the optimisation step, which TRL's is not.
+    """
 
     def _check_settings(self) -> None:
         union = self.distillation_objective == "jsd" and 0 < self.beta < 1 and self.loss_top_k > 0
         expect(
             not union,
             "loss_top_k",
-            "0 where 0 < beta < 1: the union of two top-k lists is no support of the fused loss",
+            "0 where 0 < beta < 1: the fused loss does not support the union of two top-k lists",
             self.loss_top_k,
         )
         expect(
@@ -305,23 +290,18 @@ class IWOPDTrainer(FusedLoss, iw_opd.IWOPDTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         self._raise_if_local_teacher_tokenizer_mismatch()
-        if (
-            self.model.training and self._buffered_inputs is not None
-        ):  # transformers counted the data set's completions, before sampling
+        # transformers counted the tokens of the data set's completions, before sampling.
+        if self.model.training and self._buffered_inputs is not None:
             count = sum((part["labels"] != -100).sum() for part in self._buffered_inputs)
-            num_items_in_batch = (
-                self.accelerator.gather(count).sum().clamp(min=1) / self.accelerator.num_processes
-            )
+            total = self.accelerator.gather(count).sum().clamp(min=1)
+            num_items_in_batch = total / self.accelerator.num_processes
         start = self._compute_prompt_length(inputs)
         rows = (inputs["input_ids"], inputs["attention_mask"], inputs["labels"].shape[1] - start)
         self.teacher_model.eval()
         with torch.no_grad():
             teacher = self._wrapped(self.teacher_model, self._side, *rows)
-        tokens = {
-            name: inputs[name][:, start:]
-            for name in ("input_ids", "labels", "rollout_logprobs")
-            if name in inputs
-        }
+        names = ("input_ids", "labels", "rollout_logprobs")
+        tokens = {name: inputs[name][:, start:] for name in names if name in inputs}
         loss = self._wrapped(model, self._loss, rows, teacher, tokens, num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
@@ -334,46 +314,29 @@ class IWOPDTrainer(FusedLoss, iw_opd.IWOPDTrainer):
         count: Tensor | int | None,
     ) -> Tensor:
         student, labels, k = self._side(model, *rows), tokens["labels"], self.loss_top_k
-        sides, mask, tail = (
-            {"student": student, "teacher": teacher},
-            labels != -100,
-            TAILS[self.loss_add_tail],
-        )
-        options = {"labels": labels, "normalizer": count}
+        sides, mask = {"student": student, "teacher": teacher}, labels != -100
+        tail = TAILS[self.loss_add_tail]
+        options: dict[str, Any] = {"labels": labels, "normalizer": count}
         if self.distillation_objective == "iw_opd":
             policy = OnPolicyDistillation(
                 weights=PrefixDiscrepancy(self.iw_opd_gamma), old_logprobs=tokens.get("rollout_logprobs")
             )
-            loss, stats = self._call(
-                linear_policy_divergence,
-                sides,
-                policy=policy,
-                policy_weight=1.0,
-                return_stats=True,
-                **options,
-            )
-            self._log_rewards(*(x[mask] for x in policy.weighted_rewards(stats.student_logprob, stats, mask)))
+            options |= {"policy": policy, "policy_weight": 1.0, "return_stats": True}
+            loss, stats = self._call(linear_policy_divergence, sides, **options)
+            rewards: Any = policy.weighted_rewards(stats.student_logprob, stats, mask)
+            self._log_rewards(*(x[mask] for x in rewards))
             return loss
         options |= interpolation(self.beta)
-        if (
-            self.beta == 1 and k == 1 and self.reverse_kl_top_1_mode == "sampled"
-        ):  # the sampled token and the rest, as if the teacher had listed it
+        if self.beta == 1 and k == 1 and self.reverse_kl_top_1_mode == "sampled":
+            # The sampled token and the rest, as in a teacher's list of one entry.
             with torch.no_grad():
                 listed = self._call(linear_logprobs, {"": teacher}, tokens["input_ids"], mask=mask)
-            return self._call(
-                linear_topk_divergence,
-                {"student": student},
-                tokens["input_ids"][..., None],
-                listed[..., None],
-                tail=tail,
-                **options,
-            )
-        support = (
-            {"topk": k, "topk_support": "student" if self.beta == 1 else "teacher", "topk_tail": tail}
-            if 0 < k < student[1].weight.shape[0]
-            else {}
-        )
-        return self._call(linear_divergence, sides, **support, **options)
+            entry = tokens["input_ids"][..., None], listed[..., None]
+            return self._call(linear_topk_divergence, {"student": student}, *entry, tail=tail, **options)
+        if 0 < k < student[1].weight.shape[0]:
+            side = "student" if self.beta == 1 else "teacher"
+            options |= {"topk": k, "topk_support": side, "topk_tail": tail}
+        return self._call(linear_divergence, sides, **options)
 
     def _log_rewards(self, rewards: Tensor, weights: Tensor) -> None:
         expect(
@@ -382,14 +345,9 @@ class IWOPDTrainer(FusedLoss, iw_opd.IWOPDTrainer):
             "a finite log-prob of every sampled token",
             rewards[~rewards.isfinite()].tolist(),
         )
-        means = {
-            "mean_advantage": rewards * weights,
-            "mean_abs_advantage": rewards.abs(),
-            "mean_weight": weights,
-        }
-        for name, value in (
-            {**means, "min_weight": weights.min(), "max_weight": weights.max()}.items()
-            if len(rewards)
-            else ()
-        ):
+        if not len(rewards):
+            return
+        logged = {"mean_advantage": rewards * weights, "mean_abs_advantage": rewards.abs()}
+        logged |= {"mean_weight": weights, "min_weight": weights.min(), "max_weight": weights.max()}
+        for name, value in logged.items():
             self._log(f"iw_opd/{name}", value)

@@ -1,8 +1,8 @@
-"""Hard inputs, the numeric gates with every tolerance of the project, and the memory of one call. For users' own tests as much as for ours.
+"""Hard inputs, numeric gates with all tolerances, and the memory of one call, for users' tests too.
 
-case = hard_case(67, 1003, 48, torch.float32)
-truth, peer = evaluate(linear_divergence_reference, case.double()), evaluate(linear_divergence_reference, case)
-assert_no_worse(evaluate(linear_divergence, case), peer, truth)
+case = hard_case(67, 1003, 48, torch.float32) truth, peer = evaluate(linear_divergence_reference,
+case.double()), evaluate(linear_divergence_reference, case) assert_no_worse(evaluate(linear_divergence, case),
+peer, truth)
 """
 
 from .cases import LEAVES, Case, Outcome, evaluate, hard_case, plain_outcomes

@@ -1,10 +1,14 @@
-"""Hard inputs, and the loss and gradients of an op on them. `hard_case` draws from a generator of its own: it leaves torch's random state alone."""
+"""Hard inputs, and the loss and gradients of an op on them.
+
+`hard_case` draws from a generator of its own and leaves torch's random state alone.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +21,7 @@ LEAVES = ("student_hidden", "student_weight", "student_bias")
 
 @dataclass(frozen=True)
 class Case:
-    """The tensors of one call. `trainable` names those that get a gradient; `upstream` is the gradient that arrives from above."""
+    """The tensors of one call, the names of the trainable ones, and the upstream gradient."""
 
     student_hidden: Tensor  # (..., H_s)
     student_weight: Tensor  # (V_s, H_s)
@@ -33,13 +37,16 @@ class Case:
     trainable: tuple[str, ...] = LEAVES
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Case:
-        done: dict[int, Tensor] = {}  # a shared head stays shared
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
-        return replace(self, **{name: done.setdefault(id(t), change(t)) for name, t in tensors.items()})
+        # keyed by identity, so that a shared head stays shared
+        done: dict[int, Tensor] = {}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed: dict[str, Any] = {
+            name: done.setdefault(id(t), change(t)) for name, t in values.items() if isinstance(t, Tensor)
+        }
+        return replace(self, **changed)
 
     def double(self) -> Case:
-        """The same numbers in float64."""
+        """Convert to float64."""
         return self._map(lambda t: t.double() if t.is_floating_point() else t)
 
     def to(self, device: torch.device | str) -> Case:
@@ -49,19 +56,19 @@ class Case:
         return self.student_hidden, self.student_weight, self.teacher_hidden, self.teacher_weight
 
     def options(self) -> dict[str, object]:
-        """The keyword arguments that are set."""
+        """Return the keyword arguments that are set."""
         names = ("student_bias", "teacher_bias", "mask", "labels", "token_weights", "vocab_size")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def leaves(self) -> Case:
-        """The same case over fresh leaves: same storage and strides, those in `trainable` requiring a gradient."""
+        """Detach the trainable tensors into leaves with the same storage that require a gradient."""
         names = [name for name in self.trainable if getattr(self, name) is not None]
         return replace(self, **{name: getattr(self, name).detach().requires_grad_() for name in names})
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A loss and the gradients under the case's upstream gradient; None where nothing was asked."""
+    """A loss and its gradients under the case's upstream gradient; None for frozen tensors."""
 
     loss: Tensor
     student_hidden: Tensor | None = None
@@ -70,7 +77,7 @@ class Outcome:
     stats: object = None
 
     def value(self) -> Outcome:
-        """The loss alone."""
+        """Return the outcome with the loss alone."""
         return Outcome(self.loss)
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
@@ -81,7 +88,7 @@ class Outcome:
 
 
 def evaluate(op: Callable, case: Case, **options: object) -> Outcome:
-    """Run `op` forward and backward on `case`. Per-token losses get upstream gradients that differ from token to token."""
+    """Run `op` forward and backward. Per-token losses get a different upstream gradient for each token."""
     live = case.leaves()
     result = op(*live.inputs(), **{**live.options(), **options})
     loss, stats = result if isinstance(result, tuple) else (result, None)
@@ -96,7 +103,7 @@ def evaluate(op: Callable, case: Case, **options: object) -> Outcome:
 
 
 def _reordered(case: Case, gen: torch.Generator) -> tuple[Case, Callable[[Outcome], Outcome]]:
-    """The case with its hidden and vocabulary axes shuffled, and what brings an outcome back into the old order."""
+    """Shuffle the hidden and vocabulary axes. Also returns a function that restores an outcome's order."""
     V, (rows, H) = case.vocab_size or case.student_weight.shape[0], case.student_weight.shape
     columns, states = torch.randperm(V, generator=gen), torch.randperm(H, generator=gen)
     teacher_states = (
@@ -105,7 +112,8 @@ def _reordered(case: Case, gen: torch.Generator) -> tuple[Case, Callable[[Outcom
         else torch.randperm(case.teacher_weight.shape[1], generator=gen)
     )
 
-    def order(size: int) -> Tensor:  # padding stays behind
+    def order(size: int) -> Tensor:
+        """Return the shuffled vocabulary, with the padding after it."""
         return torch.cat([columns, torch.arange(V, size)])
 
     back, back_states = order(rows).argsort(), states.argsort()
@@ -149,9 +157,10 @@ def _reordered(case: Case, gen: torch.Generator) -> tuple[Case, Callable[[Outcom
 
 
 def plain_outcomes(case: Case, orders: int = 4, **options: object) -> tuple[Outcome, ...]:
-    """Plain PyTorch on `case`, summed up in `orders` different orders of its hidden and vocabulary axes.
+    """Run plain PyTorch on `case` in `orders` different orders of its hidden and vocabulary axes.
 
-    The largest error of one run over a few dozen numbers is a matter of luck, and of the processor: a tenth of it in another order.
+    The largest error of one run over a few dozen numbers is luck: it may be a tenth of that in another order,
+    or on another processor.
     """
     gen = torch.Generator().manual_seed(0)
     outcomes = [evaluate(linear_divergence_reference, case, **options)]
@@ -165,14 +174,14 @@ def plain_outcomes(case: Case, orders: int = 4, **options: object) -> tuple[Outc
 
 
 def _head(V: int, H: int, padding: int, gen: torch.Generator) -> Tensor:
-    """(V + padding, H) float64. Padded rows would take nearly all probability, were they counted."""
+    """Shape (V + padding, H) float64. Padded rows are large enough to take nearly all probability."""
     weight = torch.randn(V + padding, H, generator=gen, dtype=torch.float64) / math.sqrt(H)
     weight[V:] *= 50
     return weight
 
 
 def _hidden(weight: Tensor, widths: Tensor, gen: torch.Generator) -> Tensor:
-    """(N, H) such that row i's largest |logit| is widths[i]; every third row points at one token and is peaked."""
+    """Shape (N, H). Row i's largest |logit| is widths[i]; every third row is peaked at one token."""
     N, (V, H) = widths.numel(), weight.shape
     hidden = torch.randn(N, H, generator=gen, dtype=torch.float64)
     targets = torch.randint(V, (N,), generator=gen)
@@ -183,7 +192,10 @@ def _hidden(weight: Tensor, widths: Tensor, gen: torch.Generator) -> Tensor:
 def _near_hidden(
     hidden: Tensor, weight: Tensor, bias: Tensor | float, target: float, gen: torch.Generator
 ) -> Tensor:
-    """Teacher hidden states at forward KL `target` nats from the student's, row by row: bisection on the logarithm of the step."""
+    """Find teacher hidden states at forward KL `target` nats from the student's, by bisection in each row.
+
+    The bisection runs on the logarithm of the step.
+    """
     noise = torch.randn(hidden.shape, generator=gen, dtype=torch.float64)
     student = hidden @ weight.T + bias
 
@@ -193,9 +205,8 @@ def _near_hidden(
         )[:, None]
 
     one = torch.ones(hidden.shape[0], 1, dtype=torch.float64)
-    noise = torch.where(
-        gap(100 * one) > gap(-100 * one), noise, -noise
-    )  # the other way a peaked row may only sharpen, and never be `target` away
+    # In the other direction a peaked row may only sharpen, and never reach `target`.
+    noise = torch.where(gap(100 * one) > gap(-100 * one), noise, -noise)
     low, high = (torch.full((hidden.shape[0], 1), exponent, dtype=torch.float64) for exponent in (-8.0, 2.0))
     for _ in range(20):
         middle = (low + high) / 2
@@ -205,7 +216,7 @@ def _near_hidden(
 
 
 def _as_view(tensor: Tensor, column_stride: int) -> Tensor:
-    """The same numbers as a view into a larger storage: odd offset, rows apart, columns `column_stride` apart; NaN in between."""
+    """Copy to a view of a larger storage: odd offset, gaps between rows and columns, NaN in the gaps."""
     rows, columns = tensor.shape
     storage = tensor.new_full((rows + 1, column_stride * columns + 3), math.nan)
     view = storage[1:, 1 : 1 + column_stride * columns : column_stride]
@@ -226,7 +237,11 @@ def _biases(
 
 
 def _spoil(case: Case) -> Case:
-    """An ignored row by mask and one by label, both full of inf and NaN, and a zero weight: as far as N leaves a row untouched."""
+    """Ignore one row by mask and one by label, both full of inf and NaN, and set one weight to zero.
+
+    With a small N some of these are left out.
+    """
+    assert case.mask is not None and case.labels is not None and case.token_weights is not None
     flat_s, flat_t = case.student_hidden, case.teacher_hidden
     N = flat_s.shape[0]
     mask, labels, weights = case.mask.clone(), case.labels.clone(), case.token_weights.clone()
@@ -261,12 +276,16 @@ def hard_case(
     batch: int | None = None,
     seed: int = 0,
 ) -> Case:
-    """Inputs on which planted bugs show.
+    """Make inputs that expose planted bugs.
 
-    Rows whose largest |logit| is `largest_logit` times each of `widths` in turn, every third one peaked; an ignored row that holds inf and NaN; a zero
-    weight; biases with a -inf entry (`masked_entry`: "both" sides, "teacher" alone, None); `padding` columns that would take all probability; tensors that
-    are offset, strided views of storages with NaN in the gaps; upstream gradient 3. With `near` the teacher stands at that forward KL (nats) from the
-    student: over the very same head, over an equal one, or with `teacher_width` > H over a wider one. `batch` gives hidden states (batch, N / batch, H).
+    Rows whose largest |logit| is `largest_logit` times each of `widths` in turn, every third one peaked;
+    ignored rows that hold inf and NaN; a zero weight; biases with a -inf entry (`masked_entry`: "both" sides,
+    "teacher" alone, None); `padding` columns that would take all probability; tensors that are offset,
+    strided views of storages with NaN in the gaps; upstream gradient 3.
+
+    With `near` the teacher is at that forward KL (nats) from the student: with the student's own head
+    (`shared_head`), an equal one, or with `teacher_width` > H a wider one. `batch` gives hidden states
+    (batch, N / batch, H).
     """
     expect(
         masked_entry in ("both", "teacher", None),

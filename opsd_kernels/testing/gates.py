@@ -9,27 +9,29 @@ from torch import Tensor
 
 from .cases import Outcome
 
-# The tolerances. A test that needs another number argues for it here.
+# All tolerances. A test that needs another number gives its reason here.
 FP32_ARITHMETIC = 2e-6  # of the largest number that a row's sums pass through, or of 1
 FP64_ARITHMETIC = 1e-13  # the same for float64 buffers; the truth itself carries about this much
 TIMES_PLAIN = 2.0
 OF_LARGEST = 1e-5
 GROWTH = 1.5
-# Relative Frobenius error against float64, at any distance between teacher and student; "loss" is a relative error of the mean.
+# Relative Frobenius error against float64, for near and far teachers; "loss" is a relative error of the mean.
 TARGETS = {"default": 2e-2, "fp32_logits": 3e-3, "loss": 5e-3}
 
 Checkable = Tensor | Outcome
 
 
 def _named(*checked: Checkable) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
-    """(name, the tensors of that name), for tensors and outcomes alike."""
-    if isinstance(checked[0], Tensor):
-        yield "tensor", checked
+    """Yield (name, the tensors of that name), for tensors and outcomes alike."""
+    tensors = tuple(value for value in checked if isinstance(value, Tensor))
+    if tensors:
+        assert len(tensors) == len(checked), "expected tensors or outcomes, got both"
+        yield "tensor", tensors
         return
-    columns = [dict(outcome.named()) for outcome in checked]
+    columns = [dict(outcome.named()) for outcome in checked if isinstance(outcome, Outcome)]
     for column in columns[1:]:
         assert column.keys() == columns[0].keys(), (
-            f"one side has {sorted(columns[0])}, another {sorted(column)}"
+            f"one outcome has {sorted(columns[0])}, another {sorted(column)}"
         )
     for name in columns[0]:
         yield name, tuple(column[name] for column in columns)
@@ -40,7 +42,7 @@ def _where(excess: Tensor) -> tuple[int, ...]:
 
 
 def _error(actual: Tensor, truth: Tensor, name: str) -> Tensor:
-    """|actual - truth| in float64. Entries that are not finite must be the same ones."""
+    """Return |actual - truth| in float64. Entries that are not finite must be equal."""
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     actual, truth = actual.detach().double().cpu(), truth.detach().double().cpu()
     same = (actual == truth) | (actual.isnan() & truth.isnan())
@@ -48,7 +50,8 @@ def _error(actual: Tensor, truth: Tensor, name: str) -> Tensor:
     if wrong.any():
         at = _where(wrong.double())
         raise AssertionError(
-            f"{name}: {int(wrong.sum())} of {wrong.numel()} entries differ in being finite; at {at} got {actual[at]}, truth {truth[at]}"
+            f"{name}: {int(wrong.sum())} of {wrong.numel()} entries differ in being finite; "
+            f"at {at} got {actual[at]}, truth {truth[at]}"
         )
     return torch.where(same, 0.0, (actual - truth).abs())
 
@@ -62,10 +65,11 @@ def assert_one_rounding(
     magnitude: Tensor | float | None = None,
     name: str = "output",
 ) -> None:
-    """A row kernel's output is the float64 result of the same rounded inputs, rounded once to `dtype`, plus the error of its own arithmetic.
+    """Assert that an output is the float64 result of the same rounded inputs, rounded once to `dtype`.
 
-    That is half an ulp (a whole one for bf16 under Triton's interpreter, which truncates) plus 2e-6 of `magnitude`, the size of the numbers that cancel
-    in the output. Default: the largest magnitude of truth's row (last dimension of a matrix; the entry itself of a vector), at least 1.
+    Allows half an ulp (a whole one for bf16 under Triton's interpreter, which truncates) plus 2e-6 of
+    `magnitude`, the size of the numbers that cancel in the output. Default: the largest magnitude of truth's
+    row (last dimension of a matrix; the entry itself of a vector), at least 1.
     """
     info = torch.finfo(dtype)
     error, exact = _error(actual, truth, name), truth.detach().double().cpu()
@@ -83,15 +87,17 @@ def assert_one_rounding(
         at = _where(excess)
         got, limit = actual.detach().double().cpu()[at], bound.expand_as(error)[at]
         raise AssertionError(
-            f"{name}: {int((excess > 0).sum())} of {excess.numel()} entries are further than one rounding of {dtype} from the truth; worst at "
-            f"{at}: got {got:.9g}, truth {exact[at]:.9g}, error {error[at]:.2e}, bound {limit:.2e}"
+            f"{name}: {int((excess > 0).sum())} of {excess.numel()} entries are further than one rounding of "
+            f"{dtype} from the truth; worst at {at}: got {got:.9g}, truth {exact[at]:.9g}, "
+            f"error {error[at]:.2e}, bound {limit:.2e}"
         )
 
 
 def assert_no_worse(actual: Checkable, peer: Checkable | Sequence[Checkable], truth: Checkable) -> None:
-    """Largest error against float64 `truth` at most twice that of `peer`, plain PyTorch at the same dtype with fp32 logits, plus 1e-5 of the largest value.
+    """Assert a largest error against float64 `truth` of at most twice `peer`'s plus 1e-5 of the largest.
 
-    Of several peers (`plain_outcomes`) the one with the largest error counts.
+    `peer` is plain PyTorch at the same dtype with fp32 logits. Of several peers (`plain_outcomes`) the one
+    with the largest error counts.
     """
     peers = peer if isinstance(peer, (list, tuple)) else (peer,)
     for name, (a, t, *others) in _named(actual, truth, *peers):
@@ -103,13 +109,13 @@ def assert_no_worse(actual: Checkable, peer: Checkable | Sequence[Checkable], tr
         bound = TIMES_PLAIN * plain + OF_LARGEST * largest
         at = _where(error)
         assert error[at] <= bound, (
-            f"{name}: error {error[at]:.3e} at {at} (truth {t[at]:.6g}), bound {bound:.3e} = {TIMES_PLAIN} x plain PyTorch's {plain:.3e} "
-            f"+ {OF_LARGEST} x {largest:.3g}"
+            f"{name}: error {error[at]:.3e} at {at} (truth {t[at]:.6g}), bound {bound:.3e} = "
+            f"{TIMES_PLAIN} x plain PyTorch's {plain:.3e} + {OF_LARGEST} x {largest:.3g}"
         )
 
 
 def assert_same_bits(actual: Checkable, expected: Checkable) -> None:
-    """Equal bit for bit, NaN included."""
+    """Assert equality bit for bit, NaN included."""
     for name, (a, e) in _named(actual, expected):
         assert a.dtype == e.dtype and a.shape == e.shape, (
             f"{name}: {a.dtype} {tuple(a.shape)}, expected {e.dtype} {tuple(e.shape)}"
@@ -118,29 +124,34 @@ def assert_same_bits(actual: Checkable, expected: Checkable) -> None:
         differ = a.detach().cpu().view(bits) != e.detach().cpu().view(bits)
         if differ.any():
             raise AssertionError(
-                f"{name}: {int(differ.sum())} of {differ.numel()} entries differ in their bits; first at {_where(differ.double())}"
+                f"{name}: {int(differ.sum())} of {differ.numel()} entries differ in their bits; "
+                f"first at {_where(differ.double())}"
             )
 
 
 def relative_error(actual: Tensor, truth: Tensor, name: str = "value") -> float:
-    """Frobenius norm of the difference over that of the truth."""
+    """Return the Frobenius norm of the difference over that of the truth."""
     return (
         _error(actual, truth, name).norm() / truth.detach().double().cpu().norm().clamp(min=1e-300)
     ).item()
 
 
 def assert_no_growth(many: Checkable, one: Checkable, truth: Checkable) -> None:
-    """Relative error with many chunks at most 1.5 times that with one. Half a unit of the type passes in any case: one chunk may be right by luck."""
+    """Assert that the relative error with many chunks is at most 1.5 times that with one.
+
+    Half a unit of the dtype passes in any case: one chunk may be right by luck.
+    """
     for name, (m, o, t) in _named(many, one, truth):
         grown, base = relative_error(m, t, name), relative_error(o, t, f"{name} with one chunk")
         bound = max(GROWTH * base, torch.finfo(m.dtype).eps / 2)
         assert grown <= bound, (
-            f"{name}: relative error {grown:.3e} with many chunks against {base:.3e} with one; bound {bound:.3e}"
+            f"{name}: relative error {grown:.3e} with many chunks against {base:.3e} with one; "
+            f"bound {bound:.3e}"
         )
 
 
 def assert_on_target(actual: Checkable, truth: Checkable, target: str) -> None:
-    """Relative error within TARGETS: gradients within `target` ("default" or "fp32_logits"), the loss within "loss"."""
+    """Assert a relative error within TARGETS["loss"] for the loss and TARGETS[target] for gradients."""
     for name, (a, t) in _named(actual, truth):
         bound = TARGETS["loss" if name == "loss" else target]
         error = relative_error(a, t, name)

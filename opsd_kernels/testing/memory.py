@@ -1,4 +1,4 @@
-"""Peak memory of one call, in a process of its own."""
+"""Peak memory of one call, measured in a subprocess."""
 
 from __future__ import annotations
 
@@ -39,17 +39,18 @@ print("peak", peak - before)
 
 
 def peak_bytes(make: Callable | str, *args: object, device: str = "cpu", threads: int = 2) -> int:
-    """Peak memory of one call above what was live before it, in bytes, outputs included; measured in a process of its own.
+    """Measure the peak memory of one call above the memory live before it, in bytes, outputs included.
 
-    `make` is a function of an importable module, or source text that defines a function `make`. It is called with `args` (picklable), and returns
-    the call to measure, of no arguments; let it run a small call of the same kind first, so that libraries are loaded. On the CPU this is the
-    high-water mark of resident memory (Linux only), on CUDA the caching allocator's.
+    The call runs in a subprocess. `make` is a function of an importable module, or source text that defines a
+    function `make`. It is called with `args` (picklable) and returns the call to measure, which takes no
+    arguments; let `make` run a small call of the same kind first, so that libraries are loaded. On the CPU
+    the peak is the high-water mark of resident memory (Linux only), on CUDA the caching allocator's.
     """
     expect(device in ("cpu", "cuda"), "device", "'cpu' or 'cuda'", repr(device))
     expect(
         device == "cuda" or sys.platform == "linux",
         "device",
-        "'cuda', or Linux, whose /proc tells a process its own peak",
+        "'cuda', or 'cpu' on Linux, whose /proc has the peak of a process",
         f"'cpu' on {sys.platform}",
     )
     if callable(make):

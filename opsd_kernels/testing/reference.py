@@ -1,10 +1,11 @@
-"""The judge: every divergence from its textbook definition, on dense logits, by autograd. It imports no kernel and no formula of the kernels.
+"""Reference implementation: every divergence from its textbook definition, on dense logits, by autograd.
 
-In float64 it is the truth; in fp32, and for 16-bit inputs with fp32 logits, it is what a careful user writes in plain PyTorch.
-It holds several (N, V) tensors: for tests, not for training.
+It imports no kernel and no formula of the kernels. In float64 it is the truth; in fp32, and for 16-bit inputs
+with fp32 logits, it is careful plain PyTorch. It holds several (N, V) tensors: for tests, not for training.
 
-A divergence is a sum of terms f over the entries of the vocabulary, or of a support of K entries. What a clip takes, or a weight of zero, is cut out of
-the graph at the log-probs: a term may be infinite, and 0 times its gradient would be NaN.
+A divergence is a sum of terms f over the entries of the vocabulary, or of a support of K entries. Clipped
+terms and tokens of weight zero are cut out of the graph at the log-probs: a term may be infinite, and 0 times
+its gradient would be NaN.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from torch import Tensor
 
 from ..spec import REDUCTIONS, Divergence, Kind, LogitTransform, check_choice, check_number, expect
 
-SMALLEST_TAIL = (
-    1e-7  # minus the largest log of the mass that a support may have beside its bucket (SDPO's clamp)
-)
-HOW = {"backend", "backward", "logits_dtype", "workspace_bytes"}  # arguments that only say how to compute
+# Minus the largest log of the mass that a support may have beside its bucket (SDPO's clamp).
+SMALLEST_TAIL = 1e-7
+# Arguments that change how the op computes, not its value.
+HOW = {"backend", "backward", "logits_dtype", "workspace_bytes"}
 
 # ---------------------------------------------------------------- the terms
 
 
 def _ratio_terms(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """a * (log a - log b) per entry, where an entry of a = 0 counts nothing in value and gradient, even if both logs are -inf."""
+    """Return a * (log a - log b) per entry; value and gradient are 0 at a = 0, even if both logs are -inf."""
     a = log_a.exp()
     counts = a > 0
     top = torch.where(counts, log_a, 0.0)
@@ -38,7 +39,10 @@ def _ratio_terms(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def _log_mixture(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
-    """log(beta p + (1 - beta) q), and 0 where both are 0: such an entry has weight 0 in every sum, and logaddexp has no gradient there."""
+    """Return log(beta p + (1 - beta) q), and 0 where both are 0.
+
+    Such an entry has weight 0 in every sum, and logaddexp has no gradient there.
+    """
     dead = (log_q == -math.inf) & (log_p == -math.inf)
     log_q, log_p = torch.where(dead, 0.0, log_q), torch.where(dead, 0.0, log_p)
     return torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
@@ -60,40 +64,40 @@ TEXTBOOK: dict[Kind, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 def reference_terms(log_q: Tensor, log_p: Tensor, divergence: Divergence) -> Tensor:
-    """f per entry, (n, E) in nats, from the log-probs of student and teacher; D is its sum. Differentiable in `log_q`."""
+    """Return f per entry, (n, E) in nats, from log-probs; D is its sum. Differentiable in `log_q`."""
     return TEXTBOOK[divergence.kind](log_q, log_p, divergence.beta)
 
 
 def reference_divergence(student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
-    """D per row, (n,) in nats, from transformed logits (n, V). Differentiable in `student`."""
+    """Return D per row, (n,) in nats, from transformed logits (n, V). Differentiable in `student`."""
     return reference_terms(student.log_softmax(-1), teacher.log_softmax(-1), divergence).sum(-1)
 
 
 # ---------------------------------------------------------------- the entries that the sum runs over
 
 
-class Entries(NamedTuple):
-    """Log-probs of both sides, (n, E) each, -inf on both sides where an entry is padding; and how many are none, (n,)."""
+class _LogProbs(NamedTuple):
+    """Log-probs of both sides at the entries of the sum, (n, E) each; padding is -inf on both sides."""
 
     log_q: Tensor
     log_p: Tensor
-    count: Tensor
+    size: Tensor  # (n,) number of entries that are no padding
 
 
 def _log_mass(log_probs: Tensor) -> Tensor:
-    """log of the sum of probabilities, (n, 1); -inf, without a gradient, where all are 0."""
+    """Return the log of the sum of probabilities, (n, 1); -inf, without a gradient, where all are 0."""
     empty = (log_probs == -math.inf).all(-1, keepdim=True)
     return torch.where(empty, -math.inf, torch.where(empty, 0.0, log_probs).logsumexp(-1, keepdim=True))
 
 
 def _with_bucket(log_probs: Tensor) -> Tensor:
-    """One more entry, which holds the mass that the others leave."""
+    """Append an entry that holds the remaining mass."""
     mass = _log_mass(log_probs).clamp(max=-SMALLEST_TAIL)
     return torch.cat([log_probs, torch.log(-torch.expm1(mass))], -1)
 
 
 def _renormalized(log_probs: Tensor) -> Tensor:
-    """Probabilities that sum to 1. A side without mass on the support stays at probability 0."""
+    """Renormalise to a sum of 1. A side without mass on the support stays at probability 0."""
     mass = _log_mass(log_probs)
     return log_probs - torch.where(mass == -math.inf, 0.0, mass)
 
@@ -105,16 +109,19 @@ TAILS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _on_support(log_q: Tensor, log_p: Tensor, tail: str, count: Tensor) -> Entries:
-    return Entries(TAILS[tail](log_q), TAILS[tail](log_p), count + (tail == "bucket"))
+def _on_support(log_q: Tensor, log_p: Tensor, tail: str, count: Tensor) -> _LogProbs:
+    return _LogProbs(TAILS[tail](log_q), TAILS[tail](log_p), count + (tail == "bucket"))
 
 
-def _largest_entries(student: Tensor, teacher: Tensor, topk: int | None, side: str, tail: str) -> Entries:
-    """The whole vocabulary or, with `topk`, the entries of the largest transformed logits of one side: a constant for the gradient."""
+def _largest_entries(student: Tensor, teacher: Tensor, topk: int | None, side: str, tail: str) -> _LogProbs:
+    """Return the whole vocabulary or, with `topk`, the entries of one side's largest transformed logits.
+
+    The choice of the entries is a constant for the gradient.
+    """
     log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
     n, V = student.shape
     if topk is None:
-        return Entries(log_q, log_p, torch.full((n,), V, device=student.device))
+        return _LogProbs(log_q, log_p, torch.full((n,), V, device=student.device))
     k = min(topk, V)
     support = (student if side == "student" else teacher).detach().topk(k, -1).indices
     return _on_support(
@@ -122,8 +129,8 @@ def _largest_entries(student: Tensor, teacher: Tensor, topk: int | None, side: s
     )
 
 
-def _listed_entries(student: Tensor, ids: Tensor, logprobs: Tensor, tail: str) -> Entries:
-    """The entries (n, K) that a teacher lists. One whose log-prob is -inf is padding; its id may be anything."""
+def _listed_entries(student: Tensor, ids: Tensor, logprobs: Tensor, tail: str) -> _LogProbs:
+    """Return the entries (n, K) of a teacher's list. A log-prob of -inf means padding, of any id."""
     listed = logprobs > -math.inf
     log_q = student.log_softmax(-1).gather(-1, torch.where(listed, ids, 0))
     return _on_support(torch.where(listed, log_q, -math.inf), logprobs, tail, listed.sum(-1))
@@ -134,7 +141,7 @@ def _listed_entries(student: Tensor, ids: Tensor, logprobs: Tensor, tail: str) -
 
 @dataclass(frozen=True)
 class Clips:
-    """min(f, entry) before the sum, min(D, token) after it; no gradient through what is clipped. inf clips nothing."""
+    """min(f, entry) before the sum, min(D, token) after it, no gradient at a clip. inf clips nothing."""
 
     entry: float = math.inf
     token: float = math.inf
@@ -153,40 +160,40 @@ class Clips:
         return min(self.entry, self.token) < math.inf
 
 
-class Judged(NamedTuple):
-    """Without a gradient: D per row under the clips, the clipped share of its terms, the terms (n, E) and rows (n,) that a clip took."""
+class _Clipped(NamedTuple):
+    """Values under the clips, without a gradient."""
 
-    divergence: Tensor
-    clipped_fraction: Tensor
-    terms: Tensor
-    rows: Tensor
+    divergence: Tensor  # (n,)
+    clipped_fraction: Tensor  # (n,) share of the clipped terms
+    terms: Tensor  # (n, E) bool, True where the entry clip holds
+    rows: Tensor  # (n,) bool, True where the token clip holds
 
 
 @torch.no_grad()
-def _judge(entries: Entries, divergence: Divergence, clips: Clips) -> Judged:
+def _clipped(entries: _LogProbs, divergence: Divergence, clips: Clips) -> _Clipped:
     f = reference_terms(entries.log_q, entries.log_p, divergence)
     terms = f > clips.entry
     D = torch.where(terms, clips.entry, f).sum(-1)
     rows = D > clips.token
-    share = terms.sum(-1) / entries.count.clamp(min=1).to(D.dtype)
-    return Judged(torch.where(rows, clips.token, D), torch.where(rows, 1.0, share), terms, rows)
+    share = terms.sum(-1) / entries.size.clamp(min=1).to(D.dtype)
+    return _Clipped(torch.where(rows, clips.token, D), torch.where(rows, 1.0, share), terms, rows)
 
 
 def _differentiable(
-    entries: Entries, divergence: Divergence, clips: Clips, judged: Judged, unused: Tensor
+    entries: _LogProbs, divergence: Divergence, clips: Clips, clipped: _Clipped, unused: Tensor
 ) -> Tensor:
-    """D per row once more, now with its gradient. `unused` rows (n,) have none."""
-    stopped = judged.rows | unused
-    log_q = torch.where(judged.terms | stopped[:, None], 0.0, entries.log_q)
-    f = torch.where(judged.terms, clips.entry, reference_terms(log_q, entries.log_p, divergence))
-    return torch.where(stopped, judged.divergence, f.sum(-1))
+    """Compute D per row again, with its gradient. `unused` rows (n,) have none."""
+    stopped = clipped.rows | unused
+    log_q = torch.where(clipped.terms | stopped[:, None], 0.0, entries.log_q)
+    f = torch.where(clipped.terms, clips.entry, reference_terms(log_q, entries.log_p, divergence))
+    return torch.where(stopped, clipped.divergence, f.sum(-1))
 
 
 # ---------------------------------------------------------------- logits and statistics
 
 
 def reference_logits(raw: Tensor, transform: LogitTransform, bias: Tensor | None) -> Tensor:
-    """Raw logits (n, V) -> softcap(scale * (raw + bias)) / temperature."""
+    """Map raw logits (n, V) to softcap(scale * (raw + bias)) / temperature."""
     y = (raw if bias is None else raw + bias) * transform.scale
     if transform.softcap is not None:
         y = transform.softcap * torch.tanh(y / transform.softcap)
@@ -194,7 +201,7 @@ def reference_logits(raw: Tensor, transform: LogitTransform, bias: Tensor | None
 
 
 def reference_mix(student: Tensor, teacher: Tensor, teacher_mix: float) -> Tensor:
-    """The trust-region teacher's logits, (1 - a) t + a s with s held constant: a geometric mixture of the two distributions."""
+    """Return the trust-region teacher's logits (1 - a) t + a s, a geometric mixture, with s held constant."""
     return teacher if teacher_mix == 0 else (1 - teacher_mix) * teacher + teacher_mix * student.detach()
 
 
@@ -211,7 +218,7 @@ def _packed_logits(
     transform: LogitTransform,
     wide: torch.dtype,
 ) -> Tensor:
-    """Transformed logits of the valid rows, (n, vocab_size): the others never enter the graph."""
+    """Return the transformed logits of the valid rows, (n, vocab_size). The others never enter the graph."""
     packed = hidden.reshape(-1, hidden.shape[-1])[rows].to(wide)
     raw = packed @ weight[:vocab_size].to(wide).T
     return reference_logits(raw, transform, None if bias is None else bias[:vocab_size].to(wide))
@@ -228,7 +235,7 @@ def _of_labels(log_probs: Tensor, labels: Tensor) -> Tensor:
 def reference_statistics(
     student: Tensor, teacher: Tensor | None, labels: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The fields of TokenStats, beside those of the divergence itself, from transformed logits (n, V): each (n,). Without a teacher, the student's."""
+    """Return the student's fields of TokenStats, (n,) each; with a teacher also its own and the agreement."""
     log_q = student.detach().log_softmax(-1)
     stats = {"student_entropy": _entropy(log_q), "student_max_prob": log_q.exp().amax(-1)}
     if labels is not None:
@@ -246,18 +253,13 @@ def reference_statistics(
 # ---------------------------------------------------------------- tokens, weights, reductions
 
 STATISTICS = (
-    "divergence",
-    "student_entropy",
-    "teacher_entropy",
-    "student_max_prob",
-    "teacher_max_prob",
-    "top1_agreement",
+    *("divergence", "student_entropy", "teacher_entropy", "student_max_prob", "teacher_max_prob"),
+    *("top1_agreement", "student_logprob", "teacher_logprob", "clipped_fraction"),
 )
-STATISTICS += ("student_logprob", "teacher_logprob", "clipped_fraction")
 
 
 class _Tokens:
-    """Which tokens of the leading shape are valid, and the way from packed rows (n,) back to it."""
+    """The valid tokens of the leading shape, packed into rows (n,) and back."""
 
     def __init__(self, hidden: Tensor, mask: Tensor | None, labels: Tensor | None, ignore_index: int) -> None:
         self.valid = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
@@ -268,7 +270,7 @@ class _Tokens:
         self.rows = self.valid.flatten().nonzero()[:, 0]
 
     def pack(self, values: Tensor) -> Tensor:
-        """(..., *rest) -> (n, *rest)"""
+        """Map (..., *rest) to (n, *rest)."""
         return (
             values.flatten(end_dim=self.valid.dim() - 1)[self.rows]
             if self.valid.dim()
@@ -276,26 +278,27 @@ class _Tokens:
         )
 
     def unpack(self, values: Tensor) -> Tensor:
-        """(n,) -> (...), zeros where not valid."""
+        """Map (n,) to (...), zeros at invalid tokens."""
         return values.new_zeros(self.valid.numel()).index_put((self.rows,), values).view(self.valid.shape)
 
     def weights(self, given: Any, stats: dict[str, Tensor]) -> Tensor:
-        """(n,), from a tensor (...) or from an object that is called with statistics and mask (B, T) of all sequences. No gradient flows."""
+        """Return weights (n,), without a gradient, from a tensor (...) or a weighting.
+
+        A weighting is called with the statistics and the mask (B, T) of all sequences.
+        """
         if given is None:
             return torch.ones_like(stats["divergence"])
         if not isinstance(given, Tensor):
             shape = (self.valid.shape[:-1].numel(), self.valid.shape[-1]) if self.valid.dim() else (1, 1)
-            known = dict.fromkeys(STATISTICS) | {
-                name: self.unpack(values).view(shape) for name, values in stats.items()
-            }
-            given = given(
-                None if given.scope == "index" else SimpleNamespace(**known), self.valid.view(shape)
-            ).view(self.valid.shape)
+            known: dict[str, Tensor | None] = dict.fromkeys(STATISTICS)
+            known |= {name: self.unpack(values).view(shape) for name, values in stats.items()}
+            seen = None if given.scope == "index" else SimpleNamespace(**known)
+            given = given(seen, self.valid.view(shape)).view(self.valid.shape)
         return self.pack(given.detach()).to(stats["divergence"].dtype)
 
 
 def _reduce(values: Tensor, valid: Tensor, reduction: str, normalizer: float | Tensor | None) -> Tensor:
-    """`values` (...) hold w * D, zeros where not valid."""
+    """Reduce weighted divergences (...), which are zero at invalid tokens."""
     if reduction == "none":
         return values
     if reduction == "sum":
@@ -313,7 +316,7 @@ def _check_how(how: dict[str, object], op: str) -> None:
 
 @dataclass(frozen=True)
 class _Loss:
-    """What both ops do once their entries are known."""
+    """The options of a loss, and its value from the entries' log-probs."""
 
     divergence: Divergence
     clips: Clips
@@ -323,24 +326,21 @@ class _Loss:
     return_stats: bool
 
     def of(
-        self, entries: Entries, statistics: dict[str, Tensor], tokens: _Tokens
+        self, entries: _LogProbs, statistics: dict[str, Tensor], tokens: _Tokens
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         check_choice("reduction", self.reduction, REDUCTIONS)
-        judged = _judge(entries, self.divergence, self.clips)
-        stats = {"divergence": judged.divergence, **statistics}
+        clipped = _clipped(entries, self.divergence, self.clips)
+        stats = {"divergence": clipped.divergence, **statistics}
         if self.clips:
-            stats["clipped_fraction"] = judged.clipped_fraction
+            stats["clipped_fraction"] = clipped.clipped_fraction
         weights = tokens.weights(self.token_weights, stats)
-        per_token = _differentiable(entries, self.divergence, self.clips, judged, weights == 0)
-        weighted = (
-            torch.where(weights == 0, 0.0, per_token) * weights
-        )  # a token of weight zero may be infinitely far
+        per_token = _differentiable(entries, self.divergence, self.clips, clipped, weights == 0)
+        # a token of weight zero may have an infinite divergence
+        weighted = torch.where(weights == 0, 0.0, per_token) * weights
         loss = _reduce(tokens.unpack(weighted), tokens.valid, self.reduction, self.normalizer)
-        return (
-            (loss, {name: tokens.unpack(values) for name, values in stats.items()})
-            if self.return_stats
-            else loss
-        )
+        if not self.return_stats:
+            return loss
+        return loss, {name: tokens.unpack(values) for name, values in stats.items()}
 
 
 # ---------------------------------------------------------------- the ops
@@ -366,7 +366,7 @@ def linear_divergence_reference(
     labels: Tensor | None = None,
     ignore_index: int = -100,
     mask: Tensor | None = None,
-    token_weights: Any = None,  # (...) tensor, or an object with `scope` that is called with statistics and mask
+    token_weights: Any = None,  # (...) tensor, or a weighting
     teacher_mix: float = 0.0,
     entry_clip: float | None = None,
     token_clip: float | None = None,
@@ -378,9 +378,11 @@ def linear_divergence_reference(
     topk_tail: str = "bucket",
     **how: object,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """`linear_divergence` by its definition. Same arguments; those that only say how to compute (`backend`, `backward`, ...) change nothing.
+    """Compute `linear_divergence` by its definition.
 
-    Returns the reduced divergence in nats, float64 for float64 inputs and else float32, and with `return_stats` a dict of the fields of TokenStats.
+    Takes the same arguments; those of execution (`backend`, `backward`, ...) change nothing. Returns the
+    reduced divergence in nats, float64 for float64 inputs and else float32, and with `return_stats` a dict of
+    the fields of TokenStats.
     """
     _check_how(how, "linear_divergence")
     check_choice("topk_support", topk_support, ("student", "teacher"))
@@ -441,7 +443,7 @@ def linear_topk_divergence_reference(
     return_stats: bool = False,
     **how: object,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """`linear_topk_divergence` by its definition, as `linear_divergence_reference` is. The statistics are those of the student."""
+    """Compute `linear_topk_divergence` by its definition. The statistics are those of the student."""
     _check_how(how, "linear_topk_divergence")
     check_choice("tail", tail, tuple(TAILS))
     loss = _Loss(
@@ -480,7 +482,11 @@ def linear_logprobs_reference(
     return_entropy: bool = False,
     **how: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`linear_logprobs` by its definition: log-probs (...) of the labels in nats, 0 where a token is not valid; with `return_entropy` the entropies too."""
+    """Compute `linear_logprobs` by its definition.
+
+    Returns log-probs (...) of the labels in nats, 0 at invalid tokens; with `return_entropy` the entropies
+    too.
+    """
     _check_how(how, "linear_logprobs")
     tokens = _Tokens(hidden, mask, labels, ignore_index)
     transform = LogitTransform.parse("", logit_scale, softcap, "temperature", temperature)

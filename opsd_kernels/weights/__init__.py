@@ -1,4 +1,4 @@
-"""Token weightings: how much each token of a rollout counts. The contract: base.py. The schemes: schemes.py."""
+"""Token weightings: how much each token of a rollout counts. Contract: base.py. Schemes: schemes.py."""
 
 from .base import Constant, Given, Product, TokenWeighting
 from .schemes import (

@@ -1,26 +1,30 @@
-"""The contract of token weightings, its checks, and the base of the schemes in weights.py.
+"""The contract of token weightings, its checks, and the base class of the schemes in schemes.py.
 
-The contract. A weighting is any object with `scope` and `__call__(stats, mask) -> (B, T)` floating-point weights; the schemes here are examples of it.
+A weighting is any object with `scope` and `__call__(stats, mask)` that returns (B, T) floating-point weights.
 
-* `mask` (B, T) bool is True where a token is valid. Padding may stand left, right or in between. Each row is a sequence, and a position counts its valid
-  tokens only: t = 1..T. A (T,) mask is one sequence.
-* `stats` holds (B, T) tensors under the names of `TokenStats`, 0 where a token is not valid. Without labels `student_logprob` and `teacher_logprob` are None.
-* `scope` says what a token's weight may depend on: "index", the mask alone (`stats` is None, except inside a product or another wrapper); "row", also the
-  token's own statistics; "sequence", also those of its whole sequence. Rows, or sequences, that are not computed yet hold zeros or unfinished numbers:
-  a weighting neither fails on them nor lets them reach the weights of others.
+* `mask` (B, T) bool is True at valid tokens. Padding may be left, right or in between. Each row is a
+  sequence, and a position counts its valid tokens only: t = 1..T. A (T,) mask is one sequence.
+* `stats` holds (B, T) tensors under the names of `TokenStats`, 0 at invalid tokens. Without labels
+  `student_logprob` and `teacher_logprob` are None.
+* `scope` bounds what a token's weight may depend on. "index": the mask alone (`stats` is None, except inside
+  a product or another wrapper). "row": also the token's own statistics. "sequence": also those of its whole
+  sequence. Rows, or sequences, that are not computed yet hold zeros or unfinished numbers: a weighting must
+  not fail on them, nor let them change the weights of others.
 
-A weighting may also say `needs_labels`, that it reads the log-probs; `needs_metrics` False, that of the other statistics it reads the divergence alone;
-`lengths`, those of the sequences in one packed row (`PackedSequences`); and `exchanges`, that it talks to other ranks (`AcrossRanks`).
+Optional attributes: `needs_labels`, True if it reads the log-probs; `needs_metrics`, False if of the other
+statistics it reads the divergence alone; `lengths`, those of the sequences in one packed row
+(`PackedSequences`); `exchanges`, True if calling it issues a collective (`AcrossRanks`).
 
-What the schemes here promise beyond it: a masked token weighs 0 and influences nothing, even if its statistics are NaN; no gradient flows; nothing waits
-for the device; no bit differs from run to run. They compute and return float64, since there are few numbers and the op rounds them once.
+The schemes here promise more: a masked token has weight 0 and influences nothing, even if its statistics are
+NaN; no gradient flows; no host sync; the same bits in every run. They compute and return float64, since there
+are few numbers and the op rounds them once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +34,7 @@ from ..spec import SCOPES, check_choice, check_number, expect
 
 
 def check_weighting(weighting: Any, argument: str = "token_weights") -> Any:
-    """`weighting`, if it is callable and has a known scope. TypeError or ValueError otherwise."""
+    """Return `weighting`, a callable with a known scope. Raises TypeError or ValueError otherwise."""
     expect(
         callable(weighting) and hasattr(weighting, "scope"),
         argument,
@@ -43,7 +47,10 @@ def check_weighting(weighting: Any, argument: str = "token_weights") -> Any:
 
 
 def check_weights(weights: Any, shape: Sequence[int]) -> Tensor:
-    """What a weighting returned, if it is a floating-point tensor of the mask's shape. TypeError or ValueError otherwise."""
+    """Return the weights of a weighting.
+
+    Raises TypeError if they are no floating-point tensor, ValueError if their shape is not the mask's.
+    """
     expect(
         isinstance(weights, Tensor),
         "token_weights",
@@ -68,12 +75,12 @@ def check_weights(weights: Any, shape: Sequence[int]) -> Tensor:
 
 
 def needs_labels(weighting: Any) -> bool:
-    """Whether a weighting reads the log-probs of the sampled tokens. A user's object may say so with a `needs_labels` of its own."""
+    """True if a weighting reads the log-probs of the sampled tokens."""
     return bool(getattr(weighting, "needs_labels", False))
 
 
 def statistic(stats: Any, name: str, mask: Tensor, reader: object) -> Tensor:
-    """One statistic in float64, 0 where a token is not valid."""
+    """Return one statistic in float64, 0 at invalid tokens."""
     scheme = type(reader).__name__
     expect(stats is not None, "stats", f"token statistics, which {scheme} reads", None)
     value = getattr(stats, name)
@@ -87,7 +94,10 @@ def statistic(stats: Any, name: str, mask: Tensor, reader: object) -> Tensor:
 
 
 def of_tokens(name: str, value: Tensor, mask: Tensor) -> Tensor:
-    """`value` in the mask's shape, where it has the leading shape of the hidden states: of that, the op folds all but the last dimension into rows."""
+    """Reshape a per-token tensor of the hidden states' leading shape to the mask's shape.
+
+    The op folds all but the last dimension of the leading shape into rows.
+    """
     fits = value.numel() == mask.numel() and value.shape[-1:] == mask.shape[-1:]
     expect(fits, name, f"shape {tuple(mask.shape)}, one entry per token", tuple(value.shape))
     expect(
@@ -97,9 +107,10 @@ def of_tokens(name: str, value: Tensor, mask: Tensor) -> Tensor:
 
 
 def running_sum(values: Tensor, segments: Tensor | None = None) -> Tensor:
-    """Inclusive sums along the last dimension, which start again where `segments` (ascending numbers) changes.
+    """Sum inclusively along the last dimension, from zero again where `segments` (ascending numbers) changes.
 
-    By doubling, log2(T) additions: torch.cumsum of floats on CUDA may differ from run to run, and a difference of two running sums loses small segments.
+    Doubling takes log2(T) additions. torch.cumsum of floats on CUDA may differ from run to run, and a
+    difference of two running sums loses small segments.
     """
     step = 1
     while step < values.shape[-1]:
@@ -110,23 +121,37 @@ def running_sum(values: Tensor, segments: Tensor | None = None) -> Tensor:
     return values
 
 
-class TokenWeighting:
-    """Base of the schemes. They give `values`; what every weighting owes is done here: masking, no gradient, products with `*`."""
+class Scheme:
+    """Base class of the schemes: masks the weights, stops gradients and multiplies with `*`.
 
-    scope: ClassVar[str]
-    needs_labels: ClassVar[bool] = False  # whether the log-probs of the sampled tokens are read
-    reads_metrics: ClassVar[bool] = False  # whether entropies, largest probabilities or the agreement are
-    per_token: ClassVar[tuple[str, ...]] = ()  # attributes that are tensors of one entry per token
-    parts: ClassVar[tuple[str, ...]] = ()  # attributes that are weightings themselves
+    A subclass defines `scope` and `values`.
+    """
+
+    # True if it reads entropies, largest probabilities or the agreement
+    reads_metrics: ClassVar[bool] = False
+    # attributes that are tensors of one entry per token
+    per_token: ClassVar[tuple[str, ...]] = ()
+    # attributes that are weightings themselves
+    parts: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def scope(self) -> str:
+        raise AttributeError(f"{type(self).__name__} defines no scope")
+
+    @property
+    def needs_labels(self) -> bool:
+        """True if it reads the log-probs of the sampled tokens."""
+        return False
 
     @property
     def needs_metrics(self) -> bool:
+        """True if it, or a part of it, reads statistics beside log-probs and divergence."""
         return self.reads_metrics or any(
             getattr(getattr(self, part), "needs_metrics", True) for part in self.parts
         )
 
     def values(self, stats: Any, mask: Tensor) -> Tensor:
-        """(B, T) float64 weights; what stands at masked tokens does not matter."""
+        """Return (B, T) float64 weights. Those of masked tokens do not matter."""
         raise NotImplementedError(f"{type(self).__name__} defines no values")
 
     def __call__(self, stats: Any, mask: Tensor) -> Tensor:
@@ -143,8 +168,24 @@ class TokenWeighting:
         return NotImplemented if left is None else Product(left, self)
 
 
-def _factor(other: Any) -> Any | None:
-    """What a weighting can be multiplied by: a number, a tensor, or an object that means to be a weighting; None for anything else."""
+if TYPE_CHECKING:
+
+    class TokenWeighting(Protocol):
+        """The objects that `token_weights=` takes beside tensors, as a type checker sees them."""
+
+        @property
+        def scope(self) -> str: ...
+
+        def __call__(self, stats: Any, mask: Tensor) -> Tensor:
+            # A body, for a subclass inherits one: at run time the name is the base class.
+            return mask
+
+else:
+    TokenWeighting = Scheme
+
+
+def _factor(other: Any) -> TokenWeighting | None:
+    """Convert a factor to a weighting: a number, a tensor or a weighting. None for anything else."""
     if isinstance(other, (int, float)) and not isinstance(other, bool):
         return Constant(other)
     if isinstance(other, Tensor):
@@ -153,10 +194,10 @@ def _factor(other: Any) -> Any | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Wrapper(TokenWeighting):
-    """A weighting made from another one."""
+class Wrapper(Scheme):
+    """Base class of the weightings that are made from another one, `inner`."""
 
-    inner: Any
+    inner: TokenWeighting
     parts: ClassVar[tuple[str, ...]] = ("inner",)
 
     def __post_init__(self) -> None:
@@ -167,15 +208,16 @@ class Wrapper(TokenWeighting):
         return needs_labels(self.inner)
 
     def inner_values(self, stats: Any, mask: Tensor) -> Tensor:
+        """Return inner's weights in float64, 0 at masked tokens."""
         return torch.where(mask, check_weights(self.inner(stats, mask), mask.shape).double(), 0.0)
 
 
 @dataclass(frozen=True, eq=False)
-class Product(TokenWeighting):
-    """`left * right`; its scope is the wider of the two. Either may be any object that keeps the contract."""
+class Product(Scheme):
+    """`left * right`. Its scope is the wider of the two. Either may be any object that keeps the contract."""
 
-    left: Any
-    right: Any
+    left: TokenWeighting
+    right: TokenWeighting
     parts: ClassVar[tuple[str, ...]] = ("left", "right")
 
     def __post_init__(self) -> None:
@@ -186,7 +228,8 @@ class Product(TokenWeighting):
             for factor in (self.left, self.right)
             if factor.scope == self.scope
         ]
-        if lengths[0] is not None and lengths[0] == lengths[-1]:  # otherwise a factor needs the whole row
+        # otherwise a factor needs the whole row
+        if lengths[0] is not None and lengths[0] == lengths[-1]:
             object.__setattr__(self, "lengths", lengths[0])
 
     @property
@@ -204,14 +247,14 @@ class Product(TokenWeighting):
         return left * right
 
 
-class Schedule(TokenWeighting):
-    """A weight by position alone."""
+class Schedule(Scheme):
+    """Base class of the weights by position alone. A subclass defines `at`."""
 
     scope: ClassVar[str] = "index"
 
-    at: ClassVar[
-        Callable[[Any, Tensor, Tensor], Tensor]
-    ]  # (t, T) float64 -> weights at positions t = 1..T of sequences of T >= 1 tokens
+    def at(self, t: Tensor, T: Tensor) -> Tensor:
+        """Return the weights at positions t = 1..T of sequences of T >= 1 tokens; all in float64."""
+        raise NotImplementedError(f"{type(self).__name__} defines no weights at a position")
 
     def values(self, stats: Any, mask: Tensor) -> Tensor:
         return self.at(mask.cumsum(-1).double(), mask.sum(-1, keepdim=True).clamp(min=1).double())
@@ -219,7 +262,7 @@ class Schedule(TokenWeighting):
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The same weight for every valid token. What a number becomes in `0.5 * weighting`."""
+    """The same weight for every valid token: the number in `0.5 * weighting`."""
 
     value: float
 
@@ -231,8 +274,8 @@ class Constant(Schedule):
 
 
 @dataclass(frozen=True, eq=False)
-class Given(TokenWeighting):
-    """Weights given as a tensor of one entry per token. What a tensor becomes in `weighting * tensor`."""
+class Given(Scheme):
+    """Weights from a tensor of one entry per token: the tensor in `weighting * tensor`."""
 
     weights: Tensor = field(repr=False)
     scope: ClassVar[str] = "index"

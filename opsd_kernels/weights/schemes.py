@@ -3,7 +3,7 @@
     weights = FirstFraction(0.3) * EntropyGate("teacher", below=2.0)
     loss = linear_divergence(..., token_weights=weights)
 
-The contract of a weighting, and what the schemes here promise beyond it: base.py.
+base.py has the contract of a weighting, and the promises of these schemes beyond it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec import check_choice, check_number, expect
-from .base import Schedule, TokenWeighting, Wrapper, check_weights, of_tokens, running_sum, statistic
+from .base import (
+    Schedule,
+    Scheme,
+    TokenWeighting,
+    Wrapper,
+    check_weights,
+    of_tokens,
+    running_sum,
+    statistic,
+)
 
 # ---------------------------------------------------------------- scope "index"
 
 
-# p * T of a decimal p misses a tie by its rounding error, which is far below this for any sequence that fits a machine.
+# p * T of a decimal p misses a tie by its rounding error, which is far below this for any practical length.
 _TIE = 2.0**-20
 
 
@@ -39,8 +48,9 @@ class _Share(Schedule):
 class FirstFraction(_Share):
     """1 inside the first share `p` of a sequence's valid tokens, else 0; 0 < p <= 1.
 
-    Token t is inside if (t - 1/2) / T < p: p * T tokens, rounded, and exact where p * T is whole. So a sequence with p * T <= 1/2 has none.
-    Ties (p * T = k + 1/2) are rounded down; `LastFraction(1 - p)` rounds them up and is the exact complement.
+    Token t is inside if (t - 1/2) / T < p: p * T tokens, rounded, and exact where p * T is whole. A sequence
+    with p * T <= 1/2 has none. Ties (p * T = k + 1/2) are rounded down; `LastFraction(1 - p)` rounds them up
+    and is the exact complement.
     """
 
     def at(self, t: Tensor, T: Tensor) -> Tensor:
@@ -48,7 +58,10 @@ class FirstFraction(_Share):
 
 
 class LastFraction(_Share):
-    """1 inside the last share `p` of a sequence's valid tokens, else 0; 0 < p <= 1. Token t is inside if (t - 1/2) / T >= 1 - p; see `FirstFraction`."""
+    """1 inside the last share `p` of a sequence's valid tokens, else 0; 0 < p <= 1.
+
+    Token t is inside if (t - 1/2) / T >= 1 - p. See `FirstFraction`.
+    """
 
     def at(self, t: Tensor, T: Tensor) -> Tensor:
         return (t - 0.5 >= (1 - self.p) * T - _TIE).double()
@@ -56,7 +69,10 @@ class LastFraction(_Share):
 
 @dataclass(frozen=True)
 class LinearDecay(Schedule):
-    """From 1 at the first valid token to `end` >= 0 at the last, linear in (t - 1) / (T - 1). A single token weighs 1. `end` > 1 is a growth."""
+    """1 at the first valid token, `end` >= 0 at the last, linear in (t - 1) / (T - 1).
+
+    A single token has weight 1. `end` > 1 lets the weights grow.
+    """
 
     end: float
 
@@ -70,7 +86,7 @@ class LinearDecay(Schedule):
 
 @dataclass(frozen=True)
 class ExponentialDecay(Schedule):
-    """exp(-rate * t / T), t = 1..T: close to 1 at the first valid token, exp(-rate) at the last. rate >= 0."""
+    """exp(-rate * t / T), t = 1..T, rate >= 0: near 1 at the first valid token, exp(-rate) at the last."""
 
     rate: float
 
@@ -83,9 +99,10 @@ class ExponentialDecay(Schedule):
 
 @dataclass(frozen=True)
 class Sigmoid(Schedule):
-    """w_min + (1 - w_min) * sigmoid((u - center) / width) with u = (t - 1/2) / T: position weights of PW-OPD (arXiv:2605.21606).
+    """w_min + (1 - w_min) * sigmoid((u - center) / width) with u = (t - 1/2) / T.
 
-    0 <= w_min <= 1. A positive `width` favours late tokens, a negative one early tokens.
+    The position weights of PW-OPD (arXiv:2605.21606). 0 <= w_min <= 1. A positive `width` favours late
+    tokens, a negative one early tokens.
     """
 
     w_min: float
@@ -105,11 +122,12 @@ class Sigmoid(Schedule):
 
 
 @dataclass(frozen=True, eq=False)
-class ImportanceRatio(TokenWeighting):
-    """min(exp(clamp(log s(y) - old, -20, 20)), clip): how much likelier the sampled token is now than when it was sampled (SDPO, arXiv:2601.20802).
+class ImportanceRatio(Scheme):
+    """min(exp(clamp(log s(y) - old, -20, 20)), clip), the importance ratio of SDPO (arXiv:2601.20802).
 
-    `old_logprobs`: log-probs (nats) under the sampling policy, of the leading shape of the hidden states; masked tokens may hold anything.
-    Equal log-probs give 1, both -inf included. A NaN at a valid token stays NaN, so that it shows.
+    `old_logprobs` are log-probs (nats) under the sampling policy, of the leading shape of the hidden states;
+    masked tokens may hold anything. Equal log-probs give 1, both -inf included. A NaN at a valid token stays
+    NaN, so that it shows.
     """
 
     old_logprobs: Tensor = field(repr=False)
@@ -132,8 +150,11 @@ class ImportanceRatio(TokenWeighting):
 
 
 @dataclass(frozen=True)
-class EntropyGate(TokenWeighting):
-    """1 where the entropy (nats) of the `of` side, "student" or "teacher", is < `below`, or > `above`; else 0. Exactly one bound is given."""
+class EntropyGate(Scheme):
+    """1 where an entropy (nats) is < `below`, or > `above`; else 0. Exactly one bound is given.
+
+    `of` names the side, "student" or "teacher".
+    """
 
     of: str
     below: float | None = None
@@ -149,20 +170,23 @@ class EntropyGate(TokenWeighting):
             "exactly one of the two",
             f"below={self.below}, above={self.above}",
         )
-        check_number(
-            "above" if self.below is None else "below", self.above if self.below is None else self.below
-        )
+        name = "above" if self.below is None else "below"
+        check_number(name, getattr(self, name))
 
     def values(self, stats: Any, mask: Tensor) -> Tensor:
         entropy = statistic(stats, f"{self.of}_entropy", mask, self)
-        return (entropy > self.above if self.below is None else entropy < self.below).double()
+        if self.below is not None:
+            return (entropy < self.below).double()
+        assert self.above is not None
+        return (entropy > self.above).double()
 
 
 @dataclass(frozen=True)
-class TrustGate(TokenWeighting):
-    """1 where min(t(y) / s(y), 1) >= threshold for the sampled token y, else 0: the trust region of TrOPD (arXiv:2606.01249). 0 < threshold <= 1.
+class TrustGate(Scheme):
+    """1 where min(t(y) / s(y), 1) >= threshold for the sampled token y, else 0; 0 < threshold <= 1.
 
-    Compared as log t(y) - log s(y) >= log(threshold), which no ratio overflows. Where both probabilities are 0 the gate is closed.
+    The trust region of TrOPD (arXiv:2606.01249), compared as log t(y) - log s(y) >= log(threshold), which
+    cannot overflow. Where both probabilities are 0 the gate is closed.
     """
 
     threshold: float
@@ -188,12 +212,14 @@ class TrustGate(TokenWeighting):
 
 
 @dataclass(frozen=True)
-class PrefixDiscrepancy(TokenWeighting):
-    """w_t = 1 + gamma * (1 - sum_{k<t} d_k / sum_k d_k): IW-OPD (arXiv:2606.22600, Algorithm 1), tokens after little accumulated discrepancy count more.
+class PrefixDiscrepancy(Scheme):
+    """w_t = 1 + gamma * (1 - sum_{k<t} d_k / sum_k d_k): IW-OPD (arXiv:2606.22600, Algorithm 1).
 
-    d_k = |log s(y_k) - log t(y_k)| of the sampled token with of="logprob", the token's divergence (at least 0) with of="divergence", our full-vocabulary form.
-    A total of 0 leaves the ratio 0 / 0 at 0: weight 1 + gamma. Infinite d_k outweigh all finite ones and share the total equally, the limit of equally large
-    numbers; NaN counts as 0. gamma >= -1 keeps the weights >= 0; a negative one favours late tokens.
+    Tokens after little accumulated discrepancy count more. With of="logprob" d_k = |log s(y_k) - log t(y_k)|
+    of the sampled token; with of="divergence", our full-vocabulary form, d_k is the token's divergence (at
+    least 0). A total of 0 leaves the ratio 0 / 0 at 0: weight 1 + gamma. Infinite d_k outweigh all finite
+    ones and share the total equally, the limit of equally large numbers; NaN counts as 0. gamma >= -1 keeps
+    the weights >= 0; a negative gamma favours late tokens.
     """
 
     gamma: float = 0.5
@@ -228,10 +254,11 @@ class PrefixDiscrepancy(TokenWeighting):
 
 @dataclass(frozen=True, eq=False)
 class SegmentMean(Wrapper):
-    """Each token gets the mean of `inner` over the valid tokens of its segment: the step-level form of MOPD (arXiv:2605.12652).
+    """The mean of `inner` over the valid tokens of each segment: MOPD's step-level form (arXiv:2605.12652).
 
-    `boundaries`: bool of the leading shape of the hidden states, True at the first token of each segment, masked or not; a segment reaches to the next
-    True or the end of the sequence, and the first starts with the sequence in any case.
+    `boundaries` is bool, of the leading shape of the hidden states, and True at the first token of each
+    segment, masked or not. A segment reaches to the next True or the end of the sequence; the first one
+    always starts with the sequence.
     """
 
     boundaries: Tensor = field(repr=False)
@@ -258,17 +285,17 @@ class SegmentMean(Wrapper):
     def values(self, stats: Any, mask: Tensor) -> Tensor:
         segments = of_tokens("boundaries", self.boundaries, mask).cumsum(-1)
         inner = self.inner_values(stats, mask)
-        ends = (
-            torch.searchsorted(segments, segments, right=True) - 1
-        )  # each token's last neighbour in its segment
+        # the last token of each token's segment
+        ends = torch.searchsorted(segments, segments, right=True) - 1
         total, count = (running_sum(x, segments).gather(-1, ends) for x in (inner, mask.double()))
         return total / count.clamp(min=1)
 
 
 class MeanOne(Wrapper):
-    """`inner` divided by its mean over the valid tokens of the sequence, so that a weight does not change the step size. A mean of 0 gives weights of 0.
+    """`inner` divided by its mean over the valid tokens of the sequence, so that weights keep the step size.
 
-    An inner of scope "row" makes this "sequence": its mean needs the statistics of all tokens of the sequence. Of scope "index" it stays "index".
+    A mean of 0 gives weights of 0. With an inner of scope "row" the scope is "sequence": the mean needs the
+    statistics of all tokens of the sequence. With one of scope "index" it stays "index".
     """
 
     @property
@@ -282,10 +309,10 @@ class MeanOne(Wrapper):
 
 
 class _Layout(NamedTuple):
-    """Where the N tokens of a packed row stand in (sequences, longest), and back."""
+    """Indices from the N tokens of a packed row to (sequences, longest), and back."""
 
     source: Tensor  # (S, L) int64 index into the packed row; 0 where there is no token
-    inside: Tensor  # (S, L) bool, whether there is one
+    inside: Tensor  # (S, L) bool, True where there is a token
     target: Tensor  # (N,) int64 index into the flat (S, L)
 
     @classmethod
@@ -297,15 +324,12 @@ class _Layout(NamedTuple):
         return cls(torch.where(inside, starts + columns, 0), inside, inside.flatten().nonzero().flatten())
 
     def pad(self, packed: Tensor) -> Tensor:
-        return torch.where(
-            self.inside,
-            packed.reshape(-1)[self.source],
-            torch.zeros((), dtype=packed.dtype, device=packed.device),
-        )
+        zero = torch.zeros((), dtype=packed.dtype, device=packed.device)
+        return torch.where(self.inside, packed.reshape(-1)[self.source], zero)
 
 
 class _PaddedStats:
-    """Token statistics of a packed row, each padded when it is read."""
+    """The token statistics of a packed row, each padded on access."""
 
     def __init__(self, stats: Any, layout: _Layout) -> None:
         self._stats, self._layout = stats, layout
@@ -315,27 +339,28 @@ class _PaddedStats:
         return self._layout.pad(value) if isinstance(value, Tensor) else value
 
 
-def _moved(weighting: Any, move: Callable[[str, Tensor], Tensor]) -> Any:
-    """A weighting with its tensors of one entry per token moved; a user's object stays as it is."""
-    if not isinstance(weighting, TokenWeighting):
+def _moved(weighting: TokenWeighting, move: Callable[[str, Tensor], Tensor]) -> TokenWeighting:
+    """Apply `move` to the per-token tensors of a scheme and its parts. A user's own object stays as it is."""
+    if not isinstance(weighting, Scheme):
         return weighting
-    changes = {name: move(name, getattr(weighting, name)) for name in weighting.per_token}
+    changes: dict[str, Any] = {name: move(name, getattr(weighting, name)) for name in weighting.per_token}
     changes |= {name: _moved(getattr(weighting, name), move) for name in weighting.parts}
-    return replace(weighting, **changes) if changes else weighting
+    return replace(cast(Any, weighting), **changes) if changes else weighting
 
 
 @dataclass(frozen=True, eq=False)
 class PackedSequences(Wrapper):
-    """`inner` over sequences that stand one behind the other in a packed row: mask and statistics are (1, N) or (N,), N = sum(lengths).
+    """`inner` over the sequences of a packed row: mask and statistics are (1, N) or (N,), N = sum(lengths).
 
-    `inner` sees them padded to (len(lengths), longest). Tensors of one entry per token that its schemes hold (`old_logprobs`, `boundaries`) have the
-    packed shape too and are padded with them. Other wrappers belong inside: outside, the row is one sequence. Lengths may be 0.
-    Raises ValueError at the call where the lengths do not add up to N.
+    `inner` gets them padded to (len(lengths), longest). The per-token tensors of its schemes (`old_logprobs`,
+    `boundaries`) have the packed shape too and are padded with them. Other wrappers belong inside: outside,
+    the row is one sequence. Lengths may be 0. Raises ValueError at the call if the lengths do not add up to
+    N.
     """
 
-    lengths: tuple[
-        int, ...
-    ]  # given as ints or as a 1-D tensor of them: it is read once, here, and the index tensors stay on its device
+    # Ints, or a 1-D tensor of them, which is read once, at construction; the index tensors stay on its
+    # device.
+    lengths: tuple[int, ...]
     _layout: _Layout = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -361,14 +386,12 @@ class PackedSequences(Wrapper):
             f"lengths that add up to the {mask.numel()} tokens of the packed row",
             sum(self.lengths),
         )
-        layout = _Layout(
-            *(index.to(mask.device, non_blocking=True) for index in self._layout)
-        )  # a blocking copy waits for the device
+        # A blocking copy would sync.
+        layout = _Layout(*(index.to(mask.device, non_blocking=True) for index in self._layout))
         inner = _moved(self.inner, lambda name, tensor: layout.pad(of_tokens(name, tensor, mask)))
         padded = inner(None if stats is None else _PaddedStats(stats, layout), layout.pad(mask))
-        return (
-            check_weights(padded, layout.inside.shape).double().flatten()[layout.target].reshape(mask.shape)
-        )
+        flat = check_weights(padded, layout.inside.shape).double().flatten()
+        return flat[layout.target].reshape(mask.shape)
 
 
 def _parse_lengths(lengths: Any) -> tuple[int, ...]:
@@ -397,7 +420,7 @@ def _parse_lengths(lengths: Any) -> tuple[int, ...]:
 
 
 class _WholeStats:
-    """Statistics of whole sequences, gathered when they are read."""
+    """The statistics of whole sequences, each gathered from all ranks on access."""
 
     def __init__(self, stats: Any, gather: Callable[[Tensor], Tensor]) -> None:
         self._stats, self._gather = stats, gather
@@ -409,10 +432,12 @@ class _WholeStats:
 
 @dataclass(frozen=True, eq=False)
 class AcrossRanks(Wrapper):
-    """`inner` on sequences whose tokens are spread over the ranks of `group` (context parallelism): rank r holds the r-th part of every sequence.
+    """`inner` on sequences split over the ranks of `group` (context parallelism): rank r has the r-th part.
 
-    All ranks hold (B, T) tokens, padded where a sequence ends before, and weigh them as one process weighs (B, ranks * T). What `inner` reads is gathered,
-    the mask and a number or two per token; a weight of scope "row" reads nothing of others. The op computes all statistics first: six GEMM passes, not four.
+    Every rank holds (B, T) tokens, padded where a sequence ends earlier, and gets the weights that one
+    process computes for (B, ranks * T). The mask and the statistics that `inner` reads, a number or two per
+    token, are gathered; with scope "row" nothing is. The op computes all statistics first: six GEMM passes
+    instead of four.
     """
 
     group: Any
@@ -433,7 +458,7 @@ class AcrossRanks(Wrapper):
         return weights[:, self.group.rank() * mask.shape[1] :][:, : mask.shape[1]]
 
     def _gathered(self, values: Tensor) -> Tensor:
-        """(B, ranks * T) of (B, T)."""
+        """Gather (B, T) of every rank to (B, ranks * T)."""
         sent = values.to(torch.uint8) if values.dtype == torch.bool else values.contiguous()
         parts = [torch.empty_like(sent) for _ in range(self.group.size())]
         dist.all_gather(parts, sent, group=self.group)

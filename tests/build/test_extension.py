@@ -70,7 +70,7 @@ def test_narrower_instruction_sets_keep_the_row_contract(built, level):
     env = {**os.environ, "OPSD_CPU_CAPABILITY": level}
     if LEVELS.index(level) >= LEVELS.index(extension.capability()):
         pytest.skip(f"this process runs {extension.capability()} itself")
-    tests = ["tests/unit/test_rows.py", "tests/unit/test_rows_options.py", "tests/build/test_extension.py"]
+    tests = ["tests/unit/test_rows.py", "tests/build/test_extension.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "cpp or arithmetic", *tests]
     outcome = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stdout[-3000:]

@@ -1,4 +1,7 @@
-"""Builds the CUDA sources for the emulator: `opsd_emulated.so`, whose operators in the namespace `opsd_emulated` run the kernels on a CPU."""
+"""Build the CUDA sources for the emulator into `opsd_emulated.so`.
+
+Its operators, in the namespace `opsd_emulated`, run the kernels on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,9 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
-WARNINGS = [
-    "-Wall",
-    "-Wextra",
-    "-Werror",
-    "-Wno-unknown-pragmas",
-    "-Wno-uninitialized",
-    "-Wno-maybe-uninitialized",
-]  # the last two: false, of packs not loaded
+# The last two are false alarms about packs that are not loaded.
+WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+WARNINGS += ["-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 FLAGS = [
     "-std=c++20",
     "-O2",
@@ -34,7 +32,7 @@ FLAGS = [
 
 
 def build_script() -> ModuleType:
-    """setup.py, which knows the kernels and where CUDA is, as a module."""
+    """Load setup.py as a module: it lists the kernels and finds CUDA."""
     spec = importlib.util.spec_from_file_location("build_script", CSRC.parent / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -42,7 +40,7 @@ def build_script() -> ModuleType:
 
 
 def build(folder: Path, compiler: str = "g++") -> Path:
-    """The library, compiled into `folder`."""
+    """Compile the library into `folder` and return its path."""
     script = build_script()
     includes = [
         f"-I{CSRC / 'cuda'}",

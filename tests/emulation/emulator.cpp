@@ -34,7 +34,7 @@ struct Block {
 };
 
 struct Fiber {
-  ucontext_t context;  // of its first step; later ones are jumps, which cost no call of the system
+  ucontext_t context;  // of the first step; later ones are jumps, without a system call
   jmp_buf place;
   bool started = false;
   char* stack;
@@ -44,7 +44,7 @@ struct Fiber {
   bool done = false;
 };
 
-// One cluster at work.
+// The cluster that is running.
 struct Cluster {
   std::vector<Block> blocks;
   std::vector<Fiber> fibers;
@@ -80,7 +80,7 @@ void enter() {
   _longjmp(cluster->scheduler, 1);
 }
 
-// Until it waits or is done.
+// Runs the fiber until it waits or returns.
 void resume(Fiber& fiber) {
   cluster->running = &fiber;
   if (_setjmp(cluster->scheduler) != 0) return;

@@ -1,7 +1,9 @@
-// CUDA's threads on a CPU, for csrc/cuda: each is a fiber of its own, and runs until it waits for others of its warp, block or cluster.
+// CUDA threads on a CPU, for csrc/cuda. Each thread is a fiber that runs until it waits for its warp, block
+// or cluster.
 //
-// Deterministic but adversarial: whoever may run next is drawn from a generator, so that code which leans on an order fails. A kernel in which some threads
-// wait for others that have left is an error. What it cannot show: races between accesses that no order of whole steps brings out, and anything about time.
+// Deterministic but adversarial: the next fiber is drawn from a generator, so that code which depends on an
+// order fails. Threads that wait for others that have exited are an error. The emulator cannot show races
+// within a step, nor timing.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +33,7 @@ int cluster_size();
 char* shared_memory();
 void block_sync();
 void cluster_sync();
-// Writes `bytes` for the other lanes of the warp to read, and reads those of lane (own ^ mask).
+// Publishes `bytes` to the other lanes of the warp, then reads those of lane (own ^ mask).
 void exchange_lanes(const void* mine, void* theirs, int bytes, int mask);
 char* shared_of(int rank);
 

@@ -1,4 +1,4 @@
-"""The row contract's tests (tests/unit/test_rows.py, test_rows_options.py) over the CUDA kernels, which the emulator (emulator.h) runs on a CPU."""
+"""The row contract on the CUDA kernels, which the emulator (emulator.h) runs on a CPU."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.build, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> Path:
-    """Built in a process of its own: nothing of the emulator stays in this one."""
+    """Build the library in a subprocess, so that this process loads no part of the emulator."""
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("emulated")
@@ -28,12 +28,23 @@ def library(tmp_path_factory) -> Path:
 
 
 def test_the_contract_holds_on_every_device(library):
-    """Three devices: one without clusters, one whose blocks hold a row each, one whose shared memory takes eight blocks for the longest rows."""
+    """Run on three devices: no clusters, one row per block, and eight blocks for the longest rows.
+
+    The third device has so little shared memory that a long row takes a whole cluster.
+    """
     started = {}
     for name, device in DEVICES.items():
         environment = os.environ | {"OPSD_EMULATED_LIBRARY": str(library), "OPSD_EMULATED_DEVICE": device}
-        files = [str(HERE / "rows_emulated.py"), str(HERE / "options_emulated.py")]
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            HERE / "rows_emulated.py",
+        ]
         started[name] = subprocess.Popen(
             command,
             env=environment,

@@ -1,4 +1,7 @@
-"""Tests on a CUDA device. Without one they are skipped; OPSD_GPU_TESTS=interpret runs one of each on the CPU, with Triton's interpreter, to prove the tests."""
+"""Tests on a CUDA device, skipped without one.
+
+OPSD_GPU_TESTS=interpret runs one of each on the CPU with Triton's interpreter, to check the tests themselves.
+"""
 
 import os
 import sys
@@ -15,14 +18,14 @@ import torch
 from opsd_kernels._rows import backends
 
 HERE = Path(__file__).resolve().parent
-# Of the parameter sets of a test, every which one runs: in turn by the sum of their positions. Triton takes half a second to compile each kernel of each;
-# it and torch run all sets without a GPU.
+# A backend runs every n-th parameter set of a test, by the sum of the parameters' positions. Triton takes
+# half a second to compile a kernel of each set; Triton and torch run all sets without a GPU.
 EVERY = {"cuda": 1, "triton": 6, "torch": 3}
-FIRST_ALONE = 1000  # in a dry run, and of what is skipped
+FIRST_ALONE = 1000  # in a dry run, and where tests are skipped
 
 
 def pytest_configure(config):
-    if placing.DRY_RUN:  # numpy's, for every inf and NaN on the way through the interpreter
+    if placing.DRY_RUN:  # NumPy warns of every inf and NaN in the interpreter
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.*")
 
 
@@ -44,13 +47,16 @@ def pytest_collection_modifyitems(config, items):
 
 
 def in_turn(items, first_alone):
-    """The items whose parameters' positions, each among the values of that parameter, add up to a multiple of what their backend stands under."""
+    """Yield the items whose parameters' positions add up to a multiple of their backend's number in EVERY.
+
+    A position counts among the values of its parameter.
+    """
     positions = {}
     for item in items:
         params = dict(item.callspec.params) if hasattr(item, "callspec") else {}
         backend = params.pop("backend", None)
         if placing.DRY_RUN and backend == "triton" and "rows" not in item.path.name:
-            continue  # interpreted, one call takes minutes; tests/interp takes it through the op
+            continue  # an interpreted op call takes minutes; tests/interp runs one
         every = FIRST_ALONE if first_alone else EVERY.get(backend, 1)
         total = 0
         for name, value in params.items():
@@ -62,7 +68,7 @@ def in_turn(items, first_alone):
 
 @pytest.fixture(params=["cpp" if placing.DRY_RUN else "cuda", "triton", "torch"])
 def backend(request):
-    """The name of each backend that serves the device; skipped, with its reason, where it cannot."""
+    """The name of each backend on the device; skipped with its reason where it cannot serve."""
     reason = backends.explain(placing.DEVICE.type)[request.param]
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
@@ -76,7 +82,7 @@ def device():
 
 @pytest.fixture
 def cuda():
-    """For what a CPU has none of: streams, graphs, a count of host synchronisations."""
+    """The CUDA device, for tests of streams, graphs and host synchronisation."""
     if placing.DEVICE.type != "cuda":
         pytest.skip("only CUDA has it")
     return placing.DEVICE
@@ -84,5 +90,5 @@ def cuda():
 
 @pytest.fixture
 def as_users_run():
-    """Without the NaN-filled allocations and deterministic algorithms of the suite, which launch kernels of their own."""
+    """Turn off deterministic algorithms and NaN-filled allocations, which launch kernels of their own."""
     torch.use_deterministic_algorithms(False)

@@ -1,7 +1,8 @@
-"""Runs tests that know nothing of devices on one: their tensors stay on the CPU, and each call in between moves to the device and back.
+"""Run the CPU tests on a device: each call moves its tensors there and its results back.
 
-A storage moves whole, so that offsets, strides, the gaps between rows, and what shares memory with what are the same there.
-OPSD_GPU_TESTS=interpret makes the device the CPU and every move a copy: a dry run of the test code on a machine without a GPU.
+A storage moves whole, so that offsets, strides, the gaps between rows and aliasing are the same on the
+device. OPSD_GPU_TESTS=interpret makes the device the CPU and every move a copy: a dry run of the test code
+without a GPU.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ FIXTURE = type(pytest.fixture(lambda: None))  # pytest < 8.4: a function
 
 
 class Mover:
-    """One move: tensors that share a storage here share one there, and one tensor given twice is one tensor there."""
+    """Move tensors to a device and keep their aliasing: shared storages, and one tensor given twice."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.storages: dict[int, tuple[Tensor, Tensor]] = {}  # by address: all bytes here, all bytes there
+        # by address: all bytes on the CPU, all bytes on the device
+        self.storages: dict[int, tuple[Tensor, Tensor]] = {}
         self.tensors: dict[int, tuple[Tensor, Tensor]] = {}
 
     def view(self, x: Tensor) -> Tensor:
@@ -57,13 +59,13 @@ class Mover:
         return self.tensors[id(x)][1]
 
     def back(self) -> None:
-        """What was written there is written here: all of it, also where nothing should have been."""
+        """Copy every byte of the moved storages back, so that a write outside the output shows."""
         for here, there in self.storages.values():
             here.copy_(there)
 
 
 class Moved(torch.autograd.Function):
-    """A tensor on the device, with its gradient on the CPU."""
+    """Move a tensor to the device and its gradient back to the CPU."""
 
     @staticmethod
     def forward(ctx, x, mover):
@@ -76,7 +78,7 @@ class Moved(torch.autograd.Function):
 
 
 def each_tensor(value: object, change: Callable[[Tensor], Tensor]) -> object:
-    """The same value with its tensors changed: those in tuples, lists, dicts and dataclasses, too."""
+    """Apply `change` to each tensor of a value, inside tuples, lists, dicts and dataclasses too."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, (tuple, list)):
@@ -92,7 +94,7 @@ def each_tensor(value: object, change: Callable[[Tensor], Tensor]) -> object:
 
 
 def on_device(op: Callable) -> Callable:
-    """`op` with all tensors moved to the device, and its results moved back. Differentiable."""
+    """Wrap `op` to move all tensors to the device and its results back. Differentiable."""
 
     @functools.wraps(op)
     def run(*arguments: object, **options: object) -> object:
@@ -104,18 +106,18 @@ def on_device(op: Callable) -> Callable:
 
 
 def placed(case: testing.Case) -> testing.Case:
-    """The case on the device, views as they were."""
+    """Move a case to the device, with the same views."""
     return case._map(Mover(DEVICE).view)
 
 
 def unmasked(case: testing.Case) -> testing.Case:
-    """Every token counts; what would be ignored is finite."""
+    """Make every token valid and the hidden states of ignored rows finite."""
     finite = {name: getattr(case, name).nan_to_num(0, 0, 0) for name in ("student_hidden", "teacher_hidden")}
     return dataclasses.replace(case, mask=None, labels=None, token_weights=None, **finite)
 
 
 def unserved(backend: str | None, dtype: torch.dtype) -> str | None:
-    """Why a backend has no sweeps for `dtype` on the device, if it has none."""
+    """Return the reason why a backend has no sweeps for `dtype` on the device, or None."""
     return backends.explain(DEVICE.type, dtype)[backend] if backend and DEVICE.type == "cuda" else None
 
 
@@ -126,7 +128,7 @@ def skip_unless_served(backend: str | None, dtype: torch.dtype) -> None:
 
 
 class PlacedRows:
-    """A row backend whose sweeps run on the device. What they write over their arguments is copied back."""
+    """A row backend whose sweeps run on the device. Writes to their arguments are copied back."""
 
     def __init__(self, name: str) -> None:
         self.name, self.backend = name, backends.select(name, DEVICE)
@@ -143,7 +145,10 @@ class PlacedRows:
 
 
 def unit(name: str) -> ModuleType:
-    """tests/unit/<name>.py over again, with the public ops on the device. Plain PyTorch runs on both: its largest error counts."""
+    """Execute tests/unit/<name>.py as a second module whose public ops run on the device.
+
+    Plain PyTorch runs on the CPU and on the device, and the larger error counts.
+    """
     spec = importlib.util.spec_from_file_location(f"on_device_{name}", TESTS / "unit" / f"{name}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -166,12 +171,15 @@ def plain_outcomes(case: testing.Case, **options: object) -> tuple[testing.Outco
 
 
 def adopt(module: ModuleType, but: str = "compile") -> dict[str, object]:
-    """A unit file's tests of a backend, and its fixtures, for the globals of a file in this folder; without those whose name matches `but`."""
+    """Return a unit file's fixtures and its tests of a backend, for the globals of a test file on the device.
+
+    Tests whose name matches the pattern `but` are left out.
+    """
     stem = module.__name__.rpartition("test_")[2]
     found = {}
     for name, value in vars(module).items():
         if name.startswith("test_"):
-            if {"backend", "rows_of"} & set(inspect.signature(value).parameters) and not re.search(but, name):
+            if "backend" in inspect.signature(value).parameters and not re.search(but, name):
                 found[name.replace("test_", f"test_{stem}_", 1)] = value
         elif isinstance(value, FIXTURE) and (
             FIXTURE is not FunctionType or hasattr(value, "__pytest_wrapped__")

@@ -1,8 +1,9 @@
-"""The tests of the public ops in tests/unit on the device: against float64, near teachers, weights, objectives, log-probs, backward twice, equal bits."""
+"""The public ops' tests of tests/unit, on the device."""
 
 import placing
 
-# By file, the tests left to test_pytorch_on_gpu.py, or that make their modules or inputs themselves.
+# By file, a pattern of tests to leave out: test_pytorch_on_gpu.py has them, or they make their own modules or
+# inputs.
 WITHOUT = {
     "test_op": "compile",
     "test_near_teacher": "compile",

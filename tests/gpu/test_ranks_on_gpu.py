@@ -1,4 +1,4 @@
-"""What lies between ranks, on one device: the vocabulary-parallel op in a group of one, whose collectives are the device's own, and the trainer."""
+"""The vocabulary-parallel op in a group of one with the device's collectives, and the trainer."""
 
 import json
 
@@ -34,7 +34,7 @@ def alone():
 @pytest.mark.parametrize("backward", ["auto", "recompute"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_group_of_one(backend, alone, options, backward, dtype):
-    """Judged against float64 as the op without a group is, beside which it runs the merges and collectives of a shard."""
+    """The merges and collectives of a shard keep the gates of the op without a group."""
     case = placed(unmasked(hard_case(*SIZES, dtype, largest_logit=8.0)))
     shard = VocabShard.from_vocab(case.student_weight.shape[0], alone)
     got = evaluate(linear_divergence, case, backend=backend, backward=backward, group=shard, **options)
@@ -46,7 +46,7 @@ def test_a_group_of_one(backend, alone, options, backward, dtype):
 
 
 def test_the_trainer_learns_there(tmp_path):
-    """A small base made on the CPU, then steps on the device: its losses are finite, and its checkpoint is whole."""
+    """A base made on the CPU takes steps on the device with positive losses and a complete summary."""
     pytest.importorskip("transformers")
     from opsd_kernels.train.config import TrainConfig
     from opsd_kernels.train.loop import train

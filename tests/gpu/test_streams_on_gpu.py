@@ -1,4 +1,4 @@
-"""What only a device that works on its own can get wrong: streams, host synchronisations, graphs, the current device."""
+"""Streams, host synchronisation, CUDA graphs and the current device."""
 
 import contextlib
 from dataclasses import replace
@@ -83,7 +83,10 @@ def test_no_host_synchronisation_where_nothing_is_packed(backend, options, ignor
 
 
 def waits_for_nothing(case, **options):
-    """A run that may wait (kernels are compiled, handles made), and one that may not, with the same result. Without a GPU: tests/unit/test_no_sync.py."""
+    """Run once with syncs allowed (kernels compile, handles are made), then without, to the same bits.
+
+    tests/unit/test_no_sync.py checks this without a GPU.
+    """
     first = evaluate(linear_divergence, case, **options)
     with waiting_is_an_error():
         second = evaluate(linear_divergence, case, **options)
@@ -115,15 +118,14 @@ def test_waiting_is_found(cuda):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("mask", [unmasked, masked], ids=["unmasked", "masked"])
 def test_another_current_stream(backend, cuda, divergence, reduction, mask):
-    """While the default stream is busy for half a second, the op is done on another one, with the same bits: it neither waits there nor works there."""
+    """The op finishes on a side stream, with the same bits, while the default stream is busy."""
     case, options = mask(plain_case()), {"divergence": divergence, "reduction": reduction, "backend": backend}
     expected = evaluate(linear_divergence, case, **options)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        evaluate(
-            linear_divergence, case, **options
-        )  # the allocator's blocks and the library's workspace of this stream
+        # makes the allocator's blocks and the library's workspace of this stream
+        evaluate(linear_divergence, case, **options)
     torch.cuda.synchronize()
     busy = torch.cuda.Event()
     torch.cuda._sleep(HALF_A_SECOND)
@@ -136,11 +138,11 @@ def test_another_current_stream(backend, cuda, divergence, reduction, mask):
     waited = busy.query()
     torch.cuda.synchronize()
     assert_same_bits(got, expected)
-    assert not waited, "the op took as long as what the default stream had to do"
+    assert not waited, "the op took as long as the work on the default stream"
 
 
 def test_inputs_that_another_stream_still_writes(backend, cuda):
-    """The op on a side stream after wait_stream: it reads what the other stream wrote last, not what was there before."""
+    """After wait_stream the op reads the values that the other stream wrote last."""
     case = plain_case()
     expected = evaluate(linear_divergence, case, backend=backend)
     late = replace(
@@ -175,7 +177,7 @@ def test_another_current_device(backend, cuda):
 @pytest.mark.parametrize("ignore", [unmasked, masked, labelled])
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"return_stats": True}], ids=str)
 def test_graph_capture_and_replay(backend, cuda, monkeypatch, divergence, shared_head, ignore, options):
-    """Forward and backward captured once, replayed on other inputs and again on the first ones: the bits of eager runs that pack nothing either."""
+    """Forward and backward, captured and replayed on two inputs, give the bits of eager unpacked runs."""
     options = {"divergence": divergence, "backend": backend, **options}
     first = ignore(plain_case(shared_head=shared_head))._map(torch.clone)
     other = replace(
@@ -189,7 +191,7 @@ def test_graph_capture_and_replay(backend, cuda, monkeypatch, divergence, shared
         for _ in range(2):
             evaluate(linear_divergence, static, **options)
     torch.cuda.current_stream().wait_stream(side)
-    monkeypatch.delenv("OPSD_PACK")  # while it captures, the op packs nothing of its own accord
+    monkeypatch.delenv("OPSD_PACK")  # the op does not pack during capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = evaluate(linear_divergence, static, **options)

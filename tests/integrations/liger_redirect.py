@@ -1,7 +1,7 @@
-"""A pytest plugin that runs Liger's own tests on the shims: `-p liger_redirect` puts these in the place of Liger's JSD classes and functions.
+"""A pytest plugin that runs Liger's own tests on the shims: `-p liger_redirect` replaces Liger's JSD losses.
 
-Where a test of theirs counts calls of torch's nll_loss, to see whether the cross-entropy was computed, the two functions that compute it here count as one.
-LIGER_REDIRECT_PLANT=beta plants a mistake: the shims take beta for 1 - beta.
+Tests that count calls of torch's nll_loss, to see whether the cross-entropy was computed, count the two
+functions that compute it here. LIGER_REDIRECT_PLANT=beta plants a mistake: the shims take beta for 1 - beta.
 """
 
 import importlib

@@ -1,4 +1,7 @@
-"""Liger's two JSD losses as shims: against dense float64, against Liger itself, and under Liger's own tests, which stay in Liger's source distribution."""
+"""Liger's two JSD losses as shims: against dense float64, against Liger, and under Liger's own tests.
+
+Liger's tests stay in its source distribution.
+"""
 
 import os
 import re
@@ -36,8 +39,10 @@ def tensors(
         return (width * torch.randn(*shape, generator=gen)).to(dtype)
 
     made = {
-        "student_input": draw(N, H_S), "student_weight": draw(V, H_S), "teacher_input": draw(N, H_T), "teacher_weight": draw(teacher_rows, H_T),
-        "true_labels": torch.randint(V, (N,), generator=gen), "student_bias": draw(V), "teacher_bias": draw(teacher_rows),
+        "student_input": draw(N, H_S), "student_weight": draw(V, H_S),
+        "teacher_input": draw(N, H_T), "teacher_weight": draw(teacher_rows, H_T),
+        "true_labels": torch.randint(V, (N,), generator=gen),
+        "student_bias": draw(V), "teacher_bias": draw(teacher_rows),
     }  # fmt: skip
     made["true_labels"][[2, 11, 12]] = ignore_index
     return made
@@ -55,7 +60,7 @@ def dense(
     soft: float,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, soft loss, hard loss) from whole logits, as the interface defines them."""
+    """Compute (loss, soft loss, hard loss) from whole logits by their definition."""
     s = made["student_input"] @ made["student_weight"].T + made.get("student_bias", 0.0)
     t = (made["teacher_input"] @ made["teacher_weight"].T + made.get("teacher_bias", 0.0)).detach()[
         :, : s.shape[1]
@@ -77,7 +82,7 @@ def dense(
 def outcome(
     loss_of, made: dict[str, Tensor], names=("student_input", "student_weight", "student_bias"), dtype=None
 ) -> Outcome:
-    """`loss_of(tensors)` and the gradients under an upstream gradient of 3."""
+    """Return `loss_of(tensors)` and the gradients under an upstream gradient of 3."""
     made = {k: x.to(dtype) if dtype is not None and x.is_floating_point() else x for k, x in made.items()}
     leaves = {k: made[k].clone().requires_grad_() for k in names if k in made}
     result = loss_of({**made, **leaves})
@@ -103,7 +108,7 @@ def check(ours, reference, made) -> None:
 @pytest.mark.parametrize("beta", [0.0, 0.2, 0.5, 1.0])
 @pytest.mark.parametrize("ignore_index", [-100, 42])
 def test_chunked_loss(beta, temperature, hard, soft, ignore_index):
-    """Loss, soft loss, hard loss, and three gradients. Every parameter of Liger's own grid."""
+    """Loss, soft loss, hard loss and three gradients, over the parameters of Liger's own grid."""
     loss = LigerFusedLinearJSDLoss(hard, soft, beta, ignore_index, temperature, True, 1024, True)
     check(
         lambda made: loss(*made.values()),
@@ -155,7 +160,7 @@ def test_kernel_loss(beta, temperature, labelled):
 @pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("hard, soft, temperature", [(0.2, 0.8, 1.0), (0.5, 0.5, 2.0), (0.0, 1.0, 2.0)])
 def test_is_ligers(beta, hard, soft, temperature):
-    """The arguments of the constructor and of the call in Liger's order, given to both."""
+    """Both take the constructor's and the call's arguments in Liger's order."""
     theirs = pytest.importorskip(
         "liger_kernel.chunked_loss", reason="liger-kernel is not installed"
     ).LigerFusedLinearJSDLoss
@@ -171,7 +176,7 @@ def test_is_ligers(beta, hard, soft, temperature):
 
 
 def test_padded_teacher_vocabulary_takes_no_probability():
-    """Liger gives each token that the student lacks the logit 0."""
+    """Liger gives each token outside the student's vocabulary the logit 0."""
     made = tensors(teacher_rows=V + 5)
     check(lambda m: fused_linear_jsd_loss(*m.values()), lambda m: dense(m, 0.5, 1.0, 0.5, 0.5)[0], made)
 
@@ -245,7 +250,7 @@ def test_batches_of_sequences_need_not_be_flattened():
     ],
 )
 def test_a_term_that_nobody_needs_is_not_computed(monkeypatch, hard, soft, temperature, report, expected):
-    """Which ops run, and whether with gradients."""
+    """Record the ops that run, and whether they need gradients."""
     seen = []
     for name in ("linear_divergence", "linear_logprobs", "linear_policy_divergence"):
         op = getattr(liger, name)
@@ -298,12 +303,13 @@ def test_signatures_are_ligers(name):
 # ---------------------------------------------------------------- Liger's own tests
 
 SUITES = ("test/chunked_loss/test_jsd_loss.py", "test/transformers/test_fused_linear_jsd.py")
-LARGE = "1024-4096"  # one of the two shapes of the larger tests: 40 times the work of the other
+# One of the two shapes of the larger tests: 40 times the work of the other.
+LARGE = "1024-4096"
 
 
 @pytest.fixture(scope="session")
 def liger_source(tmp_path_factory) -> Path:
-    """Liger's source distribution: the directory that LIGER_SOURCE names, or what pip downloads for the installed version."""
+    """Liger's source distribution: the directory in LIGER_SOURCE, or a download by pip."""
     if util.find_spec("liger_kernel") is None:
         pytest.skip("liger-kernel is not installed")
     if given := os.environ.get("LIGER_SOURCE"):
@@ -361,7 +367,7 @@ def counts(result: subprocess.CompletedProcess) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_ligers_own_tests_pass(liger_source):
-    """All that run without a GPU: 126 with LIGER_LARGE=1, else 82, without the larger shape."""
+    """All tests that need no GPU: 126 with LIGER_LARGE=1, else 82, without the larger shape."""
     large = os.environ.get("LIGER_LARGE") == "1"
     result = run_ligers(liger_source, "test" if large else f"not {LARGE}")
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
@@ -371,7 +377,7 @@ def test_ligers_own_tests_pass(liger_source):
 
 @pytest.mark.slow
 def test_ligers_own_tests_find_a_planted_mistake(liger_source):
-    """beta for 1 - beta, where beta is not 1/2."""
+    """A shim with beta in place of 1 - beta fails Liger's tests where beta is not 1/2."""
     result = run_ligers(
         liger_source,
         "test_correctness and dtype1 and ((47 and 0.8) or (423 and 0.1))",
@@ -392,7 +398,7 @@ def test_the_page_runs_and_only_the_import_changes():
         r"```python\n(.*?)```", (ROOT / "docs" / "integrations-liger.md").read_text(), re.DOTALL
     )
     assert len(block.strip().splitlines()) <= 10
-    before = re.sub(r"^from .*?# (from .*)$", r"\1", block, flags=re.MULTILINE)
+    before = re.sub(r"^from [^#]*?# (from .*)$", r"\1", block, flags=re.MULTILINE)
     assert "opsd" in block and "opsd" not in before
     results = []
     for code in (block, before):

@@ -1,220 +1,44 @@
-"""verl's distillation losses as shims, against dense float64 versions of what verl 0.9.1 computes: every aggregation mode, clamp, layout and mask."""
+"""verl's distillation losses as shims against dense float64 versions, and against verl's own code."""
 
 import math
 import os
 import re
 import runpy
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import verl_source
 from torch import Tensor
+from verl_batches import (
+    GLOBAL,
+    RESPONSES,
+    Batch,
+    H,
+    K,
+    V,
+    check,
+    dense_aggregate,
+    dense_loss,
+    list_losses,
+    outcome,
+    response_mask,
+    responses_of,
+    settings,
+)
 
 from opsd_kernels.integrations import verl
 from opsd_kernels.integrations.verl import AGG_MODES, agg_loss, agg_weights, distillation_loss, topk_distill
 from opsd_kernels.testing import (
-    Outcome,
     assert_no_worse,
     assert_on_target,
     assert_one_rounding,
     assert_same_bits,
 )
 
-sys.path.append(str(Path(__file__).parent))
-import verl_source
-from verl_source import nested
-
 ROOT = Path(__file__).resolve().parent.parent.parent
-PROMPTS, RESPONSES = (4, 2, 7, 3), (9, 5, 1, 6)  # uneven; the third response is masked as a whole
-V, H, H_T, K = 61, 12, 16, 6
-GLOBAL = [
-    {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None},
-    {"dp_size": 4, "batch_num_tokens": 77, "global_batch_size": 24},
-]
-
-
-def response_mask() -> Tensor:
-    """(4, 9): uneven lengths, tool output masked inside the first and at the end of the second, nothing left of the third."""
-    mask = torch.arange(9) < torch.tensor(RESPONSES)[:, None]
-    mask[0, 3:5] = mask[1, 3:] = mask[2] = False
-    return mask
-
-
-class Batch:
-    """A micro-batch as verl packs it: sequences of prompt and response one after the other."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        gen = torch.Generator().manual_seed(11)
-        tokens = sum(PROMPTS) + sum(RESPONSES)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=gen).to(dtype)
-
-        self.hidden, self.weight, self.teacher_weight = 0.7 * draw(tokens, H), draw(V, H), draw(V, H_T)
-        self.teacher_weight[:, :H] = self.weight
-        far = torch.linspace(0.02, 1.2, tokens)[torch.randperm(tokens, generator=gen)][:, None].to(dtype)
-        near = torch.cat(
-            [0.85 * self.hidden, torch.zeros(tokens, H_T - H, dtype=dtype)], 1
-        )  # and flatter: lists that hold less than the student's mass
-        self.teacher_hidden = near + far * draw(tokens, H_T)
-        self.teacher_logprobs, self.teacher_ids = (
-            (self.teacher_hidden @ self.teacher_weight.T).float().log_softmax(-1).topk(K)
-        )
-        self.labels = torch.randint(V, (tokens,), generator=gen)
-        self.mask = response_mask()
-
-    def to(self, dtype: torch.dtype | None) -> "Batch":
-        """A batch of its own with the same numbers, None: in their dtypes."""
-        other = Batch.__new__(Batch)
-        other.__dict__ = {
-            k: x.to(dtype or x.dtype) if x.is_floating_point() else x for k, x in self.__dict__.items()
-        }
-        return other
-
-    def data(self, layout: str = "nested", **counts: object) -> dict[str, object]:
-        """`padded`: prompts left-padded and responses right-padded to one length; what the model returns is packed all the same."""
-        whole = tuple(p + r for p, r in zip(PROMPTS, RESPONSES, strict=True))
-        made = {
-            "teacher_logprobs": self.teacher_logprobs,
-            "teacher_ids": self.teacher_ids,
-            "teacher_hidden_states": self.teacher_hidden,
-        }
-        made = {k: nested(x, whole) if layout == "nested" else x for k, x in made.items()}
-        if layout == "nested":
-            parts = {
-                "prompts": nested(torch.zeros(sum(PROMPTS)), PROMPTS),
-                "responses": nested(torch.zeros(sum(RESPONSES)), RESPONSES),
-            }
-            parts["response_mask"] = nested(
-                self.mask[torch.arange(9) < torch.tensor(RESPONSES)[:, None]], RESPONSES
-            )
-        else:
-            prompt = torch.arange(7) >= 7 - torch.tensor(PROMPTS)[:, None]
-            attended = torch.cat([prompt, torch.arange(9) < torch.tensor(RESPONSES)[:, None]], 1)
-            parts = {
-                "prompts": torch.zeros(4, 7),
-                "responses": torch.zeros(4, 9),
-                "attention_mask": attended,
-                "response_mask": self.mask,
-            }
-        return {**made, **parts, **GLOBAL[0], **counts}
-
-    def outputs(self, layout: str = "nested") -> dict[str, Tensor]:
-        whole = tuple(p + r for p, r in zip(PROMPTS, RESPONSES, strict=True))
-        hidden = nested(self.hidden, whole) if layout == "nested" else self.hidden
-        return {
-            "hidden_states": hidden,
-            "lm_head_weight": self.weight,
-            "teacher_lm_head_weight": self.teacher_weight,
-        }
-
-
-def settings(
-    mode: str = "token-mean", factor: float | None = None, **loss: object
-) -> tuple[SimpleNamespace, SimpleNamespace]:
-    loss = {
-        "loss_mode": "forward_kl_topk",
-        "loss_max_clamp": 10.0,
-        "log_prob_min_clamp": -10.0,
-        "use_policy_gradient": False,
-        **loss,
-    }
-    return SimpleNamespace(loss_agg_mode=mode, loss_scale_factor=factor), SimpleNamespace(
-        distillation_loss=SimpleNamespace(**loss)
-    )
-
-
-# ---------------------------------------------------------------- the dense reference
-
-
-def responses_of(packed: Tensor) -> Tensor:
-    """(4, 9, ...) by slicing sequence by sequence: the rows one before each token of the response."""
-    out, end = [], 0
-    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
-        end += prompt + response
-        rows = packed[end - response - 1 : end - 1]
-        out.append(torch.cat([rows, rows.new_zeros(9 - response, *rows.shape[1:])]))
-    return torch.stack(out)
-
-
-def dense_aggregate(
-    losses: Tensor,
-    mask: Tensor,
-    mode: str,
-    dp_size=1,
-    batch_num_tokens=None,
-    global_batch_size=None,
-    loss_scale_factor=None,
-) -> Tensor:
-    """Sequence by sequence."""
-    kept = [row[keep] for row, keep in zip(losses, mask, strict=True)]
-    counted = [row for row in kept if row.numel()]
-    sequences = global_batch_size or len(counted)
-    if mode == "token-sum":
-        return dp_size * torch.cat(kept).sum()
-    if mode == "token-mean":
-        return dp_size * torch.cat(kept).sum() / (batch_num_tokens or int(mask.sum()))
-    if mode == "seq-mean-token-mean":
-        return dp_size * sum(row.mean() for row in counted) / sequences
-    divisor = (loss_scale_factor or mask.shape[1]) if mode.endswith("norm") else 1
-    return dp_size * sum(row.sum() for row in counted) / sequences / divisor
-
-
-def list_losses(log_q: Tensor, log_p: Tensor, floor: float | None) -> Tensor:
-    if floor is not None:
-        log_q, log_p = log_q.clamp_min(floor), log_p.clamp_min(floor)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def whole_losses(log_q: Tensor, log_p: Tensor, mode: str, beta: float) -> Tensor:
-    if mode == "forward_kl":
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
-    if mode == "reverse_kl":
-        return (log_q.exp() * (log_q - log_p)).sum(-1)
-    log_m = (beta * log_p.exp() + (1 - beta) * log_q.exp()).log()
-    return beta * whole_losses(log_m, log_p, "forward_kl", beta) + (1 - beta) * whole_losses(
-        log_m, log_q, "forward_kl", beta
-    )
-
-
-def dense_loss(batch: Batch, config, distillation, temperature: float = 1.0, **counts) -> Tensor:
-    s = distillation.distillation_loss
-    log_q = (batch.hidden @ batch.weight.T / temperature).log_softmax(-1)
-    if s.loss_mode == "forward_kl_topk":
-        losses = list_losses(
-            log_q.gather(-1, batch.teacher_ids), batch.teacher_logprobs, s.log_prob_min_clamp
-        ).clamp_min(0.0)
-    else:
-        log_p = (batch.teacher_hidden @ batch.teacher_weight.T / temperature).log_softmax(-1)
-        losses = whole_losses(log_q, log_p, s.loss_mode, getattr(s, "jsd_beta", 0.5))
-    losses = responses_of(losses)
-    if s.loss_max_clamp is not None:
-        losses = losses.clamp(-s.loss_max_clamp, s.loss_max_clamp)
-    return dense_aggregate(
-        losses, batch.mask, config.loss_agg_mode, loss_scale_factor=config.loss_scale_factor, **counts
-    )
-
-
-def outcome(loss_of, batch: Batch) -> Outcome:
-    batch = batch.to(None)
-    batch.hidden, batch.weight = batch.hidden.clone().requires_grad_(), batch.weight.clone().requires_grad_()
-    loss = loss_of(batch)
-    return Outcome(
-        loss.detach(), *torch.autograd.grad(loss, (batch.hidden, batch.weight), torch.full_like(loss, 3.0))
-    )
-
-
-def check(ours, reference, batch: Batch | None = None) -> Outcome:
-    batch = batch or Batch()
-    truth, plain = outcome(reference, batch.to(torch.float64)), outcome(reference, batch)
-    assert all(value.abs().max() > 0 for _, value in truth.named())
-    got = outcome(ours, batch)
-    assert_no_worse(got, plain, truth)
-    return got
-
 
 # ---------------------------------------------------------------- aggregation
 
@@ -246,7 +70,7 @@ def test_nothing_valid_is_zero():
     [({"batch_num_tokens": 7}, "global_batch_size"), ({"global_batch_size": 7}, "batch_num_tokens")],
 )
 def test_counts_of_one_rank_are_not_those_of_all(mode, given, missing):
-    """`token-sum` needs no count."""
+    """Only `token-sum` works without the counts of the global batch."""
     needed = "global_batch_size" if mode.startswith("seq") else {"token-mean": "batch_num_tokens"}.get(mode)
     if needed == missing:
         with pytest.raises(
@@ -275,7 +99,7 @@ def test_every_aggregation(mode, counts, loss_mode):
 @pytest.mark.parametrize("floor", [None, -3.0, -10.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_clamps_of_a_list(floor, highest, temperature):
-    """Lists on which every clamp holds some tokens and leaves others."""
+    """Every clamp holds some tokens of the lists and leaves others."""
     made = settings(log_prob_min_clamp=floor, loss_max_clamp=highest)
     batch = Batch()
     log_q = (batch.hidden @ batch.weight.T / temperature).log_softmax(-1).gather(-1, batch.teacher_ids)
@@ -308,7 +132,7 @@ def test_whole_teachers(loss_mode, beta, highest):
 
 @pytest.mark.parametrize("loss_mode", ["forward_kl_topk", "reverse_kl"])
 def test_bf16(loss_mode):
-    """Against the dense loss of the rounded numbers; the list's log-probs stay fp32, as a server sends them."""
+    """The truth is the dense loss of the rounded numbers; a list's log-probs stay fp32, as from a server."""
     made, batch = settings(loss_mode=loss_mode, log_prob_min_clamp=-4.0, loss_max_clamp=3.0), Batch()
     batch.hidden, batch.weight, batch.teacher_hidden, batch.teacher_weight = (
         x.bfloat16() for x in (batch.hidden, batch.weight, batch.teacher_hidden, batch.teacher_weight)
@@ -319,7 +143,7 @@ def test_bf16(loss_mode):
 
 @pytest.mark.parametrize("loss_mode", ["forward_kl_topk", "jsd"])
 def test_layouts_are_one(loss_mode):
-    """Nested batches, padded ones with packed model outputs, and dictionaries of either."""
+    """Nested batches, padded ones with packed model outputs, and dictionaries of either give one loss."""
     made = settings("seq-mean-token-sum", loss_mode=loss_mode)
     first, *others = (
         outcome(lambda b, x=x, y=y: distillation_loss(*made, b.outputs(x), b.data(y))[0], Batch())
@@ -343,7 +167,7 @@ def test_tokens_outside_the_mask_may_hold_anything():
 
 
 def test_padding_of_a_list_counts_for_nothing():
-    """verl floors it to a probability of exp(log_prob_min_clamp)."""
+    """A list entry of -inf adds nothing; verl floors it to a probability of exp(log_prob_min_clamp)."""
     made, batch, short = settings(log_prob_min_clamp=-3.0), Batch(), Batch()
     batch.teacher_logprobs, batch.teacher_ids = batch.teacher_logprobs[:, :4], batch.teacher_ids[:, :4]
     short.teacher_logprobs[:, 4:], short.teacher_ids[:, 4:] = -torch.inf, 10 * V
@@ -405,7 +229,8 @@ def dense_distill(hidden, weight, labels, ids, log_probs, temperature, floor) ->
     log_q = (hidden @ weight.T / temperature).log_softmax(-1)
     at_list, valid = log_q.gather(-1, ids), labels != -100
     found = (
-        log_q.gather(-1, labels.clamp(min=0)[..., None])[..., 0], -(log_q.exp() * log_q).sum(-1), list_losses(at_list, log_probs, floor),
+        log_q.gather(-1, labels.clamp(min=0)[..., None])[..., 0], -(log_q.exp() * log_q).sum(-1),
+        list_losses(at_list, log_probs, floor),
         at_list.exp().sum(-1), log_probs.exp().sum(-1),
     )  # fmt: skip
     return tuple(torch.where(valid, x, 0.0) for x in found)
@@ -415,7 +240,7 @@ def dense_distill(hidden, weight, labels, ids, log_probs, temperature, floor) ->
 @pytest.mark.parametrize("shifted", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_topk_distill(floor, shifted, temperature):
-    """All five outputs, and the gradient of a mix of the three that have one, with weights that differ from token to token."""
+    """All five outputs, and the gradient of a mix of the three differentiable ones."""
     batch = Batch()
     labels = batch.labels[None].clone()
     labels[:, 3:7] = -100
@@ -467,7 +292,7 @@ def test_topk_distill(floor, shifted, temperature):
 
 
 def test_topk_distill_fills_what_the_loss_aggregates():
-    """Losses of tokens from inside the model's forward pass, then verl's clamps and aggregation, are `distillation_loss`."""
+    """Per-token losses of the forward, with verl's clamps and aggregation, equal `distillation_loss`."""
     made, batch = settings("seq-mean-token-sum", loss_max_clamp=1.0, log_prob_min_clamp=-4.0), Batch()
 
     def in_two_steps(b: Batch) -> Tensor:
@@ -514,7 +339,7 @@ def loss_of_verl(
 
 @pytest.fixture(scope="session")
 def theirs(tmp_path_factory) -> verl_source.Theirs:
-    """From the directory that VERL_SOURCE names (it holds `verl/`), or from the wheel that pip downloads. verl is not installed by it."""
+    """verl's functions, from the directory in VERL_SOURCE or a wheel that pip downloads."""
     try:
         root = Path(os.environ.get("VERL_SOURCE") or verl_source.download(tmp_path_factory.mktemp("verl")))
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
@@ -528,7 +353,7 @@ def theirs(tmp_path_factory) -> verl_source.Theirs:
     "floor, highest, temperature", [(None, None, 1.0), (-3.0, 0.3, 0.7), (-10.0, 10.0, 1.0)]
 )
 def test_is_verls(theirs, mode, counts, floor, highest, temperature):
-    """verl's code from logits to the aggregated loss. The metrics that both have are the same."""
+    """verl's code from logits to the aggregated loss gives our loss and the metrics that both have."""
     made = settings(
         mode, 32 if counts["dp_size"] > 1 else None, log_prob_min_clamp=floor, loss_max_clamp=highest
     )
@@ -553,7 +378,7 @@ def test_is_verls(theirs, mode, counts, floor, highest, temperature):
 
 
 def test_the_page_runs():
-    """Its loss against the dense one."""
+    """The page's example computes the dense loss."""
     (block,) = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs" / "integrations-verl.md").read_text(), re.DOTALL
     )

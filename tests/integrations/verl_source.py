@@ -1,4 +1,7 @@
-"""verl's own functions, for tests and a benchmark of integrations.verl. Taken one by one: verl as a whole needs ray, tensordict and a GPU's libraries."""
+"""verl's own functions, for the tests and the benchmark of integrations.verl.
+
+They are taken one by one: verl as a whole needs ray, tensordict and GPU libraries.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,10 @@ def nested(packed: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def download(place: Path) -> Path:
-    """The directory that holds `verl/`, from the wheel that pip downloads there. Raises CalledProcessError or TimeoutExpired."""
+    """Download verl's wheel with pip and return the directory that holds `verl/`.
+
+    Raises CalledProcessError or TimeoutExpired.
+    """
     what = ["--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", "10", f"verl=={VERSION}"]
     subprocess.run(
         [sys.executable, "-m", "pip", "download", "-q", *what, "-d", str(place)],
@@ -50,7 +56,7 @@ def download(place: Path) -> Path:
 
 
 class Theirs:
-    """Functions of verl's files, each file's in a namespace of its own, over what this gives them for the rest of verl."""
+    """Functions of verl's files, each file in its own namespace, with stand-ins for the rest of verl."""
 
     def __init__(self, root: Path) -> None:
         for path, names in FUNCTIONS.items():
@@ -88,7 +94,7 @@ class Theirs:
     def loss(
         self, logits: Tensor, data: dict[str, Any], config: Any, distillation: Any
     ) -> tuple[Tensor, dict[str, Any]]:
-        """From logits (1, tokens, V) of the packed sequences to (the aggregated loss, metrics)."""
+        """Compute (aggregated loss, metrics) from logits (1, tokens, V) of the packed sequences."""
         config.global_batch_info, whole = {}, data["teacher_ids"].offsets().diff().tolist()
         per_token = self.trainer_distillation_fsdp_losses["compute_forward_kl_topk"](
             logits, data["teacher_logprobs"], data["teacher_ids"], distillation, "thd"

@@ -1,31 +1,25 @@
-"""The row contract's tests (tests/unit/test_rows.py) over the Triton kernels. Collected in the subprocesses of test_interpreter.py alone."""
-
-import dataclasses
-import functools
-import sys
-from pathlib import Path
+"""The row contract on Triton's interpreter. Collected in the subprocesses of test_interpreter.py alone."""
 
 import pytest
 import torch
+from row_cases import DTYPES, hard_rows, run_rows
+from row_contract import RowContract
+from row_options_contract import CLIPS, RowOptionsContract
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "unit"))
-import test_rows
-from test_rows import *  # noqa: F403
-
-from opsd_kernels._rows.triton_launch import aligned as begins_on_16_bytes
+from opsd_kernels._rows import backends
+from opsd_kernels._rows.triton_launch import aligned
 from opsd_kernels.spec import Kind
 
-test_rows.assert_one_rounding = functools.partial(test_rows.assert_one_rounding, interpreter=True)
-test_rows.SHAPES = [(1, 1), (3, 7), (6, 1003), (1, 2500)]  # 2500: two tiles
-
-# The whole matrix takes the interpreter ten minutes. In fp32 every kind meets every form; the other types meet every kind in one form.
+# The whole matrix takes the interpreter ten minutes. In fp32 every kind meets every form; the other types
+# meet every kind in one form.
 ONE_FORM = {torch.float64: "difference, softcap", torch.bfloat16: "difference, linear", torch.float16: "pair"}
 ONE_DTYPE = {
     "test_a_row_alone_has_the_bits_it_has_in_a_batch": torch.bfloat16,
     "test_zero_factor_gives_exact_zeros": torch.float32,
     "test_a_buffer_of_its_own_gets_the_same_bits": torch.float32,
 }
-LEFT_OUT = ("test_the_number_of_threads_does_not_change_bits",)  # the interpreter has one
+# The interpreter has one thread.
+LEFT_OUT = ("test_the_number_of_threads_does_not_change_bits",)
 
 
 def wanted(test: str, params: dict) -> bool:
@@ -41,25 +35,61 @@ def wanted(test: str, params: dict) -> bool:
     return True
 
 
-@pytest.fixture(autouse=True)
-def covering_part(request):
-    callspec = getattr(request.node, "callspec", None)
-    if not wanted(request.node.originalname, callspec.params if callspec else {}):
-        pytest.skip("not in the part of the matrix that the interpreter runs")
+# The whole matrix of the options takes a quarter of an hour. Every kind and route meets every option; types
+# and forms take turns.
+IN_TURN = ("test_clips", "test_teacher_mix", "test_policy")
+ONE_KIND = ("test_policy_into_a_narrowed_view", "test_a_teacher_of_one_row_for_all")
 
 
-@pytest.fixture
-def backend() -> str:
-    return "triton"
+def turn_of(test: str, params: dict) -> int:
+    clips = [*CLIPS, *CLIPS.values(), {}]
+    clip = clips.index(params["clip"]) if "clip" in params else 0
+    return int(params["kind"]) + IN_TURN.index(test) + clip
 
 
-@pytest.mark.parametrize("kind", [Kind.REVERSE_KL, Kind.JSD])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_aligned_rows(rows_of, dtype, kind):
-    """A tile is added up in another order where rows begin on 16 bytes; the other tests' views never do."""
-    rows, truth = test_rows.hard_rows(6, 2080, dtype, "pair", kind)
-    aligned = dataclasses.replace(rows, S=rows.S.contiguous(), T=rows.T.contiguous())
-    assert begins_on_16_bytes(aligned.S, aligned.T) and not begins_on_16_bytes(rows.S, rows.T)
-    _, loss, gradient = test_rows.run_rows(rows_of, aligned, "fused")
-    test_rows.check_loss(rows, loss, truth)
-    test_rows.check_gradient(rows, gradient, truth)
+def name_and_params(request: pytest.FixtureRequest) -> tuple[str, dict]:
+    return request.node.originalname, getattr(getattr(request.node, "callspec", None), "params", {})
+
+
+class OnInterpreter:
+    INTERPRETER = True
+
+    @pytest.fixture
+    def row_backend(self):
+        return backends.select("triton", torch.device("cpu"))
+
+
+class TestRowContract(OnInterpreter, RowContract):
+    SHAPES = [(1, 1), (3, 7), (6, 1003), (1, 2500)]  # 2500: two tiles
+
+    @pytest.fixture(autouse=True)
+    def covering_part(self, request):
+        if not wanted(*name_and_params(request)):
+            pytest.skip("not in the part of the matrix that the interpreter runs")
+
+    @pytest.mark.parametrize("kind", [Kind.REVERSE_KL, Kind.JSD])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    def test_aligned_rows(self, row_backend, dtype, kind):
+        """Rows that begin on 16 bytes sum a tile in another order; the other tests' views never do."""
+        rows, truth = hard_rows(6, 2080, dtype, "pair", kind)
+        whole = rows.contiguous()
+        assert aligned(whole.S, whole.T) and not aligned(rows.S, rows.T)
+        _, loss, gradient = run_rows(row_backend, whole, "fused")
+        self.check_loss(rows, loss, truth)
+        self.check_gradient(rows, gradient, truth)
+
+
+class TestRowOptions(OnInterpreter, RowOptionsContract):
+    SHAPES = [(1, 1), (4, 7), (1, 2500)]
+
+    @pytest.fixture(autouse=True)
+    def covering_part(self, request):
+        test, params = name_and_params(request)
+        covered = test not in ONE_KIND or params["kind"] == Kind.JSD
+        if test in IN_TURN:
+            turn = turn_of(test, params)
+            covered = params["dtype"] == DTYPES[turn % len(DTYPES)]
+            forms = list(RowOptionsContract.FORMS)
+            self.FORMS = [forms[(turn + (params["route"] == "fused")) % len(forms)]]
+        if not covered:
+            pytest.skip("not in the part of the matrix that the interpreter runs")

@@ -1,4 +1,4 @@
-"""The Triton kernels under Triton's interpreter, in processes of their own: TRITON_INTERPRET is read when Triton is imported."""
+"""The Triton kernels under Triton's interpreter, in subprocesses: importing Triton reads TRITON_INTERPRET."""
 
 import os
 import re
@@ -11,27 +11,21 @@ import pytest
 pytest.importorskip("triton")
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-# Processes side by side: a file, and which of its tests.
+# Processes side by side: the tests of rows_interpreted.py that each runs.
 PARTS = {
-    "values": ("rows_interpreted.py", "test_loss_and_gradient"),
-    "the rest": ("rows_interpreted.py", "not test_loss_and_gradient"),
-    "options": ("options_interpreted.py", "test"),
+    "values": "test_loss_and_gradient",
+    "the rest": "TestRowContract and not test_loss_and_gradient",
+    "options": "TestRowOptions",
 }
-AT_LEAST = {
-    "values": 45,
-    "the rest": 70,
-    "options": 75,
-}  # tests that passed: a selection that came to nothing must not look green
+# Tests that must pass: an empty selection must not look green.
+AT_LEAST = {"values": 45, "the rest": 70, "options": 75}
 
 pytestmark = pytest.mark.interp
 
 
 def interpreted(*arguments: str) -> subprocess.Popen:
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONWARNINGS": "ignore",
-    }  # numpy's, for every inf and NaN on the way
+    # NumPy warns of every inf and NaN in a sweep.
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
     environment.pop("OPSD_BACKEND", None)
     return subprocess.Popen(
         [sys.executable, *arguments],
@@ -47,8 +41,8 @@ def interpreted(*arguments: str) -> subprocess.Popen:
 def runs():
     command = ("-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider")
     started = {
-        part: interpreted(*command, str(HERE / file), "-k", selected)
-        for part, (file, selected) in PARTS.items()
+        part: interpreted(*command, str(HERE / "rows_interpreted.py"), "-k", selected)
+        for part, selected in PARTS.items()
     }
     yield started
     for process in started.values():
@@ -74,7 +68,8 @@ from opsd_kernels.testing.reference import linear_divergence_reference as refere
 for options in (dict(shared_head=True, near=1e-2), dict()):
     case = hard_case(9, 1003, 8, torch.float32, **options)
     got = evaluate(opsd_kernels.linear_divergence, case, divergence="jsd", backend="triton")
-    assert_no_worse(got, evaluate(reference, case, divergence="jsd"), evaluate(reference, case.double(), divergence="jsd"))
+    plain, truth = (evaluate(reference, c, divergence="jsd") for c in (case, case.double()))
+    assert_no_worse(got, plain, truth)
 print("through the op")
 """
 

@@ -1,4 +1,4 @@
-"""The same numbers as TRL and Liger where they are right, so that a switch keeps the convention; and the right ones where they are known to be wrong."""
+"""The numbers of TRL and Liger where they are right, and the truth where they are known to be wrong."""
 
 import functools
 from dataclasses import replace
@@ -10,7 +10,8 @@ from opsd_kernels import linear_divergence
 from opsd_kernels.testing import Case, assert_no_worse, assert_on_target, evaluate, hard_case, plain_outcomes
 from opsd_kernels.testing.reference import linear_divergence_reference
 
-PEER_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0}  # both libraries name the two ends so
+# Both libraries' betas of the two ends.
+PEER_BETA = {"forward_kl": 0.0, "reverse_kl": 1.0}
 
 
 @functools.cache
@@ -28,7 +29,7 @@ def liger_loss():
 
 
 def trl(student_hidden, student_weight, teacher_hidden, teacher_weight, *, divergence, beta=0.5, **options):
-    """TRL's function under our argument names; per token."""
+    """Call TRL's function with our argument names; per token."""
     values, _ = trl_divergence().apply(
         student_hidden,
         student_weight,
@@ -58,7 +59,7 @@ def liger(
     temperature=1.0,
     **biases,
 ):
-    """Liger's chunked loss under our argument names; mean over labels that are not ignored."""
+    """Call Liger's chunked loss with our argument names; mean over labels that are not ignored."""
     module = liger_loss()(
         weight_hard_loss=0.0,
         weight_soft_loss=1.0,
@@ -70,7 +71,7 @@ def liger(
 
 
 def case_for(divergence: str, dtype=torch.float32, **made) -> Case:
-    """Everything finite: neither library takes a mask over inf and NaN, or a -inf in a bias."""
+    """Make finite inputs: neither library takes a mask over inf and NaN, or a -inf in a bias."""
     case = hard_case(29, 211, 24, dtype, masked_entry=None, views=False, seed=1, **made)
     clean = {
         name: getattr(case, name).nan_to_num(0.3, 0.3, 0.3) for name in ("student_hidden", "teacher_hidden")
@@ -79,7 +80,7 @@ def case_for(divergence: str, dtype=torch.float32, **made) -> Case:
 
 
 def agree(peer, case, options, peer_options=None):
-    """Both within the fp32 target of the truth, so the convention is one; and ours no worse than plain PyTorch."""
+    """Both are within the fp32 target of the truth, and ours is no worse than plain PyTorch."""
     truth, plain = (
         evaluate(linear_divergence_reference, case.double(), **options),
         plain_outcomes(case, **options),
@@ -113,7 +114,7 @@ def test_trl_chunked_divergence(divergence, beta, transform):
 )
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_liger_chunked_jsd(divergence, beta, temperature):
-    """With ignored labels: both divide by the number of the others."""
+    """With ignored labels both divide by the number of the others."""
     liger_loss()
     labels = torch.arange(29)
     labels[[3, 17]] = -100
@@ -125,7 +126,7 @@ def test_liger_chunked_jsd(divergence, beta, temperature):
 
 
 def test_bf16_loss_where_a_bf16_softmax_fails():
-    """Liger's chunked loss takes the softmax in bf16; ours stays within 0.5 % on the same inputs, its gradient within the target."""
+    """Liger's chunked loss takes a bf16 softmax; ours is within 0.5 %, its gradient within the target."""
     liger_loss()
     case = replace(
         case_for("jsd", torch.bfloat16, shared_head=True, near=1e-2, largest_logit=16.0, bias=False),
@@ -138,7 +139,7 @@ def test_bf16_loss_where_a_bf16_softmax_fails():
 
 
 def test_a_smaller_student_vocabulary_gets_no_probability():
-    """Padded columns count for nothing on either side, whatever logits they would have."""
+    """Padded columns have no effect on either side, whatever their logits."""
     case = hard_case(29, 211, 24, padding=7)
     truth, plain = evaluate(linear_divergence_reference, case.double()), plain_outcomes(case)
     ours = evaluate(linear_divergence, case)

@@ -1,4 +1,4 @@
-"""Trunk and head of transformers models, made from their configs: together they give the model's logits, or are refused."""
+"""Trunk and head of transformers models give the model's logits, or are refused."""
 
 import pytest
 import torch
@@ -8,8 +8,9 @@ from opsd_kernels.integrations.transformers import Head, check_head, on_heads
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 V = 64
-SHAPE = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1, "initializer_range": 0.5}  # fmt: skip
+SHAPE = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": None,
+         "eos_token_id": 1, "initializer_range": 0.5}  # fmt: skip
 HEADS = {
     "Llama": {},
     "Qwen3": {"head_dim": 8, "tie_word_embeddings": True},
@@ -41,7 +42,7 @@ def test_head_and_trunk_give_the_logits(kind):
 
 def test_a_head_that_is_not_read_right_is_refused():
     cohere = tiny("Cohere")
-    cohere.logit_scale = 0.5  # not what its config says
+    cohere.logit_scale = 0.5  # unlike its config
     bert = transformers.BertLMHeadModel(
         transformers.BertConfig(**{k: v for k, v in SHAPE.items() if "key_value" not in k}, is_decoder=True)
     )

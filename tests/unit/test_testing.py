@@ -1,4 +1,4 @@
-"""The judge is judged: gates refuse what they should, the hard case holds what it promises, memory is measured, the reference knows textbook values."""
+"""The testing module: gates that fail, the promises of the hard case, peak memory, the reference by hand."""
 
 import math
 
@@ -179,7 +179,7 @@ def test_peak_bytes_reports_a_failing_call():
 
 
 def two_tokens(divergence, beta=0.5):
-    """q = (1/4, 3/4), p = (1/2, 1/2), through a head that passes log-probs on."""
+    """The values at q = (1/4, 3/4) and p = (1/2, 1/2), through an identity head."""
     eye = torch.eye(2, dtype=torch.float64)
     student, teacher = torch.tensor([[0.25, 0.75]]).double().log(), torch.tensor([[0.5, 0.5]]).double().log()
     return linear_divergence_reference(student, eye, teacher, eye, divergence=divergence, beta=beta).item()
@@ -205,7 +205,7 @@ def test_textbook_values():
 
 
 def test_the_logit_transform_has_its_order():
-    """softcap(scale * (z + bias)) / temperature with z = 1, bias = 1, scale = 2, cap = 3, T = 4 on the first of two entries."""
+    """softcap(scale * (z + bias)) / T with z = 1, bias = 1, scale = 2, cap = 3, T = 4 on the first entry."""
     one, head = torch.ones(1, 1, dtype=torch.float64), torch.tensor([[1.0], [0.0]], dtype=torch.float64)
     options = {
         "temperature": 4.0,
