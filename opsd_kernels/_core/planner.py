@@ -365,11 +365,10 @@ def plan(
     * `backward`, `logits_dtype`: as in `linear_divergence`.
     * `weights_scope`: scope of the token weights. With "sequence", chunks end at sequence boundaries if a
       chunk holds `longest_sequence` rows (four passes); otherwise a statistics pass goes first (six).
-    * `policy`: True if a term of `objectives` is mixed in.
-    * `topk`: number of entries of a support.
+    * `policy`, `topk`: True if a term of `objectives` is mixed in; the number of entries of a support.
     * `one_sweep`: True for the plain KLs without an entry clip, see RowSpec.
     * `device_type`, `sm_count`: on CUDA the rows of a chunk make whole waves of GEMM tiles on `sm_count`
-      multiprocessors, by the model at TILE.
+      multiprocessors (model: see TILE).
     * `threads`: the CPU threads, with which scratch grows. Default: those of torch.
     * `workspace_bytes`: the budget for logits buffers, packed rows, scratch, and the fp32 dW on top of a
       16-bit gradient. Default: OPSD_WORKSPACE_BYTES, else 1 GiB. The fp32 dW claims half its size, but leaves
