@@ -1,4 +1,4 @@
-"""Fused loss head of on-policy self-distillation.
+"""Provide the fused loss head of on-policy self-distillation.
 
 LM head, log-softmax and token divergence between a teacher and a student, computed chunk by chunk.
 """

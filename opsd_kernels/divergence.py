@@ -17,7 +17,7 @@ from .weights import TokenWeighting
 
 
 class DivergenceOptions(TypedDict, total=False):
-    """Keyword arguments of `linear_divergence`, for `Unpack`."""
+    """Type the keyword arguments of `linear_divergence`, for `Unpack`."""
 
     divergence: str
     beta: float

@@ -1,4 +1,4 @@
-"""Objectives of sampled tokens, alone on log-probs or mixed with a divergence in one pass over the head.
+"""Define objectives of sampled tokens, alone or mixed with a divergence in one pass over the head.
 
 A policy term is a callable `(logprob, stats, mask) -> (B, T) losses`:
 

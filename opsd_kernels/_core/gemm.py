@@ -165,8 +165,7 @@ def accumulate_weight_grad(G: Tensor, hidden: Tensor, dW: Tensor, first: bool) -
     elif dW.device.type == "cuda" and first:
         torch.mm(Gt, hidden, out_dtype=dW.dtype, out=dW)
     elif dW.device.type == "cuda":
-        # addmm takes a `self` of the output's dtype from torch 2.10 on; as it aliases `out`, nothing is
-        # copied.
+        # From torch 2.10 on `self` may have the output's dtype; as it is also `out`, there is no copy.
         torch.addmm(dW, Gt, hidden, out_dtype=dW.dtype, out=dW)
     else:
         _widening_mm(Gt, hidden, dW, accumulate=not first)

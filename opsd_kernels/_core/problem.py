@@ -156,7 +156,7 @@ class Problem:
 
     @property
     def trainable(self) -> bool:
-        """True if the head gets a gradient."""
+        """Return True if the head gets a gradient."""
         return self.wants[1] or self.wants[2]
 
     @property

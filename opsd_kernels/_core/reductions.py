@@ -168,7 +168,10 @@ class RowWeigher:
 
     @property
     def has_collectives(self) -> bool:
-        """True if a call issues a collective; ranks may use different chunk boundaries."""
+        """Return True if calling it issues a collective.
+
+        It is then called once and not per chunk, because ranks may use different chunk boundaries.
+        """
         return any(getattr(part, "exchanges", False) for part in self._parts)
 
     def mask(self) -> Tensor:
