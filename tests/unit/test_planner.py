@@ -258,7 +258,7 @@ def test_traffic_of_a_call(options, per_logit, head):
 )  # fmt: skip
 @many
 def test_rows_on_cuda(tokens, V, H, dtype, shared, trainable, mib, sm_count):
-    """Chunks fit the budget, are multiples of 128 if possible, and a larger budget never makes more of them."""
+    """Chunks fit the budget and are multiples of 128 if possible; a larger budget never makes more chunks."""
     options = {
         "shared_head": shared,
         "trainable_head": trainable,

@@ -93,7 +93,7 @@ def test_log_probs_by_dtype(backend, dtype, frozen):
 
 
 def test_passes_over_one_head(backend, passes):
-    """Passes are 1 without gradients, 1 + 3 with a trainable head, 2 + 0 with a frozen one (recompute: 1 + 2)."""
+    """Passes: 1 without gradients, 1 + 3 for a trainable head, 2 + 0 for a frozen one (recompute: 1 + 2)."""
     for frozen, how, forward, backward in (
         (False, {}, 1, 3),
         (True, {}, 2, 0),
