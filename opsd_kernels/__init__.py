@@ -1,4 +1,7 @@
-"""The loss head of on-policy self-distillation: LM head, log-softmax and token divergence between a teacher and a student, fused, chunk by chunk."""
+"""Provide the fused loss head of on-policy self-distillation.
+
+LM head, log-softmax and token divergence between a teacher and a student, computed chunk by chunk.
+"""
 
 from . import objectives, weights
 from ._core.planner import ChunkPlan, plan

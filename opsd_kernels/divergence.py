@@ -1,4 +1,4 @@
-"""`linear_divergence`, and its options as a record for functions that pass them on."""
+"""Define `linear_divergence`, and its options as a TypedDict for functions that forward them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .weights import TokenWeighting
 
 
 class DivergenceOptions(TypedDict, total=False):
-    """The keyword arguments of `linear_divergence`, for `Unpack`."""
+    """Type the keyword arguments of `linear_divergence`, for `Unpack`."""
 
     divergence: str
     beta: float
@@ -86,30 +86,77 @@ def linear_divergence(
     backend: str | None = None,
     group: object | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """Divergence in nats between a teacher's and a student's next-token distributions, straight from hidden states and LM heads.
+    """Compute a divergence between student and teacher per token, from hidden states and LM heads.
 
-    Equals projecting both sides (`hidden @ weight.T`, `+ bias`, `* logit_scale`, softcap `c * tanh(z / c)`, `/ temperature`), two softmaxes and a comparison
-    token by token, but never holds more than `workspace_bytes` of logits. Gradients flow to `student_hidden`, `student_weight` and `student_bias`, never to the
-    teacher. No temperature**2 factor. Every option in full: docs/api.md. With teacher p, student q, m = beta * p + (1 - beta) * q:
+    The result is that of projecting both sides, taking two softmaxes and comparing the two distributions
+    token by token. The op never holds more than `workspace_bytes` of logits. Gradients flow to
+    `student_hidden`, `student_weight` and `student_bias`, never to the teacher. All tensors of the heads and
+    hidden states share one dtype (float64, float32, bfloat16 or float16; a bias may have any floating-point
+    dtype) and one device. Under autocast, hidden states and weights other than float64 are cast to the
+    autocast dtype.
 
-    divergence: `forward_kl` KL(p || q), `reverse_kl` KL(q || p), `jsd` beta * KL(p || m) + (1 - beta) * KL(q || m) (arXiv:2306.13649, eq. 1),
-        `skew_forward_kl` KL(p || m), `skew_reverse_kl` KL(q || m) (arXiv:2402.03898, eq. 2-3), `tvd` sum |p - q| / 2. SDPO is arXiv:2601.20802, eq. 1.
-    token_weights: a tensor, or a scheme of `opsd_kernels.weights`, which the op evaluates on its own statistics. Detached.
-    teacher_mix: a in [0, 1): teacher logits become (1 - a) * t + a * s, s held constant (the trust-region teacher of SDPO).
-    entry_clip, token_clip: each vocabulary entry's term counts at most this much; so does a token's sum. No gradient where clipped.
-    topk, topk_support, topk_tail: restrict the sum to the `topk` largest entries of `student` or `teacher`; the rest is one more entry (`bucket`), left out
-        after renormalising both sides (`renormalize`), or left out (`none`). The support is a constant for the gradient.
-    vocab_size: columns from here on have probability zero on both sides; required where the heads differ in rows.
-    labels, mask: a token with `labels == ignore_index` or `mask == 0` is not valid: it costs nothing, influences nothing, may hold inf or NaN.
-    reduction: `none` weighted divergence per token; `sum`; `mean` = sum / `normalizer` (default: number of valid tokens); `sequence_mean` for (B, T, H).
-    backward: `in_forward` (four GEMM passes, three with a frozen head), `recompute` (six; any upstream gradient per token), `auto`.
-    group: a process group or a `VocabShard`: both heads are slices of dimension 0, one per rank, `hidden` is the same on all; losses and gradients are those
-        of the whole heads, `student_hidden.grad` summed over the group. A DTensor sharded on dimension 0 may stand for a slice.
-    logits_dtype: `auto` (the inputs' for a shared head, by the difference GEMM; fp32 for two heads, tvd, an entry clip, weights that read log-probs),
-        `torch.float32`, `"input"`.
+    The divergence, in nats, of teacher p and student q, with m = beta * p + (1 - beta) * q:
 
-    Returns the loss, 0-dim or (...) for `none`, in fp32 (fp64 for fp64 inputs); with `return_stats` also TokenStats. Raises ValueError or TypeError naming
-    argument, expected and got.
+    * `divergence`: "reverse_kl" KL(q || p); "forward_kl" KL(p || q);
+      "jsd" beta * KL(p || m) + (1 - beta) * KL(q || m) (arXiv:2306.13649, eq. 1);
+      "skew_forward_kl" KL(p || m) and "skew_reverse_kl" KL(q || m) (arXiv:2402.03898, eq. 2-3);
+      "tvd" sum |p - q| / 2. The loss of SDPO is arXiv:2601.20802, eq. 1.
+    * `beta`: the weight on the teacher, in (0, 1), for "jsd" and the skew divergences.
+    * `teacher_mix`: a in [0, 1). Teacher logits t become (1 - a) * t + a * s, with the student's logits s
+      held constant (the trust-region teacher of SDPO).
+    * `entry_clip`, `token_clip`: upper bounds, of each vocabulary entry's term and of each token's
+      divergence. A clipped entry or token has no gradient.
+    * `topk`, `topk_support`, `topk_tail`: restrict the sum to the `topk` largest entries of the "student" or
+      the "teacher". The mass outside becomes one more entry ("bucket"), is removed by renormalising both
+      sides ("renormalize"), or is left out ("none"). The support is a constant for the gradient.
+
+    The logits, `softcap(logit_scale * (hidden @ weight.T + bias)) / temperature`, softcap(z) = c * tanh(z /
+    c):
+
+    * `temperature`, `teacher_temperature`: one temperature for both sides, unless the teacher has its own.
+      The loss is not multiplied by temperature**2.
+    * `student_bias` (V_s,), `teacher_bias` (V_t,): an entry of -inf removes a token from the distribution.
+    * `student_logit_scale`, `teacher_logit_scale`, `student_softcap`, `teacher_softcap`: a factor, and the c
+      above.
+    * `vocab_size`: columns from this one on have probability zero on both sides. Required if the two heads
+      differ in rows.
+
+    The tokens and the reduction:
+
+    * `labels` (...) int64: the sampled tokens, for log-prob statistics and for weights that read them.
+    * `ignore_index`, `mask` (...): a token with `labels == ignore_index` or `mask == 0` is not valid. It adds
+      nothing to loss, gradients and statistics, and its hidden states may hold inf or NaN.
+    * `token_weights`: a tensor (...), or a scheme of `opsd_kernels.weights`, which the op evaluates on its
+      own statistics. Weights are detached.
+    * `reduction`: "mean", the weighted sum / `normalizer`; "sum"; "sequence_mean", for hidden states (B, T,
+      H): the weighted sum of each sequence / its number of valid tokens, averaged over the sequences that
+      have one; "none", the weighted divergence of each token.
+    * `normalizer`: a number or a 0-dim tensor for "mean". Default: the number of valid tokens.
+    * `return_stats`: also return the `TokenStats` of the call.
+
+    The computation:
+
+    * `backward`: "in_forward" computes gradients during the forward pass (four GEMM passes, three with a
+      frozen head); "recompute" projects again in backward (six, five with a frozen head) and accepts any
+      upstream gradient per token; "auto" takes "recompute" for reduction "none" with a trainable head, else
+      "in_forward".
+    * `logits_dtype`: the dtype of the logits buffers. "input" takes the inputs' dtype, `torch.float32` takes
+      fp32. "auto" takes the inputs' dtype for a shared head, where the difference GEMM keeps the accuracy,
+      and fp32 for two heads, "tvd", an entry clip and weights that read log-probs.
+    * `workspace_bytes`: bound of the logits buffers. Default: OPSD_WORKSPACE_BYTES, else 1 GiB.
+    * `backend`: "cuda", "triton", "cpp" or "torch". Default: OPSD_BACKEND, else the first that serves the
+      device and dtype.
+    * `group`: a process group or a `VocabShard`. Both heads are slices of dimension 0, one per rank, and the
+      hidden states are equal on all ranks. Loss and gradients are those of the whole heads;
+      `student_hidden.grad` is summed over the group. A DTensor sharded on dimension 0 may stand for a slice.
+
+    Returns the loss in fp32 (fp64 for fp64 inputs): 0-dim, or (...) with zeros at invalid tokens for
+    reduction "none". With `return_stats` returns (loss, TokenStats). Without a valid token the loss is 0,
+    with gradients of 0.
+
+    Raises ValueError or TypeError with the name of the argument, the expected value and the actual one: a bad
+    shape, dtype or option, a label outside the vocabulary, a backend that cannot serve. On CUDA a bad label
+    is an asynchronous device-side assert.
     """
     options = dict(  # noqa: C408 - a literal would name each option twice
         divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
@@ -139,7 +186,7 @@ DEFAULTS: dict[str, Any] = {
 def prepare(
     student: Side, teacher: Side, options: dict[str, Any], policy: Any = None, policy_weight: float = 0.0
 ) -> tuple[Problem, RowWeigher]:
-    """Check all options of `linear_divergence`, and a policy term that is mixed in."""
+    """Check the options of `linear_divergence` and a policy term; return the problem and its weigher."""
     problem = Problem.of(
         row_spec(options),
         student,
@@ -161,10 +208,10 @@ def prepare(
 
 
 def row_spec(options: dict[str, Any]) -> RowSpec:
-    """Check the options that the row sweeps see."""
+    """Check the options that the row sweeps read, and return them as a RowSpec."""
     name = "temperature" if options["teacher_temperature"] is None else "teacher_temperature"
     mix = check_number("teacher_mix", options["teacher_mix"])
-    expect(0 <= mix < 1, "teacher_mix", "a number in [0, 1); at 1 there is no teacher left", mix)
+    expect(0 <= mix < 1, "teacher_mix", "a number in [0, 1), since at 1 the teacher has no weight", mix)
     student = options["student_logit_scale"], options["student_softcap"]
     teacher = options["teacher_logit_scale"], options["teacher_softcap"]
     return RowSpec(
@@ -178,5 +225,5 @@ def row_spec(options: dict[str, Any]) -> RowSpec:
 
 
 def clip(name: str, value: float | None) -> float:
-    """Return a clip's value; infinity where it is off."""
+    """Return the bound of a clip, infinity if it is off. Raises ValueError unless the bound is positive."""
     return math.inf if value is None else check_number(name, value, positive=True)

@@ -1,4 +1,4 @@
-"""`linear_logprobs`: log-probs and entropies of one head, on the loop and sweeps of the divergence."""
+"""Define `linear_logprobs`: log-probs and entropies of one head, by the loop and sweeps of the divergence."""
 
 from __future__ import annotations
 
@@ -29,15 +29,25 @@ def linear_logprobs(
     backend: str | None = None,
     group: object | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of each label under the head, `log_softmax(hidden @ weight.T / temperature)[label]`, (...) in nats; with the entropy if asked.
+    """Compute the log-probability of each label under one head, `log_softmax(logits)[label]`, in nats.
 
-    Logits as in `linear_divergence`: bias, scale, softcap, temperature; columns from `vocab_size` on have probability zero. Never holds more than
-    `workspace_bytes` of them, in fp32 unless `logits_dtype="input"`. Both results are fp32 (fp64 for fp64 inputs) and differentiable: gradients flow to
-    `hidden`, `weight` and `bias`, for any upstream gradient per token. Ignored tokens give 0.
+    The logits are those of `linear_divergence`: `hidden @ weight.T`, with `bias`, `logit_scale`, `softcap`
+    and `temperature`; columns from `vocab_size` on have probability zero. The op never holds more than
+    `workspace_bytes` of them, in fp32 unless `logits_dtype="input"`. Gradients flow to `hidden`, `weight` and
+    `bias`, for any upstream gradient per token. With `group` the head is the slice of this rank, as in
+    `linear_divergence`, and labels are those of the whole vocabulary.
 
-    Passes over the head: one, and in backward three with a trainable head, for the logits are made again. With a frozen head and no entropy `auto` computes
-    the gradient in the forward pass (two, and none in backward); `backward="recompute"` does not. Raises ValueError if a label that counts lies outside the
-    vocabulary. With `group` the head is this rank's slice, as in `linear_divergence`; labels speak of the whole vocabulary.
+    The forward pass takes one GEMM pass over the head, and backward takes three with a trainable head,
+    because it projects the logits again. With a frozen head and no entropy, "auto" and "in_forward" compute
+    the gradient in the forward pass (two passes, none in backward); "recompute" takes one, and two in
+    backward.
+
+    Returns the log-probs, (...) in fp32 (fp64 for fp64 inputs), 0 for ignored tokens. With `return_entropy`
+    returns (log-probs, entropies), both differentiable, both (...) in nats.
+
+    Raises ValueError if the label of a valid token lies outside the vocabulary, and for
+    `backward="in_forward"` with a trainable head or an entropy; ValueError or TypeError for other bad
+    arguments, as `linear_divergence` does.
     """
     check_choice("backward", backward, BACKWARDS)
     expect(isinstance(labels, Tensor), "labels", "a tensor", type(labels).__name__, TypeError)
@@ -57,7 +67,7 @@ def linear_logprobs(
         prefixes=("", ""),
     )
     possible = problem.wants[0] and not (problem.trainable or return_entropy)
-    late = "'auto' or 'recompute' for a trainable head or an entropy: the upstream gradient comes too late"
+    late = "'auto' or 'recompute' for a trainable head or an entropy: forward lacks the upstream gradient"
     expect(possible or backward != "in_forward", "backward", late, repr(backward))
     logprobs, entropies = log_probs(problem, possible and backward != "recompute", return_entropy)
     shaped = logprobs.reshape(hidden.shape[:-1])

@@ -1,4 +1,4 @@
-"""`linear_divergence` as modules: options held once, and a head that owns its weight."""
+"""Wrap `linear_divergence` in modules: one that holds options, and one that owns the head."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .spec import expect
 
 
 def _checked(options: DivergenceOptions) -> DivergenceOptions:
-    """Check what can be checked before the tensors are known."""
+    """Check the options that need no tensors, and return them."""
     unknown = sorted(set(options) - set(DEFAULTS))
     expect(not unknown, "options", "arguments of linear_divergence", ", ".join(map(repr, unknown)), TypeError)
     given: dict[str, Any] = {**DEFAULTS, **options}
@@ -30,12 +30,12 @@ def _text(options: DivergenceOptions) -> str:
 
 
 class LinearDivergenceLoss(nn.Module):
-    """`linear_divergence` with options given once; holds no parameter and no state.
+    """Apply `linear_divergence` with options given once. The module has no parameters and no state.
 
         loss = LinearDivergenceLoss(divergence="jsd", beta=0.5, temperature=2.0)
         loss(student_hidden, lm_head.weight, teacher_hidden, teacher_head.weight, labels=tokens)
 
-    Raises TypeError for an unknown option and ValueError for a bad value when made, not when called.
+    The constructor raises TypeError for an unknown option and ValueError for a bad value.
     """
 
     def __init__(self, **options: Unpack[DivergenceOptions]) -> None:
@@ -50,7 +50,11 @@ class LinearDivergenceLoss(nn.Module):
         teacher_weight: Tensor,
         **tensors: Unpack[DivergenceOptions],
     ) -> Tensor | tuple[Tensor, TokenStats]:
-        """`tensors` are what changes from call to call (labels, mask, token_weights, normalizer, biases); they win over the options."""
+        """Return the loss, as `linear_divergence` does.
+
+        `tensors` are the arguments of one call (labels, mask, token_weights, normalizer, biases). They take
+        precedence over the options of the module.
+        """
         options: dict[str, Any] = {**self.options, **tensors}
         return linear_divergence(student_hidden, student_weight, teacher_hidden, teacher_weight, **options)
 
@@ -59,13 +63,15 @@ class LinearDivergenceLoss(nn.Module):
 
 
 class DistillationHead(nn.Module):
-    """An LM head and its distillation loss in one module, so that what a parallel wrapper does around a module's forward is done around the fused call.
+    """Hold an LM head and its distillation loss, so that a parallel wrapper's hooks cover the fused call.
 
         head = DistillationHead(model.lm_head, divergence="reverse_kl")
-        loss = head(student_hidden, teacher_hidden)                          # the teacher uses the same head: self-distillation
-        loss = head(student_hidden, teacher_hidden, teacher.lm_head)         # a head of its own
+        loss = head(student_hidden, teacher_hidden)                   # self-distillation: one head for both
+        loss = head(student_hidden, teacher_hidden, teacher.lm_head)  # the teacher has its own head
 
-    `lm_head` is a linear layer (`weight` (V, H), `bias` (V,) or None). Its weight gets the gradient; the teacher's never does.
+    `lm_head` is a linear layer (`weight` (V, H), `bias` (V,) or None). Its parameters receive gradients;
+    those of the teacher's head never do. The constructor raises TypeError for another module and for an
+    unknown option.
     """
 
     def __init__(self, lm_head: nn.Module, **options: Unpack[DivergenceOptions]) -> None:
@@ -89,6 +95,7 @@ class DistillationHead(nn.Module):
         teacher_head: nn.Module | None = None,
         **tensors: Unpack[DivergenceOptions],
     ) -> Tensor | tuple[Tensor, TokenStats]:
+        """Return the loss under this head; `teacher_head` is the teacher's, by default the same."""
         teacher = self.lm_head if teacher_head is None else teacher_head
         student, other = (self._whole(head.weight, head.bias) for head in (self.lm_head, teacher))
         options: dict[str, Any] = {
@@ -100,8 +107,11 @@ class DistillationHead(nn.Module):
         return linear_divergence(student_hidden, student[0], teacher_hidden, other[0], **options)
 
     def _whole(self, *parameters: Any) -> tuple[Any, ...]:
-        """What DeepSpeed ZeRO-3 has spread over ranks, gathered. Its hooks know a child's parameters in the forward pass of its engine alone; registered here,
-        they are this module's own: released after it, and gathered before its next call and in backward.
+        """Return the parameters, gathered where DeepSpeed ZeRO-3 partitions them over ranks.
+
+        The hooks of ZeRO-3 gather a child's parameters in the child's own forward alone. Registered here,
+        they belong to this module: released after its call, and gathered before its next call and in
+        backward.
         """
         for parameter in parameters:
             if getattr(parameter, "ds_numel", None) and not parameter.numel():

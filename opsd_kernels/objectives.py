@@ -1,13 +1,20 @@
-"""Sampled-token objectives, alone on log-probs or mixed with a divergence in one pass over the head.
+"""Define objectives of sampled tokens, alone or mixed with a divergence in one pass over the head.
 
-A policy term is a callable `(logprob, stats, mask) -> (B, T) losses`: `logprob` are the student's log-probs of the sampled tokens, through which the gradient
-goes; `stats` the TokenStats of the call, of which nothing gets a gradient; `mask` True where a token counts. Its `scope` says what the slope of the loss in
-`logprob` needs, as with token weights: "index", nothing but the term itself; "row", the token's statistics; "sequence", those of its sequence.
+A policy term is a callable `(logprob, stats, mask) -> (B, T) losses`:
 
-    loss = linear_policy_divergence(h_s, W_s, h_t, W_t, labels=tokens, policy=PPOClip(advantages, old_logprobs), policy_weight=0.3)
-    loss = PPOClip(advantages, old_logprobs)(linear_logprobs(h_s, W_s, tokens), None, mask)[mask].mean()      # the same term without a teacher
+* `logprob` (B, T): the student's log-probs of the sampled tokens, in nats. The gradient flows through them.
+* `stats`: the detached TokenStats of the call.
+* `mask` (B, T): True at valid tokens.
 
-The mix costs no GEMM: the term adds `a_i * (q - onehot)` to the row gradient that the divergence has anyway.
+The `scope` of a term names the input of its slope d loss / d logprob, as with token weights: "index" for the
+term alone, "row" for the statistics of the token, "sequence" for those of its sequence.
+
+    term = PPOClip(advantages, old_logprobs)
+    loss = linear_policy_divergence(h_s, W_s, h_t, W_t, labels=tokens, policy=term, policy_weight=0.3)
+    loss = term(linear_logprobs(h_s, W_s, tokens), None, mask)[mask].mean()  # the same term without a teacher
+
+Mixing costs no further GEMM: the term adds `policy_slope * (q - onehot)` to the row gradient of the
+divergence.
 """
 
 from __future__ import annotations
@@ -29,7 +36,7 @@ from .weights import TokenWeighting
 
 
 class PolicyTerm(Protocol):
-    """A loss of the sampled tokens' log-probs, see above."""
+    """Map the log-probs of sampled tokens to losses; see the top of this module."""
 
     @property
     def scope(self) -> str: ...
@@ -38,13 +45,14 @@ class PolicyTerm(Protocol):
 
 
 def group_advantages(
-    rewards: Tensor,  # (..., G), rewards of the G rollouts of one prompt
+    rewards: Tensor,  # (..., G), of the G rollouts of one prompt
     *,
     normalize_std: bool = False,
 ) -> Tensor:  # (..., G)
-    """GRPO's advantages: reward less the group's mean (arXiv:2402.03300, section 4.1), divided by its standard deviation if asked.
+    """Return the advantages of GRPO: reward minus the group's mean (arXiv:2402.03300, section 4.1).
 
-    A group of equal rewards has advantages of 0 either way. Without the division it is the unbiased form of arXiv:2503.20783.
+    With `normalize_std` they are divided by the group's standard deviation; without it this is the unbiased
+    form of arXiv:2503.20783. A group of equal rewards has advantages of 0 in both forms.
     """
     centred = rewards - rewards.mean(-1, keepdim=True)
     if not normalize_std:
@@ -55,7 +63,7 @@ def group_advantages(
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """REINFORCE: `-advantages * logprob`. `advantages` broadcasts to (B, T)."""
+    """Apply REINFORCE: `-advantages * logprob`. `advantages` broadcasts to (B, T)."""
 
     advantages: Tensor
     scope = "index"
@@ -67,10 +75,17 @@ class PolicyGradient:
 
 @dataclass(frozen=True)
 class PPOClip:
-    """GRPO / PPO: `-min(r * A, clamp(r, 1 - low, 1 + high) * A)`, r = exp(logprob - old) (arXiv:1707.06347, eq. 7; two bounds: arXiv:2503.14476).
+    """Apply the clipped loss of PPO and GRPO, `-min(r * A, clamp(r, 1 - low, 1 + high) * A)`, r = exp(logprob
+    - old).
 
-    `advantages` broadcasts to (B, T). `old_logprobs` (B, T) are those of the policy that sampled; None: this very policy, so r = 1 and nothing is clipped.
-    `per_sequence`: one ratio for all tokens of a sequence, the geometric mean of theirs (GSPO, arXiv:2507.18071, eq. 7).
+    The loss is arXiv:1707.06347, eq. 7; the two bounds are those of arXiv:2503.14476. Raises ValueError for a
+    negative bound.
+
+    * `advantages`: A, broadcasts to (B, T).
+    * `old_logprobs`: (B, T) log-probs under the sampling policy, in nats. None: the student is the sampling
+      policy, so r = 1 and nothing is clipped.
+    * `per_sequence`: use one ratio for all tokens of a sequence, their geometric mean (GSPO,
+      arXiv:2507.18071, eq. 7).
     """
 
     advantages: Tensor
@@ -91,9 +106,8 @@ class PPOClip:
         return "sequence" if self.per_sequence else "row"
 
     def __call__(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> Tensor:
-        old = (
-            logprob.detach() if self.old_logprobs is None else self.old_logprobs.detach().reshape(mask.shape)
-        )
+        known = logprob if self.old_logprobs is None else self.old_logprobs.reshape(mask.shape)
+        old = known.detach()
         advantages = self.advantages.detach()
         gap = torch.where(mask, logprob - old, 0.0)
         if self.per_sequence:
@@ -104,7 +118,7 @@ class PPOClip:
 
 @dataclass(frozen=True)
 class Mix:
-    """A weighted sum of policy terms, as one: `((share, term), ...)`, a share being a number or a tensor that broadcasts to (B, T)."""
+    """Sum policy terms, `((share, term), ...)`. A share is a number or a tensor that broadcasts to (B, T)."""
 
     parts: tuple[tuple[float | Tensor, PolicyTerm], ...]
 
@@ -132,14 +146,21 @@ REWARDS = ("log_ratio", "proximal", "power")
 
 @dataclass(frozen=True)
 class OnPolicyDistillation:
-    """OPD on sampled tokens: `-stopgrad(w * R) * logprob`, R a reward from the teacher's and the student's log-probs t and s of the token, in nats.
+    """Distil on sampled tokens: `-stopgrad(w * R) * logprob`, with a reward R from log-probs.
 
-    reward: `log_ratio` t - s, whose mean is -KL(student || teacher), the K1 form; `proximal` log(strength * exp(t - s) + 1 - strength), the proximal teacher of
-        TOP-D (arXiv:2607.04751), never below log(1 - strength); `power` (exp(strength * t) - exp(strength * s)) / strength, PowerOPD
-        (arXiv:2606.17199), within +-1/strength and, for small strengths, `log_ratio`.
-    clip: R is clamped to [-clip, clip].
-    weights: a weighting of `opsd_kernels.weights` for w; `PrefixDiscrepancy()` gives IW-OPD (arXiv:2606.22600). None: 1.
-    old_logprobs: (B, T) log-probs of the policy that sampled, which stand for s in R and for the student's in w. None: the student's own.
+    R is a function of the log-probs t and s of the token under teacher and student, in nats. Raises
+    ValueError for an unknown reward, a strength outside its range, or a clip that is not positive.
+
+    * `reward`: "log_ratio" is t - s, whose mean is -KL(student || teacher), the K1 form. "proximal" is
+      log(strength * exp(t - s) + 1 - strength), the proximal teacher of TOP-D (arXiv:2607.04751), never below
+      log(1 - strength). "power" is (exp(strength * t) - exp(strength * s)) / strength, PowerOPD
+      (arXiv:2606.17199), within +-1/strength; for small strengths it tends to "log_ratio".
+    * `strength`: above 0, and below 1 for "proximal".
+    * `clip`: R is clamped to [-clip, clip].
+    * `weights`: a scheme of `opsd_kernels.weights` for w; `PrefixDiscrepancy()` gives IW-OPD
+      (arXiv:2606.22600). None: w = 1.
+    * `old_logprobs`: (B, T) log-probs under the sampling policy. They replace s in R and the student's
+      log-probs in w. None: the student's own.
     """
 
     reward: str = "log_ratio"
@@ -173,7 +194,7 @@ class OnPolicyDistillation:
         return getattr(self.weights, "exchanges", False)
 
     def rewards(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """R, (B, T)."""
+        """Return R, (B, T), of log-probs (B, T) in nats, under the clip."""
         if self.reward == "log_ratio":
             R = teacher - student
         elif self.reward == "proximal":
@@ -188,18 +209,18 @@ class OnPolicyDistillation:
     def weighted_rewards(
         self, logprob: Tensor, stats: TokenStats | None, mask: Tensor
     ) -> tuple[Tensor, Tensor | float]:
-        """R, 0 where a token is not valid, and w."""
+        """Return (R, w): R is 0 at invalid tokens, and w is 1.0 or (B, T)."""
         if stats is None or stats.teacher_logprob is None:
-            raise ValueError(
-                f"stats: expected TokenStats with the teacher's log-probs of the labels, got {stats}"
-            )
+            expected = "TokenStats with the teacher's log-probs of the labels"
+            raise ValueError(f"stats: expected {expected}, got {stats}")
+        teacher = stats.teacher_logprob
         if self.old_logprobs is not None:
             logprob = self.old_logprobs.reshape(mask.shape)
             stats = replace(stats, student_logprob=logprob.detach())
-        R = torch.where(mask, self.rewards(logprob.detach(), stats.teacher_logprob), 0.0)
-        return R, 1.0 if self.weights is None else self.weights(
-            None if self.weights.scope == "index" else stats, mask
-        ).detach()
+        R = torch.where(mask, self.rewards(logprob.detach(), teacher), 0.0)
+        if self.weights is None:
+            return R, 1.0
+        return R, self.weights(None if self.weights.scope == "index" else stats, mask).detach()
 
     def __call__(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> Tensor:
         R, weights = self.weighted_rewards(logprob, stats, mask)
@@ -216,11 +237,15 @@ def linear_policy_divergence(
     policy_weight: float = 0.5,
     **options: Unpack[DivergenceOptions],
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """`(1 - policy_weight) * divergence + policy_weight * policy term` in one pass over the heads, both under the same mask and reduction, in nats.
+    """Compute `(1 - policy_weight) * divergence + policy_weight * policy term` in one pass over the heads.
 
-    The other options are those of `linear_divergence` (token weights belong to the divergence), without `reduction="none"` and `backward="recompute"`: the
-    gradient is made in the forward pass. Terms of scope "row" or "sequence" are evaluated on the op's own statistics, between the sweeps.
-    Raises ValueError for a `policy_weight` outside [0, 1].
+    Both parts are in nats, under the same mask and reduction. `labels` are the sampled tokens, (...) int64.
+    The other options, shapes and returned values are those of `linear_divergence`; token weights apply to the
+    divergence alone. The gradient is computed in the forward pass. Terms of scope "row" or "sequence" are
+    evaluated on the op's own statistics, between the sweeps.
+
+    Raises ValueError for a `policy_weight` outside [0, 1], for `reduction="none"` and for
+    `backward="recompute"`, and TypeError for a policy without a scope, missing labels or an unknown option.
     """
     share = check_number("policy_weight", policy_weight)
     expect(0 <= share <= 1, "policy_weight", "a number in [0, 1]", share)
@@ -233,14 +258,18 @@ def linear_policy_divergence(
     )
     labels = options.get("labels")
     expect(
-        isinstance(labels, Tensor), "labels", "a tensor, the sampled tokens", type(labels).__name__, TypeError
+        isinstance(labels, Tensor),
+        "labels",
+        "a tensor, the sampled tokens",
+        type(labels).__name__,
+        TypeError,
     )
     unknown = sorted(set(options) - set(DEFAULTS))
     expect(not unknown, "options", "arguments of linear_divergence", ", ".join(map(repr, unknown)), TypeError)
     given: dict[str, Any] = {**DEFAULTS, **options}
-    expected = "'mean', 'sum' or 'sequence_mean' beside a policy term"
+    expected = "'mean', 'sum' or 'sequence_mean' with a policy term"
     expect(given["reduction"] != "none", "reduction", expected, repr(given["reduction"]))
-    expected = "'auto' or 'in_forward' beside a policy term"
+    expected = "'auto' or 'in_forward' with a policy term"
     expect(given["backward"] != "recompute", "backward", expected, repr(given["backward"]))
     student = Side(student_hidden, student_weight, given["student_bias"])
     teacher = Side(teacher_hidden, teacher_weight, given["teacher_bias"])

@@ -1,4 +1,4 @@
-"""`linear_topk_divergence`: against a teacher of which only the top-k log-probs are known."""
+"""Define `linear_topk_divergence`, for a teacher of which only the top-k log-probs are known."""
 
 from __future__ import annotations
 
@@ -42,25 +42,32 @@ def linear_topk_divergence(
     backend: str | None = None,
     group: object | None = None,
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """Divergence in nats between a student and a teacher behind a server, which returns log-probs of its K likeliest tokens.
+    """Compute a token divergence between a student and a teacher of which only the top K log-probs are known.
 
-    The log-probs are those of the teacher's whole distribution, at the temperature the student is to meet. An entry of -inf is padding, and its id does not
-    matter; an id may stand once per token. `tail` says what becomes of the mass outside the list:
+    The teacher typically runs behind a server that returns log-probs of its K most likely tokens. They are
+    log-probs under the whole distribution of the teacher, in nats, at the temperature at which the student is
+    compared. An entry of -inf is padding with an arbitrary id; an id occurs at most once per token. The
+    result is in nats.
 
-    bucket: one more entry for it, on both sides, log(1 - sum of the listed probabilities), never taken for less than 1e-7.
-    renormalize: none; both sides are normalised over the listed entries.
-    none: nothing; true log-probs, summed over the listed entries alone. With `forward_kl` this is verl's top-k loss before its clamps.
+    * `tail`: the treatment of the mass outside the list. "bucket" makes it one more entry on both sides,
+      log(1 - sum of the listed probabilities), with a mass of at least 1e-7. "renormalize" removes it: both
+      sides are normalised over the listed entries. "none" sums the terms of true log-probs over the listed
+      entries alone; with "forward_kl" this is verl's top-k loss before its clamps.
+    * `group`: as in `linear_divergence`; the ids are those of the whole vocabulary.
 
-    The other arguments, the reductions, the returned loss and its gradients are those of `linear_divergence`; three GEMM passes, four with
-    `backward="recompute"`. With `group` the ids speak of the whole vocabulary. Statistics that need the whole teacher are None in TokenStats, so weightings
-    that read them cannot be used.
-    Raises ValueError for an id outside the vocabulary whose log-prob is above -inf.
+    The other arguments, the reductions, the returned loss and its gradients are those of `linear_divergence`.
+    The call takes three GEMM passes (two with a frozen head), four with `backward="recompute"`. Statistics
+    that need the whole teacher are None in TokenStats, and weightings that read them cannot be used.
+
+    Raises ValueError or TypeError as `linear_divergence` does, and ValueError for an id outside the
+    vocabulary whose log-prob is above -inf.
     """
     check_choice("tail", tail, TAILS)
     spec = RowSpec(
         Divergence.parse(divergence, beta),
         LogitTransform.parse("student", student_logit_scale, student_softcap, "temperature", temperature),
-        LogitTransform(),  # of logits that are all 0; written out because torch.compile cannot trace it as a default
+        # Of logits that are all 0; written out because torch.compile cannot trace it as a default.
+        LogitTransform(),
         entry_clip=clip("entry_clip", entry_clip),
         token_clip=clip("token_clip", token_clip),
     )

@@ -1,4 +1,4 @@
-"""Heads spread over ranks: the shard of a rank, and DTensor heads made whole. The collectives: _core/shard.py."""
+"""Export the shard of a vocabulary-parallel head, and `gathered` for DTensor heads (_core/shard.py)."""
 
 from ._core.shard import VocabShard, gathered, is_dtensor
 

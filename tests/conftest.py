@@ -1,10 +1,11 @@
-"""Settings of the whole suite."""
+"""Set up the whole suite."""
 
 import json
 import os
 import platform
 
-# Before torch is loaded: threads that spin between small kernels made this suite 13 times slower on two busy cores (62 s against 4.6 s for the row tests).
+# Set before torch is loaded: threads that spin between small kernels made this suite 13 times slower on two
+# busy cores (62 s against 4.6 s for the row tests).
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import pytest
@@ -18,10 +19,9 @@ pytest.register_assert_rewrite("row_contract", "row_options_contract")
 
 
 def pytest_sessionstart(session):
-    """Put versions and machine into the report that --junitxml writes: tests/record_versions.py makes a record of them."""
-    report = session.config.stash.get(
-        xml_key, None
-    )  # absent in the workers of pytest-xdist and without --junitxml
+    """Write versions and machine into the --junitxml report, for tests/record_versions.py."""
+    report = session.config.stash.get(xml_key, None)
+    # Absent in the workers of pytest-xdist and without --junitxml.
     if report is None:
         return
     machine = provenance.describe_machine("cpu")
@@ -31,11 +31,12 @@ def pytest_sessionstart(session):
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": f"{machine['processor']}, {machine['cores']} cores, {machine['capability']}",
         "packages": tested_versions.installed(),
+        # Without --junitxml=FILE.
         "arguments": [
             argument
             for argument in session.config.invocation_params.args
             if not argument.startswith("--junit")
-        ],  # --junitxml=FILE
+        ],
     }
     for name, value in facts.items():
         report.add_global_property(f"opsd_{name}", json.dumps(value))
@@ -43,13 +44,16 @@ def pytest_sessionstart(session):
 
 @pytest.fixture(scope="session", autouse=True)
 def threads():
-    """OMP_NUM_THREADS, or two: sums over another number of threads round differently, and a machine with more cores should see what CI saw."""
+    """Use OMP_NUM_THREADS threads, by default two as in CI.
+
+    Sums over another number of threads round differently.
+    """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture(autouse=True)
 def nan_filled_allocations():
-    """Every torch.empty comes filled with NaN, so that an output which no one writes shows."""
+    """Fill every torch.empty with NaN, so that an unwritten output shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # the fill happens in this mode only
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
@@ -58,7 +62,7 @@ def nan_filled_allocations():
 
 @pytest.fixture(params=["torch", "cpp"])
 def backend(request):
-    """The name of each CPU backend; skipped, with its reason, where it is absent."""
+    """Return the name of each CPU backend; skip with its reason where it is absent."""
     reason = next(b for b in backends.BACKENDS if b.name == request.param).unsupported("cpu")
     if reason is not None:
         pytest.skip(reason)

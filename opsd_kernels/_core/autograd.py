@@ -1,9 +1,10 @@
-"""The route of a call through autograd. Functions are out of place where the graph is kept, so that backward may run twice.
+"""Route a call through autograd, by one of three Functions.
 
-`WeightedSum` knows its row factors in the forward pass and computes the gradients there (four GEMM passes, three with a
-frozen head). `PerRow` returns a loss per row and accepts any upstream gradient per row: with a frozen head it only scales
-the rows of a dh computed in forward; with a trainable one it projects again in backward (six passes). `LogProbs` does the
-same for log-probs of one side. Each takes the three leaves and the problem that they belong to.
+`WeightedSum` has its row factors in the forward pass and computes the gradients there (four GEMM passes,
+three with a frozen head). `PerRow` returns a loss per row and accepts any upstream gradient per row: with a
+frozen head it scales the rows of a dh computed in forward; with a trainable one it projects again in backward
+(six passes). `LogProbs` does the same for log-probs of one side. Each takes the three leaves and the problem
+that they belong to. Backward works out of place if the graph is retained, so that it may run twice.
 """
 
 from __future__ import annotations
@@ -30,31 +31,35 @@ FP16_ROW_FACTOR = 64.0
 
 
 class Route(Enum):
+    """Name a route through autograd."""
+
     VALUE = "no gradient"
-    WEIGHTED_SUM = "the gradient in the forward pass, row factors known"
-    WEIGHED_IN_LOOP = "the gradient in the forward pass, row factors from the loop's own statistics"
-    PER_ROW = "the gradient of each row's loss, weights applied to the losses"
+    WEIGHTED_SUM = "gradient in the forward pass, row factors known before the loop"
+    FACTORS_IN_LOOP = "gradient in the forward pass, row factors from the loop's own statistics"
+    PER_ROW = "gradient of each row's loss, weights applied to the losses"
 
 
 def choose_route(problem: Problem, weigher: RowWeigher, backward: str) -> Route:
-    """Choose once how a call goes through autograd. Raises ValueError where `backward` asks for the impossible."""
+    """Choose the route of a call. Raises ValueError if `backward` is impossible for this problem."""
     check_choice("backward", backward, BACKWARDS)
     per_token = weigher.per_token
     refused = backward == "in_forward" and per_token and problem.trainable
-    expected = "'recompute' or 'auto' for reduction='none' with a trainable head: the upstream gradient comes too late"
+    expected = (
+        "'auto' or 'recompute' for reduction='none' and a trainable head: forward lacks the upstream gradient"
+    )
     expect(not refused, "backward", expected, repr(backward))
     if not any(problem.wants):
         return Route.VALUE
     known = weigher.scope == "index"
     if per_token or backward == "recompute" or not (known or problem.trainable or weigher.has_policy):
         return Route.PER_ROW
-    return Route.WEIGHTED_SUM if known else Route.WEIGHED_IN_LOOP
+    return Route.WEIGHTED_SUM if known else Route.FACTORS_IN_LOOP
 
 
 def evaluate(
     problem: Problem, weigher: RowWeigher, backward: str, return_stats: bool
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """Return the loss, 0-dim or of the leading shape, and with `return_stats` the statistics."""
+    """Return the loss, 0-dim or of the leading shape; with `return_stats` return (loss, TokenStats)."""
     if weigher.scheme is not None:
         labelled = problem.rows.labels is not None or not getattr(weigher.scheme, "needs_labels", False)
         scheme = type(weigher.scheme).__name__
@@ -66,8 +71,8 @@ def evaluate(
         slope = weigher.policy_losses(None)[1] * scale if weigher.has_policy else None
         weighted = problem.with_factors(weigher.weights(None) * scale, slope)
         loss, D, stats, logprobs = WeightedSum.apply(*leaves, weighted, metrics, None)
-    elif route is Route.WEIGHED_IN_LOOP:
-        loss, D, stats, logprobs = _weighed_in_loop(*leaves, problem, metrics, weigher)
+    elif route is Route.FACTORS_IN_LOOP:
+        loss, D, stats, logprobs = _sum_with_loop_factors(*leaves, problem, metrics, weigher)
     else:
         if route is Route.PER_ROW:
             recompute = problem.trainable or backward == "recompute"
@@ -85,11 +90,13 @@ def evaluate(
     return (loss, token_stats(problem, D, stats, logprobs, weigher.leading)) if return_stats else loss
 
 
-def _weighed_in_loop(*args: Any) -> tuple[Tensor, ...]:
-    """Run outside torch.compile: a weighting is a Python object, which no operator's schema holds. The compiler is not loaded for this."""
-    run = (
-        torch.compiler.disable(_apply_weighted_sum) if "torch._dynamo" in sys.modules else _apply_weighted_sum
-    )
+def _sum_with_loop_factors(*args: Any) -> tuple[Tensor, ...]:
+    """Apply `WeightedSum` outside torch.compile, because an operator's schema cannot hold a weigher.
+
+    The compiler is not imported for this if it is not loaded already.
+    """
+    compiling = "torch._dynamo" in sys.modules
+    run = torch.compiler.disable(_apply_weighted_sum) if compiling else _apply_weighted_sum
     return run(*args)
 
 
@@ -101,14 +108,14 @@ def _apply_weighted_sum(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _times(factor: Tensor, D: Tensor) -> Tensor:
-    """Return factor * D; a row of factor zero may be infinite."""
+    """Return factor * D, 0 for factor zero even if D is inf."""
     return torch.where(factor == 0, torch.zeros_like(factor), factor * D)
 
 
 def _fp16_units(
     dtype: torch.dtype, factor: Tensor, slope: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Scale the row factors of fp16 logits. Returns them and the unit that the caller must still apply, or None."""
+    """Scale row factors for fp16. Returns them and the unit that the caller must still apply, or None."""
     if dtype != torch.float16:
         return factor, slope, None
     factors = [x for x in (factor, slope) if x is not None]
@@ -121,7 +128,7 @@ def _fp16_units(
 
 
 def _in_units(problem: Problem) -> tuple[Problem, Tensor | None]:
-    """Return the problem with row factors for the sweep, and the unit of the gradients."""
+    """Return the problem with scaled row factors, and the unit of the gradients, or None."""
     assert problem.rows.factor is not None, "a gradient needs row factors"
     factor, slope, unit = _fp16_units(
         problem.student.hidden.dtype, problem.rows.factor, problem.rows.policy_slope
@@ -130,18 +137,21 @@ def _in_units(problem: Problem) -> tuple[Problem, Tensor | None]:
 
 
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return grad * scale in `dtype`. Where this backward frees the graph, in place of the saved memory: a fresh dW costs a CPU more than the product does."""
+    """Return grad * scale in `dtype`.
+
+    If this backward frees the graph, the product overwrites the saved gradient: on a CPU allocating a fresh
+    dW costs more than the product.
+    """
     wide = scale.to(torch.promote_types(grad.dtype, torch.float32))
     if not on_host(grad.device) and not wide.dim():
-        wide = wide.reshape((1,) * grad.dim())  # a GPU rounds a 0-dim factor to the other one's 16 bits
+        wide = wide.reshape((1,) * grad.dim())  # a GPU kernel rounds a 0-dim factor to the other's 16 bits
     if torch.compiler.is_compiling():
         return (grad * wide).to(dtype)
     kept = torch._C._autograd._get_current_graph_task_keep_graph()
     if not on_host(grad.device):
         # One pass, cast included.
-        return torch.mul(
-            grad, wide, out=torch.empty_like(grad, dtype=dtype) if kept or grad.dtype != dtype else grad
-        )
+        out = torch.empty_like(grad, dtype=dtype) if kept or grad.dtype != dtype else grad
+        return torch.mul(grad, wide, out=out)
     if kept:
         return (grad * wide).to(dtype)
     unchanged = scale.numel() == 1 and scale.item() == 1
@@ -155,7 +165,7 @@ def _leaf_dtypes(problem: Problem) -> tuple[torch.dtype | None, ...]:
 
 
 def _save(ctx: Any, problem: Problem, *results: Tensor) -> None:
-    """Save a problem for backward, its tensors as saved tensors, with results behind them."""
+    """Save the flat form of a problem for backward, its tensors as saved tensors, followed by results."""
     flat = library.pack(problem)
     ctx.constants = [None if isinstance(x, Tensor) else x for x in flat]
     ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in flat), *results)
@@ -163,27 +173,26 @@ def _save(ctx: Any, problem: Problem, *results: Tensor) -> None:
 
 
 def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
-    """Return the packed problem and the results."""
+    """Return the flat form of the problem and the results that `_save` stored."""
     tensors, count = ctx.saved_tensors, len(ctx.constants)
     pairs = zip(tensors[:count], ctx.constants, strict=True)
     return [constant if tensor is None else tensor for tensor, constant in pairs], list(tensors[count:])
 
 
 def _project_again(ctx: Any, factor: Tensor, slope: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return dh, dW and dbias of recompute mode under row factors that came from upstream."""
+    """Return dh, dW and dbias of recompute mode, with row factors from the upstream gradient."""
     flat, (stats, A) = _saved(ctx)
-    one = factor.new_ones(())
     factor, slope, unit = _fp16_units(ctx.dtypes[0], factor, slope)
     grads = library.op_backward(*library.with_factors(flat, factor, slope), stats, A)
-    one = one if unit is None else unit
+    scale = factor.new_ones(()) if unit is None else unit
     return tuple(
-        _scaled(grad, one, dtype) if want else None
+        _scaled(grad, scale, dtype) if want else None
         for grad, dtype, want in zip(grads, ctx.dtypes, ctx.wants, strict=True)
     )
 
 
 def _on_leaves(problem: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Problem:
-    """Put the tensors that a Function received in the place of the student's."""
+    """Replace the student's tensors by those that a Function received."""
     return replace(problem, student=Side(hidden, weight, bias))
 
 
@@ -191,7 +200,10 @@ def _on_leaves(problem: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | 
 
 
 class WeightedSum(torch.autograd.Function):
-    """sum_i factor_i * D_i, with the per-row D and statistics beside it, detached. Its gradient has that of the policy in it, its value has not."""
+    """Return sum_i factor_i * D_i, and detached the per-row D, statistics and log-probs.
+
+    The gradient includes that of the policy term; the value does not.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, problem, metrics, weigher):
@@ -228,7 +240,10 @@ class WeightedSum(torch.autograd.Function):
 
 
 class PerRow(torch.autograd.Function):
-    """(N,) D_i, differentiable, with statistics beside it. A frozen head's `factor` is 0 or 1: rows that no gradient will reach."""
+    """Return D_i, (N,) and differentiable, and detached statistics and log-probs.
+
+    With a frozen head `factor` is 1 for rows that a gradient can reach, else 0.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, problem, metrics, recompute):
@@ -257,11 +272,12 @@ class PerRow(torch.autograd.Function):
 
 
 class LogProbs(torch.autograd.Function):
-    """(N,) log q(label) and entropy of the student alone, both differentiable.
+    """Return log q(label) and entropy of one side, (N,) each in nats, both differentiable.
 
-    The problem has no teacher, so all its logits are 0 and D = KL(student || uniform) = log V - entropy: an upstream
-    gradient g of the entropy is a factor -g of D, and one of the log-prob is a policy slope -g. Where `policy_slope` is
-    set, a frozen head's dh is computed in the forward pass, and scaled in backward.
+    The problem has no teacher, so the teacher's logits are 0 and D = KL(student || uniform) = log V -
+    entropy. An upstream gradient g of the entropy is a factor -g of D, and one of the log-prob is a policy
+    slope -g. If `policy_slope` is set (frozen head), dh is computed in the forward pass and scaled in
+    backward.
     """
 
     @staticmethod
@@ -293,7 +309,10 @@ class LogProbs(torch.autograd.Function):
 
 
 def log_probs(problem: Problem, in_forward: bool, entropy: bool) -> tuple[Tensor, Tensor]:
-    """Return (N,) log-probs of the labels and, if asked, entropies, along the route that the gradient needs."""
+    """Return log-probs of the labels and entropies, (N,) each in nats, by the route that the gradient needs.
+
+    Entropies are valid only with `entropy`.
+    """
     if not any(problem.wants):
         _, _, stats, logprobs, *_ = library.op(*library.pack(problem), entropy, False)
         return logprobs[:, 0].clone(), stats[:, Column.STUDENT_ENTROPY].clone()

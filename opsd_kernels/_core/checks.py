@@ -1,4 +1,7 @@
-"""Checks of the arguments: types, shapes, dtypes, devices, masks, padded vocabularies. Errors name argument, expected, got."""
+"""Check arguments: types, shapes, dtypes, devices, masks, padded vocabularies.
+
+Every error names the argument, the expected value and the actual one.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from .planner import DTYPES
 
 
 def check_types(prefix: str, hidden: object, weight: object, bias: object) -> None:
-    """Raise TypeError for a side whose parts are no tensors. `prefix` ("student_") starts the names of its arguments."""
+    """Raise TypeError for an argument that is not a tensor. `prefix` ("student_") starts its name."""
     for name, value in (("hidden", hidden), ("weight", weight)):
         expect(isinstance(value, Tensor), prefix + name, "a tensor", type(value).__name__, TypeError)
     good = bias is None or isinstance(bias, Tensor)
@@ -22,7 +25,7 @@ def check_types(prefix: str, hidden: object, weight: object, bias: object) -> No
 def check_side(
     prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, first: Tensor, name: str
 ) -> None:
-    """Check shapes, and dtype and device against the student's hidden states `first`, the argument `name`."""
+    """Check shapes, and dtype and device against the hidden states `first`, the argument `name`."""
     expect(hidden.dim() >= 1, f"{prefix}hidden", "shape (..., H)", tuple(hidden.shape))
     good = weight.dim() == 2 and min(weight.shape) >= 1
     expect(good, f"{prefix}weight", "shape (V, H) with V, H >= 1", tuple(weight.shape))
@@ -47,7 +50,7 @@ def check_side(
 
 
 def per_token(name: str, value: Any, leading: torch.Size, device: torch.device) -> Tensor:
-    """A tensor of one entry per token, flat and detached."""
+    """Return a tensor of one entry per token, flat and detached."""
     expect(isinstance(value, Tensor), name, "a tensor or None", type(value).__name__, TypeError)
     expect(value.shape == leading, name, f"shape {tuple(leading)}, one entry per token", tuple(value.shape))
     expect(value.device == device, name, f"a tensor on {device}, as the hidden states", value.device)
@@ -57,7 +60,7 @@ def per_token(name: str, value: Any, leading: torch.Size, device: torch.device) 
 def valid_tokens(
     hidden: Tensor, labels: Tensor | None, ignore_index: int, mask: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(valid (N,) bool or None for all, labels (N,) or None), for hidden states (..., H)."""
+    """Return valid, (N,) bool or None for all, and labels, (N,) or None, for hidden states (..., H)."""
     expect(isinstance(ignore_index, int), "ignore_index", "an int", type(ignore_index).__name__, TypeError)
     valid = None
     if labels is not None:
@@ -73,7 +76,10 @@ def valid_tokens(
 def listed_support(
     ids: Any, logprobs: Any, leading: torch.Size, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """A teacher's top-k entries, (N, K) each. Entries with log-prob -inf are padding, and what is listed of a token that is not valid does not count."""
+    """Return ids and log-probs of a teacher's top-k entries, (N, K) each.
+
+    Padding, which has log-prob -inf, and all entries of invalid tokens get id 0 and log-prob -inf.
+    """
     for name, value in (("teacher_topk_ids", ids), ("teacher_topk_logprobs", logprobs)):
         expect(isinstance(value, Tensor), name, "a tensor", type(value).__name__, TypeError)
         shaped = value.dim() == len(leading) + 1 and value.shape[:-1] == leading and value.shape[-1] >= 1
@@ -98,7 +104,7 @@ def listed_support(
 
 
 def vocabulary(V_s: int, V_t: int | None, vocab_size: int | None) -> int:
-    """Columns in use; V_t None: one head alone."""
+    """Return the number of columns in use. `V_t` is None for a single head."""
     if vocab_size is None:
         expect(
             V_t in (V_s, None),

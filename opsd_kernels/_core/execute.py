@@ -1,4 +1,4 @@
-"""From a problem to its results: which rows are computed, by which plan, on which backend."""
+"""Run a problem: choose the rows to compute, the plan and the backend, then call the loop."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ NO_GRADIENTS = (False, False, False)
 def run(
     problem: Problem, *, gradients: bool, metrics: bool = False, saved: tuple[Tensor, Tensor] | None = None
 ) -> Outputs:
-    """Return losses and statistics, and the gradients that the problem wants. `saved`: stats and A of an earlier run."""
+    """Return losses and statistics and, with `gradients`, those that the problem wants.
+
+    `saved` holds stats and A of an earlier run; then only the gradients are computed.
+    """
     rows = _computed_rows(problem)
     chunks = make_plan(problem, rows.count)
     if not gradients:
@@ -39,8 +42,9 @@ def run_weighted(
 ) -> Outputs:
     """Return losses, statistics and gradients where row factors depend on the statistics themselves.
 
-    `lengths` gives the rows of each sequence, for scope "sequence"; the valid ones if asked so, which syncs with a GPU.
-    Outside the operator's schema, which holds no callables: under torch.compile this part runs eagerly.
+    For scope "sequence", `lengths` returns the rows of each sequence; the valid ones alone, `lengths(True)`,
+    need a sync with a GPU. An operator's schema holds no callables, so under torch.compile this function runs
+    eagerly.
     """
     sequences = lengths(packs(problem)) if scope == "sequence" else []
     rows = _computed_rows(problem, sum(sequences) if scope == "sequence" else None)
@@ -58,12 +62,13 @@ def run_weighted(
 def make_plan(
     problem: Problem, tokens: int, scope: str = "index", longest: int | None = None, policy: bool = False
 ) -> ChunkPlan:
-    """Plan forward and backward alike: in recompute mode saved statistics must meet the same logits again."""
+    """Plan a call. Forward and backward get the same plan: saved statistics need the same logits again."""
     hidden, teacher = problem.student.hidden, problem.teacher
     device = hidden.device
     return plan(
         tokens,
-        problem.vocab if problem.shard is None else problem.shard.widest,  # all ranks take the same chunks
+        # The widest shard on every rank: all ranks use the same chunk boundaries.
+        problem.vocab if problem.shard is None else problem.shard.widest,
         hidden.shape[1],
         0 if teacher is None else teacher.hidden.shape[1],
         hidden.dtype,
@@ -86,7 +91,10 @@ def make_plan(
 
 
 def packs(problem: Problem) -> bool:
-    """True if rows that do not count are left out of the GEMMs. Their number must then reach the host, which a CUDA graph under capture forbids."""
+    """Return True if invalid rows are left out of the GEMMs.
+
+    Packing needs the number of valid rows on the host, which is not possible while a CUDA graph is captured.
+    """
     valid = problem.rows.valid
     if valid is None or not env.pack():
         return False
@@ -94,7 +102,10 @@ def packs(problem: Problem) -> bool:
 
 
 def _computed_rows(problem: Problem, count: int | None = None) -> ComputedRows:
-    """Choose the rows to compute, and check labels and listed entries. Packing syncs with a GPU once, unless `count` is known."""
+    """Choose the rows to compute, and check labels and listed ids.
+
+    Packing syncs with a GPU once, unless the `count` of valid rows is given.
+    """
     rows, N = problem.rows, problem.tokens
     _check_entries("labels", "or ignore_index", rows.labels, rows.valid, problem.vocab)
     listed = "wherever teacher_topk_logprobs is above -inf"  # elsewhere ids are 0
@@ -108,7 +119,10 @@ def _computed_rows(problem: Problem, count: int | None = None) -> ComputedRows:
 def _check_entries(
     name: str, otherwise: str, entries: Tensor | None, valid: Tensor | None, vocab: int
 ) -> None:
-    """Raise ValueError where an entry that counts lies outside the vocabulary. On CUDA this is an asynchronous device-side assert: no host sync."""
+    """Raise ValueError if a valid entry lies outside the vocabulary.
+
+    On CUDA this is an asynchronous device-side assert: no host sync.
+    """
     if entries is None:
         return
     inside = (entries >= 0) & (entries < vocab)
@@ -121,5 +135,6 @@ def _check_entries(
 
 
 def _backend(problem: Problem, chunks: ChunkPlan) -> RowBackend:
+    """Select the row backend, wrapped to merge statistics across ranks for sharded heads."""
     backend = backends.select(problem.backend, problem.student.hidden.device, chunks.logits_dtype)
     return backend if problem.shard is None else ShardedRows(backend, problem.shard)

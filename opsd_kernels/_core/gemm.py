@@ -1,11 +1,17 @@
-"""The GEMMs of the loss head: logits (or logit differences) into reused buffers, the hidden gradient, and the head's gradient into an fp32 accumulator.
+"""Compute the GEMMs of the loss head: logits or their difference, the hidden gradient, the head's gradient.
 
-The product of 16-bit matrices with an fp32 result has four homes. On CUDA: the library GEMM by `out_dtype`. On a CPU torch has no call for it. The first
-usable one of these serves: the extension's `gemm_bf16_` on oneDNN's micro-kernel; `cblas_gemm_bf16bf16f32` / `f16f16f32` of the math library inside torch,
-on Intel processors with units for the dtype; fp32 GEMMs over slices (`sliced_mm_`).
+Logits go into reused buffers, the head's gradient into an fp32 accumulator. The product of 16-bit matrices
+with an fp32 result has four implementations. On CUDA it is the library GEMM with `out_dtype`. On a CPU torch
+has no call for it, and the first usable one of these runs:
 
-Without such units the libraries are no choice. At 256 x 151936 `cblas_gemm_f16f16f32` takes 148 MiB of fp32 copies per thread, and `torch.mm` of fp16 takes
-14 times as long as slices do (N = 256, H = 512, V = 16000, AMD EPYC with AVX-512).
+* the extension's `gemm_bf16_`, on oneDNN's micro-kernel;
+* `cblas_gemm_bf16bf16f32` or `cblas_gemm_f16f16f32` of the math library inside torch, on Intel processors
+  with units for the dtype;
+* fp32 GEMMs over slices (`sliced_mm_`).
+
+Without such units the library calls are too expensive. At 256 x 151936 `cblas_gemm_f16f16f32` takes 148 MiB
+of fp32 copies per thread, and `torch.mm` of fp16 takes 14 times as long as slices (N = 256, H = 512, V =
+16000, AMD EPYC with AVX-512).
 """
 
 from __future__ import annotations
@@ -35,7 +41,10 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @functools.cache
 def cblas_gemm(dtype: torch.dtype) -> Callable[..., None] | None:
-    """Return the math library's 16-bit x 16-bit -> fp32 GEMM, or None where torch was built without it or the CPU lacks units for `dtype`."""
+    """Return the math library's GEMM from 16-bit operands to fp32.
+
+    None where torch was built without it or the CPU lacks units for `dtype`.
+    """
     if not (extension.has_amx() if dtype == torch.bfloat16 else extension.mm_has_units(dtype)):
         return None
     for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
@@ -51,26 +60,25 @@ def cblas_gemm(dtype: torch.dtype) -> Callable[..., None] | None:
 
 
 def _cblas_mm(gemm: Callable[..., None], a: Tensor, b: Tensor, out: Tensor, beta: float) -> None:
-    """out = a @ b + beta * out; each matrix has one unit stride."""
+    """Compute out = a @ b + beta * out. Each matrix has one unit stride."""
 
     def layout(x: Tensor) -> tuple[int, int]:
         return (_NO_TRANS, x.stride(0)) if x.stride(1) == 1 else (_TRANS, x.stride(1))
 
     (trans_a, ld_a), (trans_b, ld_b) = layout(a), layout(b)
     m, n, k = a.shape[0], b.shape[1], a.shape[1]
-    ld_a, ld_b = (
-        max(ld_a, k if trans_a == _NO_TRANS else m),
-        max(ld_b, n if trans_b == _NO_TRANS else k),
-    )  # a single row may carry any stride
-    gemm(
-        _ROW_MAJOR, trans_a, trans_b, m, n, k, 1.0, a.data_ptr(), ld_a, b.data_ptr(), ld_b, beta, out.data_ptr(), max(out.stride(0), n)
-    )  # fmt: skip
+    # A matrix of a single row may have any row stride.
+    ld_a = max(ld_a, k if trans_a == _NO_TRANS else m)
+    ld_b = max(ld_b, n if trans_b == _NO_TRANS else k)
+    operands = a.data_ptr(), ld_a, b.data_ptr(), ld_b
+    gemm(_ROW_MAJOR, trans_a, trans_b, m, n, k, 1.0, *operands, beta, out.data_ptr(), max(out.stride(0), n))
 
 
 def sliced_mm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """Write a @ b, or add it, into `out` by fp32 GEMMs over slices of the longest dimension. (M, K), (K, N) -> (M, N).
+    """Compute out = a @ b, (M, K) @ (K, N), by fp32 GEMMs over slices of the longest dimension.
 
-    The fp32 copies of a slice share one buffer of SLICE_BYTES; the operand that is not sliced is copied whole. A 16-bit `out` is rounded once.
+    With `accumulate` the product is added to `out`. The fp32 copies of a slice share one buffer of
+    SLICE_BYTES; the unsliced operand is copied whole. A 16-bit `out` is rounded once.
     """
     (M, K), N = a.shape, b.shape[1]
     narrow = out.dtype != torch.float32
@@ -105,21 +113,21 @@ def _slice_length(width: int) -> int:
 
 
 def _widened(x: Tensor, buffer: Tensor) -> Tensor:
-    """Copy a matrix into the fp32 buffer, in its own order of memory."""
+    """Copy a matrix into the fp32 buffer, keeping its memory order."""
     if x.stride(0) == 1 != x.stride(1):
         return _widened(x.t(), buffer).t()
     return buffer[: x.numel()].view(x.shape).copy_(x)
 
 
 def cpu_gemm_name(dtype: torch.dtype) -> str:
-    """Return what multiplies 16-bit matrices into fp32 on this CPU."""
+    """Return the name of the GEMM of 16-bit matrices with an fp32 result on this CPU."""
     if dtype == torch.bfloat16 and extension.gemm_unavailable() is None:
         return "oneDNN's micro-kernel"
     return _CBLAS_NAMES[dtype] if cblas_gemm(dtype) else "fp32 GEMMs over slices"
 
 
 def _widening_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """Write a @ b of 16-bit CPU matrices into an fp32 `out`, or add it."""
+    """Write a @ b of 16-bit CPU matrices into an fp32 `out`, or add it to `out`."""
     if a.dtype == torch.bfloat16 and extension.gemm_unavailable() is None:
         torch.ops.opsd_kernels.gemm_bf16_(a, b, out, accumulate)
     elif gemm := cblas_gemm(a.dtype):
@@ -129,7 +137,7 @@ def _widening_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
 
 
 def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = hidden @ weight.T. (C, H), (V, H) -> (C, V); `out` may be fp32 where the inputs are 16-bit."""
+    """Compute out = hidden @ weight.T, (C, H), (V, H) -> (C, V). `out` may be fp32 for 16-bit inputs."""
     if out.dtype == hidden.dtype:
         if out.device.type == "cpu" and not extension.mm_has_units(out.dtype):
             sliced_mm_(hidden, weight.t(), out)
@@ -142,7 +150,10 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def accumulate_weight_grad(G: Tensor, hidden: Tensor, dW: Tensor, first: bool) -> None:
-    """dW (+)= G.T @ hidden. (C, V), (C, H) -> (V, H); `dW` may be fp32 where the inputs are 16-bit; what it held does not count if `first`."""
+    """Add G.T @ hidden to dW, (C, V), (C, H) -> (V, H); with `first` overwrite dW.
+
+    `dW` may be fp32 for 16-bit inputs.
+    """
     Gt = G.t()
     if dW.dtype == G.dtype:
         if dW.device.type == "cpu" and first and not extension.mm_has_units(dW.dtype):
@@ -151,20 +162,17 @@ def accumulate_weight_grad(G: Tensor, hidden: Tensor, dW: Tensor, first: bool) -
             torch.mm(Gt, hidden, out=dW)
         else:
             dW.addmm_(Gt, hidden)
-    elif (
-        dW.device.type == "cuda"
-    ):  # `self` of the output's type: from torch 2.10 on; as it is `out`, nothing is copied
-        _ = (
-            torch.mm(Gt, hidden, out_dtype=dW.dtype, out=dW)
-            if first
-            else torch.addmm(dW, Gt, hidden, out_dtype=dW.dtype, out=dW)
-        )
+    elif dW.device.type == "cuda" and first:
+        torch.mm(Gt, hidden, out_dtype=dW.dtype, out=dW)
+    elif dW.device.type == "cuda":
+        # From torch 2.10 on `self` may have the output's dtype; as it is also `out`, there is no copy.
+        torch.addmm(dW, Gt, hidden, out_dtype=dW.dtype, out=dW)
     else:
         _widening_mm(Gt, hidden, dW, accumulate=not first)
 
 
 def stack_difference(student: Tensor, teacher: Tensor, out: Tensor) -> None:
-    """out (2C, H) = [student ; teacher - student]: the difference is formed in fp32 (fp64) and rounded once."""
+    """Write [student ; teacher - student] into out (2C, H). The fp32 (fp64) difference is rounded once."""
     rows = student.shape[0]
     out[:rows].copy_(student)
     if is_16_bit(student.dtype):

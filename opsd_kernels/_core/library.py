@@ -1,4 +1,4 @@
-"""The op as one graph node: schemas, implementations, fakes, and the flat form of a Problem, which lives in this file alone."""
+"""Register the op as one graph node: schemas, implementations, fakes, and the flat form of a Problem."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from .shard import VocabShard
 _PROBLEM = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
     "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
-    "Tensor? factor, Tensor? policy_slope, Tensor? valid, Tensor? labels, Tensor? topk_ids, Tensor? topk_logprobs, "
-    "int kind, float beta, float[] dialect, int[] support, float[] student_transform, float[] teacher_transform, "
+    "Tensor? factor, Tensor? policy_slope, Tensor? valid, Tensor? labels, "
+    "Tensor? topk_ids, Tensor? topk_logprobs, int kind, float beta, float[] dialect, int[] support, "
+    "float[] student_transform, float[] teacher_transform, "
     "bool shared_head, int vocab, ScalarType logits_dtype, int? workspace_bytes, str? backend, "
     "int[] shard, str? group, bool grad_hidden, bool grad_weight, bool grad_bias"
 )
-_FACTOR = 6  # where the row factors stand in it
+_FACTOR = 6  # position of the row factors in the flat form
 _SCHEMAS = (
     f"linear_divergence({_PROBLEM}, bool metrics, bool recompute)"
     " -> (Tensor loss, Tensor A, Tensor stats, Tensor logprobs, Tensor dh, Tensor dW, Tensor dbias)",
@@ -34,7 +35,7 @@ _SIDES = ("student", "teacher", None)
 
 
 def pack(problem: Problem) -> tuple[Any, ...]:
-    """Flatten a problem into the arguments that both ops begin with."""
+    """Flatten a problem into the leading arguments of both ops."""
     rows, spec, support = problem.rows, problem.spec, problem.support
     teacher: tuple[Tensor | None, ...] = (None, None, None)
     if problem.teacher is not None:
@@ -69,7 +70,7 @@ def pack(problem: Problem) -> tuple[Any, ...]:
 
 
 def unpack(flat: Sequence[Any]) -> Problem:
-    """Rebuild the problem that `pack` flattened."""
+    """Rebuild a problem from the flat form of `pack`."""
     (h_s, W_s, b_s, h_t, W_t, b_t, factor, slope, valid, labels, ids, logprobs, *rest) = flat
     (kind, beta, dialect, support, transform_s, transform_t, shared_head, vocab, logits_dtype, *rest) = rest
     workspace_bytes, backend, shard, group, *wants = rest
@@ -118,7 +119,7 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _gradients(problem: Problem, *gradients: Tensor | None) -> tuple[Tensor, ...]:
-    """Put an empty tensor where a gradient was not asked for."""
+    """Return the gradients, with an empty tensor for each one that is None."""
     return tuple(problem.student.hidden.new_empty(0) if grad is None else grad for grad in gradients)
 
 
@@ -161,7 +162,8 @@ for _schema, _impl, _fake in zip(
     library.impl(_name, _impl, "CompositeExplicitAutograd")
     register_fake(f"opsd_kernels::{_name}", _fake, lib=library)
 
-# Loss, A, stats, logprobs, dh, dW, dbias of (*pack(problem), metrics, recompute); with `recompute` without the gradients.
+# (*pack(problem), metrics, recompute) -> loss, A, stats, logprobs, dh, dW, dbias; empty gradients with
+# `recompute`.
 op = torch.ops.opsd_kernels.linear_divergence
-# dh, dW, dbias of (*pack(problem), stats, A).
+# (*pack(problem), stats, A) -> dh, dW, dbias.
 op_backward = torch.ops.opsd_kernels.linear_divergence_backward

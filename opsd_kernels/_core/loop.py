@@ -1,7 +1,8 @@
-"""The one loop: walk the rows in chunks, project, sweep, and turn logit gradients into dh, dW and dbias.
+"""Walk the rows in chunks: project, sweep, and turn logit gradients into dh, dW and dbias.
 
-The only module that allocates tensors with a vocabulary dimension; none outlives the loop. The same loop computes
-gradients during the forward pass, statistics only and, given saved statistics, the gradients of recompute mode.
+The only module that allocates tensors with a vocabulary dimension; none outlives the loop. The same loop
+computes gradients during the forward pass, statistics alone and, from saved statistics, the gradients of
+recompute mode.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def run(
     weigher: RowWeigher | None = None,
     bounds: list[slice] | None = None,
 ) -> Outputs:
-    """Return losses, statistics and gradients of all chunks. `bounds`: chunks other than the plan's, none longer."""
+    """Return losses, statistics and gradients. `bounds` replaces the plan's chunks by others, none longer."""
     padded_vocab = problem.student.weight.shape[0]
     problem = problem.for_gemms()
     out = _allocate(problem, plan, padded_vocab, saved)
@@ -39,14 +40,14 @@ def run(
     sweep, chunk = sweeps.choose(walk), None
     for position, part in enumerate(plan.bounds() if bounds is None else bounds):
         at = part if rows.index is None else rows.index[part]
-        # inf or NaN of a row that does not count would pass a row gradient of zeros into dW.
+        # Zeroed: inf or NaN in an invalid row times its zero gradient would put NaN into dW.
         student = walk.counted(problem.student.hidden[at], at)
         teacher = None if problem.teacher is None else walk.counted(problem.teacher.hidden[at], at)
         chunk = buffers.project(problem, student, teacher)
         scale = sweep(walk, chunk, at)
         if walk.wants_gradient:
             _accumulate(walk, walk.gradient(chunk.S), student, at, scale, first=position == 0)
-    del buffers, walk, chunk  # before dW is cast: the two never stand together
+    del buffers, walk, chunk  # freed before dW is cast, which lowers the peak
     if out.dW is not None and out.dW.dtype != plan.gradient_dtype:
         out.dW = empty(tuple(out.dW.shape), plan.gradient_dtype, out.dW.device).copy_(out.dW)
     if out.dbias is not None:
@@ -55,7 +56,7 @@ def run(
 
 
 class Buffers:
-    """The reused buffers of a call: a pair of logits buffers (one without a teacher), and the packed rows that feed them."""
+    """Own the reused buffers of a call: logits of each side, and stacked rows of the difference GEMM."""
 
     def __init__(self, problem: Problem, plan: ChunkPlan) -> None:
         hidden, V = problem.student.hidden, problem.student.weight.shape[0]
@@ -66,7 +67,7 @@ class Buffers:
         self.stack = hidden.new_empty(2 * plan.rows, hidden.shape[1]) if problem.spec.difference else None
 
     def project(self, problem: Problem, student: Tensor, teacher: Tensor | None) -> Rows:
-        """Project a chunk: raw logits S and T (or T - S), (C, V) each, with the biases."""
+        """Return a chunk's raw logits S and T (or T - S), (C, V) each, with the biases."""
         C = student.shape[0]
         S, T = self.pair[:C], self.pair[C : 2 * C]
         bias = problem.student.bias
@@ -86,7 +87,7 @@ class Buffers:
 def _accumulate(
     walk: Walk, G: Tensor, student: Tensor, at: Positions, scale: Tensor | None, first: bool
 ) -> None:
-    """Add a chunk's logit gradient G, its rows times `scale`, into dh, dW and dbias."""
+    """Accumulate a chunk's logit gradient G, rows scaled by `scale`, into dh, dW and dbias."""
     out, V = walk.out, G.shape[1]
     if out.dh is not None:
         _hidden_gradient(walk, out.dh, G, at, scale)
@@ -98,9 +99,10 @@ def _accumulate(
 
 
 def _hidden_gradient(walk: Walk, dh: Tensor, G: Tensor, at: Positions, scale: Tensor | None) -> None:
+    """Write the chunk's rows of dh, summed over the ranks of a shard."""
     shard = walk.problem.shard
     in_place = isinstance(at, slice) and shard is None
-    # Parts that ranks add up are not rounded to 16 bits before.
+    # Partial sums of ranks are reduced in fp32 and rounded to 16 bits once.
     dtype = dh.dtype if shard is None else gemm.accumulator_dtype(dh.dtype)
     packed = dh[at] if in_place else dh.new_empty(G.shape[0], dh.shape[1], dtype=dtype)
     gemm.project(G, walk.problem.student.weight.t(), packed)
@@ -113,7 +115,7 @@ def _hidden_gradient(walk: Walk, dh: Tensor, G: Tensor, at: Positions, scale: Te
 
 
 def _weighted_sum(G: Tensor, scale: Tensor) -> Tensor:
-    """Return scale @ G, (V,), with 16-bit rows widened a few at a time."""
+    """Return scale @ G, (V,), casting 16 rows of a 16-bit G at a time."""
     step = 16 if gemm.is_16_bit(G.dtype) else G.shape[0]
     total = scale[:step] @ G[:step].to(scale.dtype)
     for start in range(step, G.shape[0], step):
@@ -125,6 +127,7 @@ def _weighted_sum(G: Tensor, scale: Tensor) -> Tensor:
 def _allocate(
     problem: Problem, plan: ChunkPlan, padded_vocab: int, saved: tuple[Tensor, Tensor] | None
 ) -> Outputs:
+    """Allocate the outputs: zeroed where some rows stay unwritten, else uninitialised."""
     hidden, N = problem.student.hidden, problem.tokens
     all_valid = plan.tokens == N
     wants_hidden, wants_weight, wants_bias = problem.wants
@@ -149,7 +152,7 @@ def _allocate(
 
 
 def _weight_gradient(weight: Tensor, plan: ChunkPlan, padded_vocab: int) -> Tensor:
-    """Allocate dW. A single chunk's GEMM may write the gradient's own dtype; several add up in the accumulator's."""
+    """Allocate dW, in the dtype of the gradient for one chunk and in that of the accumulator for several."""
     dtype = gemm.accumulator_dtype(weight.dtype) if plan.chunks > 1 else plan.gradient_dtype
     dW = empty((padded_vocab, weight.shape[1]), dtype, weight.device)
     dW[weight.shape[0] if plan.tokens else 0 :].zero_()

@@ -1,11 +1,11 @@
-"""Row sweeps over heads that are spread over ranks: statistics of whole rows, merged from those of their slices.
+"""Sweep the rows of vocabulary-parallel heads: merge the statistics of a row from those of its slices.
 
-A row's statistics merge like entries merge into a row: a shard with student mass exp(lse_s) and teacher mass exp(lse_t)
-is one entry of a smaller row, and L_r = lse_t - lse_s is its d. So the merged normalisers keep the accuracy near the
-teacher that the sweeps have (_rows/contract.py), and the sweeps themselves are given the merged statistics.
+Shards merge into a row like entries do: a shard with student mass exp(lse_s) and teacher mass exp(lse_t) is
+one entry of a smaller row, and L_r = lse_t - lse_s is its d. So the merged normalisers keep the accuracy of
+the sweeps near the teacher (_rows/contract.py), and the sweeps take the merged statistics.
 
-All ranks gather the same numbers and merge them in the same order in float64: statistics, weights and losses are equal
-on them to the bit.
+All ranks gather the same numbers and merge them in the same order in float64: statistics, weights and losses
+are bitwise equal on all ranks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ from .shard import VocabShard, gather_ranks
 
 @dataclass(frozen=True)
 class ShardedRows:
-    """A row backend (contract.py) whose rows go on in other ranks. S, T, biases and G are slices; statistics, losses, factors and labels are of whole rows."""
+    """Implement the row contract (contract.py) for rows split over ranks.
+
+    S, T, biases and G are slices of this rank; statistics, losses, factors and labels are those of whole
+    rows.
+    """
 
     backend: RowBackend
     shard: VocabShard
@@ -63,11 +67,11 @@ class ShardedRows:
         bias_s: Tensor | None,
         bias_t: Tensor | None,
         G: Tensor,
-        policy: Tensor | None = None,
+        policy_slope: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> None:
         own = None if labels is None else self.shard.local(labels)
-        self.backend.row_grad_(S, T, stats, A, factor, spec, bias_s, bias_t, G, policy, own)
+        self.backend.row_grad_(S, T, stats, A, factor, spec, bias_s, bias_t, G, policy_slope, own)
 
     def row_fused_(
         self,
@@ -79,30 +83,31 @@ class ShardedRows:
         bias_t: Tensor | None,
         metrics: bool,
         G: Tensor,
-        policy: Tensor | None = None,
+        policy_slope: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Not fused: the other ranks' part of a row must come between the sweeps."""
+        """Run the three sweeps in turn: collectives between them merge the parts of a row."""
         stats = self.row_stats(S, T, spec, bias_s, bias_t, metrics)
         loss, A = self.row_dot(S, T, stats, spec, bias_s, bias_t)
-        self.row_grad_(S, T, stats, A, factor, spec, bias_s, bias_t, G, policy, labels)
+        self.row_grad_(S, T, stats, A, factor, spec, bias_s, bias_t, G, policy_slope, labels)
         return stats, loss, A
 
 
 class _Masses(NamedTuple):
-    """Shards as entries of a row, (R, n) each, and the row's own (n,)."""
+    """Hold shards as the entries of a row, (R, n) each, and values of the whole row, (n,)."""
 
     q: Tensor  # share of the student's mass
     p: Tensor
     log_ratio: Tensor  # log q - log p
-    references: tuple[Tensor, ...]  # STUDENT_MAX to SPREAD of the merged row
+    references: tuple[Tensor, ...]  # (n,) STUDENT_MAX to SPREAD of the merged row
     peak: Tensor  # (n,) rank of the student's first maximum
 
 
 def merge(parts: Tensor, linear: bool) -> Tensor:
-    """Statistics of whole rows, (n, k), from those of their shards, (R, n, k), whose largest entries are named by their columns in the whole.
+    """Merge the statistics of R shards, (R, n, k), into those of whole rows, (n, k).
 
-    `linear`: the sweeps take d from the difference buffer (Logits.linear).
+    The argmax columns of the shards hold indices of the whole vocabulary. `linear`: the sweeps take d from
+    the difference buffer (Logits.linear).
     """
     column = {c: parts[:, :, c].double() for c in Column if c < parts.shape[2]}
     masses = _masses(column, parts, linear)
@@ -114,10 +119,8 @@ def merge(parts: Tensor, linear: bool) -> Tensor:
     ]
     if Column.STUDENT_ENTROPY in column:
         none = torch.zeros_like(p, dtype=torch.bool)
-        top_s, top_t = (
-            q * column[Column.STUDENT_MAX_PROB],
-            torch.where(p > 0, p * column[Column.TEACHER_MAX_PROB], 0.0),
-        )
+        top_s = q * column[Column.STUDENT_MAX_PROB]
+        top_t = torch.where(p > 0, p * column[Column.TEACHER_MAX_PROB], 0.0)
         columns += [
             _mean(q, column[Column.STUDENT_ENTROPY], -q.log(), none),
             _mean(p, column[Column.TEACHER_ENTROPY], -p.log(), none),
@@ -126,27 +129,26 @@ def merge(parts: Tensor, linear: bool) -> Tensor:
             _at(column[Column.STUDENT_ARGMAX], peak),
             _at(column[Column.TEACHER_ARGMAX], top_t.argmax(0)),
         ]
-    invalid = torch.isnan(references[1]) | torch.isnan(references[3])  # a side without a distribution
+    invalid = torch.isnan(references[1]) | torch.isnan(references[3])  # one side has no distribution
     merged = torch.stack(columns, dim=1)
     merged[:, Column.SPREAD + 1 :] = torch.where(invalid[:, None], torch.nan, merged[:, Column.SPREAD + 1 :])
     return merged.to(parts.dtype)
 
 
 def _masses(column: dict[Column, Tensor], parts: Tensor, linear: bool) -> _Masses:
+    """Merge the normalisers of the shards, and return each shard's mass under both sides."""
     max_s, max_t = column[Column.STUDENT_MAX], column[Column.TEACHER_MAX]
     lse_s = torch.where(max_s == -torch.inf, -torch.inf, max_s + column[Column.STUDENT_LOGSUM])
     lse_t = torch.where(max_t == -torch.inf, -torch.inf, max_t + column[Column.TEACHER_LOGSUM])
-    # What the sweeps take for c: they round the difference of the maxima where d is exact, else they subtract each side's own.
-    c = (
-        (parts[:, :, Column.TEACHER_MAX] - parts[:, :, Column.STUDENT_MAX]).double()
-        if linear
-        else max_t - max_s
-    )
+    # c as the sweeps take it: the rounded difference of the maxima where d is exact, else the exact one.
+    c = max_t - max_s
+    if linear:
+        c = (parts[:, :, Column.TEACHER_MAX] - parts[:, :, Column.STUDENT_MAX]).double()
     peak = max_s.argmax(0)
     of_row = _at(c, peak)
-    spread = torch.nan_to_num(
-        column[Column.SPREAD] + (c - of_row).abs(), nan=torch.inf, posinf=torch.inf
-    ).amax(0)  # at least the row's own
+    # An upper bound of the spread of the whole row.
+    spread = column[Column.SPREAD] + (c - of_row).abs()
+    spread = torch.nan_to_num(spread, nan=torch.inf, posinf=torch.inf).amax(0)
     near = spread <= SPREAD_LIMIT
     reference_s, reference_t = _at(max_s, peak), torch.where(near, _at(max_t, peak), max_t.amax(0))
     whole_s = torch.logsumexp(lse_s, 0)
@@ -163,11 +165,15 @@ def _masses(column: dict[Column, Tensor], parts: Tensor, linear: bool) -> _Masse
 
 
 def _mean(mass: Tensor, within: Tensor, between: Tensor, infinite: Tensor) -> Tensor:
-    """sum mass * (within + between) over the shards; one without mass counts nothing, one where the other side has none is infinite."""
+    """Return sum mass * (within + between) over the shards, (n,).
+
+    A shard without mass adds 0; one with mass where the other side has none (`infinite`) makes the sum
+    infinite.
+    """
     terms = torch.where(infinite, torch.inf, mass * (within + between))
     return torch.where(mass > 0, terms, 0.0).sum(0)
 
 
 def _at(values: Tensor, rank: Tensor) -> Tensor:
-    """(n,) of (R, n): each row's value in one rank."""
+    """Return each row's value in the given rank, (n,) of (R, n)."""
     return values.gather(0, rank[None])[0]

@@ -1,4 +1,7 @@
-"""How many rows a chunk takes, which buffers that needs, and the peak it leads to. Pure arithmetic: the op follows it, `opsd plan` prints it."""
+"""Plan a call: rows per chunk, buffers, passes and peak memory.
+
+Pure arithmetic. The op follows the plan, and `opsd plan` prints it.
+"""
 
 from __future__ import annotations
 
@@ -14,66 +17,79 @@ from ..spec import BACKWARDS, SCOPES, check_choice, expect
 
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 ROW_MULTIPLE = 16
-# Scratch of the math library and the row sweeps on a CPU, for the process and for each thread. Measured on an AMD
-# EPYC at V = 151936 with H = 64 on 1, 2, 4, 8 and 16 threads: fp32 3.9, 9.7, 20, 48 and 96 MiB, bf16 6.3, 8.7, 11.6,
-# 24 and 48 MiB. oneDNN packs more of 16-bit operands for tile units (AMX): 14.8 MiB on two threads under torch 2.13,
-# 16.6 under 2.15. A budget gives scratch at most half of its bytes, and never those of the last row.
+# Scratch bytes of the math library and the row sweeps on a CPU, per process and per thread. Measured on an
+# AMD EPYC at V = 151936 with H = 64 on 1, 2, 4, 8 and 16 threads: fp32 3.9, 9.7, 20, 48 and 96 MiB, bf16 6.3,
+# 8.7, 11.6, 24 and 48 MiB. oneDNN packs more of 16-bit operands for tile units (AMX): 14.8 MiB on two threads
+# under torch 2.13, 16.6 under 2.15. Scratch takes at most half of a budget, and always leaves the bytes of
+# one row.
 CPU_SCRATCH_BYTES, CPU_SCRATCH_PER_THREAD, CPU_SCRATCH_PER_THREAD_AMX = 2 << 20, 6 << 20, 9 << 20
-# Rows beyond which a chunk gains nothing. A trainable head reads and writes the fp32 dW once per chunk. On two AVX-512 cores and bf16 inputs, 256, 512 and 1024
-# rows take 1.19, 1.13 and 1.05 of the bare GEMMs (H = 1024); fp32 inputs, whose GEMMs take four times as long, 1.00 at 256 and 1.11 at 1024, for fresh buffers
-# cost time as well. On CUDA 25 % of the floor goes into dW at 1024 rows and 6 % at 4096 (H = 4096).
+# Rows per chunk beyond which a call gains nothing. A trainable head reads and writes the fp32 dW once per
+# chunk. On two AVX-512 cores with bf16 inputs, 256, 512 and 1024 rows take 1.19, 1.13 and 1.05 of the time of
+# the bare GEMMs (H = 1024). fp32 inputs, whose GEMMs take four times as long, take 1.00 at 256 rows and 1.11
+# at 1024, because fresh buffers cost time as well. On CUDA dW takes 25 % of the lower bound at 1024 rows and
+# 6 % at 4096 (H = 4096).
 ROW_LIMITS = {("cpu", True): 1024, ("cpu", False): 256, ("cuda", True): 4096, ("cuda", False): 1024}
-WIDE_CPU_ROWS = 256  # of 32- and 64-bit inputs
-ALIGNED_ROWS = 1024  # to which a chunk may grow for the sake of a whole sequence
-SUPPORT_BYTES = 96  # of one entry of a support: a dozen numbers, each in a tensor of its own
-SLICE_BYTES = 8 << 20  # of fp32 copies, which one product holds where the CPU has no units for a 16-bit dtype
+WIDE_CPU_ROWS = 256  # the same limit for 32- and 64-bit inputs
+ALIGNED_ROWS = 1024  # limit to which a chunk may grow to hold a whole sequence
+SUPPORT_BYTES = 96  # per entry of a support: a dozen numbers, each in its own tensor
+SLICE_BYTES = 8 << 20  # fp32 copies in one product, where the CPU has no units for a 16-bit dtype
 QUEUE_BYTES = 16  # per column and thread while torch.topk runs
-SWEEP_BYTES = 16  # per column and thread where a divergence takes two sweeps, which keep four rows (csrc/cpu/rows.cpp); else one or two
-# The model of a GPU, for the choice of rows alone. Its numbers are assumptions, to be replaced by measured ones: the output tile that cuBLAS gives one
-# multiprocessor of an H100 in a large 16-bit GEMM; how far it splits long sums (of dh) where the tiles are few; the multiprocessors of an H100 SXM or H200; 730
-# TFLOP/s of such GEMMs beside 2.85 TB/s of memory. With the last, dW costs 25 % of four passes at 1024 rows and 6 % at 4096.
+# Per column and thread for a divergence of two sweeps, which keep four rows (csrc/cpu/rows.cpp); others keep
+# one or two.
+SWEEP_BYTES = 16
+# The model of a GPU, used only to choose the rows. Its numbers are assumptions, to be replaced by measured
+# ones: the output tile that cuBLAS gives one multiprocessor of an H100 in a large 16-bit GEMM; the most
+# splits of long sums (of dh) where tiles are few; the multiprocessors of an H100 SXM or H200; 730 TFLOP/s of
+# such GEMMs at 2.85 TB/s of memory. By the last, dW costs 25 % of four passes at 1024 rows and 6 % at 4096.
 TILE = (128, 256)
 MOST_SPLITS, SPLIT_LENGTH = 8, 4096
 SM_COUNT = 132
 FLOPS_PER_BYTE = 256
 CUDA_ROW_MULTIPLE = 128
-CUDA_ROW_BYTES = 128  # a row of logits takes a multiple: then any V has 16-byte accesses, and a GEMM the leading dimension that it is fastest with
+# A row of logits takes a multiple of this: any V then has 16-byte accesses, and a GEMM its fastest leading
+# dimension.
+CUDA_ROW_BYTES = 128
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """What one call does. Bytes are of the whole call, predicted; `flops` counts multiply and add."""
+    """Describe a call. Bytes are predictions for all of it; `flops` counts multiplications and additions."""
 
     tokens: int
     rows: int  # per chunk
     chunks: int
     logits_dtype: torch.dtype
-    difference: bool  # teacher buffer holds t - s from the stacked GEMM
-    gradient_dtype: torch.dtype  # of dh and dW until backward multiplies them by what comes from upstream
+    difference: bool  # the teacher buffer holds t - s, from the stacked GEMM
+    gradient_dtype: torch.dtype  # of dh and dW until backward multiplies them by the upstream gradient
     passes: int  # GEMM passes of 2 * tokens * hidden * vocabulary operations each
     flops: int
     workspace_bytes: int  # logits buffers and packed rows, freed before the call returns
-    scratch_bytes: int  # of the math library and the sweeps on a CPU, on top of them: an estimate that grows with the threads
-    accumulator_bytes: int  # fp32 dW beside a 16-bit gradient, likewise
+    # CPU scratch of the math library and the sweeps, on top of the buffers: an estimate that grows with the
+    # threads.
+    scratch_bytes: int
+    accumulator_bytes: int  # fp32 dW on top of a 16-bit gradient, freed before the call returns
     gradient_bytes: int  # dh, dW, dbias
     vector_bytes: int  # losses and statistics, N-sized
     peak_bytes: int  # above the inputs, at the worst moment of forward and backward
-    sweep_bytes: (
-        int  # moved to and from the logits buffers, by GEMMs and by sweeps that read memory each time
+    sweep_bytes: int  # moved to and from the logits buffers, if each sweep reads memory
+    head_bytes: int  # moved to and from dW, which is read and written once per chunk
+    tile_share: (
+        float  # useful share of the time of whole waves of GEMM tiles; 1 on a CPU, which is not modelled
     )
-    head_bytes: int  # moved to and from dW: it is read and written once per chunk
-    tile_share: float  # of the time of whole waves of tiles that the GEMMs compute in; 1 on a CPU, which is not modelled
-    weighting: str = "before"  # when token weights are found: before the pass, after it, in each chunk, in chunks aligned with sequences, in a pass of its own
+    # When token weights are computed: "before" the pass, "after" it, in each "chunk", in chunks "aligned"
+    # with sequences, or in a statistics pass of their "own pass".
+    weighting: str = "before"
     weighting_reason: str = ""
 
     def bounds(self) -> list[slice]:
-        """The chunks, as slices of the valid rows."""
+        """Return the chunks, as slices of the valid rows."""
         return [
             slice(start, min(start + self.rows, self.tokens)) for start in range(0, self.tokens, self.rows)
         ]
 
     def as_dict(self) -> dict[str, object]:
+        """Return the fields with dtypes as strings, for JSON."""
         return {
             name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
             for name, value in asdict(self).items()
@@ -83,12 +99,14 @@ class ChunkPlan:
 def resolve_logits(
     dtype: torch.dtype, logits_dtype: str | torch.dtype, shared_head: bool, exact: bool = False
 ) -> tuple[torch.dtype, bool]:
-    """Choose the dtype of the logits buffers, and whether the teacher's holds the difference to the student. The one place.
+    """Choose the dtype of the logits buffers, and return it with True if the teacher's holds the difference t
+    - s.
 
-    `auto` takes 16-bit buffers for a shared head, where the difference GEMM loses nothing, and fp32 for two heads and
-    where the result must be `exact`: a kink at p = q (tvd, an entry clip), or log-probs that something reads (logits
-    of 16 in bf16 are off by 0.03, and so would be the logarithm of a ratio of probabilities). In fp32 buffers of
-    16-bit inputs both sides are projected whole: rounding h_t - h_s to 16 bits would cost more than the subtraction.
+    "auto" takes 16-bit buffers for a shared head, where the difference GEMM keeps the accuracy. It takes fp32
+    for two heads and for an `exact` result: a kink at p = q (tvd, an entry clip), or log-probs that weights
+    or policy terms read (bf16 logits near 16 are off by 0.03, and so would be the logarithm of a ratio of
+    probabilities). With fp32 buffers of 16-bit inputs both sides are projected in full: rounding h_t - h_s to
+    16 bits would lose more than the subtraction of the logits.
     """
     known = logits_dtype in ("auto", "input", "float32", torch.float32)
     expect(known, "logits_dtype", "'auto', 'input' or torch.float32", repr(logits_dtype))
@@ -100,8 +118,10 @@ def resolve_logits(
 
 
 def held_dtype(dtype: torch.dtype, buffer: torch.dtype) -> torch.dtype:
-    """What gradients are held in between forward and backward. With fp32 buffers, fp32: a second rounding, after the upstream factor, would take the
-    gradient from 0.2 % to 0.3 % error. For fp16 inputs always: a mean's 1 / N underflows.
+    """Return the dtype of gradients held between forward and backward.
+
+    It is fp32 with fp32 buffers: a second rounding, after the upstream factor, would raise the error of the
+    gradient from 0.2 % to 0.3 %. It is always fp32 for fp16 inputs, because the 1 / N of a mean underflows.
     """
     return torch.float32 if dtype == torch.float16 else buffer
 
@@ -111,7 +131,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _balanced_rows(tokens: int, most: int) -> int:
-    """Rows of equal chunks, none above `most`."""
+    """Return the rows per chunk of equal chunks, none above `most`."""
     if tokens <= most:
         return max(tokens, 1)
     even = -(-tokens // -(-tokens // most))
@@ -120,7 +140,7 @@ def _balanced_rows(tokens: int, most: int) -> int:
 
 
 def row_stride(V: int, buffer: torch.dtype, device_type: str) -> int:
-    """Entries from one row of a logits buffer to the next."""
+    """Return the row stride of a logits buffer, in entries."""
     return _round_up(V, CUDA_ROW_BYTES // buffer.itemsize) if device_type == "cuda" else V
 
 
@@ -133,7 +153,11 @@ def row_bytes(
     topk: int = 0,
     device_type: str = "cpu",
 ) -> int:
-    """Workspace of one row: the logits pair, its packed hidden rows, the hidden gradient before it is scattered, a support. H_teacher 0: no teacher."""
+    """Return the workspace bytes of one row.
+
+    Counted are the logits pair, its packed hidden rows, the hidden gradient before it is scattered, and
+    `topk` entries of a support. `H_teacher` is 0 without a teacher.
+    """
     logits = (2 if H_teacher else 1) * row_stride(V, buffer, device_type) * buffer.itemsize
     return (
         SUPPORT_BYTES * topk
@@ -144,7 +168,11 @@ def row_bytes(
 
 
 def wave_flops(rows: int, columns: int, length: int, sm_count: int = SM_COUNT) -> int:
-    """Of a GEMM with sums of `length`. Multiprocessors work on whole tiles, and the last wave of tiles leaves some of them idle: 132 tiles cost what 1 does."""
+    """Return the operations that a GPU could do during a GEMM with sums of `length`.
+
+    Multiprocessors work on whole tiles, and the last wave of tiles leaves some of them idle: 132 tiles cost
+    as much as one.
+    """
     tiles = -(-rows // TILE[0]) * -(-columns // TILE[1])
     splits = range(1, max(1, min(MOST_SPLITS, length // SPLIT_LENGTH)) + 1)
     return min(
@@ -154,7 +182,7 @@ def wave_flops(rows: int, columns: int, length: int, sm_count: int = SM_COUNT) -
 
 @dataclass(frozen=True)
 class Products:
-    """The GEMMs of a call, and the time they take on a GPU, counted in what its multiprocessors could compute meanwhile."""
+    """Hold the sizes of a call's GEMMs, and model their time on a GPU in operations it could do meanwhile."""
 
     V: int
     H_student: int
@@ -164,20 +192,16 @@ class Products:
     trainable: bool
 
     def of_chunk(self, rows: int) -> list[tuple[int, int, int]]:
-        """(rows and columns of the output, length of the sums): logits, dh, dW."""
-        sides = (
-            [(2 * rows, self.V, self.H_student)]
-            if self.difference
-            else [(rows, self.V, H) for H in (self.H_student, self.H_teacher) if H]
-        )
-        return (
-            sides
-            + [(rows, self.H_student, self.V)] * self.grad
-            + [(self.V, self.H_student, rows)] * self.trainable
-        )
+        """Return (rows and columns of the output, length of the sums) of each GEMM: logits, dh, dW."""
+        if self.difference:
+            sides = [(2 * rows, self.V, self.H_student)]
+        else:
+            sides = [(rows, self.V, H) for H in (self.H_student, self.H_teacher) if H]
+        dh, dW = (rows, self.H_student, self.V), (self.V, self.H_student, rows)
+        return sides + [dh] * self.grad + [dW] * self.trainable
 
     def wave_flops(self, tokens: int, rows: int, sm_count: int = SM_COUNT) -> int:
-        """Of `tokens` in chunks of `rows`."""
+        """Return the sum of `wave_flops` over all GEMMs of `tokens` in chunks of `rows`."""
         full, last = divmod(tokens, rows)
         chunks = [(full, rows)] * (full > 0) + [(1, last)] * (last > 0)
         return sum(
@@ -187,7 +211,7 @@ class Products:
         )
 
     def head_bytes(self, chunks: int, itemsize: int) -> int:
-        """Moved by the GEMMs of dW: written by each, and read by all but the first."""
+        """Return the bytes moved by the GEMMs of dW: each writes it, and all but the first read it."""
         return self.V * self.H_student * itemsize * (2 * chunks - 1) if chunks and self.trainable else 0
 
 
@@ -199,9 +223,11 @@ def logit_bytes(
     products: int = 2,
     on_chip: bool = False,
 ) -> int:
-    """Bytes moved per token and vocabulary entry: logits written by GEMMs and read by `sweeps`; then read for a gradient, written and read by `products` GEMMs.
+    """Return the bytes moved per token and vocabulary entry.
 
-    Where a kernel holds a row pair `on_chip`, one read serves all sweeps and the gradient.
+    GEMMs write the logits and `sweeps` read them. A gradient reads them once more, and is written once and
+    read by `products` GEMMs. If a kernel holds a row pair `on_chip`, one read serves all sweeps and the
+    gradient.
     """
     reads = 1 if on_chip else sweeps + (products > 0)
     return sides * buffer.itemsize * (1 + reads) + gradient.itemsize * (1 + products) * (products > 0)
@@ -209,26 +235,30 @@ def logit_bytes(
 
 @lru_cache(maxsize=1024)
 def whole_waves(tokens: int, most: int, gemms: Products, dW_itemsize: int, sm_count: int = SM_COUNT) -> int:
-    """Rows per chunk, a multiple of CUDA_ROW_MULTIPLE up to `most`, with which idle multiprocessors and the traffic of dW cost least.
+    """Return the rows per chunk with the lowest cost of idle multiprocessors and traffic of dW.
 
-    More rows win a tie, and a larger `most` never makes more chunks. Below the multiple, as many rows as there may be.
+    They are a multiple of CUDA_ROW_MULTIPLE up to `most`, or `most` below one multiple. More rows win a tie,
+    and a larger `most` never makes more chunks.
     """
 
     def cost(rows: int) -> tuple[int, int]:
-        return gemms.wave_flops(tokens, rows, sm_count) + FLOPS_PER_BYTE * gemms.head_bytes(
-            -(-tokens // rows), dW_itemsize
-        ), -rows
+        traffic = gemms.head_bytes(-(-tokens // rows), dW_itemsize)
+        return gemms.wave_flops(tokens, rows, sm_count) + FLOPS_PER_BYTE * traffic, -rows
 
     return min(range(CUDA_ROW_MULTIPLE, most + 1, CUDA_ROW_MULTIPLE), key=cost, default=most)
 
 
 def _tile_share(gemms: Products, tokens: int, rows: int, sm_count: int) -> float:
+    """Return the useful share of the operations in whole waves of tiles."""
     useful = sum(2 * m * n * k for m, n, k in gemms.of_chunk(tokens))
     return useful / gemms.wave_flops(tokens, rows, sm_count) if tokens else 1.0
 
 
 def align(lengths: list[int], rows: int) -> list[slice]:
-    """Chunks of whole sequences, none above `rows` unless a sequence alone is; `lengths` count valid rows."""
+    """Return chunks of whole sequences, none above `rows` unless a single sequence is.
+
+    `lengths` count the valid rows of each sequence.
+    """
     bounds, start, stop = [], 0, 0
     for length in lengths:
         if stop > start and stop + length - start > rows:
@@ -238,8 +268,11 @@ def align(lengths: list[int], rows: int) -> list[slice]:
     return [*bounds, slice(start, stop)] if stop > start else bounds
 
 
-def _weighting(scope: str, longest: int | None, most: int, in_loop: bool) -> tuple[str, str]:
-    """(when token weights are found, why then). `in_loop`: the gradients that need them are computed in the forward pass."""
+def _when_weighted(scope: str, longest: int | None, most: int, in_loop: bool) -> tuple[str, str]:
+    """Return when token weights are computed, and why.
+
+    `in_loop`: the gradients that need them are computed in the forward pass.
+    """
     if scope == "index":
         return "before", "they need positions alone"
     if not in_loop:
@@ -249,13 +282,12 @@ def _weighting(scope: str, longest: int | None, most: int, in_loop: bool) -> tup
     if longest is None:
         return "own pass", "the sequences have no known length"
     fits = longest <= most
-    return (
-        "aligned" if fits else "own pass",
-        f"the longest sequence has {longest} rows, a chunk {'holds' if fits else 'at most'} {most}",
-    )
+    reason = f"the longest sequence has {longest} rows, a chunk {'holds' if fits else 'at most'} {most}"
+    return "aligned" if fits else "own pass", reason
 
 
 def _row_limit(dtype: torch.dtype, trainable: bool, device_type: str, longest_sequence: int) -> int:
+    """Return the most rows per chunk that pay, raised to the longest sequence up to ALIGNED_ROWS."""
     on_cuda = device_type == "cuda"
     limit = ROW_LIMITS["cuda" if on_cuda else "cpu", trainable]
     if not on_cuda and dtype.itemsize > 2:
@@ -264,16 +296,11 @@ def _row_limit(dtype: torch.dtype, trainable: bool, device_type: str, longest_se
 
 
 def workspace_budget(workspace_bytes: int | None) -> int:
-    """The byte budget of a call: its own, else OPSD_WORKSPACE_BYTES, else 1 GiB."""
+    """Return the byte budget of a call: the given one, else OPSD_WORKSPACE_BYTES, else 1 GiB."""
     if workspace_bytes is None:
         return env.workspace_bytes() or DEFAULT_WORKSPACE_BYTES
-    expect(
-        isinstance(workspace_bytes, int) and not isinstance(workspace_bytes, bool),
-        "workspace_bytes",
-        "an int",
-        type(workspace_bytes).__name__,
-        TypeError,
-    )
+    integer = isinstance(workspace_bytes, int) and not isinstance(workspace_bytes, bool)
+    expect(integer, "workspace_bytes", "an int", type(workspace_bytes).__name__, TypeError)
     expect(workspace_bytes > 0, "workspace_bytes", "a positive number of bytes", workspace_bytes)
     return workspace_bytes
 
@@ -287,9 +314,12 @@ def _check(dtype: torch.dtype, backward: str, weights_scope: str, **sizes: int) 
 
 
 def _room(tokens: int, limit: int, budget: int, per_row: int, head: int, held: bool) -> tuple[int, int]:
-    """(most rows of a chunk, bytes of an fp32 accumulator). `head`: entries of a 16-bit dW, else 0; `held`: in fp32 until backward."""
+    """Return the most rows of a chunk, and the bytes of an fp32 accumulator.
+
+    `head` is the number of entries of a 16-bit dW, else 0. With `held` gradients stay in fp32 until backward.
+    """
     most, accumulator = min(limit, budget // per_row), 0
-    if head and (tokens > most or held):  # else a single chunk's GEMM writes the gradient itself
+    if head and (tokens > most or held):  # otherwise the GEMM of a single chunk writes the gradient
         accumulator, half = 4 * head, 2 * head
         most = min(most, max(budget - half, min(budget, half)) // per_row)
     return most, accumulator
@@ -297,20 +327,11 @@ def _room(tokens: int, limit: int, budget: int, per_row: int, head: int, held: b
 
 def _cpu_scratch(dtype: torch.dtype, V: int, topk: int, one_sweep: bool, threads: int | None) -> int:
     """Scratch bytes of the math library and of the sweeps on a CPU, on top of the logits buffers."""
-    per_thread = (
-        CPU_SCRATCH_PER_THREAD_AMX if dtype.itemsize == 2 and extension.has_amx() else CPU_SCRATCH_PER_THREAD
-    )
+    tiled = dtype.itemsize == 2 and extension.has_amx()
+    per_thread = CPU_SCRATCH_PER_THREAD_AMX if tiled else CPU_SCRATCH_PER_THREAD
     columns = QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one_sweep)
     slices = 0 if extension.mm_has_units(dtype) else SLICE_BYTES
     return CPU_SCRATCH_BYTES + slices + (threads or torch.get_num_threads()) * (per_thread + V * columns)
-
-
-def _bytes_per_logit(
-    buffer: torch.dtype, dtype: torch.dtype, sides: int, sweeps: int, products: int, again: bool, twice: bool
-) -> int:
-    """Of a whole call: `again`, projected once more in backward; `twice`, that or a statistics pass of its own."""
-    known = logit_bytes(buffer, dtype, sides, sweeps, 0) if twice else 0
-    return known + logit_bytes(buffer, dtype, sides, 0 if again else sweeps, products)
 
 
 def plan(
@@ -338,15 +359,22 @@ def plan(
 ) -> ChunkPlan:
     """Plan `linear_divergence` for N valid tokens, a vocabulary of V and the hidden sizes of both sides.
 
-    `H_teacher` defaults to `H_student`; 0: no teacher's head. `weights_scope` is that of the token weights: with
-    "sequence", chunks end with sequences where one holds `longest_sequence` rows (four passes), else a statistics pass
-    goes first (six). `policy`: a term of `objectives` is mixed in; `topk`: entries of a support; `one_sweep`: see
-    RowSpec. On CUDA (`device_type`, `sm_count` multiprocessors) the rows of a chunk make whole waves of GEMM tiles,
-    by the model at TILE. On a CPU scratch grows with `threads` (default: torch's).
+    * `H_teacher`: defaults to `H_student`; 0 means no teacher's head.
+    * `shared_head`, `trainable_head`, `grad`, `bias_grad`: one head for both sides; gradients of the head, of
+      any input, of the bias.
+    * `backward`, `logits_dtype`: as in `linear_divergence`.
+    * `weights_scope`: scope of the token weights. With "sequence", chunks end at sequence boundaries if a
+      chunk holds `longest_sequence` rows (four passes); otherwise a statistics pass goes first (six).
+    * `policy`, `topk`: True if a term of `objectives` is mixed in; the number of entries of a support.
+    * `one_sweep`: True for the plain KLs without an entry clip, see RowSpec.
+    * `device_type`, `sm_count`: on CUDA the rows of a chunk make whole waves of GEMM tiles on `sm_count`
+      multiprocessors (model: see TILE).
+    * `threads`: the CPU threads, with which scratch grows. Default: those of torch.
+    * `workspace_bytes`: the budget for logits buffers, packed rows, scratch, and the fp32 dW on top of a
+      16-bit gradient. Default: OPSD_WORKSPACE_BYTES, else 1 GiB. The fp32 dW claims half its size, but leaves
+      the logits the bytes of the 16-bit dW, which replaces them in the end.
 
-    `workspace_bytes` (default OPSD_WORKSPACE_BYTES or 1 GiB) is the budget for logits buffers, packed rows, scratch,
-    and the fp32 dW beside a 16-bit gradient. The last claims half its size, but leaves the logits the bytes of the
-    16-bit dW, which takes their place in the end. Raises ValueError if the budget does not hold one row.
+    Raises ValueError if the budget does not hold one row, and ValueError or TypeError for a bad argument.
     """
     H_teacher = H_student if H_teacher is None else H_teacher
     _check(dtype, backward, weights_scope, N=N, V=V, H_student=H_student, H_teacher=H_teacher)
@@ -362,7 +390,7 @@ def plan(
     expect(most >= 1, "workspace_bytes", f"at least {3 * per_row} bytes, for a row of logits pairs", budget)
     again = backward == "recompute" and grad
     in_loop = (gemms.trainable or policy) and grad and not again
-    weighting, reason = _weighting(weights_scope, longest_sequence, most, in_loop)
+    weighting, reason = _when_weighted(weights_scope, longest_sequence, most, in_loop)
     dW_itemsize = 4 if accumulator else dtype.itemsize
     rows, tile_share = max(min(N, most), 1), 1.0
     if weighting != "aligned" and N > most:
@@ -399,13 +427,13 @@ def _memory(
     accumulator: int,
     dbias: int,
 ) -> dict[str, int]:
-    """Predict the bytes of a call by kind, and its peak: during the loop, or when dW is cast."""
+    """Return the bytes of a call by kind, and its peak: during the loop, or while dW is cast."""
     workspace = min(rows, N) * per_row
     vectors = N * 4 * (len(Column) + 8)  # statistics, loss, A, weights, factors and their products
     dh = N * gemms.H_student * dtype.itemsize * gemms.grad
     dW = gemms.V * gemms.H_student * dtype.itemsize * gemms.trainable
     if held != dtype:
-        dh *= 3  # the fp32 one, and the 16-bit one beside it
+        dh *= 3  # the fp32 one and the 16-bit one
     return {
         "workspace_bytes": workspace,
         "scratch_bytes": scratch,
@@ -427,13 +455,18 @@ def _work(
     twice: bool,
     dW_itemsize: int,
 ) -> dict[str, int]:
-    """Count GEMM passes, operations and memory traffic. `again`: backward projects once more; `twice`: that or a statistics pass."""
+    """Return the counts of GEMM passes, operations and bytes moved.
+
+    `again`: backward projects once more. `twice`: that, or a statistics pass goes first.
+    """
     sides, products, chunks = 1 + bool(gemms.H_teacher), gemms.grad + gemms.trainable, -(-N // rows)
     per_pass = gemms.H_student * (1 + twice + products) + gemms.H_teacher * (1 + twice)
+    first_pass = logit_bytes(buffer, dtype, sides, sweeps, 0) if twice else 0
+    per_logit = first_pass + logit_bytes(buffer, dtype, sides, 0 if again else sweeps, products)
     return {
         "chunks": chunks,
         "passes": sides + products + sides * twice,
         "flops": 2 * N * gemms.V * per_pass,
-        "sweep_bytes": N * gemms.V * _bytes_per_logit(buffer, dtype, sides, sweeps, products, again, twice),
+        "sweep_bytes": N * gemms.V * per_logit,
         "head_bytes": gemms.head_bytes(chunks, dW_itemsize),
     }

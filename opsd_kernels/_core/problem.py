@@ -1,4 +1,4 @@
-"""One call of the op as one record, checked once. Every decision that the loop depends on is taken in `Problem.of`."""
+"""Define `Problem`, one call of the op. `Problem.of` checks it once and takes all decisions of the loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .shard import VocabShard, local_head, shard_of
 
 @dataclass(frozen=True)
 class Side:
-    """Hidden states and LM head of the student or of the teacher."""
+    """Hold hidden states and LM head of the student or of the teacher."""
 
     hidden: Tensor  # (..., H) in a public call, (N, H) in a Problem
     weight: Tensor  # (V, H)
@@ -27,11 +27,11 @@ class Side:
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Which rows count, and what is known of each row before the loop."""
+    """Hold the valid rows, and the per-row inputs known before the loop."""
 
-    valid: Tensor | None = None  # (N,) bool; None: all rows count
+    valid: Tensor | None = None  # (N,) bool; None: all rows are valid
     labels: Tensor | None = None  # (N,) int64
-    topk_ids: Tensor | None = None  # (N, K) int64: the support that a teacher lists
+    topk_ids: Tensor | None = None  # (N, K) int64: the support listed by a teacher
     topk_logprobs: Tensor | None = None  # (N, K)
     factor: Tensor | None = None  # (N,) scale of the divergence's gradient
     policy_slope: Tensor | None = None  # (N,) scale of the gradient of -log q(label)
@@ -39,16 +39,19 @@ class RowSelection:
 
 @dataclass(frozen=True)
 class ComputedRows:
-    """The rows that the GEMMs see."""
+    """Hold the rows that enter the GEMMs."""
 
     count: int
     index: Tensor | None = None  # (count,) int64 positions; None: all rows
-    valid: Tensor | None = None  # (N,) bool where rows are computed that do not count
+    valid: Tensor | None = None  # (N,) bool where invalid rows are computed too
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A call of the op. Immutable; `torch.compile` traces it through `Function.apply` on torch 2.10 to 2.15."""
+    """Describe one call of the op.
+
+    Immutable. torch.compile traces it through `Function.apply` on torch 2.10 to 2.15.
+    """
 
     student: Side
     teacher: Side | None  # None: all teacher logits are 0
@@ -56,7 +59,7 @@ class Problem:
     spec: RowSpec
     support: Support | None  # None: the whole vocabulary
     shared_head: bool
-    vocab: int  # columns in use, over all ranks; those from here on have probability zero
+    vocab: int  # columns in use over all ranks; later columns have probability zero
     logits_dtype: torch.dtype  # of the logits buffers
     workspace_bytes: int | None
     backend: str | None
@@ -83,10 +86,12 @@ class Problem:
         exact_logprobs: bool = False,
         prefixes: tuple[str, str] = ("student_", "teacher_"),
     ) -> Problem:
-        """Check the arguments of a public function and bring them into flat form.
+        """Check the arguments of a public function, and flatten (..., H) to (N, H).
 
-        `listed` holds the ids and log-probs of a teacher's top-k, and what becomes of the tail. `exact_logprobs`: something reads the label's
-        log-prob, so the logits must not be rounded to 16 bits. `prefixes` name the arguments in error texts.
+        `listed` is (ids, log-probs, tail) of a teacher of which only the top-k is known. With
+        `exact_logprobs` a token weighting or a policy term reads the label's log-prob, so the logits must not
+        be rounded to 16 bits. `prefixes` name the arguments in error texts. Raises ValueError or TypeError
+        for a bad argument.
         """
         backends.check_name(backend)
         workspace_budget(workspace_bytes)
@@ -146,12 +151,12 @@ class Problem:
 
     @property
     def columns(self) -> int:
-        """Columns of the vocabulary in use that this rank's heads hold."""
+        """Return the number of columns in use that this rank's heads hold."""
         return self.vocab if self.shard is None else self.shard.stop - self.shard.start
 
     @property
     def trainable(self) -> bool:
-        """True if the head gets a gradient."""
+        """Return True if the head gets a gradient."""
         return self.wants[1] or self.wants[2]
 
     @property
@@ -162,7 +167,7 @@ class Problem:
         return replace(self, rows=replace(self.rows, factor=factor, policy_slope=policy_slope))
 
     def for_gemms(self) -> Problem:
-        """Cut the weights to the vocabulary in use, make rows contiguous, widen the biases to the dtype of the statistics."""
+        """Cut the heads to the columns in use, make rows contiguous, cast biases to the statistics' dtype."""
         student = self._operands(self.student)
         if self.teacher is None:
             return replace(self, student=student)
@@ -170,9 +175,8 @@ class Problem:
         if self.shared_head:
             teacher = replace(teacher, weight=student.weight)
         if same_storage(self.student.bias, self.teacher.bias):
-            teacher = replace(
-                teacher, bias=student.bias
-            )  # one object: the sweeps take a common bias for a linear difference
+            # One object: the sweeps take a common bias for a linear difference.
+            teacher = replace(teacher, bias=student.bias)
         return replace(self, student=student, teacher=teacher)
 
     def _operands(self, side: Side) -> Side:
@@ -182,15 +186,15 @@ class Problem:
 
 @dataclass
 class Outputs:
-    """N-sized results over all rows, zeros where a row is not valid, and the gradients asked for."""
+    """Hold the results of all N rows, zeros at invalid ones, and the requested gradients."""
 
     loss: Tensor  # (N,) nats
     A: Tensor  # (N,) the row scalar of docs/mathematics.md
     stats: Tensor  # (N, len(Column))
-    logprobs: Tensor | None  # (N, 2) log-probs of the label, student's and teacher's
+    logprobs: Tensor | None  # (N, 2) nats: log-probs of the label under student and teacher
     dh: Tensor | None  # (N, H_s)
     dW: Tensor | None  # (rows of the student's whole head, H_s)
-    dbias: Tensor | None  # (the same,) float64 while chunks add up, then of the dtype of the statistics
+    dbias: Tensor | None  # (rows of that head,) float64 during the loop, then of the dtype of the statistics
 
 
 def _wants(leaf: Tensor | None) -> bool:
@@ -206,17 +210,20 @@ def _detached(side: Side) -> Side:
 
 
 def _of_rank(prefix: str, side: Side, shard: VocabShard | None) -> Side:
-    """Return the side with plain tensors of this rank in place of DTensors."""
+    """Return the side with the local tensors of this rank in place of DTensors."""
     return Side(side.hidden, *local_head(prefix, side.weight, side.bias, shard))
 
 
 def _shares_head(student: Tensor, teacher: Tensor) -> bool:
-    """True if both sides project with one head: same storage, shape and strides. A traced graph has tensors, but no storage."""
+    """Return True if both sides share one head: same storage, shape and strides.
+
+    While torch.compile traces, tensors have no storage, and only one and the same object counts as shared.
+    """
     return teacher is student or (not torch.compiler.is_compiling() and same_storage(student, teacher))
 
 
 def _autocast(sides: list[Side], shared: bool) -> list[Side]:
-    """Cast hidden states and weights to the autocast dtype; one cast for a shared head, so that it stays shared."""
+    """Cast hidden states and weights to the autocast dtype. A shared head is cast once and stays shared."""
     device = sides[0].hidden.device.type
     if not torch.is_autocast_enabled(device):
         return sides

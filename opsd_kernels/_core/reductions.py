@@ -1,4 +1,4 @@
-"""Token weights and reductions as row factors, policy terms, and the statistics that users see."""
+"""Turn token weights, policy terms and reductions into row factors; name the statistics for users."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ from .problem import Outputs, Problem
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Detached fp32 statistics of each token, of the leading shape of the hidden states; 0 where a token is not valid. In nats."""
+    """Hold statistics of each token, detached, in fp32 and of the leading shape of the hidden states.
+
+    Divergence, entropies and log-probs are in nats. Invalid tokens have 0. The teacher's fields are None
+    where only its top-k entries are known.
+    """
 
     divergence: Tensor  # unweighted, under the clips
     student_entropy: Tensor
     student_max_prob: Tensor
-    teacher_entropy: Tensor | None = (
-        None  # None, like all of the teacher's, where only its top-k entries are known
-    )
+    teacher_entropy: Tensor | None = None
     teacher_max_prob: Tensor | None = None
     top1_agreement: Tensor | None = None  # 1 where student and teacher have the same most likely token
-    student_logprob: Tensor | None = None  # of the label, with labels
+    student_logprob: Tensor | None = None  # of the label; None without labels
     teacher_logprob: Tensor | None = None
-    # With a clip: the share of the token's terms that entry_clip clamped; 1 where token_clip clamped the token.
+    # The share of the token's terms clamped by entry_clip, 1 where token_clip clamped the token; None without
+    # a clip.
     clipped_fraction: Tensor | None = None
 
 
@@ -43,7 +46,7 @@ def token_stats(
     shape: torch.Size,
     dtype: torch.dtype = torch.float32,
 ) -> TokenStats:
-    """Name the columns of the sweeps' statistics, in `shape` and `dtype`."""
+    """Return the columns of the sweeps' statistics by name, in `shape` and `dtype`."""
 
     def shaped(column: Tensor) -> Tensor:
         return column.detach().to(dtype).reshape(shape)
@@ -67,7 +70,7 @@ def token_stats(
 
 
 def reads_logprobs(token_weights: Any, policy: Any) -> bool:
-    """Check token weights, and return True if they or a policy term read the label's log-prob."""
+    """Check token weights; return True if they or a policy term read the label's log-prob."""
     if token_weights is not None and not isinstance(token_weights, Tensor):
         expected = "a tensor, a weighting (see opsd_kernels.weights) or None"
         expect(callable(token_weights), "token_weights", expected, type(token_weights).__name__, TypeError)
@@ -78,7 +81,7 @@ def reads_logprobs(token_weights: Any, policy: Any) -> bool:
 def row_scale(
     reduction: str, normalizer: float | Tensor | None, hidden: Tensor, valid: Tensor | None
 ) -> Tensor | float | None:
-    """Return the scale of a weighted row before the sum: a number, or (N,); None for `none`."""
+    """Return the scale of a weighted row before the sum: a number, 0-dim or (N,); None for "none"."""
     check_choice("reduction", reduction, REDUCTIONS)
     good = normalizer is None or reduction == "mean"
     expect(
@@ -105,6 +108,7 @@ def row_scale(
 
 
 def _denominator(normalizer: float | Tensor | None, hidden: Tensor, valid: Tensor | None) -> Tensor | float:
+    """Return the normalizer of "mean", by default the number of valid tokens, at least 1."""
     if isinstance(normalizer, Tensor):
         expect(
             normalizer.dim() == 0,
@@ -117,18 +121,17 @@ def _denominator(normalizer: float | Tensor | None, hidden: Tensor, valid: Tenso
         return normalizer.detach().to(hidden.device, stats_dtype(hidden.dtype), non_blocking=from_host)
     if normalizer is not None:
         return check_number("normalizer", normalizer, positive=True)
-    return (
-        max(hidden.shape[:-1].numel(), 1)
-        if valid is None
-        else valid.sum().clamp(min=1).to(stats_dtype(hidden.dtype))
-    )
+    if valid is None:
+        return max(hidden.shape[:-1].numel(), 1)
+    return valid.sum().clamp(min=1).to(stats_dtype(hidden.dtype))
 
 
 class RowWeigher:
-    """Token weights, policy term and reduction of a call, as factors of its rows.
+    """Compute row factors from the token weights, the policy term and the reduction of a call.
 
-    `scale` multiplies a weighted row before the sum; None: the loss is per row. Called by the loop with the outputs so
-    far and the positions of a chunk's rows, it returns their factors and policy slopes, (n,) each, in units of `unit`.
+    `scale` multiplies a weighted row before the sum; None makes the loss per row. The loop calls the weigher
+    with the outputs so far and the positions of a chunk's rows, and it returns their factors and policy
+    slopes, (n,) each, in units of `unit`.
     """
 
     def __init__(
@@ -151,7 +154,7 @@ class RowWeigher:
 
     @property
     def scope(self) -> str:
-        """Return what must be known before the row factors are: "index", "row" or "sequence"."""
+        """Return the widest scope of weights and policy term: "index", "row" or "sequence"."""
         scopes = {part.scope for part in self._parts}
         return "sequence" if "sequence" in scopes else "row" if "row" in scopes else "index"
 
@@ -165,23 +168,26 @@ class RowWeigher:
 
     @property
     def has_collectives(self) -> bool:
-        """True if a call issues a collective; ranks may use different chunk boundaries."""
+        """Return True if calling it issues a collective.
+
+        It is then called once and not per chunk, because ranks may use different chunk boundaries.
+        """
         return any(getattr(part, "exchanges", False) for part in self._parts)
 
     def mask(self) -> Tensor:
+        """Return the valid tokens, (B, T) bool."""
         valid = self.problem.rows.valid
         if valid is None:
-            valid = torch.ones(
-                self.leading.numel(), dtype=torch.bool, device=self.problem.student.hidden.device
-            )
+            device = self.problem.student.hidden.device
+            valid = torch.ones(self.leading.numel(), dtype=torch.bool, device=device)
         return valid.reshape(self.shape)
 
     def stats(self, D: Tensor, stats: Tensor, logprobs: Tensor | None) -> TokenStats:
-        """Return statistics as weightings and policies see them: by sequence, not rounded to fp32 for fp64 inputs."""
+        """Return (B, T) statistics for weightings and policy terms, in fp64 for fp64 inputs."""
         return token_stats(self.problem, D, stats, logprobs, self.shape, stats.dtype)
 
     def weights(self, stats: TokenStats | None) -> Tensor:
-        """Return (N,) weights of the divergence, 0 where a token is not valid. `stats`: None for a scope that needs none."""
+        """Return (N,) weights of the divergence, 0 at invalid tokens. `stats` is None for scope "index"."""
         wide = self.problem.stats_dtype
         if self.scheme is None:
             weights = self._given_weights(wide)
@@ -194,11 +200,9 @@ class RowWeigher:
     def _given_weights(self, wide: torch.dtype) -> Tensor:
         valid, device = self.problem.rows.valid, self.problem.student.hidden.device
         if self.token_weights is None:
-            return (
-                torch.ones(self.leading.numel(), dtype=wide, device=device)
-                if valid is None
-                else valid.to(wide)
-            )
+            if valid is not None:
+                return valid.to(wide)
+            return torch.ones(self.leading.numel(), dtype=wide, device=device)
         weights = per_token("token_weights", self.token_weights, self.leading, device)
         expect(
             weights.is_floating_point(), "token_weights", "a floating-point tensor", weights.dtype, TypeError
@@ -206,28 +210,29 @@ class RowWeigher:
         return weights.to(wide) if valid is None else torch.where(valid, weights.to(wide), 0.0)
 
     def policy_losses(self, stats: TokenStats | None) -> tuple[Tensor, Tensor]:
-        """Return (N,) losses of the policy term and their negative slopes in the label's log-prob, both times its share."""
+        """Return the policy term's losses and negative slopes in the label's log-prob, (N,) each.
+
+        Both are multiplied by the share of the policy term.
+        """
         mask, wide = self.mask(), self.problem.stats_dtype
         with torch.enable_grad():
             known = None if stats is None else stats.student_logprob
-            start = (
-                torch.zeros(mask.shape, dtype=wide, device=mask.device) if known is None else known.to(wide)
-            )
-            logprob = torch.where(mask, start, 0.0).detach().requires_grad_()
+            if known is None:
+                known = torch.zeros(mask.shape, dtype=wide, device=mask.device)
+            logprob = torch.where(mask, known.to(wide), 0.0).detach().requires_grad_()
             losses = torch.where(mask, self.policy(logprob, stats, mask), 0.0)
             (slope,) = torch.autograd.grad(losses.sum(), logprob)
-        return (self.policy_weight * losses.detach()).reshape(-1), (-self.policy_weight * slope).to(
-            wide
-        ).reshape(-1)
+        shared, slope = self.policy_weight * losses.detach(), -self.policy_weight * slope
+        return shared.reshape(-1), slope.to(wide).reshape(-1)
 
-    # As the loop uses it, for weights that depend on its own statistics.
+    # For weights that depend on the loop's own statistics.
 
     @cached_property
     def _units(self) -> tuple[Tensor, Tensor]:
-        """Return `scale` in units of its largest entry, and that entry: row factors stay near 1 in 16-bit gradients."""
+        """Return `scale` / its largest entry, and that entry: row factors near 1 suit 16-bit gradients."""
         scale = self.scale
         if not isinstance(scale, Tensor):
-            # torch.tensor would copy from the host, and sync.
+            # torch.tensor would copy from the host and sync.
             device = self.problem.student.hidden.device
             scale = torch.full((), scale, dtype=self.problem.stats_dtype, device=device)
         largest = scale.amax() if scale.numel() else scale.new_ones(())
@@ -236,12 +241,13 @@ class RowWeigher:
 
     @property
     def unit(self) -> Tensor:
+        """Return the factor that `__call__` leaves to the caller."""
         return self._units[1]
 
     def lengths(self, valid: bool) -> list[int]:
-        """Return the rows of each sequence in order: the valid ones, for which the host reads the mask, or all."""
+        """Return the rows of each sequence; if `valid`, the valid ones alone, which syncs with a GPU."""
         B, T = self.shape
-        # A packed row has sequences of its own lengths.
+        # A packed row holds sequences of several lengths.
         whole = list(getattr(self.scheme, "lengths", (T,) * B))
         expected = f"lengths that add up to the {B * T} tokens of the packed row"
         expect(sum(whole) == B * T, "lengths", expected, sum(whole))
@@ -251,10 +257,11 @@ class RowWeigher:
         return [sum(itertools.islice(flat, length)) for length in whole]
 
     def factor(self, out: Outputs) -> Tensor:
-        """Return the (N,) factors of all rows."""
+        """Return the (N,) factors of all rows, the unit included."""
         return self.weights(self.stats(out.loss, out.stats, out.logprobs)) * self._units[0] * self.unit
 
     def __call__(self, out: Outputs, at: slice | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the factors and policy slopes of the rows `at`, (n,) each, in units of `unit`."""
         stats = self.stats(out.loss, out.stats, out.logprobs)
         share = self._units[0].expand(out.loss.shape[0])
         slope = (self.policy_losses(stats)[1] * share)[at] if self.has_policy else None

@@ -1,6 +1,7 @@
-"""Heads whose rows are spread over the ranks of a group (tensor parallelism): the shard of a rank, and its collectives.
+"""Define the shard of a vocabulary-parallel head, and its collectives.
 
-Every rank holds the same hidden states and [start, stop) of both heads. Their rows' statistics: merged_rows.py.
+Every rank of a group holds the same hidden states and the rows [start, stop) of both heads. Statistics of
+whole rows: merged_rows.py.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from ..spec import RowSpec, Support, check_choice, expect
 from . import topk_support
 from .topk_support import Entries, Rows
 
-_GROUPS: WeakValueDictionary[str, dist.ProcessGroup] = (
-    WeakValueDictionary()
-)  # an operator's schema holds a name, no group
+# An operator's schema holds the name of a group, not the group.
+_GROUPS: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The rows of a head, [start, stop) of vocab_size, that this rank of `group` holds. `bounds` are the starts of all shards and the end of the last.
+    """Describe the rows [start, stop) of a head with vocab_size rows that this rank of `group` holds.
 
-    With `reduce_hidden_grad` the gradient of the hidden states comes out summed over the group; without it each rank keeps its part, for a caller that sums
-    or scatters it itself.
+    `bounds` are the starts of all shards and the end of the last. With `reduce_hidden_grad` the gradient of
+    the hidden states is summed over the group; without it each rank keeps its partial sum, for a caller that
+    sums or scatters it. Raises ValueError for bounds that do not fit the group, or that leave a rank without
+    rows.
     """
 
     bounds: tuple[int, ...]
@@ -39,29 +41,24 @@ class VocabShard:
 
     def __post_init__(self) -> None:
         world, widths = self.group.size(), [b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
-        expect(
-            len(widths) == world, "bounds", f"{world + 1} numbers for a group of {world} ranks", self.bounds
-        )
-        expect(
-            self.bounds[0] == 0 and min(widths) >= 1,
-            "bounds",
-            "ascending numbers from 0, at least one row for each rank",
-            self.bounds,
-        )
+        expected = f"{world + 1} numbers for a group of {world} ranks"
+        expect(len(widths) == world, "bounds", expected, self.bounds)
+        expected = "ascending numbers from 0, at least one row for each rank"
+        expect(self.bounds[0] == 0 and min(widths) >= 1, "bounds", expected, self.bounds)
 
     @classmethod
     def from_vocab(cls, V: int, group: dist.ProcessGroup, reduce_hidden_grad: bool = True) -> VocabShard:
-        """V rows over the ranks, as evenly as they go: the first V % world ranks have one more. Raises ValueError for fewer rows than ranks."""
+        """Split V rows evenly over the ranks; the first V % world ranks hold one more.
+
+        Raises ValueError for fewer rows than ranks.
+        """
         each, more = divmod(V, group.size())
-        return cls(
-            tuple(rank * each + min(rank, more) for rank in range(group.size() + 1)),
-            group,
-            reduce_hidden_grad,
-        )
+        bounds = tuple(rank * each + min(rank, more) for rank in range(group.size() + 1))
+        return cls(bounds, group, reduce_hidden_grad)
 
     @classmethod
     def from_rows(cls, rows: int, device: torch.device, group: dist.ProcessGroup) -> VocabShard:
-        """Of ranks that hold any number of rows each, one after the other. Exchanges these numbers, and waits for them."""
+        """Build the shard from the rows of this rank. Gathers the numbers of all ranks, and syncs."""
         counts = gather_ranks(torch.tensor([rows], device=device), group).reshape(-1).tolist()
         return cls(tuple(sum(counts[:rank]) for rank in range(len(counts) + 1)), group)
 
@@ -83,10 +80,14 @@ class VocabShard:
 
     @property
     def widest(self) -> int:
+        """Return the number of rows of the largest shard."""
         return max(b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False))
 
     def cut(self, vocab: int) -> VocabShard:
-        """Without the columns from `vocab` on, which have probability zero."""
+        """Return the shard without the columns from `vocab` on, which have probability zero.
+
+        Raises ValueError if that leaves a rank without columns.
+        """
         expect(
             vocab > self.bounds[-2],
             "vocab_size",
@@ -95,9 +96,10 @@ class VocabShard:
         )
         return replace(self, bounds=tuple(min(bound, vocab) for bound in self.bounds))
 
-    # How it travels through an operator's schema.
+    # The flat form, for an operator's schema.
 
     def pack(self) -> tuple[list[int], str]:
+        """Return the numbers and the name of the group, from which `unpack` rebuilds the shard."""
         _GROUPS[self.group.group_name] = self.group
         return [int(self.reduce_hidden_grad), *self.bounds], self.group.group_name
 
@@ -105,20 +107,20 @@ class VocabShard:
     def unpack(cls, packed: Sequence[int], name: str | None) -> VocabShard | None:
         return cls(tuple(packed[1:]), _GROUPS[name], bool(packed[0])) if packed and name is not None else None
 
-    # What the loop asks of it.
+    # Columns and collectives of the loop.
 
     def local(self, labels: Tensor) -> Tensor:
-        """Labels as columns of this shard, -1 where they lie in another."""
+        """Return labels as columns of this shard, -1 where another shard holds the label."""
         return torch.where((labels >= self.start) & (labels < self.stop), labels - self.start, -1)
 
     def of_owner(self, values: Tensor, labels: Tensor) -> Tensor:
-        """(n, k) values that only the rank with the label's column has right, on all ranks."""
+        """Return on all ranks the (n, k) values of the rank that holds the label. An all-reduce."""
         mine = torch.where(self.local(labels)[:, None] >= 0, values, 0.0)
         dist.all_reduce(mine, group=self.group)
         return mine
 
     def sum_hidden_grad(self, dh: Tensor) -> None:
-        """Sums (n, H) over the ranks, in place."""
+        """Sum (n, H) over the ranks in place, if `reduce_hidden_grad`."""
         if self.reduce_hidden_grad:
             dist.all_reduce(dh, group=self.group)
 
@@ -131,7 +133,10 @@ class VocabShard:
         ids: Tensor | None,
         logprobs: Tensor | None,
     ) -> tuple[Entries, Entries]:
-        """The listed entries, or the K largest of a side over all shards: (all of them, on every rank; the same with this rank's own columns live alone)."""
+        """Return the support over all shards, and the same with only this rank's columns live.
+
+        The support is the listed entries, or the K largest of a side; it is equal on all ranks.
+        """
         if ids is not None and logprobs is not None:
             return self._listed(rows, stats, spec, restriction, ids, logprobs)
         n = rows.S.shape[0]
@@ -140,20 +145,18 @@ class VocabShard:
         order = logits.s if restriction.side == "student" else logits.t
         k = min(restriction.k, self.widest)
         candidates = order.new_full((4, n, k), -torch.inf)
-        candidates[:, :, : order.shape[1]] = torch.stack(
-            [order.clamp(min=torch.finfo(order.dtype).min), found.q, found.p, found.delta]
-        )  # no filler is chosen
+        # Clamped, so that an entry of -inf is chosen before the padding of a narrow shard.
+        clamped = order.clamp(min=torch.finfo(order.dtype).min)
+        candidates[:, :, : order.shape[1]] = torch.stack([clamped, found.q, found.p, found.delta])
         every = gather_ranks(candidates, self.group).permute(1, 2, 0, 3).reshape(4, n, -1)
-        # A stable sort: equal logits are chosen alike on all ranks.
-        chosen = every[0].argsort(dim=-1, descending=True, stable=True)[
-            :, : min(restriction.k, self.vocab_size)
-        ]
+        # A stable sort, so that all ranks break ties alike.
+        chosen = every[0].argsort(dim=-1, descending=True, stable=True)
+        chosen = chosen[:, : min(restriction.k, self.vocab_size)]
         q, p, delta = (part.gather(1, chosen) for part in every[1:])
         mine = torch.div(chosen, k, rounding_mode="floor") == self.rank
+        # An entry of another rank repeats the first one of this rank, if there is any.
         at = torch.where(mine, chosen % k, 0)
-        at = torch.where(
-            mine, at, at.gather(1, mine.to(torch.int8).argmax(1, keepdim=True))
-        )  # a foreign entry repeats the first own one, if there is any
+        at = torch.where(mine, at, at.gather(1, mine.to(torch.int8).argmax(1, keepdim=True)))
         columns, own_q = found.columns.gather(1, at), found.whole_q.gather(1, at)
         whole = Entries(columns, torch.ones_like(mine), rows.at(columns), q, q, p, delta)
         return whole, whole._replace(live=mine, whole_q=own_q)
@@ -161,51 +164,53 @@ class VocabShard:
     def _listed(
         self, rows: Rows, stats: Tensor, spec: RowSpec, restriction: Support, ids: Tensor, logprobs: Tensor
     ) -> tuple[Entries, Entries]:
-        """The rank with an entry's column knows the student there: to it the list is its own entries and padding."""
+        """Return `entries` of a teacher's list.
+
+        Only the rank that holds an entry's column has the student's logit there. On each rank the entries of
+        other ranks are padding.
+        """
         local = self.local(ids)
         own = topk_support.entries(
             rows, stats, spec, restriction, local.clamp(min=0), torch.where(local >= 0, logprobs, -torch.inf)
         )
-        summed = torch.stack([own.q, own.p, own.delta])  # zeros but on one rank: exact
+        summed = torch.stack([own.q, own.p, own.delta])  # non-zero on one rank alone: an exact sum
         dist.all_reduce(summed, group=self.group)
         q, p, delta = summed
         return own._replace(live=logprobs > -torch.inf, q=q, p=p, delta=delta), own
 
 
 def shard_of(group: object, weight: Tensor) -> VocabShard:
-    """What `group`, a process group or a shard, says of a head of which `weight` is this rank's part."""
+    """Return the shard of the head of which `weight` is this rank's part.
+
+    `group` is a VocabShard or a process group. Raises TypeError for anything else.
+    """
     if isinstance(group, VocabShard):
         return group
     if not isinstance(group, dist.ProcessGroup):
         expected = "a torch.distributed process group, a VocabShard or None"
         raise TypeError(f"group: expected {expected}, got {type(group).__name__}")
-    if is_dtensor(weight):  # cut as torch.chunk cuts
+    if is_dtensor(weight):  # bounds as those of torch.chunk
         each = -(-weight.shape[0] // group.size())
         return VocabShard(tuple(min(rank * each, weight.shape[0]) for rank in range(group.size() + 1)), group)
     return VocabShard.from_rows(weight.shape[0], weight.device, group)
 
 
 def local_head(prefix: str, weight: Any, bias: Any, shard: VocabShard | None) -> tuple[Any, Any]:
-    """Return weight and bias as plain tensors of this rank. `prefix` ("student_") starts the names of the arguments.
+    """Return weight and bias as plain tensors of this rank.
 
-    Raises ValueError for a DTensor without a group, or with another layout than its rows over one mesh dimension.
+    `prefix` ("student_") starts the names of the arguments. Raises ValueError for a DTensor without a group,
+    or with another layout than its rows over one mesh dimension.
     """
     parts = []
     for name, tensor in ((prefix + part, tensor) for part, tensor in (("weight", weight), ("bias", bias))):
         if is_dtensor(tensor):
-            expect(
-                shard is not None,
-                name,
-                "a plain tensor, or a DTensor with `group` (its rows are a shard); `gathered` makes it whole",
-                "a DTensor",
+            expected = (
+                "a plain tensor, or a DTensor with `group` (its rows are a shard); `gathered` makes it whole"
             )
+            expect(shard is not None, name, expected, "a DTensor")
             layout = tensor.placements
-            expect(
-                len(layout) == 1 and layout[0].is_shard(0),
-                name,
-                "a DTensor sharded on dimension 0 over a mesh of one dimension",
-                layout,
-            )
+            expected = "a DTensor sharded on dimension 0 over a mesh of one dimension"
+            expect(len(layout) == 1 and layout[0].is_shard(0), name, expected, layout)
             tensor = tensor.to_local()
         if shard is not None and isinstance(tensor, Tensor):
             rows = shard.stop - shard.start
@@ -216,15 +221,17 @@ def local_head(prefix: str, weight: Any, bias: Any, shard: VocabShard | None) ->
 
 
 def is_dtensor(tensor: object) -> bool:
-    """Without loading DTensor where nobody has."""
+    """Return True for a DTensor, without importing DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def gathered(weight: Any, gradient: str = "mean") -> Tensor:
-    """A DTensor head made whole once, for ranks that hold different tokens (FSDP2). A plain tensor is returned as it is.
+    """Gather a DTensor head into a plain tensor, for ranks that hold different tokens (FSDP2).
 
-    In backward each rank's gradient of the whole head is scattered to where its rows are: their `mean` over the ranks, as FSDP2 and DDP average, or `sum`.
+    A plain tensor is returned unchanged. In backward the gradients of the whole head are reduced over the
+    ranks, by "mean" as in FSDP2 and DDP or by "sum", and scattered to the shards. Raises ValueError for
+    another `gradient`.
     """
     check_choice("gradient", gradient, ("mean", "sum"))
     if not is_dtensor(weight):
@@ -237,7 +244,7 @@ def gathered(weight: Any, gradient: str = "mean") -> Tensor:
 
 
 def gather_ranks(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(world, ...) what every rank has."""
+    """Return the values of all ranks, (world, ...). An all-gather."""
     parts = [torch.empty_like(values) for _ in range(group.size())]
     dist.all_gather(parts, values, group=group)
     return torch.stack(parts)

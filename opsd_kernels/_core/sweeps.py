@@ -1,9 +1,9 @@
-"""The four ways through the logits of a chunk, one of which is chosen before the loop.
+"""Sweep the logits of a chunk in one of four ways, chosen before the loop.
 
-`fused` reads the logits once and leaves the gradient in their place; `two_pass` sweeps for statistics first, where row
-factors depend on them; `replay` computes gradients from the statistics of an earlier run; `top_k` works on a support.
-Each writes losses and statistics of its rows into the outputs, and the logit gradient over S. It returns the per-row
-scales that the caller must still apply to the gradient, or None.
+`fused` reads the logits once and overwrites them with the gradient. `two_pass` sweeps for statistics first,
+where row factors depend on them. `replay` computes gradients from the statistics of an earlier run. `top_k`
+works on a support. Each writes losses and statistics of its rows into the outputs, and the logit gradient
+over S. It returns the per-row scales that the caller must still apply to the gradient, or None.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ Sweep = Callable[["Walk", Rows, Positions], Tensor | None]
 
 @dataclass(frozen=True)
 class Walk:
-    """What the sweeps of all chunks share."""
+    """Hold the inputs and outputs shared by the sweeps of all chunks."""
 
     problem: Problem  # of Problem.for_gemms
     backend: RowBackend
-    valid: Tensor | None  # (N,) bool where rows are computed that do not count
+    valid: Tensor | None  # (N,) bool where invalid rows are computed too
     metrics: bool
-    saved: bool  # stats and A in `out` are those of an earlier run: only the gradients are computed
-    weigher: RowWeigher | None  # row factors found from statistics
+    saved: bool  # stats and A in `out` come from an earlier run: only the gradients are computed
+    weigher: RowWeigher | None  # where row factors depend on statistics
     out: Outputs
 
     @property
@@ -43,13 +43,13 @@ class Walk:
         return any(self.problem.wants)
 
     def counted(self, values: Tensor, at: Positions) -> Tensor:
-        """Zero the (n, ...) values of a chunk in rows that are computed but do not count."""
+        """Zero the (n, ...) values of a chunk in computed rows that are invalid."""
         if self.valid is None:
             return values
         return torch.where(self.valid[at].view(-1, *[1] * (values.dim() - 1)), values, 0)
 
     def factors(self, at: Positions) -> tuple[Tensor, Tensor | None]:
-        """Return the chunk's row factors and policy slopes, known or from its own statistics."""
+        """Return the row factors and policy slopes of a chunk, given or from its own statistics."""
         rows = self.problem.rows
         if self.weigher is not None:
             factor, slope = self.weigher(self.out, at)
@@ -64,12 +64,15 @@ class Walk:
         return self.counted(labels[at], at)
 
     def label_columns(self, at: Positions) -> Tensor:
-        """(n,) columns of the labels in these heads; -1 where a label lies in another rank's."""
+        """Return the (n,) columns of the labels in these heads, -1 where another rank holds the label."""
         labels = self.labels(at)
         return labels if self.problem.shard is None else self.problem.shard.local(labels)
 
     def label_logits(self, chunk: Rows, at: Positions) -> torch_rows.Logits | None:
-        """Return the logits at the labels, (n, 1), before the gradient overwrites S; arbitrary where another rank holds the label."""
+        """Return the logits at the labels, (n, 1), read before the gradient overwrites S, or None.
+
+        They are arbitrary where another rank holds the label.
+        """
         if self.out.logprobs is None or self.saved:
             return None
         raw = chunk.at(self.label_columns(at)[:, None].clamp(min=0))
@@ -88,17 +91,18 @@ class Walk:
             out.logprobs[at] = self.counted(logprobs, at)
 
     def gradient(self, S: Tensor) -> Tensor:
-        """Return the memory for the gradient of S: over S, and in front of each row where the GEMMs take a narrower dtype."""
+        """Return the gradient's buffer: S itself, or the front of each row for GEMMs in a narrower dtype."""
         narrow = self.problem.student.hidden.dtype
         return S if S.dtype == narrow else narrowed(S, narrow)
 
 
 def choose(walk: Walk) -> Sweep:
+    """Return the sweep that all chunks of a call use."""
     if walk.problem.support is not None:
         return top_k
     if walk.saved:
         return replay
-    # With factors that only the statistics tell, one read still serves if they are applied to the GEMMs' results.
+    # Factors from statistics still allow one read of the logits if they scale the results of the GEMMs.
     weigher = walk.weigher
     if walk.wants_gradient and (
         weigher is None or (on_host(walk.out.loss.device) and not weigher.has_policy)
@@ -108,24 +112,26 @@ def choose(walk: Walk) -> Sweep:
 
 
 def fused(walk: Walk, chunk: Rows, at: Positions) -> Tensor | None:
-    """Read the logits once. Factors from statistics scale the products of the gradient: G.T @ (w * h), w * (G @ W)."""
+    """Read the logits once. Factors w from statistics scale the products: G.T @ (w * h), w * (G @ W)."""
     at_label = walk.label_logits(chunk, at)
     deferred = walk.weigher is not None
     factor, slope = (torch.ones_like(walk.out.loss[at]), None) if deferred else walk.factors(at)
     G = walk.gradient(chunk.S)
+    labels = None if slope is None else walk.labels(at)
+    biases = chunk.bias_s, chunk.bias_t
     stats, loss, A = walk.backend.row_fused_(
-        chunk.S, chunk.T, factor, walk.problem.spec, chunk.bias_s, chunk.bias_t, walk.metrics, G, slope, None if slope is None else walk.labels(at)
-    )  # fmt: skip
+        chunk.S, chunk.T, factor, walk.problem.spec, *biases, walk.metrics, G, slope, labels
+    )
     walk.keep(at, stats, loss, A, at_label)
     if not deferred:
         return None
     scale, _ = walk.factors(at)
-    G[scale == 0] = 0  # a row of weight zero may be infinite
+    G[scale == 0] = 0  # a row of factor zero may hold inf
     return scale
 
 
 def two_pass(walk: Walk, chunk: Rows, at: Positions) -> None:
-    """Sweep for statistics, then for the value, then for the gradient."""
+    """Sweep for the statistics, then for the value, then for the gradient."""
     spec, biases = walk.problem.spec, (chunk.bias_s, chunk.bias_t)
     stats = walk.backend.row_stats(chunk.S, chunk.T, spec, *biases, walk.metrics)
     loss, A = walk.backend.row_dot(chunk.S, chunk.T, stats, spec, *biases)
@@ -147,7 +153,7 @@ def _write_gradient(walk: Walk, chunk: Rows, at: Positions, stats: Tensor, A: Te
 
 
 def top_k(walk: Walk, chunk: Rows, at: Positions) -> None:
-    """Restrict the divergence to a support; with saved statistics compute the gradient alone."""
+    """Restrict the divergence to a support. With saved statistics, compute the gradient alone."""
     problem, spec, support = walk.problem, walk.problem.spec, walk.problem.support
     assert support is not None
     at_label = walk.label_logits(chunk, at)
@@ -173,7 +179,7 @@ def top_k(walk: Walk, chunk: Rows, at: Positions) -> None:
 
 
 def _label_logprobs(at: torch_rows.Logits, stats: Tensor) -> Tensor:
-    """(n, 2): log q and log p of the label."""
+    """Return (n, 2): log q and log p of the label, in nats."""
     column = stats[:, :, None]
     references = column[:, Column.STUDENT_MAX], column[:, Column.TEACHER_MAX]
     student = at.s - references[0] - column[:, Column.STUDENT_LOGSUM]

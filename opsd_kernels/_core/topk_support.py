@@ -1,7 +1,8 @@
-"""Divergences restricted to K entries per token: the top-k dialects of SDPO, OPSD and verl.
+"""Restrict divergences to K entries per token: the top-k dialects of SDPO, OPSD and verl.
 
-The support is small, so all that happens on it is plain torch on (n, K) tensors. Only two things are dense, and both are sweeps that exist: the statistics,
-and the gradient outside the support, which is a multiple of q and so a policy term without a label.
+The support is small, so its computation is plain torch on (n, K) tensors. Two steps are dense, and both reuse
+sweeps: the statistics, and the gradient outside the support, which is a multiple of q and so a policy term
+without a label.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from .._rows.contract import GAP_BOUNDS, Column, RowBackend, clip_tokens
 from .._rows.torch_math import transform_slope
 from ..spec import Kind, RowSpec, Support
 
-LEAST_TAIL = 1e-7  # the remaining mass is never taken for less: -log of the support's mass
+LEAST_TAIL = 1e-7  # the mass outside the support is taken for at least this, as -log of the mass inside
 
 
 class Rows(NamedTuple):
-    """A chunk's raw logits and biases, as the sweeps take them."""
+    """Hold a chunk's raw logits, (C, V), and biases, (V,), as the sweeps take them."""
 
     S: Tensor
     T: Tensor
@@ -28,44 +29,51 @@ class Rows(NamedTuple):
     bias_t: Tensor | None
 
     def at(self, columns: Tensor) -> Rows:
-        """The same at (n, K) columns; one bias on both sides stays one object."""
+        """Return logits and biases at (n, K) columns. A bias shared by both sides stays one object."""
         bias_s = None if self.bias_s is None else self.bias_s[columns]
-        bias_t = (
-            bias_s if self.bias_t is self.bias_s else None if self.bias_t is None else self.bias_t[columns]
-        )
+        bias_t = bias_s
+        if self.bias_t is not self.bias_s:
+            bias_t = None if self.bias_t is None else self.bias_t[columns]
         return Rows(self.S.gather(1, columns), self.T.gather(1, columns), bias_s, bias_t)
 
 
 class Entries(NamedTuple):
-    """The support of n rows: where it lies, the raw student logits there, full-vocabulary probabilities, delta = log p - log q; zeros where not live."""
+    """Hold the support of n rows: its columns, raw logits and probabilities under the whole vocabulary.
+
+    q, p and delta are 0 where an entry is not live.
+    """
 
     columns: Tensor  # (n, K) int64
     live: Tensor  # (n, K) bool
     raw: Rows
-    whole_q: Tensor  # of the column, live or not
-    q: Tensor
-    p: Tensor
-    delta: Tensor
+    whole_q: Tensor  # (n, K) q of the column, live or not
+    q: Tensor  # (n, K) student
+    p: Tensor  # (n, K) teacher
+    delta: Tensor  # (n, K) log p - log q
 
 
 class Restricted(NamedTuple):
-    """The divergence on a support, and its gradient over the logits (before their transform) at factor 1."""
+    """Hold the divergence on a support, and its gradient over the raw logits at factor 1."""
 
     loss: Tensor  # (n,) nats
     A: Tensor  # (n,)
-    inside: Tensor  # (n, K) of the support's entries
-    outside: Tensor  # (n,) of all others, as a multiple of q
+    inside: Tensor  # (n, K) gradient at the entries of the support
+    outside: Tensor  # (n,) gradient elsewhere, as a multiple of q
 
 
 def entries(
     rows: Rows, stats: Tensor, spec: RowSpec, support: Support, ids: Tensor | None, logprobs: Tensor | None
 ) -> Entries:
-    """`ids` and `logprobs` (n, K) list a teacher's support; a log-prob of -inf is padding, whose id may be anything."""
+    """Return the entries of the support: those listed by `ids` and `logprobs` (n, K), else the K largest.
+
+    A log-prob of -inf is padding with an arbitrary id.
+    """
     if ids is None or logprobs is None:
         columns = _largest(rows, spec, support)
         live = torch.ones_like(columns, dtype=torch.bool)
     else:
-        # Padding repeats the first live entry of its row, so that two writes to a column write the same value.
+        # Padding repeats the first live entry of its row, so that two writes to a column write the same
+        # value.
         live = logprobs > -torch.inf
         first = ids.gather(1, live.to(torch.int8).argmax(1, keepdim=True))[:, 0]
         columns = torch.where(live, ids, torch.where(live.any(1), first, 0)[:, None])
@@ -79,37 +87,35 @@ def entries(
 
 
 def _largest(rows: Rows, spec: RowSpec, support: Support) -> Tensor:
-    """(n, K) columns of the largest transformed logits of a side; all of them where K reaches V."""
+    """Return the (n, min(K, V)) columns of the largest transformed logits of a side."""
     n, V = rows.S.shape
     k = min(support.k, V)
     if support.side == "student" and rows.bias_s is None and spec.student.factor > 0:
         return rows.S.topk(k, dim=1, sorted=False).indices  # the transform keeps the order
     step = max(1, 2 * torch_rows.BLOCK_ENTRIES // V)
-    columns = rows.S.new_empty(
-        n, k, dtype=torch.int64
-    )  # a list of small results would each pin a block of the heap: 114 MiB at V = 152k
+    # One tensor: each small result in a list would pin a block of the heap, 114 MiB at V = 152k.
+    columns = rows.S.new_empty(n, k, dtype=torch.int64)
     for b in (slice(start, start + step) for start in range(0, n, step)):
         logits = torch_rows.logits(rows.S[b], rows.T[b], spec, rows.bias_s, rows.bias_t)
-        columns[b] = (
-            (logits.s if support.side == "student" else logits.t).topk(k, dim=1, sorted=False).indices
-        )
+        side = logits.s if support.side == "student" else logits.t
+        columns[b] = side.topk(k, dim=1, sorted=False).indices
     return columns
 
 
 def _log_ratio(excess: Tensor, mass_p: Tensor, mass_q: Tensor) -> Tensor:
-    """log(mass_p / mass_q) where excess = mass_p - mass_q is known to its own accuracy."""
+    """Return log(mass_p / mass_q), given excess = mass_p - mass_q to its own relative accuracy."""
     x = excess / mass_q
     close = (x > GAP_BOUNDS[0]) & (x < GAP_BOUNDS[1])
     return torch.where(close, torch.log1p(torch.where(close, x, 0.0)), mass_p.log() - mass_q.log())
 
 
 def _tail(mass: Tensor) -> Tensor:
-    """What the support leaves, (n, 1)."""
+    """Return the mass outside the support, (n, 1)."""
     return -torch.expm1(mass.log().clamp(max=-LEAST_TAIL))
 
 
 def restricted(at: Entries, stats: Tensor, spec: RowSpec, tail: str) -> Restricted:
-    """Value and gradient on the support. Writes stats[CLIPPED]."""
+    """Compute value and gradient on the support. Writes stats[CLIPPED]."""
     q, p, delta = at.q, at.p, at.delta
     mass_q, mass_p = q.sum(1, keepdim=True), p.sum(1, keepdim=True)
     excess = torch.where(q > 0, q * torch.expm1(delta), p).sum(1, keepdim=True)
@@ -125,9 +131,8 @@ def restricted(at: Entries, stats: Tensor, spec: RowSpec, tail: str) -> Restrict
     live = at.live if tail != "bucket" else torch.cat([at.live, torch.ones_like(saturated)], 1)
     f, u, clipped = torch.where(live, f, 0.0), torch.where(live, u, 0.0), clipped & live
     if tail == "none" and spec.divergence.kind == Kind.REVERSE_KL:
-        u = torch.where(
-            live, u + q, 0.0
-        )  # q does not sum to 1 here: the constant times q that u = f leaves out counts
+        # u = f omits a constant times q, which matters here because q does not sum to 1.
+        u = torch.where(live, u + q, 0.0)
     if tail == "bucket":
         u[:, -1:] = torch.where(saturated, 0.0, u[:, -1:])
     missing = torch_rows.missing(stats)
@@ -136,20 +141,18 @@ def restricted(at: Entries, stats: Tensor, spec: RowSpec, tail: str) -> Restrict
     loss = clip_tokens(loss, stats, spec)
     K = at.q.shape[1]
     inside = u[:, :K] - q[:, :K] * A[:, None]
-    outside = {
-        "bucket": lambda: u[:, -1] / q[:, -1] - A,
-        "none": lambda: -A,
-        "renormalize": lambda: torch.zeros_like(A),
-    }[tail]()
+    if tail == "bucket":
+        outside = u[:, -1] / q[:, -1] - A
+    else:
+        outside = -A if tail == "none" else torch.zeros_like(A)
     stopped = stats[:, Column.CLIPPED] == 1
     return Restricted(loss, A, torch.where(stopped[:, None], 0.0, inside), torch.where(stopped, 0.0, outside))
 
 
 def _first(found: Tensor, values: Tensor, otherwise: Tensor) -> Tensor:
-    """(n, 1) the value at each row's first True, or `otherwise`."""
-    return torch.where(
-        found.any(1, keepdim=True), values.gather(1, found.to(torch.int8).argmax(1, keepdim=True)), otherwise
-    )
+    """Return (n, 1): the value at each row's first True, or `otherwise` in a row without one."""
+    first = values.gather(1, found.to(torch.int8).argmax(1, keepdim=True))
+    return torch.where(found.any(1, keepdim=True), first, otherwise)
 
 
 def _values(
@@ -162,7 +165,10 @@ def _values(
     policy_slope: Tensor | None,
     labels: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(columns, gradient over the raw logit) of the support's entries and, with a policy, of the label. A column that is named twice has one value."""
+    """Return columns and raw-logit gradients of the support and, with a policy term, of the label.
+
+    A column that occurs twice has the same value at both places.
+    """
     ignored = (factor == 0)[:, None]
     factor = factor[:, None]
     inside = torch.where(ignored, 0.0, factor * result.inside)
@@ -175,11 +181,8 @@ def _values(
         beside = rows.at(label)
         q_label = torch_rows.distributions(torch_rows.logits(*beside[:2], spec, *beside[2:]), stats)[0]
         of_label = _first((columns == label) & at.live, values, outside * q_label)
-        columns, q, values = (
-            torch.cat([columns, label], 1),
-            torch.cat([q, q_label], 1),
-            torch.cat([values, of_label], 1),
-        )
+        pairs = (columns, label), (q, q_label), (values, of_label)
+        columns, q, values = (torch.cat(pair, 1) for pair in pairs)
         raw = rows.at(columns)
         values = values + policy_slope[:, None] * (q - (columns == labels[:, None]).to(q.dtype))
     return columns, values * transform_slope(raw.S.to(values.dtype), spec.student, raw.bias_s)
@@ -197,11 +200,10 @@ def write_gradient_(
     labels: Tensor | None,  # (n,)
     G: Tensor,
 ) -> None:
-    """G = factor * dD/d(raw student logit) + policy_slope * (q - onehot(label)). G may be S."""
+    """Write factor * dD/d(raw student logit) + policy_slope * (q - onehot(label)) into G, which may be S."""
     columns, values = _values(rows, stats, spec, at, result, factor, policy_slope, labels)
-    multiple_of_q = torch.where(factor == 0, 0.0, factor * result.outside) + (
-        0 if policy_slope is None else policy_slope
-    )
+    multiple_of_q = torch.where(factor == 0, 0.0, factor * result.outside)
+    multiple_of_q = multiple_of_q + (0 if policy_slope is None else policy_slope)
     nothing = torch.zeros_like(factor)
     nowhere = torch.full_like(columns[:, 0], -1)
     backend.row_grad_(

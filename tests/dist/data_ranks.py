@@ -1,4 +1,7 @@
-"""One rank of the data-parallel tests: DistillationHead under FSDP2 and DDP against one process that sees all tokens. See test_data_parallel.py."""
+"""Run one rank of the data-parallel tests (test_data_parallel.py).
+
+DistillationHead under FSDP2 and DDP is compared with one process that holds all tokens.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from opsd_kernels import DistillationHead, linear_divergence
 from opsd_kernels.testing.reference import linear_divergence_reference
 from opsd_kernels.testing import assert_no_worse, evaluate, hard_case, plain_outcomes
-from opsd_kernels.weights import AcrossRanks, EntropyGate, FirstFraction, LinearDecay, MeanOne, PrefixDiscrepancy
+from opsd_kernels.weights import (
+    AcrossRanks,
+    EntropyGate,
+    FirstFraction,
+    LinearDecay,
+    MeanOne,
+    PrefixDiscrepancy,
+)
 
 N, H, V, STEPS, RATE = 24, 16, 101, 3, 0.5
-MANY_CHUNKS = 3000  # bytes of workspace: three rows a chunk
+MANY_CHUNKS = 3000  # bytes of workspace: three rows per chunk
 
 
 class Model(nn.Module):
-    """A trunk, and a head that is its own teacher."""
+    """Define a trunk and a head that serves as its own teacher."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +59,10 @@ def made(seed: int = 0) -> Model:
 
 
 def tokens(ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs, what the teacher is told, and labels of all ranks, (ranks, N, ...). Of the last rank no token counts."""
+    """Return student inputs, teacher inputs and labels of all ranks, (ranks, N, ...).
+
+    The last rank has no valid token.
+    """
     gen = torch.Generator().manual_seed(1)
     inputs, told = torch.randn(2, ranks, N, H, generator=gen)
     labels = torch.randint(V, (ranks, N), generator=gen)
@@ -60,7 +73,7 @@ def tokens(ranks: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def alone(ranks: int, dtype: torch.dtype) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses and weights after some steps of one process."""
+    """Return losses and weights after some steps of one process."""
     model, (inputs, told, labels) = made().to(dtype), tokens(ranks)
     inputs, told = inputs.to(dtype), told.to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
@@ -85,8 +98,17 @@ def by_sgd(model: nn.Module) -> Callable[[Tensor], None]:
     return update
 
 
-def together(model: Callable[..., Tensor], rank: int, ranks: int, update: Callable[[Tensor], None] | None = None, **options: object) -> list[float]:
-    """The same steps, each rank with its own tokens: the mean over all ranks' tokens, by a normalizer that undoes the average over ranks."""
+def together(
+    model: Callable[..., Tensor],
+    rank: int,
+    ranks: int,
+    update: Callable[[Tensor], None] | None = None,
+    **options: object,
+) -> list[float]:
+    """Run the same steps with each rank's own tokens, and return the losses.
+
+    The loss is the mean over the tokens of all ranks: the normalizer undoes the average over ranks.
+    """
     inputs, told, labels = (part[rank] for part in tokens(ranks))
     update, losses = update or by_sgd(model), []
     for _ in range(STEPS):
@@ -106,11 +128,13 @@ def check_fsdp(rank: int, ranks: int) -> None:
     model = made()
     fully_shard(model.head)
     fully_shard(model)
-    same_as_one(ranks, together(model, rank, ranks), {name: p.full_tensor() for name, p in model.named_parameters()})
+    same_as_one(
+        ranks, together(model, rank, ranks), {name: p.full_tensor() for name, p in model.named_parameters()}
+    )
 
 
 class Collectives(TorchDispatchMode):
-    """Counts collectives by name."""
+    """Count collectives by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +147,7 @@ class Collectives(TorchDispatchMode):
 
 
 def check_fsdp_gathers_the_head_once(rank: int, ranks: int) -> None:
-    """As many collectives with one chunk as with many."""
+    """The number of collectives is the same with one chunk and with many."""
     from torch.distributed.fsdp import fully_shard
 
     counts = []
@@ -139,22 +163,45 @@ def check_fsdp_gathers_the_head_once(rank: int, ranks: int) -> None:
 
 def check_ddp(rank: int, ranks: int) -> None:
     model = nn.parallel.DistributedDataParallel(made())
-    same_as_one(ranks, together(model, rank, ranks), {name.removeprefix("module."): p.detach() for name, p in model.named_parameters()})
+    same_as_one(
+        ranks,
+        together(model, rank, ranks),
+        {name.removeprefix("module."): p.detach() for name, p in model.named_parameters()},
+    )
 
 
 def check_tokens_over_ranks(rank: int, ranks: int) -> None:
-    """Sequences that are cut over the ranks, under weights that read whole ones: one sequence ends in the first rank, one begins in the last."""
+    """Weights of whole sequences hold for sequences that are split over ranks.
+
+    One sequence ends in the first rank, and one begins in the last.
+    """
     B, T = 3, 6 * ranks
     case = replace(hard_case(B * T, V, H, batch=B, largest_logit=8.0, views=False), token_weights=None)
     labels = case.labels.clone()
     labels[0, 5:] = labels[1, : T - 4] = -100
     case, mine = replace(case, labels=labels), slice(6 * rank, 6 * rank + 6)
-    part = {name: getattr(case, name)[:, mine] for name in ("student_hidden", "teacher_hidden", "labels", "mask")}
-    for scheme in (FirstFraction(0.4), PrefixDiscrepancy(0.5), MeanOne(PrefixDiscrepancy(0.5)) * LinearDecay(0.2), EntropyGate("student", below=2.0)):
+    part = {
+        name: getattr(case, name)[:, mine] for name in ("student_hidden", "teacher_hidden", "labels", "mask")
+    }
+    for scheme in (
+        FirstFraction(0.4),
+        PrefixDiscrepancy(0.5),
+        MeanOne(PrefixDiscrepancy(0.5)) * LinearDecay(0.2),
+        EntropyGate("student", below=2.0),
+    ):
         told = {"reduction": "sum", "divergence": "jsd"}
-        truth, plain = evaluate(linear_divergence_reference, case.double(), token_weights=scheme, **told), plain_outcomes(case, token_weights=scheme, **told)
+        truth, plain = (
+            evaluate(linear_divergence_reference, case.double(), token_weights=scheme, **told),
+            plain_outcomes(case, token_weights=scheme, **told),
+        )
         across = AcrossRanks(scheme, dist.group.WORLD)
-        ours = evaluate(linear_divergence, replace(case, **part), token_weights=across, workspace_bytes=MANY_CHUNKS, **told)
+        ours = evaluate(
+            linear_divergence,
+            replace(case, **part),
+            token_weights=across,
+            workspace_bytes=MANY_CHUNKS,
+            **told,
+        )
         for summed in (ours.loss, ours.student_weight, ours.student_bias):
             dist.all_reduce(summed)
         hidden = [torch.empty_like(ours.student_hidden) for _ in range(ranks)]
@@ -163,8 +210,10 @@ def check_tokens_over_ranks(rank: int, ranks: int) -> None:
 
 
 def same_as_one(ranks: int, losses: list[float], weights: dict[str, Tensor]) -> None:
-    """Against float64, no worse than one process at the same precision."""
-    (losses_of_one, one), (true_losses, truth) = (alone(ranks, dtype) for dtype in (torch.float32, torch.float64))
+    """Assert an error against float64 no worse than that of one process at the same precision."""
+    (losses_of_one, one), (true_losses, truth) = (
+        alone(ranks, dtype) for dtype in (torch.float32, torch.float64)
+    )
     assert_no_worse(*(torch.tensor(values) for values in (losses, losses_of_one, true_losses)))
     assert weights.keys() == truth.keys()
     for name, weight in truth.items():
@@ -172,7 +221,7 @@ def same_as_one(ranks: int, losses: list[float], weights: dict[str, Tensor]) -> 
 
 
 def die(rank: int, ranks: int) -> None:
-    """The last rank ends in the middle of the work; the others must come to an error."""
+    """If the last rank exits in the middle of the work, the others must raise an error."""
     from torch.distributed.fsdp import fully_shard
 
     model = made()
@@ -194,7 +243,7 @@ def main(rank: str, world: str, rendezvous: str, result: str, task: str = "check
         try:
             function(int(rank), int(world))
             outcomes[function.__name__] = None
-        except Exception:  # told by name: the other checks go on
+        except Exception:  # reported by name; the other checks still run
             outcomes[function.__name__] = traceback.format_exc()[-2000:]
     Path(result).write_text(json.dumps(outcomes))
     leave()

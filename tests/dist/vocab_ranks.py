@@ -1,4 +1,7 @@
-"""One rank of the vocabulary-parallel tests: every case on shards, judged on the whole against float64 as a single process is. See test_vocab_parallel.py."""
+"""Run one rank of the vocabulary-parallel tests (test_vocab_parallel.py).
+
+Every case on shards is compared with float64 by the gates of a single process.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,33 @@ import torch.distributed as dist
 from launching import join, leave
 
 from opsd_kernels import VocabShard, linear_divergence, linear_logprobs, linear_topk_divergence
-from opsd_kernels.testing.reference import linear_divergence_reference, linear_logprobs_reference, linear_topk_divergence_reference
+from opsd_kernels.testing.reference import (
+    linear_divergence_reference,
+    linear_logprobs_reference,
+    linear_topk_divergence_reference,
+)
 from opsd_kernels.spec import KIND_NAMES
-from opsd_kernels.testing import Case, Outcome, assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case, plain_outcomes
+from opsd_kernels.testing import (
+    Case,
+    Outcome,
+    assert_no_worse,
+    assert_on_target,
+    assert_same_bits,
+    evaluate,
+    hard_case,
+    plain_outcomes,
+)
 from opsd_kernels.weights import EntropyGate, MeanOne, PrefixDiscrepancy
 
 V = 211
-TRANSFORM = {"temperature": 0.7, "teacher_temperature": 1.4, "student_logit_scale": 1.2, "student_softcap": 25.0, "teacher_softcap": 30.0}
-# name: what makes the case, what op and reference are told, what the op alone is told
+TRANSFORM = {
+    "temperature": 0.7,
+    "teacher_temperature": 1.4,
+    "student_logit_scale": 1.2,
+    "student_softcap": 25.0,
+    "teacher_softcap": 30.0,
+}
+# name: arguments of the case, options of op and reference, options of the op alone
 CASES: dict[str, tuple[dict, dict, dict]] = {}
 for name in KIND_NAMES:
     CASES[f"{name}, two heads"] = ({}, {"divergence": name}, {})
@@ -30,7 +52,11 @@ for name in KIND_NAMES:
     CASES[f"{name}, clips"] = ({}, {"divergence": name, "entry_clip": 0.05, "token_clip": 0.6}, {})
 for side in ("student", "teacher"):
     for tail in ("bucket", "renormalize", "none"):
-        CASES[f"top 5 of the {side}, {tail}"] = ({"views": False, "largest_logit": 8.0}, {"topk": 5, "topk_support": side, "topk_tail": tail}, {})
+        CASES[f"top 5 of the {side}, {tail}"] = (
+            {"views": False, "largest_logit": 8.0},
+            {"topk": 5, "topk_support": side, "topk_tail": tail},
+            {},
+        )
 CASES |= {
     "padded": ({"padding": 3, "shared_head": True}, {}, {}),
     "transforms": ({}, {**TRANSFORM, "divergence": "jsd"}, {}),
@@ -43,7 +69,11 @@ CASES |= {
     "sequences": ({"batch": 4}, {"reduction": "sequence_mean"}, {}),
     "gate": ({"batch": 4}, {"token_weights": EntropyGate("student", below=2.0)}, {}),
     "prefix": ({"batch": 4}, {"token_weights": MeanOne(PrefixDiscrepancy(0.5))}, {}),
-    "prefix, several chunks": ({"batch": 4}, {"token_weights": PrefixDiscrepancy(0.5)}, {"workspace_bytes": 6200}),
+    "prefix, several chunks": (
+        {"batch": 4},
+        {"token_weights": PrefixDiscrepancy(0.5)},
+        {"workspace_bytes": 6200},
+    ),
 }
 # The same for linear_logprobs, and for linear_topk_divergence
 LOGPROBS: dict[str, tuple[dict, dict, dict]] = {
@@ -51,7 +81,11 @@ LOGPROBS: dict[str, tuple[dict, dict, dict]] = {
     "frozen head": ({"frozen_head": True}, {}, {}),
     "frozen head, recompute": ({"frozen_head": True}, {}, {"backward": "recompute"}),
     "entropy": ({"largest_logit": 8.0}, {"return_entropy": True}, {}),
-    "padded, transforms": ({"padding": 3}, {"temperature": 0.7, "logit_scale": 1.2, "softcap": 25.0, "return_entropy": True}, {}),
+    "padded, transforms": (
+        {"padding": 3},
+        {"temperature": 0.7, "logit_scale": 1.2, "softcap": 25.0, "return_entropy": True},
+        {},
+    ),
 }
 SMOOTH = {"largest_logit": 8.0}
 LISTS: dict[str, tuple[dict, dict, dict]] = {
@@ -62,7 +96,11 @@ LISTS |= {
     "clips": (SMOOTH, {"entry_clip": 0.05, "token_clip": 0.6}, {}),
     "recompute": (SMOOTH, {"tail": "none"}, {"backward": "recompute"}),
     "per token": (SMOOTH, {"reduction": "none"}, {}),
-    "gate, padded": ({**SMOOTH, "batch": 4, "padding": 3}, {"token_weights": EntropyGate("student", below=2.0), "temperature": 0.7}, {}),
+    "gate, padded": (
+        {**SMOOTH, "batch": 4, "padding": 3},
+        {"token_weights": EntropyGate("student", below=2.0), "temperature": 0.7},
+        {},
+    ),
     "frozen head": ({**SMOOTH, "frozen_head": True}, {"divergence": "tvd"}, {}),
 }
 SIDES = [f"{side}_{name}" for side in ("student", "teacher") for name in ("entropy", "max_prob", "logprob")]
@@ -70,7 +108,8 @@ STATISTICS = ("divergence", "top1_agreement", *SIDES)
 
 
 def cut(case: Case, shard: VocabShard) -> Case:
-    """This rank's part of a case."""
+    """Return this rank's part of a case."""
+
     def rows(tensor):
         return None if tensor is None else tensor[shard.start : shard.stop]
 
@@ -78,11 +117,14 @@ def cut(case: Case, shard: VocabShard) -> Case:
     teacher = weight if case.teacher_weight is case.student_weight else rows(case.teacher_weight)
     bias = rows(case.student_bias)
     teacher_bias = bias if case.teacher_bias is case.student_bias else rows(case.teacher_bias)
-    return replace(case, student_weight=weight, teacher_weight=teacher, student_bias=bias, teacher_bias=teacher_bias)
+    return replace(
+        case, student_weight=weight, teacher_weight=teacher, student_bias=bias, teacher_bias=teacher_bias
+    )
 
 
 def whole(outcome: Outcome) -> Outcome:
-    """Gradients of the head put together; everything else must be the same on all ranks, to the bit."""
+    """Concatenate the gradients of the head; all else must be bitwise equal on all ranks."""
+
     def everyone(tensor):
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, tensor)
@@ -90,22 +132,28 @@ def whole(outcome: Outcome) -> Outcome:
 
     for name in ("loss", "student_hidden"):
         parts = everyone(getattr(outcome, name))
-        assert all(torch.equal(parts[0], part) or (parts[0].isnan() == part.isnan()).all() for part in parts), f"{name} differs between ranks"
+        assert all(
+            torch.equal(parts[0], part) or (parts[0].isnan() == part.isnan()).all() for part in parts
+        ), f"{name} differs between ranks"
     grads = {name: getattr(outcome, name) for name in ("student_weight", "student_bias")}
-    return replace(outcome, **{name: torch.cat(everyone(grad)) for name, grad in grads.items() if grad is not None})
+    return replace(
+        outcome, **{name: torch.cat(everyone(grad)) for name, grad in grads.items() if grad is not None}
+    )
 
 
 def shards(count: int) -> list[VocabShard]:
-    """Even ones, and ones of very different widths."""
+    """Return even shards, and shards of very different widths."""
     world, group = dist.get_world_size(), dist.group.WORLD
     uneven = (0, *(count // 2 + 7 * rank for rank in range(world - 1)), count)
     return [VocabShard.from_vocab(count, group), VocabShard(uneven, group)]
 
 
 def logprobs_of(op: Callable) -> Callable:
-    """Of a case's student, in the signature of linear_divergence: log-probs, under entropies if asked."""
+    """Return log-probs, stacked on entropies if asked, in the signature of linear_divergence."""
 
-    def run(h, W, t, Wt, *, labels, mask=None, student_bias=None, teacher_bias=None, token_weights=None, **options):
+    def run(
+        h, W, t, Wt, *, labels, mask=None, student_bias=None, teacher_bias=None, token_weights=None, **options
+    ):
         found = op(h, W, labels, bias=student_bias, mask=mask, **options)
         return torch.stack(found) if options.get("return_entropy") else found
 
@@ -113,9 +161,11 @@ def logprobs_of(op: Callable) -> Callable:
 
 
 def topk_of(op: Callable, case: Case, K: int = 9, shift: int = 0) -> Callable:
-    """Against the K likeliest tokens of a case's teacher, fewer for every other row."""
+    """Return the divergence from a teacher's K most likely tokens, fewer for every other row."""
     head, vocab = case.teacher_weight.float(), case.vocab_size or case.teacher_weight.shape[0]
-    logits = torch.nan_to_num(case.teacher_hidden.float()) @ head.T + (0 if case.teacher_bias is None else case.teacher_bias.float())
+    logits = torch.nan_to_num(case.teacher_hidden.float()) @ head.T + (
+        0 if case.teacher_bias is None else case.teacher_bias.float()
+    )
     logprobs, ids = logits[..., :vocab].log_softmax(-1).topk(K)
     logprobs.flatten(0, -2)[::2, K // 2 :] = -torch.inf
 
@@ -128,11 +178,18 @@ def topk_of(op: Callable, case: Case, K: int = 9, shift: int = 0) -> Callable:
 def check_sibling(cases: dict[str, tuple[dict, dict, dict]], name: str, dtype: torch.dtype) -> None:
     made, told, alone = cases[name]
     case = hard_case(28, V, 48, dtype, **made)
-    ops = {True: (linear_logprobs, linear_logprobs_reference), False: (linear_topk_divergence, linear_topk_divergence_reference)}[cases is LOGPROBS]
+    ops = {
+        True: (linear_logprobs, linear_logprobs_reference),
+        False: (linear_topk_divergence, linear_topk_divergence_reference),
+    }[cases is LOGPROBS]
     op, reference = ((logprobs_of(op) if cases is LOGPROBS else topk_of(op, case)) for op in ops)
     if cases is LISTS and "token_weights" in told:
         case = replace(case, token_weights=None)
-    truth, plain, one = evaluate(reference, case.double(), **told), evaluate(reference, case, **told), evaluate(op, case, **told, **alone)
+    truth, plain, one = (
+        evaluate(reference, case.double(), **told),
+        evaluate(reference, case, **told),
+        evaluate(op, case, **told, **alone),
+    )
     alone = {"workspace_bytes": V * dtype.itemsize * 9, **alone}
     for shard in shards(case.student_weight.shape[0]):
         ours = whole(evaluate(op, cut(case, shard), **told, **alone, group=shard))
@@ -149,7 +206,8 @@ def check(name: str, dtype: torch.dtype) -> None:
     alone = {"workspace_bytes": 2 * V * dtype.itemsize * 9, **alone}
     for shard in shards(case.student_weight.shape[0]):
         ours = whole(evaluate(linear_divergence, cut(case, shard), **told, **alone, group=shard))
-        if told.get("divergence") == "tvd" and "near" in made:  # entries at the kink: their gradient is anyone's
+        if told.get("divergence") == "tvd" and "near" in made:
+            # The gradient of entries at the kink is arbitrary.
             assert_on_target(ours, truth, "default")
             assert_no_worse(ours.value(), [outcome.value() for outcome in plain], truth.value())
         else:
@@ -158,7 +216,9 @@ def check(name: str, dtype: torch.dtype) -> None:
 
 def check_statistics(dtype: torch.dtype) -> None:
     case = replace(hard_case(28, V, 48, dtype, shared_head=True, near=0.1), trainable=())
-    alone, truth = (evaluate(linear_divergence, one, return_stats=True).stats for one in (case, case.double()))
+    alone, truth = (
+        evaluate(linear_divergence, one, return_stats=True).stats for one in (case, case.double())
+    )
     for shard in shards(V):
         ours = evaluate(linear_divergence, cut(case, shard), return_stats=True, group=shard).stats
         for name in STATISTICS:
@@ -166,7 +226,7 @@ def check_statistics(dtype: torch.dtype) -> None:
 
 
 def check_peaks_in_the_same_place_of_two_shards() -> None:
-    """The student's likeliest token and the teacher's, each the sixth of its own rank, are not the same token."""
+    """Argmaxes at the same local column of two shards are different tokens."""
     shard = VocabShard.from_vocab(V, dist.group.WORLD)
     weight = torch.eye(V)
     student, teacher = (9 * weight[[bound + 5]] for bound in shard.bounds[:2])
@@ -177,36 +237,59 @@ def check_peaks_in_the_same_place_of_two_shards() -> None:
 
 
 def check_unreduced() -> None:
-    """With the switch off each rank keeps its part of the hidden states' gradient: their sum is the whole."""
+    """Without reduce_hidden_grad each rank keeps its part of dh, and the parts add up to dh."""
     case, group = hard_case(28, V, 48), dist.group.WORLD
     shard = VocabShard.from_vocab(V, group)
     summed = evaluate(linear_divergence, cut(case, shard), group=shard).student_hidden
-    part = evaluate(linear_divergence, cut(case, shard), group=replace(shard, reduce_hidden_grad=False)).student_hidden
+    part = evaluate(
+        linear_divergence, cut(case, shard), group=replace(shard, reduce_hidden_grad=False)
+    ).student_hidden
     assert not torch.equal(summed, part)
     dist.all_reduce(part)
     assert_no_worse(part, summed, evaluate(linear_divergence_reference, case.double()).student_hidden)
     for op in (logprobs_of(linear_logprobs), topk_of(linear_topk_divergence, case)):
-        kept, every = (evaluate(op, cut(case, shard), group=replace(shard, reduce_hidden_grad=reduced)).student_hidden for reduced in (False, True))
+        kept, every = (
+            evaluate(op, cut(case, shard), group=replace(shard, reduce_hidden_grad=reduced)).student_hidden
+            for reduced in (False, True)
+        )
         assert not torch.equal(kept, every)
         dist.all_reduce(kept)
         assert_no_worse(kept, every, evaluate(op, case.double()).student_hidden)
 
 
 def check_group_alone() -> None:
-    """A bare group: the ranks tell each other how many rows they have."""
+    """A process group alone gives the shards: the numbers of rows are gathered."""
     case, shard = hard_case(28, V, 48), VocabShard.from_vocab(V, dist.group.WORLD)
     for op in (linear_divergence, logprobs_of(linear_logprobs), topk_of(linear_topk_divergence, case)):
-        assert_same_bits(evaluate(op, cut(case, shard), group=dist.group.WORLD), evaluate(op, cut(case, shard), group=shard))
+        assert_same_bits(
+            evaluate(op, cut(case, shard), group=dist.group.WORLD),
+            evaluate(op, cut(case, shard), group=shard),
+        )
 
 
 def check_communication() -> None:
-    """Per chunk: the statistics of each row, once more two numbers for a divergence of two sweeps, three for an entry of a list, two for a label; and dh."""
+    """A chunk communicates a few numbers per row, and dh.
+
+    They are the statistics, the results of the second sweep, three per entry of a list, and two per label.
+    """
     N, H, K, rows = 32, 48, 9, 8
     case = replace(hard_case(N, V, H, views=False), mask=None, labels=torch.arange(N), token_weights=None)
     frozen, shard = replace(case, trainable=("student_hidden",)), VocabShard.from_vocab(V, dist.group.WORLD)
     calls = (
-        (linear_divergence, case, {"divergence": "jsd"}, 2, [("gather", 8), ("gather", 3), ("sum", 2), ("sum", H)]),
-        (topk_of(linear_topk_divergence, case, K), case, {}, 1, [("gather", 8), ("sum", 3 * K), ("sum", 2), ("sum", H)]),
+        (
+            linear_divergence,
+            case,
+            {"divergence": "jsd"},
+            2,
+            [("gather", 8), ("gather", 3), ("sum", 2), ("sum", H)],
+        ),
+        (
+            topk_of(linear_topk_divergence, case, K),
+            case,
+            {},
+            1,
+            [("gather", 8), ("sum", 3 * K), ("sum", 2), ("sum", H)],
+        ),
         (logprobs_of(linear_logprobs), frozen, {}, 1, [("gather", 8), ("sum", 2), ("sum", H)]),
     )
     for op, whole_case, options, sides, of_row in calls:
@@ -222,7 +305,7 @@ def check_communication() -> None:
 
 @contextmanager
 def collectives() -> Iterator[list[tuple[str, int]]]:
-    """What is sent, with the number of values."""
+    """Record each collective with its number of values per row."""
     sent: list[tuple[str, int]] = []
     originals = dist.all_gather, dist.all_reduce
 
@@ -242,7 +325,7 @@ def collectives() -> Iterator[list[tuple[str, int]]]:
 
 
 def check_dtensor() -> None:
-    """DTensor heads as shards, and made whole once with gradients that go back to where the rows are."""
+    """DTensor heads work as shards, and gathered ones scatter their gradients to the shards."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -254,18 +337,35 @@ def check_dtensor() -> None:
     head = distribute_tensor(case.student_weight, mesh, [Shard(0)]).requires_grad_()
     hidden = case.student_hidden.clone().requires_grad_()
     for weight, group in ((head, mesh.get_group()), (gathered(head), None)):
-        loss = linear_divergence(hidden, weight, case.teacher_hidden, weight.detach() * 0.9, group=group, **case.options())
+        loss = linear_divergence(
+            hidden, weight, case.teacher_hidden, weight.detach() * 0.9, group=group, **case.options()
+        )
         expected = replace(case, teacher_weight=case.student_weight * 0.9)
         truth = evaluate(linear_divergence, expected)
         dh, dW = torch.autograd.grad(loss * case.upstream, [hidden, head])
         assert dW.placements == head.placements
-        assert_no_worse(Outcome(loss.detach(), dh, dW.full_tensor()), plain_outcomes(expected), evaluate(linear_divergence_reference, expected.double()))
+        assert_no_worse(
+            Outcome(loss.detach(), dh, dW.full_tensor()),
+            plain_outcomes(expected),
+            evaluate(linear_divergence_reference, expected.double()),
+        )
         assert truth.loss.shape == one.loss.shape
         of_whole = linear_logprobs(hidden, case.student_weight, case.labels, mask=case.mask)
-        assert_no_worse(linear_logprobs(hidden, weight, case.labels, mask=case.mask, group=group), of_whole, of_whole)
-    for weight, says in ((head, "with `group`"), (distribute_tensor(case.student_weight, mesh, [Replicate()]), "sharded on dimension 0")):
+        assert_no_worse(
+            linear_logprobs(hidden, weight, case.labels, mask=case.mask, group=group), of_whole, of_whole
+        )
+    for weight, says in (
+        (head, "with `group`"),
+        (distribute_tensor(case.student_weight, mesh, [Replicate()]), "sharded on dimension 0"),
+    ):
         try:
-            linear_divergence(hidden, weight, case.teacher_hidden, case.teacher_weight, group=None if weight is head else dist.group.WORLD)
+            linear_divergence(
+                hidden,
+                weight,
+                case.teacher_hidden,
+                case.teacher_weight,
+                group=None if weight is head else dist.group.WORLD,
+            )
         except ValueError as error:
             assert says in str(error), error
         else:
@@ -277,10 +377,16 @@ def check_errors() -> None:
     part = cut(case, shard)
     wrong = {
         "student_weight: expected": lambda: evaluate(linear_divergence, case, group=shard),
-        "weight: expected": lambda: linear_logprobs(case.student_hidden, case.student_weight, case.labels, mask=case.mask, group=shard),
-        "teacher_topk_ids: expected entries in [0, 211)": lambda: evaluate(topk_of(linear_topk_divergence, case, shift=V), part, group=shard),
+        "weight: expected": lambda: linear_logprobs(
+            case.student_hidden, case.student_weight, case.labels, mask=case.mask, group=shard
+        ),
+        "teacher_topk_ids: expected entries in [0, 211)": lambda: evaluate(
+            topk_of(linear_topk_divergence, case, shift=V), part, group=shard
+        ),
         "group: expected": lambda: evaluate(linear_divergence, part, group="all"),
-        "vocab_size: expected a size above": lambda: evaluate(linear_divergence, part, group=shard, vocab_size=3),
+        "vocab_size: expected a size above": lambda: evaluate(
+            linear_divergence, part, group=shard, vocab_size=3
+        ),
         "bounds: expected": lambda: VocabShard((0, 5), dist.group.WORLD),
         "at least one row": lambda: VocabShard.from_vocab(1, dist.group.WORLD),
     }
@@ -295,23 +401,34 @@ def check_errors() -> None:
 
 def main(rank: str, world: str, rendezvous: str, result: str) -> None:
     join(rank, world, rendezvous)
-    checks = {f"{name}, {dtype}": (check, name, dtype) for name in CASES for dtype in (torch.float32, torch.float64)}
+    checks = {
+        f"{name}, {dtype}": (check, name, dtype) for name in CASES for dtype in (torch.float32, torch.float64)
+    }
     checks |= {
         f"{what}, {name}, {dtype}": (check_sibling, cases, name, dtype)
-        for what, cases in (("log-probs", LOGPROBS), ("list", LISTS)) for name in cases for dtype in (torch.float32, torch.float64)
+        for what, cases in (("log-probs", LOGPROBS), ("list", LISTS))
+        for name in cases
+        for dtype in (torch.float32, torch.float64)
     }  # fmt: skip
     checks |= {f"statistics, {dtype}": (check_statistics, dtype) for dtype in (torch.float32, torch.float64)}
-    apart = (check_peaks_in_the_same_place_of_two_shards, check_unreduced, check_group_alone, check_communication, check_dtensor, check_errors)
+    apart = (
+        check_peaks_in_the_same_place_of_two_shards,
+        check_unreduced,
+        check_group_alone,
+        check_communication,
+        check_dtensor,
+        check_errors,
+    )
     checks |= {f.__name__.removeprefix("check_"): (f,) for f in apart}
     outcomes = {}
     for name, (function, *arguments) in checks.items():
         try:
             function(*arguments)
             outcomes[name] = None
-        except Exception:  # told by name: the other cases go on
+        except Exception:  # reported by name; the other cases still run
             outcomes[name] = traceback.format_exc()[-1500:]
         failed = [None] * int(world)
-        dist.all_gather_object(failed, outcomes[name] is not None)  # also keeps the ranks in step after a failure
+        dist.all_gather_object(failed, outcomes[name] is not None)  # also syncs the ranks after a failure
     Path(result).write_text(json.dumps(outcomes))
     leave()
 

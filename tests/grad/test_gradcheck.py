@@ -1,4 +1,7 @@
-"""torch.autograd.gradcheck in float64: finite differences of the op itself, so that neither formula nor reference can hide an error."""
+"""Run torch.autograd.gradcheck in float64.
+
+Finite differences of the op itself find errors that formula and reference share.
+"""
 
 import pytest
 import torch
@@ -91,7 +94,7 @@ def test_reductions_with_weights_and_masks(backend, divergence, reduction, names
 @pytest.mark.parametrize("divergence", KIND_NAMES)
 @pytest.mark.parametrize("option", ["plain", "temperatures", "softcaps"])
 def test_shared_head(backend, divergence, option):
-    """Only the hidden states are perturbed, so that the head stays one tensor and the difference form is what runs."""
+    """Perturb the hidden states alone, so that the head stays one tensor and the difference form runs."""
     made = tensors(False, True)
     made["teacher_weight"], made["teacher_bias"] = made["student_weight"], made["student_bias"]
     check(

@@ -1,4 +1,4 @@
-"""gradcheck in float64 of the clips, supports, mixes, weights and siblings: finite differences of the op itself."""
+"""Run gradcheck in float64 on clips, supports, mixes, weights and the sibling functions."""
 
 import pytest
 import torch
@@ -107,7 +107,10 @@ def test_log_probs_and_entropy(backend, names):
 
 @pytest.mark.parametrize("names", [NAMES, ("student_hidden",)], ids=str)
 def test_a_schedule_in_every_route(backend, names):
-    """Weights from positions are constants, so the loss is what its gradient says; those from statistics are not, by intent."""
+    """Weights from positions are constants, so finite differences give the gradient.
+
+    Weights from statistics are detached, so they do not qualify.
+    """
     for options in ({}, {"reduction": "none"}, {"backward": "recompute"}):
         check(
             divergence_with(
@@ -122,7 +125,7 @@ def test_a_schedule_in_every_route(backend, names):
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_policy_terms(backend, share):
-    """Terms whose loss is a function of the log-prob alone; OPD's reward is a constant for the gradient, by intent."""
+    """Check terms whose loss depends on the log-prob alone; the reward of OPD is detached."""
     gen = torch.Generator().manual_seed(3)
     advantages, old = (
         torch.randn(B, 1, generator=gen, dtype=torch.float64),

@@ -1,4 +1,4 @@
-"""How a bug is planted, and what it is to be killed by."""
+"""Plant a bug, and run the check that must kill it."""
 
 import functools
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ class Mutant:
 
 
 def result(transform):
-    """A mutant that changes what the original returns."""
+    """Return a mutant that changes the result of the original."""
     return lambda original: lambda *args, **kwargs: transform(original(*args, **kwargs), *args)
 
 
 def arguments(transform):
-    """A mutant that changes what the original is given."""
+    """Return a mutant that changes the arguments of the original."""
     return lambda original: lambda *args, **kwargs: original(*transform(*args), **kwargs)
 
 
@@ -45,7 +45,7 @@ PASSED = set()
 
 
 def kill(mutant: Mutant, monkeypatch) -> None:
-    """The check passes without the bug and fails with it."""
+    """Assert that the check passes without the bug and fails with it."""
     if freeze(mutant.killer) not in PASSED:
         mutant.killer()
         PASSED.add(freeze(mutant.killer))

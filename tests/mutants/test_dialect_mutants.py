@@ -1,4 +1,4 @@
-"""Planted bugs in the clips, supports, weights from statistics, policies and log-probs (see planting.py)."""
+"""Plant bugs in clips, supports, weights from statistics, policy terms and log-probs (see planting.py)."""
 
 import math
 from dataclasses import replace
@@ -29,7 +29,7 @@ def made(**case):
 
 
 def dialect(case=None, rows=24_500, **options):
-    """Against the reference in float64, in chunks of a sequence or two."""
+    """Check a call against the reference in float64, in chunks of one or two sequences."""
     case = made(**(case or {}))
     case = replace(case, token_weights=None) if "token_weights" in options else case
     options = {"divergence": "reverse_kl", "reduction": "sum", **options}
@@ -40,7 +40,7 @@ def dialect(case=None, rows=24_500, **options):
 
 
 def listed(**options):
-    """A teacher of five entries per token, some of them padding."""
+    """Check a teacher of five entries per token, some of them padding."""
     case = made()
     ids = torch.rand(B, T, V, generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :5]
     logprobs = torch.linspace(-0.8, -4, 5, dtype=torch.float64).expand(B, T, 5).clone()
@@ -70,7 +70,7 @@ def log_probs(frozen=False, entropy=True):
 
 
 def mix(policy, **options):
-    """The mix against its two parts apart: the divergence by the op, the policy by dense log-probs."""
+    """Check the mix against the sum of its parts, both by dense references."""
     case = replace(made(), token_weights=None)
     valid = case.mask & (case.labels != -100)
 
@@ -91,7 +91,7 @@ def mix(policy, **options):
 
 
 def planned_apart():
-    """A sequence that does not fit a chunk."""
+    """Check a sequence that does not fit a chunk."""
     dialect(rows=4_000, token_weights=weights.PrefixDiscrepancy(0.5))
 
 

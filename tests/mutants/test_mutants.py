@@ -1,6 +1,7 @@
-"""Planted bugs. Each must be killed by the quick check named beside it, which passes without the bug: so these checks can fail, and for the right reason.
+"""Plant bugs, each of which must be killed by the quick check named with it.
 
-The bugs are planted in the torch backend, the loop and the reductions; the same checks hold for the other backends in tests/unit and tests/interp.
+The check passes without the bug, so it can fail, and for the right reason. The bugs are planted in the torch
+backend, the loop and the reductions; tests/unit and tests/interp run the same checks on the other backends.
 """
 
 from dataclasses import replace
@@ -29,7 +30,7 @@ from opsd_kernels.testing.reference import linear_divergence_reference
 
 
 def against_truth(divergence="jsd", made=None, **options):
-    """A hard case in fp32, several chunks."""
+    """Check a hard case in fp32, in several chunks."""
     case = hard_case(29, 211, 24, seed=1, **(made or {}))
     options = {"divergence": divergence, "beta": 0.3, "reduction": "mean", **options}
     truth, plain = (
@@ -119,7 +120,7 @@ def bf16_accumulator(original):
 
 
 def one_normaliser(original):
-    """q and p as exp(s - lse) with the maximum and the log-sum added up first."""
+    """Compute q as exp(s - lse) of rounded logits, with maximum and log-sum added first."""
 
     def mutant(logits, stats):
         q, p, delta = original(logits, stats)
@@ -130,7 +131,7 @@ def one_normaliser(original):
 
 
 def pair_in_bf16(original):
-    """The difference buffer as the difference of two rounded logits."""
+    """Fill the difference buffer with the difference of two rounded logits."""
 
     def mutant(heads_hidden, weight, out):
         original(heads_hidden, weight, out)

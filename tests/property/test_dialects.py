@@ -1,4 +1,7 @@
-"""Every option with every other: divergences x clips x supports x weights x transforms x routes, against the dense reference in float64."""
+"""Combine all options: divergences x clips x supports x weights x transforms x routes.
+
+Every combination is compared with the dense reference in float64.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -33,7 +36,7 @@ TRANSFORMS = (
 
 @dataclass(frozen=True)
 class AllButStats:
-    """A user's object: no more than a scope and a call."""
+    """Stand for a user's own weighting: a scope and a call."""
 
     scope: str = "row"
 
@@ -114,12 +117,12 @@ ROUTES = st.fixed_dictionaries(
 def make_case(made: dict) -> Case:
     made = dict(made)
     if made["V"] < 7:
-        made["near"] = None  # two entries that lie that near leave nothing to bisect
+        made["near"] = None  # with two entries this near there is nothing to bisect
     return hard_case(B * T, made.pop("V"), made.pop("H"), torch.float64, batch=B, views=False, **made)
 
 
 def flattened(case: Case) -> Case:
-    """One packed row of tokens."""
+    """Return a packed row of tokens."""
     names = ("student_hidden", "teacher_hidden", "mask", "labels", "token_weights")
     return replace(case, **{name: getattr(case, name).flatten(0, 1) for name in names})
 
@@ -128,8 +131,8 @@ def how_to(case: Case, route: dict, options: dict, backend: str) -> dict:
     V = case.vocab_size or case.student_weight.shape[0]
     backward = route["backward"]
     if backward == "in_forward" and options["reduction"] == "none" and "student_weight" in case.trainable:
-        backward = "auto"  # refused: the upstream gradient comes too late
-    of_row = 8 * (2 * V + 40) + 96 * V  # whatever the support
+        backward = "auto"  # in_forward is refused: forward lacks the upstream gradient
+    of_row = 8 * (2 * V + 40) + 96 * V  # for any support
     return {"backward": backward, "workspace_bytes": 2 * of_row * route["rows"], "backend": backend}
 
 
@@ -151,9 +154,9 @@ def compare(op, reference, case: Case, options: dict, how: dict) -> None:
 @many
 def test_all_dialects(backend, made, options, transform, weighting, route):
     if options["topk"] == 1 and options["topk_tail"] == "renormalize":
-        options = {**options, "topk": 2}  # one entry of two distributions that are both certain of it
+        options = {**options, "topk": 2}  # one entry would be certain on both sides
     if transform.get("teacher_logit_scale", 1) < 0:
-        made = {**made, "masked_entry": None}  # it would be +inf: no distribution
+        made = {**made, "masked_entry": None}  # it would be +inf, not a distribution
     case = make_case(made)
     if weighting == "packed":
         if options["reduction"] == "sequence_mean":

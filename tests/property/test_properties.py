@@ -1,4 +1,4 @@
-"""What must hold for any input: drawn by hypothesis, judged in float64 or by bits."""
+"""Test properties of any input drawn by hypothesis, in float64 or bitwise."""
 
 import math
 from dataclasses import replace
@@ -28,7 +28,7 @@ def per_token(case, **options):
 
 
 def clean(N, V, H, seed, **made):
-    """A float64 case without ignored tokens, weights and biases."""
+    """Return a float64 case without ignored tokens, weights and biases."""
     case = hard_case(N, V, H, torch.float64, seed=seed, bias=False, views=False, **made)
     gen = torch.Generator().manual_seed(seed)
     student = torch.where(
@@ -73,9 +73,8 @@ def test_zero_for_equal_sides_and_only_there(backend, shape, seed, shared_head):
             other = replace(same, teacher_hidden=case.student_hidden * 1.01 + 0.01)
             moved = (other.teacher_hidden - same.teacher_hidden) @ case.student_weight.T
             differs = (moved.amax(-1) - moved.amin(-1)) > 1e-3
-            sharp = (case.student_hidden @ case.student_weight.T).softmax(-1).amax(
-                -1
-            ) > 1 - 1e-6  # there the change of probabilities underflows
+            # In sharp rows the change of the probabilities underflows.
+            sharp = (case.student_hidden @ case.student_weight.T).softmax(-1).amax(-1) > 1 - 1e-6
             assert (per_token(other, divergence=divergence, backend=backend)[differs & ~sharp] > 0).all(), (
                 divergence
             )
@@ -84,7 +83,7 @@ def test_zero_for_equal_sides_and_only_there(backend, shape, seed, shared_head):
 @given(shape=sizes, seed=seeds, shift=st.floats(-30, 30))
 @few
 def test_a_constant_added_to_all_logits_changes_nothing(backend, shape, seed, shift):
-    """Through the biases, one side at a time."""
+    """Shifting all logits of one side, by its bias, changes nothing."""
     case = clean(*shape, seed)
     V = shape[1]
     for divergence in DIVERGENCES:
@@ -150,7 +149,7 @@ def test_chunks_of_any_size(backend, shape, seed, rows, divergence):
 @given(seed=seeds, first=st.integers(1, 11), divergence=st.sampled_from(DIVERGENCES))
 @few
 def test_a_batch_is_its_parts(backend, seed, first, divergence):
-    """Sum over a batch = sum over its halves, in value and gradient."""
+    """The sum over a batch equals the sum over its halves, in value and gradient."""
     case = hard_case(12, 67, 8, torch.float64, seed=seed)
     names = ("student_hidden", "teacher_hidden", "mask", "labels", "token_weights")
     options = {"divergence": divergence, "reduction": "sum", "backend": backend}
@@ -175,7 +174,7 @@ def test_a_batch_is_its_parts(backend, seed, first, divergence):
 @given(seed=seeds, factor=st.sampled_from([0.5, -2.0, 4.0, 0.0]), divergence=st.sampled_from(DIVERGENCES))
 @few
 def test_linear_in_the_weights(backend, seed, factor, divergence):
-    """Scaling by a power of two scales every bit pattern's exponent and nothing else."""
+    """Scaling by a power of two changes exponents alone."""
     case = hard_case(12, 67, 8, torch.float32, seed=seed)
     options = {"divergence": divergence, "reduction": "sum", "backend": backend}
     once = evaluate(linear_divergence, case, **options)
@@ -187,7 +186,7 @@ def test_linear_in_the_weights(backend, seed, factor, divergence):
 @given(shape=sizes, seed=seeds, beta=st.floats(0.05, 0.95))
 @few
 def test_jsd_of_swapped_sides_is_jsd_of_one_minus_beta(backend, shape, seed, beta):
-    """At 1/2 it is symmetric."""
+    """JSD at beta 1/2 is symmetric."""
     case = clean(*shape, seed)
     swapped = replace(
         case,

@@ -1,4 +1,4 @@
-"""The op inside PyTorch: backward twice, equal bits, autocast, compile, opcheck."""
+"""Test the op inside PyTorch: repeated backward, equal bits, autocast, compile, opcheck."""
 
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ def test_backward_twice_gives_the_same_gradients(backend, dtype, frozen_head, op
 
 @pytest.mark.parametrize("options", ROUTES, ids=str)
 def test_gradients_accumulate_and_own_their_memory(backend, options):
-    """Two backward calls add up in .grad, and changing .grad in place reaches nothing that a later backward reads."""
+    """Two backward calls add up in .grad, and in-place changes of .grad do not affect a later backward."""
     live = hard_case(13, 67, 8).leaves()
     loss = linear_divergence(*live.inputs(), **live.options(), **options, backend=backend).sum()
     loss.backward(retain_graph=True)
@@ -95,7 +95,7 @@ def test_layouts_of_the_inputs(backend, layout):
 
 @pytest.mark.parametrize("shared_head", [True, False], ids=["shared head", "two heads"])
 def test_autocast_computes_in_its_dtype(backend, shared_head):
-    """fp32 parameters, bf16 arithmetic, fp32 gradients: what autocast does to a matrix product."""
+    """Under autocast fp32 parameters meet bf16 arithmetic and get fp32 gradients, as in a matrix product."""
     case = hard_case(67, 1003, 32, torch.float32, shared_head=shared_head, near=1e-2, largest_logit=8.0)
     with torch.autocast("cpu", torch.bfloat16):
         ours = evaluate(linear_divergence, case, backend=backend)
@@ -113,7 +113,7 @@ def test_disabled_autocast_is_no_autocast(backend):
 
 
 def test_a_missing_upstream_gradient_is_no_gradient(backend):
-    """Only the statistics are used: nothing flows, nothing fails."""
+    """A call of which only the statistics are used gives no gradients and no error."""
     live = hard_case(12, 67, 8).leaves()
     loss, stats = linear_divergence(*live.inputs(), **live.options(), return_stats=True, backend=backend)
     assert loss.requires_grad and not stats.divergence.requires_grad
@@ -134,7 +134,7 @@ def test_double_backward_is_an_error_not_a_zero(backend):
 
 
 def recorded_calls(monkeypatch, run):
-    """The arguments with which `run` calls the two ops."""
+    """Return the arguments with which `run` calls the two ops."""
     from opsd_kernels._core import library
 
     calls = []
@@ -168,7 +168,7 @@ def test_opcheck(backend, monkeypatch, options, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", ROUTES, ids=str)
 def test_compile_fullgraph(backend, options):
-    """Per-token results have the bits of eager; what is summed over tokens is held to the gate."""
+    """Per-token results equal those of eager bitwise; sums over tokens pass the gate."""
     torch._dynamo.reset()
     case = hard_case(13, 67, 8)
 

@@ -1,4 +1,7 @@
-"""Which operators the projections call for tensors on a GPU, seen without one: each product is one library GEMM, straight into its buffer."""
+"""Record the operators that the projections call for GPU tensors, without a GPU.
+
+Each product is one library GEMM that writes into its buffer.
+"""
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ VIEWS = (aten.t.default, aten.detach.default)
 
 
 class Gemms(TorchDispatchMode):
-    """Notes what is called beside views, and does not do it."""
+    """Record operators other than views, without running them."""
 
     def __init__(self):
         super().__init__()
@@ -54,7 +57,7 @@ def test_logits(dtype, wide):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("first", [True, False])
 def test_head_gradient_goes_into_its_accumulator(dtype, first):
-    """fp32 beside 16-bit inputs; what is there already is added to, not copied."""
+    """An fp32 result of 16-bit inputs is accumulated in place, without a copy."""
     with FakeTensorMode():
         G, hidden, dW = logits(dtype), on_cuda(C, H, dtype=dtype), on_cuda(V, H, dtype=torch.float32)
         with Gemms() as gemms:

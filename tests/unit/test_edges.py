@@ -1,4 +1,4 @@
-"""Where code usually breaks: nothing to do, nothing valid, rubbish in ignored tokens, one entry, infinities, 16-bit underflow."""
+"""Test edge cases: no tokens, no valid ones, garbage in ignored ones, V = 1, infinities, 16-bit underflow."""
 
 import math
 from dataclasses import replace
@@ -65,7 +65,7 @@ def test_nothing_valid_is_zero_and_still_in_the_graph(backend, reduction, by):
 
 
 def test_a_vocabulary_of_one(backend):
-    """One entry has probability 1 on both sides: every divergence and gradient is 0, up to the rounding of a row."""
+    """With V = 1 every divergence and gradient is 0, up to the rounding of a row."""
     for shared_head in (False, True):
         for divergence in DIVERGENCES:
             outcome = evaluate(
@@ -109,7 +109,7 @@ def test_a_single_token_without_a_leading_dimension(backend):
 @pytest.mark.parametrize("rubbish", [math.nan, math.inf, -math.inf, 1e38], ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_ignored_tokens_influence_nothing(backend, divergence, rubbish):
-    """The very bits that harmless content gives, and per token those of a call without them."""
+    """Garbage gives the same bits as finite content, and per token those of a call without these tokens."""
     case = hard_case(12, 67, 8, views=False)
     keep = (case.mask != 0) & (case.labels != -100)
 
@@ -178,7 +178,7 @@ def test_a_weight_of_zero_still_counts_as_a_token(backend):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 def test_an_entry_that_only_the_student_has(backend, divergence, reduction):
-    """Teacher -inf at a probable token: +inf for KL(student || teacher), finite and exact for the others."""
+    """A teacher's -inf at a probable token makes reverse KL +inf; the others stay finite and exact."""
     case = replace(
         hard_case(9, 67, 8, masked_entry="teacher", largest_logit=6.0),
         labels=None,
@@ -213,7 +213,7 @@ def test_an_infinite_token_of_weight_zero_spoils_nothing(backend):
 
 @pytest.mark.parametrize("normalizer", [1.0, 1e6])
 def test_fp16_gradients_do_not_underflow_inside(backend, normalizer):
-    """Loss scaling: gradients of 1e-6 per logit times a loss scale of 1e6 must come out, though 1e-6 * 1e-2 is nothing in fp16."""
+    """A loss scale of 1e6 keeps gradients of 1e-6 per logit, though 1e-6 * 1e-2 underflows in fp16."""
     case = replace(
         hard_case(64, 1003, 32, torch.float16, shared_head=True, near=1e-3, largest_logit=6.0),
         upstream=normalizer,
@@ -235,7 +235,7 @@ def test_fp16_does_not_overflow_inside(backend):
 
 
 def test_one_hot_rows_at_the_edge_of_bf16(backend):
-    """Logits of 3e4: every probability is 0 or 1, and nothing is NaN."""
+    """With logits of 3e4 every probability is 0 or 1, and no result is NaN."""
     eye = torch.eye(4)
     case = Case(
         (eye * 3e4).to(torch.bfloat16),

@@ -1,4 +1,4 @@
-"""Bad input gets an error that names the argument, what was expected and what came; no wrong number and no crash deeper down."""
+"""Check that bad input raises an error with the argument's name, the expected and the actual value."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ N, V, H = 5, 11, 4
 
 
 def call(*, drop=(), **changes):
-    """linear_divergence on good tensors, with some arguments changed."""
+    """Call linear_divergence on valid tensors, with some arguments replaced."""
     gen = torch.Generator().manual_seed(0)
     arguments = {
         "student_hidden": torch.randn(N, H, generator=gen),
@@ -35,7 +35,7 @@ LABELS = torch.zeros(N, dtype=torch.int64)
 
 # (changed arguments, type of the error, what its message contains)
 class Weighting:
-    """A user's object."""
+    """Stand for a user's own weighting."""
 
     def __init__(self, scope, weights=lambda mask: mask.float()):
         self.scope, self.weights = scope, weights

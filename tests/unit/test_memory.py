@@ -1,4 +1,7 @@
-"""Peak memory of a forward and backward above inputs, outputs and gradients: within the byte budget at any N, and as the planner predicts."""
+"""Measure the peak memory of forward and backward above inputs, outputs and gradients.
+
+It stays within the byte budget at any N, and within the planner's prediction.
+"""
 
 import pytest
 import torch
@@ -56,7 +59,10 @@ def assert_as_planned(backend: str, N: int, dtype: torch.dtype, threads: int) ->
 @pytest.mark.parametrize("N", [2048, 32768])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_peak_is_within_the_budget_and_as_planned(cpp, N, dtype):
-    """N-sized vectors (losses, statistics) come on top of the budget, as documented. (The torch backend's sweeps hold some dozen rows of temporaries.)"""
+    """The peak is the budget and N-sized vectors (losses, statistics), as documented.
+
+    The torch backend is left out, because its sweeps hold a few dozen rows of temporaries.
+    """
     assert_as_planned("cpp", N, dtype, threads=2)
 
 
@@ -64,7 +70,7 @@ def test_peak_is_within_the_budget_and_as_planned(cpp, N, dtype):
 @pytest.mark.parametrize("threads", [1, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_scratch_of_other_numbers_of_threads_is_counted(cpp, dtype, threads):
-    """The math library and the sweeps take scratch per thread: at 8 threads in fp32, 48 MiB."""
+    """The prediction holds with the scratch per thread of library and sweeps: 48 MiB at 8 threads in fp32."""
     assert_as_planned("cpp", 1024, dtype, threads)
 
 
@@ -76,7 +82,8 @@ def make(N, V, H, dialect, budget):
     B = 8
 
     def prepared(N, V):
-        labels, old, head = torch.randint(V, (B, N // B)), torch.zeros(B, N // B), torch.randn(V, H, requires_grad=True)
+        labels, old = torch.randint(V, (B, N // B)), torch.zeros(B, N // B)
+        head = torch.randn(V, H, requires_grad=True)
         inputs = torch.randn(B, N // B, H, requires_grad=True), head, torch.randn(B, N // B, H), head
         options = {
             "row": {"token_weights": weights.ImportanceRatio(old)},
@@ -104,7 +111,7 @@ def make(N, V, H, dialect, budget):
 @pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["row", "sequence", "top-k", "teacher's top-k", "clip", "jsd", "policy"])
 def test_dialects_stay_in_the_budget(cpp, dialect):
-    """Beyond it, N-sized vectors and a few numbers per entry of a support."""
+    """The peak is the budget, N-sized vectors and a few numbers per entry of a support."""
     N = 2048
     peak = peak_bytes(DIALECTS, N, V, H, dialect, BUDGET)
     above = peak - 4 * (N + V) * H - plan(N, V, H, dtype=torch.float32, workspace_bytes=BUDGET).vector_bytes

@@ -1,4 +1,7 @@
-"""Accuracy against float64 as the teacher comes nearer: KL from 2 to 1e-4, where most tokens of a self-distillation run live."""
+"""Test the accuracy against float64 as the teacher approaches the student: KL from 2 to 1e-4.
+
+Most tokens of a self-distillation run lie in this range.
+"""
 
 import functools
 from dataclasses import replace
@@ -25,7 +28,7 @@ WIDTHS = {"normal": 4.0, "wide": 16.0}
 
 @functools.cache
 def curve_case(kl: float, width: str, dtype: torch.dtype, shared_head: bool) -> Case:
-    """A case whose float64 KL is what it says: rounding hidden states to 16 bits moves the teacher, too."""
+    """Return a case of the given float64 KL, after the hidden states are rounded to 16 bits."""
     case = hard_case(
         48,
         2048,
@@ -45,7 +48,7 @@ def curve_case(kl: float, width: str, dtype: torch.dtype, shared_head: bool) -> 
 
 
 def off_kinks(case: Case) -> Case:
-    """TVD's gradient jumps where p = q: leave out tokens that have a probable entry there, whose gradient is anyone's."""
+    """Leave out tokens with a probable entry at p = q, where the gradient of TVD jumps and is arbitrary."""
     s, t = (
         h.double() @ w.double().T
         for h, w in ((case.student_hidden, case.student_weight), (case.teacher_hidden, case.teacher_weight))
@@ -61,7 +64,7 @@ def off_kinks(case: Case) -> Case:
 def judged(
     kl: float, width: str, dtype: torch.dtype, shared_head: bool, divergence: str
 ) -> tuple[Case, Outcome]:
-    """(case, truth)."""
+    """Return (case, truth)."""
     case = curve_case(kl, width, dtype, shared_head)
     case = off_kinks(case) if divergence == "tvd" else case
     return case, evaluate(linear_divergence_reference, case.double(), divergence=divergence)
@@ -84,7 +87,7 @@ def test_bf16_shared_head(backend, kl, width, divergence):
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("kl", KLS)
 def test_bf16_two_heads(backend, kl, width, divergence):
-    """Equal heads that the op cannot know to be equal: the default keeps fp32 logits, and meets their target."""
+    """For two equal heads in separate memory the default keeps fp32 logits, and meets their target."""
     case, truth = judged(kl, width, torch.bfloat16, False, divergence)
     assert_on_target(
         evaluate(linear_divergence, case, divergence=divergence, backend=backend), truth, "fp32_logits"
@@ -104,7 +107,7 @@ def test_fp32(backend, kl, shared_head, divergence):
 
 
 def test_the_curve_can_fail():
-    """Both logits rounded to bf16, as older fused losses do, miss the target by far where the teacher is near."""
+    """Rounding both logits to bf16, as older fused losses do, misses the target by far near the teacher."""
     case, truth = judged(1e-3, "wide", torch.bfloat16, True, "reverse_kl")
 
     def rounded_pair(student_hidden, student_weight, teacher_hidden, teacher_weight, **options):

@@ -1,6 +1,7 @@
-"""With OPSD_PACK=0 nothing in the op waits for a device, and rows that do not count are computed as zeros: the same results as packed rows.
+"""Check that with OPSD_PACK=0 the op never syncs with a device, and gives the results of packed rows.
 
-A CPU stands in for the GPU: the loop and the checks are told that the host may not look at tensors, and operators that would wait are noted.
+Invalid rows are then computed as zeros. The tests run on a CPU: the loop and the checks take the branches of
+a device, and operators that would sync are recorded.
 """
 
 import contextlib
@@ -19,7 +20,8 @@ from opsd_kernels.testing import assert_no_worse, assert_on_target, assert_same_
 
 aten = torch.ops.aten
 B, T, V, H = 4, 7, 67, 24
-# What waits for a GPU: a value on the host, a shape that depends on values, a tensor made from Python numbers (a copy from pageable memory).
+# Operators that sync with a GPU: a value on the host, a shape that depends on values, a tensor made from
+# Python numbers (a copy from pageable memory).
 WAITS = {
     *(aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.equal, aten.allclose),
     *(
@@ -56,7 +58,7 @@ class Reads(TorchFunctionMode):
 
 
 class Waits(TorchDispatchMode):
-    """Notes the operators that would wait for a GPU, those inside our own operators too."""
+    """Record the operators that would sync with a GPU, also those inside the package's own operators."""
 
     def __init__(self):
         super().__init__()
@@ -109,15 +111,15 @@ def test_waiting_is_noted(wait):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """The branches of a GPU call, on this CPU, without packing."""
+    """Take the branches of a GPU call on this CPU, without packing."""
     monkeypatch.setenv("OPSD_PACK", "0")
     for module in (autograd, execute, sweeps):
         monkeypatch.setattr(module, "on_host", lambda device: False)
-    extension.gemm_unavailable()  # tries its GEMM once
+    extension.gemm_unavailable()  # runs its GEMM once
 
 
 def masked_case(dtype=torch.float32, **made):
-    """Two masked rows and a labelled one hold inf and NaN; one sequence has no valid token."""
+    """Return a case with inf and NaN in ignored rows, and a sequence without valid tokens."""
     case = hard_case(B * T, V, H, dtype, batch=B, largest_logit=8.0, **made)
     mask = case.mask.clone()
     mask[2] = False
@@ -129,7 +131,7 @@ def ignored(case):
 
 
 def listed(case):
-    """A teacher's five entries per token, one of them padding; of an ignored token rubbish."""
+    """Return a teacher's five entries per token, one of them padding; an ignored token has garbage."""
     gen = torch.Generator().manual_seed(0)
     ids = torch.rand(B, T, V, generator=gen).argsort(-1)[..., :5]
     logprobs = torch.rand(B, T, 6, generator=gen).log_softmax(-1)[..., :5].clone()
@@ -160,7 +162,7 @@ def token_logprobs(
     entropy=False,
     **options,
 ):
-    """Summed so that ignored tokens meet an upstream gradient of their own."""
+    """Sum per-token results with an upstream gradient that differs at ignored tokens."""
     result = linear_logprobs(student, head, bias=student_bias, return_entropy=entropy, **options)
     return result[0] + 2 * result[1] if entropy else result
 
@@ -247,7 +249,7 @@ def test_nothing_waits_and_ignored_rows_influence_nothing(backend, as_on_a_gpu, 
 
 @pytest.mark.parametrize("budget", [1 << 24, 12_000, 5_000])
 def test_packed_sequences(backend, as_on_a_gpu, monkeypatch, budget):
-    """Sequences of their own lengths in one row of tokens: in one chunk, in chunks of sequences, in a pass of its own."""
+    """Packed sequences work in one chunk, in chunks of sequences, and with a statistics pass first."""
     case = replace(hard_case(B * T, V, H, batch=1, largest_logit=8.0), token_weights=None)
     options = {
         "token_weights": weights.PackedSequences(SEQUENCE, (9, 0, 4, 15)),
@@ -331,7 +333,7 @@ def test_a_label_outside_the_vocabulary_is_asserted_on_the_device(as_on_a_gpu, m
 
 
 def test_gradients_of_16_bits_have_one_rounding_of_the_upstream_factor(as_on_a_gpu, backend):
-    """A third is no bf16 number: rounding it would scale the whole gradient."""
+    """The factor 1/3 is not rounded to bf16, which would scale the whole gradient."""
     case = replace(masked_case(torch.bfloat16, shared_head=True, near=1e-2), upstream=1.0)
     live = case.leaves()
     loss = linear_divergence(*live.inputs(), **live.options(), backend=backend)

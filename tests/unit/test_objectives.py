@@ -1,4 +1,4 @@
-"""Policy terms, alone and in one pass with a divergence, against autograd through dense log-probs in float64."""
+"""Test policy terms, alone and mixed, against autograd through dense log-probs in float64."""
 
 import math
 
@@ -42,7 +42,7 @@ TERMS = {
 
 
 def reference(term, share):
-    """The mix by autograd through dense logits; the op's signature."""
+    """Compute the mix by autograd through dense logits, in the signature of the op."""
 
     def run(
         h, W, t, Wt, *, labels, mask, student_bias=None, teacher_bias=None, token_weights=None, **options
@@ -150,7 +150,7 @@ def test_a_mix_costs_no_gemm(backend, monkeypatch):
 
 
 def test_terms_on_log_probs_alone(backend):
-    """Without a teacher: the same GRPO gradient as in a mix that is all policy."""
+    """Without a teacher the GRPO gradient is that of a mix with policy_weight 1."""
     case = hard_case(B * T, V, H, torch.float64, batch=B, largest_logit=8.0)
     valid = case.mask & (case.labels != -100)
 

@@ -1,4 +1,4 @@
-"""linear_divergence against the dense reference in float64, beside plain PyTorch at the same dtype, on hard cases."""
+"""Test linear_divergence on hard cases against float64: no worse than plain PyTorch at the same dtype."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ TRANSFORM = {
     "teacher_logit_scale": 0.8,
 }
 TRANSFORM |= {"student_softcap": 25.0, "teacher_softcap": 30.0}
-# name: what makes the case, what the op is told
+# name: arguments of the case, options of the op
 SITUATIONS = {
     "two heads": ({}, {}),
     "shared head": ({"shared_head": True}, {}),
@@ -47,7 +47,7 @@ SITUATIONS = {
 
 
 def three(case, op_options, **options):
-    """(ours, plain PyTorch in several orders, truth)."""
+    """Return the outcomes (op, plain PyTorch in several orders, truth)."""
     ours = evaluate(linear_divergence, case, **op_options, **options)
     return (
         ours,
@@ -72,9 +72,8 @@ def test_matches_truth(backend, divergence, situation, dtype):
         reduction="sum",
         **options,
     )
-    if (
-        divergence == "tvd" and "near" in made
-    ):  # entries at the kink p = q: their gradient is anyone's, and carries little
+    if divergence == "tvd" and "near" in made:
+        # The gradient of entries at the kink p = q is arbitrary, and small.
         assert_on_target(results[0], results[2], "default")
         ours, plain, truth = results
         results = ours.value(), [outcome.value() for outcome in plain], truth.value()
@@ -87,9 +86,8 @@ def test_matches_truth(backend, divergence, situation, dtype):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_ragged_shapes(backend, divergence, N, V, H):
     for made in ({}, {"shared_head": True}, {"views": False}):
-        case = hard_case(
-            N, V, H, torch.float32, largest_logit=40.0 if V > 10 else 4.0, **made
-        )  # a few entries at 40 have a gradient of 1e-18
+        # With a few entries, logits of 40 have a gradient of 1e-18.
+        case = hard_case(N, V, H, torch.float32, largest_logit=40.0 if V > 10 else 4.0, **made)
         assert_no_worse(*three(case, {"backend": backend}, divergence=divergence, beta=0.25))
 
 
@@ -97,7 +95,10 @@ def test_ragged_shapes(backend, divergence, N, V, H):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shared_head", [True, False], ids=["shared head", "two heads"])
 def test_16_bit_inputs(backend, divergence, dtype, shared_head):
-    """Wide rows with a teacher far away: bf16 logits of 40 are off by 0.1, so the default is judged on near rows (test_near_teacher.py), fp32 logits here."""
+    """fp32 logits meet their target on wide rows far from the teacher.
+
+    bf16 logits of 40 are off by 0.1, so the default is tested on near rows (test_near_teacher.py).
+    """
     case = hard_case(67, 1003, 64, dtype, shared_head=shared_head, largest_logit=8.0)
     ours, _, truth = three(case, {"backend": backend, "logits_dtype": torch.float32}, divergence=divergence)
     assert_on_target(ours, truth, "fp32_logits")
@@ -182,7 +183,7 @@ def test_statistics_without_labels(backend):
 def budget_for(
     chunks: int, N: int, V: int, H: int, dtype: torch.dtype, logits_dtype: torch.dtype | str
 ) -> int:
-    """The largest budget (to 1 %) that still makes a shared head's call take `chunks` chunks."""
+    """Return the largest budget, to 1 %, at which a call with a shared head takes `chunks` chunks."""
     name, budget = "float32" if logits_dtype is torch.float32 else logits_dtype, 1 << 24
     while plan(N, V, H, dtype=dtype, logits_dtype=name, workspace_bytes=budget).chunks < chunks:
         budget = budget * 99 // 100
@@ -196,9 +197,8 @@ def budget_for(
 )
 @pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
 def test_256_chunks_are_as_exact_as_one(backend, dtype, logits_dtype, divergence, monkeypatch):
-    monkeypatch.setattr(
-        planner, "WIDE_CPU_ROWS", 1024
-    )  # a CPU's fp32 calls would take four chunks, which are more exact than one
+    # At 256 rows the fp32 call would take four chunks, which are more exact than one.
+    monkeypatch.setattr(planner, "WIDE_CPU_ROWS", 1024)
     case = hard_case(1023, 257, 16, dtype, shared_head=True, largest_logit=6.0)
     options = {"divergence": divergence, "reduction": "sum", "backend": backend, "logits_dtype": logits_dtype}
     truth = evaluate(linear_divergence_reference, case.double(), divergence=divergence, reduction="sum")
@@ -216,7 +216,7 @@ def test_256_chunks_are_as_exact_as_one(backend, dtype, logits_dtype, divergence
 @pytest.mark.parametrize("shared_head", [True, False], ids=["shared head", "two heads"])
 @pytest.mark.parametrize("options", [{}, {"backward": "recompute"}, {"logits_dtype": torch.float32}], ids=str)
 def test_rows_of_logits_may_lie_apart(backend, dtype, shared_head, options, monkeypatch):
-    """As on CUDA, where they start at multiples of 128 bytes; what lies between is NaN, and nobody reads it."""
+    """Rows may start at multiples of 128 bytes, as on CUDA; the gaps hold NaN and are never read."""
     monkeypatch.setattr(
         loop, "row_stride", lambda V, buffer, device_type: planner.row_stride(V, buffer, "cuda")
     )
@@ -277,7 +277,7 @@ def test_the_teacher_receives_no_gradient(backend):
 
 
 def test_a_tied_head_gets_the_student_gradient_alone(backend):
-    """One parameter on both sides: plain PyTorch with a detached teacher."""
+    """One parameter on both sides gives the gradient of plain PyTorch with a detached teacher."""
     case = hard_case(13, 67, 8, torch.float32, shared_head=True)
     head = case.student_weight.detach().clone().requires_grad_()
     hidden = case.student_hidden.detach().clone().requires_grad_()

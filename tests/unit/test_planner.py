@@ -1,4 +1,7 @@
-"""The plan: inside its budget, no chunk wasted, passes and operations as the cost model has them, and the plan that the op follows."""
+"""Test the plan: within its budget, without wasted chunks, and followed by the op.
+
+Passes and operations are those of the cost model.
+"""
 
 import json
 from itertools import pairwise
@@ -87,7 +90,7 @@ def test_passes_and_operations(options, passes):
 
 
 def test_buffers_of_16_bit_inputs():
-    """16 bits where the difference GEMM loses nothing, else fp32; and as asked."""
+    """The default is 16 bits where the difference GEMM keeps the accuracy, else fp32; options override it."""
     assert plan(64, 1000, 64, dtype=torch.bfloat16, shared_head=True).logits_dtype == torch.bfloat16
     assert plan(64, 1000, 64, dtype=torch.bfloat16, shared_head=True).difference
     assert plan(64, 1000, 64, dtype=torch.bfloat16, shared_head=False).logits_dtype == torch.float32
@@ -100,7 +103,7 @@ def test_buffers_of_16_bit_inputs():
 
 
 def test_peak_is_flat_in_tokens():
-    """Beyond what has the size of inputs and outputs, up to the rounding of a chunk to 16 rows."""
+    """The budget bounds memory above inputs and outputs, up to the rounding of a chunk to 16 rows."""
     short, long = (
         plan(N, 151936, 64, dtype=torch.float32, workspace_bytes=256 << 20) for N in (2048, 131072)
     )
@@ -142,16 +145,15 @@ def test_the_op_follows_its_plan(monkeypatch, budget):
     )
     case = hard_case(29, 211, 24, shared_head=True)
     evaluate(linear_divergence, case, workspace_bytes=budget)
-    assert followed == [
-        plan(27, 211, 24, dtype=torch.float32, bias_grad=True, workspace_bytes=budget)
-    ]  # two of the tokens are ignored
+    # Two of the 29 tokens are ignored.
+    assert followed == [plan(27, 211, 24, dtype=torch.float32, bias_grad=True, workspace_bytes=budget)]
 
 
 # ---------------------------------------------------------------- memory
 
 
 def test_the_accumulator_leaves_the_logits_the_bytes_of_the_gradient_that_follows_them():
-    """The bf16 dW is made when the logits are gone: up to its size they cost nothing at the peak."""
+    """Logits up to the size of the bf16 dW do not raise the peak: it is allocated after they are freed."""
     head = {"N": 8192, "V": 151936, "H_student": 4096, "device_type": "cuda"}
     made = plan(**head)
     dW = 2 * 151936 * 4096
@@ -210,14 +212,14 @@ def test_waves_hold_the_work_and_grow_with_it(sizes, sm_count):
 @pytest.mark.parametrize("H", [1024, 4096])
 @pytest.mark.parametrize("rows, overhead", [(1024, 1 / 4), (2048, 1 / 8), (4096, 1 / 16)])
 def test_the_head_gradient_costs_what_performance_says(H, rows, overhead):
-    """25 % of four passes at 1024 rows, 6 % at 4096, once the first chunk no longer counts."""
+    """dW costs 25 % of four passes at 1024 rows and 6 % at 4096, for many chunks."""
     gemms = Products(151936, H, H, True, True, True)
     chunk = gemms.head_bytes(11, 4) - gemms.head_bytes(10, 4)
     assert FLOPS_PER_BYTE * chunk == overhead * sum(2 * m * n * k for m, n, k in gemms.of_chunk(rows))
 
 
 def test_bytes_of_a_logit_by_hand():
-    """The traffic of the cost model: fp32 pair 22-38, bf16 student and difference 18-22, with the row pair on chip 14."""
+    """Bytes per logit are 22-38 for fp32 pairs, 18-22 for bf16 with a difference, 14 if held on chip."""
     bf16, fp32 = torch.bfloat16, torch.float32
     assert [logit_bytes(bf16, bf16, sweeps=sweeps) for sweeps in (1, 2)] == [18, 22]
     assert [logit_bytes(fp32, bf16, sweeps=sweeps) for sweeps in (1, 2)] == [30, 38]
@@ -250,12 +252,13 @@ def test_traffic_of_a_call(options, per_logit, head):
 
 
 @given(
-    tokens=st.integers(1, 300_000), V=st.integers(1, 300_000), H=st.integers(1, 8192), dtype=dtypes, shared=st.booleans(), trainable=st.booleans(),
+    tokens=st.integers(1, 300_000), V=st.integers(1, 300_000), H=st.integers(1, 8192),
+    dtype=dtypes, shared=st.booleans(), trainable=st.booleans(),
     mib=st.integers(32, 4096), sm_count=st.sampled_from([78, 108, 132, 148]),
 )  # fmt: skip
 @many
 def test_rows_on_cuda(tokens, V, H, dtype, shared, trainable, mib, sm_count):
-    """Inside the budget, whole multiples of 128 where there is a choice, and never more chunks for more budget."""
+    """Chunks fit the budget and are multiples of 128 if possible; a larger budget never makes more chunks."""
     options = {
         "shared_head": shared,
         "trainable_head": trainable,
@@ -286,7 +289,7 @@ def test_rows_are_the_cheapest_of_all_multiples():
 
 
 def test_a_trainable_head_takes_large_chunks_where_the_budget_lets_it():
-    """Targets of performance.md: 2048 to 4096 rows, so that dW costs at most an eighth."""
+    """Chunks have 2048 to 4096 rows, the targets of performance.md, so that dW costs at most an eighth."""
     made = plan(8192, 151936, 4096, device_type="cuda", workspace_bytes=4 << 30)
     assert made.rows >= 2048 and made.tile_share > 0.9
     assert FLOPS_PER_BYTE * made.head_bytes <= made.flops / 8

@@ -1,4 +1,4 @@
-"""The GEMMs of a CPU without units for 16-bit types: fp32 over slices, exact and in little memory."""
+"""Test the sliced fp32 GEMMs of a CPU without units for 16-bit dtypes: exact, with little memory."""
 
 import pytest
 import torch
@@ -73,5 +73,5 @@ def make(which):
 
 @pytest.mark.parametrize("which", ["logits", "dh", "dW"])
 def test_slices_take_little_memory(which):
-    """A whole fp32 copy of the logits would be 74 MiB, of the head 37."""
+    """The peak excludes whole fp32 copies: 74 MiB for the logits, 37 MiB for the head."""
     assert peak_bytes(MAKE, which) <= 2 * gemm.SLICE_BYTES + (8 << 20)

@@ -1,4 +1,4 @@
-"""Which backend serves what, and what a user without a compiler, a GPU or a current torch is told."""
+"""Test the choice of a backend, and the reasons given without a compiler, a GPU or a current torch."""
 
 import importlib.util
 import json
@@ -21,7 +21,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def usable(monkeypatch):
-    """Pretends that the CUDA kernels or Triton can serve a GPU."""
+    """Pretend that the CUDA kernels or Triton can serve a GPU."""
 
     def pretend(cuda=None, triton=None):
         monkeypatch.setattr(extension, "cuda_unavailable", lambda: cuda)
@@ -145,7 +145,7 @@ def test_an_older_torch_is_named(version, old):
 
 @pytest.fixture
 def unbuilt(monkeypatch):
-    """Without the C++ kernels, in a process that has not warned of it."""
+    """Remove the C++ kernels, and reset the warning of their absence."""
     monkeypatch.setattr(extension, "load", lambda: "the C++ extension was not built: no compiler")
     backends._warn_of_missing_kernels.cache_clear()
     yield
@@ -217,7 +217,7 @@ def test_the_command_that_builds_installs_from_where_it_came(monkeypatch, tmp_pa
 
 
 def test_no_library_no_import_error(monkeypatch, tmp_path):
-    """Without compiled libraries every reason is a sentence."""
+    """Every reason is a sentence without compiled libraries too."""
     monkeypatch.setattr(extension, "PACKAGE", tmp_path)
     assert "was not built (docs/build.md)" in extension.load.__wrapped__()
     (tmp_path / "_C.abi3.so").write_bytes(b"not a library")

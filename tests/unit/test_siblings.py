@@ -1,4 +1,7 @@
-"""`linear_logprobs`, `linear_topk_divergence` and the modules: beyond their values (tests/property/test_dialects.py), their routes, passes and errors."""
+"""Test routes, passes and errors of `linear_logprobs`, `linear_topk_divergence` and the modules.
+
+Their values are tested in tests/property/test_dialects.py.
+"""
 
 import inspect
 from dataclasses import replace
@@ -26,7 +29,7 @@ N, V, H = 29, 211, 24
 
 
 def logprobs_of(op, **how):
-    """Of a case's student, in the signature of linear_divergence."""
+    """Return the log-probs of a case's student, in the signature of linear_divergence."""
 
     def run(
         h,
@@ -48,7 +51,7 @@ def logprobs_of(op, **how):
 
 
 def topk_of(op, K=7, **how):
-    """Against the K likeliest tokens of a case's teacher."""
+    """Return the divergence from the K most likely tokens of a case's teacher."""
 
     def run(h, W, t, Wt, *, teacher_bias=None, **options):
         valid = (options["mask"] & (options["labels"] != -100))[..., None]
@@ -63,7 +66,7 @@ def topk_of(op, K=7, **how):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Names of the GEMMs, one entry per call."""
+    """Record the names of the GEMMs, one entry per call."""
     seen = []
     for name in ("project", "accumulate_weight_grad"):
         inner = getattr(gemm, name)
@@ -90,7 +93,7 @@ def test_log_probs_by_dtype(backend, dtype, frozen):
 
 
 def test_passes_over_one_head(backend, passes):
-    """One without gradients, 1 + 3 with a trainable head, 2 + 0 with a frozen one, 1 + 2 if it may not compute ahead."""
+    """Passes: 1 without gradients, 1 + 3 for a trainable head, 2 + 0 for a frozen one (recompute: 1 + 2)."""
     for frozen, how, forward, backward in (
         (False, {}, 1, 3),
         (True, {}, 2, 0),
@@ -179,7 +182,7 @@ def test_a_listed_teacher_takes_three_passes(backend, passes):
 
 
 def test_the_whole_vocabulary_listed_is_the_divergence(backend):
-    """Renormalised over all of V, in any order."""
+    """A list of all of V, in any order, equals the whole teacher."""
     case = hard_case(N, V, H, torch.float64, largest_logit=8.0)
     truth = evaluate(linear_divergence, case, divergence="forward_kl", backend=backend)
     listed = evaluate(
@@ -262,7 +265,7 @@ def test_modules_complain_when_they_are_made(options, error, message):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_distillation_head(backend, bias):
-    """Its own head on both sides, or a teacher's."""
+    """The head serves both sides, or the teacher has its own."""
     torch.manual_seed(0)
     own, other = torch.nn.Linear(H, V, bias=bias), torch.nn.Linear(16, V, bias=bias)
     head = DistillationHead(own, divergence="forward_kl", backend=backend)
@@ -279,7 +282,10 @@ def test_a_distillation_head(backend, bias):
         )
         truth = linear_divergence_reference(
             h.double(), own.weight.double(), teacher.double(), layer.weight.double(), divergence="forward_kl",
-            **{name: value.double() if name.endswith("bias") and value is not None else value for name, value in options.items()},
+            **{
+                name: value.double() if name.endswith("bias") and value is not None else value
+                for name, value in options.items()
+            },
         )  # fmt: skip
         assert_no_worse(loss.detach(), plain.detach(), truth.detach())
         assert torch.autograd.grad(loss, own.weight)[0].shape == (V, H)

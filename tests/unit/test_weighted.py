@@ -1,4 +1,4 @@
-"""Token weights from the op's own statistics: when they are found, what they may not touch, and the passes that takes."""
+"""Test token weights from the op's own statistics: values, ignored tokens and GEMM passes."""
 
 import math
 from dataclasses import dataclass, replace
@@ -29,14 +29,14 @@ def weighted_case(dtype=torch.float32, **made):
 
 
 def budget_of(rows, dtype):
-    """Room for about this many rows of two heads."""
+    """Return a budget for about `rows` rows of two heads."""
     accumulator = 4 * V * H if dtype.itemsize == 2 else 0
     return int((rows * (2 * V * 4 + 16 * H) + accumulator) * 2) + 64
 
 
 @pytest.fixture
 def projected(monkeypatch):
-    """Rows that the GEMMs of the logits have seen, one entry per GEMM."""
+    """Record the rows of the logits GEMMs, one entry per GEMM."""
     seen, project = [], gemm.project
 
     def spy(hidden, weight, out):
@@ -54,7 +54,7 @@ def projected(monkeypatch):
 @pytest.mark.parametrize("rows", [3, 8, 100])
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
 def test_value_and_gradient(backend, weighting, rows, frozen):
-    """fp32, in chunks that cut sequences, in chunks of one sequence, in one chunk."""
+    """fp32 holds in chunks that cut sequences, in chunks of one sequence, and in one chunk."""
     case = weighted_case(frozen_head=frozen)
     options = {"token_weights": weighting, "divergence": "jsd"}
     ours = evaluate(
@@ -69,7 +69,7 @@ def test_value_and_gradient(backend, weighting, rows, frozen):
 @pytest.mark.parametrize("shared_head", [True, False], ids=["shared", "two heads"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_inputs(backend, weighting, shared_head, dtype):
-    """The weight meets the hidden states, not the logit gradient, and both are rounded: the targets hold all the same."""
+    """Targets hold although the weight scales rounded hidden states instead of the logit gradient."""
     case = weighted_case(dtype, shared_head=shared_head, near=1e-2 if shared_head else None)
     options = {"token_weights": weighting}
     ours = evaluate(linear_divergence, case, **options, backend=backend, workspace_bytes=budget_of(8, dtype))
@@ -81,7 +81,7 @@ def test_16_bit_inputs(backend, weighting, shared_head, dtype):
 
 
 def test_passes_of_the_gemms(backend, projected):
-    """Rows are projected once with weights by row or by aligned sequences, twice where a sequence does not fit a chunk."""
+    """Rows are projected once for row weights and aligned sequences, twice if a sequence exceeds a chunk."""
     case = weighted_case()
     valid = int((case.mask & (case.labels != -100)).sum())
     for weighting, rows, times in ((ROW, 3, 1), (SEQUENCE, 8, 1), (SEQUENCE, 3, 2)):
@@ -123,7 +123,7 @@ def test_chunks_end_with_sequences():
 
 @pytest.mark.parametrize("weighting", [ROW, SEQUENCE], ids=["row", "sequence"])
 def test_weights_are_detached(backend, weighting):
-    """The gradient is that of the divergence under the weights as numbers."""
+    """The gradient is that of the divergence with the weights as constants."""
     case = weighted_case(torch.float64)
     _, stats = linear_divergence(*case.inputs(), **case.options(), return_stats=True, backend=backend)
     numbers = weighting(stats, case.mask & (case.labels != -100))
@@ -139,7 +139,7 @@ def test_weights_are_detached(backend, weighting):
     "weighting", [ROW, SEQUENCE, weights.MeanOne(SEQUENCE)], ids=["row", "sequence", "mean one"]
 )
 def test_masked_tokens_influence_no_weight(backend, weighting):
-    """Other garbage in the hidden states of ignored tokens: not a bit changes."""
+    """Other garbage in the hidden states of ignored tokens changes no bit."""
     case = weighted_case()
     ignored = ~(case.mask & (case.labels != -100))
     other = replace(
@@ -154,7 +154,7 @@ def test_masked_tokens_influence_no_weight(backend, weighting):
 
 
 def test_no_discrepancy_at_all(backend):
-    """A teacher that is the student."""
+    """Return a case whose teacher is the student."""
     case = weighted_case(shared_head=True)
     same = replace(case, teacher_hidden=case.student_hidden)
     for of in ("logprob", "divergence"):
@@ -171,7 +171,7 @@ def test_no_discrepancy_at_all(backend):
 
 @dataclass(frozen=True)
 class Unlucky:
-    """Weights of 0 exactly where the divergence is infinite, known only from the statistics."""
+    """Give weight 0 where the divergence is infinite, from the statistics alone."""
 
     scope: str = "row"
 
@@ -180,7 +180,7 @@ class Unlucky:
 
 
 def test_a_weight_of_zero_takes_an_infinite_row_out(backend):
-    """The weight is found after the row's gradient: what is inf there must not reach the products."""
+    """An inf in the gradient of a row whose weight turns out 0 must not reach the products."""
     case = weighted_case(bias=False)
     excluded = torch.zeros(V)
     excluded[5] = -math.inf
