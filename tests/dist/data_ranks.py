@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd_kernels import DistillationHead, linear_divergence
-from opsd_kernels.testing.reference import linear_divergence_reference
 from opsd_kernels.testing import assert_no_worse, evaluate, hard_case, plain_outcomes
+from opsd_kernels.testing.reference import linear_divergence_reference
 from opsd_kernels.weights import (
     AcrossRanks,
     EntropyGate,

@@ -32,9 +32,19 @@ def engine_of(model: Model, **zero: int) -> tuple[object, Callable[[Tensor], Non
     """The engine, and its backward pass and step."""
     import deepspeed
 
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, **zero}  # by default parameters below 100000 numbers stay whole
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "zero_optimization": zero}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=RATE), config=config)
+    zero = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        **zero,
+    }  # by default parameters below 100000 numbers stay whole
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=RATE), config=config
+    )
 
     def update(loss: Tensor) -> None:
         engine.backward(loss)
@@ -82,7 +92,11 @@ class Gathers(Collectives):
 def check_gathers_of_the_head(rank: int, ranks: int) -> None:
     """One in forward and one in backward, whatever the number of chunks."""
     size = -(-V * H // ranks) * ranks
-    for options in ({}, {"workspace_bytes": MANY_CHUNKS}, {"workspace_bytes": MANY_CHUNKS, "backward": "recompute"}):
+    for options in (
+        {},
+        {"workspace_bytes": MANY_CHUNKS},
+        {"workspace_bytes": MANY_CHUNKS, "backward": "recompute"},
+    ):
         model = made()
         engine, update = engine_of(model, **LEAST)
         with Gathers() as gathers:
@@ -98,7 +112,9 @@ def main(rank: str, world: str, rendezvous: str, result: str, packages: str) -> 
     import deepspeed
 
     deepspeed.ops.__compatible_ops__.clear()  # else each machine compiles DeepSpeed's all-reduce through shared memory, 20 s
-    join(rank, world, rendezvous, timeout_s=240)  # on a busy machine a stall of 100 s was seen twice, and not explained
+    join(
+        rank, world, rendezvous, timeout_s=240
+    )  # on a busy machine a stall of 100 s was seen twice, and not explained
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     outcomes = {}
     for function in (check_inside_the_engine, check_after_the_engine, check_gathers_of_the_head):

@@ -14,21 +14,37 @@ HERE = Path(__file__).parent
 TIMEOUT_S = 300
 
 
-def launch(script: str, world: int, folder: Path, *arguments: str, timeout_s: float = TIMEOUT_S) -> list[dict]:
+def launch(
+    script: str, world: int, folder: Path, *arguments: str, timeout_s: float = TIMEOUT_S
+) -> list[dict]:
     """What each rank wrote as its result. Fails with the output of a rank that failed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
     places = [(folder / f"rank{rank}.json", folder / f"rank{rank}.log") for rank in range(world)]
     processes = []
     for rank, (result, log) in enumerate(places):
-        command = [sys.executable, str(HERE / script), str(rank), str(world), str(folder / "rendezvous"), str(result), *arguments]
+        command = [
+            sys.executable,
+            str(HERE / script),
+            str(rank),
+            str(world),
+            str(folder / "rendezvous"),
+            str(result),
+            *arguments,
+        ]
         with log.open("w") as file:
-            processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
+            processes.append(
+                subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            )
     try:
         codes = [process.wait(timeout_s) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert not any(codes), "\n".join(f"rank {rank} ended with {code}:\n{places[rank][1].read_text()[-3000:]}" for rank, code in enumerate(codes) if code)
+    assert not any(codes), "\n".join(
+        f"rank {rank} ended with {code}:\n{places[rank][1].read_text()[-3000:]}"
+        for rank, code in enumerate(codes)
+        if code
+    )
     return [json.loads(result.read_text()) for result, _ in places]
 
 
@@ -39,13 +55,22 @@ def join(rank: str, world: str, rendezvous: str, timeout_s: float = 60.0) -> Non
 
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=timeout_s)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=int(world), timeout=timeout)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=int(world), timeout=timeout
+    )
 
 
 def assert_none_failed(results: list[dict]) -> None:
     """Every check of every rank left None, not a traceback."""
-    failed = {f"{name}, rank {rank}": text for rank, result in enumerate(results) for name, text in result.items() if text is not None}
-    assert not failed, f"{len(failed)} failed: " + "\n".join(f"{name}: {text}" for name, text in list(failed.items())[:6])
+    failed = {
+        f"{name}, rank {rank}": text
+        for rank, result in enumerate(results)
+        for name, text in result.items()
+        if text is not None
+    }
+    assert not failed, f"{len(failed)} failed: " + "\n".join(
+        f"{name}: {text}" for name, text in list(failed.items())[:6]
+    )
 
 
 def leave() -> NoReturn:

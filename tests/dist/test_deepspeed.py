@@ -16,9 +16,25 @@ def packages(tmp_path_factory):
     if importlib.util.find_spec("deepspeed") is not None:
         return ""
     place = tmp_path_factory.mktemp("deepspeed")
-    what = ["--no-deps", "--no-build-isolation", "--retries", "1", "--timeout", "10", f"deepspeed=={DEEPSPEED}", "einops", "hjson", "msgpack"]
+    what = [
+        "--no-deps",
+        "--no-build-isolation",
+        "--retries",
+        "1",
+        "--timeout",
+        "10",
+        f"deepspeed=={DEEPSPEED}",
+        "einops",
+        "hjson",
+        "msgpack",
+    ]
     try:
-        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--target", str(place), *what], check=True, capture_output=True, timeout=120)
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "-q", "--target", str(place), *what],
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         pytest.skip(f"no deepspeed {DEEPSPEED}: pip install failed ({type(error).__name__})")
     return str(place)

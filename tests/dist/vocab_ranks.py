@@ -18,11 +18,6 @@ import torch.distributed as dist
 from launching import join, leave
 
 from opsd_kernels import VocabShard, linear_divergence, linear_logprobs, linear_topk_divergence
-from opsd_kernels.testing.reference import (
-    linear_divergence_reference,
-    linear_logprobs_reference,
-    linear_topk_divergence_reference,
-)
 from opsd_kernels.spec import KIND_NAMES
 from opsd_kernels.testing import (
     Case,
@@ -33,6 +28,11 @@ from opsd_kernels.testing import (
     evaluate,
     hard_case,
     plain_outcomes,
+)
+from opsd_kernels.testing.reference import (
+    linear_divergence_reference,
+    linear_logprobs_reference,
+    linear_topk_divergence_reference,
 )
 from opsd_kernels.weights import EntropyGate, MeanOne, PrefixDiscrepancy
 
