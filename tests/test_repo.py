@@ -1,4 +1,4 @@
-"""The rules of the repository, read from its files. Every check is also run on a planted violation that it must find."""
+"""The rules of the repository, read from its files. Every check also runs on a planted violation that it must find."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def module_name(path: Path, package: Path) -> str:
 
 
 def imports(path: Path, package: Path) -> Iterator[str]:
-    """Modules of `package` that a file imports anywhere in it, relative to the package; the package itself is `__init__`."""
+    """Yield the modules of `package` that a file imports, relative to it; the package itself is `__init__`."""
     here = [package.name, *path.relative_to(package).parent.parts]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -150,7 +150,7 @@ def without_comments(text: str) -> str:
 
 
 def cpp_functions(text: str) -> Iterator[tuple[int, int]]:
-    """(first line, lines) of each outermost block that follows a parenthesis; namespaces and classes are looked into."""
+    """Yield (first line, lines) of each outermost block after a parenthesis, also inside namespaces and classes."""
     header, stack, line, start = "", [], 1, 0
     for char in without_comments(text):
         line += char == "\n"
@@ -166,9 +166,13 @@ def cpp_functions(text: str) -> Iterator[tuple[int, int]]:
 
 
 def python_functions(text: str) -> Iterator[tuple[int, int]]:
+    """Yield (first line, lines without the docstring) of each function."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield node.lineno, node.end_lineno - node.lineno + 1
+            first = node.body[0]
+            documented = ast.get_docstring(node) is not None
+            docstring = first.end_lineno - first.lineno + 1 if documented else 0
+            yield node.lineno, node.end_lineno - node.lineno + 1 - docstring
 
 
 def source_files(root: Path) -> list[Path]:
@@ -198,7 +202,7 @@ def length_violations(root: Path) -> list[str]:
 
 
 def variable_violations(root: Path, known: set[str]) -> list[str]:
-    """OPSD_* names in quotes outside env.py that its table lacks, reads of the environment that pass it by, and entries of the table that nothing reads."""
+    """List OPSD_* names that env.py's table lacks, reads of the environment beside it, and entries that nothing reads."""
     found, used = [], set()
     sources = [p for p in source_files(root) if "tests" not in p.relative_to(root).parts]
     for path in sources:
@@ -231,7 +235,7 @@ def tolerance_violations(root: Path) -> list[str]:
             if isinstance(node, ast.Call) and own_tolerance(node):
                 where = f"{path.relative_to(root)}:{node.lineno}"
                 found.append(
-                    f"{where}: {ast.unparse(node.func)} with a tolerance of its own; the gates of opsd_kernels.testing hold them"
+                    f"{where}: {ast.unparse(node.func)} with a tolerance of its own; opsd_kernels.testing holds them"
                 )
     return found
 
@@ -285,7 +289,7 @@ def examples(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-# ---------------------------------------------------------------------------------------------------------------- on this repository
+# ---------------------------------------------------------------- on this repository
 
 
 def test_imports_follow_the_levels():
@@ -360,7 +364,9 @@ class Block(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
 sys.meta_path.insert(0, Block())
 import torch
-torch.ops.load_library = torch.classes.load_library = lambda path: (_ for _ in ()).throw(OSError(f"{path} is blocked"))
+def blocked(path):
+    raise OSError(f"{path} is blocked")
+torch.ops.load_library = torch.classes.load_library = blocked
 import opsd_kernels, warnings
 opsd_kernels.linear_divergence
 from opsd_kernels._rows.backends import SlowBackendWarning
@@ -377,7 +383,7 @@ def test_import_needs_neither_triton_nor_the_extension_and_is_silent():
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-# ------------------------------------------------------------------------------------------------------------------------- tests are run
+# ---------------------------------------------------------------- tests are run
 
 
 def uncollected(root: Path, skipped: list[str]) -> list[str]:
@@ -395,7 +401,7 @@ def test_every_test_file_is_collected(pytestconfig):
     assert uncollected(ROOT, pytestconfig.getini("norecursedirs")) == []
 
 
-# ------------------------------------------------------------------------------------------------- the checks find a planted violation
+# ---------------------------------------------------------------- the checks find a planted violation
 
 
 def plant(root: Path, files: dict[str, str]) -> Path:
@@ -432,7 +438,10 @@ def test_import_check_finds(tmp_path, files, expected):
     assert any(expected in violation for violation in import_violations(package)), import_violations(package)
 
 
-CPP = "namespace a {{\n// {{ not a brace\ntemplate <int N>\nvoid f(int x) {{\n{body}}}\nstruct S {{ void g() {{ }} }};\n}}\n"
+CPP = (
+    "namespace a {{\n// {{ not a brace\ntemplate <int N>\nvoid f(int x) {{\n{body}}}\n"
+    "struct S {{ void g() {{ }} }};\n}}\n"
+)
 
 
 @pytest.mark.parametrize(
