@@ -1,9 +1,11 @@
-"""Builds the C++ kernels where torch and a C++20 compiler are found, and the CUDA kernels where that torch has CUDA and nvcc is found too.
+"""Build the C++ and the CUDA kernels, each of them only where its tools are found.
 
-Metadata: pyproject.toml, and opsd_kernels/version.py. A wheel that cannot hold the C++ kernels is a pure one and its version ends in LABEL, because installers
-show the version and hide the output of a build. Both libraries use LibTorch's stable ABI and no Python API: one build serves torch >= 2.10 and any Python.
-They are two so that the CPU's loads under any torch. OPSD_BUILD_CPU and OPSD_BUILD_CUDA: 1 makes a failure to build these kernels an error, 0 leaves
-them out. No GPU needs to be visible.
+C++ needs torch and a C++20 compiler; CUDA needs, besides these, a torch with CUDA and nvcc. Metadata:
+pyproject.toml, and opsd_kernels/version.py. A wheel without the C++ kernels is a pure one and its version
+ends in LABEL, because installers show the version and hide the output of a build. Both libraries use
+LibTorch's stable ABI and no Python API: one build serves torch >= 2.10 and any Python. They are two
+libraries so that the CPU one loads under any torch. OPSD_BUILD_CPU and OPSD_BUILD_CUDA: 1 turns a failure
+to build these kernels into an error, 0 leaves them out. No GPU needs to be visible.
 """
 
 from __future__ import annotations
@@ -56,7 +58,10 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 
 
 def jobs() -> list[tuple[str, str, list[str]]]:
-    """(source, object name, flags) of every translation unit, the slow ones first; rows.cpp once per instruction set."""
+    """Return (source, object name, flags) of every translation unit, the slow ones first.
+
+    rows.cpp is compiled once per instruction set.
+    """
     levels = {"baseline": ["-DOPSD_BASELINE"]}
     if X86:
         levels = {"avx512": AVX512, "avx2": AVX2, **levels}
@@ -135,11 +140,12 @@ if spec and spec.origin:
 
 
 def interpreters() -> Iterator[tuple[str, dict[str, str]]]:
-    """(Python, environment variables) to ask for torch, the likeliest one first.
+    """Yield (Python, environment variables) to ask for torch, the likeliest one first.
 
-    An isolated pip build runs the Python that it installs into, behind a PYTHONPATH that hides its packages. uv and `build` run the Python of another
-    virtual environment and do not tell which one they install into. It is the .venv here, or first on the PATH behind theirs; and if it is neither,
-    the headers of any torch >= 2.10 make the same library.
+    An isolated pip build runs the Python that it installs into, behind a PYTHONPATH that hides its packages.
+    uv and `build` run the Python of another virtual environment and do not tell which one they install into.
+    It is the .venv here, or first on the PATH behind theirs; and if it is neither, the headers of any
+    torch >= 2.10 make the same library.
     """
     bare = {
         name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONNOUSERSITE")
@@ -194,7 +200,10 @@ def wish(variable: str) -> str:
 
 
 def no_cpu_build() -> str | None:
-    """Why the C++ kernels are not built; None if they are, or are there and up to date. Ends the build where OPSD_BUILD_CPU=1 forbids a reason."""
+    """Return why the C++ kernels are not built; None if they can be, or exist and are up to date.
+
+    Ends the build if there is a reason and OPSD_BUILD_CPU=1.
+    """
     if wish("OPSD_BUILD_CPU") == "0":
         return "OPSD_BUILD_CPU=0"
     reason = None if up_to_date(in_place("_C")) else unsupported()
@@ -235,7 +244,10 @@ def unsupported() -> str | None:
     said = [
         line.replace(f"{folder}/", "") for line in done.stderr.splitlines() if "error" in line.lower()
     ] or ["it said nothing"]
-    return f"{shlex.join(command[:1])} cannot compile a small C++20 program against the headers of torch {torch.version}: {said[0].strip()}"
+    return (
+        f"{shlex.join(command[:1])} cannot compile a small C++20 program against the headers of "
+        f"torch {torch.version}: {said[0].strip()}"
+    )
 
 
 def no_cuda_build() -> str | None:
@@ -269,7 +281,11 @@ def tell(what: str, reason: str) -> None:
 
 
 class BuildExtension(build_ext):
-    """Compiles what changed, in parallel. In a checkout, what cannot be built is left out with the reason; a wheel holds what its metadata said."""
+    """Compile the changed sources, in parallel.
+
+    A checkout leaves out kernels that cannot be built and prints the reason; a wheel holds the kernels that
+    its metadata announced.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         name = ext.name.rpartition(".")[2]
@@ -292,13 +308,16 @@ class BuildExtension(build_ext):
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 objects = list(pool.map(lambda job: self.compile_one(*job), jobs()))
             self.link(target, objects, ["torch_cpu"])
-        except Exception as error:  # distutils raises a different class for each way in which a compiler can fail; the compiler has said more above
+        # distutils raises a different class for each way in which a compiler can fail; the compiler's own
+        # output above says more
+        except Exception as error:
             reason = (
                 f"{self.compiler.compiler_so_cxx[0]!r} failed ({type(error).__name__}); it says why above"
             )
             if WHEEL or wish("OPSD_BUILD_CPU") == "1":
                 sys.exit(
-                    f"opsd_kernels: the C++ kernels were not built: {reason}. OPSD_BUILD_CPU=0 installs without them (slower on CPU)."
+                    f"opsd_kernels: the C++ kernels were not built: {reason}. "
+                    "OPSD_BUILD_CPU=0 installs without them (slower on CPU)."
                 )
             tell("C++ kernels (slower on CPU)", reason)
 
@@ -376,7 +395,10 @@ class BuildExtension(build_ext):
 
 
 class BuildPython(build_py):
-    """Puts the reason into a wheel without C++ kernels, for the warning of the first call (opsd_kernels/_rows/extension.py)."""
+    """Write the reason into a wheel without C++ kernels.
+
+    The warning of the first call shows it (opsd_kernels/_rows/extension.py).
+    """
 
     def run(self) -> None:
         super().run()
@@ -392,7 +414,10 @@ FILES = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*") if path.i
 
 
 def extension(name: str) -> Extension:
-    """`depends` puts the sources into source distributions; what is compiled how is said by jobs() and cuda_kernels()."""
+    """Describe one library; jobs() and cuda_kernels() list its sources and their flags.
+
+    `depends` puts the sources into source distributions.
+    """
     return Extension(
         f"opsd_kernels.{name}",
         sources=["csrc/registration.cpp"],
@@ -403,11 +428,11 @@ def extension(name: str) -> Extension:
 
 
 def main() -> None:
-    if (
-        int(setuptools.__version__.split(".")[0]) < 77
-    ):  # older ones stop at pyproject.toml's license with a page of schema
+    # older ones stop at pyproject.toml's license with a page of schema
+    if int(setuptools.__version__.split(".")[0]) < 77:
         sys.exit(
-            f"opsd_kernels: setuptools >= 77 is needed, got {setuptools.__version__}: pip install -U setuptools"
+            f"opsd_kernels: setuptools >= 77 is needed, got {setuptools.__version__}: "
+            "pip install -U setuptools"
         )
     reason = no_cpu_build() if WHEEL else None
     if reason and wish("OPSD_BUILD_CUDA") == "1":

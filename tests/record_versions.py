@@ -1,10 +1,12 @@
-"""Adds a run of the tests to opsd_kernels/tested_versions.json, from the report that pytest writes; `make docs` then shows it in docs/tested-versions.md.
+"""Add a run of the tests to opsd_kernels/tested_versions.json, from the report that pytest writes.
+
+`make docs` then shows it in docs/tested-versions.md.
 
     make test PYTEST_ARGS="--junitxml=build/tests.xml"
     .venv/bin/python tests/record_versions.py build/tests.xml [more.xml ...]
 
-Several reports are one run in several calls of pytest. tests/conftest.py puts versions and machine into the report, so a record cannot name an environment
-that did not run the tests.
+Several reports are one run in several calls of pytest. tests/conftest.py puts versions and machine into the
+report, so a record cannot name an environment that did not run the tests.
 """
 
 from __future__ import annotations
@@ -21,13 +23,17 @@ from opsd_kernels.tested_versions import Record
 
 TESTS = Path(__file__).resolve().parent
 SHARED = ("commit", "python", "platform", "cpu", "packages")
-# Of the test files, in all reports together: less is no run of the suite. `make test` leaves out files whose tests are all slow.
+# The least share of the test files, in all reports together, that is a run of the suite. `make test` leaves
+# out files whose tests are all slow.
 LEAST_SHARE = 0.5
 SELECTS = ("-k", "--lf", "--last-failed", "--sw", "--stepwise", "--deselect", "--ignore")
 
 
 def read(path: Path) -> tuple[dict[str, object], dict[str, float], set[str]]:
-    """Return what conftest.py put into a report, its counts, and its test files. Raises ValueError for a report without that, and for a selection of tests."""
+    """Return the properties that conftest.py put into a report, its counts, and its test files.
+
+    Raises ValueError for a report without these properties, and for a selection of tests.
+    """
     suite = next(ET.parse(path).getroot().iter("testsuite"))
     properties = {
         p.get("name"): json.loads(p.get("value"))
@@ -73,19 +79,24 @@ def whole_suite() -> set[str]:
 
 
 def make_record(paths: list[Path]) -> Record:
-    """Return the record of one run. Raises ValueError for reports of different environments or commits, and of a small part of the suite."""
+    """Return the record of one run.
+
+    Raises ValueError for reports of different environments or commits, and of a small part of the suite.
+    """
     runs = [read(path) for path in paths]
     first = runs[0][0]
     for path, (facts, *_) in zip(paths, runs, strict=True):
         differs = [name for name in SHARED if facts[name] != first[name]]
         if differs:
             raise ValueError(
-                f"{path}: expected the {differs[0]} of {paths[0]}, {first[differs[0]]}, got {facts[differs[0]]}"
+                f"{path}: expected the {differs[0]} of {paths[0]}, {first[differs[0]]}, "
+                f"got {facts[differs[0]]}"
             )
     files = whole_suite() & set().union(*(held for *_, held in runs))
     if len(files) < LEAST_SHARE * len(whole_suite()):
         raise ValueError(
-            f"{paths[0]}: expected a run of the suite, got tests of {len(files)} of its {len(whole_suite())} files"
+            f"{paths[0]}: expected a run of the suite, "
+            f"got tests of {len(files)} of its {len(whole_suite())} files"
         )
     counts = {name: round(sum(count[name] for _, count, _ in runs), 1) for name in runs[0][1]}
     command = "; ".join(dict.fromkeys(shlex.join(["pytest", *facts["arguments"]]) for facts, *_ in runs))
@@ -116,7 +127,8 @@ def main() -> None:
     )
     tested_versions.save((*kept, record), arguments.to)
     print(
-        f"{record.passed} passed, {record.failed} failed, {record.skipped} skipped; python {record.python}, torch {record.packages['torch']}"
+        f"{record.passed} passed, {record.failed} failed, {record.skipped} skipped; "
+        f"python {record.python}, torch {record.packages['torch']}"
     )
 
 

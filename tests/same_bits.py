@@ -1,9 +1,10 @@
-"""Compares loss, statistics and gradients with those of another commit, bit for bit, over hard cases of every divergence, dialect, dtype and CPU backend.
+"""Compare loss, statistics and gradients with those of another commit, bit for bit.
 
     python tests/same_bits.py COMMIT
 
-Checks the commit out into a temporary worktree, which borrows this tree's C++ library, runs both in processes of their
-own, and ends with status 1 where a bit differs. For changes that must not change a number.
+Covers hard cases of every divergence, dialect, dtype and CPU backend. Checks the commit out into a temporary
+worktree, which borrows this tree's C++ library, runs both in processes of their own, and exits with status 1
+if a bit differs. For changes that must not change a number.
 """
 
 from __future__ import annotations
@@ -29,13 +30,20 @@ gen = torch.Generator().manual_seed(0)
 old = -4 * torch.rand(B, T, generator=gen, dtype=torch.float64)
 PPO = objectives.PPOClip(torch.randn(B, 1, generator=gen, dtype=torch.float64), old)
 DIALECTS = {
-    "plain": {}, "none": {"reduction": "none"}, "sequence mean": {"reduction": "sequence_mean"}, "recompute": {"backward": "recompute"},
+    "plain": {}, "none": {"reduction": "none"}, "sequence mean": {"reduction": "sequence_mean"},
+    "recompute": {"backward": "recompute"},
     "clips": {"entry_clip": 0.1, "token_clip": 0.5}, "mix": {"teacher_mix": 0.3},
-    "transforms": {"temperature": 0.7, "teacher_temperature": 1.3, "student_softcap": 9.0, "student_logit_scale": 1.2},
-    "row weights": {"token_weights": weights.ImportanceRatio(old)}, "index weights": {"token_weights": weights.FirstFraction(0.5)},
+    "transforms": {
+        "temperature": 0.7, "teacher_temperature": 1.3, "student_softcap": 9.0, "student_logit_scale": 1.2
+    },
+    "row weights": {"token_weights": weights.ImportanceRatio(old)},
+    "index weights": {"token_weights": weights.FirstFraction(0.5)},
     "sequence weights": {"token_weights": weights.PrefixDiscrepancy(0.5)},
     "sequence weights per token": {"token_weights": weights.PrefixDiscrepancy(0.5), "reduction": "none"},
-    "top-k": {"topk": 4}, "teacher's top-k": {"topk": 4, "topk_support": "teacher", "topk_tail": "renormalize", "backward": "recompute"},
+    "top-k": {"topk": 4},
+    "teacher's top-k": {
+        "topk": 4, "topk_support": "teacher", "topk_tail": "renormalize", "backward": "recompute"
+    },
     "fp32 logits": {"logits_dtype": torch.float32}, "16-bit logits": {"logits_dtype": "input"},
 }
 
@@ -56,20 +64,29 @@ def results():
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for shared in (True, False):
             for frozen in (True, False):
-                case = hard_case(B * T, V, H, dtype, batch=B, shared_head=shared, frozen_head=frozen, largest_logit=8.0)
+                case = hard_case(
+                    B * T, V, H, dtype, batch=B, shared_head=shared, frozen_head=frozen, largest_logit=8.0
+                )
                 for backend in ("torch", "cpp"):
                     how = {"backend": backend, "workspace_bytes": 120_000}
-                    where = f"{dtype} {'shared' if shared else 'two'} {'frozen' if frozen else 'trainable'} {backend}"
+                    heads = f"{'shared' if shared else 'two'} {'frozen' if frozen else 'trainable'}"
+                    where = f"{dtype} {heads} {backend}"
                     for kind in KIND_NAMES:
                         for dialect, options in DIALECTS.items():
-                            outcome = evaluate(linear_divergence, case, divergence=kind, return_stats=True, **options, **how)
+                            outcome = evaluate(
+                                linear_divergence, case, divergence=kind, return_stats=True, **options, **how
+                            )
                             yield from named(f"{where} {kind} {dialect}", outcome)
-                        policy = lambda *t, **o: objectives.linear_policy_divergence(*t, policy=PPO, policy_weight=0.3, **o)
-                        yield from named(f"{where} {kind} policy", evaluate(policy, case, divergence=kind, **how))
-                        listed = lambda h, W, t, Wt, teacher_bias=None, **o: linear_topk_divergence(h, W, ids, logprobs, **o)
-                        yield from named(f"{where} {kind} listed", evaluate(listed, case, divergence=kind, **how))
-                    logs = lambda h, W, t, Wt, student_bias=None, teacher_bias=None, labels=None, token_weights=None, **o: linear_logprobs(
-                        h, W, labels, bias=student_bias, **o)
+                        policy = lambda *t, **o: objectives.linear_policy_divergence(
+                            *t, policy=PPO, policy_weight=0.3, **o)
+                        outcome = evaluate(policy, case, divergence=kind, **how)
+                        yield from named(f"{where} {kind} policy", outcome)
+                        listed = lambda h, W, t, Wt, teacher_bias=None, **o: linear_topk_divergence(
+                            h, W, ids, logprobs, **o)
+                        outcome = evaluate(listed, case, divergence=kind, **how)
+                        yield from named(f"{where} {kind} listed", outcome)
+                    logs = lambda h, W, t, Wt, student_bias=None, teacher_bias=None, labels=None, \\
+                        token_weights=None, **o: linear_logprobs(h, W, labels, bias=student_bias, **o)
                     yield from named(f"{where} log-probs", evaluate(logs, case, **how))
 
 

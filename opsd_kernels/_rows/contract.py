@@ -25,8 +25,8 @@ stats         (n, len(Column)) in float64 for float64 logits, else float32. Colu
               divergence's own value (REVERSE_KL / FORWARD_KL) are always right; the others only with
               `metrics`, else 0.
 loss, A       (n,) of the dtype of stats: the divergence in nats, and the row scalar A of mathematics.md. For
-              the two plain KLs without an entry clip `row_dot` reads both from stats (A = D for reverse, -1 for
-              forward) and no logits.
+              the two plain KLs without an entry clip `row_dot` reads both from stats (A = D for reverse, -1
+              for forward) and no logits.
 clips         spec.entry_clip: a term f > clip counts as the clip and its u as 0; for reverse KL, whose u = f
               lacks a constant times q, as -q. spec.token_clip: a sum above it counts as the clip. With
               either, `row_dot` and `row_fused_` write stats[CLIPPED]: the share of the row's V terms under

@@ -1,6 +1,7 @@
-"""Calls the four sweeps of triton_rows as on a GPU, up to the launch itself: arguments are bound and specialised, kernels compiled for sm_90.
+"""Call the four sweeps of triton_rows as on a GPU, up to the launch itself.
 
-A driver that answers for the absent GPU stands in for Triton's. Prints one line per compiled kernel.
+Arguments are bound and specialised, and kernels compiled for sm_90. A fake driver of an sm_90 GPU replaces
+Triton's. Prints one line per compiled kernel.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks wheels and source distributions: what they hold and, with --torch, that they work beside that torch in a fresh environment.
+"""Check the contents of wheels and source distributions; with --torch, run them beside that torch.
 
 python tests/build/check_dist.py dist/opsd_kernels-*
 python tests/build/check_dist.py --torch 'torch==2.10.*' dist/opsd_kernels-*.whl
@@ -27,7 +27,8 @@ SOURCES = (
     "opsd_kernels/__init__.py",
 )
 LIBRARY = "opsd_kernels/_C.abi3.so"
-# A hard case in fp32 and one in bf16, forward and backward through the compiled kernels, with the gates that tests/unit/test_op.py has for them.
+# A hard case in fp32 and one in bf16, forward and backward through the compiled kernels, with the gates of
+# tests/unit/test_op.py.
 SMOKE = """
 import torch, opsd_kernels
 from opsd_kernels import linear_divergence
@@ -39,10 +40,12 @@ assert backends.explain("cpu")["cpp"] is None, backends.explain("cpu")
 options = {"divergence": "jsd", "beta": 0.25}
 case = hard_case(67, 1003, 48, torch.float32, largest_logit=40.0)
 truth = evaluate(linear_divergence_reference, case.double(), **options)
-assert_no_worse(evaluate(linear_divergence, case, backend="cpp", **options), plain_outcomes(case, **options), truth)
+found = evaluate(linear_divergence, case, backend="cpp", **options)
+assert_no_worse(found, plain_outcomes(case, **options), truth)
 case = hard_case(67, 1003, 64, torch.bfloat16, largest_logit=8.0)
 truth = evaluate(linear_divergence_reference, case.double(), logits_dtype=torch.float32, **options)
-assert_on_target(evaluate(linear_divergence, case, backend="cpp", logits_dtype=torch.float32, **options), truth, "fp32_logits")
+found = evaluate(linear_divergence, case, backend="cpp", logits_dtype=torch.float32, **options)
+assert_on_target(found, truth, "fp32_logits")
 print(f"smoke test passed: torch {torch.__version__}, {extension.capability()}, {opsd_kernels.__file__}")
 """
 
@@ -86,7 +89,10 @@ def problems(dist: Path) -> list[str]:
 
 
 def install_and_run(dist: Path, torch: str) -> None:
-    """Install beside `torch` in a fresh environment and run `opsd doctor` and the smoke test there. Raises CalledProcessError."""
+    """Install beside `torch` in a fresh environment and run `opsd doctor` and the smoke test there.
+
+    Raises CalledProcessError.
+    """
     with tempfile.TemporaryDirectory() as folder:  # and not the repository, whose package would be imported
         venv.create(Path(folder) / "venv", with_pip=True)
         bin = Path(folder) / "venv" / "bin"
@@ -117,7 +123,8 @@ def main() -> None:
             install_and_run(dist, arguments.torch)
         except subprocess.CalledProcessError as error:
             sys.exit(
-                f"{dist.name}: {Path(error.cmd[0]).name} {' '.join(error.cmd[1:3])} failed with status {error.returncode}"
+                f"{dist.name}: {Path(error.cmd[0]).name} {' '.join(error.cmd[1:3])} "
+                f"failed with status {error.returncode}"
             )
 
 

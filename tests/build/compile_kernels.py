@@ -1,7 +1,9 @@
-"""Compiles the Triton row kernels for GPUs that need not be present, and prints a JSON line for each: what it is, its registers, its stack, its vector loads.
+"""Compile the Triton row kernels for GPUs that need not be present.
+
+Prints a JSON line for each kernel: its variant, registers, stack and vector loads.
 
 python tests/build/compile_kernels.py 0 1     # shard 0 of 1: all
-python tests/build/compile_kernels.py --write # triton_registers.tsv, with which test_triton_compile.py compares
+python tests/build/compile_kernels.py --write # triton_registers.tsv, the table of test_triton_compile.py
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class Variant:
     kernel: str
     dtype: str
     kind: int
-    form: str = "linear"  # "pair"; "linear": the linear difference; "capped": the other difference, with softcaps and biases; "mixed": that with a mix
+    # "pair"; "linear": the linear difference; "capped": the other difference, with softcaps and biases;
+    # "mixed": "capped" with a mix
+    form: str = "linear"
     metrics: bool = False
     narrowed: bool = False
     clip: bool = False
@@ -50,7 +54,10 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    """On sm_90 every kernel, kind and 16- or 32-bit type; elsewhere, and for what is rare, the fused kernels, which hold all the others."""
+    """Return every kernel, kind and 16- or 32-bit type on sm_90, and elsewhere the fused kernels.
+
+    Rare options are compiled into the fused kernels alone, which hold all the others.
+    """
     found = []
     for dtype in ("bf16", "fp32"):
         base = Variant(90, "fused", dtype, 0)
@@ -80,7 +87,10 @@ def variants() -> list[Variant]:
 
 
 def options(base: Variant) -> list[Variant]:
-    """Entry clip, policy and mix: all of them for every kind where the kernels hold most, and each by itself."""
+    """Return variants with entry clip, policy and mix.
+
+    All of them for every kind where the kernels hold most, and each by itself.
+    """
     found = []
     for kind in range(len(Kind)):
         every = replace(base, kind=kind, form="mixed", metrics=True, clip=True, policy=True)
@@ -124,7 +134,7 @@ def constants(variant: Variant, BLOCK_V: int, num_warps: int) -> dict[str, objec
 
 
 def source(variant: Variant, BLOCK_V: int, num_warps: int) -> ASTSource:
-    """The kernel as `_launch` would specialise it: divisible by 16, or not, where a stride or V is concerned."""
+    """Return the kernel as `_launch` would specialise it: strides and V are divisible by 16, or not."""
     kernel = triton_rows.KERNELS[variant.kernel]
     given = constants(variant, BLOCK_V, num_warps)
     logits, wide = variant.dtype, "fp64" if variant.dtype == "fp64" else "fp32"

@@ -1,4 +1,6 @@
-"""Compiles the CUDA kernels for GPUs that need not be present, warnings as errors, and prints a line for each kernel: registers, stack, spills, shared memory.
+"""Compile the CUDA kernels for GPUs that need not be present, with warnings as errors.
+
+Prints a line for each kernel: registers, stack, spills, shared memory.
 
 python tests/build/cuda_resources.py > tests/build/cuda_resources.tsv
 """

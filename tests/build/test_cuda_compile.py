@@ -1,4 +1,7 @@
-"""The CUDA kernels compile for every architecture without a GPU and without a warning, none spills, and what they take is what cuda_resources.tsv says."""
+"""The CUDA kernels compile for every architecture without a GPU and without a warning.
+
+None spills, and their resources equal cuda_resources.tsv.
+"""
 
 import re
 import subprocess
@@ -67,7 +70,10 @@ def test_resources_are_those_of_the_table(measured):
 
 
 def test_the_library_links_and_asks_torch_for_its_stable_interface_alone(measured, objects):
-    """Against the toolkit's static runtime, as setup.py links it; libtorch_cuda is not here, and is asked for one function."""
+    """Link against the toolkit's static runtime, as setup.py does.
+
+    libtorch_cuda is absent here; the library needs one function of it.
+    """
     script = cuda_resources.build_script()
     home, built = script.cuda_home(), [str(objects / f"{name}_90a.o") for name, _ in script.cuda_kernels()]
     for source in ("cuda/binding.cpp", "registration.cpp"):

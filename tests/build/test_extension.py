@@ -1,4 +1,4 @@
-"""The C++ extension: it loads, every instruction set is right, its arithmetic and its rounding, and what happens where it cannot be built."""
+"""The C++ extension: loading, every instruction set, arithmetic, rounding, and failed builds."""
 
 import functools
 import os
@@ -66,7 +66,10 @@ def test_an_unknown_instruction_set_is_an_error(built):
 @pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 def test_narrower_instruction_sets_keep_the_row_contract(built, level):
-    """The contract's own test and the arithmetic below, in a process that is limited to `level`. The widest is what the suite itself runs."""
+    """Run the contract's own test and the arithmetic below in a process that is limited to `level`.
+
+    The suite itself runs the widest level.
+    """
     env = {**os.environ, "OPSD_CPU_CAPABILITY": level}
     if LEVELS.index(level) >= LEVELS.index(extension.capability()):
         pytest.skip(f"this process runs {extension.capability()} itself")
@@ -90,7 +93,7 @@ def test_the_library_needs_the_stable_interface_alone(built):
     assert [name for name in names if re.match(r"(c10|at|torch)::|_?Py", name)] == []
 
 
-# ---------------------------------------------------------------- arithmetic, seen through gradients of rows whose statistics are given
+# ---------------------------------- arithmetic, seen through gradients of rows whose statistics are given
 
 
 def gradient(
@@ -270,7 +273,10 @@ def build(checkout: Path, **env: str) -> str:
 
 
 def reason_in(checkout: Path) -> str:
-    code = "import opsd_kernels; from opsd_kernels._rows import extension; print(opsd_kernels.__file__, extension.load(), sep='\\n')"
+    code = (
+        "import opsd_kernels; from opsd_kernels._rows import extension; "
+        "print(opsd_kernels.__file__, extension.load(), sep='\\n')"
+    )
     env = {**os.environ, "PYTHONPATH": str(checkout)}
     outcome = subprocess.run(
         [sys.executable, "-c", code], cwd=checkout, env=env, capture_output=True, text=True, check=True

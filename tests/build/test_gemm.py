@@ -1,4 +1,7 @@
-"""The extension's bf16 x bf16 -> fp32 GEMM: every layout and edge, exact products, the same bits on any number of threads."""
+"""The extension's bf16 x bf16 -> fp32 GEMM.
+
+Every layout and edge, exact products, the same bits on any number of threads.
+"""
 
 import pytest
 import torch

@@ -8,7 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
-# The row contract, under the interpreter too; the op with its tensors moved; a graph's test, which is skipped.
+# The row contract, under the interpreter too; the op with its tensors moved; a test of a graph, which is
+# skipped.
 TESTS = "options_a_label or test_op_reductions or graph"
 
 

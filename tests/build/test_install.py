@@ -1,4 +1,4 @@
-"""What `pip install .` leaves behind: with build isolation, without it, and where the C++ kernels cannot be built."""
+"""Results of `pip install .`: with build isolation, without it, and where the C++ kernels cannot be built."""
 
 import os
 import re
@@ -63,7 +63,10 @@ def wheelhouse(tmp_path_factory):
 
 @pytest.fixture
 def fresh(tmp_path):
-    """The Python of a new environment, which sees torch, pip and setuptools of this one behind its own packages."""
+    """Return the Python of a new environment.
+
+    It sees torch, pip and setuptools of this one behind its own packages.
+    """
     venv.create(tmp_path / "fresh")
     (site,) = (tmp_path / "fresh" / "lib").glob("python*/site-packages")
     (site / "here.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
@@ -72,14 +75,20 @@ def fresh(tmp_path):
 
 @pytest.fixture
 def sources(checkout):
-    """With the objects of this checkout: the build takes them where compiler, torch and sources are the same, and else compiles for a minute or two."""
+    """Return a copy of the checkout with its compiled objects.
+
+    The build reuses them if compiler, torch and sources are the same, and else compiles for a minute or two.
+    """
     if (ROOT / "build" / "objects").is_dir():
         shutil.copytree(ROOT / "build" / "objects", checkout / "build" / "objects")
     return checkout
 
 
 def install(python: Path, sources: Path, *options: str, **variables: str) -> str:
-    """The last line that pip prints. This environment's own opsd_kernels is not the fresh one's to replace."""
+    """Return the last line that pip prints.
+
+    The fresh environment must not replace the opsd_kernels of this one.
+    """
     command = [
         python,
         "-m",

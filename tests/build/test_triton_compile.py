@@ -1,4 +1,7 @@
-"""The Triton kernels compile for sm_80, sm_90 and sm_100 without a GPU, none spills, and aligned rows are read 16 bytes at a time."""
+"""The Triton kernels compile for sm_80, sm_90 and sm_100 without a GPU.
+
+None spills, and aligned rows are read 16 bytes at a time.
+"""
 
 import importlib.util
 import json
@@ -64,7 +67,10 @@ def script():
 
 
 def test_resources_are_those_of_the_table(compiled, script):
-    """For the Triton that wrote it; another one is held to the tests below. A change is looked at, then written: compile_kernels.py --write."""
+    """Compare under the Triton version that wrote the table; the tests below cover the others.
+
+    Look at a change, then write it: compile_kernels.py --write.
+    """
     version, table = script.read_table()
     if version != triton.__version__:
         pytest.skip(f"the table is of triton {version}, this is {triton.__version__}")
@@ -75,8 +81,8 @@ def test_resources_are_those_of_the_table(compiled, script):
         if table.get(key) != found.get(key)
     ]
     assert not changed, (
-        f"{', '.join(script.USED)} differ from {script.TABLE.name} (python tests/build/compile_kernels.py --write):\n"
-        + "\n".join(changed)
+        f"{', '.join(script.USED)} differ from {script.TABLE.name} "
+        "(python tests/build/compile_kernels.py --write):\n" + "\n".join(changed)
     )
 
 

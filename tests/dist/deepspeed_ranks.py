@@ -1,4 +1,7 @@
-"""One rank under DeepSpeed ZeRO-3: DistillationHead against one process that sees all tokens. See test_deepspeed.py."""
+"""One rank under DeepSpeed ZeRO-3: DistillationHead against one process that sees all tokens.
+
+See test_deepspeed.py.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from data_ranks import MANY_CHUNKS, RATE, STEPS, Collectives, H, Model, V, made,
 from launching import join, leave
 from torch import Tensor
 
-# What ZeRO-3 keeps beyond its module is what these two let it: with none, every module gathers its own once in forward and once in backward.
+# These two limit the parameters that ZeRO-3 keeps beyond their module: at 0, every module gathers its own
+# once in forward and once in backward.
 LEAST = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
 
 
@@ -69,7 +73,7 @@ def check_inside_the_engine(rank: int, ranks: int) -> None:
 
 
 def check_after_the_engine(rank: int, ranks: int) -> None:
-    """The head is called outside the engine's forward pass, where ZeRO-3 does not see that a parameter is used."""
+    """Call the head outside the engine's forward pass, where ZeRO-3 does not see the use of a parameter."""
     model = made()
     model.__class__ = Trunk
     engine, update = engine_of(model)
@@ -111,10 +115,10 @@ def main(rank: str, world: str, rendezvous: str, result: str, packages: str) -> 
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank}
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__.clear()  # else each machine compiles DeepSpeed's all-reduce through shared memory, 20 s
-    join(
-        rank, world, rendezvous, timeout_s=240
-    )  # on a busy machine a stall of 100 s was seen twice, and not explained
+    # else each machine compiles DeepSpeed's all-reduce through shared memory, 20 s
+    deepspeed.ops.__compatible_ops__.clear()
+    # on a busy machine a stall of 100 s was seen twice, and not explained
+    join(rank, world, rendezvous, timeout_s=240)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     outcomes = {}
     for function in (check_inside_the_engine, check_after_the_engine, check_gathers_of_the_head):

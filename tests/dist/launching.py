@@ -49,7 +49,10 @@ def launch(
 
 
 def join(rank: str, world: str, rendezvous: str, timeout_s: float = 60.0) -> None:
-    """In a rank: the default process group. A rank that waits longer than `timeout_s` for the others fails."""
+    """Join the default process group; call it in a rank.
+
+    A rank that waits longer than `timeout_s` for the others fails.
+    """
     import torch
     import torch.distributed as dist
 
@@ -74,7 +77,11 @@ def assert_none_failed(results: list[dict]) -> None:
 
 
 def leave() -> NoReturn:
-    """The end of a rank whose result is written. At interpreter shutdown gloo's threads may outlive what they use and abort the process (torch 2.13)."""
+    """End a rank whose result is written.
+
+    At interpreter shutdown gloo's threads may outlive the objects they use and abort the process
+    (torch 2.13).
+    """
     import torch.distributed as dist
 
     dist.barrier()

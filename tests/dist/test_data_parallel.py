@@ -1,4 +1,4 @@
-"""DistillationHead on ranks that hold different tokens, one of them none: two and four gloo processes against one."""
+"""DistillationHead on ranks with different tokens, one with none: two and four gloo processes against one."""
 
 import time
 

@@ -11,8 +11,11 @@ DEEPSPEED = "0.19.8"
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """Where DeepSpeed is, "" for this environment. pip builds it without an operator, in seconds, for this test alone: installed, transformers and accelerate
-    would load it everywhere."""
+    """Return the folder of DeepSpeed, "" for this environment.
+
+    pip builds it without an operator, in seconds, for this test alone: if it were installed, transformers and
+    accelerate would load it everywhere.
+    """
     if importlib.util.find_spec("deepspeed") is not None:
         return ""
     place = tmp_path_factory.mktemp("deepspeed")

@@ -1,4 +1,7 @@
-"""Heads spread over ranks against whole heads: two and four gloo processes, every divergence, clip, weight, support, list and statistic, and log-probs."""
+"""Heads sharded over ranks against whole heads, on two and four gloo processes.
+
+Every divergence, clip, weight, top-k support, list and statistic, and log-probs.
+"""
 
 import pytest
 

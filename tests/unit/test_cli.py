@@ -36,7 +36,10 @@ def test_version():
 
 def test_help_lists_the_commands_that_exist_and_leaves_slow_libraries_alone():
     slow = ("transformers", "matplotlib", "triton", "tensorboard")
-    code = f"import sys\nfrom opsd_kernels.cli import main\ntry:\n    main()\nfinally:\n    print([m for m in {slow} if m in sys.modules], file=sys.stderr)"
+    code = (
+        "import sys\nfrom opsd_kernels.cli import main\ntry:\n    main()\nfinally:\n"
+        f"    print([m for m in {slow} if m in sys.modules], file=sys.stderr)"
+    )
     package = str(Path(opsd_kernels.__file__).parent.parent)
     result = subprocess.run(
         [sys.executable, "-c", code, "--help"], capture_output=True, text=True, cwd=package, timeout=120
@@ -139,16 +142,18 @@ def test_environment_errors_name_the_variable(monkeypatch, variable, value, gett
     assert getter() is None
 
 
+NEEDS_TYPER = (
+    "opsd: error: the command line needs typer: pip install 'opsd_kernels[cli]' (or [train] for opsd train)\n"
+)
+
+
 def test_without_typer_the_command_names_the_extra(tmp_path):
     (tmp_path / "typer.py").write_text("raise ModuleNotFoundError(\"No module named 'typer'\", name='typer')")
     package = str(Path(opsd_kernels.__file__).parent.parent)
     code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {package!r}]; from opsd_kernels.cli import main"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 1
-    assert (
-        result.stderr
-        == "opsd: error: the command line needs typer: pip install 'opsd_kernels[cli]' (or [train] for opsd train)\n"
-    )
+    assert result.stderr == NEEDS_TYPER
 
 
 BARE = """
@@ -160,7 +165,8 @@ class Block(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Block())
 import importlib.util
 find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, package=None: None if name in ("typer", "rich", "transformers", "triton") else find(name, package)
+hidden = ("typer", "rich", "transformers", "triton")
+importlib.util.find_spec = lambda name, package=None: None if name in hidden else find(name, package)
 from opsd_kernels.__main__ import main
 main()
 """
@@ -189,10 +195,7 @@ def test_doctor_runs_on_the_bare_package():
 def test_other_commands_name_the_extra_on_the_bare_package():
     result = run_bare("plan")
     assert (result.returncode, result.stdout) == (1, "")
-    assert (
-        result.stderr
-        == "opsd: error: the command line needs typer: pip install 'opsd_kernels[cli]' (or [train] for opsd train)\n"
-    )
+    assert result.stderr == NEEDS_TYPER
 
 
 def test_resume_command_can_be_typed(monkeypatch):

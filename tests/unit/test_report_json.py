@@ -1,4 +1,4 @@
-"""The writer of committed reports: plain JSON, a line for each record, and every committed report as it writes it."""
+"""The writer of committed reports: plain JSON, a line per record; all committed reports have its format."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""How much of the package a bare call runs before it has its loss: distinct functions, files and frames. A reader follows all of them."""
+"""Count the distinct functions, files and frames of the package that a bare call runs until its loss.
+
+A reader follows all of them.
+"""
 
 import sys
 from pathlib import Path

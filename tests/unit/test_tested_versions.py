@@ -45,7 +45,10 @@ def records(monkeypatch):
 
 @pytest.fixture
 def script(monkeypatch):
-    """tests/record_versions.py as a function of its arguments; `share` is the least part of the suite's files."""
+    """Return tests/record_versions.py as a function of its arguments.
+
+    `share` is the least part of the suite's files.
+    """
     spec = importlib.util.spec_from_file_location("record_versions", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
