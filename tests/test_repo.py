@@ -1,4 +1,4 @@
-"""The rules of the repository, read from its files. Every check also runs on a planted violation that it must find."""
+"""The rules of the repository, read from its files. Each check also runs on a planted violation."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def module_name(path: Path, package: Path) -> str:
 
 
 def imports(path: Path, package: Path) -> Iterator[str]:
-    """Yield the modules of `package` that a file imports, relative to it; the package itself is `__init__`."""
+    """Yield the modules of `package` that a file imports, relative to it; `__init__` is the package."""
     here = [package.name, *path.relative_to(package).parent.parts]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -150,7 +150,7 @@ def without_comments(text: str) -> str:
 
 
 def cpp_functions(text: str) -> Iterator[tuple[int, int]]:
-    """Yield (first line, lines) of each outermost block after a parenthesis, also inside namespaces and classes."""
+    """Yield (first line, lines) of outermost blocks after a parenthesis, also in namespaces and classes."""
     header, stack, line, start = "", [], 1, 0
     for char in without_comments(text):
         line += char == "\n"
@@ -202,7 +202,7 @@ def length_violations(root: Path) -> list[str]:
 
 
 def variable_violations(root: Path, known: set[str]) -> list[str]:
-    """List OPSD_* names that env.py's table lacks, reads of the environment beside it, and entries that nothing reads."""
+    """List OPSD_* names beside env.py's table, reads of the environment beside it, and unused entries."""
     found, used = [], set()
     sources = [p for p in source_files(root) if "tests" not in p.relative_to(root).parts]
     for path in sources:
@@ -235,7 +235,7 @@ def tolerance_violations(root: Path) -> list[str]:
             if isinstance(node, ast.Call) and own_tolerance(node):
                 where = f"{path.relative_to(root)}:{node.lineno}"
                 found.append(
-                    f"{where}: {ast.unparse(node.func)} with a tolerance of its own; opsd_kernels.testing holds them"
+                    f"{where}: {ast.unparse(node.func)} has a tolerance of its own; see opsd_kernels.testing"
                 )
     return found
 
