@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -383,24 +382,6 @@ def test_import_needs_neither_triton_nor_the_extension_and_is_silent():
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-# ---------------------------------------------------------------- tests are run
-
-
-def uncollected(root: Path, skipped: list[str]) -> list[str]:
-    """Return the test files below a directory whose name pytest does not enter."""
-    paths = [path.relative_to(root) for path in sorted((root / "tests").rglob("test_*.py"))]
-    return [
-        str(path)
-        for path in paths
-        if any(fnmatch(part, pattern) for part in path.parent.parts for pattern in skipped)
-    ]
-
-
-def test_every_test_file_is_collected(pytestconfig):
-    """pytest's default passes over directories named build and dist."""
-    assert uncollected(ROOT, pytestconfig.getini("norecursedirs")) == []
-
-
 # ---------------------------------------------------------------- the checks find a planted violation
 
 
@@ -482,11 +463,6 @@ def test_variable_check_finds(tmp_path):
 )
 def test_tolerance_check_finds(tmp_path, call, violations):
     assert len(tolerance_violations(plant(tmp_path, {"tests/unit/test_a.py": call}))) == violations
-
-
-def test_collection_check_finds(tmp_path):
-    root = plant(tmp_path, {"tests/build/test_a.py": "", "tests/unit/test_b.py": ""})
-    assert uncollected(root, ["*.egg", "build"]) == ["tests/build/test_a.py"]
 
 
 def test_link_check_finds(tmp_path):

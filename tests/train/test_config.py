@@ -131,6 +131,5 @@ def test_differences_ignore_where_a_run_keeps_its_things():
 
 
 def test_every_key_is_documented():
-    page = (Path(__file__).resolve().parents[2] / "docs" / "trainer.md").read_text()
-    settings = page[page.index("## Settings") :]
-    assert [name for name in TrainConfig.__dataclass_fields__ if f"`{name}`" not in settings] == []
+    page = (Path(__file__).resolve().parents[2] / "docs" / "reference" / "trainer-settings.md").read_text()
+    assert [name for name in TrainConfig.__dataclass_fields__ if f"`{name}`" not in page] == []
