@@ -25,6 +25,7 @@ ROW_LIMITS = {("cpu", True): 1024, ("cpu", False): 256, ("cuda", True): 4096, ("
 WIDE_CPU_ROWS = 256  # of 32- and 64-bit inputs
 ALIGNED_ROWS = 1024  # to which a chunk may grow for the sake of a whole sequence
 SUPPORT_BYTES = 96  # of one entry of a support: a dozen numbers, each in a tensor of its own
+SLICE_BYTES = 8 << 20  # of fp32 copies, which one product holds where the CPU has no units for a 16-bit dtype
 QUEUE_BYTES = 16  # per column and thread while torch.topk runs
 SWEEP_BYTES = 16  # per column and thread where a divergence takes two sweeps, which keep four rows (csrc/cpu/rows.cpp); else one or two
 # The model of a GPU, for the choice of rows alone. Its numbers are assumptions, to be replaced by measured ones: the output tile that cuBLAS gives one
@@ -245,7 +246,8 @@ def _cpu_scratch(dtype: torch.dtype, V: int, topk: int, one_sweep: bool, threads
     """Scratch bytes of the math library and of the sweeps on a CPU, on top of the logits buffers."""
     per_thread = CPU_SCRATCH_PER_THREAD_AMX if dtype.itemsize == 2 and extension.has_amx() else CPU_SCRATCH_PER_THREAD
     columns = QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one_sweep)
-    return CPU_SCRATCH_BYTES + (threads or torch.get_num_threads()) * (per_thread + V * columns)
+    slices = 0 if extension.mm_has_units(dtype) else SLICE_BYTES
+    return CPU_SCRATCH_BYTES + slices + (threads or torch.get_num_threads()) * (per_thread + V * columns)
 
 
 def _bytes_per_logit(buffer: torch.dtype, dtype: torch.dtype, sides: int, sweeps: int, products: int, again: bool, twice: bool) -> int:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from . import extension
+from .planner import SLICE_BYTES
 
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112  # CBLAS
 _CBLAS_NAMES = {torch.bfloat16: "cblas_gemm_bf16bf16f32", torch.float16: "cblas_gemm_f16f16f32"}
 _HUGE_PAGES, _PAGE = 14, 1 << 21  # MADV_HUGEPAGE and its page
-SLICE_BYTES = 8 << 20  # fp32 copies that one product of slices may hold
 
 
 def is_16_bit(dtype: torch.dtype) -> bool:

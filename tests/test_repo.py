@@ -24,8 +24,8 @@ PEERS = 12  # the level whose members may import each other within a subpackage
 LEVELS = {
     0: ["env", "hf_head", "provenance", "report_json", "spec", "terminal", "train.types", "version"],
     1: ["divergences", "extension", "tested_versions", "weighting", "kernels.contract", "kernels.triton_launch", "kernels.triton_math"],
-    2: ["planner", "reference", "weights", "projection", "kernels.torch_rows", "kernels.triton_rows", "kernels.ext_rows"],
-    3: ["backends", "support", "testing"],
+    2: ["planner", "reference", "weights", "kernels.torch_rows", "kernels.triton_rows", "kernels.ext_rows"],
+    3: ["backends", "projection", "support", "testing"],
     4: ["chunked", "doctor", "vocab_parallel"],
     5: ["ops"],
     6: ["autograd", "inputs"],
