@@ -15,7 +15,7 @@ import venv
 import zipfile
 from pathlib import Path
 
-PACKAGE = ("__init__.py", "py.typed", "cli.py", "tested_versions.json", "kernels/triton_rows.py")
+PACKAGE = ("__init__.py", "py.typed", "cli.py", "tested_versions.json", "_rows/triton_rows.py")
 SOURCES = (
     "setup.py",
     "pyproject.toml",
