@@ -330,7 +330,7 @@ class BuildExtension(build_ext):
             reason = f"nvcc failed ({type(error).__name__}); `python setup.py build_ext --inplace` shows how"
         if reason and wish("OPSD_BUILD_CUDA") == "1":
             sys.exit(f"opsd_kernels: OPSD_BUILD_CUDA=1: {reason}")
-        if reason not in (None, CPU_TORCH, no_cpu_build()):
+        if reason not in (None, CPU_TORCH, "OPSD_BUILD_CUDA=0", no_cpu_build()):
             tell("CUDA kernels (Triton serves GPUs)", reason)
 
     def build_cuda(self, target: Path) -> None:

@@ -31,7 +31,7 @@ def run(*command: object, cwd: Path, check: bool = True, **variables: str) -> su
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env={**environment, "PWD": str(cwd), **variables},
+        env={**environment, "PWD": str(cwd), "OPSD_BUILD_CUDA": "0", **variables},
         capture_output=True,
         text=True,
     )
