@@ -17,7 +17,63 @@ from .weights import TokenWeighting
 
 
 class DivergenceOptions(TypedDict, total=False):
-    """Type the keyword arguments of `linear_divergence`, for `Unpack`."""
+    """Type the keyword arguments of `linear_divergence`, for `Unpack`.
+
+    The divergence, in nats, of teacher p and student q, with m = beta * p + (1 - beta) * q:
+
+    * `divergence`: "reverse_kl" KL(q || p); "forward_kl" KL(p || q);
+      "jsd" beta * KL(p || m) + (1 - beta) * KL(q || m) (arXiv:2306.13649, eq. 1);
+      "skew_forward_kl" KL(p || m) and "skew_reverse_kl" KL(q || m) (arXiv:2402.03898, eq. 2-3);
+      "tvd" sum |p - q| / 2. The loss of SDPO is arXiv:2601.20802, eq. 1.
+    * `beta`: the weight on the teacher, in (0, 1), for "jsd" and the skew divergences.
+    * `teacher_mix`: a in [0, 1). Teacher logits t become (1 - a) * t + a * s, with the student's logits s
+      held constant (the trust-region teacher of SDPO).
+    * `entry_clip`, `token_clip`: upper bounds, of each vocabulary entry's term and of each token's
+      divergence. A clipped entry or token has no gradient.
+    * `topk`, `topk_support`, `topk_tail`: restrict the sum to the `topk` largest entries of the "student" or
+      the "teacher". The mass outside becomes one more entry ("bucket"), is removed by renormalising both
+      sides ("renormalize"), or is left out ("none"). The support is a constant for the gradient.
+
+    The logits, `softcap(logit_scale * (hidden @ weight.T + bias)) / temperature`, softcap(z) = c * tanh(z /
+    c):
+
+    * `temperature`, `teacher_temperature`: one temperature for both sides, unless the teacher has its own.
+      The loss is not multiplied by temperature**2.
+    * `student_bias` (V_s,), `teacher_bias` (V_t,): an entry of -inf removes a token from the distribution.
+    * `student_logit_scale`, `teacher_logit_scale`, `student_softcap`, `teacher_softcap`: a factor, and the c
+      above.
+    * `vocab_size`: columns from this one on have probability zero on both sides. Required if the two heads
+      differ in rows.
+
+    The tokens and the reduction:
+
+    * `labels` (...) int64: the sampled tokens, for log-prob statistics and for weights that read them.
+    * `ignore_index`, `mask` (...): a token with `labels == ignore_index` or `mask == 0` is not valid. It adds
+      nothing to loss, gradients and statistics, and its hidden states may hold inf or NaN.
+    * `token_weights`: a tensor (...), or a scheme of `opsd_kernels.weights`, which the op evaluates on its
+      own statistics. Weights are detached.
+    * `reduction`: "mean", the weighted sum / `normalizer`; "sum"; "sequence_mean", for hidden states (B, T,
+      H): the weighted sum of each sequence / its number of valid tokens, averaged over the sequences that
+      have one; "none", the weighted divergence of each token.
+    * `normalizer`: a number or a 0-dim tensor for "mean". Default: the number of valid tokens.
+    * `return_stats`: also return the `TokenStats` of the call.
+
+    The computation:
+
+    * `backward`: "in_forward" computes gradients during the forward pass (four GEMM passes, three with a
+      frozen head); "recompute" projects again in backward (six, five with a frozen head) and accepts any
+      upstream gradient per token; "auto" takes "recompute" for reduction "none" with a trainable head, else
+      "in_forward".
+    * `logits_dtype`: the dtype of the logits buffers. "input" takes the inputs' dtype, `torch.float32` takes
+      fp32. "auto" takes the inputs' dtype for a shared head, where the difference GEMM keeps the accuracy,
+      and fp32 for two heads, "tvd", an entry clip and weights that read log-probs.
+    * `workspace_bytes`: bound of the logits buffers. Default: OPSD_WORKSPACE_BYTES, else 1 GiB.
+    * `backend`: "cuda", "triton", "cpp" or "torch". Default: OPSD_BACKEND, else the first that serves the
+      device and dtype.
+    * `group`: a process group or a `VocabShard`. Both heads are slices of dimension 0, one per rank, and the
+      hidden states are equal on all ranks. Loss and gradients are those of the whole heads;
+      `student_hidden.grad` is summed over the group. A DTensor sharded on dimension 0 may stand for a slice.
+    """
 
     divergence: str
     beta: float
@@ -88,67 +144,11 @@ def linear_divergence(
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Compute a divergence between student and teacher per token, from hidden states and LM heads.
 
-    The result is that of projecting both sides, taking two softmaxes and comparing the two distributions
-    token by token. The op never holds more than `workspace_bytes` of logits. Gradients flow to
-    `student_hidden`, `student_weight` and `student_bias`, never to the teacher. All tensors of the heads and
-    hidden states share one dtype (float64, float32, bfloat16 or float16; a bias may have any floating-point
-    dtype) and one device. Under autocast, hidden states and weights other than float64 are cast to the
-    autocast dtype.
-
-    The divergence, in nats, of teacher p and student q, with m = beta * p + (1 - beta) * q:
-
-    * `divergence`: "reverse_kl" KL(q || p); "forward_kl" KL(p || q);
-      "jsd" beta * KL(p || m) + (1 - beta) * KL(q || m) (arXiv:2306.13649, eq. 1);
-      "skew_forward_kl" KL(p || m) and "skew_reverse_kl" KL(q || m) (arXiv:2402.03898, eq. 2-3);
-      "tvd" sum |p - q| / 2. The loss of SDPO is arXiv:2601.20802, eq. 1.
-    * `beta`: the weight on the teacher, in (0, 1), for "jsd" and the skew divergences.
-    * `teacher_mix`: a in [0, 1). Teacher logits t become (1 - a) * t + a * s, with the student's logits s
-      held constant (the trust-region teacher of SDPO).
-    * `entry_clip`, `token_clip`: upper bounds, of each vocabulary entry's term and of each token's
-      divergence. A clipped entry or token has no gradient.
-    * `topk`, `topk_support`, `topk_tail`: restrict the sum to the `topk` largest entries of the "student" or
-      the "teacher". The mass outside becomes one more entry ("bucket"), is removed by renormalising both
-      sides ("renormalize"), or is left out ("none"). The support is a constant for the gradient.
-
-    The logits, `softcap(logit_scale * (hidden @ weight.T + bias)) / temperature`, softcap(z) = c * tanh(z /
-    c):
-
-    * `temperature`, `teacher_temperature`: one temperature for both sides, unless the teacher has its own.
-      The loss is not multiplied by temperature**2.
-    * `student_bias` (V_s,), `teacher_bias` (V_t,): an entry of -inf removes a token from the distribution.
-    * `student_logit_scale`, `teacher_logit_scale`, `student_softcap`, `teacher_softcap`: a factor, and the c
-      above.
-    * `vocab_size`: columns from this one on have probability zero on both sides. Required if the two heads
-      differ in rows.
-
-    The tokens and the reduction:
-
-    * `labels` (...) int64: the sampled tokens, for log-prob statistics and for weights that read them.
-    * `ignore_index`, `mask` (...): a token with `labels == ignore_index` or `mask == 0` is not valid. It adds
-      nothing to loss, gradients and statistics, and its hidden states may hold inf or NaN.
-    * `token_weights`: a tensor (...), or a scheme of `opsd_kernels.weights`, which the op evaluates on its
-      own statistics. Weights are detached.
-    * `reduction`: "mean", the weighted sum / `normalizer`; "sum"; "sequence_mean", for hidden states (B, T,
-      H): the weighted sum of each sequence / its number of valid tokens, averaged over the sequences that
-      have one; "none", the weighted divergence of each token.
-    * `normalizer`: a number or a 0-dim tensor for "mean". Default: the number of valid tokens.
-    * `return_stats`: also return the `TokenStats` of the call.
-
-    The computation:
-
-    * `backward`: "in_forward" computes gradients during the forward pass (four GEMM passes, three with a
-      frozen head); "recompute" projects again in backward (six, five with a frozen head) and accepts any
-      upstream gradient per token; "auto" takes "recompute" for reduction "none" with a trainable head, else
-      "in_forward".
-    * `logits_dtype`: the dtype of the logits buffers. "input" takes the inputs' dtype, `torch.float32` takes
-      fp32. "auto" takes the inputs' dtype for a shared head, where the difference GEMM keeps the accuracy,
-      and fp32 for two heads, "tvd", an entry clip and weights that read log-probs.
-    * `workspace_bytes`: bound of the logits buffers. Default: OPSD_WORKSPACE_BYTES, else 1 GiB.
-    * `backend`: "cuda", "triton", "cpp" or "torch". Default: OPSD_BACKEND, else the first that serves the
-      device and dtype.
-    * `group`: a process group or a `VocabShard`. Both heads are slices of dimension 0, one per rank, and the
-      hidden states are equal on all ranks. Loss and gradients are those of the whole heads;
-      `student_hidden.grad` is summed over the group. A DTensor sharded on dimension 0 may stand for a slice.
+    The result is that of projecting both sides, taking two softmaxes and comparing the distributions token by
+    token, but the op never holds more than `workspace_bytes` of logits. `opsd_kernels.divergence.DivergenceOptions`
+    explains each option. Gradients flow to `student_hidden`, `student_weight` and `student_bias`, never to the teacher.
+    Hidden states and weights share one dtype (float64, float32, bfloat16 or float16; a bias may have any
+    floating-point dtype) and one device. Autocast casts them, float64 aside.
 
     Returns the loss in fp32 (fp64 for fp64 inputs): 0-dim, or (...) with zeros at invalid tokens for
     reduction "none". With `return_stats` returns (loss, TokenStats). Without a valid token the loss is 0,
@@ -168,11 +168,9 @@ def linear_divergence(
         topk_support=topk_support, topk_tail=topk_tail, logits_dtype=logits_dtype,
         workspace_bytes=workspace_bytes, backend=backend, group=group,
     )  # fmt: skip
-    problem, weigher = prepare(
-        Side(student_hidden, student_weight, student_bias),
-        Side(teacher_hidden, teacher_weight, teacher_bias),
-        options,
-    )
+    student = Side(student_hidden, student_weight, student_bias)
+    teacher = Side(teacher_hidden, teacher_weight, teacher_bias)
+    problem, weigher = prepare(student, teacher, options)
     return evaluate(problem, weigher, backward, return_stats)
 
 

@@ -165,13 +165,9 @@ def cpp_functions(text: str) -> Iterator[tuple[int, int]]:
 
 
 def python_functions(text: str) -> Iterator[tuple[int, int]]:
-    """Yield (first line, lines without the docstring) of each function."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            first = node.body[0]
-            documented = ast.get_docstring(node) is not None
-            docstring = first.end_lineno - first.lineno + 1 if documented else 0
-            yield node.lineno, node.end_lineno - node.lineno + 1 - docstring
+            yield node.lineno, node.end_lineno - node.lineno + 1
 
 
 def source_files(root: Path) -> list[Path]:

@@ -212,7 +212,7 @@ class WeightedSum(torch.autograd.Function):
             factor, (scaled, unit) = problem.rows.factor, _in_units(problem)
             loss, _, stats, logprobs, dh, dW, dbias = library.op(*library.pack(scaled), metrics, False)
         else:
-            out = execute.run_weighted(problem, weigher, weigher.scope, weigher.lengths)
+            out = execute.run_weighted(problem, weigher)
             factor, unit = weigher.factor(out), weigher.unit
             loss, stats = out.loss, out.stats
             nothing = loss.new_empty(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -37,18 +36,15 @@ def run(
         return loop.run(problem, chunks, _backend(problem, chunks), rows, metrics, saved=saved)
 
 
-def run_weighted(
-    problem: Problem, weigher: RowWeigher, scope: str, lengths: Callable[[bool], list[int]]
-) -> Outputs:
+def run_weighted(problem: Problem, weigher: RowWeigher) -> Outputs:
     """Return losses, statistics and gradients where row factors depend on the statistics themselves.
 
-    For scope "sequence", `lengths` returns the rows of each sequence; the valid ones alone, `lengths(True)`,
-    need a sync with a GPU. An operator's schema holds no callables, so under torch.compile this function runs
-    eagerly.
+    An operator's schema holds no weigher, so under torch.compile this function runs eagerly.
     """
-    sequences = lengths(packs(problem)) if scope == "sequence" else []
-    rows = _computed_rows(problem, sum(sequences) if scope == "sequence" else None)
-    chunks = make_plan(problem, rows.count, scope, max(sequences, default=0), weigher.has_policy)
+    by_sequence = weigher.scope == "sequence"
+    sequences = weigher.lengths(packs(problem)) if by_sequence else []
+    rows = _computed_rows(problem, sum(sequences) if by_sequence else None)
+    chunks = make_plan(problem, rows.count, weigher.scope, max(sequences, default=0), weigher.has_policy)
     backend = _backend(problem, chunks)
     bounds = align(sequences, chunks.rows) if chunks.weighting == "aligned" else None
     with torch.autocast(problem.student.hidden.device.type, enabled=False):
