@@ -49,29 +49,41 @@ def open_run_directory(config: TrainConfig, out: Path, resume: bool) -> None:
 
 
 @contextmanager
-def reproducible(config: TrainConfig) -> Iterator[None]:
-    """Set seeds, threads and deterministic algorithms for a run, then restore the caller's settings."""
+def deterministic(threads: int) -> Iterator[None]:
+    """Compute on `threads` threads with deterministic algorithms, then restore the caller's settings.
+
+    Sums over another number of threads round differently.
+    """
     filling: Any = torch.utils.deterministic
-    threads, strict, warn = (
+    before, strict, warn = (
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     fill = filling.fill_uninitialized_memory
-    torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
+    torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Filling takes a pass over every new tensor.
     filling.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        torch.use_deterministic_algorithms(strict, warn_only=warn)
+        filling.fill_uninitialized_memory = fill
+
+
+@contextmanager
+def reproducible(config: TrainConfig) -> Iterator[None]:
+    """Set seeds, threads and deterministic algorithms for a run, then restore the caller's settings."""
     # transformers would draw a bar for every checkpoint across the bar of the run.
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with deterministic(config.threads):
+            torch.manual_seed(config.seed)
+            yield
     finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(strict, warn_only=warn)
-        filling.fill_uninitialized_memory = fill
         if bars:
             transformers_logging.enable_progress_bar()
 

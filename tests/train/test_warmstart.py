@@ -20,7 +20,7 @@ def progress():
 
 
 def test_made_once_and_the_same_again(config, task, progress, tmp_path):
-    torch.set_num_threads(config.threads)
+    """The weights are those of `config.threads` threads, whatever the caller set."""
     first = warmstart.base_model(config, task, progress)
     assert (
         "supervised warm start" in progress.console.file.getvalue()
@@ -29,7 +29,11 @@ def test_made_once_and_the_same_again(config, task, progress, tmp_path):
     stamp = (first / "model.safetensors").stat().st_mtime_ns
     assert warmstart.base_model(config, task, progress) == first
     assert (first / "model.safetensors").stat().st_mtime_ns == stamp
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads + 1)
     again = warmstart.base_model(dataclasses.replace(config, cache_dir=str(tmp_path)), task, progress)
+    assert torch.get_num_threads() == config.threads + 1
+    torch.set_num_threads(before)
     assert again.name == first.name and again != first
     for a, b in zip(
         pretrained.load_pretrained(again, config)[0].parameters(),

@@ -29,6 +29,7 @@ from opsd_kernels.train.records.durable import write_directory
 from opsd_kernels.train.records.log import Progress
 from opsd_kernels.train.sampling import prompts
 from opsd_kernels.train.sampling.prompts import PromptEncoder
+from opsd_kernels.train.session import deterministic
 
 # Measured on seeds 0 and 1: 1 % after 250 steps, 3 % after 400, 22 % after 700 and 1350. A check takes 4 % of
 # the time of the steps between two checks.
@@ -60,7 +61,9 @@ def base_model(config: TrainConfig, task: Task, progress: Progress) -> Path:
     model = tiny.build_model(config, tokenizer)
     parameters = sum(p.numel() for p in model.parameters())
     progress.say(f"base model: {parameters:,} parameters, supervised warm start, once")
-    WarmStart(config, task, PromptEncoder(tokenizer, task.template), model).run(progress)
+    # `threads` is part of the cache key, so it decides here, whatever the caller's setting is.
+    with deterministic(config.threads):
+        WarmStart(config, task, PromptEncoder(tokenizer, task.template), model).run(progress)
 
     def fill(pending: Path) -> None:
         model.save_pretrained(pending)
