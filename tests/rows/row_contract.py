@@ -29,7 +29,7 @@ from torch import Tensor
 
 from opsd_kernels._rows import backends
 from opsd_kernels._rows.contract import SPREAD_LIMIT, Column, RowBackend, narrowed, stats_dtype
-from opsd_kernels.spec import Divergence, Kind, RowSpec
+from opsd_kernels.spec import Divergence, Kind, LogitTransform, RowSpec
 from opsd_kernels.testing import assert_one_rounding, assert_same_bits
 from opsd_kernels.testing.reference import reference_divergence, reference_statistics
 
@@ -312,6 +312,25 @@ class RowContract(RowChecks):
             getattr(rows, side)[1] = -math.inf
             _, loss, _ = run_rows(row_backend, rows, "fused")
             assert loss[0].isfinite() and loss[1].isnan(), kind
+
+    @EACH_DTYPE
+    @ROUTES
+    def test_a_softcap_leaves_columns_beyond_the_vocabulary_out(self, row_backend, dtype, route):
+        """A cap makes every number finite, also those of the lanes beyond V in the last tile of a row."""
+        capped = LogitTransform(1.0, 1.0, 1.0)
+        for V in (1, 7, 1003, 2500):
+            rows = make_rows(3, V, dtype, bias=False)
+            for logits in (rows.S, rows.T):
+                logits.zero_()
+            bias = torch.full((V,), -50.0, dtype=stats_dtype(dtype))
+            spec = replace(rows.spec, student=capped, teacher=capped)
+            work = replace(rows, spec=spec, bias_s=bias, bias_t=bias.clone()).copy()
+            stats, loss, _ = run_rows(row_backend, work, route)
+            entropy = torch.full((3,), math.log(V), dtype=torch.float64)
+            names = "STUDENT_LOGSUM", "TEACHER_LOGSUM", "STUDENT_ENTROPY", "TEACHER_ENTROPY"
+            for name in names:
+                self.assert_one_rounding(stats[:, Column[name]], entropy, stats.dtype, name=name)
+            assert (loss.abs() <= 1e-6).all(), V
 
     # ---------------------------------------------------------------- bits
 
