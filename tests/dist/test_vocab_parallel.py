@@ -12,3 +12,9 @@ def test_shards_equal_the_whole(launching, world, tmp_path):
     results = launching.launch("vocab_ranks.py", world, tmp_path)
     assert len(results) == world and len(results[0]) > 115
     launching.assert_none_failed(results)
+
+
+@pytest.mark.slow
+def test_labels_at_the_edges_of_shards(launching, tmp_path):
+    """Every size from 1000 to 1030 on three ranks: the values and gradients of one process."""
+    launching.assert_none_failed(launching.launch("label_ranks.py", 3, tmp_path))
