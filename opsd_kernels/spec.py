@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from numbers import Real
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 class Kind(IntEnum):
@@ -43,8 +47,8 @@ def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None
 
 
 def check_number(argument: str, value: object, *, positive: bool = False) -> float:
-    """Return a finite number as a float. Raises TypeError for other types, ValueError for other numbers."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    """Return a finite real number as a float. Raises TypeError for other types, ValueError for other numbers."""
+    if not isinstance(value, (int, float, Real)) or isinstance(value, bool):
         raise TypeError(f"{argument}: expected a number, got {value!r} of type {type(value).__name__}")
     # A traced number (SymFloat) has neither isfinite nor, in a text, a value.
     if not abs(value) < math.inf or (positive and value <= 0):
@@ -111,26 +115,75 @@ def interpolation(beta: float) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """Raw logit z -> softcap(scale * (z + bias)) / temperature, with softcap(y) = c * tanh(y / c)."""
+    """Raw logit z -> softcap(scale * (z + bias)) / temperature, with softcap(y) = c * tanh(y / c).
+
+    The temperature is a number, or a tensor (n, 1) that holds one for each row.
+    """
 
     scale: float = 1.0
     softcap: float | None = None
-    temperature: float = 1.0
+    temperature: float | Tensor = 1.0
 
     @classmethod
     def parse(
-        cls, side: str, scale: float, softcap: float | None, temperature_name: str, temperature: float
+        cls, side: str, scale: float, softcap: float | None, temperature_name: str, temperature: object
     ) -> LogitTransform:
+        """Check the arguments. A tensor of temperatures keeps its shape; `of_tokens` makes it (N, 1)."""
         prefix = f"{side}_" if side else ""
         scale = check_number(f"{prefix}logit_scale", scale)
         if softcap is not None:
             softcap = check_number(f"{prefix}softcap", softcap, positive=True)
+        if isinstance(temperature, Tensor):
+            real = temperature.dtype != torch.bool and not temperature.is_complex()
+            expect(real, temperature_name, "a tensor of real numbers", temperature.dtype, TypeError)
+            return cls(scale, softcap, temperature.detach())
         return cls(scale, softcap, check_number(temperature_name, temperature, positive=True))
 
+    def of_tokens(self, name: str, hidden: Tensor) -> LogitTransform:
+        """Return the transform of the tokens (...) of `hidden` (..., H): a tensor of temperatures as (N, 1).
+
+        Raises ValueError if it does not broadcast to (...), or is on another device.
+        """
+        given, leading = self.temperature, hidden.shape[:-1]
+        if not isinstance(given, Tensor):
+            return self
+        pairs = zip(reversed(given.shape), reversed(leading), strict=False)
+        fits = given.dim() <= len(leading) and all(size in (1, whole) for size, whole in pairs)
+        if not fits or (given.dim() and given.device != hidden.device):
+            expected = f"a number, or a tensor on {hidden.device} that broadcasts to {tuple(leading)}"
+            expect(False, name, expected, f"shape {tuple(given.shape)} on {given.device}")
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        # A copy from the host needs no sync.
+        moved = given.to(hidden.device, wide, non_blocking=given.device.type == "cpu")
+        return replace(self, temperature=moved.expand(leading).reshape(-1, 1))
+
+    def at(self, rows: slice | Tensor) -> LogitTransform:
+        """Return the transform of some of the rows."""
+        given = self.temperature
+        return replace(self, temperature=given[rows]) if isinstance(given, Tensor) else self
+
+    def __eq__(self, other: object) -> bool:
+        """Compare the values. Tensors of temperatures are equal if they are one object: no host sync."""
+        if not isinstance(other, LogitTransform):
+            return NotImplemented
+        mine, theirs = self.temperature, other.temperature
+        one = mine is theirs if isinstance(mine, Tensor) or isinstance(theirs, Tensor) else mine == theirs
+        return one and (self.scale, self.softcap) == (other.scale, other.softcap)
+
     @property
-    def factor(self) -> float:
-        """The factor of a raw logit without a softcap."""
+    def factor(self) -> float | Tensor:
+        """The factor of a raw logit without a softcap: a number, or (n, 1)."""
         return self.scale / self.temperature
+
+    @property
+    def number(self) -> float:
+        """The temperature of all rows; 1 where each has its own."""
+        return 1.0 if isinstance(self.temperature, Tensor) else self.temperature
+
+    @property
+    def of_rows(self) -> Tensor | None:
+        """The temperatures of the rows, (n,), or None where a number serves all."""
+        return self.temperature.reshape(-1) if isinstance(self.temperature, Tensor) else None
 
 
 @dataclass(frozen=True)
@@ -164,7 +217,7 @@ class Support:
 
 @dataclass(frozen=True)
 class RowSpec:
-    """The arguments of a row sweep beside its tensors.
+    """The arguments of a row sweep beside the logits, their biases and factors.
 
     With `difference`, the teacher buffer holds raw teacher logits minus raw student logits (mathematics.md:
     the difference GEMM). `teacher_mix` a makes the teacher's transformed logits (1 - a) * t + a * s, s held
@@ -179,6 +232,16 @@ class RowSpec:
     teacher_mix: float = 0.0
     entry_clip: float = math.inf
     token_clip: float = math.inf
+
+    def at(self, rows: slice | Tensor) -> RowSpec:
+        """Return the arguments of some of the rows: where temperatures are tensors, theirs."""
+        student, teacher = self.student.at(rows), self.teacher.at(rows)
+        if student is self.student and teacher is self.teacher:
+            return self
+        if self.student.temperature is self.teacher.temperature:
+            # One tensor for both sides stays one: linear_difference.
+            teacher = replace(teacher, temperature=student.temperature)
+        return replace(self, student=student, teacher=teacher)
 
     def linear_difference(self, same_bias: bool) -> bool:
         """True if the difference of the *transformed* logits is `factor` times the difference buffer.

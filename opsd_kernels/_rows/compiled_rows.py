@@ -12,7 +12,7 @@ OPERATORS = torch.ops.opsd_kernels
 
 
 def _transform_values(t: LogitTransform) -> tuple[float, float, float]:
-    return t.scale, t.softcap or 0.0, t.temperature
+    return t.scale, t.softcap or 0.0, t.number
 
 
 def _spec_values(spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> tuple:
@@ -27,6 +27,8 @@ def _spec_values(spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) ->
         spec.linear_difference(bias_s is bias_t),
         *options,
         SPREAD_LIMIT,
+        spec.student.of_rows,
+        spec.teacher.of_rows,
     )
 
 

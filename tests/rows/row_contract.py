@@ -16,6 +16,7 @@ import torch
 from row_cases import (
     DTYPES,
     FORMS,
+    OF_ROWS,
     Rows,
     Truth,
     hard_rows,
@@ -60,7 +61,8 @@ class RowChecks:
         assert_one_rounding(actual, truth, dtype, self.INTERPRETER, **options)
 
     def check_gradient(self, rows: Rows, gradient: Tensor, truth: Truth, name: str = "gradient") -> None:
-        scale = rows.factor.double().abs() * max(1, abs(rows.spec.student.factor))
+        slope = torch.as_tensor(rows.spec.student.factor, dtype=torch.float64).abs().clamp(min=1)
+        scale = rows.factor.double().abs() * slope.reshape(-1)
         magnitude = (scale * truth.size(truth.loss))[:, None]
         self.assert_one_rounding(gradient, truth.gradient, gradient.dtype, magnitude=magnitude, name=name)
 
@@ -90,6 +92,17 @@ class RowContract(RowChecks):
             for route in ("apart", "fused"):
                 _, loss, gradient = run_rows(row_backend, rows.copy(), route)
                 assert loss.dtype == stats_dtype(dtype)
+                self.check_loss(rows, loss, truth)
+                self.check_gradient(rows, gradient, truth, f"gradient, {route}, V={V}")
+
+    @KINDS
+    @pytest.mark.parametrize("form", OF_ROWS)
+    @EACH_DTYPE
+    def test_a_temperature_for_each_row(self, row_backend, kind, form, dtype):
+        for n, V in self.SHAPES:
+            rows, truth = hard_rows(n, V, dtype, form, kind)
+            for route in ("apart", "fused"):
+                _, loss, gradient = run_rows(row_backend, rows.copy(), route)
                 self.check_loss(rows, loss, truth)
                 self.check_gradient(rows, gradient, truth, f"gradient, {route}, V={V}")
 
