@@ -31,7 +31,7 @@ from ._core.autograd import evaluate
 from ._core.problem import Side
 from ._core.reductions import TokenStats
 from .divergence import DEFAULTS, DivergenceOptions, prepare
-from .spec import SCOPES, check_number, expect
+from .spec import SCOPES, check_number, check_tensor, expect
 from .weights import TokenWeighting
 
 
@@ -102,6 +102,9 @@ class PolicyGradient:
     scope = "index"
     needs_metrics = False
 
+    def __post_init__(self) -> None:
+        check_tensor("advantages", self.advantages)
+
     def __call__(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> Tensor:
         return -_times(self.advantages.detach(), logprob, mask)
 
@@ -130,6 +133,9 @@ class PPOClip:
     needs_metrics = False
 
     def __post_init__(self) -> None:
+        check_tensor("advantages", self.advantages)
+        if self.old_logprobs is not None:
+            check_tensor("old_logprobs", self.old_logprobs)
         for name in ("low", "high"):
             expect(check_number(name, getattr(self, name)) >= 0, name, "a number >= 0", getattr(self, name))
 
@@ -214,6 +220,8 @@ class OnPolicyDistillation:
         )
         if self.clip is not None:
             check_number("clip", self.clip, positive=True)
+        if self.old_logprobs is not None:
+            check_tensor("old_logprobs", self.old_logprobs)
 
     @property
     def scope(self) -> str:
@@ -292,14 +300,7 @@ def linear_policy_divergence(
         type(policy).__name__,
         TypeError,
     )
-    labels = options.get("labels")
-    expect(
-        isinstance(labels, Tensor),
-        "labels",
-        "a tensor, the sampled tokens",
-        type(labels).__name__,
-        TypeError,
-    )
+    check_tensor("labels", options.get("labels"), "a tensor, the sampled tokens")
     unknown = sorted(set(options) - set(DEFAULTS))
     expect(not unknown, "options", "arguments of linear_divergence", ", ".join(map(repr, unknown)), TypeError)
     given: dict[str, Any] = {**DEFAULTS, **options}

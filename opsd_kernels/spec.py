@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import Parameter, is_lazy
 
 
 class Kind(IntEnum):
@@ -38,6 +39,36 @@ def expect(
     """Raise `error` unless `condition` holds, in the one form of an argument error: name, expected, got."""
     if not condition:
         raise error(f"{argument}: expected {expected}, got {got}")
+
+
+# Subclasses with a dispatch of their own that stand for plain tensors: of tracing, and of collectives.
+_STAND_INS = ("torch._subclasses.", "torch.distributed._functional_collectives")
+
+
+def check_tensor(argument: str, value: object, expected: str = "a tensor") -> Tensor:
+    """Return `value`, a dense tensor. Raises TypeError for anything else, and for subclasses of other layouts.
+
+    A sparse, nested, masked, quantised or distributed tensor has no rows that a kernel could read.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument}: expected {expected}, got {type(value).__name__}")
+    came = _other_layout(value)
+    if came is not None:
+        raise TypeError(f"{argument}: expected {expected}, dense and of a plain type, got {came}")
+    return value
+
+
+def _other_layout(value: Tensor) -> str | None:
+    """Describe a tensor that is not dense or not plain; None for one that is."""
+    kind = type(value)
+    if kind is not Tensor and kind is not Parameter:
+        own = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+        if (own and not kind.__module__.startswith(_STAND_INS)) or is_lazy(value):
+            # nested tensors of the jagged layout are a subclass
+            return f"a nested tensor ({kind.__name__})" if "nested" in kind.__module__ else kind.__name__
+    if value.is_nested:
+        return "a nested tensor"
+    return None if value.layout is torch.strided else f"a tensor of layout {value.layout}"
 
 
 def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
