@@ -38,7 +38,8 @@ class DivergenceOptions(TypedDict, total=False):
     c):
 
     * `temperature`, `teacher_temperature`: one temperature for both sides, unless the teacher has its own.
-      The loss is not multiplied by temperature**2.
+      A positive number, or a tensor that broadcasts to (...), for example (B, 1) for one per sequence.
+      Detached. The loss is not multiplied by temperature**2.
     * `student_bias` (V_s,), `teacher_bias` (V_t,): an entry of -inf removes a token from the distribution.
     * `student_logit_scale`, `teacher_logit_scale`, `student_softcap`, `teacher_softcap`: a factor, and the c
       above.
@@ -55,7 +56,8 @@ class DivergenceOptions(TypedDict, total=False):
     * `reduction`: "mean", the weighted sum / `normalizer`; "sum"; "sequence_mean", for hidden states (B, T,
       H): the weighted sum of each sequence / its number of valid tokens, averaged over the sequences that
       have one; "none", the weighted divergence of each token.
-    * `normalizer`: a number or a 0-dim tensor for "mean". Default: the number of valid tokens.
+    * `normalizer`: a number or a 0-dim tensor for "mean"; 0, an empty step, gives 0. Default: the number of
+      valid tokens.
     * `return_stats`: also return the `TokenStats` of the call.
 
     The computation:
