@@ -1,4 +1,4 @@
-"""The tables of `opsd doctor`, as text.
+"""The tables of `opsd doctor`, and the launches that `opsd plan` prints, as text.
 
 They need torch and numpy alone: the command runs without the packages of the other commands. It shows the
 machine itself, so it reads the backends and the GEMMs directly.
@@ -123,3 +123,21 @@ def environment_value(variable: env.Variable) -> str:
     except ValueError as error:
         return str(error)
     return value if value is not None else f"not set ({variable.default})"
+
+
+def launches(V: int, dtype: torch.dtype) -> dict[str, str]:
+    """Describe how each GPU backend spreads a row of V logits over threads, or why it cannot serve.
+
+    The sizes are heuristics; nothing is tuned when the op runs.
+    """
+    reasons = backends.explain("cuda", dtype)
+    cuda, triton = reasons["cuda"], "triton is not installed"
+    if cuda is None:
+        major, minor = torch.cuda.get_device_capability()
+        cuda = torch.ops.opsd_kernels.cuda_launch(V, dtype.itemsize, 10 * major + minor)
+    if reasons["triton"] != triton:
+        from ._rows.triton_launch import config
+
+        block, warps = config(V, dtype)
+        triton = f"each sweep one block of {32 * warps} threads per row, {block} columns at a time"
+    return {"cuda": cuda, "triton": triton}

@@ -134,23 +134,3 @@ def _chosen(name: str | None, device_type: str, dtype: torch.dtype | None) -> Ba
 def explain(device_type: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, str | None]:
     """Return for each backend what `Backend.unsupported` returns: None, or the reason why it cannot serve."""
     return {backend.name: backend.unsupported(device_type, dtype) for backend in BACKENDS}
-
-
-def launches(V: int, dtype: torch.dtype) -> dict[str, str]:
-    """Describe how each GPU backend spreads a row of V logits over threads, or why it cannot serve.
-
-    The sizes are heuristics; nothing is tuned when the op runs.
-    """
-    return {"cuda": _no_cuda("cuda", dtype) or _cuda_launch(V, dtype), "triton": _triton_launch(V, dtype)}
-
-
-def _cuda_launch(V: int, dtype: torch.dtype) -> str:
-    major, minor = torch.cuda.get_device_capability()
-    return torch.ops.opsd_kernels.cuda_launch(V, dtype.itemsize, 10 * major + minor)
-
-
-def _triton_launch(V: int, dtype: torch.dtype) -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    block, warps = importlib.import_module(f"{__package__}.triton_launch").config(V, dtype)
-    return f"each sweep one block of {32 * warps} threads per row, {block} columns at a time"
