@@ -13,7 +13,7 @@ from ._core.autograd import evaluate as evaluate
 from ._core.problem import Problem, Side
 from ._core.reductions import RowWeigher, reads_logprobs, row_scale
 from ._core.reductions import TokenStats as TokenStats
-from .spec import Divergence, LogitTransform, RowSpec, Support, check_number, expect
+from .spec import CLIPS, Divergence, LogitTransform, RowSpec, Support, check_number, expect
 from .weights import TokenWeighting
 
 
@@ -241,7 +241,7 @@ def row_spec(options: dict[str, Any]) -> RowSpec:
     teacher = options["teacher_logit_scale"], options["teacher_softcap"]
     clips = {
         clip: math.inf if options[clip] is None else check_number(clip, options[clip], positive=True)
-        for clip in ("entry_clip", "token_clip")
+        for clip in CLIPS
     }
     return RowSpec(
         Divergence.parse(options["divergence"], options["beta"]),

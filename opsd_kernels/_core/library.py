@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from .._rows.contract import Column, stats_dtype
-from ..spec import TAILS, Divergence, Kind, LogitTransform, RowSpec, Support
+from ..spec import TAILS, RowSpec, Support
 from . import execute
 from .planner import held_dtype
 from .problem import Problem, RowSelection, Side
@@ -20,8 +20,7 @@ _PROBLEM = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
     "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? factor, Tensor? policy_slope, Tensor? valid, Tensor? labels, "
-    "Tensor? topk_ids, Tensor? topk_logprobs, int kind, float beta, float[] dialect, int[] support, "
-    "float[] student_transform, float[] teacher_transform, "
+    "Tensor? topk_ids, Tensor? topk_logprobs, float[] spec, int[] support, "
     "bool shared_head, int vocab, ScalarType logits_dtype, int? workspace_bytes, str? backend, "
     "int[] shard, str? group, bool grad_hidden, bool grad_weight, bool grad_bias"
 )
@@ -36,7 +35,7 @@ _SIDES = ("student", "teacher", None)
 
 def pack(problem: Problem) -> tuple[Any, ...]:
     """Flatten a problem into the leading arguments of both ops."""
-    rows, spec, support = problem.rows, problem.spec, problem.support
+    rows, support = problem.rows, problem.support
     teacher: tuple[Tensor | None, ...] = (None, None, None)
     if problem.teacher is not None:
         teacher = (problem.teacher.hidden, problem.teacher.weight, problem.teacher.bias)
@@ -52,12 +51,8 @@ def pack(problem: Problem) -> tuple[Any, ...]:
         rows.labels,
         rows.topk_ids,
         rows.topk_logprobs,
-        int(spec.divergence.kind),
-        spec.divergence.beta,
-        [spec.teacher_mix, spec.entry_clip, spec.token_clip],
+        [float(value) for value in problem.spec.scalars(linear=False)],
         [] if support is None else [support.k, _SIDES.index(support.side), TAILS.index(support.tail)],
-        [spec.student.scale, spec.student.softcap or 0.0, spec.student.temperature],
-        [spec.teacher.scale, spec.teacher.softcap or 0.0, spec.teacher.temperature],
         problem.shared_head,
         problem.vocab,
         problem.logits_dtype,
@@ -72,18 +67,12 @@ def pack(problem: Problem) -> tuple[Any, ...]:
 def unpack(flat: Sequence[Any]) -> Problem:
     """Rebuild a problem from the flat form of `pack`."""
     (h_s, W_s, b_s, h_t, W_t, b_t, factor, slope, valid, labels, ids, logprobs, *rest) = flat
-    (kind, beta, dialect, support, transform_s, transform_t, shared_head, vocab, logits_dtype, *rest) = rest
-    workspace_bytes, backend, shard, group, *wants = rest
-    mix, entry_clip, token_clip = dialect
-    difference = shared_head and logits_dtype == h_s.dtype
-    student, teacher = (
-        LogitTransform(scale, softcap or None, t) for scale, softcap, t in (transform_s, transform_t)
-    )
+    (spec, support, shared_head, vocab, logits_dtype, workspace_bytes, backend, shard, group, *wants) = rest
     return Problem(
         student=Side(h_s, W_s, b_s),
         teacher=None if h_t is None else Side(h_t, W_t, b_t),
         rows=RowSelection(valid, labels, ids, logprobs, factor, slope),
-        spec=RowSpec(Divergence(Kind(kind), beta), student, teacher, difference, mix, entry_clip, token_clip),
+        spec=RowSpec.from_scalars(spec),
         support=Support(support[0], _SIDES[support[1]], TAILS[support[2]]) if support else None,
         shared_head=shared_head,
         vocab=vocab,
@@ -146,7 +135,7 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def _fake_gradients(flat: Sequence[Any], wants: Sequence[bool]) -> tuple[Tensor, ...]:
     hidden, weight, bias = flat[:3]
-    held = held_dtype(hidden.dtype, flat[20])
+    held = held_dtype(hidden.dtype, flat[16])
     return (
         hidden.new_empty(hidden.shape, dtype=held) if wants[0] else hidden.new_empty(0),
         weight.new_empty(weight.shape, dtype=held) if wants[1] else hidden.new_empty(0),

@@ -54,7 +54,6 @@ def token_stats(
     teacher, valid = problem.teacher is not None, problem.rows.valid
     if problem.rows.labels is None:
         logprobs = None
-    clipped = min(problem.spec.entry_clip, problem.spec.token_clip) < torch.inf
     agreement = stats[:, Column.STUDENT_ARGMAX] == stats[:, Column.TEACHER_ARGMAX]
     return TokenStats(
         divergence=shaped(D),
@@ -65,7 +64,7 @@ def token_stats(
         top1_agreement=shaped(agreement if valid is None else agreement & valid) if teacher else None,
         student_logprob=None if logprobs is None else shaped(logprobs[:, 0]),
         teacher_logprob=shaped(logprobs[:, 1]) if logprobs is not None and teacher else None,
-        clipped_fraction=shaped(stats[:, Column.CLIPPED]) if clipped else None,
+        clipped_fraction=shaped(stats[:, Column.CLIPPED]) if problem.spec.clips else None,
     )
 
 
