@@ -239,14 +239,15 @@ def row_spec(options: dict[str, Any]) -> RowSpec:
     expect(0 <= mix < 1, "teacher_mix", "a number in [0, 1), since at 1 the teacher has no weight", mix)
     student = options["student_logit_scale"], options["student_softcap"]
     teacher = options["teacher_logit_scale"], options["teacher_softcap"]
-    clips = {
-        clip: math.inf if options[clip] is None else check_number(clip, options[clip], positive=True)
+    entry_clip, token_clip = (
+        math.inf if options[clip] is None else check_number(clip, options[clip], positive=True)
         for clip in CLIPS
-    }
+    )
     return RowSpec(
         Divergence.parse(options["divergence"], options["beta"]),
         LogitTransform.parse("student", *student, "temperature", options["temperature"]),
         LogitTransform.parse("teacher", *teacher, name, options[name]),
         teacher_mix=mix,
-        **clips,
+        entry_clip=entry_clip,
+        token_clip=token_clip,
     )

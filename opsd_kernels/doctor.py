@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from . import env, tested_versions
-from ._core import gemm
+from ._core import cpu_gemm
 from ._rows import backends, extension
 from .version import __version__
 
@@ -71,7 +71,7 @@ def machine(devices: list[str]) -> list[tuple[str, str]]:
     if extension.load():
         rows.append(("", f"to build them: {extension.build_command()}"))
     rows.append(("CUDA kernels", extension.cuda_unavailable() or "built, and the devices can run them"))
-    rows.append(("bf16 to fp32", gemm.cpu_gemm_name(torch.bfloat16)))
+    rows.append(("bf16 to fp32", cpu_gemm.cpu_gemm_name(torch.bfloat16)))
     cuda = f"with CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     rows.append(("CUDA", "; ".join(devices) or f"no device (torch is built {cuda})"))
     return rows

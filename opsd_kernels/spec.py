@@ -40,8 +40,8 @@ def expect(
 
 def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
-    expected = "one of " + ", ".join(repr(c) for c in choices)
-    expect(isinstance(value, str) and value in choices, argument, expected, repr(value))
+    if not isinstance(value, str) or value not in choices:
+        expect(False, argument, "one of " + ", ".join(map(repr, choices)), repr(value))
 
 
 def check_number(argument: str, value: object, *, positive: bool = False) -> float:

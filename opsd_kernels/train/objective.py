@@ -40,6 +40,7 @@ def needs_old_logprobs(config: TrainConfig) -> bool:
 @functools.cache
 def plain(config: TrainConfig) -> TrainConfig:
     """Return the settings of rehearsal: the full divergence to a teacher and nothing else."""
+    unbounded: dict[str, Any] = dict.fromkeys(CLIPS)
     return replace(
         config,
         policy_weight=0.0,
@@ -47,7 +48,7 @@ def plain(config: TrainConfig) -> TrainConfig:
         token_weights=None,
         updates_per_batch=1,
         topk=None,
-        **dict.fromkeys(CLIPS),
+        **unbounded,
     )
 
 
