@@ -39,6 +39,12 @@ struct Transform {
   const void* temperatures;  // (n,) of the statistics' type, one for each row, in place of `temperature`; or null
 };
 
+// The arguments of a divergence's terms beside the row. clip: the bound of a term; infinity: none.
+template <class X>
+struct TermOptions {
+  X beta, clip;
+};
+
 struct RowArgs {
   int64_t n, V;
   const void* S;  // (n, V) of dtype
@@ -59,9 +65,9 @@ struct RowArgs {
   bool linear;      // the transformed difference is a multiple of T too: RowSpec.linear_difference
   bool metrics;
   Kind kind;
-  double beta;
+  TermOptions<double> terms;
   double teacher_mix;  // a: the teacher's logits are (1 - a) * t + a * s
-  double entry_clip, token_clip;  // infinity: none
+  double token_clip;  // infinity: none
   double spread_limit;  // contract.SPREAD_LIMIT
 };
 

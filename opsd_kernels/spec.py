@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from numbers import Real
@@ -24,6 +25,7 @@ class Kind(IntEnum):
     TVD = 5
 
 
+CLIPS = ("entry_clip", "token_clip")  # options that bound a term of the sum, and the sum
 KIND_NAMES = {kind.name.lower(): kind for kind in Kind}
 # What a token's weight may depend on, the narrowest first.
 SCOPES = ("index", "row", "sequence")
@@ -46,45 +48,48 @@ _STAND_INS = ("torch._subclasses.", "torch.distributed._functional_collectives")
 
 
 def check_tensor(argument: str, value: object, expected: str = "a tensor") -> Tensor:
-    """Return `value`, a dense tensor. Raises TypeError for anything else, and for subclasses of other layouts.
+    """Return `value`, a dense tensor. Raises TypeError for anything else.
 
     A sparse, nested, masked, quantised or distributed tensor has no rows that a kernel could read.
     """
+    kind: Any = type(value)
+    came = None
     if not isinstance(value, Tensor):
-        raise TypeError(f"{argument}: expected {expected}, got {type(value).__name__}")
-    came = _other_layout(value)
+        raise TypeError(f"{argument}: expected {expected}, got {kind.__name__}")
+    if kind is not Tensor and kind is not Parameter and is_lazy(value):
+        came = kind.__name__
+    elif kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not kind.__module__.startswith(
+        _STAND_INS
+    ):
+        # Nested tensors of the jagged layout are a subclass.
+        came = f"a nested tensor ({kind.__name__})" if "nested" in kind.__module__ else kind.__name__
+    elif value.is_nested:
+        came = "a nested tensor"
+    elif value.layout is not torch.strided:
+        came = f"a tensor of layout {value.layout}"
     if came is not None:
         raise TypeError(f"{argument}: expected {expected}, dense and of a plain type, got {came}")
     return value
 
 
-def _other_layout(value: Tensor) -> str | None:
-    """Describe a tensor that is not dense or not plain; None for one that is."""
-    kind = type(value)
-    if kind is not Tensor and kind is not Parameter:
-        own = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
-        if (own and not kind.__module__.startswith(_STAND_INS)) or is_lazy(value):
-            # nested tensors of the jagged layout are a subclass
-            return f"a nested tensor ({kind.__name__})" if "nested" in kind.__module__ else kind.__name__
-    if value.is_nested:
-        return "a nested tensor"
-    return None if value.layout is torch.strided else f"a tensor of layout {value.layout}"
-
-
 def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
-    expected = "one of " + ", ".join(repr(c) for c in choices)
-    expect(isinstance(value, str) and value in choices, argument, expected, repr(value))
+    if not isinstance(value, str) or value not in choices:
+        expect(False, argument, "one of " + ", ".join(map(repr, choices)), repr(value))
 
 
 def check_number(argument: str, value: object, *, positive: bool = False) -> float:
-    """Return a finite real number as a float. Raises TypeError for other types, ValueError for other numbers."""
+    """Return a finite real number as a float.
+
+    Raises TypeError for other types, numpy's numbers aside, and ValueError for other numbers.
+    """
     if not isinstance(value, (int, float, Real)) or isinstance(value, bool):
         raise TypeError(f"{argument}: expected a number, got {value!r} of type {type(value).__name__}")
+    number = float(value)
     # A traced number (SymFloat) has neither isfinite nor, in a text, a value.
-    if not abs(value) < math.inf or (positive and value <= 0):
+    if not abs(number) < math.inf or (positive and number <= 0):
         raise ValueError(f"{argument}: expected a {'positive ' * positive}finite number, got {value!r}")
-    return float(value)
+    return number
 
 
 def _mixture_weight(name: str, beta: float, hints: dict[float, str]) -> float:
@@ -167,13 +172,14 @@ class LogitTransform:
         if isinstance(temperature, Tensor):
             real = temperature.dtype != torch.bool and not temperature.is_complex()
             expect(real, temperature_name, "a tensor of real numbers", temperature.dtype, TypeError)
-            return cls(scale, softcap, temperature.detach())
+            return cls(scale, softcap, check_tensor(temperature_name, temperature))
         return cls(scale, softcap, check_number(temperature_name, temperature, positive=True))
 
-    def of_tokens(self, name: str, hidden: Tensor) -> LogitTransform:
+    def of_tokens(self, name: str, hidden: Tensor, valid: Tensor | None = None) -> LogitTransform:
         """Return the transform of the tokens (...) of `hidden` (..., H): a tensor of temperatures as (N, 1).
 
-        Raises ValueError if it does not broadcast to (...), or is on another device.
+        It is detached, and 1 where `valid` (N,) is False. Raises ValueError if the argument `name` does not
+        broadcast to (...), or is on another device.
         """
         given, leading = self.temperature, hidden.shape[:-1]
         if not isinstance(given, Tensor):
@@ -185,8 +191,9 @@ class LogitTransform:
             expect(False, name, expected, f"shape {tuple(given.shape)} on {given.device}")
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         # A copy from the host needs no sync.
-        moved = given.to(hidden.device, wide, non_blocking=given.device.type == "cpu")
-        return replace(self, temperature=moved.expand(leading).reshape(-1, 1))
+        moved = given.detach().to(hidden.device, wide, non_blocking=given.device.type == "cpu")
+        flat = moved.expand(leading).reshape(-1, 1)
+        return replace(self, temperature=flat if valid is None else torch.where(valid[:, None], flat, 1.0))
 
     def at(self, rows: slice | Tensor) -> LogitTransform:
         """Return the transform of some of the rows."""
@@ -205,11 +212,6 @@ class LogitTransform:
     def factor(self) -> float | Tensor:
         """The factor of a raw logit without a softcap: a number, or (n, 1)."""
         return self.scale / self.temperature
-
-    @property
-    def number(self) -> float:
-        """The temperature of all rows; 1 where each has its own."""
-        return 1.0 if isinstance(self.temperature, Tensor) else self.temperature
 
     @property
     def of_rows(self) -> Tensor | None:
@@ -264,11 +266,27 @@ class RowSpec:
     entry_clip: float = math.inf
     token_clip: float = math.inf
 
+    @property
+    def of_rows(self) -> bool:
+        """True if a side has a temperature for each row."""
+        return isinstance(self.student.temperature, Tensor) or isinstance(self.teacher.temperature, Tensor)
+
+    def of_tokens(self, hidden: Tensor, valid: Tensor | None) -> RowSpec:
+        """Return the arguments for the tokens of `hidden` (..., H): see LogitTransform.of_tokens."""
+        if not self.of_rows:
+            return self
+        student = self.student.of_tokens("temperature", hidden, valid)
+        if self.teacher.temperature is self.student.temperature:
+            teacher = replace(self.teacher, temperature=student.temperature)
+        else:
+            teacher = self.teacher.of_tokens("teacher_temperature", hidden, valid)
+        return replace(self, student=student, teacher=teacher)
+
     def at(self, rows: slice | Tensor) -> RowSpec:
         """Return the arguments of some of the rows: where temperatures are tensors, theirs."""
-        student, teacher = self.student.at(rows), self.teacher.at(rows)
-        if student is self.student and teacher is self.teacher:
+        if not self.of_rows:
             return self
+        student, teacher = self.student.at(rows), self.teacher.at(rows)
         if self.student.temperature is self.teacher.temperature:
             # One tensor for both sides stays one: linear_difference.
             teacher = replace(teacher, temperature=student.temperature)
@@ -279,7 +297,47 @@ class RowSpec:
 
         The buffer then keeps its digits: it is never added to the logits.
         """
-        return self.difference and same_bias and self.student == self.teacher and self.student.softcap is None
+        s, t = self.student, self.teacher
+        of_rows = isinstance(s.temperature, Tensor) or isinstance(t.temperature, Tensor)
+        alike = s.temperature is t.temperature if of_rows else bool(s.temperature == t.temperature)
+        straight = s.softcap is None and t.softcap is None and s.scale == t.scale
+        return self.difference and same_bias and alike and straight
+
+    def scalars(self, linear: bool) -> tuple[float, ...]:
+        """Return all values flat, in the order of csrc/row_binding.h; a softcap of 0 is none.
+
+        A temperature of 0 stands for a tensor of them. `linear` is that of `linear_difference`.
+        """
+        s, t = self.student, self.teacher
+        numbers = [0.0 if isinstance(x.temperature, Tensor) else x.temperature for x in (s, t)]
+        return (
+            int(self.divergence.kind), self.divergence.beta,
+            s.scale, s.softcap or 0.0, numbers[0], t.scale, t.softcap or 0.0, numbers[1],
+            self.difference, linear, self.teacher_mix, self.entry_clip, self.token_clip,
+        )  # fmt: skip
+
+    @classmethod
+    def from_scalars(cls, values: Sequence[float], temperatures: Sequence[Tensor | None]) -> RowSpec:
+        """Rebuild a spec from `scalars` and each side's tensor of temperatures.
+
+        None for the teacher's, where its number is 0, stands for the student's.
+        """
+        kind, beta, *transforms, difference, _, mix, entry_clip, token_clip = values
+        of_student, of_teacher = temperatures
+        tensors = of_student, of_student if of_teacher is None else of_teacher
+        student, teacher = (
+            LogitTransform(scale, softcap or None, number if tensor is None or number else tensor)
+            for (scale, softcap, number), tensor in zip(
+                (transforms[:3], transforms[3:]), tensors, strict=True
+            )
+        )
+        divergence = Divergence(Kind(int(kind)), beta)
+        return cls(divergence, student, teacher, bool(difference), mix, entry_clip, token_clip)
+
+    @property
+    def clips(self) -> bool:
+        """True if a term or the sum has an upper bound."""
+        return min(self.entry_clip, self.token_clip) < math.inf
 
     @property
     def one_sweep(self) -> bool:

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._rows.contract import Column, stats_dtype
-from ..spec import REDUCTIONS, check_choice, check_number, expect
+from .._rows.contract import Column
+from ..spec import REDUCTIONS, check_choice, check_number, check_tensor, expect
 from ..weights.base import check_weighting, check_weights
-from .checks import per_token
-from .problem import Outputs, Problem
+from .problem import Outputs, Problem, per_token
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,6 @@ def token_stats(
     teacher, valid = problem.teacher is not None, problem.rows.valid
     if problem.rows.labels is None:
         logprobs = None
-    clipped = min(problem.spec.entry_clip, problem.spec.token_clip) < torch.inf
     agreement = stats[:, Column.STUDENT_ARGMAX] == stats[:, Column.TEACHER_ARGMAX]
     return TokenStats(
         divergence=shaped(D),
@@ -65,7 +63,7 @@ def token_stats(
         top1_agreement=shaped(agreement if valid is None else agreement & valid) if teacher else None,
         student_logprob=None if logprobs is None else shaped(logprobs[:, 0]),
         teacher_logprob=shaped(logprobs[:, 1]) if logprobs is not None and teacher else None,
-        clipped_fraction=shaped(stats[:, Column.CLIPPED]) if clipped else None,
+        clipped_fraction=shaped(stats[:, Column.CLIPPED]) if problem.spec.clips else None,
     )
 
 
@@ -83,12 +81,11 @@ def row_scale(
 ) -> Tensor | float | None:
     """Return the scale of a weighted row before the sum: a number, 0-dim or (N,); None for "none"."""
     check_choice("reduction", reduction, REDUCTIONS)
-    good = normalizer is None or reduction == "mean"
-    expect(
-        good, "normalizer", "None, unless reduction='mean'", f"{normalizer!r} with reduction={reduction!r}"
-    )
+    if normalizer is not None and reduction != "mean":
+        came = f"{normalizer!r} with reduction={reduction!r}"
+        expect(False, "normalizer", "None, unless reduction='mean'", came)
     if reduction == "mean":
-        return 1.0 / _denominator(normalizer, hidden, valid)
+        return _share(normalizer, hidden, valid)
     if reduction != "sequence_mean":
         return None if reduction == "none" else 1.0
     expect(
@@ -98,7 +95,7 @@ def row_scale(
         tuple(hidden.shape),
     )
     B, T, _ = hidden.shape
-    wide = stats_dtype(hidden.dtype)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
     if valid is None:
         counts = torch.full((B,), T, dtype=wide, device=hidden.device)
     else:
@@ -107,23 +104,26 @@ def row_scale(
     return per_row[:, None].expand(B, T).reshape(-1)
 
 
-def _denominator(normalizer: float | Tensor | None, hidden: Tensor, valid: Tensor | None) -> Tensor | float:
-    """Return the normalizer of "mean", by default the number of valid tokens, at least 1."""
+def _share(normalizer: float | Tensor | None, hidden: Tensor, valid: Tensor | None) -> Tensor | float:
+    """Return 1 / normalizer of "mean", by default 1 / the number of valid tokens. 0 for a normalizer of 0."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
     if isinstance(normalizer, Tensor):
-        expect(
-            normalizer.dim() == 0,
-            "normalizer",
-            "a number or a 0-dim tensor",
-            f"shape {tuple(normalizer.shape)}",
-        )
+        check_tensor("normalizer", normalizer, "a number or a 0-dim tensor")
+        if normalizer.dim():
+            came = f"shape {tuple(normalizer.shape)}"
+            expect(False, "normalizer", "a number or a 0-dim tensor", came)
         # A copy from the host needs no sync, unlike one from a GPU.
         from_host = normalizer.device.type == "cpu"
-        return normalizer.detach().to(hidden.device, stats_dtype(hidden.dtype), non_blocking=from_host)
+        count = normalizer.detach().to(hidden.device, wide, non_blocking=from_host)
+        return torch.where(count == 0, 0.0, 1.0 / count)
     if normalizer is not None:
-        return check_number("normalizer", normalizer, positive=True)
+        number = check_number("normalizer", normalizer)
+        if number < 0:
+            expect(False, "normalizer", "a positive number or 0", normalizer)
+        return 1.0 / number if number else 0.0
     if valid is None:
-        return max(hidden.shape[:-1].numel(), 1)
-    return valid.sum().clamp(min=1).to(stats_dtype(hidden.dtype))
+        return 1.0 / max(hidden.shape[:-1].numel(), 1)
+    return 1.0 / valid.sum().clamp(min=1).to(wide)
 
 
 class RowWeigher:
@@ -148,31 +148,18 @@ class RowWeigher:
         self.per_token = scale is None
         self.scale: Tensor | float = 1.0 if scale is None else scale
         self.scheme = None if isinstance(token_weights, Tensor) else token_weights
-        self._parts = [part for part in (self.scheme, policy) if part is not None]
+        parts = [part for part in (self.scheme, policy) if part is not None]
+        scopes = {part.scope for part in parts}
+        # The widest scope of weights and policy term.
+        self.scope = "sequence" if "sequence" in scopes else "row" if "row" in scopes else "index"
+        self.needs_metrics = any(
+            part.scope != "index" and getattr(part, "needs_metrics", True) for part in parts
+        )
+        # True if calling the weigher issues a collective. It is then called once and not per chunk, because
+        # ranks may use different chunk boundaries.
+        self.has_collectives = any(getattr(part, "exchanges", False) for part in parts)
         # (B, T): a leading shape of one dimension is one sequence.
         self.shape = torch.Size((leading[:-1].numel(), leading[-1])) if leading else torch.Size((1, 1))
-
-    @property
-    def scope(self) -> str:
-        """Return the widest scope of weights and policy term: "index", "row" or "sequence"."""
-        scopes = {part.scope for part in self._parts}
-        return "sequence" if "sequence" in scopes else "row" if "row" in scopes else "index"
-
-    @property
-    def needs_metrics(self) -> bool:
-        return any(part.scope != "index" and getattr(part, "needs_metrics", True) for part in self._parts)
-
-    @property
-    def has_policy(self) -> bool:
-        return self.policy is not None
-
-    @property
-    def has_collectives(self) -> bool:
-        """Return True if calling it issues a collective.
-
-        It is then called once and not per chunk, because ranks may use different chunk boundaries.
-        """
-        return any(getattr(part, "exchanges", False) for part in self._parts)
 
     def mask(self) -> Tensor:
         """Return the valid tokens, (B, T) bool."""
@@ -195,7 +182,7 @@ class RowWeigher:
             mask = self.mask()
             given = check_weights(self.scheme(stats, mask), mask.shape).detach()
             weights = torch.where(mask, given, 0.0).to(wide).reshape(-1)
-        return weights * (1 - self.policy_weight) if self.has_policy else weights
+        return weights if self.policy is None else weights * (1 - self.policy_weight)
 
     def _given_weights(self, wide: torch.dtype) -> Tensor:
         valid, device = self.problem.rows.valid, self.problem.student.hidden.device
@@ -212,18 +199,22 @@ class RowWeigher:
     def policy_losses(self, stats: TokenStats | None) -> tuple[Tensor, Tensor]:
         """Return the policy term's losses and negative slopes in the label's log-prob, (N,) each.
 
-        Both are multiplied by the share of the policy term.
+        Both are multiplied by the share of the policy term. Slopes are 0 where no gradient is wanted.
         """
         mask, wide = self.mask(), self.problem.stats_dtype
-        with torch.enable_grad():
-            known = None if stats is None else stats.student_logprob
-            if known is None:
-                known = torch.zeros(mask.shape, dtype=wide, device=mask.device)
-            logprob = torch.where(mask, known.to(wide), 0.0).detach().requires_grad_()
+        known = None if stats is None else stats.student_logprob
+        if known is None:
+            known = torch.zeros(mask.shape, dtype=wide, device=mask.device)
+        logprob = torch.where(mask, known.to(wide), 0.0).detach()
+        if any(self.problem.wants):
+            with torch.enable_grad():
+                losses = torch.where(mask, self.policy(logprob.requires_grad_(), stats, mask), 0.0)
+                (slope,) = torch.autograd.grad(losses.sum(), logprob)
+        else:
             losses = torch.where(mask, self.policy(logprob, stats, mask), 0.0)
-            (slope,) = torch.autograd.grad(losses.sum(), logprob)
+            slope = torch.zeros_like(logprob)
         shared, slope = self.policy_weight * losses.detach(), -self.policy_weight * slope
-        return shared.reshape(-1), slope.to(wide).reshape(-1)
+        return shared.to(wide).reshape(-1), slope.to(wide).reshape(-1)
 
     # For weights that depend on the loop's own statistics.
 
@@ -264,5 +255,5 @@ class RowWeigher:
         """Return the factors and policy slopes of the rows `at`, (n,) each, in units of `unit`."""
         stats = self.stats(out.loss, out.stats, out.logprobs)
         share = self._units[0].expand(out.loss.shape[0])
-        slope = (self.policy_losses(stats)[1] * share)[at] if self.has_policy else None
+        slope = (self.policy_losses(stats)[1] * share)[at] if self.policy is not None else None
         return (self.weights(stats) * share)[at], slope

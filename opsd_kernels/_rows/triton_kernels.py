@@ -422,7 +422,8 @@ def _row_dot_kernel(
 
 @triton.jit
 def _row_grad_kernel(
-    S, T, BiasS, BiasT, TemperatureS, TemperatureT, Stats, A, Factor, Policy, Labels, G, stride_s, stride_t, stride_g, V,
+    S, T, BiasS, BiasT, TemperatureS, TemperatureT, Stats, A, Factor, Policy, Labels, G,
+    stride_s, stride_t, stride_g, V,
     inner_s: tl.float64, outer_s: tl.float64, inner_t: tl.float64, outer_t: tl.float64, mix: tl.float64,
     beta: tl.float64, clip: tl.float64,
     KIND: tl.constexpr, CLIP: tl.constexpr, HAS_POLICY: tl.constexpr, MODE: tl.constexpr, CAP_S: tl.constexpr,
@@ -446,7 +447,8 @@ def _row_grad_kernel(
 
 @triton.jit
 def _row_fused_kernel(
-    S, T, BiasS, BiasT, TemperatureS, TemperatureT, Stats, Loss, A, Factor, Policy, Labels, G, stride_s, stride_t, stride_g, V,
+    S, T, BiasS, BiasT, TemperatureS, TemperatureT, Stats, Loss, A, Factor, Policy, Labels, G,
+    stride_s, stride_t, stride_g, V,
     inner_s: tl.float64, outer_s: tl.float64, inner_t: tl.float64, outer_t: tl.float64, mix: tl.float64,
     beta: tl.float64, clip: tl.float64, token_clip: tl.float64,
     KIND: tl.constexpr, METRICS: tl.constexpr, CLIP: tl.constexpr, HAS_POLICY: tl.constexpr,

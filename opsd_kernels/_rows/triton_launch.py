@@ -59,10 +59,11 @@ def mode(spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> int:
 
 
 def _scalars(transform: LogitTransform) -> tuple[float, float]:
-    """Return (inner, outer): a logit is y * outer, with y of triton_math.bend."""
+    """Return (inner, outer): a logit is y * outer, y of triton_math.bend; rows may divide outer further."""
+    temperature = 1.0 if isinstance(transform.temperature, Tensor) else transform.temperature
     if transform.softcap is None:
-        return 1.0, transform.scale / transform.number
-    return transform.scale / transform.softcap, transform.softcap / transform.number
+        return 1.0, transform.scale / temperature
+    return transform.scale / transform.softcap, transform.softcap / temperature
 
 
 def transforms(spec: RowSpec) -> dict[str, object]:
