@@ -22,7 +22,7 @@ using Optional = std::optional<Tensor>;
 #define OPSD_SPEC_SCHEMA                                                                                                         \
   "int kind, float beta, float student_scale, float student_softcap, float student_temperature, "                               \
   "float teacher_scale, float teacher_softcap, float teacher_temperature, bool difference, bool linear, float teacher_mix, "            \
-  "float entry_clip, float token_clip, float spread_limit, Tensor? student_temperatures, Tensor? teacher_temperatures"
+  "float entry_clip, float token_clip, float spread_limit, Tensor? student_temperatures=None, Tensor? teacher_temperatures=None"
 #define OPSD_SPEC_PARAMETERS                                                                                                             \
   int64_t kind, double beta, double student_scale, double student_softcap, double student_temperature, double teacher_scale,             \
       double teacher_softcap, double teacher_temperature, bool difference, bool linear, double teacher_mix, double entry_clip,      \
