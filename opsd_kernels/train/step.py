@@ -6,8 +6,9 @@ The step's metrics are computed here too.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from opsd_kernels.train.batch import micro_batches
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.distributed import sharding
 from opsd_kernels.train.distributed.ranks import ALONE, Ranks
+from opsd_kernels.train.optimizer import MasterAdamW
 from opsd_kernels.train.teacher import Teacher
 from opsd_kernels.train.types import Batch, Context, NonFiniteLoss, Rollout, StepMetrics
 
@@ -45,12 +47,10 @@ class Update:
     rehearsal_loss: float | None = None
 
 
-def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return AdamW over the trainable parameters. Simplification: no fp32 master copy of bf16 weights."""
+def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> MasterAdamW:
+    """Return AdamW over the trainable parameters, with fp32 masters of those in 16 bits."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(
-        trained, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
-    )
+    return MasterAdamW(trained, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -72,7 +72,7 @@ class Trainer:
 
     student: PreTrainedModel
     teacher: Teacher
-    optimizer: torch.optim.Optimizer
+    optimizer: MasterAdamW
     vocab: int
     ranks: Ranks = ALONE
 
@@ -109,19 +109,18 @@ def optimisation_step(
     student, optimizer = trainer.student, trainer.optimizer
     # transformers' gradient checkpointing works in training mode only.
     student.train()
-    loss, stats = gradients(student, trainer.teacher, batch, config, trainer.vocab, ranks=trainer.ranks)
+    shared: dict[str, Any] = {"ranks": trainer.ranks, "collect": optimizer.collect}
+    loss, stats = gradients(student, trainer.teacher, batch, config, trainer.vocab, **shared)
     parts = [(batch, stats)]
     kept = None
     if rehearsal is not None:
         to_keep = (rehearsal.batch, objective.plain(config), trainer.vocab, config.rehearsal_weight)
-        kept, kept_stats = gradients(student, rehearsal.reference, *to_keep, ranks=trainer.ranks)
+        kept, kept_stats = gradients(student, rehearsal.reference, *to_keep, **shared)
         parts.append((rehearsal.batch, kept_stats))
     # FSDP's backward has summed the gradients of a sharded model already.
     if not sharding.is_sharded(student):
-        trainer.ranks.sum_gradients(student.parameters())
-    grad_norm = torch.nn.utils.clip_grad_norm_(
-        [p for group in optimizer.param_groups for p in group["params"]], config.max_grad_norm
-    )
+        trainer.ranks.sum_gradients(optimizer.masters.values())
+    grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters.values(), config.max_grad_norm)
     grad_norm = sharding.full(grad_norm)
     whole = loss if kept is None else loss + kept
     if not (torch.isfinite(whole) and torch.isfinite(grad_norm)):
@@ -133,7 +132,7 @@ def optimisation_step(
     optimizer.step()
     # Sets gradients to None: the first micro-batch of the next step writes them and does not add.
     optimizer.zero_grad()
-    trainer.teacher.update(student)
+    trainer.teacher.update(student, optimizer.masters)
     return Update(float(loss), float(grad_norm), stats, None if kept is None else float(kept))
 
 
@@ -158,8 +157,9 @@ def gradients(
     vocab: int,
     weight: float = 1.0,
     ranks: Ranks = ALONE,
+    collect: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, tuple[TokenStats, ...]]:
-    """Add this rank's part of the step's gradient to the student's.
+    """Add this rank's part of the step's gradient to the student's; `collect` runs after each backward.
 
     The result does not depend on the number of micro-batches or of ranks. Returns the loss of the whole batch
     (0-dim, in nats) and its statistics.
@@ -169,11 +169,13 @@ def gradients(
     for micro in mine:
         loss, tokens = objective.step_loss(student, teacher, micro, config, totals, vocab)
         (loss * weight).backward()
+        collect()
         total = total + loss.detach()
         stats.append(tokens)
     # Under FSDP the forward and backward of the other ranks would hang without a matching one here.
     for micro in filler:
         (objective.step_loss(student, teacher, micro, config, totals, vocab)[0] * 0.0).backward()
+        collect()
     sharding.release(teacher.model)
     return ranks.total(total) * weight, tuple(ranks.together(stats))
 

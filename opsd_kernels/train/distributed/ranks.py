@@ -18,7 +18,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Parameter
 
 from opsd_kernels.train.config.values import ConfigError
 
@@ -55,7 +54,7 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
-    def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sum gradients over the ranks in place, in one collective.
 
         A rank without a micro-batch adds zeros.
