@@ -1,8 +1,8 @@
 """AdamW with fp32 masters of 16-bit weights.
 
-A bf16 weight of .02 moves in steps of 1e-4, so that updates of 1e-6 are lost when they are added to it. They are
-added to an fp32 master, of which the weight is the nearest bf16 number. Own code: torch's AdamW has no masters,
-and those of apex and Transformer Engine need CUDA.
+A bf16 weight of .02 moves in steps of 1e-4, so that an update of 1e-6 is lost when it is added to it. Updates
+are added to an fp32 master, of which the weight is the nearest bf16 number. Own code: torch's AdamW has no
+masters, and those of apex and Transformer Engine need CUDA.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch.nn import Parameter
 class MasterAdamW(torch.optim.AdamW):
     """AdamW whose parameters are the masters: fp32 copies of 16-bit weights, and any other weight itself.
 
-    `masters` maps each weight of the model to its master. `collect` after each backward keeps the sum of several
-    in fp32, and brings the gradients to where they are clipped. `step` rounds the masters into the weights.
+    `masters` maps each weight of the model to its master. `collect` after each backward keeps the sum of
+    several in fp32, and brings the gradients to where they are clipped. `step` rounds the masters into the
+    weights.
     """
 
     def __init__(self, weights: Iterable[Parameter], **options: Any):
