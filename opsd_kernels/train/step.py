@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -258,7 +259,7 @@ def update_metrics(update: Update | None, batch: Batch | None) -> StepMetrics:
     return {
         **metrics,
         "divergence": divergence_BT[mask_BT].mean().item(),
-        "divergence_p95": divergence_BT[mask_BT].quantile(0.95).item(),
+        "divergence_p95": _quantile(divergence_BT[mask_BT], 0.95),
         # Position 0 is the answer's first token; a column without a distilled token is null.
         "divergence_by_position": [
             _finite(value) for value in ((divergence_BT * mask_BT).sum(0) / mask_BT.sum(0)).tolist()
@@ -290,6 +291,11 @@ def reading_metrics(update: Update | None, batch: Batch | None) -> StepMetrics:
 
 def _mean(values: Tensor) -> float | None:
     return _finite(values.mean().item())
+
+
+def _quantile(values: Tensor, q: float) -> float:
+    # Tensor.quantile refuses more than 2**24 values.
+    return float(np.quantile(values.cpu().numpy(), q))
 
 
 def _finite(value: float) -> float | None:

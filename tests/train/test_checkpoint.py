@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from opsd_kernels.testing import assert_same_bits
 from opsd_kernels.train.models import pretrained
@@ -75,6 +75,26 @@ def test_everything_comes_back(tmp_path, state, config):
         and (np.random.rand(3) == drawn[1]).all()
         and random.random() == drawn[2]
     )
+
+
+@pytest.mark.parametrize("devices", [0, 1, 3])
+def test_generators_of_devices_that_are_not_here_are_left_out(tmp_path, state, config, monkeypatch, devices):
+    """A checkpoint of two GPUs on machines with none, one and three of them."""
+    path = checkpoint.save(tmp_path, state, 0)
+    file = path / "random.safetensors"
+    saved = {f"cuda_{index}": torch.full((16,), index, dtype=torch.uint8) for index in range(2)}
+    save_file(load_file(file) | saved, file)
+    restored = {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+
+    def set_rng_state(value, device):
+        assert device < devices, "invalid device ordinal"
+        restored[device] = value
+
+    monkeypatch.setattr(torch.cuda, "set_rng_state", set_rng_state)
+    checkpoint.restore(path, fresh(path, config, state))
+    assert restored.keys() == set(range(min(devices, 2)))
+    assert all(value.eq(index).all() for index, value in restored.items())
 
 
 def test_optimiser_goes_on_as_if_nothing_happened(tmp_path, state, config):

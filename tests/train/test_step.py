@@ -2,10 +2,12 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from opsd_kernels import TokenStats
 from opsd_kernels.integrations.transformers import Head
 from opsd_kernels.testing import assert_no_worse, assert_same_bits
 from opsd_kernels.train import step as steps
@@ -182,6 +184,19 @@ def test_metrics_count_what_entered_the_loss(rollouts):
 def test_a_step_without_a_context_has_null_divergences():
     assert set(steps.update_metrics(None, None).values()) == {None}
     assert set(steps.reading_metrics(None, None).values()) == {0}
+
+
+@pytest.mark.parametrize("answers, length", [(3, 7), (513, 32769)])
+def test_metrics_of_a_step_of_any_size(answers, length):
+    """More than 2**24 tokens, which Tensor.quantile refuses."""
+    ramp = torch.arange(length, dtype=torch.float32) / (length - 1)
+    values_BT = ramp.expand(answers, length)
+    mask_BT = torch.ones(answers, length, dtype=torch.bool)
+    stats = TokenStats(values_BT, values_BT, values_BT, student_logprob=-values_BT, teacher_logprob=-values_BT)
+    batch = SimpleNamespace(mask_BT=mask_BT, distilled_B=torch.ones(answers, dtype=torch.bool))
+    metrics = steps.update_metrics(steps.Update(0.5, 1.0, (stats,)), batch)
+    assert abs(metrics["divergence_p95"] - 0.95) < 1 / length and abs(metrics["divergence"] - 0.5) < 1e-4
+    assert metrics["divergence_by_position"] == pytest.approx(ramp.tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("policy_weight, read", [(0.0, True), (0.5, True), (1.0, False)])

@@ -235,5 +235,8 @@ def _load_random(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     name, *rest = record["numpy"]
     np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), *rest))
     torch.set_rng_state(tensors["torch"])
-    for index in range(sum(key.startswith("cuda_") for key in tensors)):
-        torch.cuda.set_rng_state(tensors[f"cuda_{index}"], index)
+    for key, value in tensors.items():
+        device, _, index = key.partition("_")
+        # A machine with fewer devices has no use for the states of the others.
+        if device == "cuda" and int(index) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(value, int(index))
