@@ -72,7 +72,7 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> dict[str, Any
     pretrained.check_machine(config)
     task, out = make_task(config), Path(out)
     with (
-        joined(config.device) as ranks,
+        joined(config.device, config.collective_timeout) as ranks,
         reproducible(config),
         tempfile.TemporaryDirectory() as scratch,
         stop_signals(progress := Progress() if ranks.first else Progress(Console(quiet=True))) as stop,

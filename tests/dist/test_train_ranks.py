@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -313,6 +314,36 @@ def test_a_sharded_run_goes_on_in_one_process(on_four, config, alone, tmp_path):
 @pytest.mark.slow
 def test_no_rank_waits_for_the_one_that_cannot_write(on_two):
     assert all("No space left" in result[-1]["error"] for result in on_two[2])
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_a_save_longer_than_their_time_out(launching, settings, tmp_path, monkeypatch):
+    """Eight seconds, five in the process group and in the configuration."""
+    monkeypatch.setenv("TIMEOUT_S", "5")
+    config = TrainConfig(**settings | {"steps": 2}, collective_timeout=5.0)
+    jobs = [(config, tmp_path / "replicas", "slow"), (sharded(config), tmp_path / "sharded", "slow")]
+    for report in start(launching, 2, tmp_path, *jobs):
+        assert [run["steps"] for run in report] == [2, 2]
+
+
+@pytest.mark.slow
+def test_ranks_in_bf16_go_on_as_if_nothing_happened(launching, settings, tmp_path):
+    """The masters are saved and restored from their shards; all ranks stop with the signal of one."""
+    config = TrainConfig(**settings, dtype="bfloat16", shard="fsdp", learning_rate=1e-6, lr_warmup_steps=0)
+    jobs = [(tmp_path / "whole", "train"), (tmp_path / "part", "stop"), (tmp_path / "part", "resume")]
+    reports = start(launching, 2, tmp_path, *((config, *job) for job in jobs))
+    assert {report[1]["number"] for report in reports} == {signal.SIGTERM}
+    whole, part = (max((tmp_path / run / "checkpoint").iterdir()) for run in ("whole", "part"))
+    for name in ("model", "teacher", "optimizer"):
+        assert (whole / f"{name}.safetensors").read_bytes() == (part / f"{name}.safetensors").read_bytes()
+    moved, weights = load_file(whole / "optimizer.safetensors"), load_file(whole / "model.safetensors")
+    start_weights = load_file(Path(settings["model"]) / "model.safetensors")
+    for name, weight in weights.items():
+        master = moved[f"master/{name}"]
+        assert weight.dtype == torch.bfloat16 and master.to(torch.bfloat16).equal(weight)
+        # Six steps of at most 1e-6, which nearly all entries take.
+        distance = (master - start_weights[name].to(torch.bfloat16).float()).abs()
+        assert distance.max() < 7e-6 and distance.gt(5e-7).float().mean() > 0.7, name
 
 
 @pytest.mark.slow

@@ -87,7 +87,15 @@ def test_the_exit_code_of_the_command(small, tmp_path):
     """The process of `opsd train`, ended by SIGTERM in the midst of a long run."""
     out = tmp_path / "run"
     (tmp_path / "settings.json").write_text(json.dumps({**small, "steps": 5000, "checkpoint_every": 5000}))
-    command = [sys.executable, "-m", "opsd_kernels", "train", str(tmp_path / "settings.json"), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "opsd_kernels",
+        "train",
+        str(tmp_path / "settings.json"),
+        "--out",
+        str(out),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(Path(opsd_kernels.__file__).parents[1])}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

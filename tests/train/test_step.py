@@ -192,7 +192,9 @@ def test_metrics_of_a_step_of_any_size(answers, length):
     ramp = torch.arange(length, dtype=torch.float32) / (length - 1)
     values_BT = ramp.expand(answers, length)
     mask_BT = torch.ones(answers, length, dtype=torch.bool)
-    stats = TokenStats(values_BT, values_BT, values_BT, student_logprob=-values_BT, teacher_logprob=-values_BT)
+    stats = TokenStats(
+        values_BT, values_BT, values_BT, student_logprob=-values_BT, teacher_logprob=-values_BT
+    )
     batch = SimpleNamespace(mask_BT=mask_BT, distilled_B=torch.ones(answers, dtype=torch.bool))
     metrics = steps.update_metrics(steps.Update(0.5, 1.0, (stats,)), batch)
     assert abs(metrics["divergence_p95"] - 0.95) < 1 / length and abs(metrics["divergence"] - 0.5) < 1e-4
