@@ -190,7 +190,8 @@ def neutralise(text: str, markers: Sequence[str]) -> str:
     return plain
 
 
-@functools.lru_cache(maxsize=10_000)
+# Texts of 64 kB make this 64 MB.
+@functools.lru_cache(maxsize=1_000)
 def _neutral(text: str, markers: tuple[str, ...]) -> str:
     return neutralise(text, markers)
 
