@@ -137,4 +137,4 @@ def test_encoded_turns_are_kept_up_to_a_number_of_bytes(encoder, task, monkeypat
             assert held < 1.5 * (1 << 20), f"{held} bytes after {problem} turns"
     finally:
         tracemalloc.stop()
-    assert 200 <= len(calls) < 220, "a turn is encoded once, and once more where the cache was emptied"
+    assert 200 <= len(calls) < 250, "a turn is encoded once, and once more where the cache was emptied"

@@ -79,8 +79,11 @@ class Sampler:
         # No dropout in an answer.
         model.eval()
         rollouts: list[Rollout] = []
+        mine = self.ranks.share(requests)
+        # vLLM makes its own batches, of at most as many.
+        size = self.batch if self.engine is None else max(1, len(mine))
         with whole(model):
-            for chunk in _chunks(self.ranks.share(requests), self.batch):
+            for chunk in _chunks(mine, size):
                 prompts = self.encode([(r.prompt, r.context) for r in chunk])
                 if self.engine is None:
                     answers = self._generate(model, prompts, chunk, key)
