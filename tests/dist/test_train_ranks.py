@@ -128,13 +128,14 @@ def assert_same_run(out, alone):
     )
     assert [line.keys() for line in lines] == [line.keys() for line in expected]
     for name in expected[0]:
-        values = [
-            torch.tensor([line[name] for line in run], dtype=torch.float64)
-            for run in (lines, otherwise, expected)
-            if is_number(run[0][name])
-        ]
-        if values:
-            assert_no_worse(*values)
+        runs = [[line[name] for line in run] for run in (lines, otherwise, expected)]
+        # Null where a step distils nothing.
+        places = [[value is None for value in run] for run in runs]
+        assert places[0] == places[2], name
+        if all(is_number(value) or value is None for value in runs[2]):
+            assert_no_worse(
+                *(torch.tensor([v for v in run if v is not None], dtype=torch.float64) for run in runs)
+            )
     assert weights.keys() == truth.keys()
     for name, weight in truth.items():
         assert_no_worse(weights[name], cut[name], weight)
@@ -223,11 +224,19 @@ def lonely(config):
 
 
 @pytest.fixture(scope="module")
-def on_four(launching, config, lonely, tmp_path_factory):
-    """Return (folder, reports): two interrupted runs, and two with too few micro-batches; sharded and not."""
+def sparse(settings):
+    """Of four answers a step, one per rank, those without a correct sibling have no token in the loss."""
+    few = {"prompts_per_step": 2, "group_size": 2, "rehearsal_prompts": 0, "steps": 4, "feedback": "none"}
+    return TrainConfig(**settings | few)
+
+
+@pytest.fixture(scope="module")
+def on_four(launching, config, lonely, sparse, tmp_path_factory):
+    """Return (folder, reports): two interrupted runs, and runs with too few tokens; sharded and not."""
     folder = tmp_path_factory.mktemp("four")
     stopped = [(sharded(config), folder / "sharded", "interrupt"), (config, folder / "replicas", "interrupt")]
     whole = [(sharded(lonely), folder / "lonely", "train"), (lonely, folder / "lonely replicas", "train")]
+    whole += [(sharded(sparse), folder / "sparse", "train"), (sparse, folder / "sparse replicas", "train")]
     return folder, start(launching, 4, folder, *stopped, *whole)
 
 
@@ -235,6 +244,14 @@ def on_four(launching, config, lonely, tmp_path_factory):
 def test_a_rank_without_a_micro_batch(on_four, lonely, alone):
     for name in ("lonely", "lonely replicas"):
         assert_same_run(on_four[0] / name, alone(lonely))
+
+
+@pytest.mark.slow
+def test_a_rank_without_a_token(on_four, sparse, alone):
+    lines = read_metrics(alone(sparse) / "run" / "metrics.jsonl")
+    assert any(0 < line["samples_in_loss"] < 1 for line in lines)
+    for name in ("sparse", "sparse replicas"):
+        assert_same_run(on_four[0] / name, alone(sparse))
 
 
 @pytest.mark.slow
