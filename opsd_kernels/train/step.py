@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -110,13 +109,15 @@ def optimisation_step(
     student, optimizer = trainer.student, trainer.optimizer
     # transformers' gradient checkpointing works in training mode only.
     student.train()
-    shared: dict[str, Any] = {"ranks": trainer.ranks, "collect": optimizer.collect}
-    loss, stats = gradients(student, trainer.teacher, batch, config, trainer.vocab, **shared)
+    settings = (config, trainer.vocab, 1.0, optimizer.collect)
+    loss, stats = gradients(student, trainer.teacher, batch, *settings, ranks=trainer.ranks)
     parts = [(batch, stats)]
     kept = None
     if rehearsal is not None:
-        to_keep = (rehearsal.batch, objective.plain(config), trainer.vocab, config.rehearsal_weight)
-        kept, kept_stats = gradients(student, rehearsal.reference, *to_keep, **shared)
+        settings = (objective.plain(config), trainer.vocab, config.rehearsal_weight, optimizer.collect)
+        kept, kept_stats = gradients(
+            student, rehearsal.reference, rehearsal.batch, *settings, ranks=trainer.ranks
+        )
         parts.append((rehearsal.batch, kept_stats))
     # FSDP's backward has summed the gradients of a sharded model already.
     if not sharding.is_sharded(student):
@@ -157,8 +158,8 @@ def gradients(
     config: TrainConfig,
     vocab: int,
     weight: float = 1.0,
-    ranks: Ranks = ALONE,
     collect: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, tuple[TokenStats, ...]]:
     """Add this rank's part of the step's gradient to the student's; `collect` runs after each backward.
 
