@@ -258,7 +258,7 @@ def discover(
             )
     except KeyboardInterrupt:
         typer.echo("\nstopped; a search is not resumed", err=True)
-        raise typer.Exit(128 + getattr(interrupt, "number", signal.SIGINT)) from None
+        raise typer.Exit(130) from None
 
 
 ALL = (train, report, reproduce, probe, discover)

@@ -66,8 +66,8 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> dict[str, Any
 
     Raises RunDirectoryError (a FileExistsError) if `out` holds another run, FileNotFoundError if there is
     nothing to resume, TrainingInterrupted (a KeyboardInterrupt) on Ctrl-C and the signals of schedulers,
-    NonFiniteLoss if the loss is inf or NaN (`out` holds a checkpoint then), and ConfigError if the model or the
-    device does not exist.
+    NonFiniteLoss if the loss is inf or NaN (`out` holds a checkpoint then), and ConfigError if the model or
+    the device does not exist.
     """
     pretrained.check_machine(config)
     task, out = make_task(config), Path(out)

@@ -24,9 +24,9 @@ class MasterAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, weights: Iterable[Parameter], **options: Any):
-        masters = {weight: _master(weight) for weight in weights}
+        masters: dict[Tensor, Tensor] = {weight: _master(weight) for weight in weights}
         super().__init__(masters.values(), **options)
-        self.masters: dict[Tensor, Tensor] = dict(masters)
+        self.masters = masters
 
     @torch.no_grad()
     def collect(self) -> None:

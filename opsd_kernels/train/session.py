@@ -18,8 +18,8 @@ from opsd_kernels.train.records.durable import remove_pending, write_file
 from opsd_kernels.train.records.log import Progress
 from opsd_kernels.train.types import RunDirectoryError, TrainingInterrupted
 
-# Ctrl-C, the end of a job's time or a preemption, a closed terminal, and what Slurm's --signal=USR1 sends before
-# the end. Windows lacks the last two.
+# Ctrl-C, the end of a job's time or a preemption, a closed terminal, and what Slurm's --signal=USR1 sends
+# before the end. Windows lacks the last two.
 STOP_SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
 ]

@@ -1,9 +1,9 @@
 """Run one rank of the trainer, as a launcher would start it. See test_train_ranks.py.
 
 The jobs are a JSON list of [configuration, run directory, how]. `interrupt`: the last rank gets Ctrl-C after
-the third step. `stop`: the same by SIGTERM, and nothing is counted. `resume`: the run continues. `full`: the disk
-of the first rank is full. `slow`: its first save takes eight seconds. `die`: the last rank is killed in the middle of
-a step. TIMEOUT_S is the time-out of the default process group.
+the third step. `stop`: the same by SIGTERM, and nothing is counted. `resume`: the run continues. `full`: the
+disk of the first rank is full. `slow`: its first save takes eight seconds. `die`: the last rank is killed in
+the middle of a step. TIMEOUT_S is the time-out of the default process group.
 """
 
 from __future__ import annotations

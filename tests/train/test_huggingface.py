@@ -298,7 +298,7 @@ def models_engine(settings):
 
 @pytest.fixture
 def vllm(config, monkeypatch):
-    """Return the record of a stand-in for vLLM: the calls of its engines in their order, and their arguments."""
+    """Return the record of a stand-in for vLLM: the calls of its engines and their arguments."""
     asked = types.SimpleNamespace(weights=None, prompts=[], params=[], calls=[], options=[])
 
     class Engine:

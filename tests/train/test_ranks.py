@@ -25,7 +25,7 @@ def tensors(item):
 
 
 def test_no_object_carries_a_tensor_of_a_gpu(monkeypatch):
-    """A tensor that is pickled on its GPU would be unpickled on the sender's. FakeTensorMode has such tensors."""
+    """A tensor that is pickled on its GPU would be unpickled on the sender's; here they are fake ones."""
     handed = []
 
     def gather(shares, mine, group=None):

@@ -34,8 +34,8 @@ class Ranks:
     """The rank of this process and the number of ranks. With one rank every collective is a no-op.
 
     Objects travel over `objects` (gloo), their tensors through CPU memory to each rank's `device`. Ranks wait
-    in `waiting` (gloo) for rank 0 to save or load alone, for as long as it takes; they raise if it dies. None is
-    the default process group.
+    in `waiting` (gloo) for rank 0 to save or load alone, for as long as it takes; they raise if it dies. A
+    group that is None is the default one.
     """
 
     rank: int = 0
@@ -54,7 +54,7 @@ class Ranks:
         return list(items[self.rank :: self.world])
 
     def together(self, mine: list[Item]) -> list[Item]:
-        """Gather the shares of all ranks, in the order before `share`. Tensors arrive on this rank's device."""
+        """Gather the shares of all ranks, in the order before `share`, with tensors on this rank's device."""
         if self.world == 1:
             return mine
         shares: list[Any] = [None] * self.world

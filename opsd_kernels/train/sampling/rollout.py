@@ -1,7 +1,8 @@
 """Sample rollouts in batches through transformers' generate and its KV cache.
 
 Each token is drawn by inverting the cumulative distribution at a random number that depends on (key, group,
-sample, position) only, so a rollout does not depend on the other rollouts of its batch.
+sample, position) only. The other rollouts of the batch change the rounding of the logits and nothing else: it
+hardly ever changes a draw in fp32, and about one in a hundred in bf16.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Sample rollouts through vLLM, for large models on a GPU. Optional: imported on use.
 
 Simplifications: the engine holds a second copy of the weights, updated from the student before every
-sampling, and is made again when a view is longer than those before it. A seed per answer makes it repeatable with the
-same vLLM and machine only, so a resumed run is not bit for bit the uninterrupted one.
+sampling, and is made again when a view is longer than those before it. A seed per answer makes it repeatable
+with the same vLLM and machine only, so a resumed run is not bit for bit the uninterrupted one.
 """
 
 from __future__ import annotations
