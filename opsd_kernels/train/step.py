@@ -5,6 +5,7 @@ The step's metrics are computed here too.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from opsd_kernels.train.batch import micro_batches
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.distributed import sharding
 from opsd_kernels.train.distributed.ranks import ALONE, Ranks
-from opsd_kernels.train.optimizer import MasterAdamW
+from opsd_kernels.train.optimizer import MasterAdamW, collect_gradients, masters_of
 from opsd_kernels.train.teacher import Teacher
 from opsd_kernels.train.types import Batch, Context, NonFiniteLoss, Rollout, StepMetrics
 
@@ -47,7 +48,7 @@ class Update:
     rehearsal_loss: float | None = None
 
 
-def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> MasterAdamW:
+def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.Optimizer:
     """Return AdamW over the trainable parameters, with fp32 masters of those in 16 bits."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return MasterAdamW(trained, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay)
@@ -72,7 +73,7 @@ class Trainer:
 
     student: PreTrainedModel
     teacher: Teacher
-    optimizer: MasterAdamW
+    optimizer: torch.optim.Optimizer
     vocab: int
     ranks: Ranks = ALONE
 
@@ -109,20 +110,22 @@ def optimisation_step(
     student, optimizer = trainer.student, trainer.optimizer
     # transformers' gradient checkpointing works in training mode only.
     student.train()
-    settings = (config, trainer.vocab, 1.0, optimizer.collect)
+    collect = functools.partial(collect_gradients, optimizer)
+    settings = (config, trainer.vocab, 1.0, collect)
     loss, stats = gradients(student, trainer.teacher, batch, *settings, ranks=trainer.ranks)
     parts = [(batch, stats)]
     kept = None
     if rehearsal is not None:
-        settings = (objective.plain(config), trainer.vocab, config.rehearsal_weight, optimizer.collect)
+        settings = (objective.plain(config), trainer.vocab, config.rehearsal_weight, collect)
         kept, kept_stats = gradients(
             student, rehearsal.reference, rehearsal.batch, *settings, ranks=trainer.ranks
         )
         parts.append((rehearsal.batch, kept_stats))
+    updated = [p for group in optimizer.param_groups for p in group["params"]]
     # FSDP's backward has summed the gradients of a sharded model already.
     if not sharding.is_sharded(student):
-        trainer.ranks.sum_gradients(optimizer.masters.values())
-    grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.masters.values(), config.max_grad_norm)
+        trainer.ranks.sum_gradients(updated)
+    grad_norm = torch.nn.utils.clip_grad_norm_(updated, config.max_grad_norm)
     grad_norm = sharding.full(grad_norm)
     whole = loss if kept is None else loss + kept
     if not (torch.isfinite(whole) and torch.isfinite(grad_norm)):
@@ -134,7 +137,7 @@ def optimisation_step(
     optimizer.step()
     # Sets gradients to None: the first micro-batch of the next step writes them and does not add.
     optimizer.zero_grad()
-    trainer.teacher.update(student, optimizer.masters)
+    trainer.teacher.update(student, masters_of(optimizer))
     return Update(float(loss), float(grad_norm), stats, None if kept is None else float(kept))
 
 

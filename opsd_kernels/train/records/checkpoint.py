@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_kernels.train.distributed.sharding import cut_as, gathered, is_sharded
-from opsd_kernels.train.optimizer import MasterAdamW
+from opsd_kernels.train.optimizer import masters_of
 from opsd_kernels.train.records.durable import remove_pending, write_directory
 from opsd_kernels.train.teacher import Teacher
 from opsd_kernels.train.types import CheckpointError
@@ -46,7 +46,7 @@ class RunState:
     tokenizer: PreTrainedTokenizerBase
     teacher: Teacher
     reference: Teacher | None  # the model before the run, for rehearsal; may be the teacher itself
-    optimizer: MasterAdamW
+    optimizer: torch.optim.Optimizer
     step: int
     facts: dict[str, Any]
 
@@ -182,9 +182,9 @@ def _complete(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _optimizer_tensors(state: RunState) -> dict[str, Tensor]:
-    tensors = {}
+    tensors, masters = {}, masters_of(state.optimizer)
     for name, parameter in state.model.named_parameters():
-        master = state.optimizer.masters.get(parameter, parameter)
+        master = masters.get(parameter, parameter)
         if master is not parameter:
             tensors[f"{MASTER}/{name}"] = master
         tensors |= {f"{key}/{name}": value for key, value in state.optimizer.state.get(master, {}).items()}
@@ -193,10 +193,10 @@ def _optimizer_tensors(state: RunState) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _load_optimizer(state: RunState, tensors: dict[str, Tensor]) -> None:
-    parameters = dict(state.model.named_parameters())
+    parameters, masters = dict(state.model.named_parameters()), masters_of(state.optimizer)
     for entry, value in tensors.items():
         key, _, name = entry.partition("/")
-        master = state.optimizer.masters[parameters[name]]
+        master = masters.get(parameters[name], parameters[name])
         if key == MASTER:
             master.copy_(cut_as(master, value))
         else:
