@@ -19,8 +19,8 @@ from torch.optim import AdamW, Optimizer
 class MasterAdamW(AdamW):
     """AdamW over fp32 masters of 16-bit weights and over the other weights themselves.
 
-    `masters` maps each 16-bit weight of the model to its master, a parameter of the optimiser. `step` rounds the
-    masters into the weights.
+    `masters` maps each 16-bit weight of the model to its master, a parameter of the optimiser. `step` rounds
+    the masters into the weights.
     """
 
     def __init__(self, weights: Iterable[Parameter], **options: Any):
