@@ -7,31 +7,17 @@ from __future__ import annotations
 
 import importlib
 import math
-import re
 import unicodedata
 from collections.abc import Callable, Mapping
-from fractions import Fraction
 from typing import Any
 
 from opsd_kernels.train.config import ConfigError
+from opsd_kernels.train.envs.numbers import last_number
 from opsd_kernels.train.types import Verdict
 
 Row = Mapping[str, Any]
 Verifier = Callable[[str, Row], Verdict]
 
-# Lengths are bounded: a fraction of 10**9 digits would take hours.
-NUMBER = re.compile(
-    r"(?<![\w.\\])[-+−]?(?:\d{1,3}(?:,\d{3}){1,10}|\d{1,40})(?:\.\d{1,40})?(?:[eE][-+]?\d{1,3})?"
-    r"(?:\s*/\s*\d{1,40})?(?:\s*%)?(?!\w)"
-)
-# A word, path or version that may contain digits. A full stop before a capital ends a sentence, not a word.
-WORD = re.compile(r"(?:[\w/−-]|\.(?![A-Z]))+")
-WRITTEN_NUMBER = re.compile(r"[-−]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
-# A rate: 5/kg.
-RATE = re.compile(r"[-−]?\d+(?:\.\d+)?/[^\W\d_]+")
-# A letter, a path, two slashes, or a version.
-NAME = re.compile(r"[^\W\d]|^/|/.*/|\d\.\d+\.\d")
-BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
 # Characters of a user's feedback that enter a context.
 MAX_FEEDBACK = 4000
 
@@ -91,33 +77,6 @@ def numeric(completion: str, row: Row) -> Verdict:
     if given is None:
         return Verdict(0.0, "The answer holds no number.")
     return Verdict(1.0) if given == truth else Verdict(0.0, "The final number is wrong.")
-
-
-def last_number(text: str) -> Fraction | None:
-    """Return the last number of a text, exactly, or None.
-
-    Digits inside names, paths and versions do not count.
-    """
-    boxes = BOXED.findall(text)
-    found = NUMBER.findall(WORD.sub(_without_names, boxes[-1] if boxes else text))
-    return _value(found[-1]) if found else None
-
-
-def _without_names(match: re.Match[str]) -> str:
-    word = match[0].rstrip(".-/")
-    if WRITTEN_NUMBER.fullmatch(word) or RATE.fullmatch(word) or not NAME.search(word):
-        return match[0]
-    return " "
-
-
-def _value(text: str) -> Fraction | None:
-    text = text.replace(",", "").replace("−", "-")
-    percent = text.endswith("%")
-    above, _, below = text.rstrip("% ").partition("/")
-    if below and not Fraction(below.strip()):
-        return None
-    value = Fraction(above.strip()) / Fraction(below.strip() or 1)
-    return value / 100 if percent else value
 
 
 def _plain(text: str) -> str:
