@@ -8,7 +8,7 @@ from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.envs.base import DemoTask, Env, Task
 from opsd_kernels.train.envs.chain import Chain
 from opsd_kernels.train.envs.expr import Expr
-from opsd_kernels.train.envs.jsonl import Jsonl
+from opsd_kernels.train.envs.jsonl import Jsonl, PromptCheck
 from opsd_kernels.train.envs.mastermind import Mastermind
 from opsd_kernels.train.envs.plan import Plan
 from opsd_kernels.train.envs.secret_op import SecretOp

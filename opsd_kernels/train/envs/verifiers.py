@@ -66,14 +66,13 @@ def exact(completion: str, row: Row) -> Verdict:
 
 
 def numeric(completion: str, row: Row) -> Verdict:
-    """Compare the last number of the answer, or of its last `\\boxed{}`, with the row's, exactly.
+    """Compare the last number of the answer, or the one in its last `\\boxed{}`, with the row's, exactly.
 
-    0.5, 1/2, 50% and 5e-1 are equal. Digits in a name, a path or a version (`run-1`, `/tmp/1/log`, `v2.1.0`)
-    are not numbers.
+    `numbers.py` says what is a number. Raises ValueError if the row's answer is none.
     """
     given, truth = last_number(completion), last_number(str(row["answer"]))
     if truth is None:
-        raise ValueError(f"answer: expected a number in the data file, got {row['answer']!r}")
+        raise ValueError(f"answer: expected a number in the row, got {row['answer']!r}")
     if given is None:
         return Verdict(0.0, "The answer holds no number.")
     return Verdict(1.0) if given == truth else Verdict(0.0, "The final number is wrong.")
@@ -84,3 +83,7 @@ def _plain(text: str) -> str:
 
 
 BUILT_IN: dict[str, Verifier] = {"exact": exact, "numeric": numeric}
+# Of a built-in verifier: whether it can use a row's answer, and what it needs.
+READABLE: dict[str, tuple[Callable[[str], bool], str]] = {
+    "numeric": (lambda answer: last_number(answer) is not None, "a number")
+}
