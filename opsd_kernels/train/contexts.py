@@ -187,7 +187,7 @@ def neutralise(text: str, markers: Sequence[str]) -> str:
             first, last = origins[found.start()], origins[found.end() - 1]
             if first < done:
                 continue
-            # Where one character stands for a whole marker, as a ligature, it is spelled out to be broken next.
+            # One character that stands for a whole marker, as a ligature, is spelled out, to be broken next.
             pieces += [text[done:first], text[first] + " " if last > first else _folded(text[first])[0]]
             done = first + 1
         text = "".join([*pieces, text[done:]])

@@ -173,7 +173,10 @@ def test_neutralised_text_holds_no_marker_even_if_a_break_makes_one():
     "text, broken",
     [
         ("</think> 10\u00b2 = 100", "< /think> 10\u00b2 = 100"),
-        ("caf\u00e9, e\u0301, \ufb01, \uff21, a\u200db </think>", "caf\u00e9, e\u0301, \ufb01, \uff21, a\u200db < /think>"),
+        (
+            "caf\u00e9, e\u0301, \ufb01, \uff21, a\u200db </think>",
+            "caf\u00e9, e\u0301, \ufb01, \uff21, a\u200db < /think>",
+        ),
         ("\u212b </TH\u200bINK> \u212b", "\u212b < /TH\u200bINK> \u212b"),
         ("\uff1c/think\uff1e \u00bd", "\uff1c /think\uff1e \u00bd"),
         ("<</think>/think> \u2460", "<< /think>/think> \u2460"),

@@ -24,6 +24,11 @@ DEMOS: dict[str, Callable[[str, bool], DemoTask]] = {
 }
 
 
-def make_task(config: TrainConfig) -> Task:
-    """Make the configured environment. Raises ConfigError for a data file or a verifier that is wrong."""
-    return Jsonl(config) if config.env == "jsonl" else DEMOS[config.env](config.feedback, config.shows_peers)
+def make_task(config: TrainConfig, check: PromptCheck | None = None) -> Task:
+    """Make the configured task. Raises ConfigError for a data file or a verifier that is wrong.
+
+    `check` is asked about the prompts of a data file, as the model's tokenizer decides which it accepts.
+    """
+    if config.env == "jsonl":
+        return Jsonl(config, check)
+    return DEMOS[config.env](config.feedback, config.shows_peers)

@@ -43,7 +43,13 @@ class JsonlAttempt(Env):
 
     def _judge(self, completion: str) -> Verdict:
         row = self.task.rows[self.problem]
-        verdict = self.task.verifier(completion, row)
+        try:
+            verdict = self.task.verifier(completion, row)
+        except Exception as error:
+            raise RuntimeError(
+                f"verifier: expected a verdict on an answer to {self.task.place(self.problem)}, "
+                f"got {type(error).__name__}: {error}"
+            ) from error
         if verdict.success or self.task.feedback == "none":
             return Verdict(verdict.reward)
         if self.task.feedback == "answer":
@@ -66,24 +72,27 @@ class Jsonl(Task):
     def __init__(self, config: TrainConfig, check: PromptCheck | None = None):
         self.feedback, self.built_in = config.feedback, ":" not in config.verifier
         self.verifier: Verifier = resolve(config.verifier)
-        path, needs_answer = Path(str(config.data)), self.built_in or config.feedback == "answer"
-        values, faults = read(path)
-        lines = []
+        self.path = Path(str(config.data))
+        needs_answer = self.built_in or config.feedback == "answer"
+        values, faults = read(self.path)
         self.rows: list[dict[str, Any]] = []
+        self.lines: list[int] = []
         for line, row in values:
             fault = _fault(row, config.verifier, needs_answer)
             if fault is not None:
                 faults.append(Fault(line, *fault))
             else:
-                lines.append(line)
+                self.lines.append(line)
                 self.rows.append(row)
         if check is not None:
             complaints = check([self.prompt(problem) for problem in range(len(self.rows))])
             faults += [
-                Fault(line, *told) for line, told in zip(lines, complaints, strict=True) if told is not None
+                Fault(line, *told)
+                for line, told in zip(self.lines, complaints, strict=True)
+                if told is not None
             ]
         if faults:
-            raise error_of(path, faults)
+            raise error_of(self.path, faults)
         self._split()
 
     def _split(self) -> None:
@@ -103,6 +112,9 @@ class Jsonl(Task):
     def prompt(self, problem: int) -> Prompt:
         before, text = _turns(self.rows[problem]["prompt"])
         return Prompt(problem, text, before)
+
+    def place(self, problem: int) -> str:
+        return f"{self.path}, line {self.lines[problem]}"
 
     def env(self, problem: int, key: int) -> Env:
         return JsonlAttempt(self, problem)
@@ -131,7 +143,10 @@ def _fault(row: Any, verifier: str, needs_answer: bool) -> tuple[str, str] | Non
         return "a prompt that is a text or a list of turns ending with the user's", quoted(row["prompt"])
     if not text.strip():
         return "a prompt with a text", quoted(row["prompt"])
-    shown = {"prompt": "\n".join([*(turn["content"] for turn in before), text]), "feedback": row.get("feedback")}
+    shown = {
+        "prompt": "\n".join([*(turn["content"] for turn in before), text]),
+        "feedback": row.get("feedback"),
+    }
     if needs_answer:
         # A bool is an int, and its text would be Python's.
         if not isinstance(row["answer"], str | int | float) or isinstance(row["answer"], bool):
@@ -142,7 +157,7 @@ def _fault(row: Any, verifier: str, needs_answer: bool) -> tuple[str, str] | Non
             return f"an answer that is {wanted}, for verifier={verifier}", quoted(row["answer"])
     for key, value in shown.items():
         if value is not None and not _is_unicode(value):
-            return f"a {key} in Unicode", f"half of a surrogate pair in {quoted(row[key])}"
+            return f"Unicode in the {key}", f"half of a surrogate pair in {quoted(row[key])}"
     return None
 
 

@@ -113,11 +113,10 @@ def last_number(text: str) -> Fraction | None:
 
 def last_box(text: str) -> str | None:
     """Return the content of the last box, an empty text if it is not closed, or None if there is no box."""
-    last = None
-    for last in BOX.finditer(text):
-        pass
-    if last is None:
+    boxes = list(BOX.finditer(text))
+    if not boxes:
         return None
+    last = boxes[-1]
     if not text.startswith("{", last.end()):
         return re.split(r"[\s$]", text[last.end() :], maxsplit=1)[0]
     depth = 0

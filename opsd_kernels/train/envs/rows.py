@@ -85,30 +85,49 @@ def _decoded(data: bytes) -> str:
 
 def _values(text: str) -> Iterator[tuple[int, Any]]:
     """Yield each value with its line, or a Fault in its place; after a fault the next line is read."""
-    decoder = json.JSONDecoder(
-        object_pairs_hook=_without_duplicates, parse_constant=_refused, parse_float=_finite
-    )
-    first = _end(SPACE, text, 0)
-    array = _is_array(text, first)
-    at, line = first + array, 1 + text.count("\n", 0, first)
+    at = _end(SPACE, text, 0)
+    array = _is_array(text, at)
+    line = 1 + text.count("\n", 0, at)
+    at += array
+    open_bracket = array
     while (start := _end(SPACE, text, at)) < len(text):
         line += text.count("\n", at, start)
-        if array and text[start] in ",]":
-            at = start + 1
+        if open_bracket and text[start] == "]":
+            at, open_bracket = start + 1, False
             continue
-        try:
-            value, at = decoder.raw_decode(text, start)
-            wrong = RAW_BYTE.search(text, start, at)
-        except (ValueError, RecursionError) as error:
-            yield line, _syntax_fault(text, start, line, error)
-            if array:
+        value, end = _value(text, start, line)
+        if array and not open_bracket:
+            value = Fault(line, "the end of the file after the array", quoted(text[start]))
+        yield line, value
+        if isinstance(value, Fault):
+            # A line is a row of its own; in an array nothing says where the next one begins.
+            end = len(text) if array else text.find("\n", start)
+            open_bracket = False
+        if end < 0:
+            return
+        line += text.count("\n", start, end)
+        at = end
+        if open_bracket:
+            after = _end(SPACE, text, end)
+            if text[after : after + 1] == ",":
+                line += text.count("\n", end, after)
+                at = after + 1
+            elif text[after : after + 1] != "]":
+                got = quoted(text[after]) if after < len(text) else "the end of the file"
+                yield line, Fault(line, "a comma or the end of the array", got)
                 return
-            at = text.find("\n", start)
-            if at < 0:
-                return
-            continue
-        yield line, _byte_fault(line, wrong[0]) if wrong else value
-        line += text.count("\n", start, at)
+    if open_bracket:
+        yield line, Fault(line, "the end of the array", "the end of the file")
+
+
+def _value(text: str, start: int, line: int) -> tuple[Any, int]:
+    """Return the value at `start`, or a Fault, and its end."""
+    try:
+        value, end = DECODER.raw_decode(text, start)
+    except (ValueError, RecursionError) as error:
+        return _syntax_fault(text, start, line, error), start
+    wrong = RAW_BYTE.search(text, start, end)
+    return (_byte_fault(line, wrong[0]) if wrong else value), end
 
 
 def _end(pattern: re.Pattern[str], text: str, at: int) -> int:
@@ -135,7 +154,7 @@ def _syntax_fault(text: str, start: int, line: int, error: Exception) -> Fault:
         return _byte_fault(line, wrong[0])
     if isinstance(error, json.JSONDecodeError):
         place = "" if error.lineno == line else f"line {error.lineno}, "
-        return Fault(line, "a JSON object", f"{error.msg} at {place}column {error.colno}")
+        return Fault(line, "a JSON object", f"{error.msg.removesuffix(' at')} at {place}column {error.colno}")
     if isinstance(error, RecursionError):
         return Fault(line, "a JSON object", "values nested too deeply")
     return Fault(line, "a JSON object", str(error))
@@ -164,3 +183,8 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"the number {text}, which is beyond a double")
     return number
+
+
+DECODER = json.JSONDecoder(
+    object_pairs_hook=_without_duplicates, parse_constant=_refused, parse_float=_finite
+)

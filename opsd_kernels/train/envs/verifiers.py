@@ -49,13 +49,17 @@ def resolve(name: str) -> Verifier:
 def as_verdict(result: Any, name: str) -> Verdict:
     """Convert the result of a user's function. Raises TypeError or ValueError naming the function."""
     if isinstance(result, Verdict):
-        return result
-    reward, feedback = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+        reward, feedback = result.reward, result.feedback
+    else:
+        reward, feedback = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(reward, (bool, int, float)) or not (feedback is None or isinstance(feedback, str)):
         raise TypeError(f"{name}: expected a Verdict, a bool, a number or (number, text), got {result!r}")
     if not (math.isfinite(reward) and 0 <= reward <= 1):
         raise ValueError(f"{name}: expected a reward in [0, 1], got {reward!r}")
-    return Verdict(float(reward), None if feedback is None or reward >= 1 else feedback[:MAX_FEEDBACK])
+    if feedback is None or reward >= 1:
+        return Verdict(float(reward))
+    # No tokenizer accepts a lone surrogate, which the output of a program may hold.
+    return Verdict(float(reward), feedback[:MAX_FEEDBACK].encode("utf-8", "replace").decode())
 
 
 def exact(completion: str, row: Row) -> Verdict:

@@ -115,10 +115,11 @@ def _positions(settings: Any) -> int | None:
     names = ("max_position_embeddings", "max_seq_len", "max_target_positions")
     found = [getattr(settings, name, None) for name in names]
     length = next((value for value in found if isinstance(value, int) and value > 0), None)
-    rope = getattr(settings, "rope_parameters", None)
+    # The name since transformers 5, and the one before.
+    rope = getattr(settings, "rope_parameters", None) or getattr(settings, "rope_scaling", None)
     if length is None or not isinstance(rope, dict) or not isinstance(rope.get("factor"), int | float):
         return length
-    if rope.get("rope_type") not in ("linear", "dynamic", "yarn"):
+    if rope.get("rope_type", rope.get("type")) not in ("linear", "dynamic", "yarn"):
         return length
     before = rope.get("original_max_position_embeddings") or length
     return max(length, int(before * rope["factor"]))

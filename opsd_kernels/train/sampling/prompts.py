@@ -95,12 +95,16 @@ def complaints(
     for prompt in prompts:
         try:
             length = len(encoder.encode([prompt], [None])[0])
-        except Exception as error:  # noqa: BLE001 - a template is a program of the model's author
+        # Of any kind, since a template is a program of the model's author.
+        except Exception as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             found.append(("a prompt that the chat template and the tokenizer accept", reason))
             continue
         found.append(
-            (f"a prompt of at most {longest} tokens, which leaves the model room to answer", f"{length} tokens")
+            (
+                f"a prompt of at most {longest} tokens, which leaves the model room to answer",
+                f"{length} tokens",
+            )
             if longest is not None and length > longest
             else None
         )
