@@ -52,7 +52,7 @@ LINES = "\n".join(json.dumps(row) for row in GOOD)
         LINES.encode("utf-32"),
         json.dumps(GOOD),
         json.dumps(GOOD, indent=2),
-        "\ufeff" + json.dumps(GOOD, indent=2),
+        "\ufeff" + json.dumps(GOOD, indent=2).replace("[", "[\n ", 1),
         "[\n" + ",\n".join(json.dumps(row) for row in GOOD) + "\n]\n",
         "\n".join(json.dumps(row, indent=1) for row in GOOD),
         "\n\ufeff".join(json.dumps(row) for row in GOOD),
@@ -173,8 +173,9 @@ def test_the_line_is_right_in_an_array_and_in_every_encoding(tmp_path, encoding)
     "ending, told",
     [
         ("", "a comma or the end of the array .*line 4, got the end of the file"),
-        (",", "the end of the array .*line 4, got the end of the file"),
-        ("\n{}]", "a comma or the end of the array .*line 4, got '{'"),
+        (",", "a JSON object .*line 4, got Expecting value"),
+        (",\n{}", "an object with prompt"),
+        ("\n{}]", "a comma or the end of the array .*line 5, got '{'"),
         (",\n{]", "a JSON object .*line 5, got Expecting property name"),
         ("]\n\n7", "the end of the file after the array .*line 6, got '7'"),
         (",\nNaN]", "a JSON object .*line 5, got NaN"),
@@ -182,7 +183,7 @@ def test_the_line_is_right_in_an_array_and_in_every_encoding(tmp_path, encoding)
 )
 def test_an_array_that_is_cut_or_broken_is_named(tmp_path, ending, told):
     text = "\n[" + ",\n".join(map(json.dumps, GOOD[:3])) + ending
-    with pytest.raises(ConfigError, match=f"data: expected {told}"):
+    with pytest.raises(ConfigError, match=f"expected {told}"):
         task_of(written(tmp_path, text))
 
 

@@ -49,7 +49,7 @@ def read(path: Path) -> tuple[list[tuple[int, Any]], list[Fault]]:
         raise ConfigError(f"data: expected UTF-8, UTF-16 or UTF-32 in {path}, got {error}") from error
     values: list[tuple[int, Any]] = []
     faults: list[Fault] = []
-    for line, value in _values(text):
+    for line, value in _elements(text) if _is_array(text) else _lines(text):
         if isinstance(value, Fault):
             faults.append(value)
         else:
@@ -83,41 +83,41 @@ def _decoded(data: bytes) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _values(text: str) -> Iterator[tuple[int, Any]]:
+def _lines(text: str) -> Iterator[tuple[int, Any]]:
     """Yield each value with its line, or a Fault in its place; after a fault the next line is read."""
-    at = _end(SPACE, text, 0)
-    array = _is_array(text, at)
-    line = 1 + text.count("\n", 0, at)
-    at += array
-    open_bracket = array
+    at, line, counted = 0, 1, 0
     while (start := _end(SPACE, text, at)) < len(text):
-        line += text.count("\n", at, start)
-        if open_bracket and text[start] == "]":
-            at, open_bracket = start + 1, False
-            continue
-        value, end = _value(text, start, line)
-        if array and not open_bracket:
-            value = Fault(line, "the end of the file after the array", quoted(text[start]))
+        line, counted = line + text.count("\n", counted, start), start
+        value, at = _value(text, start, line)
         yield line, value
         if isinstance(value, Fault):
-            # A line is a row of its own; in an array nothing says where the next one begins.
-            end = len(text) if array else text.find("\n", start)
-            open_bracket = False
-        if end < 0:
-            return
-        line += text.count("\n", start, end)
-        at = end
-        if open_bracket:
-            after = _end(SPACE, text, end)
-            if text[after : after + 1] == ",":
-                line += text.count("\n", end, after)
-                at = after + 1
-            elif text[after : after + 1] != "]":
-                got = quoted(text[after]) if after < len(text) else "the end of the file"
-                yield line, Fault(line, "a comma or the end of the array", got)
+            at = text.find("\n", start)
+            if at < 0:
                 return
-    if open_bracket:
-        yield line, Fault(line, "the end of the array", "the end of the file")
+
+
+def _elements(text: str) -> Iterator[tuple[int, Any]]:
+    """Yield the elements of the array as `_lines` does its values, up to the first fault."""
+    line, counted = 1, 0
+    at = _end(SPACE, text, _end(SPACE, text, 0) + 1)
+    while text[at : at + 1] != "]":
+        start = _end(SPACE, text, at)
+        line, counted = line + text.count("\n", counted, start), start
+        value, end = _value(text, start, line)
+        yield line, value
+        if isinstance(value, Fault):
+            return
+        at = _end(SPACE, text, end)
+        line, counted = line + text.count("\n", counted, at), at
+        if text[at : at + 1] not in (",", "]"):
+            got = quoted(text[at]) if at < len(text) else "the end of the file"
+            yield line, Fault(line, "a comma or the end of the array", got)
+            return
+        at += text[at] == ","
+    rest = _end(SPACE, text, at + 1)
+    if rest < len(text):
+        line += text.count("\n", counted, rest)
+        yield line, Fault(line, "the end of the file after the array", quoted(text[rest]))
 
 
 def _value(text: str, start: int, line: int) -> tuple[Any, int]:
@@ -135,8 +135,9 @@ def _end(pattern: re.Pattern[str], text: str, at: int) -> int:
     return at if found is None else found.end()
 
 
-def _is_array(text: str, start: int) -> bool:
+def _is_array(text: str) -> bool:
     """True for a file that is one array; a first line that is one among others is a row."""
+    start = _end(SPACE, text, 0)
     if not text.startswith("[", start):
         return False
     end = text.find("\n", start)
