@@ -1,4 +1,4 @@
-"""Verify answers to the user's own prompts: by exact match, as numbers, or by an imported function.
+"""Verify answers to the user's own prompts: exactly, as numbers, as formulas, or by an imported function.
 
 None of them executes the answer.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from opsd_kernels.train.config import ConfigError
+from opsd_kernels.train.envs import mathematics
 from opsd_kernels.train.envs.numbers import last_number
 from opsd_kernels.train.types import Verdict
 
@@ -23,16 +24,19 @@ MAX_FEEDBACK = 4000
 
 
 def resolve(name: str) -> Verifier:
-    """Return the verifier `exact`, `numeric`, or `package.module:function`.
+    """Return the verifier `exact`, `numeric`, `math`, or `package.module:function`.
 
-    Raises ConfigError for anything else. A function takes the answer and the row of the data file, and
-    returns a Verdict, a bool, a reward in [0, 1], or a pair of a reward and a feedback text.
+    Raises ConfigError for anything else, and for `math` without Math-Verify. A function takes the answer and
+    the row of the data file, and returns a Verdict, a bool, a reward in [0, 1], or a pair of a reward and a
+    feedback text.
     """
+    if name == "math":
+        mathematics.require()
     if name in BUILT_IN:
         return BUILT_IN[name]
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
-        raise ConfigError(f"verifier: expected exact, numeric or package.module:function, got {name!r}")
+        raise ConfigError(f"verifier: expected exact, numeric, math or package.module:function, got {name!r}")
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -86,8 +90,9 @@ def _plain(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-BUILT_IN: dict[str, Verifier] = {"exact": exact, "numeric": numeric}
+BUILT_IN: dict[str, Verifier] = {"exact": exact, "numeric": numeric, "math": mathematics.same_mathematics}
 # Of a built-in verifier: whether it can use a row's answer, and what it needs.
 READABLE: dict[str, tuple[Callable[[str], bool], str]] = {
-    "numeric": (lambda answer: last_number(answer) is not None, "a number")
+    "numeric": (lambda answer: last_number(answer) is not None, "a number"),
+    "math": (mathematics.is_mathematics, "a formula or a number"),
 }
