@@ -26,7 +26,7 @@ def require() -> None:
     except ImportError as error:
         raise ConfigError(
             "verifier: expected exact, numeric or package.module:function, as Math-Verify is not installed "
-            "(pip install math-verify), got 'math'"
+            "(pip install 'opsd_kernels[math]'), got 'math'"
         ) from error
 
 
