@@ -106,6 +106,7 @@ class Run:
     # Clock time at the start of this process, minus the seconds spent by the processes before it.
     started: float
     ranks: Ranks
+    told_too_long: bool = False
 
     def save(self) -> None:
         """Write a checkpoint from rank 0.
@@ -283,6 +284,12 @@ def one_step(run: Run) -> StepMetrics:
     built = build_contexts(rollouts, config, config.seed, CONTEXTS, state.step)
     contexts = run.sampler.fitting(rollouts, built)
     too_long = sum(told is not None for told in built) - sum(told is not None for told in contexts)
+    if too_long and not run.told_too_long:
+        run.told_too_long = True
+        run.progress.say(
+            f"step {number}: {too_long} of {len(rollouts)} views of the teacher are longer than the model's "
+            f"context of {run.sampler.longest} tokens and left out of the loss; samples_too_long counts them"
+        )
 
     # Both sides score the student's tokens; the teacher's prompt also contains the context.
     batch, update = batch_of_step(config, run.sampler, rollouts, contexts), None

@@ -111,6 +111,7 @@ BAD = {
     "null answer": (raw(answer=None), "an answer that is a text or a number .*got None"),
     "list answer": (raw(answer=["1"]), r"an answer that is a text or a number .*got \['1'\]"),
     "true answer": (raw(answer=True), "an answer that is a text or a number .*got True"),
+    "empty answer": (raw(answer=" "), "an answer with a text .*got ' '"),
     "no number": (raw(answer="seven"), "an answer that is a number, for verifier=numeric .*got 'seven'"),
     "a root": (raw(answer="\\sqrt{2}"), "an answer that is a number, for verifier=numeric"),
     "split": (raw(split="test"), "a split among .*got 'test'"),
@@ -292,6 +293,18 @@ def test_a_view_beyond_the_context_is_left_out_and_counted(config, encoder, tmp_
         assert line["samples_too_long"] == 0.25  # every epoch asks each of the four questions once
         assert line["samples_in_loss"] == 0.75
         assert line["loss"] is not None
+
+
+def test_a_run_whose_views_are_all_too_long_says_so(config, encoder, tmp_path, capsys):
+    path = written(tmp_path, LINES.replace('"1 2"', json.dumps("1 " * 80)))
+    folder = llama(tmp_path / "model", encoder, positions=48)
+    settings = settings_of(config, folder, path, steps=2, siblings=False)
+    train(settings, tmp_path / "out")
+    for line in read_metrics(tmp_path / "out" / "metrics.jsonl"):
+        assert line["samples_too_long"] == 1 and line["samples_in_loss"] == 0 and line["loss"] is None
+    told = "step 1: 12 of 12 views of the teacher are longer than the model's context of 48 tokens"
+    printed = capsys.readouterr().out
+    assert told in printed and printed.count("longer than the model's context") == 1
 
 
 def test_answers_longer_than_the_context_are_an_error_at_the_start(config, encoder, tmp_path):

@@ -152,6 +152,8 @@ def _fault(row: Any, verifier: str, needs_answer: bool) -> tuple[str, str] | Non
         if not isinstance(row["answer"], str | int | float) or isinstance(row["answer"], bool):
             return "an answer that is a text or a number", quoted(row["answer"])
         shown["answer"] = str(row["answer"])
+        if not shown["answer"].strip():
+            return "an answer with a text", quoted(row["answer"])
         readable, wanted = READABLE.get(verifier, (lambda answer: True, ""))
         if not readable(shown["answer"]):
             return f"an answer that is {wanted}, for verifier={verifier}", quoted(row["answer"])

@@ -45,11 +45,11 @@ SUPERSCRIPT = re.compile("[⁺⁻]?[⁰¹²³⁴-⁹]+")
 VULGAR = re.compile("(\\d?)([¼-¾⅐-⅞])")
 UNITS = "mm|cm|dm|km|kg|mg|ml|mL|ms|kWh|Hz|kHz|MHz|GHz|kW|MW|kJ|Pa|kPa|GB|MB|kB|km/h|m/s|mph"
 GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|pi|rho|sigma|tau|phi|omega|infty"
-SCALES = {"thousand": "e3", "million": "e6", "billion": "e9", "trillion": "e12"}
+SCALES = {"hundred": "e2", "thousand": "e3", "million": "e6", "billion": "e9", "trillion": "e12"}
 REWRITES = tuple(
     (re.compile(pattern), new)
     for pattern, new in (
-        (r"[−‑]", "-"),
+        (r"[−‑]|(?<![\w)}\]])–(?=[\d.\\])", "-"),
         # Thousands: 1{,}234, 10,\!000, 1\,234, and the thin spaces of print.
         (r"\{,\}", ","),
         (r"\\!", ""),
@@ -61,7 +61,6 @@ REWRITES = tuple(
         (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})|°|\\degree(?![A-Za-z])", " "),
         (r"\\%", "%"),
         (r"(?<=\d)([eE])\+(?=\d)", r"\1"),
-        (r"(?<=[\d}])\s*(?:percent|per cent|pct)(?!\w)", "%"),
         (r"\s*(?:\\pm|\\mp|±|∓)\s*", f" {OPAQUE}"),
         (rf"\s*\\(?:{GREEK})(?![A-Za-z])", FACTOR),
         (r"\\(?:ln|log|exp|sin|cos|tan|lg)(?![A-Za-z])\s*(?:_\s*(?:\{[^{}]*\}|\w)\s*)?", FACTOR),
@@ -82,6 +81,7 @@ FRACTION = re.compile(
     r"(?:(?P<whole>\d)\s*)?\\[dtc]?frac\s*(?:\{(?P<above>[^{}]*)\}|(?P<top>\d))"
     r"\s*(?:\{(?P<below>[^{}]*)\}|(?P<bottom>\d))(?=(?P<next>\d)?)"
 )
+PERCENT = re.compile(r"(?<=\d)\s*(?:percent|per cent|pct)(?!\w)")
 TIMES_TEN = re.compile(r"(?<=\d)\s*(?:[×·*]|\\times|\\cdot)\s*10\^([-+]?\d{1,3})(?!\d)")
 LONE = re.compile(r"(?<![\\^_}\w])\{([^{}]*)\}")
 GROUP = re.compile(
@@ -145,7 +145,7 @@ def _readable(text: str) -> str:
     else:
         return OPAQUE
     text = re.sub(rf"(?<=\d)\s*({'|'.join(SCALES)})(?!\w)", lambda found: SCALES[found[1]], text)
-    return WORD.sub(_without_names, text)
+    return WORD.sub(_without_names, PERCENT.sub("%", text))
 
 
 def _vulgar(found: re.Match[str]) -> str:

@@ -193,8 +193,10 @@ class Sampler:
         bodies = [tokens[:-1] if tokens[-1] in stops else tokens for tokens in answers]
         # The answers of a group agree more and more often.
         different: Any = list(dict.fromkeys(bodies))
-        # Special tokens stay: a marker inside an answer is part of it.
-        decoded = self.encoder.tokenizer.batch_decode(different, skip_special_tokens=False)
+        # Special tokens stay: a marker inside an answer is part of it. So does a space before a full stop.
+        decoded = self.encoder.tokenizer.batch_decode(
+            different, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         text_of = dict(zip(different, decoded, strict=True))
         groups = np.array([request.group for request in requests])
         samples = np.array([request.sample for request in requests])
