@@ -151,11 +151,11 @@ def _fault(row: Any, verifier: str, needs_answer: bool) -> tuple[str, str] | Non
         # A bool is an int, and its text would be Python's.
         if not isinstance(row["answer"], str | int | float) or isinstance(row["answer"], bool):
             return "an answer that is a text or a number", quoted(row["answer"])
-        shown["answer"] = str(row["answer"])
-        if not shown["answer"].strip():
+        answer = shown["answer"] = str(row["answer"])
+        if not answer.strip():
             return "an answer with a text", quoted(row["answer"])
         readable, wanted = READABLE.get(verifier, (lambda answer: True, ""))
-        if not readable(shown["answer"]):
+        if not readable(answer):
             return f"an answer that is {wanted}, for verifier={verifier}", quoted(row["answer"])
     for key, value in shown.items():
         if value is not None and not _is_unicode(value):
