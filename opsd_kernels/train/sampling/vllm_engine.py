@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from opsd_kernels.train.config import ConfigError, TrainConfig
+from opsd_kernels.train.models.pretrained import context_length
 
 # Share of the GPU's memory; the student, its optimiser and the teacher need the rest.
 MEMORY_SHARE = 0.3
@@ -74,7 +75,7 @@ class VllmEngine:
         max_new_tokens: int,
         temperature: float,
     ) -> list[tuple[int, ...]]:
-        longest = getattr(model.config, "max_position_embeddings", None) or 0
+        longest = context_length(model.config) or 0
         engine = self._holding(max(map(len, prompts)) + max_new_tokens, longest)
         weights = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
 
