@@ -5,12 +5,21 @@ The tiny demo model and a Hugging Face model take the same path.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from opsd_kernels import linear_divergence
 from opsd_kernels.integrations.transformers import without_adapter
@@ -41,18 +50,79 @@ def load_pretrained(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load weights from safetensors only, without remote code. Raises ConfigError if transformers cannot."""
     dtype = getattr(torch, config.dtype)
-    try:
+    with _named(source):
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    return cast(Any, model).to(config.device), tokenizer
+
+
+@contextmanager
+def _named(source: str | Path) -> Iterator[None]:
+    """Turn an exception of transformers into a ConfigError that names the model."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"model: expected 'tiny' or a Hugging Face model with safetensors weights, "
             f"got {str(source)!r}: {reason}"
         ) from error
-    return cast(Any, model).to(config.device), tokenizer
+
+
+def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a Hugging Face model with its chat template, without the weights."""
+    with _named(config.model):
+        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
+    _set_template(tokenizer, config)
+    return tokenizer
+
+
+def _set_template(tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> None:
+    if config.chat_template is None:
+        return
+    path = Path(config.chat_template)
+    if not path.is_file():
+        raise ConfigError(f"chat_template: expected an existing Jinja file, got {config.chat_template!r}")
+    try:
+        # A mark of byte order would stand in every prompt.
+        tokenizer.chat_template = path.read_text(encoding="utf-8-sig")
+    except ValueError as error:
+        raise ConfigError(f"chat_template: expected UTF-8 in {path}, got {error}") from error
+
+
+def named_context_length(config: TrainConfig) -> int | None:
+    """Return `context_length` of the configured model and external teacher, without their weights."""
+    names = [config.model, *([config.teacher_model] if config.teacher_model is not None else [])]
+    settings = []
+    for name in names:
+        with _named(name):
+            settings.append(AutoConfig.from_pretrained(name, trust_remote_code=False))
+    return context_length(*settings)
+
+
+def context_length(*settings: PretrainedConfig) -> int | None:
+    """Return the positions, in tokens, that every model of these configs has; None without a limit.
+
+    Recurrent models and ALiBi have none. A scaled rotary embedding reaches as far as its factor says.
+    """
+    lengths = [_positions(each.get_text_config()) for each in settings]
+    return min((length for length in lengths if length is not None), default=None)
+
+
+def _positions(settings: Any) -> int | None:
+    names = ("max_position_embeddings", "max_seq_len", "max_target_positions")
+    found = [getattr(settings, name, None) for name in names]
+    length = next((value for value in found if isinstance(value, int) and value > 0), None)
+    # The name since transformers 5, and the one before.
+    rope = getattr(settings, "rope_parameters", None) or getattr(settings, "rope_scaling", None)
+    if length is None or not isinstance(rope, dict) or not isinstance(rope.get("factor"), int | float):
+        return length
+    if rope.get("rope_type", rope.get("type")) not in ("linear", "dynamic", "yarn"):
+        return length
+    before = rope.get("original_max_position_embeddings") or length
+    return max(length, int(before * rope["factor"]))
 
 
 def load_student(
@@ -67,11 +137,7 @@ def load_student(
     else:
         model, tokenizer = load_pretrained(base, config)
         model = with_adapter(model, saved, config)
-    if config.chat_template is not None:
-        path = Path(config.chat_template)
-        if not path.is_file():
-            raise ConfigError(f"chat_template: expected an existing Jinja file, got {config.chat_template!r}")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    _set_template(tokenizer, config)
     if config.gradient_checkpointing:
         recompute_activations(model)
     return model, tokenizer
