@@ -34,16 +34,18 @@ def results(V: int, shard: VocabShard | None, labels: torch.Tensor, dtype: torch
     student, teacher = (torch.randn(N, H, generator=gen, dtype=torch.float64).to(dtype) for _ in range(2))
     heads = [torch.randn(V, H, generator=gen, dtype=torch.float64).to(dtype)[rows] for _ in range(2)]
     hidden, weight = student.requires_grad_(), heads[0].clone().requires_grad_()
-    group = {} if shard is None else {"group": shard}
-    logprobs = linear_logprobs(hidden, weight, labels, **group)
+    # Each token has a temperature of its own, at every other size.
+    how = {} if V % 2 else {"temperature": torch.linspace(0.7, 1.4, N)}
+    how |= {} if shard is None else {"group": shard}
+    logprobs = linear_logprobs(hidden, weight, labels, **how)
     call = (hidden, weight, teacher, heads[1])
-    options = {"labels": labels, "return_stats": True, **group}
+    options = {"labels": labels, "return_stats": True, **how}
     ratio = ImportanceRatio(torch.full((N,), -6.0))
     policy = PPOClip(torch.linspace(-1, 1, N), torch.full((N,), -6.0))
     mixed, stats = linear_policy_divergence(*call, policy=policy, **options)
     weighted, _ = linear_divergence(*call, token_weights=ratio, **options)
     ids = torch.stack([labels, labels.roll(1)], 1)
-    listed = linear_topk_divergence(hidden, weight, ids, torch.full(ids.shape, -1.5), **group)
+    listed = linear_topk_divergence(hidden, weight, ids, torch.full(ids.shape, -1.5), **how)
     values = [logprobs, mixed, weighted, listed, stats.student_logprob, stats.teacher_logprob]
     loss = mixed + weighted + listed + (logprobs * torch.linspace(-1, 1, N)).sum()
     dh, dW = torch.autograd.grad(loss, [hidden, weight])
