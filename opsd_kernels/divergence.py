@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._core.autograd import evaluate as evaluate
 from ._core.problem import Problem, Side
+from ._core.problem import repeated as repeated
 from ._core.reductions import RowWeigher, reads_logprobs, row_scale
 from ._core.reductions import TokenStats as TokenStats
 from .spec import CLIPS, Divergence, LogitTransform, RowSpec, Support, check_number, expect
