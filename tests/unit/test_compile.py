@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from opsd_kernels import linear_divergence, linear_logprobs, linear_topk_divergence, weights
+from opsd_kernels.testing import assert_no_worse
 
 V, H = 50, 8
 # tokens, and valid tokens among them
@@ -79,8 +80,8 @@ def test_two_graphs_at_most(name):
         x = tensors(N, valid)
         loss = call(compiled, x, N, valid).sum()
         expected = call(function, x, N, valid).sum()
-        assert torch.allclose(loss, expected, rtol=1e-5, atol=1e-6)
+        assert_no_worse(loss.detach(), expected.detach(), expected.detach())
         got, one = (torch.autograd.grad(value, [x["hidden"], W]) for value in (loss, expected))
         for a, b in zip(got, one, strict=True):
-            assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+            assert_no_worse(a, b, b)
     assert count.graphs <= 2
