@@ -36,7 +36,7 @@ def test_head_and_trunk_give_the_logits(kind):
     model = tiny(kind).train()
     if kind == "Phi":
         torch.nn.init.normal_(model.lm_head.bias)
-    check_head("model", model)
+    check_head(model)
     assert model.training
 
 
@@ -50,7 +50,7 @@ def test_a_head_that_is_not_read_right_is_refused():
         with pytest.raises(
             ValueError, match="^teacher_model: expected logits that are a linear head over the trunk.*off by"
         ):
-            check_head("teacher_model", model)
+            check_head(model, "teacher_model")
 
 
 def test_sides_are_named_as_the_arguments_are():

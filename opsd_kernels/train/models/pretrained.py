@@ -13,11 +13,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_kernels import linear_divergence
-from opsd_kernels.integrations.transformers import without_adapter
+from opsd_kernels.integrations.transformers import check_head, probe_tokens, router_coefficient, router_loss, scoring, without_adapter
 from opsd_kernels.train.batch import completion_hidden
 from opsd_kernels.train.config import ConfigError, TrainConfig
 from opsd_kernels.train.distributed.sharding import last_hidden
 from opsd_kernels.train.types import Sequences
+
+
+# What makes a mixture-of-experts model return its auxiliary loss.
+ROUTED = {"output_router_logits": True, "return_dict": True}
 
 
 def hidden_states(model: PreTrainedModel, side: Sequences) -> Tensor:
@@ -25,7 +29,18 @@ def hidden_states(model: PreTrainedModel, side: Sequences) -> Tensor:
 
     No logits are computed. A sharded model's head is readable afterwards.
     """
-    return completion_hidden(last_hidden(model, side.tokens_BL), side.rows_BT)
+    return completion_hidden(last_hidden(model, side.tokens_BL)[0], side.rows_BT)
+
+
+def routed_hidden_states(
+    model: PreTrainedModel, side: Sequences, mask_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return `hidden_states`, and the auxiliary loss (0-dim) of the routers over tokens that are not padding."""
+    length = side.tokens_BL.shape[1]
+    last_B1 = (side.rows_BT * mask_BT).amax(1, keepdim=True)
+    attended_BL = (torch.arange(length, device=last_B1.device) <= last_B1).long()
+    hidden, output = last_hidden(model, side.tokens_BL, attention_mask=attended_BL, **ROUTED)
+    return completion_hidden(hidden, side.rows_BT), router_loss(output)
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -37,9 +52,13 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def load_pretrained(
-    source: str | Path, config: TrainConfig
+    source: str | Path, config: TrainConfig, name: str = "model"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load weights from safetensors only, without remote code. Raises ConfigError if transformers cannot."""
+    """Load weights from safetensors only, without remote code.
+
+    Raises ConfigError, with `name` as the key, if transformers cannot, or if the fused loss would not be that
+    of the model's own log-probs (check_head).
+    """
     dtype = getattr(torch, config.dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -49,10 +68,21 @@ def load_pretrained(
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"model: expected 'tiny' or a Hugging Face model with safetensors weights, "
+            f"{name}: expected 'tiny' or a Hugging Face model with safetensors weights, "
             f"got {str(source)!r}: {reason}"
         ) from error
-    return cast(Any, model).to(config.device), tokenizer
+    model = cast(Any, model).to(config.device)
+    try:
+        check_head(model, name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return model, tokenizer
+
+
+def router_weight(model: PreTrainedModel, config: TrainConfig) -> float:
+    """Return the factor of the student's auxiliary router loss; 0 if it has no routers."""
+    own = router_coefficient(model)
+    return own if config.router_aux_loss_coef is None else config.router_aux_loss_coef
 
 
 def load_student(
@@ -72,9 +102,26 @@ def load_student(
         if not path.is_file():
             raise ConfigError(f"chat_template: expected an existing Jinja file, got {config.chat_template!r}")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
+    check_router(model, config)
     if config.gradient_checkpointing:
         recompute_activations(model)
     return model, tokenizer
+
+
+@torch.no_grad()
+def check_router(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Raise ConfigError if the loss needs an auxiliary router loss that the model's forward does not return."""
+    weight = router_weight(model, config)
+    if weight == 0:
+        return
+    try:
+        with scoring(model):
+            router_loss(last_hidden(model, probe_tokens(model), **ROUTED)[1])
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"router_aux_loss_coef: expected 0 for {type(without_adapter(model)).__name__}, whose forward "
+            f"returns no auxiliary loss of its routers, got {weight}"
+        ) from error
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
