@@ -49,7 +49,8 @@ def test_a_head_that_is_not_read_right_is_refused():
     cohere = tiny("Cohere")
     cohere.logit_scale = 0.5  # unlike its config
     with pytest.raises(
-        ValueError, match="^teacher_model: expected logits that are a linear head over hidden .*Cohere.*off by"
+        ValueError,
+        match="^teacher_model: expected logits that are a linear head over hidden .*Cohere.*off by",
     ):
         check_head(cohere, "teacher_model")
     # A softcap of 30 hardly bends logits of the size that random weights give.

@@ -64,7 +64,7 @@ def _check(model: Module) -> None:
     if 0 < largest < LARGE:
         factor = LARGE / largest
         _compare(inner, "scaled up", _own_logits(model, tokens, factor), hidden * factor, head)
-    _check_causal(inner, head.logprobs(hidden), hidden.dtype.itemsize >= 4)
+    _check_causal(inner, head.logprobs(hidden), hidden.dtype)
 
 
 def probe_tokens(model: Module) -> Tensor:
@@ -88,30 +88,40 @@ def _device(inner: Any) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def _own_logits(model: Module, tokens: Tensor, factor: float) -> Tensor:
-    """Shape (B, L, V): the logits of the model's own forward, with `factor` times the hidden states."""
-    inner = without_adapter(model)
-    hook = output_embedding(inner).register_forward_pre_hook(
-        lambda module, args: (args[0] * factor, *args[1:]), prepend=True
-    )
+def _own_logits(model: Module, tokens: Tensor, factor: float) -> tuple[Tensor, float]:
+    """Return the logits (B, L, V) of the model's own forward, with `factor` times the hidden states.
+
+    The second value is the unit of their rounding; under autocast the head may round more than its output.
+    """
+    inner, units = without_adapter(model), [0.0]
+    head = output_embedding(inner)
+    hooks = [
+        head.register_forward_pre_hook(lambda _, args: (args[0] * factor, *args[1:]), prepend=True),
+        head.register_forward_hook(lambda _, args, logits: units.append(_unit(logits.dtype))),
+    ]
     try:
         logits = getattr(model(**without_cache(inner, {"input_ids": tokens})), "logits", None)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     if not isinstance(logits, Tensor):
         raise ValueError(f"model: expected a forward that returns logits, got {type(inner).__name__}")
-    return logits
+    return logits, max(*units, _unit(logits.dtype))
 
 
-def _compare(inner: Any, how: str, logits: Tensor, hidden: Tensor, head: Head) -> None:
-    expected, actual = at_least_float(logits).log_softmax(-1), head.logprobs(hidden)
+def _unit(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if dtype.itemsize < 4 else 0.0
+
+
+def _compare(inner: Any, how: str, own: tuple[Tensor, float], hidden: Tensor, head: Head) -> None:
+    logits, unit = at_least_float(own[0]), own[1]
+    expected, actual = logits.log_softmax(-1), head.logprobs(hidden)
     if expected.shape == actual.shape:
-        error = (actual - expected.to(actual.device)).abs()
-        # Equal infinities, of a bias of -inf.
-        error = torch.where(actual == expected.to(actual.device), 0.0, error).max().item()
-        rounding = torch.finfo(logits.dtype).eps if logits.dtype.itemsize < 4 else 0.0
-        finite = at_least_float(logits)[logits.isfinite()]
-        if error <= AGREE + 2 * rounding * (finite.abs().max().item() if len(finite) else 0.0):
+        expected = expected.to(actual.device)
+        # Infinities of a bias of -inf are equal.
+        error = torch.where(actual == expected, 0.0, (actual - expected).abs()).max().item()
+        largest = torch.where(logits.isfinite(), logits.abs(), 0.0).max().item()
+        if error <= AGREE + 4 * unit * largest:
             return
         off = f"log-probs are off by {error:.2g} nats (hidden states {how})"
     else:
@@ -122,9 +132,9 @@ def _compare(inner: Any, how: str, logits: Tensor, hidden: Tensor, head: Head) -
     )
 
 
-def _check_causal(inner: Any, logprobs: Tensor, precise: bool) -> None:
+def _check_causal(inner: Any, logprobs: Tensor, dtype: torch.dtype) -> None:
     change = range_change(logprobs[0, :-1], logprobs[1, :-1])
-    if change > (EXACT if precise else ROUNDED):
+    if change > allowed_change(dtype):
         raise ValueError(
             "model: expected a causal language model, whose hidden states do not depend on later tokens "
             f"(is_decoder=True in some configs), got {type(inner).__name__}, whose log-probs change by "
@@ -137,6 +147,11 @@ def range_change(one: Tensor, other: Tensor) -> float:
     finite = one[one.isfinite()]
     difference = torch.where(one == other, 0.0, (one - other).abs()).max()
     return (difference / (finite.max() - finite.min()).clamp(min=1e-6)).item()
+
+
+def allowed_change(dtype: torch.dtype) -> float:
+    """Return the largest `range_change` of a model of this dtype that counts as rounding."""
+    return EXACT if dtype.itemsize >= 4 else ROUNDED
 
 
 def padded_inputs(model: Module, inputs: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -169,8 +184,8 @@ def check_padding(model: Module, name: str = "model") -> str:
             _PADDING[inner] = _reading(model)
     if _PADDING[inner] == READ:
         raise ValueError(
-            f"{name}: expected a model that leaves out masked tokens on the left, got {type(inner).__name__}, "
-            "whose hidden states depend on them; give it prompts of one length"
+            f"{name}: expected a model that leaves out masked tokens on the left, got "
+            f"{type(inner).__name__}, whose hidden states depend on them; give it prompts of one length"
         )
     return _PADDING[inner]
 
@@ -183,12 +198,11 @@ def _reading(model: Module) -> str:
     padded = torch.cat([filler.expand(-1, PADDED), row], 1)
     attended = torch.cat([torch.zeros_like(filler).expand(-1, PADDED), torch.ones_like(row)], 1)
     alone = hidden_states(model, input_ids=row, attention_mask=torch.ones_like(row))
-    limit = EXACT if alone.dtype.itemsize >= 4 else ROUNDED
     for how, more in ((IGNORED, {}), (POSITIONS, {"position_ids": _positions(attended)})):
         if more and "position_ids" not in inspect.signature(inner.forward).parameters:
             continue
         states = hidden_states(model, input_ids=padded, attention_mask=attended, **more)[:, PADDED:]
-        if range_change(head.logprobs(alone), head.logprobs(states)) <= limit:
+        if range_change(head.logprobs(alone), head.logprobs(states)) <= allowed_change(alone.dtype):
             return how
     return READ
 

@@ -36,7 +36,8 @@ def distillation_loss(
     of its config; `reduction` is not "none" then.
 
     Raises ValueError for labels that are not at the end of both inputs, for a model that reads the padding in
-    spite of its mask (check_padding), and for a head that `Head.of` refuses. Call `check_head` on both models once before.
+    spite of its mask (check_padding), and for a head that `Head.of` refuses. Call `check_head` on both models
+    once before.
     """
     lengths = [_check_labels(side, labels) for side in (student_inputs, teacher_inputs)]
     rows = min(labels.shape[1], *(length - 1 for length in lengths))
@@ -78,7 +79,9 @@ def _check_labels(inputs: Mapping[str, Any], labels: Tensor) -> int:
             f"shape {tuple(labels.shape)}",
         )
         same = ((labels == -100) | (labels == last)).all()
-    message = "labels: expected -100 or the tokens at the end of input_ids, in the student's and the teacher's"
+    message = (
+        "labels: expected -100 or the tokens at the end of input_ids, in the student's and the teacher's"
+    )
     if same.device.type == "cpu":
         expect(bool(same), "labels", message.partition("expected ")[2], "other tokens")
     else:

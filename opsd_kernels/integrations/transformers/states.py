@@ -28,35 +28,57 @@ def forward_to_head(
 ) -> tuple[Tensor, Any]:
     """Run the model, and return what enters its output embedding (B, L, H), and the output of its forward.
 
-    The output embedding computes nothing: the logits of the output are empty, the rest is as ever.
+    The output embedding is not called: the logits of the output are empty, the rest is as ever.
     `use_cache` is False unless `inputs` say otherwise. `forward` is what is called, by default the model;
     give `model.forward` where the model's own hooks run already.
     """
-    inner, entered = without_adapter(model), []
-    module = output_embedding(inner)
-
-    def no_logits(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        entered.append(hidden)
-        return hidden.new_empty(*hidden.shape[:-2], 0, rows)
-
-    rows = int(getattr(inner.config.get_text_config(), "vocab_size", 0) or 1)
-    own = vars(module).get("forward")
-    # In place of the head's forward, not a hook that raises: the hooks of FSDP, DeepSpeed and accelerate
-    # around the modules above it then find their usual end.
-    module.forward = no_logits
+    inner = without_adapter(model)
+    # In its place a module of its own, not a hook that raises: the hooks around the modules above it (FSDP,
+    # DeepSpeed, accelerate) then find their usual end, and those of the head do not gather its weights.
+    stand_in = _NoLogits(output_embedding(inner), inner)
+    places = _places(inner, stand_in.head)
+    for parent, name in places:
+        parent._modules[name] = stand_in
     try:
         output = (forward or model)(**without_cache(inner, inputs))
     finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
-    if len(entered) != 1:
+        for parent, name in places:
+            parent._modules[name] = stand_in.head
+    if len(stand_in.entered) != 1:
         raise ValueError(
             f"model: expected a forward that calls its output embedding once, "
-            f"got {type(inner).__name__}, which calls it {len(entered)} times"
+            f"got {type(inner).__name__}, which calls it {len(stand_in.entered)} times"
         )
-    return entered[0], output
+    return stand_in.entered[0], output
+
+
+class _NoLogits(Module):
+    """In place of a head: keeps what enters it, and returns logits of no rows."""
+
+    def __init__(self, head: Module, model: Any) -> None:
+        super().__init__()
+        # Beside the registry of modules, so that a walk over the model's modules does not meet it.
+        self.__dict__["head"], self.entered = head, []
+        self.rows = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 1)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.entered.append(hidden)
+        return hidden.new_empty(*hidden.shape[:-2], 0, self.rows)
+
+    def __getattr__(self, name: str) -> Any:
+        """Read what a model looks up at its head, such as the dtype of the weight."""
+        return getattr(self.__dict__["head"], name)
+
+
+def _places(model: Module, head: Module) -> list[tuple[Module, str]]:
+    """Return each parent of the head, with the name it has there; the model itself is asked first."""
+    own = [(model, name) for name, child in model._modules.items() if child is head]
+    return own or [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is head
+    ]
 
 
 def without_cache(inner: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,12 +13,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_kernels import linear_divergence
-from opsd_kernels.integrations.transformers import check_head, probe_tokens, router_coefficient, router_loss, scoring, without_adapter
+from opsd_kernels.integrations.transformers import (
+    check_head,
+    probe_tokens,
+    router_coefficient,
+    router_loss,
+    scoring,
+    without_adapter,
+)
 from opsd_kernels.train.batch import completion_hidden
 from opsd_kernels.train.config import ConfigError, TrainConfig
 from opsd_kernels.train.distributed.sharding import last_hidden
 from opsd_kernels.train.types import Sequences
-
 
 # What makes a mixture-of-experts model return its auxiliary loss.
 ROUTED = {"output_router_logits": True, "return_dict": True}
@@ -32,10 +38,8 @@ def hidden_states(model: PreTrainedModel, side: Sequences) -> Tensor:
     return completion_hidden(last_hidden(model, side.tokens_BL)[0], side.rows_BT)
 
 
-def routed_hidden_states(
-    model: PreTrainedModel, side: Sequences, mask_BT: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return `hidden_states`, and the auxiliary loss (0-dim) of the routers over tokens that are not padding."""
+def routed_hidden_states(model: PreTrainedModel, side: Sequences, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `hidden_states`, and the routers' auxiliary loss (0-dim), without padding."""
     length = side.tokens_BL.shape[1]
     last_B1 = (side.rows_BT * mask_BT).amax(1, keepdim=True)
     attended_BL = (torch.arange(length, device=last_B1.device) <= last_B1).long()
@@ -110,7 +114,7 @@ def load_student(
 
 @torch.no_grad()
 def check_router(model: PreTrainedModel, config: TrainConfig) -> None:
-    """Raise ConfigError if the loss needs an auxiliary router loss that the model's forward does not return."""
+    """Raise ConfigError if the loss needs an auxiliary loss that the model's forward does not return."""
     weight = router_weight(model, config)
     if weight == 0:
         return

@@ -149,9 +149,7 @@ class WarmStart:
         answers = self.encoder.answer([e.answer for e in examples])
         side = align(prompts, answers, self.encoder.tokenizer.pad_token_id)
         labels_BT = completion_labels(answers)
-        hidden_BTH = completion_hidden(
-            hidden_states(self.model, input_ids=side.tokens_BL), side.rows_BT
-        )
+        hidden_BTH = completion_hidden(hidden_states(self.model, input_ids=side.tokens_BL), side.rows_BT)
         logits = self.model.get_output_embeddings()(hidden_BTH)
         losses_BT = cross_entropy(
             logits.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORE, reduction="none"

@@ -7,7 +7,6 @@ sample, position) only, so a rollout does not depend on the other rollouts of it
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,6 +20,7 @@ from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.distributed.ranks import ALONE, Ranks
 from opsd_kernels.train.distributed.sharding import whole
 from opsd_kernels.train.envs.base import Task
+from opsd_kernels.train.sampling.agreement import allows_padding, generating_as
 from opsd_kernels.train.sampling.prompts import PromptEncoder
 from opsd_kernels.train.sampling.vllm_engine import VllmEngine
 from opsd_kernels.train.types import Context, Prompt, Rollout
@@ -105,8 +105,27 @@ class Sampler:
         known = dict(zip(different, self.encoder.encode(*zip(*different.values(), strict=True)), strict=True))
         return [known[key] for key in keys]
 
-    @torch.no_grad()
     def _generate(
+        self,
+        model: PreTrainedModel,
+        prompts: list[tuple[int, ...]],
+        requests: Sequence[Request],
+        key: tuple[int, ...],
+    ) -> list[tuple[int, ...]]:
+        """Sample in one batch, or in one per length of prompt for a model that reads padding."""
+        if allows_padding(model, self.pad_token):
+            return self._generate_together(model, prompts, requests, key)
+        answers: dict[int, tuple[int, ...]] = {}
+        for length in sorted(set(map(len, prompts))):
+            rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
+            some = self._generate_together(
+                model, [prompts[r] for r in rows], [requests[r] for r in rows], key
+            )
+            answers |= zip(rows, some, strict=True)
+        return [answers[row] for row in range(len(prompts))]
+
+    @torch.no_grad()
+    def _generate_together(
         self,
         model: PreTrainedModel,
         prompts: list[tuple[int, ...]],
@@ -215,19 +234,6 @@ class Engine(Protocol):
 def make_engine(config: TrainConfig) -> Engine | None:
     """Make the configured engine; None for transformers. Raises ConfigError if vLLM is not installed."""
     return VllmEngine(config) if config.rollout_engine == "vllm" else None
-
-
-@contextmanager
-def generating_as(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Replace the model's generation config for a while.
-
-    generate fills in from it, and a penalty in it would change the sampled distribution.
-    """
-    own, model.generation_config = model.generation_config, settings
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def _until_stop(tokens: list[int], stops: set[int]) -> tuple[int, ...]:
