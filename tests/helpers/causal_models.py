@@ -61,7 +61,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), PERIOD),
     **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), {**PERIOD, **INDEXER}),
     "recurrent_gemma": PERIOD,
-    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "bailing_hybrid": {**LATENT, "layer_types": ["linear_attention", "full_attention"]},
     "bamba": {**MAMBA, "attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 64, **dict.fromkeys(BLT_PARTS, BLT)},
     "cohere_compass_text": {**PERIOD, "rope_parameters": dict.fromkeys(TYPES, ROPE)},

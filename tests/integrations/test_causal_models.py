@@ -19,7 +19,17 @@ from opsd_kernels.train.sampling.agreement import allows_padding
 # Of transformers 5.23: 182 of 186 are right, 163 of these in the trainer too, 13 of them without padding.
 RIGHT, SAMPLED = 180, 160
 # One each of: plain, tied, a softcap, a scale, a layer before the head, experts, a recurrence, latent attention.
-HANDFUL = ("llama", "qwen3", "gemma2", "cohere", "modernbert-decoder", "mixtral", "mamba", "deepseek_v3", "mpt")
+HANDFUL = (
+    "llama",
+    "qwen3",
+    "gemma2",
+    "cohere",
+    "modernbert-decoder",
+    "mixtral",
+    "mamba",
+    "deepseek_v3",
+    "mpt",
+)
 REFUSED = {
     "cpmant": "reads later tokens",
     "musicgen": "several heads",
@@ -85,7 +95,9 @@ def test_right_or_refused(name):
 @pytest.mark.slow
 def test_how_many(request):
     """Counts what the tests above found, where all of them ran."""
-    print({how: len(names) for how, names in outcomes.items()}, outcomes["one length"], outcomes["not sampled"])
+    print(
+        {how: len(names) for how, names in outcomes.items()}, outcomes["one length"], outcomes["not sampled"]
+    )
     assert set(ABSENT) <= set(CLASSES) and len(ABSENT) == 3
     if len(outcomes["right"]) + len(outcomes["refused"]) < len(NAMES):
         pytest.skip("some of the models did not run in this process")

@@ -35,10 +35,12 @@ def distillation_loss(
     A student whose config has `output_router_logits` adds its router's auxiliary loss, times the coefficient
     of its config; `reduction` is not "none" then.
 
-    Raises ValueError for labels that are not at the end of both inputs, for a model that reads the padding in
+    Raises ValueError for labels that are not at the end of both inputs, for a student whose trainable weights
+    are offloaded, for a model that reads the padding in
     spite of its mask (check_padding), and for a head that `Head.of` refuses. Call `check_head` on both models
     once before.
     """
+    _check_trainable(student)
     lengths = [_check_labels(side, labels) for side in (student_inputs, teacher_inputs)]
     rows = min(labels.shape[1], *(length - 1 for length in lengths))
     with torch.no_grad(), scoring(teacher):
@@ -60,6 +62,15 @@ def distillation_loss(
     loss = result[0] if isinstance(result, tuple) else result
     loss = loss + coefficient * router_loss(output)
     return (loss, *result[1:]) if isinstance(result, tuple) else loss
+
+
+def _check_trainable(student: Module) -> None:
+    offloaded = any(weight.is_meta and weight.requires_grad for weight in student.parameters())
+    if torch.is_grad_enabled() and offloaded:
+        raise ValueError(
+            "student: expected trainable weights on a device, got some that accelerate offloaded, whose "
+            "gradients would be lost"
+        )
 
 
 def _check_labels(inputs: Mapping[str, Any], labels: Tensor) -> int:
