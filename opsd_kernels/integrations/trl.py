@@ -7,6 +7,7 @@ from TRL's, and which defects are not copied.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -86,8 +87,9 @@ class FusedLoss:
         self, model: nn.Module, tokens: Tensor, attended: Tensor, length: int, **images: Any
     ) -> Tensor:
         """Return hidden states (B, length, H) of the rows that predict the last `length` tokens."""
-        inputs = {"input_ids": tokens, "attention_mask": attended, **images}
-        if not images:
+        inputs: Mapping[str, Any] = {"input_ids": tokens, "attention_mask": attended, **images}
+        # Sharded weights cannot be tried from inside the forward of their wrapper.
+        if not (images or self.is_deepspeed_enabled or self.is_fsdp_enabled):
             inputs = padded_inputs(model, inputs, "model")
         # Not inner(...): the hooks of its wrapper run already.
         return forward_to_head(model, inputs, without_adapter(model).forward)[0][:, -length - 1 : -1]

@@ -11,7 +11,8 @@ accelerate = pytest.importorskip("accelerate", reason="accelerate is not install
 
 V = 64
 SHAPE = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "initializer_range": 0.3}  # fmt: skip
+         "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
+         "initializer_range": 0.3}  # fmt: skip
 
 
 def made(config, seed=0):
@@ -169,7 +170,8 @@ def quantised(how):
 
 
 @pytest.mark.parametrize("how, told", [
-    ("torchao", "Int8Tensor|AffineQuantizedTensor"), ("subclass", "Packed"), ("float8", "float8"), ("int8", "int8"),
+    ("torchao", "Int8Tensor|AffineQuantizedTensor"), ("subclass", "Packed"), ("float8", "float8"),
+    ("int8", "int8"),
 ])  # fmt: skip
 def test_a_quantised_head_is_refused(how, told):
     model = quantised(how)

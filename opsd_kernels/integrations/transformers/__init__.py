@@ -17,13 +17,14 @@ this module does not read right. transformers itself is not imported.
 from __future__ import annotations
 
 from .checks import allowed_change, check_head, check_padding, padded_inputs, probe_tokens, range_change
-from .head import Head, on_heads, output_embedding, without_adapter
+from .head import Head, at_least_float, on_heads, output_embedding, without_adapter
 from .loss import distillation_loss
 from .states import forward_to_head, hidden_states, router_coefficient, router_loss, routes_by_config, scoring
 
 __all__ = [
     "Head",
     "allowed_change",
+    "at_least_float",
     "check_head",
     "check_padding",
     "distillation_loss",

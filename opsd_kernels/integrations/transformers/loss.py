@@ -50,8 +50,8 @@ def distillation_loss(
     sides = {"student": (hidden[:, -rows - 1 : -1], Head.of(student)), "teacher": theirs}
     shifted = labels[:, labels.shape[1] - rows :].to(hidden.device)
     result = on_heads(linear_divergence, sides, **{"labels": shifted, **options})
-    coefficient = router_coefficient(student) if routes_by_config(student) else 0.0
-    if not coefficient:
+    router = router_loss(output) if routes_by_config(student) else None
+    if router is None:
         return result
     expect(
         options.get("reduction") != "none",
@@ -60,7 +60,7 @@ def distillation_loss(
         "'none'",
     )
     loss = result[0] if isinstance(result, tuple) else result
-    loss = loss + coefficient * router_loss(output)
+    loss = loss + router_coefficient(student) * router
     return (loss, *result[1:]) if isinstance(result, tuple) else loss
 
 

@@ -58,7 +58,8 @@ class _NoLogits(Module):
     def __init__(self, head: Module, model: Any) -> None:
         super().__init__()
         # Beside the registry of modules, so that a walk over the model's modules does not meet it.
-        self.__dict__["head"], self.entered = head, []
+        self.__dict__["head"] = head
+        self.entered: list[Tensor] = []
         self.rows = int(getattr(model.config.get_text_config(), "vocab_size", 0) or 1)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -116,12 +117,10 @@ def router_coefficient(model: Module) -> float:
     return 0.0
 
 
-def router_loss(output: Any) -> Tensor:
-    """Return the auxiliary loss, 0-dim, that a forward with `output_router_logits=True` put in its output."""
+def router_loss(output: Any) -> Tensor | None:
+    """Return the auxiliary loss, 0-dim, in the output of a forward with `output_router_logits=True`.
+
+    None for a model that computes none; its own loss has none either, whatever its config says.
+    """
     loss = getattr(output, "aux_loss", None)
-    if not isinstance(loss, Tensor):
-        raise ValueError(
-            "model: expected an output with the router's auxiliary loss (aux_loss), as its config asks for, "
-            f"got {type(output).__name__} without; set router_aux_loss_coef=0 in the config"
-        )
-    return loss
+    return loss if isinstance(loss, Tensor) else None

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_kernels import linear_divergence
@@ -28,6 +30,7 @@ from opsd_kernels.train.types import Sequences
 
 # What makes a mixture-of-experts model return its auxiliary loss.
 ROUTED = {"output_router_logits": True, "return_dict": True}
+_routed: WeakKeyDictionary[Module, bool] = WeakKeyDictionary()
 
 
 def hidden_states(model: PreTrainedModel, side: Sequences) -> Tensor:
@@ -44,7 +47,9 @@ def routed_hidden_states(model: PreTrainedModel, side: Sequences, mask_BT: Tenso
     last_B1 = (side.rows_BT * mask_BT).amax(1, keepdim=True)
     attended_BL = (torch.arange(length, device=last_B1.device) <= last_B1).long()
     hidden, output = last_hidden(model, side.tokens_BL, attention_mask=attended_BL, **ROUTED)
-    return completion_hidden(hidden, side.rows_BT), router_loss(output)
+    router = router_loss(output)
+    assert router is not None
+    return completion_hidden(hidden, side.rows_BT), router
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -84,9 +89,34 @@ def load_pretrained(
 
 
 def router_weight(model: PreTrainedModel, config: TrainConfig) -> float:
-    """Return the factor of the student's auxiliary router loss; 0 if it has no routers."""
-    own = router_coefficient(model)
-    return own if config.router_aux_loss_coef is None else config.router_aux_loss_coef
+    """Return the factor of the student's auxiliary router loss, 0 if it has none.
+
+    Raises ConfigError for a factor of the settings that the model has no loss for.
+    """
+    given = config.router_aux_loss_coef
+    weight = router_coefficient(model) if given is None else given
+    if weight == 0 or _has_router_loss(model):
+        return weight
+    if given is not None:
+        raise ConfigError(
+            f"router_aux_loss_coef: expected null or 0 for {type(without_adapter(model)).__name__}, whose "
+            f"forward returns no auxiliary loss of its routers, got {given}"
+        )
+    return 0.0
+
+
+@torch.no_grad()
+def _has_router_loss(model: PreTrainedModel) -> bool:
+    """Try it once per model, since configs name a factor that some models do not use."""
+    inner = without_adapter(model)
+    if inner not in _routed:
+        with scoring(model):
+            try:
+                _routed[inner] = router_loss(last_hidden(model, probe_tokens(model), **ROUTED)[1]) is not None
+            except TypeError:
+                # A forward without the argument.
+                _routed[inner] = False
+    return _routed[inner]
 
 
 def load_student(
@@ -106,26 +136,11 @@ def load_student(
         if not path.is_file():
             raise ConfigError(f"chat_template: expected an existing Jinja file, got {config.chat_template!r}")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
-    check_router(model, config)
+    # Now, and not in the first step.
+    router_weight(model, config)
     if config.gradient_checkpointing:
         recompute_activations(model)
     return model, tokenizer
-
-
-@torch.no_grad()
-def check_router(model: PreTrainedModel, config: TrainConfig) -> None:
-    """Raise ConfigError if the loss needs an auxiliary loss that the model's forward does not return."""
-    weight = router_weight(model, config)
-    if weight == 0:
-        return
-    try:
-        with scoring(model):
-            router_loss(last_hidden(model, probe_tokens(model), **ROUTED)[1])
-    except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f"router_aux_loss_coef: expected 0 for {type(without_adapter(model)).__name__}, whose forward "
-            f"returns no auxiliary loss of its routers, got {weight}"
-        ) from error
 
 
 def recompute_activations(model: PreTrainedModel) -> None:

@@ -2,7 +2,7 @@
 
 The sampler pads prompts of different lengths on the left; the loss reads every row from its first token, with
 padding on the right. A recurrent model that reads padding in spite of the mask, or one that counts positions
-from the first column, then samples from another distribution.
+from the first column, then samples from another distribution, and so does one that mixes the rows of a batch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from opsd_kernels.integrations.transformers import (
     Head,
     allowed_change,
+    at_least_float,
     probe_tokens,
     range_change,
     without_adapter,
@@ -27,20 +28,28 @@ from opsd_kernels.integrations.transformers import (
 from opsd_kernels.train.config import ConfigError
 from opsd_kernels.train.distributed.sharding import last_hidden
 
-# Tokens of padding that are tried, and tokens sampled: the second comes from the cache.
-PADDING, SAMPLED = 3, 2
-_known: WeakKeyDictionary[Module, bool] = WeakKeyDictionary()
+# Prompts that may share a batch: any, those of one length, or none.
+ANY, ONE_LENGTH, ALONE = "any", "one length", "alone"
+# Tokens of padding that are tried, and tokens sampled: from the second on the cache is read.
+PADDING, SAMPLED = 3, 3
+_known: WeakKeyDictionary[Module, str] = WeakKeyDictionary()
 
 
-def allows_padding(model: PreTrainedModel, pad: int) -> bool:
-    """True if prompts of different lengths may share a batch, tried once per model.
+def batches(model: PreTrainedModel, pad: int) -> str:
+    """Return which prompts may share a batch, tried once per model: ANY, ONE_LENGTH or ALONE.
 
-    Raises ConfigError for a model whose sampled distribution is not the scored one without padding either.
+    Raises ConfigError for a model whose sampled distribution is not the scored one for a prompt alone either.
     """
     inner = without_adapter(model)
     if inner not in _known:
-        _known[inner] = _agrees(model, pad, PADDING) is None
-        if not _known[inner] and (why := _agrees(model, pad, 0)) is not None:
+        one, other = probe_tokens(model)
+        tries = {ANY: [one[PADDING:], other], ONE_LENGTH: [one, other], ALONE: [one]}
+        for how, prompts in tries.items():
+            why = _disagreement(model, pad, prompts)
+            if why is None:
+                _known[inner] = how
+                break
+        else:
             raise ConfigError(
                 "model: expected a model whose generate samples from the log-probs of its forward, "
                 f"got {type(inner).__name__}: {why}"
@@ -49,11 +58,12 @@ def allows_padding(model: PreTrainedModel, pad: int) -> bool:
 
 
 @torch.no_grad()
-def _agrees(model: PreTrainedModel, pad: int, padding: int) -> str | None:
-    """Return None, or how the log-probs of generate differ from those of the forward."""
-    row = probe_tokens(model)[:1]
-    prompt = torch.cat([row.new_full((1, padding), pad), row], 1)
-    present = torch.cat([row.new_zeros(1, padding), torch.ones_like(row)], 1)
+def _disagreement(model: PreTrainedModel, pad: int, prompts: list[Tensor]) -> str | None:
+    """Return None, or how log-probs of generate on a batch differ from those of the forward on a row."""
+    length = max(map(len, prompts))
+    padding = [length - len(prompt) for prompt in prompts]
+    rows = torch.stack([torch.cat([p.new_full((n,), pad), p]) for n, p in zip(padding, prompts, strict=True)])
+    present = torch.stack([torch.arange(length, device=rows.device) >= n for n in padding]).long()
     settings = GenerationConfig(
         max_new_tokens=SAMPLED,
         do_sample=False,
@@ -64,15 +74,18 @@ def _agrees(model: PreTrainedModel, pad: int, padding: int) -> str | None:
     generate: Any = model.generate
     try:
         with generating_as(model, settings):
-            made = generate(prompt, attention_mask=present, generation_config=settings, synced_gpus=False)
-        sampled: Tensor = torch.stack(made.logits, 1).float().log_softmax(-1)
-        hidden = last_hidden(model, made.sequences[:, padding:-1])[0]
+            made = generate(rows, attention_mask=present, generation_config=settings, synced_gpus=False)
+        sampled = at_least_float(torch.stack(made.logits, 1)).log_softmax(-1)
+        changes = []
+        for row, n in enumerate(padding):
+            hidden, _ = last_hidden(model, made.sequences[row : row + 1, n:-1])
+            scored = Head.of(model).logprobs(hidden[0, -SAMPLED:])
+            changes.append(range_change(scored, sampled[row].to(scored.device)))
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return f"{type(error).__name__}: {error}"
-    scored = Head.of(model).logprobs(hidden[:, -SAMPLED:]).float()
-    change = range_change(scored, sampled.to(scored.device))
+    change = max(changes)
     return None if change <= allowed_change(hidden.dtype) else f"they differ by {change:.1%} of their range"
 
 

@@ -20,7 +20,7 @@ from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.distributed.ranks import ALONE, Ranks
 from opsd_kernels.train.distributed.sharding import whole
 from opsd_kernels.train.envs.base import Task
-from opsd_kernels.train.sampling.agreement import allows_padding, generating_as
+from opsd_kernels.train.sampling import agreement
 from opsd_kernels.train.sampling.prompts import PromptEncoder
 from opsd_kernels.train.sampling.vllm_engine import VllmEngine
 from opsd_kernels.train.types import Context, Prompt, Rollout
@@ -112,12 +112,15 @@ class Sampler:
         requests: Sequence[Request],
         key: tuple[int, ...],
     ) -> list[tuple[int, ...]]:
-        """Sample in one batch, or in one per length of prompt for a model that reads padding."""
-        if allows_padding(model, self.pad_token):
+        """Sample in one batch, or in several for a model whose answers would depend on it (agreement.py)."""
+        apart = agreement.batches(model, self.pad_token)
+        if apart == agreement.ANY:
             return self._generate_together(model, prompts, requests, key)
+        batches: dict[int, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            batches.setdefault(row if apart == agreement.ALONE else len(prompt), []).append(row)
         answers: dict[int, tuple[int, ...]] = {}
-        for length in sorted(set(map(len, prompts))):
-            rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
+        for rows in batches.values():
             some = self._generate_together(
                 model, [prompts[r] for r in rows], [requests[r] for r in rows], key
             )
@@ -147,7 +150,7 @@ class Sampler:
             max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=sorted(stops)
         )
         generate: Any = model.generate
-        with generating_as(model, greedy):
+        with agreement.generating_as(model, greedy):
             # generate syncs the ranks under FSDP by default, but some may have fewer tokens to sample, or
             # none.
             out = generate(
