@@ -80,6 +80,9 @@ def _disagreement(model: PreTrainedModel, pad: int, prompts: list[Tensor]) -> st
         for row, n in enumerate(padding):
             hidden, _ = last_hidden(model, made.sequences[row : row + 1, n:-1])
             scored = Head.of(model).logprobs(hidden[0, -SAMPLED:])
+            # A broken model, which the loss reports.
+            if scored.isnan().any():
+                return None
             changes.append(range_change(scored, sampled[row].to(scored.device)))
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
