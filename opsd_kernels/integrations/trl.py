@@ -27,7 +27,6 @@ from opsd_kernels.integrations.transformers import (
     padded_inputs,
     routes_by_config,
     scoring,
-    without_adapter,
 )
 from opsd_kernels.objectives import Mix, OnPolicyDistillation, PPOClip, linear_policy_divergence
 from opsd_kernels.spec import expect, interpolation
@@ -91,8 +90,8 @@ class FusedLoss:
         # Sharded weights cannot be tried from inside the forward of their wrapper.
         if not (images or self.is_deepspeed_enabled or self.is_fsdp_enabled):
             inputs = padded_inputs(model, inputs, "model")
-        # Not inner(...): the hooks of its wrapper run already.
-        return forward_to_head(model, inputs, without_adapter(model).forward)[0][:, -length - 1 : -1]
+        # Not model(...): the hooks of its wrapper run already.
+        return forward_to_head(model, inputs, model.forward)[0][:, -length - 1 : -1]
 
     def _side(self, model: nn.Module, *rows: Any, **images: Any) -> Side:
         """Run inside the forward of `model`'s wrapper.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -144,7 +145,7 @@ def _number(inner: Any, *names: str) -> float | None:
         value = getattr(config, name, None)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise ValueError(
                 f"model: expected a number or None as {name} in the config of {type(inner).__name__}, "
                 f"got {value!r}"
