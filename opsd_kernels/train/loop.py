@@ -45,6 +45,7 @@ from opsd_kernels.train.sampling.prompts import PromptEncoder
 from opsd_kernels.train.sampling.rollout import Sampler, make_engine, requests
 from opsd_kernels.train.session import graceful_interrupt, open_run_directory, reproducible
 from opsd_kernels.train.step import Rehearsal, Trainer
+from opsd_kernels.train.task import checked_task
 from opsd_kernels.train.teacher import Teacher, make_reference, make_teacher
 from opsd_kernels.train.types import (
     Batch,
@@ -58,6 +59,8 @@ from opsd_kernels.train.types import (
 
 # Streams of random numbers.
 PROMPTS, CONTEXTS, ROLLOUTS, REHEARSAL = 11, 12, 13, 14
+# Prompts of each split that are measured before a run; those of a data file are checked one by one.
+ROOM_CHECKED = 64
 
 
 def train(config: TrainConfig, out: Path, resume: bool = False) -> dict[str, Any]:
@@ -68,10 +71,11 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> dict[str, Any
     or NaN (`out` holds a checkpoint then), and ConfigError if the model or the device does not exist.
     """
     pretrained.check_machine(config)
-    task, out = make_task(config), Path(out)
+    # The rows of a run to resume were checked at its start; its record tells if they have changed.
+    task, out = (make_task if resume else checked_task)(config), Path(out)
     with joined(config.device) as ranks, reproducible(config), tempfile.TemporaryDirectory() as scratch:
         progress = Progress() if ranks.first else Progress(Console(quiet=True))
-        ranks.on_first(lambda: open_run_directory(config, out, resume))
+        ranks.on_first(lambda: open_run_directory(config, out, resume, task.fingerprint()))
         if ranks.any((out / "summary.json").exists()):
             progress.say(f"{out}: this run is complete")
             return json.loads((out / "summary.json").read_text())
@@ -102,6 +106,7 @@ class Run:
     # Clock time at the start of this process, minus the seconds spent by the processes before it.
     started: float
     ranks: Ranks
+    told_too_long: bool = False
 
     def save(self) -> None:
         """Write a checkpoint from rank 0.
@@ -161,7 +166,9 @@ def prepare(config: TrainConfig, task: Task, out: Path, progress: Progress, rank
         vocab,
         make_engine(config),
         ranks,
+        pretrained.context_length(model.config, teacher.model.config),
     )
+    check_room(config, task, sampler)
     offset = 0
     if saved is not None:
         offset = checkpoint.restore(saved, state)
@@ -180,6 +187,18 @@ def prepare(config: TrainConfig, task: Task, out: Path, progress: Progress, rank
         )
         run.save()
     return run
+
+
+def check_room(config: TrainConfig, task: Task, sampler: Sampler) -> None:
+    """Raise ConfigError if answers of `max_new_tokens` do not fit into the context of the models."""
+    problems = [*task.train[:ROOM_CHECKED], *task.held_out[:ROOM_CHECKED]]
+    views = sampler.encode([(task.env(problem, 0).prompt(), None) for problem in problems])
+    longest = max(map(len, views))
+    if sampler.longest is not None and longest + config.max_new_tokens > sampler.longest:
+        raise ConfigError(
+            f"max_new_tokens: expected at most {sampler.longest - longest}, as the model reads "
+            f"{sampler.longest} tokens and a prompt has {longest}, got {config.max_new_tokens}"
+        )
 
 
 def base_of(config: TrainConfig, task: Task, progress: Progress, saved: Path | None = None) -> str | Path:
@@ -262,11 +281,20 @@ def one_step(run: Run) -> StepMetrics:
     )
     answers = run.sampler.sample(state.model, run.task, [*asked, *kept], config.seed, ROLLOUTS, state.step)
     rollouts, rehearsed = answers[: len(asked)], answers[len(asked) :]
-    contexts = build_contexts(rollouts, config, config.seed, CONTEXTS, state.step)
+    built = build_contexts(rollouts, config, config.seed, CONTEXTS, state.step)
+    contexts = run.sampler.fitting(rollouts, built)
+    too_long = sum(told is not None for told in built) - sum(told is not None for told in contexts)
+    if too_long and not run.told_too_long:
+        run.told_too_long = True
+        run.progress.say(
+            f"step {number}: {too_long} of {len(rollouts)} views of the teacher are longer than the model's "
+            f"context of {run.sampler.longest} tokens and left out of the loss; samples_too_long counts them"
+        )
 
     # Both sides score the student's tokens; the teacher's prompt also contains the context.
     batch, update = batch_of_step(config, run.sampler, rollouts, contexts), None
     metrics = {"step": number, **steps.rollout_metrics(rollouts, contexts)}
+    metrics["samples_too_long"] = too_long / len(rollouts)
     if batch is not None:
         rehearsal = None
         if state.reference is not None:

@@ -25,7 +25,8 @@ from opsd_kernels.objectives import Mix, OnPolicyDistillation, PPOClip, linear_p
 from opsd_kernels.train.batch import IGNORE
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.config.weight_text import TokenData, parse_weights
-from opsd_kernels.train.models.pretrained import hidden_states, routed_hidden_states, router_weight
+from opsd_kernels.train.models.pretrained import hidden_states
+from opsd_kernels.train.models.routers import routed_hidden_states, router_weight
 from opsd_kernels.train.teacher import Teacher
 from opsd_kernels.train.types import Batch, Totals
 from opsd_kernels.weights import Given, ImportanceRatio

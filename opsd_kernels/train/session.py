@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,8 +20,11 @@ from opsd_kernels.train.records.log import Progress
 from opsd_kernels.train.types import RunDirectoryError
 
 
-def open_run_directory(config: TrainConfig, out: Path, resume: bool) -> None:
-    """Claim `out` for this configuration, or check that a run to resume has the same one."""
+def open_run_directory(config: TrainConfig, out: Path, resume: bool, data: str | None = None) -> None:
+    """Claim `out` for this configuration, or check that a run to resume has the same one.
+
+    `data` is the fingerprint of the task. Raises RunDirectoryError if it, or the chat template, is another.
+    """
     if resume and not out.is_dir():
         raise FileNotFoundError(
             f"out: expected the directory of a run to resume, got {out}, which does not exist"
@@ -45,6 +50,27 @@ def open_run_directory(config: TrainConfig, out: Path, resume: bool) -> None:
     if differences:
         raise RunDirectoryError(
             f"out: expected the configuration of the run in {out}, got another one: {'; '.join(differences)}"
+        )
+    _check_inputs(config, out, data)
+
+
+def _check_inputs(config: TrainConfig, out: Path, data: str | None) -> None:
+    """Record the contents of the files that the settings name, or compare them with the record."""
+    template = Path(config.chat_template) if config.chat_template else None
+    inputs = {} if data is None else {"data": data}
+    if template is not None and template.is_file():
+        inputs["chat_template"] = hashlib.sha256(template.read_bytes()).hexdigest()
+    record = out / "inputs.json"
+    # Missing if the run was killed before its second write, or is of an earlier version.
+    if inputs and not record.exists():
+        write_file(record, json.dumps(inputs, indent=2) + "\n")
+    recorded = json.loads(record.read_text()) if inputs else {}
+    changed = [name for name in inputs if inputs[name] != recorded.get(name)]
+    if changed:
+        named = " and ".join(f"{name}={getattr(config, name)}" for name in changed)
+        raise RunDirectoryError(
+            f"{changed[0]}: expected the contents that the run in {out} began with, got others: "
+            f"{named} changed since then"
         )
 
 

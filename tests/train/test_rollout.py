@@ -8,6 +8,10 @@ import pytest
 import torch
 
 from opsd_kernels.train import seeds
+from opsd_kernels.train.batch import make_batch
+from opsd_kernels.train.config import TrainConfig
+from opsd_kernels.train.contexts import build_contexts
+from opsd_kernels.train.envs.verifiers import exact
 from opsd_kernels.train.sampling.prompts import PromptEncoder
 from opsd_kernels.train.sampling.rollout import PlacedSampler, Request, requests
 from opsd_kernels.train.types import Context, Prompt
@@ -57,6 +61,31 @@ def test_the_models_own_generation_settings_stay_out(sampler, model, task, asked
     assert model.generation_config.repetition_penalty == 9.0
     model.generation_config.eos_token_id = [1, plain[0].tokens[0]]  # a second end of a turn counts
     assert sampler.sample(model, task, asked, 0, 1)[0].tokens == plain[0].tokens[:1]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_stop_of_the_generation_config_is_no_part_of_the_text(sampler, model, asked, task, encoder, listed):
+    """A second end of a turn, as of Gemma and Phi-3: cut, not decoded, rewarded without, and a label."""
+    eos = encoder.tokenizer.eos_token_id
+    plain = sampler.sample(model, task, asked, 0, 1)[0]
+    other = plain.tokens[1]
+    assert eos not in plain.tokens[:2] and other != plain.tokens[0]
+    model.generation_config.eos_token_id = [eos, other] if listed else other
+    right = encoder.tokenizer.decode(plain.tokens[:1])
+
+    class Judge:
+        def env(self, problem, key):
+            return self
+
+        def verify(self, text):
+            return exact(text, {"answer": right})
+
+    rollout = sampler.sample(model, Judge(), asked, 0, 1)[0]
+    assert rollout.tokens == plain.tokens[:2] and rollout.text == right and rollout.verdict.success
+    assert make_batch([rollout], [rollout.prompt_tokens], 0).labels_BT.tolist() == [list(rollout.tokens)]
+    assert build_contexts([dataclasses.replace(rollout, sample=9), rollout], TrainConfig(), 0)[1] == Context(
+        (right,)
+    )
 
 
 def test_placed_sampler_draws_the_distribution():

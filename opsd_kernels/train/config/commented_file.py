@@ -22,7 +22,7 @@ COMMENTS: dict[str, dict[str, str]] = {
     },
     "your own prompts, env: jsonl": {
         "data": "JSONL file with a prompt per line",
-        "verifier": "exact, numeric or package.module:function",
+        "verifier": "exact, numeric, math or package.module:function",
         "chat_template": "Jinja file for a tokenizer without one",
     },
     "rollouts": {

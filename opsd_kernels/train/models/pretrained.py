@@ -5,32 +5,29 @@ The tiny demo model and a Hugging Face model take the same path.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn import Module
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from opsd_kernels import linear_divergence
-from opsd_kernels.integrations.transformers import (
-    check_head,
-    probe_tokens,
-    router_coefficient,
-    router_loss,
-    scoring,
-    without_adapter,
-)
+from opsd_kernels.integrations.transformers import check_head, without_adapter
 from opsd_kernels.train.batch import completion_hidden
 from opsd_kernels.train.config import ConfigError, TrainConfig
 from opsd_kernels.train.distributed.sharding import last_hidden
+from opsd_kernels.train.models.routers import router_weight
 from opsd_kernels.train.types import Sequences
-
-# What makes a mixture-of-experts model return its auxiliary loss.
-ROUTED = {"output_router_logits": True, "return_dict": True}
-_routed: WeakKeyDictionary[Module, bool] = WeakKeyDictionary()
 
 
 def hidden_states(model: PreTrainedModel, side: Sequences) -> Tensor:
@@ -39,17 +36,6 @@ def hidden_states(model: PreTrainedModel, side: Sequences) -> Tensor:
     No logits are computed. A sharded model's head is readable afterwards.
     """
     return completion_hidden(last_hidden(model, side.tokens_BL)[0], side.rows_BT)
-
-
-def routed_hidden_states(model: PreTrainedModel, side: Sequences, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `hidden_states`, and the routers' auxiliary loss (0-dim), without padding."""
-    length = side.tokens_BL.shape[1]
-    last_B1 = (side.rows_BT * mask_BT).amax(1, keepdim=True)
-    attended_BL = (torch.arange(length, device=last_B1.device) <= last_B1).long()
-    hidden, output = last_hidden(model, side.tokens_BL, attention_mask=attended_BL, **ROUTED)
-    router = router_loss(output)
-    assert router is not None
-    return completion_hidden(hidden, side.rows_BT), router
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -69,17 +55,11 @@ def load_pretrained(
     of the model's own log-probs (check_head).
     """
     dtype = getattr(torch, config.dtype)
-    try:
+    with _named(source, name):
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(
-            f"{name}: expected 'tiny' or a Hugging Face model with safetensors weights, "
-            f"got {str(source)!r}: {reason}"
-        ) from error
     model = cast(Any, model).to(config.device)
     try:
         check_head(model, name)
@@ -88,35 +68,72 @@ def load_pretrained(
     return model, tokenizer
 
 
-def router_weight(model: PreTrainedModel, config: TrainConfig) -> float:
-    """Return the factor of the student's auxiliary router loss, 0 if it has none.
-
-    Raises ConfigError for a factor of the settings that the model has no loss for.
-    """
-    given = config.router_aux_loss_coef
-    weight = router_coefficient(model) if given is None else given
-    if weight == 0 or _has_router_loss(model):
-        return weight
-    if given is not None:
+@contextmanager
+def _named(source: str | Path, name: str = "model") -> Iterator[None]:
+    """Turn an exception of transformers into a ConfigError that names the key and the model."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"router_aux_loss_coef: expected null or 0 for {type(without_adapter(model)).__name__}, whose "
-            f"forward returns no auxiliary loss of its routers, got {given}"
-        )
-    return 0.0
+            f"{name}: expected 'tiny' or a Hugging Face model with safetensors weights, "
+            f"got {str(source)!r}: {reason}"
+        ) from error
 
 
-@torch.no_grad()
-def _has_router_loss(model: PreTrainedModel) -> bool:
-    """Try it once per model, since configs name a factor that some models do not use."""
-    inner = without_adapter(model)
-    if inner not in _routed:
-        with scoring(model):
-            try:
-                _routed[inner] = router_loss(last_hidden(model, probe_tokens(model), **ROUTED)[1]) is not None
-            except TypeError:
-                # A forward without the argument.
-                _routed[inner] = False
-    return _routed[inner]
+def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a Hugging Face model with its chat template, without the weights."""
+    with _named(config.model):
+        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
+    _set_template(tokenizer, config)
+    return tokenizer
+
+
+def _set_template(tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> None:
+    if config.chat_template is None:
+        return
+    path = Path(config.chat_template)
+    if not path.is_file():
+        raise ConfigError(f"chat_template: expected an existing Jinja file, got {config.chat_template!r}")
+    try:
+        # A mark of byte order would stand in every prompt.
+        tokenizer.chat_template = path.read_text(encoding="utf-8-sig")
+    except ValueError as error:
+        raise ConfigError(f"chat_template: expected UTF-8 in {path}, got {error}") from error
+
+
+def named_context_length(config: TrainConfig) -> int | None:
+    """Return `context_length` of the configured model and external teacher, without their weights."""
+    names = {"model": config.model, "teacher_model": config.teacher_model}
+    settings = []
+    for key, name in names.items():
+        if name is not None:
+            with _named(name, key):
+                settings.append(AutoConfig.from_pretrained(name, trust_remote_code=False))
+    return context_length(*settings)
+
+
+def context_length(*settings: PretrainedConfig) -> int | None:
+    """Return the positions, in tokens, that every model of these configs has; None without a limit.
+
+    Recurrent models and ALiBi have none. A scaled rotary embedding reaches as far as its factor says.
+    """
+    lengths = [_positions(each.get_text_config()) for each in settings]
+    return min((length for length in lengths if length is not None), default=None)
+
+
+def _positions(settings: Any) -> int | None:
+    names = ("max_position_embeddings", "max_seq_len", "max_target_positions")
+    found = [getattr(settings, name, None) for name in names]
+    length = next((value for value in found if isinstance(value, int) and value > 0), None)
+    # The name since transformers 5, and the one before.
+    rope = getattr(settings, "rope_parameters", None) or getattr(settings, "rope_scaling", None)
+    if length is None or not isinstance(rope, dict) or not isinstance(rope.get("factor"), int | float):
+        return length
+    if rope.get("rope_type", rope.get("type")) not in ("linear", "dynamic", "yarn"):
+        return length
+    before = rope.get("original_max_position_embeddings") or length
+    return max(length, int(before * rope["factor"]))
 
 
 def load_student(
@@ -131,11 +148,7 @@ def load_student(
     else:
         model, tokenizer = load_pretrained(base, config)
         model = with_adapter(model, saved, config)
-    if config.chat_template is not None:
-        path = Path(config.chat_template)
-        if not path.is_file():
-            raise ConfigError(f"chat_template: expected an existing Jinja file, got {config.chat_template!r}")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    _set_template(tokenizer, config)
     # Now, and not in the first step.
     router_weight(model, config)
     if config.gradient_checkpointing:

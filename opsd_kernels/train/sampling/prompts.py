@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from opsd_kernels.train.config import ConfigError
 from opsd_kernels.train.contexts import ContextTemplate, forbidden_markers
 from opsd_kernels.train.types import Context, Prompt
 
@@ -27,17 +28,17 @@ REMEMBERED = 20_000
 class PromptEncoder:
     """An encoder of user turns.
 
-    Raises ValueError for a tokenizer without a chat template or an end-of-sequence token.
+    Raises ConfigError for a tokenizer without a chat template or an end-of-sequence token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ContextTemplate):
         if tokenizer.chat_template is None:
-            raise ValueError(
+            raise ConfigError(
                 "model: expected a tokenizer with a chat template (an instruction-tuned model; "
                 "chat_template gives it one), got one without"
             )
         if tokenizer.eos_token_id is None:
-            raise ValueError("model: expected a tokenizer with an end-of-sequence token, got one without")
+            raise ConfigError("model: expected a tokenizer with an end-of-sequence token, got one without")
         self.tokenizer, self.template = tokenizer, template
         self.markers = forbidden_markers(tokenizer, template)
         self.frame = verbatim_frame(tokenizer)
@@ -81,6 +82,33 @@ class PromptEncoder:
         return frozenset(
             token for token in self.tokenizer.get_vocab().values() if text in self.tokenizer.decode([token])
         )
+
+
+def complaints(
+    encoder: PromptEncoder, prompts: Sequence[Prompt], longest: int | None
+) -> list[tuple[str, str] | None]:
+    """Return for each prompt what was expected of it and what came; None for one that can be asked.
+
+    `longest` is the largest number of tokens, None without a limit.
+    """
+    found: list[tuple[str, str] | None] = []
+    for prompt in prompts:
+        try:
+            length = len(encoder.encode([prompt], [None])[0])
+        # Of any kind, since a template is a program of the model's author.
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            found.append(("a prompt that the chat template and the tokenizer accept", reason))
+            continue
+        found.append(
+            (
+                f"a prompt of at most {longest} tokens, which leaves the model room to answer",
+                f"{length} tokens",
+            )
+            if longest is not None and length > longest
+            else None
+        )
+    return found
 
 
 def verbatim_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:

@@ -59,7 +59,7 @@ class PlacedSampler(LogitsProcessor):
 
 @dataclass(frozen=True)
 class Sampler:
-    """The settings of sampling: encoder, length, temperature, batch size."""
+    """The settings of sampling: encoder, length, temperature, batch size, and the context of the models."""
 
     encoder: PromptEncoder
     max_new_tokens: int
@@ -68,6 +68,7 @@ class Sampler:
     vocab: int  # rows of the head from here on are padding
     engine: Engine | None = None  # None: transformers' generate
     ranks: Ranks = ALONE
+    longest: int | None = None  # tokens of prompt and answer that student and teacher can read; None: any
 
     def sample(
         self, model: PreTrainedModel, task: Task, requests: Sequence[Request], *key: int
@@ -86,7 +87,7 @@ class Sampler:
                     answers = self._generate(model, prompts, chunk, key)
                 else:
                     answers = self._through_engine(self.engine, model, prompts, chunk, key)
-                rollouts += self._verified(task, chunk, prompts, answers, key)
+                rollouts += self._verified(task, chunk, prompts, answers, self.stops(model), key)
         if self.ranks.world == 1:
             return rollouts
         # With the prompt objects of the requests, since `encode` compares them by identity.
@@ -104,6 +105,27 @@ class Sampler:
         different = dict(zip(keys, views, strict=True))
         known = dict(zip(different, self.encoder.encode(*zip(*different.values(), strict=True)), strict=True))
         return [known[key] for key in keys]
+
+    def fits(self, prompt: Prompt, context: Context | None, answer: int) -> bool:
+        """True if the models can read this view and an answer of `answer` tokens."""
+        return self.longest is None or len(self.encode([(prompt, context)])[0]) + answer <= self.longest
+
+    def fitting(
+        self, rollouts: Sequence[Rollout], contexts: Sequence[Context | None], again: bool = False
+    ) -> list[Context | None]:
+        """Return the contexts, None in place of one too long for the models with the rollout's answer.
+
+        `again`: with another answer of `max_new_tokens`.
+        """
+        if self.longest is None:
+            return list(contexts)
+        views = [(r.prompt, c) for r, c in zip(rollouts, contexts, strict=True) if c is not None]
+        lengths = iter([len(view) for view in self.encode(views)])
+        answers = [self.max_new_tokens if again else len(rollout.tokens) for rollout in rollouts]
+        return [
+            context if context is not None and next(lengths) + answer <= self.longest else None
+            for answer, context in zip(answers, contexts, strict=True)
+        ]
 
     def _generate(
         self,
@@ -186,14 +208,17 @@ class Sampler:
         requests: Sequence[Request],
         prompts: list[tuple[int, ...]],
         answers: list[tuple[int, ...]],
+        stops: set[int],
         key: tuple[int, ...],
     ) -> list[Rollout]:
-        end = self.encoder.tokenizer.eos_token_id
-        bodies = [tokens[:-1] if tokens[-1] == end else tokens for tokens in answers]
+        # Whichever token ended the answer, it is no part of its text.
+        bodies = [tokens[:-1] if tokens[-1] in stops else tokens for tokens in answers]
         # The answers of a group agree more and more often.
         different: Any = list(dict.fromkeys(bodies))
-        # Special tokens stay: a marker inside an answer is part of it.
-        decoded = self.encoder.tokenizer.batch_decode(different, skip_special_tokens=False)
+        # Special tokens stay: a marker inside an answer is part of it. So does a space before a full stop.
+        decoded = self.encoder.tokenizer.batch_decode(
+            different, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         text_of = dict(zip(different, decoded, strict=True))
         groups = np.array([request.group for request in requests])
         samples = np.array([request.sample for request in requests])
