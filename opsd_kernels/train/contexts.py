@@ -209,7 +209,8 @@ def _folded(text: str) -> tuple[str, Sequence[int]]:
     return "".join(pieces), origins
 
 
-@functools.lru_cache(maxsize=10_000)
+# Texts of 64 kB make this 64 MB.
+@functools.lru_cache(maxsize=1_000)
 def _neutral(text: str, markers: tuple[str, ...]) -> str:
     return neutralise(text, markers)
 

@@ -5,7 +5,7 @@ Read this file from top to bottom; `one_step` is the method. Deliberate simplifi
 - `updates_per_batch` repeats the whole batch instead of cutting it into parts.
 - The learning rate is constant after its warm-up.
 - The teacher's forward runs in the same micro-batches as the student's, again for every update.
-- There is no mixed precision beyond the dtype of the weights.
+- Mixed precision is bf16 weights with fp32 masters; there is no autocast.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -43,7 +44,7 @@ from opsd_kernels.train.records.samples import sample_lines, samples_due
 from opsd_kernels.train.sampling import evaluate
 from opsd_kernels.train.sampling.prompts import PromptEncoder
 from opsd_kernels.train.sampling.rollout import Sampler, make_engine, requests
-from opsd_kernels.train.session import graceful_interrupt, open_run_directory, reproducible
+from opsd_kernels.train.session import StopRequest, open_run_directory, reproducible, stop_signals
 from opsd_kernels.train.step import Rehearsal, Trainer
 from opsd_kernels.train.task import checked_task
 from opsd_kernels.train.teacher import Teacher, make_reference, make_teacher
@@ -67,24 +68,31 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> dict[str, Any
     """Train, or continue the run in `out`; return the contents of summary.json.
 
     Raises RunDirectoryError (a FileExistsError) if `out` holds another run, FileNotFoundError if there is
-    nothing to resume, TrainingInterrupted (a KeyboardInterrupt) on Ctrl-C, NonFiniteLoss if the loss is inf
-    or NaN (`out` holds a checkpoint then), and ConfigError if the model or the device does not exist.
+    nothing to resume, TrainingInterrupted (a KeyboardInterrupt) on Ctrl-C and the signals of schedulers,
+    NonFiniteLoss if the loss is inf or NaN (`out` holds a checkpoint then), and ConfigError if the model or
+    the device does not exist.
     """
     pretrained.check_machine(config)
     # The rows of a run to resume were checked at its start; its record tells if they have changed.
     task, out = (make_task if resume else checked_task)(config), Path(out)
-    with joined(config.device) as ranks, reproducible(config), tempfile.TemporaryDirectory() as scratch:
-        progress = Progress() if ranks.first else Progress(Console(quiet=True))
+    with (
+        joined(config.device, config.collective_timeout) as ranks,
+        reproducible(config),
+        tempfile.TemporaryDirectory() as scratch,
+        stop_signals(progress := Progress() if ranks.first else Progress(Console(quiet=True))) as stop,
+    ):
         ranks.on_first(lambda: open_run_directory(config, out, resume, task.fingerprint()))
         if ranks.any((out / "summary.json").exists()):
             progress.say(f"{out}: this run is complete")
             return json.loads((out / "summary.json").read_text())
         try:
             run = prepare(config, task, out, progress, ranks, out if ranks.first else Path(scratch))
-        except KeyboardInterrupt:
-            raise TrainingInterrupted("stopped before a step was made; --resume continues") from None
+        except KeyboardInterrupt as stopped:
+            number = getattr(stopped, "number", signal.SIGINT)
+            message = "stopped before a step was made; --resume continues"
+            raise TrainingInterrupted(message, number) from None
         try:
-            run_steps(run)
+            run_steps(run, stop)
             return finish(run)
         finally:
             run.close()
@@ -227,11 +235,11 @@ def external_teacher(
     return model
 
 
-def run_steps(run: Run) -> None:
-    """Run the remaining steps, with a checkpoint every `checkpoint_every` steps and one on interruption."""
+def run_steps(run: Run, stop: StopRequest) -> None:
+    """Run the remaining steps, with a checkpoint every `checkpoint_every` steps and one before stopping."""
     config, state = run.config, run.state
     with (
-        graceful_interrupt(run.progress) as interrupted,
+        stop.finishing_steps(),
         run.progress.bar("train", config.steps, state.step) as bar,
     ):
         while state.step < config.steps:
@@ -256,13 +264,14 @@ def run_steps(run: Run) -> None:
             }
             bar.update(state.step, **shown, tokens_per_second=metrics["tokens_per_second"])
             # After the log, so that the checkpoint's offset covers the line of this step.
-            stopping = run.ranks.any(interrupted.is_set())
+            stopping = max(run.ranks.together([stop.number]))
             if state.step % config.checkpoint_every == 0 or state.step == config.steps or stopping:
                 run.save()
             if stopping and state.step < config.steps:
                 raise TrainingInterrupted(
                     f"stopped after step {state.step} of {config.steps}; "
-                    "the state is saved, --resume continues"
+                    "the state is saved, --resume continues",
+                    stopping,
                 )
 
 

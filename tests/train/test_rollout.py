@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from opsd_kernels.train.batch import make_batch
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.contexts import build_contexts
 from opsd_kernels.train.envs.verifiers import exact
+from opsd_kernels.train.sampling import prompts
 from opsd_kernels.train.sampling.prompts import PromptEncoder
 from opsd_kernels.train.sampling.rollout import PlacedSampler, Request, requests
 from opsd_kernels.train.types import Context, Prompt
@@ -139,3 +141,29 @@ def test_the_short_cut_around_the_chat_template_is_none(name, encoder, task):
     expected = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in whole]
     assert quick.encode(prompts, [None] * len(prompts)) == expected
     assert quick.encode(prompts[::-1], [None] * len(prompts)) == expected[::-1]
+
+
+def test_encoded_turns_are_kept_up_to_a_number_of_bytes(encoder, task, monkeypatch):
+    """A group and the next step find their turns; long ones do not add up to the memory of the host."""
+    monkeypatch.setattr(prompts, "REMEMBERED_BYTES", 1 << 20)
+    tokenizer, calls = copy.deepcopy(encoder.tokenizer), []
+    # Ids above 256, for each of which Python makes an object.
+    real = PromptEncoder(tokenizer, task.template)
+
+    class Counting:
+        def __call__(self, texts, **options):
+            calls.extend(map(len, texts))
+            return {"input_ids": [[1000 + i for i in range(len(text))] for text in texts]}
+
+    real.tokenizer = Counting()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for problem in range(200):
+            asked = [Prompt(problem, f"{problem}+" + "1" * 4096)] * 3
+            assert real.encode(asked, [None] * 3) == real.encode(asked, [None] * 3)
+            held = tracemalloc.get_traced_memory()[0] - before
+            assert held < 1.5 * (1 << 20), f"{held} bytes after {problem} turns"
+    finally:
+        tracemalloc.stop()
+    assert 200 <= len(calls) < 250, "a turn is encoded once, and once more where the cache was emptied"

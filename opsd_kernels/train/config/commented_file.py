@@ -19,6 +19,7 @@ COMMENTS: dict[str, dict[str, str]] = {
         "dtype": "of the weights",
         "threads": "CPU threads; part of the numbers",
         "shard": "over several ranks: each holds the whole model, or its part (FSDP2)",
+        "collective_timeout": "seconds that a rank waits for the others before it fails",
     },
     "your own prompts, env: jsonl": {
         "data": "JSONL file with a prompt per line",

@@ -12,7 +12,7 @@ from typing import Any
 
 from opsd_kernels import env as environment
 from opsd_kernels.objectives import REWARDS
-from opsd_kernels.spec import KIND_NAMES
+from opsd_kernels.spec import CLIPS, KIND_NAMES
 from opsd_kernels.train.config.presets import FEEDBACK, PRESETS
 from opsd_kernels.train.config.values import (
     ConfigError,
@@ -48,9 +48,9 @@ POSITIVE = (
     "steps updates_per_batch prompts_per_step group_size rollout_temperature max_new_tokens rollout_batch "
     "distill_temperature reward_strength importance_clip learning_rate max_grad_norm micro_batch eval_every "
     "eval_samples probe_samples checkpoint_every keep_checkpoints samples_every threads lora_alpha "
-    "tiny_hidden tiny_layers tiny_heads warm_batch warm_learning_rate warm_max_steps"
+    "tiny_hidden tiny_layers tiny_heads warm_batch warm_learning_rate warm_max_steps collective_timeout"
 ).split()
-POSITIVE_OR_NULL = ("teacher_temperature", "topk", "entry_clip", "token_clip", "reward_clip")
+POSITIVE_OR_NULL = ("teacher_temperature", "topk", *CLIPS, "reward_clip")
 # Strictly between 0 and 1.
 SHARES = ("beta", "warm_accuracy", "warm_share", "teacher_accuracy")
 NOT_NEGATIVE = (
@@ -58,7 +58,7 @@ NOT_NEGATIVE = (
     "lora_rank samples_kept clip_low clip_high"
 ).split()
 # A resumed run may differ in these.
-WHERE_NOT_WHAT = ("cache_dir", "tensorboard", "keep_checkpoints", "shard")
+WHERE_NOT_WHAT = ("cache_dir", "tensorboard", "keep_checkpoints", "shard", "collective_timeout")
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class TrainConfig:
     dtype: str = "float32"
     threads: int = 1
     shard: str = "none"
+    collective_timeout: float = 1800.0
     # the user's own prompts
     data: str | None = None
     verifier: str = "exact"

@@ -1,7 +1,8 @@
 """Sample rollouts in batches through transformers' generate and its KV cache.
 
 Each token is drawn by inverting the cumulative distribution at a random number that depends on (key, group,
-sample, position) only, so a rollout does not depend on the other rollouts of its batch.
+sample, position) only. The other rollouts of the batch change the rounding of the logits and nothing else: it
+hardly ever changes a draw in fp32, and about one in a hundred in bf16.
 """
 
 from __future__ import annotations
@@ -80,8 +81,11 @@ class Sampler:
         # No dropout in an answer.
         model.eval()
         rollouts: list[Rollout] = []
+        mine = self.ranks.share(requests)
+        # vLLM makes its own batches, of at most as many.
+        size = self.batch if self.engine is None else max(1, len(mine))
         with whole(model):
-            for chunk in _chunks(self.ranks.share(requests), self.batch):
+            for chunk in _chunks(mine, size):
                 prompts = self.encode([(r.prompt, r.context) for r in chunk])
                 if self.engine is None:
                     answers = self._generate(model, prompts, chunk, key)

@@ -1,8 +1,6 @@
-"""Compute the GEMMs of the loss head: logits or their difference, the hidden gradient, the head's gradient.
+"""Multiply 16-bit matrices on a CPU with an fp32 result, for which torch has no call.
 
-Logits go into reused buffers, the head's gradient into an fp32 accumulator. The product of 16-bit matrices
-with an fp32 result has four implementations. On CUDA it is the library GEMM with `out_dtype`. On a CPU torch
-has no call for it, and the first usable one of these runs:
+The first usable one of these runs:
 
 * the extension's `gemm_bf16_`, on oneDNN's micro-kernel;
 * `cblas_gemm_bf16bf16f32` or `cblas_gemm_f16f16f32` of the math library inside torch, on Intel processors
@@ -29,14 +27,6 @@ from .planner import SLICE_BYTES
 
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112  # CBLAS
 _CBLAS_NAMES = {torch.bfloat16: "cblas_gemm_bf16bf16f32", torch.float16: "cblas_gemm_f16f16f32"}
-
-
-def is_16_bit(dtype: torch.dtype) -> bool:
-    return dtype in _CBLAS_NAMES
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if is_16_bit(dtype) else dtype
 
 
 @functools.cache
@@ -126,7 +116,7 @@ def cpu_gemm_name(dtype: torch.dtype) -> str:
     return _CBLAS_NAMES[dtype] if cblas_gemm(dtype) else "fp32 GEMMs over slices"
 
 
-def _widening_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+def widening_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     """Write a @ b of 16-bit CPU matrices into an fp32 `out`, or add it to `out`."""
     if a.dtype == torch.bfloat16 and extension.gemm_unavailable() is None:
         torch.ops.opsd_kernels.gemm_bf16_(a, b, out, accumulate)
@@ -134,48 +124,3 @@ def _widening_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
         _cblas_mm(gemm, a, b, out, beta=float(accumulate))
     else:
         sliced_mm_(a, b, out, accumulate)
-
-
-def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Compute out = hidden @ weight.T, (C, H), (V, H) -> (C, V). `out` may be fp32 for 16-bit inputs."""
-    if out.dtype == hidden.dtype:
-        if out.device.type == "cpu" and not extension.mm_has_units(out.dtype):
-            sliced_mm_(hidden, weight.t(), out)
-        else:
-            torch.mm(hidden, weight.t(), out=out)
-    elif out.device.type == "cuda":
-        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
-    else:
-        _widening_mm(hidden, weight.t(), out, accumulate=False)
-
-
-def accumulate_weight_grad(G: Tensor, hidden: Tensor, dW: Tensor, first: bool) -> None:
-    """Add G.T @ hidden to dW, (C, V), (C, H) -> (V, H); with `first` overwrite dW.
-
-    `dW` may be fp32 for 16-bit inputs.
-    """
-    Gt = G.t()
-    if dW.dtype == G.dtype:
-        if dW.device.type == "cpu" and first and not extension.mm_has_units(dW.dtype):
-            sliced_mm_(Gt, hidden, dW)
-        elif first:
-            torch.mm(Gt, hidden, out=dW)
-        else:
-            dW.addmm_(Gt, hidden)
-    elif dW.device.type == "cuda" and first:
-        torch.mm(Gt, hidden, out_dtype=dW.dtype, out=dW)
-    elif dW.device.type == "cuda":
-        # From torch 2.10 on `self` may have the output's dtype; as it is also `out`, there is no copy.
-        torch.addmm(dW, Gt, hidden, out_dtype=dW.dtype, out=dW)
-    else:
-        _widening_mm(Gt, hidden, dW, accumulate=not first)
-
-
-def stack_difference(student: Tensor, teacher: Tensor, out: Tensor) -> None:
-    """Write [student ; teacher - student] into out (2C, H). The fp32 (fp64) difference is rounded once."""
-    rows = student.shape[0]
-    out[:rows].copy_(student)
-    if is_16_bit(student.dtype):
-        out[rows:].copy_(teacher.float().sub_(student))
-    else:
-        torch.sub(teacher, student, out=out[rows:])
