@@ -15,7 +15,7 @@ from torch.nn.parameter import Parameter, is_lazy
 
 
 class Kind(IntEnum):
-    """The divergences. csrc/divergence.h and triton_math.py branch on the same numbers."""
+    """The divergences. csrc/row_args.h and triton_math.py have the same numbers."""
 
     REVERSE_KL = 0
     FORWARD_KL = 1

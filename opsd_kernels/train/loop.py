@@ -230,7 +230,7 @@ def external_teacher(
         source = warmstart.base_model(
             dataclasses.replace(config, warm_accuracy=config.teacher_accuracy), task, progress
         )
-    model, theirs = pretrained.load_pretrained(source, config)
+    model, theirs = pretrained.load_pretrained(source, config, "teacher_model")
     pretrained.check_same_vocabulary(tokenizer, theirs)
     return model
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from opsd_kernels.integrations.transformers import scoring
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.distributed.ranks import ALONE, Ranks
 from opsd_kernels.train.distributed.sharding import cut_as, place
@@ -101,13 +102,9 @@ class Live(Teacher):
 
     @contextmanager
     def using(self) -> Iterator[PreTrainedModel]:
-        training = self.model.training
         # No dropout in a target.
-        self.model.eval()
-        try:
+        with scoring(self.model):
             yield self.model
-        finally:
-            self.model.train(training)
 
 
 class AdapterOff(Live):

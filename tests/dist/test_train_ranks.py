@@ -317,6 +317,8 @@ def test_two_ranks(on_two, alone, name):
         pytest.importorskip("peft")
     assert_same_run(folder / name, alone(runs[name]))
     assert files(folder / name) == files(alone(runs[name]) / "run")
+    # The embedding and the head are one weight, stored under one name.
+    assert not any("lm_head" in key for _, key in files(folder / name))
     place = list(runs).index(name)
     assert told[0][place]["held_out_accuracy_after"] == told[1][place]["held_out_accuracy_after"]
 

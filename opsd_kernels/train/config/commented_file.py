@@ -68,6 +68,7 @@ COMMENTS: dict[str, dict[str, str]] = {
         "importance_clip": "of the ratio to the policy that sampled",
         "reduction": "",
         "backend": "row backend of the op; null: its choice. Part of the numbers",
+        "router_aux_loss_coef": "of a mixture-of-experts student; null: its config's, 0: none",
     },
     "policy gradient": {
         "policy_weight": "its share of the loss; 1 runs no teacher",

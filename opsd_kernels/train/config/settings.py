@@ -128,6 +128,7 @@ class TrainConfig:
     importance_clip: float = 2.0
     reduction: str = "token_mean"
     backend: str | None = None
+    router_aux_loss_coef: float | None = None
     # policy gradient
     policy_weight: float = 0.0
     advantage_std: bool = False
@@ -180,6 +181,13 @@ class TrainConfig:
                 field,
                 "null or a number above 0",
                 getattr(self, field),
+            )
+        if self.router_aux_loss_coef is not None:
+            expect(
+                self.router_aux_loss_coef >= 0,
+                "router_aux_loss_coef",
+                "null or a number of at least 0",
+                self.router_aux_loss_coef,
             )
         for field in NOT_NEGATIVE:
             expect(getattr(self, field) >= 0, field, "a number of at least 0", getattr(self, field))

@@ -22,10 +22,11 @@ from transformers import (
 )
 
 from opsd_kernels import linear_divergence
-from opsd_kernels.integrations.transformers import without_adapter
+from opsd_kernels.integrations.transformers import check_head, without_adapter
 from opsd_kernels.train.batch import completion_hidden
 from opsd_kernels.train.config import ConfigError, TrainConfig
 from opsd_kernels.train.distributed.sharding import last_hidden
+from opsd_kernels.train.models.routers import router_weight
 from opsd_kernels.train.types import Sequences
 
 
@@ -34,7 +35,7 @@ def hidden_states(model: PreTrainedModel, side: Sequences) -> Tensor:
 
     No logits are computed. A sharded model's head is readable afterwards.
     """
-    return completion_hidden(last_hidden(model, side.tokens_BL), side.rows_BT)
+    return completion_hidden(last_hidden(model, side.tokens_BL)[0], side.rows_BT)
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -46,27 +47,36 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def load_pretrained(
-    source: str | Path, config: TrainConfig
+    source: str | Path, config: TrainConfig, name: str = "model"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load weights from safetensors only, without remote code. Raises ConfigError if transformers cannot."""
+    """Load weights from safetensors only, without remote code.
+
+    Raises ConfigError, with `name` as the key, if transformers cannot, or if the fused loss would not be that
+    of the model's own log-probs (check_head).
+    """
     dtype = getattr(torch, config.dtype)
-    with _named(source):
+    with _named(source, name):
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    return cast(Any, model).to(config.device), tokenizer
+    model = cast(Any, model).to(config.device)
+    try:
+        check_head(model, name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return model, tokenizer
 
 
 @contextmanager
-def _named(source: str | Path) -> Iterator[None]:
-    """Turn an exception of transformers into a ConfigError that names the model."""
+def _named(source: str | Path, name: str = "model") -> Iterator[None]:
+    """Turn an exception of transformers into a ConfigError that names the key and the model."""
     try:
         yield
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"model: expected 'tiny' or a Hugging Face model with safetensors weights, "
+            f"{name}: expected 'tiny' or a Hugging Face model with safetensors weights, "
             f"got {str(source)!r}: {reason}"
         ) from error
 
@@ -94,11 +104,12 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> No
 
 def named_context_length(config: TrainConfig) -> int | None:
     """Return `context_length` of the configured model and external teacher, without their weights."""
-    names = [config.model, *([config.teacher_model] if config.teacher_model is not None else [])]
+    names = {"model": config.model, "teacher_model": config.teacher_model}
     settings = []
-    for name in names:
-        with _named(name):
-            settings.append(AutoConfig.from_pretrained(name, trust_remote_code=False))
+    for key, name in names.items():
+        if name is not None:
+            with _named(name, key):
+                settings.append(AutoConfig.from_pretrained(name, trust_remote_code=False))
     return context_length(*settings)
 
 
@@ -138,6 +149,8 @@ def load_student(
         model, tokenizer = load_pretrained(base, config)
         model = with_adapter(model, saved, config)
     _set_template(tokenizer, config)
+    # Now, and not in the first step.
+    router_weight(model, config)
     if config.gradient_checkpointing:
         recompute_activations(model)
     return model, tokenizer

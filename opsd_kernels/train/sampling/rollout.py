@@ -8,7 +8,6 @@ hardly ever changes a draw in fp32, and about one in a hundred in bf16.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -22,6 +21,7 @@ from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.distributed.ranks import ALONE, Ranks
 from opsd_kernels.train.distributed.sharding import whole
 from opsd_kernels.train.envs.base import Task
+from opsd_kernels.train.sampling import agreement
 from opsd_kernels.train.sampling.prompts import PromptEncoder
 from opsd_kernels.train.sampling.vllm_engine import VllmEngine
 from opsd_kernels.train.types import Context, Prompt, Rollout
@@ -131,8 +131,30 @@ class Sampler:
             for answer, context in zip(answers, contexts, strict=True)
         ]
 
-    @torch.no_grad()
     def _generate(
+        self,
+        model: PreTrainedModel,
+        prompts: list[tuple[int, ...]],
+        requests: Sequence[Request],
+        key: tuple[int, ...],
+    ) -> list[tuple[int, ...]]:
+        """Sample in one batch, or in several for a model whose answers would depend on it (agreement.py)."""
+        apart = agreement.batches(model, self.pad_token)
+        if apart == agreement.ANY:
+            return self._generate_together(model, prompts, requests, key)
+        batches: dict[int, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            batches.setdefault(row if apart == agreement.ALONE else len(prompt), []).append(row)
+        answers: dict[int, tuple[int, ...]] = {}
+        for rows in batches.values():
+            some = self._generate_together(
+                model, [prompts[r] for r in rows], [requests[r] for r in rows], key
+            )
+            answers |= zip(rows, some, strict=True)
+        return [answers[row] for row in range(len(prompts))]
+
+    @torch.no_grad()
+    def _generate_together(
         self,
         model: PreTrainedModel,
         prompts: list[tuple[int, ...]],
@@ -154,7 +176,7 @@ class Sampler:
             max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=sorted(stops)
         )
         generate: Any = model.generate
-        with generating_as(model, greedy):
+        with agreement.generating_as(model, greedy):
             # generate syncs the ranks under FSDP by default, but some may have fewer tokens to sample, or
             # none.
             out = generate(
@@ -244,19 +266,6 @@ class Engine(Protocol):
 def make_engine(config: TrainConfig) -> Engine | None:
     """Make the configured engine; None for transformers. Raises ConfigError if vLLM is not installed."""
     return VllmEngine(config) if config.rollout_engine == "vllm" else None
-
-
-@contextmanager
-def generating_as(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Replace the model's generation config for a while.
-
-    generate fills in from it, and a penalty in it would change the sampled distribution.
-    """
-    own, model.generation_config = model.generation_config, settings
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def _until_stop(tokens: list[int], stops: set[int]) -> tuple[int, ...]:
