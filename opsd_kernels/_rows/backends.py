@@ -90,15 +90,15 @@ def select(name: str | None, device: torch.device, dtype: torch.dtype | None = N
         expect(name is None, "backend", usable, f"{backend.name!r}: {reason}")
     # The loop ends at a `break`: the torch backend serves everywhere.
     if name is None and device.type == "cpu" and backend.name == "torch":
-        _warn_of_missing_kernels()
+        _warn_of_missing_kernels(str(explain("cpu")["cpp"]))
     return importlib.import_module(f"{__package__}.{backend.module}")
 
 
 @cache
-def _warn_of_missing_kernels() -> None:
+def _warn_of_missing_kernels(reason: str) -> None:
     text = (
         "this call runs on torch's own operators, which are slower than the C++ kernels: "
-        f"{extension.load()}. "
+        f"{reason}. "
         f"To build them: {extension.build_command()} "
         "(OPSD_BACKEND=torch keeps torch's operators, without this warning)"
     )
