@@ -27,8 +27,8 @@ from .loop import empty, on_host
 from .problem import Problem, Side
 from .reductions import RowWeigher, TokenStats, token_stats
 
-# Gradients of fp16 logits stay un-normalised, with their largest row factor at 64: 1e-4 / 8192 underflows,
-# 64 * |log p - log q| does not overflow.
+# For fp16 the row factors are scaled so that the largest is 64, and backward undoes it: the 1 / N of a mean
+# would underflow (1e-4 / 8192), and 64 * |log p - log q| does not overflow.
 FP16_ROW_FACTOR = 64.0
 
 

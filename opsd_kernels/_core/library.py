@@ -31,7 +31,9 @@ NO_GRADIENTS = (False, False, False)
 def arrange(
     problem: Problem, weigher: RowWeigher | None = None
 ) -> tuple[ChunkPlan, RowBackend, ComputedRows, list[slice] | None]:
-    """Return what a problem leaves open: its plan, its backend, its rows, and chunks in place of the plan's.
+    """Return the plan, the backend, the rows to compute, and the chunks where they follow sequences.
+
+    The chunks are None where those of the plan serve.
 
     Forward and backward get the same plan: saved statistics need the same logits again. The backend of a
     sharded head merges statistics across ranks.
@@ -51,6 +53,7 @@ def arrange(
         shared_head=problem.shared_head,
         trainable_head=problem.wants[1],
         grad=any(problem.wants),
+        # As Problem.of has chosen.
         logits_dtype="input" if problem.logits_dtype == hidden.dtype else "float32",
         bias_grad=problem.wants[2],
         workspace_bytes=problem.workspace_bytes,

@@ -198,7 +198,7 @@ class Outputs:
     """Hold the results of all N rows, zeros at invalid ones, and the requested gradients."""
 
     loss: Tensor  # (N,) nats
-    A: Tensor  # (N,) the row scalar of docs/mathematics.md
+    A: Tensor  # (N,) sum of u over the vocabulary: docs/design/mathematics.md
     stats: Tensor  # (N, len(Column))
     logprobs: Tensor | None  # (N, 2) nats: log-probs of the label under student and teacher
     dh: Tensor | None  # (N, H_s)
@@ -233,7 +233,7 @@ def check_types(prefix: str, side: Side) -> None:
 
     `prefix` ("student_") starts its name.
     """
-    plain = "a plain tensor, or a DTensor with `group` (its rows are a shard); `gathered` makes it whole"
+    plain = "a plain tensor, or a DTensor with `group` (its rows are a shard); vocab_parallel.gathered makes it whole"
     for name, tensor in (("weight", side.weight), ("bias", side.bias)):
         expect(not hasattr(tensor, "placements"), prefix + name, plain, "a DTensor")
     check_tensor(prefix + "hidden", side.hidden)

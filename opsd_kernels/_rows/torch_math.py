@@ -85,7 +85,10 @@ def entry(divergence: Divergence, q: Tensor, p: Tensor, delta: Tensor) -> tuple[
 
 
 def clipped_u(divergence: Divergence, q: Tensor) -> Tensor:
-    """Return u under the entry clip: 0, less the constant times q that reverse KL's u = f leaves out."""
+    """Return u of a clipped term, whose derivative is 0.
+
+    u of reverse KL leaves out a term + q, which cancels where nothing is clipped, so its 0 is written -q.
+    """
     return -q if divergence.kind == Kind.REVERSE_KL else torch.zeros_like(q)
 
 

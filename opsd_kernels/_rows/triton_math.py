@@ -146,7 +146,8 @@ def entry(q, p, delta, beta, KIND: tl.constexpr):
 def clipped_entry(q, p, delta, beta, clip, KIND: tl.constexpr, CLIP: tl.constexpr):
     """Return (f, u) under the entry clip, and where the clip holds.
 
-    There u is 0, less the constant times q that reverse KL's u = f leaves out.
+    A clipped term has the derivative 0. u of reverse KL leaves out a term + q, which cancels where nothing is
+    clipped, so its 0 is written -q.
     """
     f, u = entry(q, p, delta, beta, KIND)
     over = f > clip
