@@ -25,14 +25,12 @@ import torch
 from torch import Tensor
 
 from .._rows import extension
-from .planner import SLICE_BYTES
+from .planner import SLICE_BYTES, is_16_bit
 
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112  # CBLAS
+PILOT_COLUMNS, PILOT_SHARE = 256, 32  # at least, and of the vocabulary: see likely_columns
+DOT_ENTRIES = {"cpu": 1 << 17, "cuda": 1 << 22}  # of hidden rows and rows of a head that are multiplied at once
 _CBLAS_NAMES = {torch.bfloat16: "cblas_gemm_bf16bf16f32", torch.float16: "cblas_gemm_f16f16f32"}
-
-
-def is_16_bit(dtype: torch.dtype) -> bool:
-    return dtype in _CBLAS_NAMES
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -74,14 +72,19 @@ def _cblas_mm(gemm: Callable[..., None], a: Tensor, b: Tensor, out: Tensor, beta
     gemm(_ROW_MAJOR, trans_a, trans_b, m, n, k, 1.0, *operands, beta, out.data_ptr(), max(out.stride(0), n))
 
 
-def sliced_mm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+def sliced_mm_(
+    a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False, centre: Tensor | None = None
+) -> None:
     """Compute out = a @ b, (M, K) @ (K, N), by fp32 GEMMs over slices of the longest dimension.
 
     With `accumulate` the product is added to `out`. The fp32 copies of a slice share one buffer of
-    SLICE_BYTES; the unsliced operand is copied whole. A 16-bit `out` is rounded once.
+    SLICE_BYTES; the unsliced operand is copied whole. A 16-bit `out` is rounded once, after `centre`, (M,),
+    was subtracted from its rows.
     """
     (M, K), N = a.shape, b.shape[1]
     narrow = out.dtype != torch.float32
+    shift = out.new_zeros((), dtype=torch.float32) if centre is None else centre[:, None]
+    shift = shift.expand(M, N)
     if K >= max(M, N):
         total, step = (torch.empty(M, N) if narrow else out), _slice_length(M + N)
         buffer = torch.empty((M + N) * min(step, K))
@@ -90,10 +93,10 @@ def sliced_mm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> N
             right = _widened(b[k : k + step], buffer[left.numel() :])
             torch.addmm(total, left, right, beta=float(accumulate or k > 0), out=total)
         if narrow:
-            out.copy_(total)
+            out.copy_(total if centre is None else total.sub_(shift))
         return
     if M > N:
-        a, b, out = b.t(), a.t(), out.t()
+        a, b, out, shift = b.t(), a.t(), out.t(), shift.t()
     (M, K), N = a.shape, b.shape[1]
     step = _slice_length(K + M * narrow)
     left, buffer = a.float(), torch.empty((K + M * narrow) * min(step, N))
@@ -101,7 +104,8 @@ def sliced_mm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> N
         part = out[:, n : n + step]
         right = _widened(b[:, n : n + step], buffer)
         if narrow:
-            part.copy_(torch.mm(left, right, out=buffer[right.numel() :][: part.numel()].view(part.shape)))
+            total = torch.mm(left, right, out=buffer[right.numel() :][: part.numel()].view(part.shape))
+            part.copy_(total if centre is None else total.sub_(shift[:, n : n + step]))
         elif part.stride(1) == 1:
             torch.addmm(part, left, right, beta=float(accumulate), out=part)
         else:
@@ -136,17 +140,48 @@ def _widening_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
         sliced_mm_(a, b, out, accumulate)
 
 
-def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Compute out = hidden @ weight.T, (C, H), (V, H) -> (C, V). `out` may be fp32 for 16-bit inputs."""
-    if out.dtype == hidden.dtype:
-        if out.device.type == "cpu" and not extension.mm_has_units(out.dtype):
-            sliced_mm_(hidden, weight.t(), out)
+def project(hidden: Tensor, weight: Tensor, out: Tensor, centre: Tensor | None = None) -> None:
+    """Compute out = hidden @ weight.T, (C, H), (V, H) -> (C, V). `out` may be fp32 for 16-bit inputs.
+
+    `centre`, (C,) fp32 beside a 16-bit `out`, is subtracted from the rows before their one rounding.
+    """
+    columns, on_cpu = weight.t(), out.device.type == "cpu"
+    if out.dtype != hidden.dtype:
+        if on_cpu:
+            _widening_mm(hidden, columns, out, accumulate=False)
         else:
-            torch.mm(hidden, weight.t(), out=out)
-    elif out.device.type == "cuda":
-        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+            torch.mm(hidden, columns, out_dtype=out.dtype, out=out)
+    elif on_cpu and not extension.mm_has_units(out.dtype):
+        sliced_mm_(hidden, columns, out, centre=centre)
+    elif centre is None:
+        torch.mm(hidden, columns, out=out)
+    elif on_cpu and out.dtype == torch.bfloat16 and extension.gemm_unavailable() is None:
+        torch.ops.opsd_kernels.gemm_bf16_(hidden, columns, out, False, centre)
     else:
-        _widening_mm(hidden, weight.t(), out, accumulate=False)
+        # The product is added to `out` in fp32. A centre rounded to 16 bits serves as well.
+        torch.addmm(out.copy_(-centre[:, None]), hidden, columns, out=out)
+
+
+def likely_columns(hidden: Tensor, weight: Tensor, scratch: Tensor) -> Tensor:
+    """Return a column with a large logit in each row, (C, H), (V, H) -> (C,), for a small share of the GEMM.
+
+    It is the largest of the first columns: vocabularies made by byte-pair encoding begin with their frequent
+    tokens. `scratch`, (C, V), is overwritten.
+    """
+    n = min(weight.shape[0], max(PILOT_COLUMNS, weight.shape[0] // PILOT_SHARE))
+    pilot = scratch.as_strided((hidden.shape[0], n), (n, 1))
+    project(hidden, weight[:n], pilot)
+    return pilot.argmax(1)
+
+
+def logits_at(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
+    """Return hidden[i] . weight[columns[i]] in fp32, (C, H), (V, H), (C,) -> (C,)."""
+    step = max(1, DOT_ENTRIES["cuda" if hidden.device.type == "cuda" else "cpu"] // hidden.shape[1])
+    parts = [
+        (hidden[i : i + step].float() * weight[columns[i : i + step]].float()).sum(1)
+        for i in range(0, hidden.shape[0], step)
+    ]
+    return torch.cat(parts)
 
 
 def accumulate_weight_grad(G: Tensor, hidden: Tensor, dW: Tensor, first: bool) -> None:

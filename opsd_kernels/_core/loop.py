@@ -7,13 +7,15 @@ recompute mode.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .._rows.contract import Column, RowBackend, stats_dtype
 from . import gemm, sweeps
-from .memory import empty
-from .planner import ChunkPlan, row_stride
+from .memory import empty, on_host
+from .planner import ChunkPlan, is_16_bit, row_stride
 from .problem import ComputedRows, Outputs, Problem
 from .reductions import RowWeigher
 from .sweeps import Positions, Walk
@@ -43,7 +45,8 @@ def run(
         # Zeroed: inf or NaN in an invalid row times its zero gradient would put NaN into dW.
         student = walk.counted(problem.student.hidden[at], at)
         teacher = None if problem.teacher is None else walk.counted(problem.teacher.hidden[at], at)
-        chunk = buffers.project(problem, student, teacher)
+        labels = None if problem.rows.labels is None else walk.label_columns(at)
+        chunk = buffers.project(problem, student, teacher, labels)
         scale = sweep(walk, chunk, at)
         if walk.wants_gradient:
             _accumulate(walk, walk.gradient(chunk.S), student, at, scale, first=position == 0)
@@ -66,22 +69,74 @@ class Buffers:
         self.zeros = self.pair.new_zeros(1, V if sides == 1 else 0)
         self.stack = hidden.new_empty(2 * plan.rows, hidden.shape[1]) if problem.spec.difference else None
 
-    def project(self, problem: Problem, student: Tensor, teacher: Tensor | None) -> Rows:
-        """Return a chunk's raw logits S and T (or T - S), (C, V) each, with the biases."""
+    def project(
+        self, problem: Problem, student: Tensor, teacher: Tensor | None, labels: Tensor | None
+    ) -> Rows:
+        """Return a chunk's logits S and T (or T - S), (C, V) each, with the biases.
+
+        `labels` (C,) are columns of these heads, -1 where another rank holds the label.
+        """
         C = student.shape[0]
         S, T = self.pair[:C], self.pair[C : 2 * C]
-        bias = problem.student.bias
-        if teacher is None or problem.teacher is None:
-            gemm.project(student, problem.student.weight, S)
-            return Rows(S, self.zeros.expand(C, -1), bias, None)
-        if self.stack is not None:
+        heads = problem.student.weight, None if problem.teacher is None else problem.teacher.weight
+        biases = problem.student.bias, None if problem.teacher is None else problem.teacher.bias
+        centre = _centre(problem, student, teacher, labels, S)
+        if self.stack is not None and teacher is not None:
             stack = self.stack[: 2 * C]
             gemm.stack_difference(student, teacher, stack)
-            gemm.project(stack, problem.student.weight, self.pair[: 2 * C])
+            if centre is None or on_host(stack.device):
+                both = None if centre is None else torch.cat([centre.s, centre.t])
+                gemm.project(stack, heads[0], self.pair[: 2 * C], both)
+            else:
+                gemm.project(stack[:C], heads[0], S, centre.s)
+                gemm.project(stack[C:], heads[0], T)
         else:
-            gemm.project(student, problem.student.weight, S)
-            gemm.project(teacher, problem.teacher.weight, T)
-        return Rows(S, T, bias, problem.teacher.bias)
+            gemm.project(student, heads[0], S, None if centre is None else centre.s)
+            if teacher is None or heads[1] is None:
+                T = self.zeros.expand(C, -1)
+            else:
+                gemm.project(teacher, heads[1], T, None if centre is None else centre.t)
+        return Rows(S, T, *biases, None if centre is None else centre.at_label)
+
+
+class Centre(NamedTuple):
+    """Hold the constants that 16-bit logits of a chunk are held relative to, (C,) each."""
+
+    s: Tensor
+    t: Tensor  # of the teacher's logits, or of the differences
+    at_label: tuple[Tensor, Tensor] | None  # (C, 1) fp32: the entries at the labels, relative to s and t
+
+
+def _centre(
+    problem: Problem, student: Tensor, teacher: Tensor | None, labels: Tensor | None, scratch: Tensor
+) -> Centre | None:
+    """Return the logits of a likely column, or of the label if it is likelier; None for other buffers.
+
+    `scratch`, (C, V), is overwritten. All ranks of a shard take the same constants.
+    """
+    if not problem.centred:
+        return None
+    difference = problem.spec.difference
+
+    def at(columns: Tensor) -> tuple[Tensor, Tensor]:
+        s = gemm.logits_at(student, problem.student.weight, columns)
+        if teacher is None or problem.teacher is None:
+            return s, torch.zeros_like(s)
+        t = gemm.logits_at(teacher, problem.teacher.weight, columns)
+        return s, t - s if difference else t
+
+    s, t = at(gemm.likely_columns(student, problem.student.weight, scratch))
+    label = None
+    if labels is not None:
+        label = at(labels.clamp(min=0))
+        likelier = (labels >= 0) & (label[0] > s)
+        s, t = (torch.where(likelier, *pair) for pair in zip(label, (s, t), strict=True))
+    if problem.shard is not None:
+        s, t = problem.shard.of_largest(s, t)
+    # On a GPU a centre costs a pass over the buffer; a difference, which is small, goes without.
+    spared = difference and not on_host(s.device)
+    s, t = torch.where(s.isfinite(), s, 0.0), torch.where(t.isfinite() & (not spared), t, 0.0)
+    return Centre(s, t, None if label is None else ((label[0] - s)[:, None], (label[1] - t)[:, None]))
 
 
 def _accumulate(
@@ -116,7 +171,7 @@ def _hidden_gradient(walk: Walk, dh: Tensor, G: Tensor, at: Positions, scale: Te
 
 def _weighted_sum(G: Tensor, scale: Tensor) -> Tensor:
     """Return scale @ G, (V,), casting 16 rows of a 16-bit G at a time."""
-    step = 16 if gemm.is_16_bit(G.dtype) else G.shape[0]
+    step = 16 if is_16_bit(G.dtype) else G.shape[0]
     total = scale[:step] @ G[:step].to(scale.dtype)
     for start in range(step, G.shape[0], step):
         part = slice(start, start + step)

@@ -96,6 +96,10 @@ class ChunkPlan:
         }
 
 
+def is_16_bit(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16)
+
+
 def resolve_logits(
     dtype: torch.dtype, logits_dtype: str | torch.dtype, shared_head: bool, exact: bool = False
 ) -> tuple[torch.dtype, bool]:
@@ -110,7 +114,7 @@ def resolve_logits(
     """
     known = logits_dtype in ("auto", "input", "float32", torch.float32)
     expect(known, "logits_dtype", "'auto', 'input' or torch.float32", repr(logits_dtype))
-    narrow = dtype in (torch.bfloat16, torch.float16)
+    narrow = is_16_bit(dtype)
     wide = logits_dtype in ("float32", torch.float32) or (
         logits_dtype == "auto" and (exact or not shared_head)
     )

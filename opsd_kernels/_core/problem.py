@@ -12,7 +12,7 @@ from .._rows.contract import stats_dtype
 from ..spec import RowSpec, Support, expect
 from . import checks
 from .memory import same_storage
-from .planner import resolve_logits, workspace_budget
+from .planner import is_16_bit, resolve_logits, workspace_budget
 from .shard import VocabShard, local_head, shard_of
 
 
@@ -126,7 +126,7 @@ class Problem:
         if listed is not None:
             ids, logprobs = checks.listed_support(*listed[:2], hidden.shape[:-1], valid)
             support = Support(ids.shape[1], None, listed[2])
-        buffer, difference = resolve_logits(hidden.dtype, logits_dtype, shared, spec.kinked or exact_logprobs)
+        buffer, difference = resolve_logits(hidden.dtype, logits_dtype, shared, spec.digits_lost or exact_logprobs)
         flat = [
             Side(side.hidden.reshape(-1, side.hidden.shape[-1]), side.weight, side.bias) for side in sides
         ]
@@ -153,6 +153,16 @@ class Problem:
     def columns(self) -> int:
         """Return the number of columns in use that this rank's heads hold."""
         return self.vocab if self.shard is None else self.shard.stop - self.shard.start
+
+    @property
+    def centred(self) -> bool:
+        """Return True if logits are held relative to a constant of their row, near its largest logit.
+
+        16 bits then keep the digits of the entries that have probability, whatever is added to all logits. A
+        softcap needs the logits themselves.
+        """
+        softcaps = self.spec.student.softcap, self.spec.teacher.softcap
+        return is_16_bit(self.logits_dtype) and softcaps == (None, None)
 
     @property
     def trainable(self) -> bool:

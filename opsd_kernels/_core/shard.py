@@ -119,6 +119,17 @@ class VocabShard:
         dist.all_reduce(mine, group=self.group)
         return mine
 
+    def of_largest(self, values: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
+        """Return on all ranks the largest of `values`, (n,), and `beside` of the rank that holds it.
+
+        Two all-reduces. Where ranks tie, the largest `beside`.
+        """
+        largest = values.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        beside = torch.where(values == largest, beside, -torch.inf)
+        dist.all_reduce(beside, op=dist.ReduceOp.MAX, group=self.group)
+        return largest, beside
+
     def sum_hidden_grad(self, dh: Tensor) -> None:
         """Sum (n, H) over the ranks in place, if `reduce_hidden_grad`."""
         if self.reduce_hidden_grad:

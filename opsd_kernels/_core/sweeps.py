@@ -76,7 +76,8 @@ class Walk:
         if self.out.logprobs is None or self.saved:
             return None
         raw = chunk.at(self.label_columns(at)[:, None].clamp(min=0))
-        return torch_rows.logits(raw.S, raw.T, self.problem.spec, raw.bias_s, raw.bias_t)
+        S, T = (raw.S, raw.T) if chunk.at_label is None else chunk.at_label
+        return torch_rows.logits(S, T, self.problem.spec, raw.bias_s, raw.bias_t)
 
     def keep(
         self, at: Positions, stats: Tensor, loss: Tensor, A: Tensor, at_label: torch_rows.Logits | None

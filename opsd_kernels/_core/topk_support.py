@@ -21,12 +21,16 @@ LEAST_TAIL = 1e-7  # the mass outside the support is taken for at least this, as
 
 
 class Rows(NamedTuple):
-    """Hold a chunk's raw logits, (C, V), and biases, (V,), as the sweeps take them."""
+    """Hold a chunk's raw logits, (C, V), and biases, (V,), as the sweeps take them.
+
+    16-bit logits are held relative to a constant of each row, which no softmax sees.
+    """
 
     S: Tensor
     T: Tensor
     bias_s: Tensor | None
     bias_t: Tensor | None
+    at_label: tuple[Tensor, Tensor] | None = None  # (C, 1) fp32: S and T at the labels, without their rounding
 
     def at(self, columns: Tensor) -> Rows:
         """Return logits and biases at (n, K) columns. A bias shared by both sides stays one object."""
