@@ -11,11 +11,6 @@
 #include "ops.h"
 #include "row_binding.h"
 
-#define OPSD_SPEC_SCHEMA                                                                                                         \
-  "int kind, float beta, float student_scale, float student_softcap, float student_temperature, "                               \
-  "float teacher_scale, float teacher_softcap, float teacher_temperature, bool difference, bool linear, float teacher_mix, "            \
-  "float entry_clip, float token_clip, float spread_limit"
-
 #define OPSD_DEFINE_ROWS(m)                                                                                                             \
   m.def("row_stats(Tensor S, Tensor T, Tensor? bias_s, Tensor? bias_t, bool metrics, " OPSD_SPEC_SCHEMA ") -> Tensor");               \
   m.def("row_dot(Tensor S, Tensor T, Tensor(a!) stats, Tensor? bias_s, Tensor? bias_t, " OPSD_SPEC_SCHEMA ") -> (Tensor, Tensor)");  \

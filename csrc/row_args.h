@@ -38,6 +38,12 @@ struct Transform {
   double scale, softcap, temperature;
 };
 
+// The arguments of a divergence's terms beside the row. clip: the bound of a term; infinity: none.
+template <class X>
+struct TermOptions {
+  X beta, clip;
+};
+
 struct RowArgs {
   int64_t n, V;
   const void* S;  // (n, V) of dtype
@@ -58,9 +64,9 @@ struct RowArgs {
   bool linear;      // the transformed difference is a multiple of T too: RowSpec.linear_difference
   bool metrics;
   Kind kind;
-  double beta;
+  TermOptions<double> terms;
   double teacher_mix;  // a: the teacher's logits are (1 - a) * t + a * s
-  double entry_clip, token_clip;  // infinity: none
+  double token_clip;  // infinity: none
   double spread_limit;  // contract.SPREAD_LIMIT
 };
 

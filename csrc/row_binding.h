@@ -18,7 +18,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-// RowSpec as plain values, in the order of OPSD_SPEC_SCHEMA. A softcap of 0 is none.
+// RowSpec.scalars, in one order: the schema, the parameters, the arguments. A softcap of 0 is none.
+#define OPSD_SPEC_SCHEMA                                                                                                         \
+  "int kind, float beta, float student_scale, float student_softcap, float student_temperature, "                               \
+  "float teacher_scale, float teacher_softcap, float teacher_temperature, bool difference, bool linear, float teacher_mix, "            \
+  "float entry_clip, float token_clip, float spread_limit"
 #define OPSD_SPEC_PARAMETERS                                                                                                             \
   int64_t kind, double beta, double student_scale, double student_softcap, double student_temperature, double teacher_scale,             \
       double teacher_softcap, double teacher_temperature, bool difference, bool linear, double teacher_mix, double entry_clip,      \
@@ -70,8 +74,8 @@ inline RowArgs logits(const Tensor& S, const Tensor& T, const Optional& bias_s, 
   a.student = {student_scale, student_softcap, student_temperature};
   a.teacher = {teacher_scale, teacher_softcap, teacher_temperature};
   a.difference = difference, a.linear = linear, a.metrics = metrics;
-  a.kind = static_cast<Kind>(kind), a.beta = beta, a.spread_limit = spread_limit;
-  a.teacher_mix = teacher_mix, a.entry_clip = entry_clip, a.token_clip = token_clip;
+  a.kind = static_cast<Kind>(kind), a.terms = {beta, entry_clip}, a.spread_limit = spread_limit;
+  a.teacher_mix = teacher_mix, a.token_clip = token_clip;
   return a;
 }
 

@@ -123,7 +123,7 @@ def plan(
     sizes, and the launch of a GPU's row kernels. Runs nothing.
     """
     from . import plan as make_plan
-    from ._rows import backends
+    from .doctor import launches
     from .spec import Divergence
 
     with one_line(ValueError, TypeError):
@@ -150,7 +150,7 @@ def plan(
     for name, value in fields.items():
         table.add_row(PLAN_LABELS.get(name, name.replace("_", " ")), readable(name, value))
     if device == "cuda":
-        for name, launch in backends.launches(vocab, made.logits_dtype).items():
+        for name, launch in launches(vocab, made.logits_dtype).items():
             table.add_row(f"{name} row kernels", launch)
     console.print(table)
 

@@ -9,10 +9,11 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from ._core.autograd import evaluate
+from ._core.autograd import evaluate as evaluate
 from ._core.problem import Problem, Side
-from ._core.reductions import RowWeigher, TokenStats, reads_logprobs, row_scale
-from .spec import Divergence, LogitTransform, RowSpec, Support, check_number, expect
+from ._core.reductions import RowWeigher, reads_logprobs, row_scale
+from ._core.reductions import TokenStats as TokenStats
+from .spec import CLIPS, Divergence, LogitTransform, RowSpec, Support, check_number, expect
 from .weights import TokenWeighting
 
 
@@ -168,9 +169,7 @@ def linear_divergence(
         topk_support=topk_support, topk_tail=topk_tail, logits_dtype=logits_dtype,
         workspace_bytes=workspace_bytes, backend=backend, group=group,
     )  # fmt: skip
-    student = Side(student_hidden, student_weight, student_bias)
-    teacher = Side(teacher_hidden, teacher_weight, teacher_bias)
-    problem, weigher = prepare(student, teacher, options)
+    problem, weigher = prepare((student_hidden, student_weight), (teacher_hidden, teacher_weight), options)
     return evaluate(problem, weigher, backward, return_stats)
 
 
@@ -181,14 +180,40 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+def with_defaults(options: DivergenceOptions) -> dict[str, Any]:
+    """Return all options of `linear_divergence`: the given ones, and the defaults of the others.
+
+    Raises TypeError for an unknown option.
+    """
+    unknown = sorted(set(options) - set(DEFAULTS))
+    expect(not unknown, "options", "arguments of linear_divergence", ", ".join(map(repr, unknown)), TypeError)
+    return {**DEFAULTS, **options}
+
+
+def check_options(options: DivergenceOptions) -> None:
+    """Raise ValueError or TypeError for an unknown option, and for a bad one that needs no tensors."""
+    given = with_defaults(options)
+    row_spec(given)
+    row_scale(given["reduction"], given["normalizer"], torch.empty(1, 1, 1), None)
+
+
 def prepare(
-    student: Side, teacher: Side, options: dict[str, Any], policy: Any = None, policy_weight: float = 0.0
+    student: tuple[Tensor, Tensor],  # hidden states and weight
+    teacher: tuple[Tensor, Tensor] | None,
+    options: dict[str, Any],
+    *,
+    listed: tuple[object, object, str] | None = None,
+    policy: Any = None,
+    policy_weight: float = 0.0,
 ) -> tuple[Problem, RowWeigher]:
-    """Check the options of `linear_divergence` and a policy term; return the problem and its weigher."""
+    """Check all options of `linear_divergence` and a policy term; return the problem and its weigher.
+
+    `listed` is (ids, log-probs, tail) of a teacher of which only the top-k is known.
+    """
     problem = Problem.of(
         row_spec(options),
-        student,
-        teacher,
+        Side(*student, options["student_bias"]),
+        None if teacher is None else Side(*teacher, options["teacher_bias"]),
         labels=options["labels"],
         ignore_index=options["ignore_index"],
         mask=options["mask"],
@@ -198,11 +223,13 @@ def prepare(
         backend=options["backend"],
         group=options["group"],
         support=Support.parse(options["topk"], options["topk_support"], options["topk_tail"]),
+        listed=listed,
         exact_logprobs=reads_logprobs(options["token_weights"], policy),
     )
-    scale = row_scale(options["reduction"], options["normalizer"], student.hidden, problem.rows.valid)
-    leading = student.hidden.shape[:-1]
-    return problem, RowWeigher(problem, leading, options["token_weights"], scale, policy, policy_weight)
+    hidden = student[0]
+    scale = row_scale(options["reduction"], options["normalizer"], hidden, problem.rows.valid)
+    weigher = RowWeigher(problem, hidden.shape[:-1], options["token_weights"], scale, policy, policy_weight)
+    return problem, weigher
 
 
 def row_spec(options: dict[str, Any]) -> RowSpec:
@@ -212,16 +239,15 @@ def row_spec(options: dict[str, Any]) -> RowSpec:
     expect(0 <= mix < 1, "teacher_mix", "a number in [0, 1), since at 1 the teacher has no weight", mix)
     student = options["student_logit_scale"], options["student_softcap"]
     teacher = options["teacher_logit_scale"], options["teacher_softcap"]
+    entry_clip, token_clip = (
+        math.inf if options[clip] is None else check_number(clip, options[clip], positive=True)
+        for clip in CLIPS
+    )
     return RowSpec(
         Divergence.parse(options["divergence"], options["beta"]),
         LogitTransform.parse("student", *student, "temperature", options["temperature"]),
         LogitTransform.parse("teacher", *teacher, name, options[name]),
         teacher_mix=mix,
-        entry_clip=clip("entry_clip", options["entry_clip"]),
-        token_clip=clip("token_clip", options["token_clip"]),
+        entry_clip=entry_clip,
+        token_clip=token_clip,
     )
-
-
-def clip(name: str, value: float | None) -> float:
-    """Return the bound of a clip, infinity if it is off. Raises ValueError unless the bound is positive."""
-    return math.inf if value is None else check_number(name, value, positive=True)

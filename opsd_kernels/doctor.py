@@ -1,4 +1,4 @@
-"""The tables of `opsd doctor`, as text.
+"""The tables of `opsd doctor`, and the launches that `opsd plan` prints, as text.
 
 They need torch and numpy alone: the command runs without the packages of the other commands. It shows the
 machine itself, so it reads the backends and the GEMMs directly.
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from . import env, tested_versions
-from ._core import gemm
+from ._core import cpu_gemm
 from ._rows import backends, extension
 from .version import __version__
 
@@ -71,7 +71,7 @@ def machine(devices: list[str]) -> list[tuple[str, str]]:
     if extension.load():
         rows.append(("", f"to build them: {extension.build_command()}"))
     rows.append(("CUDA kernels", extension.cuda_unavailable() or "built, and the devices can run them"))
-    rows.append(("bf16 to fp32", gemm.cpu_gemm_name(torch.bfloat16)))
+    rows.append(("bf16 to fp32", cpu_gemm.cpu_gemm_name(torch.bfloat16)))
     cuda = f"with CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     rows.append(("CUDA", "; ".join(devices) or f"no device (torch is built {cuda})"))
     return rows
@@ -123,3 +123,21 @@ def environment_value(variable: env.Variable) -> str:
     except ValueError as error:
         return str(error)
     return value if value is not None else f"not set ({variable.default})"
+
+
+def launches(V: int, dtype: torch.dtype) -> dict[str, str]:
+    """Describe how each GPU backend spreads a row of V logits over threads, or why it cannot serve.
+
+    The sizes are heuristics; nothing is tuned when the op runs.
+    """
+    reasons = backends.explain("cuda", dtype)
+    cuda, triton = reasons["cuda"], "triton is not installed"
+    if cuda is None:
+        major, minor = torch.cuda.get_device_capability()
+        cuda = torch.ops.opsd_kernels.cuda_launch(V, dtype.itemsize, 10 * major + minor)
+    if reasons["triton"] != triton:
+        from ._rows.triton_launch import config
+
+        block, warps = config(V, dtype)
+        triton = f"each sweep one block of {32 * warps} threads per row, {block} columns at a time"
+    return {"cuda": cuda, "triton": triton}

@@ -84,10 +84,6 @@ CACHE = Variable(
 VARIABLES = (BACKEND, WORKSPACE_BYTES, CPU_CAPABILITY, PACK, CUDA_CLUSTER, BUILD_CPU, BUILD_CUDA, CACHE)
 
 
-def backend() -> str | None:
-    return BACKEND.get()
-
-
 def workspace_bytes() -> int | None:
     """Return the bytes, or None if unset. Raises ValueError for anything but a positive whole number."""
     value = WORKSPACE_BYTES.get()

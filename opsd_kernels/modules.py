@@ -4,23 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ._core.reductions import TokenStats, row_scale
-from .divergence import DEFAULTS, DivergenceOptions, linear_divergence, row_spec
+from .divergence import DivergenceOptions, TokenStats, check_options, linear_divergence
 from .spec import expect
-
-
-def _checked(options: DivergenceOptions) -> DivergenceOptions:
-    """Check the options that need no tensors, and return them."""
-    unknown = sorted(set(options) - set(DEFAULTS))
-    expect(not unknown, "options", "arguments of linear_divergence", ", ".join(map(repr, unknown)), TypeError)
-    given: dict[str, Any] = {**DEFAULTS, **options}
-    row_spec(given)
-    row_scale(given["reduction"], given["normalizer"], torch.empty(1, 1, 1), None)
-    return options
 
 
 def _text(options: DivergenceOptions) -> str:
@@ -40,7 +28,8 @@ class LinearDivergenceLoss(nn.Module):
 
     def __init__(self, **options: Unpack[DivergenceOptions]) -> None:
         super().__init__()
-        self.options = _checked(options)
+        check_options(options)
+        self.options = options
 
     def forward(
         self,
@@ -86,7 +75,8 @@ class DistillationHead(nn.Module):
             TypeError,
         )
         self.lm_head = lm_head
-        self.options = _checked(options)
+        check_options(options)
+        self.options = options
 
     def forward(
         self,

@@ -21,16 +21,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ._core.autograd import evaluate
-from ._core.problem import Side
-from ._core.reductions import TokenStats
-from .divergence import DEFAULTS, DivergenceOptions, prepare
+from .divergence import DivergenceOptions, TokenStats, evaluate, prepare, with_defaults
 from .spec import SCOPES, check_number, expect
 from .weights import TokenWeighting
 
@@ -264,14 +261,11 @@ def linear_policy_divergence(
         type(labels).__name__,
         TypeError,
     )
-    unknown = sorted(set(options) - set(DEFAULTS))
-    expect(not unknown, "options", "arguments of linear_divergence", ", ".join(map(repr, unknown)), TypeError)
-    given: dict[str, Any] = {**DEFAULTS, **options}
+    given = with_defaults(options)
     expected = "'mean', 'sum' or 'sequence_mean' with a policy term"
     expect(given["reduction"] != "none", "reduction", expected, repr(given["reduction"]))
     expected = "'auto' or 'in_forward' with a policy term"
     expect(given["backward"] != "recompute", "backward", expected, repr(given["backward"]))
-    student = Side(student_hidden, student_weight, given["student_bias"])
-    teacher = Side(teacher_hidden, teacher_weight, given["teacher_bias"])
-    problem, weigher = prepare(student, teacher, given, policy, share)
+    student, teacher = (student_hidden, student_weight), (teacher_hidden, teacher_weight)
+    problem, weigher = prepare(student, teacher, given, policy=policy, policy_weight=share)
     return evaluate(problem, weigher, given["backward"], given["return_stats"])

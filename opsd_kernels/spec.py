@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -19,6 +20,7 @@ class Kind(IntEnum):
     TVD = 5
 
 
+CLIPS = ("entry_clip", "token_clip")  # options that bound a term of the sum, and the sum
 KIND_NAMES = {kind.name.lower(): kind for kind in Kind}
 # What a token's weight may depend on, the narrowest first.
 SCOPES = ("index", "row", "sequence")
@@ -41,8 +43,8 @@ def expect(
 
 def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
-    expected = "one of " + ", ".join(repr(c) for c in choices)
-    expect(isinstance(value, str) and value in choices, argument, expected, repr(value))
+    if not isinstance(value, str) or value not in choices:
+        expect(False, argument, "one of " + ", ".join(map(repr, choices)), repr(value))
 
 
 def check_number(argument: str, value: object, *, positive: bool = False) -> float:
@@ -189,6 +191,34 @@ class RowSpec:
         The buffer then keeps its digits: it is never added to the logits.
         """
         return self.difference and same_bias and self.student == self.teacher and self.student.softcap is None
+
+    def scalars(self, linear: bool) -> tuple[float, ...]:
+        """Return all values flat, in the order of csrc/row_binding.h; a softcap of 0 is none.
+
+        `linear` is that of `linear_difference`.
+        """
+        s, t = self.student, self.teacher
+        return (
+            int(self.divergence.kind), self.divergence.beta,
+            s.scale, s.softcap or 0.0, s.temperature, t.scale, t.softcap or 0.0, t.temperature,
+            self.difference, linear, self.teacher_mix, self.entry_clip, self.token_clip,
+        )  # fmt: skip
+
+    @classmethod
+    def from_scalars(cls, values: Sequence[float]) -> RowSpec:
+        """Rebuild a spec from `scalars`."""
+        kind, beta, *transforms, difference, _, mix, entry_clip, token_clip = values
+        student, teacher = (
+            LogitTransform(scale, softcap or None, temperature)
+            for scale, softcap, temperature in (transforms[:3], transforms[3:])
+        )
+        divergence = Divergence(Kind(int(kind)), beta)
+        return cls(divergence, student, teacher, bool(difference), mix, entry_clip, token_clip)
+
+    @property
+    def clips(self) -> bool:
+        """True if a term or the sum has an upper bound."""
+        return min(self.entry_clip, self.token_clip) < math.inf
 
     @property
     def one_sweep(self) -> bool:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._core.autograd import evaluate
-from ._core.problem import Problem, Side
-from ._core.reductions import RowWeigher, TokenStats, reads_logprobs, row_scale
-from .divergence import clip
-from .spec import TAILS, Divergence, LogitTransform, RowSpec, check_choice
+from .divergence import DEFAULTS, TokenStats, evaluate, prepare
+from .spec import TAILS, check_choice
 from .weights import TokenWeighting
 
 
@@ -63,29 +60,15 @@ def linear_topk_divergence(
     vocabulary whose log-prob is above -inf.
     """
     check_choice("tail", tail, TAILS)
-    spec = RowSpec(
-        Divergence.parse(divergence, beta),
-        LogitTransform.parse("student", student_logit_scale, student_softcap, "temperature", temperature),
-        # Of logits that are all 0; written out because torch.compile cannot trace it as a default.
-        LogitTransform(),
-        entry_clip=clip("entry_clip", entry_clip),
-        token_clip=clip("token_clip", token_clip),
-    )
-    problem = Problem.of(
-        spec,
-        Side(student_hidden, student_weight, student_bias),
-        None,
-        labels=labels,
-        ignore_index=ignore_index,
-        mask=mask,
-        vocab_size=vocab_size,
-        logits_dtype=logits_dtype,
-        workspace_bytes=workspace_bytes,
-        backend=backend,
-        group=group,
-        listed=(teacher_topk_ids, teacher_topk_logprobs, tail),
-        exact_logprobs=reads_logprobs(token_weights, None),
-    )
-    scale = row_scale(reduction, normalizer, student_hidden, problem.rows.valid)
-    weigher = RowWeigher(problem, student_hidden.shape[:-1], token_weights, scale, None, 0.0)
+    options = DEFAULTS | dict(  # noqa: C408 - a literal would name each option twice
+        divergence=divergence, beta=beta, temperature=temperature, student_bias=student_bias,
+        student_logit_scale=student_logit_scale, student_softcap=student_softcap, vocab_size=vocab_size,
+        labels=labels, ignore_index=ignore_index, mask=mask, token_weights=token_weights,
+        entry_clip=entry_clip, token_clip=token_clip, reduction=reduction, normalizer=normalizer,
+        logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, backend=backend, group=group,
+        teacher_temperature=1.0,  # of logits that are all 0
+    )  # fmt: skip
+    student = student_hidden, student_weight
+    listed = teacher_topk_ids, teacher_topk_logprobs, tail
+    problem, weigher = prepare(student, None, options, listed=listed)
     return evaluate(problem, weigher, backward, return_stats)

@@ -63,7 +63,7 @@ def nan_filled_allocations():
 @pytest.fixture(params=["torch", "cpp"])
 def backend(request):
     """Return the name of each CPU backend; skip with its reason where it is absent."""
-    reason = next(b for b in backends.BACKENDS if b.name == request.param).unsupported("cpu")
+    reason = next(b for b in backends.BACKENDS if b.name == request.param).unsupported("cpu", None)
     if reason is not None:
         pytest.skip(reason)
     return request.param

@@ -29,14 +29,9 @@ struct Value {
   double clipped = 0;  // share of the terms under the entry clip; 1 where the token clip holds
 };
 
-// The arguments of the terms beside the row.
-struct TermOptions {
-  double beta, clip;
-};
-
 // f and u over a row; u replaces the teacher in the scratch.
 template <Kind KIND, bool FAR, bool CLIP, class X, class T>
-OPSD_SWEEP Value entry_sums(const GapRow<X, T> gap, int64_t V, const RowState row, const TermOptions options, const Scratch<X> w) {
+OPSD_SWEEP Value entry_sums(const GapRow<X, T> gap, int64_t V, const RowState row, const TermOptions<double> options, const Scratch<X> w) {
   const X scale_q(row.inverse_z), scale_p(row.inverse_zt), beta(options.beta), clip(options.clip);
   const RatioRow<X> ratios(w.p, row.gap);
   Total<X> loss, A, taken;

@@ -58,7 +58,7 @@ class Rows {
   using Source = SourceOf<X, In>;
   const RowArgs& a_;
   const Scratch<X> w_;
-  const bool clip_entries_ = a_.entry_clip < INF;
+  const bool clip_entries_ = a_.terms.clip < INF;
   const bool one_sweep_ = (a_.kind == Kind::REVERSE_KL || a_.kind == Kind::FORWARD_KL) && !clip_entries_;
   // 1 where two pairs of rows and the scratch fit the cache, so that a row may prefetch the next; else 0. At
   // V = 152k a bf16 row gains 40 %, and a float32 row, which does not fit, would lose 20 %.
@@ -113,10 +113,9 @@ class Rows {
 
   template <Kind KIND, bool CLIP>
   Value value(const Source& source, const RowState& row) const {
-    const TermOptions options{a_.beta, a_.entry_clip};
     return with_gap(source, row, [&](auto gap) {
-      if (row.far) return entry_sums<KIND, true, CLIP>(gap, a_.V, row, options, w_);
-      return entry_sums<KIND, false, CLIP>(gap, a_.V, row, options, w_);
+      if (row.far) return entry_sums<KIND, true, CLIP>(gap, a_.V, row, a_.terms, w_);
+      return entry_sums<KIND, false, CLIP>(gap, a_.V, row, a_.terms, w_);
     });
   }
 
@@ -242,7 +241,7 @@ void run_dtype(const RowArgs& a, Sweep sweep, int64_t begin, int64_t end) {
   const Workspace<X> space(a.V);
   Scratch<X> w = space.rows;
   // its gradient needs q and delta alone
-  if (a.kind == Kind::REVERSE_KL && a.entry_clip == INF) w.p = nullptr;
+  if (a.kind == Kind::REVERSE_KL && a.terms.clip == INF) w.p = nullptr;
   if (a.linear && !a.bias_s && !a.bias_t) {
     const Rows<X, In, LinearSource> rows(a, w, sweep);
     for (int64_t i = begin; i < end; ++i) rows.run(sweep, i);

@@ -18,13 +18,8 @@ OPSD_DEVICE Distribution distribution(const Relative& r, const Statistics& row) 
   return {q, q * ratio.exp, delta, ratio.expm1};
 }
 
-// The arguments of the terms beside the row.
-struct TermOptions {
-  float beta, clip;
-};
-
 template <Kind KIND, bool FAR>
-OPSD_DEVICE ClippedTerms<float> terms(const Distribution& d, const TermOptions& options) {
+OPSD_DEVICE ClippedTerms<float> terms(const Distribution& d, const TermOptions<float>& options) {
   Terms<float> term;
   if constexpr (FAR) term = entry<KIND, true>(d.q, d.p, ratio(d.delta), options.beta);
   else term = entry<KIND, false>(d.q, d.p, ratio(d.delta, d.expm1), options.beta);
@@ -45,7 +40,7 @@ struct Value {
 
 template <Kind KIND, bool PLAIN, class In>
 OPSD_DEVICE Value value(const Source<PLAIN>& source, const Slice<In>& slice, const Statistics& row, Exchange& x, const RowArgs& a) {
-  const TermOptions options{static_cast<float>(a.beta), static_cast<float>(a.entry_clip)};
+  const TermOptions<float> options{static_cast<float>(a.terms.beta), static_cast<float>(a.terms.clip)};
   const bool clips = options.clip < INF;
   // A side has no distribution, which the guards would turn into 0.
   if (row.gap != row.gap) return {row.gap, row.gap, 0};
@@ -72,7 +67,7 @@ OPSD_DEVICE float write_value(const RowArgs& a, int64_t n, const Value& v, bool 
   if (writes) {
     static_cast<float*>(a.loss)[n] = above ? limit : v.loss;
     static_cast<float*>(a.A)[n] = v.A;
-    if (a.entry_clip < INF || limit < INF) static_cast<float*>(a.stats)[n * COLUMNS + CLIPPED] = clipped;
+    if (a.terms.clip < INF || limit < INF) static_cast<float*>(a.stats)[n * COLUMNS + CLIPPED] = clipped;
   }
   return clipped;
 }
@@ -94,7 +89,7 @@ struct Pull {
 
 // factor * (u - q * A) + weight * q of one entry.
 template <Kind KIND, bool FAR>
-OPSD_DEVICE float logit_gradient(const Relative& r, const Statistics& row, const Pull& pull, const TermOptions& options) {
+OPSD_DEVICE float logit_gradient(const Relative& r, const Statistics& row, const Pull& pull, const TermOptions<float>& options) {
   const Distribution d = distribution<FAR>(r, row);
   if (pull.factor == 0) return d.q * pull.weight;  // u may be infinite
   if (KIND == Kind::FORWARD_KL && options.clip == INF) {
@@ -108,7 +103,7 @@ OPSD_DEVICE float logit_gradient(const Relative& r, const Statistics& row, const
 template <Kind KIND, bool PLAIN, class In, class Loaded>
 OPSD_DEVICE void gradient(const Source<PLAIN>& source, const Slice<In>& slice, const Statistics& row, const Pull& pull, const Output& G, const RowArgs& a,
                           Loaded loaded) {
-  const TermOptions options{static_cast<float>(a.beta), static_cast<float>(a.entry_clip)};
+  const TermOptions<float> options{static_cast<float>(a.terms.beta), static_cast<float>(a.terms.clip)};
   const int label = pull.label < slice.offset || pull.label >= slice.offset + slice.length ? -1 : static_cast<int>(pull.label - slice.offset);
   walk<PLAIN>(slice, loaded, [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
     float values[N];

@@ -10,7 +10,7 @@ namespace {
 template <bool PLAIN, Kind KIND>
 void run_kind(const RowArgs& a, Sweep which, const Shape& shape, Stream stream) {
   const Shape rows = streaming(a.V, sizeof(OPSD_IN));
-  const bool two_sweeps = (KIND != Kind::REVERSE_KL && KIND != Kind::FORWARD_KL) || a.entry_clip < INF;
+  const bool two_sweeps = (KIND != Kind::REVERSE_KL && KIND != Kind::FORWARD_KL) || a.terms.clip < INF;
   if (which == Sweep::FUSED && shape.blocks > 0) return launch(fused_kernel<OPSD_IN, PLAIN, KIND>, a.n, shape, stream, a, shape.per_block);
   if (which == Sweep::STATS || which == Sweep::FUSED) launch(stats_kernel<OPSD_IN, PLAIN>, a.n, rows, stream, a);
   if (which == Sweep::DOT || (which == Sweep::FUSED && two_sweeps)) launch(dot_kernel<OPSD_IN, PLAIN, KIND>, a.n, rows, stream, a);

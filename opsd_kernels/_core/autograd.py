@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from .._rows.contract import Column
 from ..spec import BACKWARDS, check_choice, expect
-from . import execute, library
-from .memory import empty, on_host
+from . import library
+from .loop import empty, on_host
 from .problem import Problem, Side
 from .reductions import RowWeigher, TokenStats, token_stats
 
@@ -51,7 +51,7 @@ def choose_route(problem: Problem, weigher: RowWeigher, backward: str) -> Route:
     if not any(problem.wants):
         return Route.VALUE
     known = weigher.scope == "index"
-    if per_token or backward == "recompute" or not (known or problem.trainable or weigher.has_policy):
+    if per_token or backward == "recompute" or not (known or problem.trainable or weigher.policy is not None):
         return Route.PER_ROW
     return Route.WEIGHTED_SUM if known else Route.FACTORS_IN_LOOP
 
@@ -68,7 +68,7 @@ def evaluate(
     metrics = return_stats or weigher.needs_metrics
     leaves = problem.student.hidden, problem.student.weight, problem.student.bias
     if route is Route.WEIGHTED_SUM:
-        slope = weigher.policy_losses(None)[1] * scale if weigher.has_policy else None
+        slope = weigher.policy_losses(None)[1] * scale if weigher.policy is not None else None
         weighted = problem.with_factors(weigher.weights(None) * scale, slope)
         loss, D, stats, logprobs = WeightedSum.apply(*leaves, weighted, metrics, None)
     elif route is Route.FACTORS_IN_LOOP:
@@ -84,7 +84,7 @@ def evaluate(
         factor = weigher.weights(weigher.stats(D, stats, logprobs)) * scale
         losses = _times(factor, D)
         loss = losses if weigher.per_token else losses.sum()
-    if weigher.has_policy:
+    if weigher.policy is not None:
         loss = loss + (weigher.policy_losses(weigher.stats(D, stats, logprobs))[0] * scale).sum()
     loss = loss.reshape(weigher.leading) if weigher.per_token else loss
     return (loss, token_stats(problem, D, stats, logprobs, weigher.leading)) if return_stats else loss
@@ -113,9 +113,10 @@ def _times(factor: Tensor, D: Tensor) -> Tensor:
 
 
 def _fp16_units(
-    dtype: torch.dtype, factor: Tensor, slope: Tensor | None
+    dtype: torch.dtype, factor: Tensor | None, slope: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Scale row factors for fp16. Returns them and the unit that the caller must still apply, or None."""
+    assert factor is not None, "a gradient needs row factors"
     if dtype != torch.float16:
         return factor, slope, None
     factors = [x for x in (factor, slope) if x is not None]
@@ -125,15 +126,6 @@ def _fp16_units(
         largest = factor.new_ones(())
     unit = torch.where(largest > 0, largest, torch.ones_like(largest)) / FP16_ROW_FACTOR
     return factor / unit, None if slope is None else slope / unit, unit
-
-
-def _in_units(problem: Problem) -> tuple[Problem, Tensor | None]:
-    """Return the problem with scaled row factors, and the unit of the gradients, or None."""
-    assert problem.rows.factor is not None, "a gradient needs row factors"
-    factor, slope, unit = _fp16_units(
-        problem.student.hidden.dtype, problem.rows.factor, problem.rows.policy_slope
-    )
-    return (problem, None) if unit is None else (problem.with_factors(factor, slope), unit)
 
 
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -159,17 +151,12 @@ def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scaled if scaled.dtype == dtype else empty(tuple(scaled.shape), dtype, scaled.device).copy_(scaled)
 
 
-def _leaf_dtypes(problem: Problem) -> tuple[torch.dtype | None, ...]:
-    side = problem.student
-    return side.hidden.dtype, side.weight.dtype, None if side.bias is None else side.bias.dtype
-
-
 def _save(ctx: Any, problem: Problem, *results: Tensor) -> None:
     """Save the flat form of a problem for backward, its tensors as saved tensors, followed by results."""
     flat = library.pack(problem)
     ctx.constants = [None if isinstance(x, Tensor) else x for x in flat]
     ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in flat), *results)
-    ctx.wants, ctx.dtypes = problem.wants, _leaf_dtypes(problem)
+    ctx.wants, ctx.dtypes = problem.wants, [None if x is None else x.dtype for x in flat[:3]]
 
 
 def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
@@ -191,11 +178,6 @@ def _project_again(ctx: Any, factor: Tensor, slope: Tensor | None) -> tuple[Tens
     )
 
 
-def _on_leaves(problem: Problem, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Problem:
-    """Replace the student's tensors by those that a Function received."""
-    return replace(problem, student=Side(hidden, weight, bias))
-
-
 # ---------------------------------------------------------------- the Functions
 
 
@@ -207,20 +189,20 @@ class WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, problem, metrics, weigher):
-        problem = _on_leaves(problem, hidden, weight, bias)
+        problem = replace(problem, student=Side(hidden, weight, bias))
         if weigher is None:
-            factor, (scaled, unit) = problem.rows.factor, _in_units(problem)
-            loss, _, stats, logprobs, dh, dW, dbias = library.op(*library.pack(scaled), metrics, False)
+            factor = problem.rows.factor
+            *scaled, unit = _fp16_units(hidden.dtype, factor, problem.rows.policy_slope)
+            problem = problem.with_factors(*scaled)
+            loss, _, stats, logprobs, dh, dW, dbias = library.op(*library.pack(problem), metrics, False)
         else:
-            out = execute.run_weighted(problem, weigher)
+            out = library.run_weighted(problem, weigher)
             factor, unit = weigher.factor(out), weigher.unit
-            loss, stats = out.loss, out.stats
-            nothing = loss.new_empty(0)
-            logprobs, dh, dW, dbias = (
-                nothing if x is None else x for x in (out.logprobs, out.dh, out.dW, out.dbias)
-            )
+            loss, stats, dh, dW, dbias = out.loss, out.stats, out.dh, out.dW, out.dbias
+            logprobs = loss.new_empty(0) if out.logprobs is None else out.logprobs
         ctx.save_for_backward(dh, dW, dbias, unit)
-        ctx.wants, ctx.dtypes = problem.wants, _leaf_dtypes(problem)
+        ctx.wants = problem.wants
+        ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in (hidden, weight, bias)]
         ctx.mark_non_differentiable(loss, stats, logprobs)
         ctx.set_materialize_grads(False)
         return _times(factor, loss).sum(), loss, stats, logprobs
@@ -247,9 +229,12 @@ class PerRow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, problem, metrics, recompute):
-        problem = _on_leaves(problem, hidden, weight, bias)
-        scaled, unit = (problem.with_factors(None), None) if recompute else _in_units(problem)
-        loss, A, stats, logprobs, dh, _, _ = library.op(*library.pack(scaled), metrics, recompute)
+        problem = replace(problem, student=Side(hidden, weight, bias))
+        factors, unit = [None], None
+        if not recompute:
+            *factors, unit = _fp16_units(hidden.dtype, problem.rows.factor, problem.rows.policy_slope)
+        problem = problem.with_factors(*factors)
+        loss, A, stats, logprobs, dh, _, _ = library.op(*library.pack(problem), metrics, recompute)
         ctx.recompute, ctx.dtype = recompute, hidden.dtype
         if recompute:
             _save(ctx, problem, stats, A)
@@ -282,10 +267,13 @@ class LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, problem, metrics):
-        problem = _on_leaves(problem, hidden, weight, bias)
+        problem = replace(problem, student=Side(hidden, weight, bias))
         ctx.in_forward, ctx.dtype = problem.rows.policy_slope is not None, hidden.dtype
-        scaled, unit = _in_units(problem) if ctx.in_forward else (problem, None)
-        _, A, stats, logprobs, dh, _, _ = library.op(*library.pack(scaled), metrics, not ctx.in_forward)
+        unit = None
+        if ctx.in_forward:
+            *factors, unit = _fp16_units(hidden.dtype, problem.rows.factor, problem.rows.policy_slope)
+            problem = problem.with_factors(*factors)
+        _, A, stats, logprobs, dh, _, _ = library.op(*library.pack(problem), metrics, not ctx.in_forward)
         if ctx.in_forward:
             ctx.save_for_backward(dh, unit)
         else:

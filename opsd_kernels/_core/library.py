@@ -1,28 +1,138 @@
-"""Register the op as one graph node: schemas, implementations, fakes, and the flat form of a Problem."""
+"""Run a problem: choose its rows, plan and backend, call the loop; register that as one graph node.
+
+The only module with the flat form of a problem: schemas, implementations, fakes, `pack` and `unpack`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
-from .._rows.contract import Column, stats_dtype
-from ..spec import TAILS, Divergence, Kind, LogitTransform, RowSpec, Support
-from . import execute
-from .planner import held_dtype
-from .problem import Problem, RowSelection, Side
+from .. import env
+from .._rows import backends
+from .._rows.contract import Column, RowBackend
+from ..spec import TAILS, RowSpec, Support, expect
+from . import loop
+from .loop import on_host
+from .merged_rows import ShardedRows
+from .planner import SM_COUNT, ChunkPlan, align, held_dtype, plan
+from .problem import ComputedRows, Outputs, Problem, RowSelection, Side
+from .reductions import RowWeigher
 from .shard import VocabShard
+
+NO_GRADIENTS = (False, False, False)
+
+
+def arrange(
+    problem: Problem, weigher: RowWeigher | None = None
+) -> tuple[ChunkPlan, RowBackend, ComputedRows, list[slice] | None]:
+    """Return what a problem leaves open: its plan, its backend, its rows, and chunks in place of the plan's.
+
+    Forward and backward get the same plan: saved statistics need the same logits again. The backend of a
+    sharded head merges statistics across ranks.
+    """
+    hidden, teacher, shard = problem.student.hidden, problem.teacher, problem.shard
+    scope = "index" if weigher is None else weigher.scope
+    sequences = [] if weigher is None or scope != "sequence" else weigher.lengths(packs(problem))
+    rows = _computed_rows(problem, sum(sequences) if scope == "sequence" else None)
+    on_cuda = hidden.device.type == "cuda"
+    chunks = plan(
+        rows.count,
+        # The widest shard on every rank: all ranks use the same chunk boundaries.
+        problem.vocab if shard is None else shard.widest,
+        hidden.shape[1],
+        0 if teacher is None else teacher.hidden.shape[1],
+        hidden.dtype,
+        shared_head=problem.shared_head,
+        trainable_head=problem.wants[1],
+        grad=any(problem.wants),
+        logits_dtype="input" if problem.logits_dtype == hidden.dtype else "float32",
+        bias_grad=problem.wants[2],
+        workspace_bytes=problem.workspace_bytes,
+        device_type=hidden.device.type,
+        weights_scope=scope,
+        longest_sequence=max(sequences, default=0),
+        policy=weigher is not None and weigher.policy is not None,
+        topk=0 if problem.support is None else problem.support.k,
+        one_sweep=problem.spec.one_sweep,
+        sm_count=torch.cuda.get_device_properties(hidden.device).multi_processor_count
+        if on_cuda
+        else SM_COUNT,
+    )
+    bounds = align(sequences, chunks.rows) if chunks.weighting == "aligned" else None
+    backend = backends.select(problem.backend, hidden.device, chunks.logits_dtype)
+    return chunks, backend if shard is None else ShardedRows(backend, shard), rows, bounds
+
+
+def run_weighted(problem: Problem, weigher: RowWeigher) -> Outputs:
+    """Return losses, statistics and gradients where row factors depend on the statistics themselves.
+
+    An operator's schema holds no weigher, so under torch.compile this function runs eagerly.
+    """
+    chunks, backend, rows, bounds = arrange(problem, weigher)
+    if chunks.weighting == "own pass" or weigher.has_collectives:
+        known = loop.run(replace(problem, wants=NO_GRADIENTS), chunks, backend, rows, metrics=True)
+        with torch.autocast(problem.student.hidden.device.type, enabled=False):
+            problem = problem.with_factors(*weigher(known, slice(None)))
+        return loop.run(problem, chunks, backend, rows, metrics=True)
+    return loop.run(problem, chunks, backend, rows, metrics=True, weigher=weigher, bounds=bounds)
+
+
+def packs(problem: Problem) -> bool:
+    """Return True if invalid rows are left out of the GEMMs.
+
+    Packing needs the number of valid rows on the host, which is not possible while a CUDA graph is captured.
+    """
+    valid = problem.rows.valid
+    if valid is None or not env.pack():
+        return False
+    return valid.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def _computed_rows(problem: Problem, count: int | None = None) -> ComputedRows:
+    """Choose the rows to compute, and check labels and listed ids.
+
+    Packing syncs with a GPU once, unless the `count` of valid rows is given.
+    """
+    rows, N = problem.rows, problem.tokens
+    if rows.labels is not None:
+        _check_entries("labels", "or ignore_index", rows.labels, rows.valid, problem.vocab)
+    if rows.topk_ids is not None:
+        listed = "wherever teacher_topk_logprobs is above -inf"  # elsewhere ids are 0
+        _check_entries("teacher_topk_ids", listed, rows.topk_ids, None, problem.vocab)
+    if rows.valid is None or not packs(problem):
+        return ComputedRows(N, valid=rows.valid)
+    index = (rows.valid.nonzero() if count is None else rows.valid.nonzero_static(size=count)).squeeze(1)
+    return ComputedRows(N) if index.shape[0] == N else ComputedRows(index.shape[0], index)
+
+
+def _check_entries(name: str, otherwise: str, entries: Tensor, valid: Tensor | None, vocab: int) -> None:
+    """Raise ValueError if a valid entry lies outside the vocabulary.
+
+    On CUDA this is an asynchronous device-side assert: no host sync.
+    """
+    inside = (entries >= 0) & (entries < vocab)
+    inside = inside if valid is None else inside | ~valid
+    expected = f"entries in [0, {vocab}) {otherwise}"
+    if on_host(entries.device):
+        expect(bool(inside.all()), name, expected, entries[~inside][:1].tolist())
+    else:
+        torch._assert_async(inside.all(), f"{name}: expected {expected}")
+
+
+# ---------------------------------------------------------------- the flat form
 
 _PROBLEM = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
     "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? factor, Tensor? policy_slope, Tensor? valid, Tensor? labels, "
-    "Tensor? topk_ids, Tensor? topk_logprobs, int kind, float beta, float[] dialect, int[] support, "
-    "float[] student_transform, float[] teacher_transform, "
-    "bool shared_head, int vocab, ScalarType logits_dtype, int? workspace_bytes, str? backend, "
+    "Tensor? topk_ids, Tensor? topk_logprobs, float[] spec, int[] support, "
+    "bool shared_head, int vocab, ScalarType logits_dtype, int workspace_bytes, str? backend, "
     "int[] shard, str? group, bool grad_hidden, bool grad_weight, bool grad_bias"
 )
 _FACTOR = 6  # position of the row factors in the flat form
@@ -36,7 +146,7 @@ _SIDES = ("student", "teacher", None)
 
 def pack(problem: Problem) -> tuple[Any, ...]:
     """Flatten a problem into the leading arguments of both ops."""
-    rows, spec, support = problem.rows, problem.spec, problem.support
+    rows, support = problem.rows, problem.support
     teacher: tuple[Tensor | None, ...] = (None, None, None)
     if problem.teacher is not None:
         teacher = (problem.teacher.hidden, problem.teacher.weight, problem.teacher.bias)
@@ -52,12 +162,8 @@ def pack(problem: Problem) -> tuple[Any, ...]:
         rows.labels,
         rows.topk_ids,
         rows.topk_logprobs,
-        int(spec.divergence.kind),
-        spec.divergence.beta,
-        [spec.teacher_mix, spec.entry_clip, spec.token_clip],
+        [float(value) for value in problem.spec.scalars(linear=False)],
         [] if support is None else [support.k, _SIDES.index(support.side), TAILS.index(support.tail)],
-        [spec.student.scale, spec.student.softcap or 0.0, spec.student.temperature],
-        [spec.teacher.scale, spec.teacher.softcap or 0.0, spec.teacher.temperature],
         problem.shared_head,
         problem.vocab,
         problem.logits_dtype,
@@ -72,25 +178,19 @@ def pack(problem: Problem) -> tuple[Any, ...]:
 def unpack(flat: Sequence[Any]) -> Problem:
     """Rebuild a problem from the flat form of `pack`."""
     (h_s, W_s, b_s, h_t, W_t, b_t, factor, slope, valid, labels, ids, logprobs, *rest) = flat
-    (kind, beta, dialect, support, transform_s, transform_t, shared_head, vocab, logits_dtype, *rest) = rest
-    workspace_bytes, backend, shard, group, *wants = rest
-    mix, entry_clip, token_clip = dialect
-    difference = shared_head and logits_dtype == h_s.dtype
-    student, teacher = (
-        LogitTransform(scale, softcap or None, t) for scale, softcap, t in (transform_s, transform_t)
-    )
+    (spec, support, shared_head, vocab, logits_dtype, workspace_bytes, backend, shard, group, *wants) = rest
     return Problem(
         student=Side(h_s, W_s, b_s),
         teacher=None if h_t is None else Side(h_t, W_t, b_t),
         rows=RowSelection(valid, labels, ids, logprobs, factor, slope),
-        spec=RowSpec(Divergence(Kind(kind), beta), student, teacher, difference, mix, entry_clip, token_clip),
+        spec=RowSpec.from_scalars(spec),
         support=Support(support[0], _SIDES[support[1]], TAILS[support[2]]) if support else None,
         shared_head=shared_head,
         vocab=vocab,
         logits_dtype=logits_dtype,
         workspace_bytes=workspace_bytes,
         backend=backend,
-        shard=VocabShard.unpack(shard, group),
+        shard=None if group is None else VocabShard.unpack(shard, group),
         wants=(wants[0], wants[1], wants[2]),
     )
 
@@ -106,21 +206,23 @@ def with_factors(flat: Sequence[Any], factor: Tensor, policy_slope: Tensor | Non
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     *flat, metrics, recompute = args
     problem = unpack(flat)
-    out = execute.run(problem, gradients=not recompute, metrics=metrics)
+    chunks, backend, rows, _ = arrange(problem)
+    if recompute:
+        problem = replace(problem, wants=NO_GRADIENTS)
+    out = loop.run(problem, chunks, backend, rows, metrics)
     logprobs = out.stats.new_empty(0, 2) if out.logprobs is None else out.logprobs
-    return out.loss, out.A, out.stats, logprobs, *_gradients(problem, out.dh, out.dW, out.dbias)
+    new = problem.student.hidden.new_empty
+    gradients = (new(0) if grad is None else grad for grad in (out.dh, out.dW, out.dbias))
+    return out.loss, out.A, out.stats, logprobs, *gradients
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     *flat, stats, A = args
     problem = unpack(flat)
-    out = execute.run(problem, gradients=True, saved=(stats, A))
-    return _gradients(problem, out.dh, out.dW, out.dbias)
-
-
-def _gradients(problem: Problem, *gradients: Tensor | None) -> tuple[Tensor, ...]:
-    """Return the gradients, with an empty tensor for each one that is None."""
-    return tuple(problem.student.hidden.new_empty(0) if grad is None else grad for grad in gradients)
+    chunks, backend, rows, _ = arrange(problem)
+    out = loop.run(problem, chunks, backend, rows, metrics=False, saved=(stats, A))
+    new = problem.student.hidden.new_empty
+    return tuple(new(0) if grad is None else grad for grad in (out.dh, out.dW, out.dbias))
 
 
 # ---------------------------------------------------------------- fakes
@@ -129,14 +231,10 @@ def _gradients(problem: Problem, *gradients: Tensor | None) -> tuple[Tensor, ...
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     *flat, _, recompute = args
     hidden, labels = flat[0], flat[9]
-    N, wide = hidden.shape[0], stats_dtype(hidden.dtype)
-
-    def vector(*shape: int) -> Tensor:
-        return hidden.new_empty(shape, dtype=wide)
-
+    N, wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
+    shapes = (N,), (N,), (N, len(Column)), (0 if labels is None else N, 2)
     wants = (False, False, False) if recompute else flat[-3:]
-    rows = 0 if labels is None else N
-    return vector(N), vector(N), vector(N, len(Column)), vector(rows, 2), *_fake_gradients(flat, wants)
+    return *(hidden.new_empty(shape, dtype=wide) for shape in shapes), *_fake_gradients(flat, wants)
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -145,12 +243,11 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_gradients(flat: Sequence[Any], wants: Sequence[bool]) -> tuple[Tensor, ...]:
-    hidden, weight, bias = flat[:3]
-    held = held_dtype(hidden.dtype, flat[20])
-    return (
-        hidden.new_empty(hidden.shape, dtype=held) if wants[0] else hidden.new_empty(0),
-        weight.new_empty(weight.shape, dtype=held) if wants[1] else hidden.new_empty(0),
-        hidden.new_empty(bias.shape, dtype=stats_dtype(hidden.dtype)) if wants[2] else hidden.new_empty(0),
+    hidden, held = flat[0], held_dtype(flat[0].dtype, flat[16])
+    dtypes = held, held, torch.promote_types(hidden.dtype, torch.float32)
+    return tuple(
+        hidden.new_empty(leaf.shape, dtype=dtype) if want else hidden.new_empty(0)
+        for leaf, dtype, want in zip(flat[:3], dtypes, wants, strict=True)
     )
 
 

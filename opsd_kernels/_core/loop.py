@@ -1,25 +1,39 @@
 """Walk the rows in chunks: project, sweep, and turn logit gradients into dh, dW and dbias.
 
-The only module that allocates tensors with a vocabulary dimension; none outlives the loop. The same loop
+Logits go into reused buffers, the head's gradient into an fp32 accumulator. The only module that allocates
+tensors with a vocabulary dimension; none outlives the loop. The same loop
 computes gradients during the forward pass, statistics alone and, from saved statistics, the gradients of
 recompute mode.
+
+A sweep has one of four forms, chosen before the loop. `fused` reads the logits once and overwrites them with
+the gradient. `two_pass` sweeps for statistics first, where row factors depend on them. `replay` computes
+gradients from the statistics of an earlier run. `top_k` works on a support. Each writes losses and statistics
+of its rows into the outputs, and the logit gradient over S. It returns the per-row scales that the caller
+must still apply to the gradient, or None.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .._rows.contract import Column, RowBackend, stats_dtype
-from . import gemm, sweeps
-from .memory import empty, on_host
-from .planner import ChunkPlan, is_16_bit, row_stride
+from .._rows import extension, torch_rows
+from .._rows.contract import Column, RowBackend, narrowed
+from . import cpu_gemm, topk_support
+from .centre import NO_CENTRE, Centre, pilot_columns
+from .planner import ChunkPlan, row_stride
 from .problem import ComputedRows, Outputs, Problem
 from .reductions import RowWeigher
-from .sweeps import Positions, Walk
 from .topk_support import Rows
+
+_HUGE_PAGES, _PAGE = 14, 1 << 21  # MADV_HUGEPAGE and its page
+Positions = slice | Tensor  # of a chunk's rows among all rows
+Sweep = Callable[["Walk", Rows, Positions], Tensor | None]
 
 
 def run(
@@ -38,24 +52,51 @@ def run(
     problem = problem.for_gemms()
     out = _allocate(problem, plan, padded_vocab, saved)
     buffers = Buffers(problem, plan)
-    walk = Walk(problem, backend, rows.valid, metrics, saved is not None, weigher, out)
-    sweep, chunk = sweeps.choose(walk), None
-    for position, part in enumerate(plan.bounds() if bounds is None else bounds):
-        at = part if rows.index is None else rows.index[part]
-        # Zeroed: inf or NaN in an invalid row times its zero gradient would put NaN into dW.
-        student = walk.counted(problem.student.hidden[at], at)
-        teacher = None if problem.teacher is None else walk.counted(problem.teacher.hidden[at], at)
-        labels = None if problem.rows.labels is None else walk.label_columns(at)
-        chunk = buffers.project(problem, student, teacher, labels)
-        scale = sweep(walk, chunk, at)
-        if walk.wants_gradient:
-            _accumulate(walk, walk.gradient(chunk.S), student, at, scale, first=position == 0)
+    wants_gradient = any(problem.wants)
+    walk = Walk(problem, backend, rows.valid, metrics, saved is not None, wants_gradient, weigher, out)
+    sweep, chunk = choose(walk), None
+    with torch.autocast(problem.student.hidden.device.type, enabled=False):
+        for position, part in enumerate(plan.bounds() if bounds is None else bounds):
+            at = part if rows.index is None else rows.index[part]
+            # Zeroed: inf or NaN in an invalid row times its zero gradient would put NaN into dW.
+            student = walk.counted(problem.student.hidden[at], at)
+            teacher = None if problem.teacher is None else walk.counted(problem.teacher.hidden[at], at)
+            labels = None if problem.rows.labels is None else walk.label_columns(at)
+            chunk = buffers.fill(problem, student, teacher, labels)
+            scale = sweep(walk, chunk, at)
+            if wants_gradient:
+                _accumulate(walk, walk.gradient(chunk.S), student, at, scale, first=position == 0)
     del buffers, walk, chunk  # freed before dW is cast, which lowers the peak
     if out.dW is not None and out.dW.dtype != plan.gradient_dtype:
         out.dW = empty(tuple(out.dW.shape), plan.gradient_dtype, out.dW.device).copy_(out.dW)
     if out.dbias is not None:
         out.dbias = out.dbias.to(problem.stats_dtype)
     return out
+
+
+def _allocate(
+    problem: Problem, plan: ChunkPlan, padded_vocab: int, saved: tuple[Tensor, Tensor] | None
+) -> Outputs:
+    """Allocate the outputs: zeroed where some rows stay unwritten, else uninitialised."""
+    hidden, weight, wide = problem.student.hidden, problem.student.weight, problem.stats_dtype
+    (N, H), (wants_hidden, wants_weight, wants_bias) = hidden.shape, problem.wants
+    rows = hidden.new_empty if plan.tokens == N else hidden.new_zeros
+    dW = None
+    if wants_weight:
+        # In the dtype of the gradient for one chunk, in that of the accumulator for several.
+        dtype = torch.promote_types(weight.dtype, torch.float32) if plan.chunks > 1 else plan.gradient_dtype
+        dW = empty((padded_vocab, H), dtype, weight.device)
+        dW[weight.shape[0] if plan.tokens else 0 :].zero_()
+    stats, A = saved or (rows((N, len(Column)), dtype=wide), rows((N,), dtype=wide))
+    return Outputs(
+        loss=rows((N,), dtype=wide),
+        A=A,
+        stats=stats,
+        logprobs=rows((N, 2), dtype=wide) if problem.rows.labels is not None and saved is None else None,
+        dh=rows((N, H), dtype=plan.gradient_dtype) if wants_hidden else None,
+        dW=dW,
+        dbias=hidden.new_zeros(padded_vocab, dtype=torch.float64) if wants_bias else None,
+    )
 
 
 class Buffers:
@@ -66,112 +107,67 @@ class Buffers:
         sides = 1 if problem.teacher is None else 2
         stride = row_stride(V, plan.logits_dtype, hidden.device.type)
         self.pair = empty((sides * plan.rows, stride), plan.logits_dtype, hidden.device)[:, :V]
+        self.pilot = pilot_columns(V)
         self.zeros = self.pair.new_zeros(1, V if sides == 1 else 0)
         self.stack = hidden.new_empty(2 * plan.rows, hidden.shape[1]) if problem.spec.difference else None
 
-    def project(
-        self, problem: Problem, student: Tensor, teacher: Tensor | None, labels: Tensor | None
-    ) -> Rows:
+    def fill(self, problem: Problem, student: Tensor, teacher: Tensor | None, labels: Tensor | None) -> Rows:
         """Return a chunk's logits S and T (or T - S), (C, V) each, with the biases.
 
         `labels` (C,) are columns of these heads, -1 where another rank holds the label.
         """
-        C = student.shape[0]
+        C, head = student.shape[0], problem.student.weight
         S, T = self.pair[:C], self.pair[C : 2 * C]
-        heads = problem.student.weight, None if problem.teacher is None else problem.teacher.weight
-        biases = problem.student.bias, None if problem.teacher is None else problem.teacher.bias
-        centre = _centre(problem, student, teacher, labels, S)
-        if self.stack is not None and teacher is not None:
-            stack = self.stack[: 2 * C]
-            gemm.stack_difference(student, teacher, stack)
-            if centre is None or on_host(stack.device):
-                both = None if centre is None else torch.cat([centre.s, centre.t])
-                gemm.project(stack, heads[0], self.pair[: 2 * C], both)
-            else:
-                gemm.project(stack[:C], heads[0], S, centre.s)
-                gemm.project(stack[C:], heads[0], T)
-        else:
-            gemm.project(student, heads[0], S, None if centre is None else centre.s)
-            if teacher is None or heads[1] is None:
-                T = self.zeros.expand(C, -1)
-            else:
-                gemm.project(teacher, heads[1], T, None if centre is None else centre.t)
-        return Rows(S, T, *biases, None if centre is None else centre.at_label)
-
-
-class Centre(NamedTuple):
-    """Hold the constants that 16-bit logits of a chunk are held relative to, (C,) each."""
-
-    s: Tensor
-    t: Tensor  # of the teacher's logits, or of the differences
-    at_label: tuple[Tensor, Tensor] | None  # (C, 1) fp32: the entries at the labels, relative to s and t
-
-
-def _centre(
-    problem: Problem, student: Tensor, teacher: Tensor | None, labels: Tensor | None, scratch: Tensor
-) -> Centre | None:
-    """Return the logits of a likely column, or of the label if it is likelier; None for other buffers.
-
-    `scratch`, (C, V), is overwritten. All ranks of a shard take the same constants.
-    """
-    if not problem.centred:
-        return None
-    difference = problem.spec.difference
-
-    def at(columns: Tensor) -> tuple[Tensor, Tensor]:
-        s = gemm.logits_at(student, problem.student.weight, columns)
+        centre = NO_CENTRE
+        if problem.centred:
+            pilot = S.as_strided((C, self.pilot), (self.pilot, 1))
+            project(student, head[: self.pilot], pilot)
+            centre = Centre.of(problem, student, teacher, labels, pilot.argmax(1))
         if teacher is None or problem.teacher is None:
-            return s, torch.zeros_like(s)
-        t = gemm.logits_at(teacher, problem.teacher.weight, columns)
-        return s, t - s if difference else t
-
-    s, t = at(gemm.likely_columns(student, problem.student.weight, scratch))
-    label = None
-    if labels is not None:
-        label = at(labels.clamp(min=0))
-        likelier = (labels >= 0) & (label[0] > s)
-        s, t = (torch.where(likelier, *pair) for pair in zip(label, (s, t), strict=True))
-    if problem.shard is not None:
-        s, t = problem.shard.of_largest(s, t)
-    # On a GPU a centre costs a pass over the buffer; a difference, which is small, goes without.
-    spared = difference and not on_host(s.device)
-    s, t = torch.where(s.isfinite(), s, 0.0), torch.where(t.isfinite() & (not spared), t, 0.0)
-    return Centre(s, t, None if label is None else ((label[0] - s)[:, None], (label[1] - t)[:, None]))
+            project(student, head, S, centre.s)
+            return Rows(S, self.zeros.expand(C, -1), problem.student.bias, None, centre.at_label)
+        if self.stack is None:
+            project(student, head, S, centre.s)
+            project(teacher, problem.teacher.weight, T, centre.t)
+        else:
+            stack = self.stack[: 2 * C]
+            stack_difference(student, teacher, stack)
+            if centre.s is None or centre.t is not None:
+                project(stack, head, self.pair[: 2 * C], centre.stacked())
+            else:
+                project(stack[:C], head, S, centre.s)
+                project(stack[C:], head, T)
+        return Rows(S, T, problem.student.bias, problem.teacher.bias, centre.at_label)
 
 
 def _accumulate(
     walk: Walk, G: Tensor, student: Tensor, at: Positions, scale: Tensor | None, first: bool
 ) -> None:
     """Accumulate a chunk's logit gradient G, rows scaled by `scale`, into dh, dW and dbias."""
-    out, V = walk.out, G.shape[1]
+    out, shard, V = walk.out, walk.problem.shard, G.shape[1]
     if out.dh is not None:
-        _hidden_gradient(walk, out.dh, G, at, scale)
+        in_place = isinstance(at, slice) and shard is None
+        # Partial sums of ranks are reduced in fp32 and rounded to 16 bits once.
+        dtype = out.dh.dtype if shard is None else torch.promote_types(out.dh.dtype, torch.float32)
+        packed = out.dh[at] if in_place else out.dh.new_empty(student.shape, dtype=dtype)
+        project(G, walk.problem.student.weight.t(), packed)
+        if shard is not None:
+            shard.sum_hidden_grad(packed)
+        if scale is not None:
+            packed.mul_(scale[:, None])
+        if not in_place:
+            out.dh[at] = packed.to(out.dh.dtype)
     if out.dW is not None:
         scaled = student if scale is None else (student * scale[:, None]).to(student.dtype)
-        gemm.accumulate_weight_grad(G, scaled, out.dW[:V], first)
+        accumulate_weight_grad(G, scaled, out.dW[:V], first)
     if out.dbias is not None:
-        out.dbias[:V] += G.sum(0, dtype=stats_dtype(G.dtype)) if scale is None else _weighted_sum(G, scale)
-
-
-def _hidden_gradient(walk: Walk, dh: Tensor, G: Tensor, at: Positions, scale: Tensor | None) -> None:
-    """Write the chunk's rows of dh, summed over the ranks of a shard."""
-    shard = walk.problem.shard
-    in_place = isinstance(at, slice) and shard is None
-    # Partial sums of ranks are reduced in fp32 and rounded to 16 bits once.
-    dtype = dh.dtype if shard is None else gemm.accumulator_dtype(dh.dtype)
-    packed = dh[at] if in_place else dh.new_empty(G.shape[0], dh.shape[1], dtype=dtype)
-    gemm.project(G, walk.problem.student.weight.t(), packed)
-    if shard is not None:
-        shard.sum_hidden_grad(packed)
-    if scale is not None:
-        packed.mul_(scale[:, None])
-    if not in_place:
-        dh[at] = packed.to(dh.dtype)
+        wide = torch.promote_types(G.dtype, torch.float32)
+        out.dbias[:V] += G.sum(0, dtype=wide) if scale is None else _weighted_sum(G, scale)
 
 
 def _weighted_sum(G: Tensor, scale: Tensor) -> Tensor:
     """Return scale @ G, (V,), casting 16 rows of a 16-bit G at a time."""
-    step = 16 if is_16_bit(G.dtype) else G.shape[0]
+    step = 16 if G.dtype.itemsize == 2 else G.shape[0]
     total = scale[:step] @ G[:step].to(scale.dtype)
     for start in range(step, G.shape[0], step):
         part = slice(start, start + step)
@@ -179,36 +175,252 @@ def _weighted_sum(G: Tensor, scale: Tensor) -> Tensor:
     return total
 
 
-def _allocate(
-    problem: Problem, plan: ChunkPlan, padded_vocab: int, saved: tuple[Tensor, Tensor] | None
-) -> Outputs:
-    """Allocate the outputs: zeroed where some rows stay unwritten, else uninitialised."""
-    hidden, N = problem.student.hidden, problem.tokens
-    all_valid = plan.tokens == N
-    wants_hidden, wants_weight, wants_bias = problem.wants
+# ---------------------------------------------------------------- GEMMs
 
-    def rows(*shape: int, dtype: torch.dtype = problem.stats_dtype) -> Tensor:
-        return (
-            hidden.new_empty(N, *shape, dtype=dtype)
-            if all_valid
-            else hidden.new_zeros(N, *shape, dtype=dtype)
-        )
 
-    stats, A = saved or (rows(len(Column)), rows())
-    return Outputs(
-        loss=rows(),
-        A=A,
-        stats=stats,
-        logprobs=rows(2) if problem.rows.labels is not None and saved is None else None,
-        dh=rows(hidden.shape[1], dtype=plan.gradient_dtype) if wants_hidden else None,
-        dW=_weight_gradient(problem.student.weight, plan, padded_vocab) if wants_weight else None,
-        dbias=hidden.new_zeros(padded_vocab, dtype=torch.float64) if wants_bias else None,
+def project(hidden: Tensor, weight: Tensor, out: Tensor, centre: Tensor | None = None) -> None:
+    """Compute out = hidden @ weight.T, (C, H), (V, H) -> (C, V). `out` may be fp32 for 16-bit inputs.
+
+    `centre`, (C,) fp32 beside a 16-bit `out`, is subtracted from the rows before their one rounding.
+    """
+    columns, on_cpu = weight.t(), on_host(out.device)
+    if out.dtype != hidden.dtype and on_cpu:
+        cpu_gemm.widening_mm(hidden, columns, out, accumulate=False)
+    elif out.dtype != hidden.dtype:
+        torch.mm(hidden, columns, out_dtype=out.dtype, out=out)
+    elif on_cpu and not extension.mm_has_units(out.dtype):
+        cpu_gemm.sliced_mm_(hidden, columns, out, centre=centre)
+    elif centre is None:
+        torch.mm(hidden, columns, out=out)
+    elif on_cpu and out.dtype == torch.bfloat16 and extension.gemm_unavailable() is None:
+        torch.ops.opsd_kernels.gemm_bf16_(hidden, columns, out, False, centre)
+    else:
+        # The product is added to `out` in fp32. A centre rounded to 16 bits serves as well.
+        torch.addmm(out.copy_(-centre[:, None]), hidden, columns, out=out)
+
+
+def accumulate_weight_grad(G: Tensor, hidden: Tensor, dW: Tensor, first: bool) -> None:
+    """Add G.T @ hidden to dW, (C, V), (C, H) -> (V, H); with `first` overwrite dW.
+
+    `dW` may be fp32 for 16-bit inputs.
+    """
+    Gt = G.t()
+    if dW.dtype == G.dtype:
+        if dW.device.type == "cpu" and first and not extension.mm_has_units(dW.dtype):
+            cpu_gemm.sliced_mm_(Gt, hidden, dW)
+        elif first:
+            torch.mm(Gt, hidden, out=dW)
+        else:
+            dW.addmm_(Gt, hidden)
+    elif dW.device.type == "cuda" and first:
+        torch.mm(Gt, hidden, out_dtype=dW.dtype, out=dW)
+    elif dW.device.type == "cuda":
+        # From torch 2.10 on `self` may have the output's dtype; as it is also `out`, there is no copy.
+        torch.addmm(dW, Gt, hidden, out_dtype=dW.dtype, out=dW)
+    else:
+        cpu_gemm.widening_mm(Gt, hidden, dW, accumulate=not first)
+
+
+def stack_difference(student: Tensor, teacher: Tensor, out: Tensor) -> None:
+    """Write [student ; teacher - student] into out (2C, H). The fp32 (fp64) difference is rounded once."""
+    rows = student.shape[0]
+    out[:rows].copy_(student)
+    if student.dtype.itemsize == 2:
+        out[rows:].copy_(teacher.float().sub_(student))
+    else:
+        torch.sub(teacher, student, out=out[rows:])
+
+
+# ---------------------------------------------------------------- sweeps
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Hold the inputs and outputs shared by the sweeps of all chunks."""
+
+    problem: Problem  # of Problem.for_gemms
+    backend: RowBackend
+    valid: Tensor | None  # (N,) bool where invalid rows are computed too
+    metrics: bool
+    saved: bool  # stats and A in `out` come from an earlier run: only the gradients are computed
+    wants_gradient: bool
+    weigher: RowWeigher | None  # where row factors depend on statistics
+    out: Outputs
+
+    def counted(self, values: Tensor, at: Positions) -> Tensor:
+        """Zero the (n, ...) values of a chunk in computed rows that are invalid."""
+        if self.valid is None:
+            return values
+        return torch.where(self.valid[at].view(-1, *[1] * (values.dim() - 1)), values, 0)
+
+    def factors(self, at: Positions) -> tuple[Tensor, Tensor | None]:
+        """Return the row factors and policy slopes of a chunk, given or from its own statistics."""
+        rows = self.problem.rows
+        if self.weigher is not None:
+            factor, slope = self.weigher(self.out, at)
+        else:
+            assert rows.factor is not None, "a gradient needs row factors"
+            factor, slope = rows.factor[at], None if rows.policy_slope is None else rows.policy_slope[at]
+        return self.counted(factor, at), None if slope is None else self.counted(slope, at)
+
+    def labels(self, at: Positions) -> Tensor:
+        labels = self.problem.rows.labels
+        assert labels is not None, "log-probs and policy terms need labels"
+        return self.counted(labels[at], at)
+
+    def label_columns(self, at: Positions) -> Tensor:
+        """Return the (n,) columns of the labels in these heads, -1 where another rank holds the label."""
+        labels = self.labels(at)
+        return labels if self.problem.shard is None else self.problem.shard.local(labels)
+
+    def label_logits(self, chunk: Rows, at: Positions) -> torch_rows.Logits | None:
+        """Return the logits at the labels, (n, 1), read before the gradient overwrites S, or None.
+
+        They are arbitrary where another rank holds the label.
+        """
+        if self.out.logprobs is None or self.saved:
+            return None
+        raw = chunk.at(self.label_columns(at)[:, None].clamp(min=0))
+        S, T = chunk.at_label or (raw.S, raw.T)
+        return torch_rows.logits(S, T, self.problem.spec, raw.bias_s, raw.bias_t)
+
+    def keep(
+        self, at: Positions, stats: Tensor, loss: Tensor, A: Tensor, at_label: torch_rows.Logits | None
+    ) -> None:
+        """Store the results of a chunk."""
+        out = self.out
+        out.stats[at], out.loss[at], out.A[at] = (self.counted(x, at) for x in (stats, loss, A))
+        if at_label is not None and out.logprobs is not None:
+            logprobs = _label_logprobs(at_label, stats)
+            if self.problem.shard is not None:
+                logprobs = self.problem.shard.of_owner(logprobs, self.labels(at))
+            out.logprobs[at] = self.counted(logprobs, at)
+
+    def gradient(self, S: Tensor) -> Tensor:
+        """Return the gradient's buffer: S itself, or the front of each row for GEMMs in a narrower dtype."""
+        narrow = self.problem.student.hidden.dtype
+        return S if S.dtype == narrow else narrowed(S, narrow)
+
+
+def choose(walk: Walk) -> Sweep:
+    """Return the sweep that all chunks of a call use."""
+    if walk.problem.support is not None:
+        return top_k
+    if walk.saved:
+        return replay
+    # Factors from statistics still allow one read of the logits if they scale the results of the GEMMs.
+    weigher = walk.weigher
+    if walk.wants_gradient and (
+        weigher is None or (on_host(walk.out.loss.device) and weigher.policy is None)
+    ):
+        return fused
+    return two_pass
+
+
+def fused(walk: Walk, chunk: Rows, at: Positions) -> Tensor | None:
+    """Read the logits once. Factors w from statistics scale the products: G.T @ (w * h), w * (G @ W)."""
+    at_label = walk.label_logits(chunk, at)
+    deferred = walk.weigher is not None
+    factor, slope = (torch.ones_like(walk.out.loss[at]), None) if deferred else walk.factors(at)
+    G = walk.gradient(chunk.S)
+    labels = None if slope is None else walk.labels(at)
+    biases = chunk.bias_s, chunk.bias_t
+    stats, loss, A = walk.backend.row_fused_(
+        chunk.S, chunk.T, factor, walk.problem.spec, *biases, walk.metrics, G, slope, labels
     )
+    walk.keep(at, stats, loss, A, at_label)
+    if not deferred:
+        return None
+    scale, _ = walk.factors(at)
+    G[scale == 0] = 0  # a row of factor zero may hold inf
+    return scale
 
 
-def _weight_gradient(weight: Tensor, plan: ChunkPlan, padded_vocab: int) -> Tensor:
-    """Allocate dW, in the dtype of the gradient for one chunk and in that of the accumulator for several."""
-    dtype = gemm.accumulator_dtype(weight.dtype) if plan.chunks > 1 else plan.gradient_dtype
-    dW = empty((padded_vocab, weight.shape[1]), dtype, weight.device)
-    dW[weight.shape[0] if plan.tokens else 0 :].zero_()
-    return dW
+def two_pass(walk: Walk, chunk: Rows, at: Positions) -> None:
+    """Sweep for the statistics, then for the value, then for the gradient."""
+    spec, biases = walk.problem.spec, (chunk.bias_s, chunk.bias_t)
+    stats = walk.backend.row_stats(chunk.S, chunk.T, spec, *biases, walk.metrics)
+    loss, A = walk.backend.row_dot(chunk.S, chunk.T, stats, spec, *biases)
+    walk.keep(at, stats, loss, A, walk.label_logits(chunk, at))
+    if walk.wants_gradient:
+        _write_gradient(walk, chunk, at, stats, A)
+
+
+def replay(walk: Walk, chunk: Rows, at: Positions) -> None:
+    """Compute the gradient from saved statistics."""
+    _write_gradient(walk, chunk, at, walk.out.stats[at], walk.out.A[at])
+
+
+def _write_gradient(walk: Walk, chunk: Rows, at: Positions, stats: Tensor, A: Tensor) -> None:
+    factor, slope = walk.factors(at)
+    G, biases = walk.gradient(chunk.S), (chunk.bias_s, chunk.bias_t)
+    labels = None if slope is None else walk.labels(at)
+    walk.backend.row_grad_(chunk.S, chunk.T, stats, A, factor, walk.problem.spec, *biases, G, slope, labels)
+
+
+def top_k(walk: Walk, chunk: Rows, at: Positions) -> None:
+    """Restrict the divergence to a support. With saved statistics, compute the gradient alone."""
+    problem, spec, support = walk.problem, walk.problem.spec, walk.problem.support
+    assert support is not None
+    at_label = walk.label_logits(chunk, at)
+    if walk.saved:
+        stats = walk.out.stats[at]
+    else:
+        stats = walk.backend.row_stats(chunk.S, chunk.T, spec, chunk.bias_s, chunk.bias_t, walk.metrics)
+    ids, logprobs = (
+        None if x is None else x[at] for x in (problem.rows.topk_ids, problem.rows.topk_logprobs)
+    )
+    if problem.shard is None:
+        every = own = topk_support.entries(chunk, stats, spec, support, ids, logprobs)
+    else:
+        every, own = problem.shard.entries(chunk, stats, spec, support, ids, logprobs)
+    result = topk_support.restricted(every, stats, spec, support.tail)
+    if not walk.saved:
+        walk.keep(at, stats, result.loss, result.A, at_label)
+    if walk.wants_gradient:
+        factor, slope = walk.factors(at)
+        labels = None if slope is None else walk.label_columns(at)
+        G = walk.gradient(chunk.S)
+        topk_support.write_gradient_(walk.backend, chunk, stats, spec, own, result, factor, slope, labels, G)
+
+
+def _label_logprobs(at: torch_rows.Logits, stats: Tensor) -> Tensor:
+    """Return (n, 2): log q and log p of the label, in nats."""
+    column = stats[:, :, None]
+    references = column[:, Column.STUDENT_MAX], column[:, Column.TEACHER_MAX]
+    student = at.s - references[0] - column[:, Column.STUDENT_LOGSUM]
+    return torch.cat([student, at.teacher_above(*references) - column[:, Column.TEACHER_LOGSUM]], dim=1)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocate an uninitialised tensor, on a CPU in 2 MiB pages where the system grants them.
+
+    The first touch of 131 MiB takes 45 ms in 4 KiB pages and 14 ms in huge ones on a 2-core machine: 45 ms is
+    a third of the four bf16 GEMMs that use the memory.
+    """
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    nbytes = tensor.numel() * tensor.element_size()
+    madvise = _madvise()
+    if device.type == "cpu" and nbytes >= 2 * _PAGE and madvise is not None:
+        start = -(-tensor.data_ptr() // _PAGE) * _PAGE
+        length = (tensor.data_ptr() + nbytes) // _PAGE * _PAGE - start
+        madvise(start, length, _HUGE_PAGES)  # advice only: a refusal changes nothing
+    return tensor
+
+
+@functools.cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    try:
+        function = ctypes.CDLL(None).madvise
+    except (AttributeError, OSError, TypeError):  # not a POSIX system
+        return None
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], ctypes.c_int
+    return function
+
+
+def on_host(device: torch.device) -> bool:
+    """Return True on CPU, where reading values or boolean indexing needs no device sync."""
+    return device.type == "cpu"

@@ -290,15 +290,6 @@ def _when_weighted(scope: str, longest: int | None, most: int, in_loop: bool) ->
     return "aligned" if fits else "own pass", reason
 
 
-def _row_limit(dtype: torch.dtype, trainable: bool, device_type: str, longest_sequence: int) -> int:
-    """Return the most rows per chunk that pay, raised to the longest sequence up to ALIGNED_ROWS."""
-    on_cuda = device_type == "cuda"
-    limit = ROW_LIMITS["cuda" if on_cuda else "cpu", trainable]
-    if not on_cuda and dtype.itemsize > 2:
-        limit = min(limit, WIDE_CPU_ROWS)
-    return max(limit, longest_sequence) if longest_sequence <= ALIGNED_ROWS else limit
-
-
 def workspace_budget(workspace_bytes: int | None) -> int:
     """Return the byte budget of a call: the given one, else OPSD_WORKSPACE_BYTES, else 1 GiB."""
     if workspace_bytes is None:
@@ -317,14 +308,31 @@ def _check(dtype: torch.dtype, backward: str, weights_scope: str, **sizes: int) 
     check_choice("backward", backward, BACKWARDS)
 
 
-def _room(tokens: int, limit: int, budget: int, per_row: int, head: int, held: bool) -> tuple[int, int]:
-    """Return the most rows of a chunk, and the bytes of an fp32 accumulator.
+def _most_rows(
+    tokens: int,
+    gemms: Products,
+    dtype: torch.dtype,
+    held: torch.dtype,
+    device_type: str,
+    longest_sequence: int,
+    budget: int,
+    per_row: int,
+) -> tuple[int, int]:
+    """Return the most rows of a chunk that pay and fit the budget, and the bytes of an fp32 accumulator.
 
-    `head` is the number of entries of a 16-bit dW, else 0. With `held` gradients stay in fp32 until backward.
+    The limit of rows that pay is raised to the longest sequence, up to ALIGNED_ROWS.
     """
+    on_cuda = device_type == "cuda"
+    limit = ROW_LIMITS["cuda" if on_cuda else "cpu", gemms.trainable]
+    if not on_cuda and dtype.itemsize > 2:
+        limit = min(limit, WIDE_CPU_ROWS)
+    if longest_sequence <= ALIGNED_ROWS:
+        limit = max(limit, longest_sequence)
     most, accumulator = min(limit, budget // per_row), 0
-    if head and (tokens > most or held):  # otherwise the GEMM of a single chunk writes the gradient
-        accumulator, half = 4 * head, 2 * head
+    # A 16-bit dW needs an fp32 accumulator, unless the GEMM of a single chunk writes the gradient.
+    if gemms.trainable and dtype.itemsize == 2 and (tokens > most or held != dtype):
+        half = gemms.V * gemms.H_student * dtype.itemsize
+        accumulator = 2 * half
         most = min(most, max(budget - half, min(budget, half)) // per_row)
     return most, accumulator
 
@@ -387,10 +395,10 @@ def plan(
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V), device_type)
     scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads) if device_type == "cpu" else 0
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
-    held, head = held_dtype(dtype, buffer), V * H_student * (gemms.trainable and dtype.itemsize == 2)
-    limit = _row_limit(dtype, gemms.trainable, device_type, longest_sequence or 0)
+    held = held_dtype(dtype, buffer)
     room = budget - min(scratch, budget // 2, max(budget - per_row, 0))
-    most, accumulator = _room(N, limit, room, per_row, head, held != dtype)
+    longest = longest_sequence or 0
+    most, accumulator = _most_rows(N, gemms, dtype, held, device_type, longest, room, per_row)
     expect(most >= 1, "workspace_bytes", f"at least {3 * per_row} bytes, for a row of logits pairs", budget)
     again = backward == "recompute" and grad
     in_loop = (gemms.trainable or policy) and grad and not again

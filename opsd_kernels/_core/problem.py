@@ -1,18 +1,19 @@
-"""Define `Problem`, one call of the op. `Problem.of` checks it once and takes all decisions of the loop."""
+"""Define `Problem`, one call of the op. `Problem.of` checks it once and takes all decisions of the loop.
+
+Every error names the argument, the expected value and the actual one.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._rows import backends
-from .._rows.contract import stats_dtype
-from ..spec import RowSpec, Support, expect
-from . import checks
-from .memory import same_storage
-from .planner import is_16_bit, resolve_logits, workspace_budget
+from ..spec import RowSpec, Support, check_choice, expect
+from .planner import DTYPES, resolve_logits, workspace_budget
 from .shard import VocabShard, local_head, shard_of
 
 
@@ -23,6 +24,11 @@ class Side:
     hidden: Tensor  # (..., H) in a public call, (N, H) in a Problem
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
+
+    def detached(self) -> Side:
+        """Return the side outside autograd."""
+        bias = None if self.bias is None else self.bias.detach()
+        return Side(self.hidden.detach(), self.weight.detach(), bias)
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Problem:
     shared_head: bool
     vocab: int  # columns in use over all ranks; later columns have probability zero
     logits_dtype: torch.dtype  # of the logits buffers
-    workspace_bytes: int | None
+    workspace_bytes: int
     backend: str | None
     shard: VocabShard | None  # None: whole heads
     wants: tuple[bool, bool, bool]  # gradients of the student's hidden, weight and bias
@@ -93,23 +99,22 @@ class Problem:
         be rounded to 16 bits. `prefixes` name the arguments in error texts. Raises ValueError or TypeError
         for a bad argument.
         """
-        backends.check_name(backend)
-        workspace_budget(workspace_bytes)
-        given = [
-            (prefix, side)
-            for prefix, side in zip(prefixes, (student, teacher), strict=True)
-            if side is not None
-        ]
+        if backend is not None:
+            check_choice("backend", backend, backends.NAMES)
+        budget = workspace_budget(workspace_bytes)
         shard = None if group is None else shard_of(group, student.weight)
-        sides = [_of_rank(prefix, side, shard) for prefix, side in given]
+        sides = [student] if teacher is None else [student, teacher]
+        for i, (prefix, side) in enumerate(zip(prefixes, sides, strict=False)):
+            if shard is not None:
+                sides[i] = Side(side.hidden, *local_head(prefix, side.weight, side.bias, shard))
+            check_types(prefix, sides[i])
+        # While torch.compile traces, tensors have no storage: only one and the same object counts as shared.
+        compiling, heads = torch.compiler.is_compiling(), [side.weight for side in sides]
+        shared = len(heads) == 2 and (heads[0] is heads[1] or (not compiling and same_storage(*heads)))
+        if torch.is_autocast_enabled(sides[0].hidden.device.type):
+            sides = _autocast(sides, shared)
         for prefix, side in zip(prefixes, sides, strict=False):
-            checks.check_types(prefix, side.hidden, side.weight, side.bias)
-        shared = len(sides) == 2 and _shares_head(sides[0].weight, sides[1].weight)
-        sides = _autocast(sides, shared)
-        for prefix, side in zip(prefixes, sides, strict=False):
-            checks.check_side(
-                prefix, side.hidden, side.weight, side.bias, sides[0].hidden, prefixes[0] + "hidden"
-            )
+            check_side(prefix, side, sides[0].hidden, prefixes[0] + "hidden")
         hidden = sides[0].hidden
         if len(sides) == 2:
             leading, other = hidden.shape[:-1], sides[1].hidden.shape[:-1]
@@ -119,30 +124,34 @@ class Problem:
                 f"leading shape {tuple(leading)}, as student_hidden",
                 tuple(other),
             )
-        valid, labels = checks.valid_tokens(hidden, labels, ignore_index, mask)
+        valid, labels = valid_tokens(hidden, labels, ignore_index, mask)
         heights = [side.weight.shape[0] if shard is None else shard.vocab_size for side in sides]
-        vocab = checks.vocabulary(heights[0], heights[1] if len(heights) == 2 else None, vocab_size)
+        vocab = vocabulary(heights[0], heights[1] if len(heights) == 2 else None, vocab_size)
         ids = logprobs = None
         if listed is not None:
-            ids, logprobs = checks.listed_support(*listed[:2], hidden.shape[:-1], valid)
+            ids, logprobs = listed_support(*listed[:2], hidden.shape[:-1], valid)
             support = Support(ids.shape[1], None, listed[2])
-        buffer, difference = resolve_logits(hidden.dtype, logits_dtype, shared, spec.digits_lost or exact_logprobs)
+        buffer, difference = resolve_logits(
+            hidden.dtype, logits_dtype, shared, spec.digits_lost or exact_logprobs
+        )
         flat = [
             Side(side.hidden.reshape(-1, side.hidden.shape[-1]), side.weight, side.bias) for side in sides
         ]
+        leaves, grad = (flat[0].hidden, flat[0].weight, flat[0].bias), torch.is_grad_enabled()
+        wants = [grad and leaf is not None and leaf.requires_grad for leaf in leaves]
         return cls(
             student=flat[0],
-            teacher=_detached(flat[1]) if len(flat) == 2 else None,
+            teacher=flat[1].detached() if len(flat) == 2 else None,
             rows=RowSelection(valid, labels, ids, logprobs),
             spec=replace(spec, difference=difference),
             support=support,
             shared_head=shared,
             vocab=vocab,
             logits_dtype=buffer,
-            workspace_bytes=workspace_bytes,
+            workspace_bytes=budget,
             backend=backend,
             shard=None if shard is None else shard.cut(vocab),
-            wants=(_wants(flat[0].hidden), _wants(flat[0].weight), _wants(flat[0].bias)),
+            wants=(wants[0], wants[1], wants[2]),
         )
 
     @property
@@ -150,19 +159,13 @@ class Problem:
         return self.student.hidden.shape[0]
 
     @property
-    def columns(self) -> int:
-        """Return the number of columns in use that this rank's heads hold."""
-        return self.vocab if self.shard is None else self.shard.stop - self.shard.start
-
-    @property
     def centred(self) -> bool:
-        """Return True if logits are held relative to a constant of their row, near its largest logit.
+        """Return True if logits are held relative to a constant of their row: 16-bit ones without a softcap.
 
-        16 bits then keep the digits of the entries that have probability, whatever is added to all logits. A
-        softcap needs the logits themselves.
+        A softcap needs the logits themselves.
         """
         softcaps = self.spec.student.softcap, self.spec.teacher.softcap
-        return is_16_bit(self.logits_dtype) and softcaps == (None, None)
+        return self.logits_dtype.itemsize == 2 and softcaps == (None, None)
 
     @property
     def trainable(self) -> bool:
@@ -171,7 +174,8 @@ class Problem:
 
     @property
     def stats_dtype(self) -> torch.dtype:
-        return stats_dtype(self.student.hidden.dtype)
+        """Return the dtype of statistics, losses and factors: fp32, or fp64 for fp64 inputs."""
+        return torch.promote_types(self.student.hidden.dtype, torch.float32)
 
     def with_factors(self, factor: Tensor | None, policy_slope: Tensor | None = None) -> Problem:
         return replace(self, rows=replace(self.rows, factor=factor, policy_slope=policy_slope))
@@ -184,14 +188,19 @@ class Problem:
         teacher = self._operands(self.teacher)
         if self.shared_head:
             teacher = replace(teacher, weight=student.weight)
-        if same_storage(self.student.bias, self.teacher.bias):
+        if self.student.bias is not None and same_storage(self.student.bias, self.teacher.bias):
             # One object: the sweeps take a common bias for a linear difference.
             teacher = replace(teacher, bias=student.bias)
         return replace(self, student=student, teacher=teacher)
 
     def _operands(self, side: Side) -> Side:
-        bias = None if side.bias is None else side.bias[: self.columns].to(self.stats_dtype).contiguous()
-        return Side(_contiguous_rows(side.hidden), _contiguous_rows(side.weight)[: self.columns], bias)
+        columns = self.vocab if self.shard is None else self.shard.stop - self.shard.start
+        hidden, weight = (
+            x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+            for x in (side.hidden, side.weight)
+        )
+        bias = None if side.bias is None else side.bias[:columns].to(self.stats_dtype).contiguous()
+        return Side(hidden, weight[:columns], bias)
 
 
 @dataclass
@@ -207,40 +216,144 @@ class Outputs:
     dbias: Tensor | None  # (rows of that head,) float64 during the loop, then of the dtype of the statistics
 
 
-def _wants(leaf: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and leaf is not None and leaf.requires_grad
-
-
-def _contiguous_rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
-
-
-def _detached(side: Side) -> Side:
-    return Side(side.hidden.detach(), side.weight.detach(), None if side.bias is None else side.bias.detach())
-
-
-def _of_rank(prefix: str, side: Side, shard: VocabShard | None) -> Side:
-    """Return the side with the local tensors of this rank in place of DTensors."""
-    return Side(side.hidden, *local_head(prefix, side.weight, side.bias, shard))
-
-
-def _shares_head(student: Tensor, teacher: Tensor) -> bool:
-    """Return True if both sides share one head: same storage, shape and strides.
-
-    While torch.compile traces, tensors have no storage, and only one and the same object counts as shared.
-    """
-    return teacher is student or (not torch.compiler.is_compiling() and same_storage(student, teacher))
-
-
 def _autocast(sides: list[Side], shared: bool) -> list[Side]:
     """Cast hidden states and weights to the autocast dtype. A shared head is cast once and stays shared."""
-    device = sides[0].hidden.device.type
-    if not torch.is_autocast_enabled(device):
-        return sides
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(sides[0].hidden.device.type)
 
     def cast(x: Tensor) -> Tensor:
         return x if x.dtype == torch.float64 else x.to(dtype)
 
     done = [Side(cast(side.hidden), cast(side.weight), side.bias) for side in sides]
     return [done[0], replace(done[1], weight=done[0].weight)] if shared else done
+
+
+# ---------------------------------------------------------------- checks
+
+
+def same_storage(a: Tensor, b: Tensor | None) -> bool:
+    """Return True if two tensors are the same view of the same memory."""
+    if b is None or a is b:
+        return a is b
+    layout = a.data_ptr(), a.shape, a.stride(), a.dtype, a.device
+    return layout == (b.data_ptr(), b.shape, b.stride(), b.dtype, b.device)
+
+
+def check_types(prefix: str, side: Side) -> None:
+    """Raise TypeError for an argument that is not a tensor, ValueError for a DTensor without a group.
+
+    `prefix` ("student_") starts its name.
+    """
+    for name, value in (("hidden", side.hidden), ("weight", side.weight)):
+        expect(isinstance(value, Tensor), prefix + name, "a tensor", type(value).__name__, TypeError)
+    good = side.bias is None or isinstance(side.bias, Tensor)
+    expect(good, f"{prefix}bias", "a tensor or None", type(side.bias).__name__, TypeError)
+    plain = "a plain tensor, or a DTensor with `group` (its rows are a shard); `gathered` makes it whole"
+    for name, tensor in (("weight", side.weight), ("bias", side.bias)):
+        expect(not hasattr(tensor, "placements"), prefix + name, plain, "a DTensor")
+
+
+def check_side(prefix: str, side: Side, first: Tensor, name: str) -> None:
+    """Check shapes, and dtype and device against the hidden states `first`, the argument `name`."""
+    hidden, weight, bias = side.hidden, side.weight, side.bias
+    expect(hidden.dim() >= 1, f"{prefix}hidden", "shape (..., H)", tuple(hidden.shape))
+    good = weight.dim() == 2 and min(weight.shape) >= 1
+    expect(good, f"{prefix}weight", "shape (V, H) with V, H >= 1", tuple(weight.shape))
+    expected = f"(..., {weight.shape[1]}), the hidden size of {prefix}weight"
+    expect(hidden.shape[-1] == weight.shape[1], f"{prefix}hidden", expected, tuple(hidden.shape))
+    if bias is not None:
+        expect(
+            bias.shape == weight.shape[:1], f"{prefix}bias", f"shape ({weight.shape[0]},)", tuple(bias.shape)
+        )
+    expect(first.dtype in DTYPES, name, "float64, float32, bfloat16 or float16", first.dtype, TypeError)
+    for part, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            argument = prefix + part
+            expect(
+                tensor.device == first.device,
+                argument,
+                f"a tensor on {first.device}, as {name}",
+                tensor.device,
+            )
+            same = tensor.dtype == first.dtype or (part == "bias" and tensor.is_floating_point())
+            expect(same, argument, f"dtype {first.dtype}, as {name}", tensor.dtype, TypeError)
+
+
+def per_token(name: str, value: Any, leading: torch.Size, device: torch.device) -> Tensor:
+    """Return a tensor of one entry per token, flat and detached."""
+    expect(isinstance(value, Tensor), name, "a tensor or None", type(value).__name__, TypeError)
+    expect(value.shape == leading, name, f"shape {tuple(leading)}, one entry per token", tuple(value.shape))
+    expect(value.device == device, name, f"a tensor on {device}, as the hidden states", value.device)
+    return value.detach().reshape(-1)
+
+
+def valid_tokens(
+    hidden: Tensor, labels: Tensor | None, ignore_index: int, mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return valid, (N,) bool or None for all, and labels, (N,) or None, for hidden states (..., H)."""
+    expect(isinstance(ignore_index, int), "ignore_index", "an int", type(ignore_index).__name__, TypeError)
+    valid = None
+    if labels is not None:
+        labels = per_token("labels", labels, hidden.shape[:-1], hidden.device)
+        expect(labels.dtype == torch.int64, "labels", "dtype int64", labels.dtype, TypeError)
+        valid = labels != ignore_index
+    if mask is not None:
+        mask = per_token("mask", mask, hidden.shape[:-1], hidden.device).bool()
+        valid = mask if valid is None else valid & mask
+    return valid, labels
+
+
+def listed_support(
+    ids: Any, logprobs: Any, leading: torch.Size, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return ids and log-probs of a teacher's top-k entries, (N, K) each.
+
+    Padding, which has log-prob -inf, and all entries of invalid tokens get id 0 and log-prob -inf.
+    """
+    for name, value in (("teacher_topk_ids", ids), ("teacher_topk_logprobs", logprobs)):
+        expect(isinstance(value, Tensor), name, "a tensor", type(value).__name__, TypeError)
+        shaped = value.dim() == len(leading) + 1 and value.shape[:-1] == leading and value.shape[-1] >= 1
+        expect(shaped, name, f"shape ({', '.join(map(str, leading))}, K) with K >= 1", tuple(value.shape))
+    expect(ids.dtype == torch.int64, "teacher_topk_ids", "dtype int64", ids.dtype, TypeError)
+    expect(
+        logprobs.is_floating_point(),
+        "teacher_topk_logprobs",
+        "a floating-point tensor",
+        logprobs.dtype,
+        TypeError,
+    )
+    expect(
+        ids.shape == logprobs.shape,
+        "teacher_topk_logprobs",
+        f"shape {tuple(ids.shape)}, as teacher_topk_ids",
+        tuple(logprobs.shape),
+    )
+    ids, logprobs = ids.detach().reshape(-1, ids.shape[-1]), logprobs.detach().reshape(-1, ids.shape[-1])
+    counted = (logprobs > -torch.inf) if valid is None else (logprobs > -torch.inf) & valid[:, None]
+    return torch.where(counted, ids, 0), torch.where(counted, logprobs, -torch.inf)
+
+
+def vocabulary(V_s: int, V_t: int | None, vocab_size: int | None) -> int:
+    """Return the number of columns in use. `V_t` is None for a single head."""
+    if vocab_size is None:
+        expect(
+            V_t in (V_s, None),
+            "vocab_size",
+            f"a size <= {min(V_s, V_t or V_s)}, since student_weight has {V_s} rows and teacher_weight {V_t}",
+            None,
+        )
+        return V_s
+    least = min(V_s, V_t or V_s)
+    expect(
+        isinstance(vocab_size, int) and not isinstance(vocab_size, bool),
+        "vocab_size",
+        "an int or None",
+        type(vocab_size).__name__,
+        TypeError,
+    )
+    expect(
+        1 <= vocab_size <= least,
+        "vocab_size",
+        f"a size in [1, {least}], the rows of the smaller head",
+        vocab_size,
+    )
+    return vocab_size

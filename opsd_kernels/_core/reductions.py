@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._rows.contract import Column, stats_dtype
+from .._rows.contract import Column
 from ..spec import REDUCTIONS, check_choice, check_number, expect
 from ..weights.base import check_weighting, check_weights
-from .checks import per_token
-from .problem import Outputs, Problem
+from .problem import Outputs, Problem, per_token
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,6 @@ def token_stats(
     teacher, valid = problem.teacher is not None, problem.rows.valid
     if problem.rows.labels is None:
         logprobs = None
-    clipped = min(problem.spec.entry_clip, problem.spec.token_clip) < torch.inf
     agreement = stats[:, Column.STUDENT_ARGMAX] == stats[:, Column.TEACHER_ARGMAX]
     return TokenStats(
         divergence=shaped(D),
@@ -65,7 +63,7 @@ def token_stats(
         top1_agreement=shaped(agreement if valid is None else agreement & valid) if teacher else None,
         student_logprob=None if logprobs is None else shaped(logprobs[:, 0]),
         teacher_logprob=shaped(logprobs[:, 1]) if logprobs is not None and teacher else None,
-        clipped_fraction=shaped(stats[:, Column.CLIPPED]) if clipped else None,
+        clipped_fraction=shaped(stats[:, Column.CLIPPED]) if problem.spec.clips else None,
     )
 
 
@@ -98,7 +96,7 @@ def row_scale(
         tuple(hidden.shape),
     )
     B, T, _ = hidden.shape
-    wide = stats_dtype(hidden.dtype)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
     if valid is None:
         counts = torch.full((B,), T, dtype=wide, device=hidden.device)
     else:
@@ -109,6 +107,7 @@ def row_scale(
 
 def _denominator(normalizer: float | Tensor | None, hidden: Tensor, valid: Tensor | None) -> Tensor | float:
     """Return the normalizer of "mean", by default the number of valid tokens, at least 1."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
     if isinstance(normalizer, Tensor):
         expect(
             normalizer.dim() == 0,
@@ -118,12 +117,12 @@ def _denominator(normalizer: float | Tensor | None, hidden: Tensor, valid: Tenso
         )
         # A copy from the host needs no sync, unlike one from a GPU.
         from_host = normalizer.device.type == "cpu"
-        return normalizer.detach().to(hidden.device, stats_dtype(hidden.dtype), non_blocking=from_host)
+        return normalizer.detach().to(hidden.device, wide, non_blocking=from_host)
     if normalizer is not None:
         return check_number("normalizer", normalizer, positive=True)
     if valid is None:
         return max(hidden.shape[:-1].numel(), 1)
-    return valid.sum().clamp(min=1).to(stats_dtype(hidden.dtype))
+    return valid.sum().clamp(min=1).to(wide)
 
 
 class RowWeigher:
@@ -148,31 +147,18 @@ class RowWeigher:
         self.per_token = scale is None
         self.scale: Tensor | float = 1.0 if scale is None else scale
         self.scheme = None if isinstance(token_weights, Tensor) else token_weights
-        self._parts = [part for part in (self.scheme, policy) if part is not None]
+        parts = [part for part in (self.scheme, policy) if part is not None]
+        scopes = {part.scope for part in parts}
+        # The widest scope of weights and policy term.
+        self.scope = "sequence" if "sequence" in scopes else "row" if "row" in scopes else "index"
+        self.needs_metrics = any(
+            part.scope != "index" and getattr(part, "needs_metrics", True) for part in parts
+        )
+        # True if calling the weigher issues a collective. It is then called once and not per chunk, because
+        # ranks may use different chunk boundaries.
+        self.has_collectives = any(getattr(part, "exchanges", False) for part in parts)
         # (B, T): a leading shape of one dimension is one sequence.
         self.shape = torch.Size((leading[:-1].numel(), leading[-1])) if leading else torch.Size((1, 1))
-
-    @property
-    def scope(self) -> str:
-        """Return the widest scope of weights and policy term: "index", "row" or "sequence"."""
-        scopes = {part.scope for part in self._parts}
-        return "sequence" if "sequence" in scopes else "row" if "row" in scopes else "index"
-
-    @property
-    def needs_metrics(self) -> bool:
-        return any(part.scope != "index" and getattr(part, "needs_metrics", True) for part in self._parts)
-
-    @property
-    def has_policy(self) -> bool:
-        return self.policy is not None
-
-    @property
-    def has_collectives(self) -> bool:
-        """Return True if calling it issues a collective.
-
-        It is then called once and not per chunk, because ranks may use different chunk boundaries.
-        """
-        return any(getattr(part, "exchanges", False) for part in self._parts)
 
     def mask(self) -> Tensor:
         """Return the valid tokens, (B, T) bool."""
@@ -195,7 +181,7 @@ class RowWeigher:
             mask = self.mask()
             given = check_weights(self.scheme(stats, mask), mask.shape).detach()
             weights = torch.where(mask, given, 0.0).to(wide).reshape(-1)
-        return weights * (1 - self.policy_weight) if self.has_policy else weights
+        return weights if self.policy is None else weights * (1 - self.policy_weight)
 
     def _given_weights(self, wide: torch.dtype) -> Tensor:
         valid, device = self.problem.rows.valid, self.problem.student.hidden.device
@@ -264,5 +250,5 @@ class RowWeigher:
         """Return the factors and policy slopes of the rows `at`, (n,) each, in units of `unit`."""
         stats = self.stats(out.loss, out.stats, out.logprobs)
         share = self._units[0].expand(out.loss.shape[0])
-        slope = (self.policy_losses(stats)[1] * share)[at] if self.has_policy else None
+        slope = (self.policy_losses(stats)[1] * share)[at] if self.policy is not None else None
         return (self.weights(stats) * share)[at], slope

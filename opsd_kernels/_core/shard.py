@@ -104,8 +104,9 @@ class VocabShard:
         return [int(self.reduce_hidden_grad), *self.bounds], self.group.group_name
 
     @classmethod
-    def unpack(cls, packed: Sequence[int], name: str | None) -> VocabShard | None:
-        return cls(tuple(packed[1:]), _GROUPS[name], bool(packed[0])) if packed and name is not None else None
+    def unpack(cls, packed: Sequence[int], name: str) -> VocabShard:
+        """Rebuild the shard of `pack`."""
+        return cls(tuple(packed[1:]), _GROUPS[name], bool(packed[0]))
 
     # Columns and collectives of the loop.
 
@@ -152,7 +153,8 @@ class VocabShard:
             return self._listed(rows, stats, spec, restriction, ids, logprobs)
         n = rows.S.shape[0]
         found = topk_support.entries(rows, stats, spec, restriction, None, None)
-        logits = torch_rows.logits(*found.raw[:2], spec, *found.raw[2:])
+        raw = found.raw
+        logits = torch_rows.logits(raw.S, raw.T, spec, raw.bias_s, raw.bias_t)
         order = logits.s if restriction.side == "student" else logits.t
         k = min(restriction.k, self.widest)
         candidates = order.new_full((4, n, k), -torch.inf)
@@ -206,24 +208,20 @@ def shard_of(group: object, weight: Tensor) -> VocabShard:
     return VocabShard.from_rows(weight.shape[0], weight.device, group)
 
 
-def local_head(prefix: str, weight: Any, bias: Any, shard: VocabShard | None) -> tuple[Any, Any]:
+def local_head(prefix: str, weight: Any, bias: Any, shard: VocabShard) -> tuple[Any, Any]:
     """Return weight and bias as plain tensors of this rank.
 
-    `prefix` ("student_") starts the names of the arguments. Raises ValueError for a DTensor without a group,
-    or with another layout than its rows over one mesh dimension.
+    `prefix` ("student_") starts the names of the arguments. Raises ValueError for a DTensor with another
+    layout than its rows over one mesh dimension, and for a number of rows that is not this rank's.
     """
     parts = []
     for name, tensor in ((prefix + part, tensor) for part, tensor in (("weight", weight), ("bias", bias))):
         if is_dtensor(tensor):
-            expected = (
-                "a plain tensor, or a DTensor with `group` (its rows are a shard); `gathered` makes it whole"
-            )
-            expect(shard is not None, name, expected, "a DTensor")
             layout = tensor.placements
             expected = "a DTensor sharded on dimension 0 over a mesh of one dimension"
             expect(len(layout) == 1 and layout[0].is_shard(0), name, expected, layout)
             tensor = tensor.to_local()
-        if shard is not None and isinstance(tensor, Tensor):
+        if isinstance(tensor, Tensor):
             rows = shard.stop - shard.start
             good = tensor.dim() > 0 and tensor.shape[0] == rows
             expect(good, name, f"{rows} rows, those of rank {shard.rank}", tuple(tensor.shape))

@@ -30,7 +30,9 @@ class Rows(NamedTuple):
     T: Tensor
     bias_s: Tensor | None
     bias_t: Tensor | None
-    at_label: tuple[Tensor, Tensor] | None = None  # (C, 1) fp32: S and T at the labels, without their rounding
+    at_label: tuple[Tensor, Tensor] | None = (
+        None  # (C, 1) fp32: S and T at the labels, without their rounding
+    )
 
     def at(self, columns: Tensor) -> Rows:
         """Return logits and biases at (n, K) columns. A bias shared by both sides stays one object."""
@@ -82,7 +84,7 @@ def entries(
         first = ids.gather(1, live.to(torch.int8).argmax(1, keepdim=True))[:, 0]
         columns = torch.where(live, ids, torch.where(live.any(1), first, 0)[:, None])
     raw = rows.at(columns)
-    logits = torch_rows.logits(*raw[:2], spec, *raw[2:])
+    logits = torch_rows.logits(raw.S, raw.T, spec, raw.bias_s, raw.bias_t)
     q, p, delta = torch_rows.distributions(logits, stats)
     if logprobs is not None:
         log_q = logits.s - stats[:, Column.STUDENT_MAX, None] - stats[:, Column.STUDENT_LOGSUM, None]

@@ -28,19 +28,15 @@ class SlowBackendWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend's name, its module in this folder, and the predicate behind `unsupported`."""
+    """A backend's name, its module in this folder, and a predicate.
+
+    `unsupported(device_type, dtype)` returns None if it sweeps logits of `dtype` (None: a common one) there,
+    else the reason.
+    """
 
     name: str
     module: str
-    reason: Callable[[str, torch.dtype | None], str | None]
-
-    def unsupported(self, device_type: str, dtype: torch.dtype | None = None) -> str | None:
-        """Return None if it sweeps logits of `dtype` (None: a common one) there, else the reason."""
-        return self.reason(device_type, dtype)
-
-    def load(self) -> RowBackend:
-        """Import the module."""
-        return importlib.import_module(f"{__package__}.{self.module}")
+    unsupported: Callable[[str, torch.dtype | None], str | None]
 
 
 def _no_cuda(device_type: str, dtype: torch.dtype | None) -> str | None:
@@ -73,12 +69,6 @@ BACKENDS = (
 NAMES = tuple(backend.name for backend in BACKENDS)
 
 
-def check_name(name: str | None) -> None:
-    """Raise ValueError for a name that no backend has."""
-    if name is not None:
-        check_choice("backend", name, NAMES)
-
-
 def select(name: str | None, device: torch.device, dtype: torch.dtype | None = None) -> RowBackend:
     """Return the backend of `name` or OPSD_BACKEND, else the first that sweeps logits of `dtype` on `device`.
 
@@ -86,11 +76,22 @@ def select(name: str | None, device: torch.device, dtype: torch.dtype | None = N
     it serves there by name alone. Warns once per process if no name is given and torch's own operators serve
     a CPU because the C++ kernels are missing.
     """
-    name = name or env.backend()
-    backend = _chosen(name, device.type, dtype)
+    name = name or env.BACKEND.get()
+    if name is not None:
+        check_choice("backend", name, NAMES)
+    for backend in BACKENDS:
+        interprets = backend.name == "triton" and device.type == "cpu"
+        if name != backend.name and (name is not None or interprets):
+            continue
+        reason = backend.unsupported(device.type, dtype)
+        if reason is None:
+            break
+        usable = f"one that is usable on {device.type}"
+        expect(name is None, "backend", usable, f"{backend.name!r}: {reason}")
+    # The loop ends at a `break`: the torch backend serves everywhere.
     if name is None and device.type == "cpu" and backend.name == "torch":
         _warn_of_missing_kernels()
-    return backend.load()
+    return importlib.import_module(f"{__package__}.{backend.module}")
 
 
 @cache
@@ -117,40 +118,6 @@ def _depth_of_caller() -> int:
     return depth
 
 
-def _chosen(name: str | None, device_type: str, dtype: torch.dtype | None) -> Backend:
-    check_name(name)
-    for backend in BACKENDS:
-        interprets = backend.name == "triton" and device_type == "cpu"
-        if name != backend.name and (name is not None or interprets):
-            continue
-        reason = backend.unsupported(device_type, dtype)
-        if reason is None:
-            return backend
-        usable = f"one that is usable on {device_type}"
-        expect(name is None, "backend", usable, f"{backend.name!r}: {reason}")
-    raise AssertionError("the torch backend serves everywhere")
-
-
 def explain(device_type: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, str | None]:
     """Return for each backend what `Backend.unsupported` returns: None, or the reason why it cannot serve."""
     return {backend.name: backend.unsupported(device_type, dtype) for backend in BACKENDS}
-
-
-def launches(V: int, dtype: torch.dtype) -> dict[str, str]:
-    """Describe how each GPU backend spreads a row of V logits over threads, or why it cannot serve.
-
-    The sizes are heuristics; nothing is tuned when the op runs.
-    """
-    return {"cuda": _no_cuda("cuda", dtype) or _cuda_launch(V, dtype), "triton": _triton_launch(V, dtype)}
-
-
-def _cuda_launch(V: int, dtype: torch.dtype) -> str:
-    major, minor = torch.cuda.get_device_capability()
-    return torch.ops.opsd_kernels.cuda_launch(V, dtype.itemsize, 10 * major + minor)
-
-
-def _triton_launch(V: int, dtype: torch.dtype) -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    block, warps = importlib.import_module(f"{__package__}.triton_launch").config(V, dtype)
-    return f"each sweep one block of {32 * warps} threads per row, {block} columns at a time"

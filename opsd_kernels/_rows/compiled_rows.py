@@ -5,35 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..spec import LogitTransform, RowSpec
+from ..spec import RowSpec
 from .contract import SPREAD_LIMIT, plain_kl
 
 OPERATORS = torch.ops.opsd_kernels
 
 
-def _transform_values(t: LogitTransform) -> tuple[float, float, float]:
-    return t.scale, t.softcap or 0.0, t.temperature
-
-
-def _spec_values(spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> tuple:
-    """Flatten a RowSpec in the order of csrc/registration.cpp."""
-    divergence = int(spec.divergence.kind), spec.divergence.beta
-    transforms = *_transform_values(spec.student), *_transform_values(spec.teacher)
-    options = spec.teacher_mix, spec.entry_clip, spec.token_clip
-    return (
-        *divergence,
-        *transforms,
-        spec.difference,
-        spec.linear_difference(bias_s is bias_t),
-        *options,
-        SPREAD_LIMIT,
-    )
-
-
 def row_stats(
     S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool
 ) -> Tensor:
-    return OPERATORS.row_stats(S, T, bias_s, bias_t, metrics, *_spec_values(spec, bias_s, bias_t))
+    scalars = spec.scalars(spec.linear_difference(bias_s is bias_t))
+    return OPERATORS.row_stats(S, T, bias_s, bias_t, metrics, *scalars, SPREAD_LIMIT)
 
 
 def row_dot(
@@ -41,7 +23,8 @@ def row_dot(
 ) -> tuple[Tensor, Tensor]:
     if spec.one_sweep:
         return plain_kl(stats, spec)
-    return OPERATORS.row_dot(S, T, stats, bias_s, bias_t, *_spec_values(spec, bias_s, bias_t))
+    scalars = spec.scalars(spec.linear_difference(bias_s is bias_t))
+    return OPERATORS.row_dot(S, T, stats, bias_s, bias_t, *scalars, SPREAD_LIMIT)
 
 
 def row_grad_(
@@ -57,8 +40,9 @@ def row_grad_(
     policy_slope: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> None:
+    scalars = spec.scalars(spec.linear_difference(bias_s is bias_t))
     OPERATORS.row_grad_(
-        S, T, stats, A, factor, policy_slope, labels, bias_s, bias_t, G, *_spec_values(spec, bias_s, bias_t)
+        S, T, stats, A, factor, policy_slope, labels, bias_s, bias_t, G, *scalars, SPREAD_LIMIT
     )
 
 
@@ -74,6 +58,7 @@ def row_fused_(
     policy_slope: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    scalars = spec.scalars(spec.linear_difference(bias_s is bias_t))
     return OPERATORS.row_fused_(
-        S, T, factor, policy_slope, labels, bias_s, bias_t, metrics, G, *_spec_values(spec, bias_s, bias_t)
+        S, T, factor, policy_slope, labels, bias_s, bias_t, metrics, G, *scalars, SPREAD_LIMIT
     )

@@ -21,7 +21,8 @@ S, T          (n, V) raw student logits, and raw teacher logits or, with `spec.d
               overlap. With `spec.teacher_mix` a, t stands for (1 - a) * t + a * s everywhere below.
 bias_s/_t     (V,) contiguous, of the dtype of the statistics, or None. -inf in a bias masks that entry:
               probability zero (not under a softcap, which maps it to -c).
-stats         (n, len(Column)) in float64 for float64 logits, else float32. Columns up to SPREAD and the
+stats         (n, len(Column)) in torch.promote_types(S.dtype, float32): float64 for float64 logits, else
+              float32. Columns up to SPREAD and the
               divergence's own value (REVERSE_KL / FORWARD_KL) are always right; the others only with
               `metrics`, else 0.
 loss, A       (n,) of the dtype of stats: the divergence in nats, and the row scalar A of mathematics.md. For
@@ -142,11 +143,6 @@ class RowBackend(Protocol):
         policy_slope: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
-def stats_dtype(logits_dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of statistics, losses and factors."""
-    return torch.float64 if logits_dtype == torch.float64 else torch.float32
 
 
 def narrowed(S: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..spec import RowSpec
-from .contract import GAP_BOUNDS, SPREAD_LIMIT, Column, clip_tokens, offset, plain_kl, stats_dtype
+from .contract import GAP_BOUNDS, SPREAD_LIMIT, Column, clip_tokens, offset, plain_kl
 from .torch_math import clipped_u, entry, transform, transform_slope
 
 # Rows are swept in blocks of about this many entries, so that the dozen temporaries stay small beside the
@@ -43,7 +43,7 @@ def logits(S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: T
 
     One bias object on both sides means that it cancels in the difference.
     """
-    wide = stats_dtype(S.dtype)
+    wide = torch.promote_types(S.dtype, torch.float32)
     z, other = S.to(wide), T.to(wide)
     s = transform(z, spec.student, bias_s)
     if spec.linear_difference(bias_s is bias_t):

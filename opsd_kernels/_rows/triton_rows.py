@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from ..spec import RowSpec
-from .contract import Column, clip_tokens, plain_kl, stats_dtype
+from .contract import Column, clip_tokens, plain_kl
 from .triton_kernels import KERNELS
 from .triton_launch import COMPILER_OPTIONS, aligned, config, is_narrowed, mode, pack, terms, transforms
 
@@ -53,7 +53,8 @@ def _launch(
 def row_stats(
     S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool
 ) -> Tensor:
-    stats = S.new_empty((S.shape[0], len(Column)), dtype=stats_dtype(S.dtype))
+    wide = torch.promote_types(S.dtype, torch.float32)
+    stats = S.new_empty((S.shape[0], len(Column)), dtype=wide)
     _launch("stats", S, T, spec, bias_s, bias_t, Stats=stats, METRICS=metrics)
     return stats
 
@@ -100,7 +101,8 @@ def row_fused_(
     policy_slope: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    stats = S.new_empty((S.shape[0], len(Column)), dtype=stats_dtype(S.dtype))
+    wide = torch.promote_types(S.dtype, torch.float32)
+    stats = S.new_empty((S.shape[0], len(Column)), dtype=wide)
     loss, A = stats.new_empty(S.shape[0]), stats.new_empty(S.shape[0])
     _launch(
         "fused", S, T, spec, bias_s, bias_t,

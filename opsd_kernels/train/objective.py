@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from opsd_kernels import TokenStats, linear_divergence, linear_logprobs
 from opsd_kernels.integrations.transformers import Head
 from opsd_kernels.objectives import Mix, OnPolicyDistillation, PPOClip, linear_policy_divergence
+from opsd_kernels.spec import CLIPS
 from opsd_kernels.train.batch import IGNORE
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.config.weight_text import TokenData, parse_weights
@@ -39,6 +40,7 @@ def needs_old_logprobs(config: TrainConfig) -> bool:
 @functools.cache
 def plain(config: TrainConfig) -> TrainConfig:
     """Return the settings of rehearsal: the full divergence to a teacher and nothing else."""
+    unbounded: dict[str, Any] = dict.fromkeys(CLIPS)
     return replace(
         config,
         policy_weight=0.0,
@@ -46,8 +48,7 @@ def plain(config: TrainConfig) -> TrainConfig:
         token_weights=None,
         updates_per_batch=1,
         topk=None,
-        entry_clip=None,
-        token_clip=None,
+        **unbounded,
     )
 
 
@@ -77,8 +78,7 @@ def step_loss(
         "vocab_size": _padded(vocab, mine, theirs),
         "labels": batch.labels_BT,
         "ignore_index": IGNORE,
-        "entry_clip": config.entry_clip,
-        "token_clip": config.token_clip,
+        **{clip: getattr(config, clip) for clip in CLIPS},
         "topk": config.topk,
         "topk_support": config.topk_support,
         "topk_tail": config.topk_tail,

@@ -52,17 +52,17 @@ def check_found_by_time(setting, plant, what):
 
 COPY = """
 def make(setting, provider, limit):
-    from opsd_kernels._core import gemm
+    from opsd_kernels._core import loop
     from opsd_kernels.bench.measure.memory import prepare
 
-    project, kept = gemm.project, []
+    project, kept = loop.project, []
 
     def with_copy(hidden, weight, out):
         project(hidden, weight, out)
         if out.shape[1] == weight.shape[0]:
             kept[:] = [out.clone()]
 
-    gemm.project = with_copy
+    loop.project = with_copy
     return prepare(setting, provider, limit)
 """
 

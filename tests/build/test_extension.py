@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels._rows import compiled_rows, extension
-from opsd_kernels._rows.contract import Column, stats_dtype
+from opsd_kernels._rows.contract import Column
 from opsd_kernels.spec import Divergence, Kind, LogitTransform, RowSpec
 from opsd_kernels.testing import assert_same_bits
 
@@ -101,7 +101,7 @@ def gradient(
 ) -> Tensor:
     """factor 1, maxima, log-sums and gap 0: q = exp(S), delta = T, and the gradient is u - q * A."""
     spec = RowSpec(Divergence(kind, beta), difference=True)
-    wide = stats_dtype(S.dtype)
+    wide = torch.promote_types(S.dtype, torch.float32)
     stats = torch.zeros(1, len(Column), dtype=wide)
     G = torch.zeros(1, S.numel(), dtype=out)
     one = torch.ones(1, dtype=wide)

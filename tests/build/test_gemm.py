@@ -6,7 +6,7 @@ Every layout and edge, exact products, the same bits on any number of threads.
 import pytest
 import torch
 
-from opsd_kernels._core import gemm
+from opsd_kernels._core import cpu_gemm
 from opsd_kernels._rows import extension
 from opsd_kernels.testing import assert_no_worse, assert_same_bits
 
@@ -59,7 +59,7 @@ def test_threads_change_no_bit(layout, threads=(1, 2, 7)):
 
 
 def test_it_is_what_the_projections_use():
-    assert gemm.cpu_gemm_name(torch.bfloat16) == "oneDNN's micro-kernel"
+    assert cpu_gemm.cpu_gemm_name(torch.bfloat16) == "oneDNN's micro-kernel"
 
 
 def test_errors_name_the_argument():

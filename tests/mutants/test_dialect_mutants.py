@@ -8,7 +8,7 @@ import torch
 from planting import Mutant, arguments, check, kill, result
 
 from opsd_kernels import linear_divergence, linear_logprobs, linear_topk_divergence, objectives, weights
-from opsd_kernels._core import autograd, execute, gemm, loop, reductions, sweeps, topk_support
+from opsd_kernels._core import autograd, library, loop, reductions, topk_support
 from opsd_kernels._rows import contract, torch_math, torch_rows
 from opsd_kernels.testing import assert_no_worse, evaluate, hard_case
 from opsd_kernels.testing.reference import (
@@ -180,13 +180,13 @@ MUTANTS = {
         reductions, "check_weights", result(lambda w, *_: w.roll(1, -1)), check(dialect, token_weights=ROW)
     ),
     "the gradient is not weighted": Mutant(
-        sweeps,
+        loop,
         "fused",
         result(lambda r, *_: None if r is None else torch.ones_like(r)),
         check(dialect, token_weights=ROW),
     ),
     "the head's gradient is not weighted": Mutant(
-        gemm,
+        loop,
         "accumulate_weight_grad",
         arguments(lambda G, h, dW, first: (G, h / h.norm(dim=1, keepdim=True), dW, first)),
         check(dialect, token_weights=ROW),
@@ -195,7 +195,7 @@ MUTANTS = {
         loop, "_weighted_sum", lambda _: lambda G, scale: G.sum(0), check(dialect, token_weights=ROW)
     ),
     "chunks cut sequences": Mutant(
-        execute,
+        library,
         "align",
         lambda _: (
             lambda lengths, rows: [slice(i, min(i + 4, sum(lengths))) for i in range(0, sum(lengths), 4)]
@@ -203,7 +203,7 @@ MUTANTS = {
         check(dialect, token_weights=SEQUENCE),
     ),
     "the aligned chunks lose the last sequence": Mutant(
-        execute, "align", result(lambda bounds, *_: bounds[:-1]), check(dialect, token_weights=SEQUENCE)
+        library, "align", result(lambda bounds, *_: bounds[:-1]), check(dialect, token_weights=SEQUENCE)
     ),
     "the pass of its own sees half": Mutant(
         reductions.RowWeigher, "factor", result(lambda f, *_: f * 0.5), check(planned_apart)

@@ -11,7 +11,7 @@ import torch
 from planting import Mutant, arguments, check, kill, result
 
 from opsd_kernels import divergence, linear_divergence
-from opsd_kernels._core import autograd, checks, gemm, loop, reductions, sweeps
+from opsd_kernels._core import autograd, loop, problem, reductions
 from opsd_kernels._rows import torch_math, torch_rows
 from opsd_kernels._rows.contract import Column
 from opsd_kernels.spec import Kind
@@ -262,31 +262,31 @@ MUTANTS = {
     "probabilities from rounded logits": Mutant(
         torch_rows, "distributions", one_normaliser, check(against_truth, "jsd")
     ),
-    "difference of two rounded logits": Mutant(gemm, "project", pair_in_bf16, check(near_bf16)),
+    "difference of two rounded logits": Mutant(loop, "project", pair_in_bf16, check(near_bf16)),
     "hidden difference in bf16 of fp32 inputs": Mutant(
-        gemm,
+        loop,
         "stack_difference",
         lambda f: lambda s, t, out: (f(s, t, out), out.copy_(out.bfloat16()))[0],
         check(near_fp32, "reverse_kl"),
     ),
-    "dW accumulated in bf16": Mutant(gemm, "accumulate_weight_grad", bf16_accumulator, check(many_chunks)),
+    "dW accumulated in bf16": Mutant(loop, "accumulate_weight_grad", bf16_accumulator, check(many_chunks)),
     "dW of the last chunk only": Mutant(
-        gemm,
+        loop,
         "accumulate_weight_grad",
         arguments(lambda G, h, dW, first: (G, h, dW, True)),
         check(against_truth),
     ),
     "dW not cleared": Mutant(
-        gemm,
+        loop,
         "accumulate_weight_grad",
         arguments(lambda G, h, dW, first: (G, h, dW, False)),
         check(against_truth),
     ),
     "masked rows not skipped": Mutant(
-        checks, "valid_tokens", result(lambda r, *_: (None, r[1].clamp(min=0))), check(against_truth)
+        problem, "valid_tokens", result(lambda r, *_: (None, r[1].clamp(min=0))), check(against_truth)
     ),
     "labels do not mask": Mutant(
-        checks,
+        problem,
         "valid_tokens",
         result(lambda r, h, labels, i, mask: (mask, r[1].clamp(min=0))),
         check(against_truth),
@@ -307,7 +307,7 @@ MUTANTS = {
         check(against_truth),
     ),
     "padded columns given probability": Mutant(
-        checks,
+        problem,
         "vocabulary",
         lambda _: lambda V_s, V_t, size: min(V_s, V_t),
         check(against_truth, "jsd", {"padding": 4}),
@@ -337,7 +337,7 @@ MUTANTS = {
         check(statistics),
     ),
     "label's log-prob of the wrong row": Mutant(
-        sweeps, "_label_logprobs", result(lambda r, *_: r.roll(1, 0)), check(statistics)
+        loop, "_label_logprobs", result(lambda r, *_: r.roll(1, 0)), check(statistics)
     ),
 }
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from opsd_kernels._rows.contract import RowBackend, stats_dtype
+from opsd_kernels._rows.contract import RowBackend
 from opsd_kernels.spec import Divergence, Kind, LogitTransform, RowSpec
 from opsd_kernels.testing import FP32_ARITHMETIC
 from opsd_kernels.testing.reference import reference_divergence, reference_logits
@@ -117,7 +117,7 @@ def make_rows(
     factor = torch.linspace(0.5, -3.0, n, dtype=torch.float64)
     if n > 2:
         factor[2], S[2], T[2, ::2], T[2, 1::2] = 0, math.inf, math.nan, -math.inf
-    wide = stats_dtype(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
     bias_s = torch.randn(V, generator=gen, dtype=torch.float64).to(wide) if bias else None
     bias_t = bias_s if difference or not bias else torch.randn(V, generator=gen, dtype=torch.float64).to(wide)
     spec = RowSpec(Divergence(kind, 0.3), student, teacher, difference)

@@ -9,7 +9,7 @@ from row_cases import Rows, run_rows
 from row_contract import EACH_DTYPE, KINDS, ROUTES, RowChecks
 from torch import Tensor
 
-from opsd_kernels._rows.contract import Column, RowBackend, narrowed, stats_dtype
+from opsd_kernels._rows.contract import Column, RowBackend, narrowed
 from opsd_kernels.spec import Divergence, Kind, LogitTransform, RowSpec
 from opsd_kernels.testing import assert_same_bits
 from opsd_kernels.testing.reference import reference_logits
@@ -42,7 +42,7 @@ def make_rows(
     if n > 3:
         factor[1], pull[2] = 0, 0
         factor[3], pull[3] = 0, 0
-    wide = stats_dtype(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
     labels = torch.randint(V, (n,), generator=gen)
     labels[::5] = -1
     return Rows(

@@ -132,7 +132,7 @@ def test_doctor_tells_every_backend_with_its_reason(monkeypatch):
 
 @pytest.mark.parametrize(
     "variable, value, getter",
-    [("OPSD_BACKEND", "tirton", env.backend), ("OPSD_WORKSPACE_BYTES", "1GiB", env.workspace_bytes)],
+    [("OPSD_BACKEND", "tirton", env.BACKEND.get), ("OPSD_WORKSPACE_BYTES", "1GiB", env.workspace_bytes)],
 )
 def test_environment_errors_name_the_variable(monkeypatch, variable, value, getter):
     monkeypatch.setenv(variable, value)

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opsd_kernels._core import gemm, planner
+from opsd_kernels._core import loop, planner
 
 aten = torch.ops.aten
 C, V, H = 8, 33, 16
@@ -47,7 +47,7 @@ def test_logits(dtype, wide):
             logits(torch.float32 if wide else dtype),
         )
         with Gemms() as gemms:
-            gemm.project(hidden, weight, out)
+            loop.project(hidden, weight, out)
     ((function, args, kwargs),) = gemms.noted
     assert function == (aten.mm.dtype_out if out.dtype != dtype else aten.mm.out)
     assert args[0] is hidden and kwargs["out"] is out
@@ -61,7 +61,7 @@ def test_head_gradient_goes_into_its_accumulator(dtype, first):
     with FakeTensorMode():
         G, hidden, dW = logits(dtype), on_cuda(C, H, dtype=dtype), on_cuda(V, H, dtype=torch.float32)
         with Gemms() as gemms:
-            gemm.accumulate_weight_grad(G, hidden, dW, first)
+            loop.accumulate_weight_grad(G, hidden, dW, first)
     ((function, args, kwargs),) = gemms.noted
     narrow = dtype != torch.float32
     assert (

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd_kernels import linear_divergence, linear_logprobs, linear_topk_divergence, objectives, weights
-from opsd_kernels._core import autograd, execute, library, sweeps
+from opsd_kernels._core import autograd, library, loop
 from opsd_kernels._rows import extension
 from opsd_kernels.testing import assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case
 
@@ -113,7 +113,7 @@ def test_waiting_is_noted(wait):
 def as_on_a_gpu(monkeypatch):
     """Take the branches of a GPU call on this CPU, without packing."""
     monkeypatch.setenv("OPSD_PACK", "0")
-    for module in (autograd, execute, sweeps):
+    for module in (autograd, library, loop):
         monkeypatch.setattr(module, "on_host", lambda device: False)
     extension.gemm_unavailable()  # runs its GEMM once
 
@@ -312,7 +312,7 @@ def test_rows_are_packed_unless_a_graph_is_captured_or_the_user_says_so(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
 
     def packs(valid):
-        return execute.packs(SimpleNamespace(rows=SimpleNamespace(valid=valid)))
+        return library.packs(SimpleNamespace(rows=SimpleNamespace(valid=valid)))
 
     assert packs(SimpleNamespace(device=SimpleNamespace(type="cuda"))) == expected
     assert packs(torch.ones(2, dtype=torch.bool)) == (packed == "1")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opsd_kernels import TokenStats, linear_logprobs, weights
-from opsd_kernels._core import gemm
+from opsd_kernels._core import loop
 from opsd_kernels.objectives import (
     Mix,
     OnPolicyDistillation,
@@ -131,9 +131,9 @@ def test_16_bit_inputs(backend, dtype):
 def test_a_mix_costs_no_gemm(backend, monkeypatch):
     calls = []
     for name in ("project", "accumulate_weight_grad"):
-        inner = getattr(gemm, name)
+        inner = getattr(loop, name)
         monkeypatch.setattr(
-            gemm, name, lambda *args, inner=inner, name=name: (calls.append(name), inner(*args))
+            loop, name, lambda *args, inner=inner, name=name: (calls.append(name), inner(*args))
         )
     case = hard_case(B * T, V, H, torch.float32, batch=B, largest_logit=8.0)
     evaluate(

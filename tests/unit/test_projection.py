@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opsd_kernels._core import gemm
+from opsd_kernels._core import cpu_gemm, loop
 from opsd_kernels._rows import extension
 from opsd_kernels.testing import assert_no_worse, assert_one_rounding, peak_bytes
 
@@ -18,22 +18,22 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, seed: int) -> torch.Tens
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_slices_are_exact(monkeypatch, shape, dtype, accumulate):
-    monkeypatch.setattr(gemm, "SLICE_BYTES", 1 << 16)  # dozens of slices
+    monkeypatch.setattr(cpu_gemm, "SLICE_BYTES", 1 << 16)  # dozens of slices
     M, K, N = SHAPES[shape]
     a, b, start = matrix(M, K, dtype, 0), matrix(K, N, dtype, 1), matrix(M, N, torch.float32, 2)
     out = start.clone() if accumulate else torch.full_like(start, torch.nan)
-    gemm.sliced_mm_(a, b, out, accumulate)
+    cpu_gemm.sliced_mm_(a, b, out, accumulate)
     rest = start if accumulate else torch.zeros_like(start)
     assert_no_worse(out, rest + a.float() @ b.float(), rest.double() + a.double() @ b.double())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_16_bit_result_is_rounded_once(monkeypatch, shape):
-    monkeypatch.setattr(gemm, "SLICE_BYTES", 1 << 16)
+    monkeypatch.setattr(cpu_gemm, "SLICE_BYTES", 1 << 16)
     M, K, N = SHAPES[shape]
     a, b = matrix(M, K, torch.float16, 0), matrix(K, N, torch.float16, 1)
     out = torch.full((M, N), torch.nan, dtype=torch.float16)
-    gemm.sliced_mm_(a, b, out)
+    cpu_gemm.sliced_mm_(a, b, out)
     assert_one_rounding(out, a.double() @ b.double(), torch.float16, magnitude=K**0.5)
 
 
@@ -43,29 +43,29 @@ def test_without_units_the_projections_take_slices(monkeypatch, dtype):
     monkeypatch.setattr(extension, "mm_has_units", lambda dtype: False)
     monkeypatch.setattr(extension, "has_amx", lambda: False)
     monkeypatch.setattr(extension, "gemm_unavailable", lambda: "planted")
-    monkeypatch.setattr(gemm, "sliced_mm_", lambda *args: calls.append(args[2].dtype))
-    gemm.cblas_gemm.cache_clear()
+    monkeypatch.setattr(cpu_gemm, "sliced_mm_", lambda *args: calls.append(args[2].dtype))
+    cpu_gemm.cblas_gemm.cache_clear()
     h, W, G = matrix(5, 8, dtype, 0), matrix(11, 8, dtype, 1), matrix(5, 11, dtype, 2)
-    gemm.project(h, W, torch.empty(5, 11, dtype=dtype))
-    gemm.project(G, W.t(), torch.empty(5, 8))
-    gemm.accumulate_weight_grad(G, h, torch.empty(11, 8), True)
-    gemm.cblas_gemm.cache_clear()
+    loop.project(h, W, torch.empty(5, 11, dtype=dtype))
+    loop.project(G, W.t(), torch.empty(5, 8))
+    loop.accumulate_weight_grad(G, h, torch.empty(11, 8), True)
+    cpu_gemm.cblas_gemm.cache_clear()
     assert calls == [dtype, torch.float32, torch.float32]
 
 
 MAKE = """
 def make(which):
     import torch
-    from opsd_kernels._core import gemm
+    from opsd_kernels._core import cpu_gemm, loop
     C, H, V = 128, 64, 151936
     G, h, W = torch.zeros(C, V).half(), torch.zeros(C, H).half(), torch.zeros(V, H).half()
     dW, dh = torch.ones(V, H), torch.ones(C, H)
     small = torch.zeros(64, 64).half()
-    gemm.sliced_mm_(small, small, torch.zeros(64, 64))
+    cpu_gemm.sliced_mm_(small, small, torch.zeros(64, 64))
     calls = {
-        "logits": lambda: gemm.sliced_mm_(h, W.t(), G),
-        "dh": lambda: gemm.sliced_mm_(G, W, dh),
-        "dW": lambda: gemm.sliced_mm_(G.t(), h, dW),
+        "logits": lambda: cpu_gemm.sliced_mm_(h, W.t(), G),
+        "dh": lambda: cpu_gemm.sliced_mm_(G, W, dh),
+        "dW": lambda: cpu_gemm.sliced_mm_(G.t(), h, dW),
     }
     return calls[which]
 """
@@ -74,4 +74,4 @@ def make(which):
 @pytest.mark.parametrize("which", ["logits", "dh", "dW"])
 def test_slices_take_little_memory(which):
     """The peak excludes whole fp32 copies: 74 MiB for the logits, 37 MiB for the head."""
-    assert peak_bytes(MAKE, which) <= 2 * gemm.SLICE_BYTES + (8 << 20)
+    assert peak_bytes(MAKE, which) <= 2 * cpu_gemm.SLICE_BYTES + (8 << 20)

@@ -29,7 +29,7 @@ def usable(monkeypatch):
         monkeypatch.setattr(
             backends,
             "BACKENDS",
-            tuple(replace(b, reason=faked.get(b.name, b.reason)) for b in backends.BACKENDS),
+            tuple(replace(b, unsupported=faked.get(b.name, b.unsupported)) for b in backends.BACKENDS),
         )
 
     return pretend

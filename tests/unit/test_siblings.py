@@ -16,7 +16,7 @@ from opsd_kernels import (
     linear_logprobs,
     linear_topk_divergence,
 )
-from opsd_kernels._core import gemm
+from opsd_kernels._core import loop
 from opsd_kernels.divergence import DEFAULTS, DivergenceOptions
 from opsd_kernels.testing import assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case
 from opsd_kernels.testing.reference import (
@@ -69,9 +69,9 @@ def passes(monkeypatch):
     """Record the names of the GEMMs, one entry per call."""
     seen = []
     for name in ("project", "accumulate_weight_grad"):
-        inner = getattr(gemm, name)
+        inner = getattr(loop, name)
         monkeypatch.setattr(
-            gemm, name, lambda *args, inner=inner, name=name: (seen.append(name), inner(*args))
+            loop, name, lambda *args, inner=inner, name=name: (seen.append(name), inner(*args))
         )
     return seen
 

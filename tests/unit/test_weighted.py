@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opsd_kernels import linear_divergence, plan, weights
-from opsd_kernels._core import gemm
+from opsd_kernels._core import loop
 from opsd_kernels._core.planner import align
 from opsd_kernels.testing import (
     assert_no_worse,
@@ -37,14 +37,14 @@ def budget_of(rows, dtype):
 @pytest.fixture
 def projected(monkeypatch):
     """Record the rows of the logits GEMMs, one entry per GEMM."""
-    seen, project = [], gemm.project
+    seen, project = [], loop.project
 
     def spy(hidden, weight, out):
         if out.shape[1] == V:
             seen.append(hidden.shape[0])
         project(hidden, weight, out)
 
-    monkeypatch.setattr(gemm, "project", spy)
+    monkeypatch.setattr(loop, "project", spy)
     return seen
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ... import weights as schemes
 from ...divergence import linear_divergence
 from ...objectives import OnPolicyDistillation, PolicyGradient, PPOClip, linear_policy_divergence
+from ...spec import CLIPS
 from ...testing import TARGETS, Case, relative_error
 from ...testing.reference import linear_divergence_reference
 from ..internals import plan
@@ -107,8 +108,10 @@ def dialects(setting: Setting) -> dict[str, Dialect]:
         "top 100 of the teacher": Dialect(
             "top-k", linear_divergence, {**plain, "topk": 100, "topk_support": "teacher"}
         ),
-        "entry_clip": Dialect(None, linear_divergence, {**plain, "entry_clip": 0.05}),
-        "token_clip": Dialect(None, linear_divergence, {**plain, "token_clip": 5.0}),
+        **{
+            clip: Dialect(None, linear_divergence, {**plain, clip: bound})
+            for clip, bound in zip(CLIPS, (0.05, 5.0), strict=True)
+        },
         "teacher_mix": Dialect(None, linear_divergence, {**plain, "teacher_mix": 0.3}),
         "statistics": Dialect(None, linear_divergence, {**plain, "return_stats": True}),
     }

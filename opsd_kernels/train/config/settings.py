@@ -12,7 +12,7 @@ from typing import Any
 
 from opsd_kernels import env as environment
 from opsd_kernels.objectives import REWARDS
-from opsd_kernels.spec import KIND_NAMES
+from opsd_kernels.spec import CLIPS, KIND_NAMES
 from opsd_kernels.train.config.presets import FEEDBACK, PRESETS
 from opsd_kernels.train.config.values import (
     ConfigError,
@@ -50,7 +50,7 @@ POSITIVE = (
     "eval_samples probe_samples checkpoint_every keep_checkpoints samples_every threads lora_alpha "
     "tiny_hidden tiny_layers tiny_heads warm_batch warm_learning_rate warm_max_steps"
 ).split()
-POSITIVE_OR_NULL = ("teacher_temperature", "topk", "entry_clip", "token_clip", "reward_clip")
+POSITIVE_OR_NULL = ("teacher_temperature", "topk", *CLIPS, "reward_clip")
 # Strictly between 0 and 1.
 SHARES = ("beta", "warm_accuracy", "warm_share", "teacher_accuracy")
 NOT_NEGATIVE = (

@@ -1,8 +1,6 @@
-"""Compute the GEMMs of the loss head: logits or their difference, the hidden gradient, the head's gradient.
+"""Multiply 16-bit matrices on a CPU with an fp32 result, for which torch has no call.
 
-Logits go into reused buffers, the head's gradient into an fp32 accumulator. The product of 16-bit matrices
-with an fp32 result has four implementations. On CUDA it is the library GEMM with `out_dtype`. On a CPU torch
-has no call for it, and the first usable one of these runs:
+The first usable one of these runs:
 
 * the extension's `gemm_bf16_`, on oneDNN's micro-kernel;
 * `cblas_gemm_bf16bf16f32` or `cblas_gemm_f16f16f32` of the math library inside torch, on Intel processors
@@ -25,16 +23,10 @@ import torch
 from torch import Tensor
 
 from .._rows import extension
-from .planner import SLICE_BYTES, is_16_bit
+from .planner import SLICE_BYTES
 
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112  # CBLAS
-PILOT_COLUMNS, PILOT_SHARE = 256, 32  # at least, and of the vocabulary: see likely_columns
-DOT_ENTRIES = {"cpu": 1 << 17, "cuda": 1 << 22}  # of hidden rows and rows of a head that are multiplied at once
 _CBLAS_NAMES = {torch.bfloat16: "cblas_gemm_bf16bf16f32", torch.float16: "cblas_gemm_f16f16f32"}
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if is_16_bit(dtype) else dtype
 
 
 @functools.cache
@@ -78,13 +70,12 @@ def sliced_mm_(
     """Compute out = a @ b, (M, K) @ (K, N), by fp32 GEMMs over slices of the longest dimension.
 
     With `accumulate` the product is added to `out`. The fp32 copies of a slice share one buffer of
-    SLICE_BYTES; the unsliced operand is copied whole. A 16-bit `out` is rounded once, after `centre`, (M,),
-    was subtracted from its rows.
+    SLICE_BYTES; the unsliced operand is copied whole. A 16-bit `out` is rounded once, after
+    `centre`, (M,), was subtracted from its rows.
     """
     (M, K), N = a.shape, b.shape[1]
     narrow = out.dtype != torch.float32
-    shift = out.new_zeros((), dtype=torch.float32) if centre is None else centre[:, None]
-    shift = shift.expand(M, N)
+    shift = (out.new_zeros(1, dtype=torch.float32) if centre is None else centre)[:, None].expand(M, N)
     if K >= max(M, N):
         total, step = (torch.empty(M, N) if narrow else out), _slice_length(M + N)
         buffer = torch.empty((M + N) * min(step, K))
@@ -130,7 +121,7 @@ def cpu_gemm_name(dtype: torch.dtype) -> str:
     return _CBLAS_NAMES[dtype] if cblas_gemm(dtype) else "fp32 GEMMs over slices"
 
 
-def _widening_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+def widening_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     """Write a @ b of 16-bit CPU matrices into an fp32 `out`, or add it to `out`."""
     if a.dtype == torch.bfloat16 and extension.gemm_unavailable() is None:
         torch.ops.opsd_kernels.gemm_bf16_(a, b, out, accumulate)
@@ -138,79 +129,3 @@ def _widening_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
         _cblas_mm(gemm, a, b, out, beta=float(accumulate))
     else:
         sliced_mm_(a, b, out, accumulate)
-
-
-def project(hidden: Tensor, weight: Tensor, out: Tensor, centre: Tensor | None = None) -> None:
-    """Compute out = hidden @ weight.T, (C, H), (V, H) -> (C, V). `out` may be fp32 for 16-bit inputs.
-
-    `centre`, (C,) fp32 beside a 16-bit `out`, is subtracted from the rows before their one rounding.
-    """
-    columns, on_cpu = weight.t(), out.device.type == "cpu"
-    if out.dtype != hidden.dtype:
-        if on_cpu:
-            _widening_mm(hidden, columns, out, accumulate=False)
-        else:
-            torch.mm(hidden, columns, out_dtype=out.dtype, out=out)
-    elif on_cpu and not extension.mm_has_units(out.dtype):
-        sliced_mm_(hidden, columns, out, centre=centre)
-    elif centre is None:
-        torch.mm(hidden, columns, out=out)
-    elif on_cpu and out.dtype == torch.bfloat16 and extension.gemm_unavailable() is None:
-        torch.ops.opsd_kernels.gemm_bf16_(hidden, columns, out, False, centre)
-    else:
-        # The product is added to `out` in fp32. A centre rounded to 16 bits serves as well.
-        torch.addmm(out.copy_(-centre[:, None]), hidden, columns, out=out)
-
-
-def likely_columns(hidden: Tensor, weight: Tensor, scratch: Tensor) -> Tensor:
-    """Return a column with a large logit in each row, (C, H), (V, H) -> (C,), for a small share of the GEMM.
-
-    It is the largest of the first columns: vocabularies made by byte-pair encoding begin with their frequent
-    tokens. `scratch`, (C, V), is overwritten.
-    """
-    n = min(weight.shape[0], max(PILOT_COLUMNS, weight.shape[0] // PILOT_SHARE))
-    pilot = scratch.as_strided((hidden.shape[0], n), (n, 1))
-    project(hidden, weight[:n], pilot)
-    return pilot.argmax(1)
-
-
-def logits_at(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
-    """Return hidden[i] . weight[columns[i]] in fp32, (C, H), (V, H), (C,) -> (C,)."""
-    step = max(1, DOT_ENTRIES["cuda" if hidden.device.type == "cuda" else "cpu"] // hidden.shape[1])
-    parts = [
-        (hidden[i : i + step].float() * weight[columns[i : i + step]].float()).sum(1)
-        for i in range(0, hidden.shape[0], step)
-    ]
-    return torch.cat(parts)
-
-
-def accumulate_weight_grad(G: Tensor, hidden: Tensor, dW: Tensor, first: bool) -> None:
-    """Add G.T @ hidden to dW, (C, V), (C, H) -> (V, H); with `first` overwrite dW.
-
-    `dW` may be fp32 for 16-bit inputs.
-    """
-    Gt = G.t()
-    if dW.dtype == G.dtype:
-        if dW.device.type == "cpu" and first and not extension.mm_has_units(dW.dtype):
-            sliced_mm_(Gt, hidden, dW)
-        elif first:
-            torch.mm(Gt, hidden, out=dW)
-        else:
-            dW.addmm_(Gt, hidden)
-    elif dW.device.type == "cuda" and first:
-        torch.mm(Gt, hidden, out_dtype=dW.dtype, out=dW)
-    elif dW.device.type == "cuda":
-        # From torch 2.10 on `self` may have the output's dtype; as it is also `out`, there is no copy.
-        torch.addmm(dW, Gt, hidden, out_dtype=dW.dtype, out=dW)
-    else:
-        _widening_mm(Gt, hidden, dW, accumulate=not first)
-
-
-def stack_difference(student: Tensor, teacher: Tensor, out: Tensor) -> None:
-    """Write [student ; teacher - student] into out (2C, H). The fp32 (fp64) difference is rounded once."""
-    rows = student.shape[0]
-    out[:rows].copy_(student)
-    if is_16_bit(student.dtype):
-        out[rows:].copy_(teacher.float().sub_(student))
-    else:
-        torch.sub(teacher, student, out=out[rows:])
