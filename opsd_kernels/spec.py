@@ -226,18 +226,17 @@ class RowSpec:
         return self.divergence.one_sweep and self.entry_clip == math.inf
 
     @property
-    def kinked(self) -> bool:
-        """True if the gradient jumps at p = q or at the entry clip, which calls for fp32 logits."""
-        return self.divergence.kinked or self.entry_clip < math.inf
-
-    @property
     def digits_lost(self) -> bool:
         """True if 16-bit logits would cost too many digits.
 
-        Beside the kinks these are a softcap, for which logits cannot be held relative to a constant of their
-        row, and a factor above LARGEST_FACTOR, which multiplies what is left of their rounding.
+        The gradient jumps at p = q or at an entry clip; a softcap needs the logits themselves, not relative
+        to a constant of their row; a factor above LARGEST_FACTOR multiplies what is left of their rounding.
         """
-        sides = self.student, self.teacher
-        return self.kinked or any(
-            side.softcap is not None or not 0 < side.factor <= LARGEST_FACTOR for side in sides
+        return (
+            self.divergence.kinked
+            or self.entry_clip < math.inf
+            or any(
+                side.softcap is not None or not 0 < side.scale / side.temperature <= LARGEST_FACTOR
+                for side in (self.student, self.teacher)
+            )
         )

@@ -159,15 +159,6 @@ class Problem:
         return self.student.hidden.shape[0]
 
     @property
-    def centred(self) -> bool:
-        """Return True if logits are held relative to a constant of their row: 16-bit ones without a softcap.
-
-        A softcap needs the logits themselves.
-        """
-        softcaps = self.spec.student.softcap, self.spec.teacher.softcap
-        return self.logits_dtype.itemsize == 2 and softcaps == (None, None)
-
-    @property
     def trainable(self) -> bool:
         """Return True if the head gets a gradient."""
         return self.wants[1] or self.wants[2]

@@ -185,7 +185,8 @@ def _values(
     if policy_slope is not None and labels is not None:
         label = labels.clamp(min=0)[:, None]
         beside = rows.at(label)
-        q_label = torch_rows.distributions(torch_rows.logits(*beside[:2], spec, *beside[2:]), stats)[0]
+        logits = torch_rows.logits(beside.S, beside.T, spec, beside.bias_s, beside.bias_t)
+        q_label = torch_rows.distributions(logits, stats)[0]
         of_label = _first((columns == label) & at.live, values, outside * q_label)
         pairs = (columns, label), (q, q_label), (values, of_label)
         columns, q, values = (torch.cat(pair, 1) for pair in pairs)
