@@ -35,12 +35,19 @@ class Centre(NamedTuple):
 
     @classmethod
     def of(
-        cls, problem: Problem, student: Tensor, teacher: Tensor | None, labels: Tensor | None, likely: Tensor
+        cls,
+        problem: Problem,
+        student: Tensor,
+        teacher: Tensor | None,
+        labels: Tensor | None,
+        likely: Tensor,
+        rounded: bool,
     ) -> Centre:
         """Take the logits of a likely column, or of the label if the student's is larger.
 
         Hidden states are (C, H). `likely` (C,) are columns with a large logit, `labels` (C,) those of the
-        labels, -1 where another rank holds it. All ranks of a shard get the same constants.
+        labels, -1 where another rank holds it. With `rounded` the constants are numbers of the logits' dtype.
+        All ranks of a shard get the same constants.
         """
         difference = problem.spec.difference
 
@@ -59,6 +66,8 @@ class Centre(NamedTuple):
             s, t = (torch.where(likelier, *pair) for pair in zip(label, (s, t), strict=True))
         if problem.shard is not None:
             s, t = problem.shard.of_largest(s, t)
+        if rounded:
+            s, t = (x.to(problem.logits_dtype).float() for x in (s, t))
         s, t = (torch.where(x.isfinite(), x, 0.0) for x in (s, t))
         # On a GPU a centre costs a pass over the buffer, which a difference is spared: it is small.
         spared = difference and student.device.type == "cuda"

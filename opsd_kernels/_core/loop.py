@@ -124,7 +124,8 @@ class Buffers:
             n = pilot_columns(head.shape[0])
             pilot = S.as_strided((C, n), (n, 1))
             project(student, head[:n], pilot)
-            centre = Centre.of(problem, student, teacher, labels, pilot.argmax(1))
+            rounded = not subtracts_exactly(S)
+            centre = Centre.of(problem, student, teacher, labels, pilot.argmax(1), rounded)
         if teacher is None or problem.teacher is None:
             project(student, head, S, centre.s)
             return Rows(S, self.zeros.expand(C, -1), problem.student.bias, None, centre.at_label)
@@ -194,11 +195,19 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor, centre: Tensor | None =
         cpu_gemm.sliced_mm_(hidden, columns, out, centre=centre)
     elif centre is None:
         torch.mm(hidden, columns, out=out)
-    elif on_cpu and out.dtype == torch.bfloat16 and extension.gemm_unavailable() is None:
+    elif subtracts_exactly(out):
         torch.ops.opsd_kernels.gemm_bf16_(hidden, columns, out, False, centre)
     else:
-        # The product is added to `out` in fp32. A centre rounded to 16 bits serves as well.
+        # The product is added to `out` in fp32.
         torch.addmm(out.copy_(-centre[:, None]), hidden, columns, out=out)
+
+
+def subtracts_exactly(out: Tensor) -> bool:
+    """Return True if `project` subtracts an fp32 centre. Else it rounds the centre to the dtype of `out`."""
+    if not on_host(out.device):
+        return False
+    own = out.dtype == torch.bfloat16 and extension.gemm_unavailable() is None
+    return own or not extension.mm_has_units(out.dtype)
 
 
 def accumulate_weight_grad(G: Tensor, hidden: Tensor, dW: Tensor, first: bool) -> None:

@@ -10,8 +10,17 @@ import pytest
 import torch
 
 from opsd_kernels import linear_divergence
+from opsd_kernels._core import centre, cpu_gemm
+from opsd_kernels._rows import extension
 from opsd_kernels.spec import KIND_NAMES
-from opsd_kernels.testing import assert_invariant, hard_case
+from opsd_kernels.testing import (
+    LOGPROB_NATS,
+    assert_invariant,
+    assert_on_target,
+    cases,
+    evaluate,
+    hard_case,
+)
 from opsd_kernels.testing.reference import linear_divergence_reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -61,10 +70,90 @@ def test_invariant_with_two_heads(backend, dtype):
     assert_invariant(functools.partial(linear_divergence, backend=backend), case)
 
 
+@pytest.fixture(params=["own kernel", "addmm", "slices"])
+def way(request, monkeypatch):
+    """Take each way to subtract a row's constant, those of other processors and of GPUs too."""
+    if request.param != "own kernel":
+        monkeypatch.setattr(extension, "gemm_unavailable", lambda: "planted")
+        monkeypatch.setattr(extension, "mm_has_units", lambda dtype: request.param == "addmm")
+        monkeypatch.setattr(extension, "has_amx", lambda: False)
+    cpu_gemm.cblas_gemm.cache_clear()
+    yield request.param
+    cpu_gemm.cblas_gemm.cache_clear()
+
+
+@pytest.mark.parametrize("shared_head", [True, False], ids=["difference", "pair"])
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+def test_invariant_on_other_processors(way, dtype, shared_head):
+    """16-bit logits of two heads are off by rounding both sides, so they only meet the target when far."""
+    near = {"near": 1e-2} if shared_head else {"near": 2.0, "largest_logit": 8.0}
+    case = near_case(dtype, True, bias=False, shared_head=shared_head, **near)
+    op = functools.partial(linear_divergence, logits_dtype="input")
+    assert_invariant(op, case)
+
+
+@pytest.mark.parametrize("shared_head", [True, False], ids=["difference", "pair"])
+@pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
+def test_statistics_of_16_bit_logits(way, dtype, shared_head):
+    """The label's log-probs see no offset; student and teacher agree where their exact logits do."""
+    case = near_case(dtype, True, bias=False, shared_head=shared_head)
+    for name, changed, told in cases.invariant_variants(case, {"return_stats": True}):
+        ours, truth = (
+            evaluate(
+                op, changed if op is linear_divergence else changed.double(), **told, logits_dtype="input"
+            ).stats
+            for op in (linear_divergence, linear_divergence_reference)
+        )
+        bound = LOGPROB_NATS / min(told.get("temperature", 1.0), 1.0)
+        for field in ("student_logprob", "teacher_logprob"):
+            off = (getattr(ours, field) - truth[field]).abs().max().item()
+            assert off <= bound, f"{name}: {field} is off by {off}"
+        assert torch.equal(ours.top1_agreement.double(), truth["top1_agreement"]), name
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("divergence", ["reverse_kl", "jsd"])
+def test_top1_agreement_of_16_bit_logits_is_exact(backend, divergence, bias):
+    """Logits to 25 in bf16, where .4 % of the tokens have another largest logit than before the rounding."""
+    gen = torch.Generator().manual_seed(0)
+    weight = torch.randn(8192, 64, generator=gen)
+    hidden = torch.randn(4096, 64, generator=gen)
+    hidden = hidden * 25 / (hidden @ weight.T).abs().amax()
+    teacher = hidden + 0.1 * hidden.norm(dim=1, keepdim=True) / 8 * torch.randn(4096, 64, generator=gen)
+    hidden, weight, teacher = (x.bfloat16() for x in (hidden, weight, teacher))
+    shift = torch.randn(8192, generator=gen) if bias else torch.zeros(8192)
+    with torch.no_grad():
+        _, stats = linear_divergence(
+            hidden,
+            weight,
+            teacher,
+            weight,
+            divergence=divergence,
+            student_bias=shift if bias else None,
+            teacher_bias=shift if bias else None,
+            return_stats=True,
+            backend=backend,
+        )
+    s, t = ((x.double() @ weight.double().T + shift).argmax(1) for x in (hidden, teacher))
+    assert 0.5 < stats.top1_agreement.mean() < 0.99
+    assert (stats.top1_agreement != (s == t)).float().mean() <= 2e-4
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (4, 31), (5, 32), (7, 1003), (2, 70_001)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_likely_columns_are_the_largest(shape, bias):
+    gen = torch.Generator().manual_seed(0)
+    S = torch.randn(*shape, generator=gen).half()
+    offset = torch.randn(shape[1], generator=gen) if bias else None
+    found = centre.likely_columns(S, offset)
+    exact = S if offset is None else S + offset
+    largest = exact.topk(min(centre.LIKELY, shape[1])).values
+    assert torch.equal(exact.gather(1, found).sort(descending=True).values, largest)
+
+
 @pytest.mark.parametrize("change", ["a hidden unit adds -32", "hidden states and temperature times 0.25"])
 def test_the_gate_can_fail(change):
     """Rounding the raw logits of both sides to bf16 fails at the first change, and at each one alone."""
-    from opsd_kernels.testing import cases, gates
 
     def rounded_pair(student_hidden, student_weight, teacher_hidden, teacher_weight, **options):
         s, t = (student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T)
@@ -77,6 +166,6 @@ def test_the_gate_can_fail(change):
     changed, told = next(
         (c, o) for name, c, o in cases.invariant_variants(case, {}) if name.startswith(change)
     )
-    truth = gates.evaluate(linear_divergence_reference, changed.double(), **told)
+    truth = evaluate(linear_divergence_reference, changed.double(), **told)
     with pytest.raises(AssertionError, match="relative error"):
-        gates.assert_on_target(gates.evaluate(rounded_pair, changed, **told), truth, "default")
+        assert_on_target(evaluate(rounded_pair, changed, **told), truth, "default")
