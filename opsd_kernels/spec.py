@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from numbers import Real
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import Parameter, is_lazy
 
 
 class Kind(IntEnum):
-    """The divergences. csrc/divergence.h and triton_math.py branch on the same numbers."""
+    """The divergences. csrc/row_args.h and triton_math.py have the same numbers."""
 
     REVERSE_KL = 0
     FORWARD_KL = 1
@@ -41,6 +46,35 @@ def expect(
         raise error(f"{argument}: expected {expected}, got {got}")
 
 
+# Subclasses with a dispatch of their own that stand for plain tensors: of tracing, and of collectives.
+_STAND_INS = ("torch._subclasses.", "torch.distributed._functional_collectives")
+
+
+def check_tensor(argument: str, value: object, expected: str = "a tensor") -> Tensor:
+    """Return `value`, a dense tensor. Raises TypeError for anything else.
+
+    A sparse, nested, masked, quantised or distributed tensor has no rows that a kernel could read.
+    """
+    kind: Any = type(value)
+    came = None
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument}: expected {expected}, got {kind.__name__}")
+    if kind is not Tensor and kind is not Parameter and is_lazy(value):
+        came = kind.__name__
+    elif kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not kind.__module__.startswith(
+        _STAND_INS
+    ):
+        # Nested tensors of the jagged layout are a subclass.
+        came = f"a nested tensor ({kind.__name__})" if "nested" in kind.__module__ else kind.__name__
+    elif value.is_nested:
+        came = "a nested tensor"
+    elif value.layout is not torch.strided:
+        came = f"a tensor of layout {value.layout}"
+    if came is not None:
+        raise TypeError(f"{argument}: expected {expected}, dense and of a plain type, got {came}")
+    return value
+
+
 def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
@@ -48,13 +82,17 @@ def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None
 
 
 def check_number(argument: str, value: object, *, positive: bool = False) -> float:
-    """Return a finite number as a float. Raises TypeError for other types, ValueError for other numbers."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    """Return a finite real number as a float.
+
+    Raises TypeError for other types, numpy's numbers aside, and ValueError for other numbers.
+    """
+    if not isinstance(value, (int, float, Real)) or isinstance(value, bool):
         raise TypeError(f"{argument}: expected a number, got {value!r} of type {type(value).__name__}")
+    number = float(value)
     # A traced number (SymFloat) has neither isfinite nor, in a text, a value.
-    if not abs(value) < math.inf or (positive and value <= 0):
+    if not abs(number) < math.inf or (positive and number <= 0):
         raise ValueError(f"{argument}: expected a {'positive ' * positive}finite number, got {value!r}")
-    return float(value)
+    return number
 
 
 def _mixture_weight(name: str, beta: float, hints: dict[float, str]) -> float:
@@ -116,26 +154,72 @@ def interpolation(beta: float) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """Raw logit z -> softcap(scale * (z + bias)) / temperature, with softcap(y) = c * tanh(y / c)."""
+    """Raw logit z -> softcap(scale * (z + bias)) / temperature, with softcap(y) = c * tanh(y / c).
+
+    The temperature is a number, or a tensor (n, 1) that holds one for each row.
+    """
 
     scale: float = 1.0
     softcap: float | None = None
-    temperature: float = 1.0
+    temperature: float | Tensor = 1.0
 
     @classmethod
     def parse(
-        cls, side: str, scale: float, softcap: float | None, temperature_name: str, temperature: float
+        cls, side: str, scale: float, softcap: float | None, temperature_name: str, temperature: object
     ) -> LogitTransform:
+        """Check the arguments. A tensor of temperatures keeps its shape; `of_tokens` makes it (N, 1)."""
         prefix = f"{side}_" if side else ""
         scale = check_number(f"{prefix}logit_scale", scale)
         if softcap is not None:
             softcap = check_number(f"{prefix}softcap", softcap, positive=True)
+        if isinstance(temperature, Tensor):
+            real = temperature.dtype != torch.bool and not temperature.is_complex()
+            expect(real, temperature_name, "a tensor of real numbers", temperature.dtype, TypeError)
+            return cls(scale, softcap, check_tensor(temperature_name, temperature))
         return cls(scale, softcap, check_number(temperature_name, temperature, positive=True))
 
+    def of_tokens(self, name: str, hidden: Tensor, valid: Tensor | None = None) -> LogitTransform:
+        """Return the transform of the tokens (...) of `hidden` (..., H): a tensor of temperatures as (N, 1).
+
+        It is detached, and 1 where `valid` (N,) is False. Raises ValueError if the argument `name` does not
+        broadcast to (...), or is on another device.
+        """
+        given, leading = self.temperature, hidden.shape[:-1]
+        if not isinstance(given, Tensor):
+            return self
+        pairs = zip(reversed(given.shape), reversed(leading), strict=False)
+        fits = given.dim() <= len(leading) and all(size in (1, whole) for size, whole in pairs)
+        if not fits or (given.dim() and given.device != hidden.device):
+            expected = f"a number, or a tensor on {hidden.device} that broadcasts to {tuple(leading)}"
+            expect(False, name, expected, f"shape {tuple(given.shape)} on {given.device}")
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        # A copy from the host needs no sync.
+        moved = given.detach().to(hidden.device, wide, non_blocking=given.device.type == "cpu")
+        flat = moved.expand(leading).reshape(-1, 1)
+        return replace(self, temperature=flat if valid is None else torch.where(valid[:, None], flat, 1.0))
+
+    def at(self, rows: slice | Tensor) -> LogitTransform:
+        """Return the transform of some of the rows."""
+        given = self.temperature
+        return replace(self, temperature=given[rows]) if isinstance(given, Tensor) else self
+
+    def __eq__(self, other: object) -> bool:
+        """Compare the values. Tensors of temperatures are equal if they are one object: no host sync."""
+        if not isinstance(other, LogitTransform):
+            return NotImplemented
+        mine, theirs = self.temperature, other.temperature
+        one = mine is theirs if isinstance(mine, Tensor) or isinstance(theirs, Tensor) else mine == theirs
+        return one and (self.scale, self.softcap) == (other.scale, other.softcap)
+
     @property
-    def factor(self) -> float:
-        """The factor of a raw logit without a softcap."""
+    def factor(self) -> float | Tensor:
+        """The factor of a raw logit without a softcap: a number, or (n, 1)."""
         return self.scale / self.temperature
+
+    @property
+    def of_rows(self) -> Tensor | None:
+        """The temperatures of the rows, (n,), or None where a number serves all."""
+        return self.temperature.reshape(-1) if isinstance(self.temperature, Tensor) else None
 
 
 @dataclass(frozen=True)
@@ -169,7 +253,7 @@ class Support:
 
 @dataclass(frozen=True)
 class RowSpec:
-    """The arguments of a row sweep beside its tensors.
+    """The arguments of a row sweep beside the logits, their biases and factors.
 
     With `difference`, the teacher buffer holds raw teacher logits minus raw student logits (mathematics.md:
     the difference GEMM). `teacher_mix` a makes the teacher's transformed logits (1 - a) * t + a * s, s held
@@ -185,32 +269,70 @@ class RowSpec:
     entry_clip: float = math.inf
     token_clip: float = math.inf
 
+    @property
+    def of_rows(self) -> bool:
+        """True if a side has a temperature for each row."""
+        return isinstance(self.student.temperature, Tensor) or isinstance(self.teacher.temperature, Tensor)
+
+    def of_tokens(self, hidden: Tensor, valid: Tensor | None) -> RowSpec:
+        """Return the arguments for the tokens of `hidden` (..., H): see LogitTransform.of_tokens."""
+        if not self.of_rows:
+            return self
+        student = self.student.of_tokens("temperature", hidden, valid)
+        if self.teacher.temperature is self.student.temperature:
+            teacher = replace(self.teacher, temperature=student.temperature)
+        else:
+            teacher = self.teacher.of_tokens("teacher_temperature", hidden, valid)
+        return replace(self, student=student, teacher=teacher)
+
+    def at(self, rows: slice | Tensor) -> RowSpec:
+        """Return the arguments of some of the rows: where temperatures are tensors, theirs."""
+        if not self.of_rows:
+            return self
+        student, teacher = self.student.at(rows), self.teacher.at(rows)
+        if self.student.temperature is self.teacher.temperature:
+            # One tensor for both sides stays one: linear_difference.
+            teacher = replace(teacher, temperature=student.temperature)
+        return replace(self, student=student, teacher=teacher)
+
     def linear_difference(self, same_bias: bool) -> bool:
         """True if the difference of the *transformed* logits is `factor` times the difference buffer.
 
         The buffer then keeps its digits: it is never added to the logits.
         """
-        return self.difference and same_bias and self.student == self.teacher and self.student.softcap is None
+        s, t = self.student, self.teacher
+        of_rows = isinstance(s.temperature, Tensor) or isinstance(t.temperature, Tensor)
+        alike = s.temperature is t.temperature if of_rows else bool(s.temperature == t.temperature)
+        straight = s.softcap is None and t.softcap is None and s.scale == t.scale
+        return self.difference and same_bias and alike and straight
 
     def scalars(self, linear: bool) -> tuple[float, ...]:
         """Return all values flat, in the order of csrc/row_binding.h; a softcap of 0 is none.
 
-        `linear` is that of `linear_difference`.
+        A temperature of 0 stands for a tensor of them. `linear` is that of `linear_difference`.
         """
         s, t = self.student, self.teacher
+        numbers = [0.0 if isinstance(x.temperature, Tensor) else x.temperature for x in (s, t)]
         return (
             int(self.divergence.kind), self.divergence.beta,
-            s.scale, s.softcap or 0.0, s.temperature, t.scale, t.softcap or 0.0, t.temperature,
+            s.scale, s.softcap or 0.0, numbers[0], t.scale, t.softcap or 0.0, numbers[1],
             self.difference, linear, self.teacher_mix, self.entry_clip, self.token_clip,
         )  # fmt: skip
 
     @classmethod
-    def from_scalars(cls, values: Sequence[float]) -> RowSpec:
-        """Rebuild a spec from `scalars`."""
+    def from_scalars(cls, values: Sequence[float], temperatures: Sequence[Tensor | None]) -> RowSpec:
+        """Rebuild a spec from `scalars` and each side's tensor of temperatures.
+
+        None for the teacher's, where its number is 0, stands for the student's.
+        """
         kind, beta, *transforms, difference, _, mix, entry_clip, token_clip = values
+        of_student, of_teacher = temperatures
+        tensors = of_student, of_student if of_teacher is None else of_teacher
         student, teacher = (
-            LogitTransform(scale, softcap or None, temperature)
-            for scale, softcap, temperature in (transforms[:3], transforms[3:])
+            LogitTransform(scale, softcap or None, number if tensor is None or number else tensor)
+            for (scale, softcap, number), tensor in zip(
+                (transforms[:3], transforms[3:]), tensors, strict=True
+            )
         )
         divergence = Divergence(Kind(int(kind)), beta)
         return cls(divergence, student, teacher, bool(difference), mix, entry_clip, token_clip)
@@ -231,10 +353,12 @@ class RowSpec:
 
         The gradient jumps at p = q or at an entry clip; a softcap needs the logits themselves, not relative
         to a constant of their row; a factor above LARGEST_FACTOR multiplies what is left of their rounding.
+        Temperatures in a tensor may be as small: reading them would sync with a GPU.
         """
         return (
             self.divergence.kinked
             or self.entry_clip < math.inf
+            or self.of_rows
             or any(
                 side.softcap is not None or not 0 < side.scale / side.temperature <= LARGEST_FACTOR
                 for side in (self.student, self.teacher)

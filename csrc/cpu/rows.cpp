@@ -182,9 +182,10 @@ class Rows {
 
   // Row i's factor and policy slope through the transform's constants, without A.
   Pull pull_of(int64_t i) const {
-    const double weight = a_.policy ? static_cast<const E*>(a_.policy)[i] * a_.student.scale / a_.student.temperature : 0;
+    const double temperature = of_row<X>(a_.student, i).temperature;
+    const double weight = a_.policy ? static_cast<const E*>(a_.policy)[i] * a_.student.scale / temperature : 0;
     const int64_t label = weight != 0 && a_.labels[i] >= 0 && a_.labels[i] < a_.V ? a_.labels[i] : -1;
-    return {static_cast<const E*>(a_.factor)[i] * a_.student.scale / a_.student.temperature, 0, weight, label};
+    return {static_cast<const E*>(a_.factor)[i] * a_.student.scale / temperature, 0, weight, label};
   }
 
   template <class Out>

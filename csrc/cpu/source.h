@@ -97,6 +97,13 @@ struct Relative {
   X x, y, o;
 };
 
+// A side's transform at one row.
+template <class X>
+Transform of_row(Transform t, int64_t row) {
+  if (t.temperatures) t.temperature = static_cast<const ElementOf<X>*>(t.temperatures)[row];
+  return t;
+}
+
 // The gap d is a multiple of the difference buffer, without bias or softcap: one load and one product per
 // side.
 template <class X, class T>
@@ -113,8 +120,8 @@ struct LinearSource {
   LinearSource(const RowArgs& a, int64_t row, int64_t next_row)
       : S(static_cast<const T*>(a.S) + row * a.stride_s),
         D(static_cast<const T*>(a.T) + row * a.stride_t),
-        factor(a.student.scale / a.student.temperature),
-        gap_factor((1 - a.teacher_mix) * (a.student.scale / a.student.temperature)),
+        factor(a.student.scale / of_row<X>(a.student, row).temperature),
+        gap_factor((1 - a.teacher_mix) * (a.student.scale / of_row<X>(a.student, row).temperature)),
         next(a, next_row) {}
 
   References<X> references(double student, double teacher) const { return {student, teacher, 0}; }
@@ -181,15 +188,15 @@ struct GeneralSource {
   GeneralSource(const RowArgs& a, int64_t row, int64_t next_row)
       : S(static_cast<const T*>(a.S) + row * a.stride_s),
         T_(static_cast<const T*>(a.T) + row * a.stride_t),
-        student_side(a.student, a.bias_s),
-        teacher_side(a.teacher, a.bias_t),
+        student_side(of_row<X>(a.student, row), a.bias_s),
+        teacher_side(of_row<X>(a.teacher, row), a.bias_t),
         teacher_mix(a.teacher_mix),
         difference(a.difference),
         linear(a.linear),
         mixed(a.teacher_mix != 0),
         kept(1 - a.teacher_mix),
         mix(a.teacher_mix),
-        gap_factor((1 - a.teacher_mix) * (a.student.scale / a.student.temperature)),
+        gap_factor((1 - a.teacher_mix) * (a.student.scale / of_row<X>(a.student, row).temperature)),
         next(a, next_row) {}
 
   OPSD_INLINE Entry at(int64_t v, int64_t count) const {

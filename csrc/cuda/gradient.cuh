@@ -79,7 +79,7 @@ struct Pull {
   int64_t label;
 
   OPSD_DEVICE Pull(const RowArgs& a, int64_t n, float dot, float clipped) : factor(0), A(dot), weight(0), label(-1) {
-    const float outer = a.student.scale / a.student.temperature;
+    const float outer = a.student.scale / of_row(a.student, n).temperature;
     if (clipped != 1) factor = static_cast<const float*>(a.factor)[n] * outer;
     if (a.policy) weight = static_cast<const float*>(a.policy)[n] * outer;
     if (weight != 0) label = a.labels[n];

@@ -35,7 +35,7 @@ OPSD_DEVICE Near near_sweep(const Source<PLAIN>& source, const Slice<In>& slice,
 template <class In, bool PLAIN>
 OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) stats_kernel(OPSD_GRID_CONSTANT RowArgs a) {
   const int64_t n = block();
-  const Source<PLAIN> source(a);
+  const Source<PLAIN> source(a, n);
   const WholeRow<In> whole = whole_row<In>(a, n);
   const Slice<In> slice = whole_slice(whole);
   const Near near = near_sweep(source, slice, a.metrics, [](int, const auto&, const auto&) {});
@@ -50,7 +50,7 @@ OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) stats_kernel(OPSD_GRID_CONST
 template <class In, bool PLAIN, Kind KIND>
 OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) dot_kernel(OPSD_GRID_CONSTANT RowArgs a) {
   const int64_t n = block();
-  const Source<PLAIN> source(a);
+  const Source<PLAIN> source(a, n);
   Statistics row;
   row.read(stats_of(a, n), a.spread_limit);
   write_value(a, n, value<KIND>(source, whole_slice(whole_row<In>(a, n)), row, exchange(), a), thread() == 0);
@@ -59,7 +59,7 @@ OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) dot_kernel(OPSD_GRID_CONSTAN
 template <class In, bool PLAIN, Kind KIND>
 OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) grad_kernel(OPSD_GRID_CONSTANT RowArgs a) {
   const int64_t n = block();
-  const Source<PLAIN> source(a);
+  const Source<PLAIN> source(a, n);
   const Slice<In> slice = whole_slice(whole_row<In>(a, n));
   const Pull pull(a, n, static_cast<const float*>(a.A)[n], stats_of(a, n)[CLIPPED]);
   const Output G(a.G, n * a.stride_g, a.out);
@@ -79,7 +79,7 @@ OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) fused_kernel(OPSD_GRID_CONST
   const int rank = cluster_rank();
   const int64_t n = block() / cluster_size(), first = min(rank * per_block, a.V);
   const int length = static_cast<int>(min(per_block, a.V - first));
-  const Source<PLAIN> source(a);
+  const Source<PLAIN> source(a, n);
   const WholeRow<In> whole = whole_row<In>(a, n);
   const Slice<In> slice(whole.S + first, whole.T + first, first, length);
   In* const held_s = reinterpret_cast<In*>(shared_memory() + EXCHANGE_BYTES);

@@ -19,6 +19,12 @@ struct Relative {
   float x, y, o;  // s - reference, t - reference, y - x
 };
 
+// A side's transform at row n.
+OPSD_DEVICE Transform of_row(Transform t, int64_t n) {
+  if (t.temperatures) t.temperature = static_cast<const float*>(t.temperatures)[n];
+  return t;
+}
+
 // PLAIN: no bias, no softcap, and teacher logits or a linear difference. A logit is y * outer, with
 // y = tanh(inner * (z + bias)) under a softcap, else z + bias: s - reference is then one rounding.
 template <bool PLAIN>
@@ -32,13 +38,13 @@ class Source {
     float s, t;  // each side's y; the raw difference for the teacher where the gap is a multiple of it
   };
 
-  OPSD_DEVICE explicit Source(const RowArgs& a)
+  OPSD_DEVICE Source(const RowArgs& a, int64_t n)
       : bias_s_(static_cast<const float*>(a.bias_s)),
         bias_t_(static_cast<const float*>(a.bias_t)),
         inner_s_(a.student.softcap > 0 ? a.student.scale / a.student.softcap : 1),
-        outer_s_((a.student.softcap > 0 ? a.student.softcap : a.student.scale) / a.student.temperature),
+        outer_s_((a.student.softcap > 0 ? a.student.softcap : a.student.scale) / of_row(a.student, n).temperature),
         inner_t_(a.teacher.softcap > 0 ? a.teacher.scale / a.teacher.softcap : 1),
-        outer_t_((1 - a.teacher_mix) * (a.teacher.softcap > 0 ? a.teacher.softcap : a.teacher.scale) / a.teacher.temperature),
+        outer_t_((1 - a.teacher_mix) * (a.teacher.softcap > 0 ? a.teacher.softcap : a.teacher.scale) / of_row(a.teacher, n).temperature),
         mix_(a.linear ? 0 : a.teacher_mix),
         linear_(a.linear),
         difference_(a.difference),

@@ -4,19 +4,21 @@
 three with a frozen head). `PerRow` returns a loss per row and accepts any upstream gradient per row: with a
 frozen head it scales the rows of a dh computed in forward; with a trainable one it projects again in backward
 (six passes). `LogProbs` does the same for log-probs of one side. Each takes the three leaves and the problem
-that they belong to. Backward works out of place if the graph is retained, so that it may run twice.
+that they belong to. Backward works out of place if the graph is retained, so that it may run twice. There are
+no second derivatives: see `first_order`.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._rows.contract import Column
 from ..spec import BACKWARDS, check_choice, expect
@@ -51,6 +53,9 @@ def choose_route(problem: Problem, weigher: RowWeigher, backward: str) -> Route:
     if not any(problem.wants):
         return Route.VALUE
     known = weigher.scope == "index"
+    if problem.student.hidden.is_meta and not known:
+        # A weigher of the loop reads statistics, which meta tensors have in shape alone.
+        return Route.PER_ROW
     if per_token or backward == "recompute" or not (known or problem.trainable or weigher.policy is not None):
         return Route.PER_ROW
     return Route.WEIGHTED_SUM if known else Route.FACTORS_IN_LOOP
@@ -70,15 +75,15 @@ def evaluate(
     if route is Route.WEIGHTED_SUM:
         slope = weigher.policy_losses(None)[1] * scale if weigher.policy is not None else None
         weighted = problem.with_factors(weigher.weights(None) * scale, slope)
-        loss, D, stats, logprobs = WeightedSum.apply(*leaves, weighted, metrics, None)
+        loss, D, stats, logprobs, _ = WeightedSum.apply(*leaves, weighted, metrics, None)
     elif route is Route.FACTORS_IN_LOOP:
-        loss, D, stats, logprobs = _sum_with_loop_factors(*leaves, problem, metrics, weigher)
+        loss, D, stats, logprobs, _ = _sum_with_loop_factors(*leaves, problem, metrics, weigher)
     else:
         if route is Route.PER_ROW:
             recompute = problem.trainable or backward == "recompute"
             reached = weigher.weights(None) != 0 if weigher.scope == "index" else weigher.mask().reshape(-1)
             reachable = problem.with_factors(reached.to(problem.stats_dtype))
-            D, stats, logprobs = PerRow.apply(*leaves, reachable, metrics, recompute)
+            D, stats, logprobs, _ = PerRow.apply(*leaves, reachable, metrics, recompute)
         else:
             D, _, stats, logprobs, *_ = library.op(*library.pack(problem), metrics, False)
         factor = weigher.weights(weigher.stats(D, stats, logprobs)) * scale
@@ -105,6 +110,47 @@ def _apply_weighted_sum(*args: Any) -> tuple[Tensor, ...]:
 
 
 # ---------------------------------------------------------------- pieces of the Functions
+
+
+class _Refusal(torch.autograd.Function):
+    """Return gradients unchanged; raise where they are differentiated.
+
+    `anchor`, an output of the op, puts this node on every path from the gradients to the leaves.
+    """
+
+    @staticmethod
+    def forward(ctx, anchor, *gradients):
+        return tuple(gradient.view_as(gradient) for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "opsd_kernels has no second derivatives: expected a gradient that is not differentiated, got one "
+            "made with create_graph=True and used in a loss"
+        )
+
+
+def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Wrap a backward whose gradients cannot be differentiated again.
+
+    Like torch's once_differentiable, which however returns constants under create_graph=True: a gradient
+    penalty would be lost silently. The last saved tensor is an empty output, the anchor of `_Refusal`.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
+        # AOT autograd has its own error.
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return gradients
+        present = [gradient for gradient in gradients if gradient is not None]
+        if not present:
+            return gradients
+        refusing = iter(_Refusal.apply(ctx.saved_tensors[-1], *present))
+        return tuple(None if gradient is None else next(refusing) for gradient in gradients)
+
+    return run
 
 
 def _times(factor: Tensor, D: Tensor) -> Tensor:
@@ -152,10 +198,15 @@ def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _save(ctx: Any, problem: Problem, *results: Tensor) -> None:
-    """Save the flat form of a problem for backward, its tensors as saved tensors, followed by results."""
-    flat = library.pack(problem)
-    ctx.constants = [None if isinstance(x, Tensor) else x for x in flat]
-    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in flat), *results)
+    """Save the flat form of a problem for backward, its tensors as saved tensors, followed by results.
+
+    Autograd saves no tensors of inference mode. They need no gradient, and are kept like constants;
+    torch.compile cannot tell them from others.
+    """
+    flat, compiling = library.pack(problem), torch.compiler.is_compiling()
+    saved = [x if isinstance(x, Tensor) and (compiling or not x.is_inference()) else None for x in flat]
+    ctx.constants = [x if kept is None else None for x, kept in zip(flat, saved, strict=True)]
+    ctx.save_for_backward(*saved, *results)
     ctx.wants, ctx.dtypes = problem.wants, [None if x is None else x.dtype for x in flat[:3]]
 
 
@@ -168,7 +219,7 @@ def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
 
 def _project_again(ctx: Any, factor: Tensor, slope: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return dh, dW and dbias of recompute mode, with row factors from the upstream gradient."""
-    flat, (stats, A) = _saved(ctx)
+    flat, (stats, A, _) = _saved(ctx)
     factor, slope, unit = _fp16_units(ctx.dtypes[0], factor, slope)
     grads = library.op_backward(*library.with_factors(flat, factor, slope), stats, A)
     scale = factor.new_ones(()) if unit is None else unit
@@ -200,19 +251,20 @@ class WeightedSum(torch.autograd.Function):
             factor, unit = weigher.factor(out), weigher.unit
             loss, stats, dh, dW, dbias = out.loss, out.stats, out.dh, out.dW, out.dbias
             logprobs = loss.new_empty(0) if out.logprobs is None else out.logprobs
-        ctx.save_for_backward(dh, dW, dbias, unit)
+        anchor = loss.new_empty(0)
+        ctx.save_for_backward(dh, dW, dbias, unit, anchor)
         ctx.wants = problem.wants
         ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in (hidden, weight, bias)]
         ctx.mark_non_differentiable(loss, stats, logprobs)
         ctx.set_materialize_grads(False)
-        return _times(factor, loss).sum(), loss, stats, logprobs
+        return _times(factor, loss).sum(), loss, stats, logprobs, anchor
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, upstream, *_):
         if upstream is None:
             return (None,) * 6
-        *grads, unit = ctx.saved_tensors
+        *grads, unit, _ = ctx.saved_tensors
         scale = upstream if unit is None else upstream * unit
         scaled = (
             _scaled(grad, scale, dtype) if want else None
@@ -236,21 +288,22 @@ class PerRow(torch.autograd.Function):
         problem = problem.with_factors(*factors)
         loss, A, stats, logprobs, dh, _, _ = library.op(*library.pack(problem), metrics, recompute)
         ctx.recompute, ctx.dtype = recompute, hidden.dtype
+        anchor = loss.new_empty(0)
         if recompute:
-            _save(ctx, problem, stats, A)
+            _save(ctx, problem, stats, A, anchor)
         else:
-            ctx.save_for_backward(dh, unit)
+            ctx.save_for_backward(dh, unit, anchor)
         ctx.mark_non_differentiable(stats, logprobs)
         ctx.set_materialize_grads(False)
-        return loss, stats, logprobs
+        return loss, stats, logprobs, anchor
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, upstream, *_):
         if upstream is None:
             return (None,) * 6
         if not ctx.recompute:
-            dh, unit = ctx.saved_tensors
+            dh, unit, _ = ctx.saved_tensors
             scale = upstream if unit is None else upstream * unit
             return _scaled(dh, scale[:, None], ctx.dtype), *(None,) * 5
         return *_project_again(ctx, upstream.contiguous(), None), None, None, None
@@ -274,23 +327,24 @@ class LogProbs(torch.autograd.Function):
             *factors, unit = _fp16_units(hidden.dtype, problem.rows.factor, problem.rows.policy_slope)
             problem = problem.with_factors(*factors)
         _, A, stats, logprobs, dh, _, _ = library.op(*library.pack(problem), metrics, not ctx.in_forward)
+        anchor = stats.new_empty(0)
         if ctx.in_forward:
-            ctx.save_for_backward(dh, unit)
+            ctx.save_for_backward(dh, unit, anchor)
         else:
-            _save(ctx, problem, stats, A)
+            _save(ctx, problem, stats, A, anchor)
         ctx.set_materialize_grads(False)
-        return logprobs[:, 0].clone(), stats[:, Column.STUDENT_ENTROPY].clone()
+        return logprobs[:, 0].clone(), stats[:, Column.STUDENT_ENTROPY].clone(), anchor
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, of_logprob, of_entropy):
+    @first_order
+    def backward(ctx, of_logprob, of_entropy, _):
         if ctx.in_forward:
-            dh, unit = ctx.saved_tensors
+            dh, unit, _ = ctx.saved_tensors
             if of_logprob is None:
                 return (None,) * 5
             scale = -(of_logprob if unit is None else of_logprob * unit)
             return _scaled(dh, scale[:, None], ctx.dtype), None, None, None, None
-        _, (_, A) = _saved(ctx)
+        _, (_, A, _) = _saved(ctx)
         nothing = torch.zeros_like(A)
         factor, slope = (nothing if grad is None else -grad.contiguous() for grad in (of_entropy, of_logprob))
         return *_project_again(ctx, factor, slope), None, None
@@ -308,6 +362,6 @@ def log_probs(problem: Problem, in_forward: bool, entropy: bool) -> tuple[Tensor
         valid, wide, hidden = problem.rows.valid, problem.stats_dtype, problem.student.hidden
         slope = hidden.new_ones(problem.tokens, dtype=wide) if valid is None else valid.to(wide)
         problem = problem.with_factors(torch.zeros_like(slope), slope)
-    return LogProbs.apply(
-        problem.student.hidden, problem.student.weight, problem.student.bias, problem, entropy
-    )
+    leaves = problem.student.hidden, problem.student.weight, problem.student.bias
+    logprobs, entropies, _ = LogProbs.apply(*leaves, problem, entropy)
+    return logprobs, entropies

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._rows import torch_rows
+from ..spec import RowSpec
 from .problem import Problem
 
 PILOT_COLUMNS, PILOT_SHARE = 256, 32  # at least, and of the vocabulary: see pilot_columns
@@ -113,14 +114,16 @@ def likely_columns(S: Tensor, bias: Tensor | None) -> Tensor:
     return torch.cat(parts)
 
 
-def exact_argmax(problem: Problem, student: Tensor, teacher: Tensor, likely: Tensor, found: Tensor) -> Tensor:
+def exact_argmax(
+    problem: Problem, spec: RowSpec, student: Tensor, teacher: Tensor, likely: Tensor, found: Tensor
+) -> Tensor:
     """Return the columns of the largest logits of student and teacher, (C, 2), by fp32 dot products.
 
-    Candidates are `likely` (C, K), columns of these heads, and `found` (C, 2), the argmax of both sides in
-    the 16-bit buffers, columns of the whole vocabulary. With bf16 logits near 25 that argmax is another one
-    in .4 % of the tokens. All ranks of a shard get the same columns.
+    `spec` is that of the C rows. Candidates are `likely` (C, K), columns of these heads, and `found` (C, 2),
+    the argmax of both sides in the 16-bit buffers, columns of the whole vocabulary. With bf16 logits near 25
+    that argmax is another one in .4 % of the tokens. All ranks of a shard get the same columns.
     """
-    shard, spec = problem.shard, replace(problem.spec, difference=False)
+    shard = problem.shard
     assert problem.teacher is not None
     known = found.long() if shard is None else shard.local(found.long())
     columns = torch.cat([likely, known], 1)
@@ -131,7 +134,7 @@ def exact_argmax(problem: Problem, student: Tensor, teacher: Tensor, likely: Ten
 
     biases = (None if side.bias is None else side.bias[at] for side in (problem.student, problem.teacher))
     s, t = raw(student, problem.student.weight), raw(teacher, problem.teacher.weight)
-    values = torch.stack(torch_rows.logits(s, t, spec, *biases)[:2])
+    values = torch.stack(torch_rows.logits(s, t, replace(spec, difference=False), *biases)[:2])
     values = torch.where(columns < 0, -torch.inf, values)  # of another rank
     largest = values.amax(2)
     # The first of equal ones, as the sweeps take it

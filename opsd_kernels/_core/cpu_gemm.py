@@ -3,13 +3,13 @@
 The first usable one of these runs:
 
 * the extension's `gemm_bf16_`, on oneDNN's micro-kernel;
-* `cblas_gemm_bf16bf16f32` or `cblas_gemm_f16f16f32` of the math library inside torch, on Intel processors
-  with units for the dtype;
-* fp32 GEMMs over slices (`sliced_mm_`).
+* `cblas_gemm_bf16bf16f32` of the math library inside torch, on Intel processors with tile units;
+* fp32 GEMMs over slices (`sliced_mm_`), always in fp16.
 
-Without such units the library calls are too expensive. At 256 x 151936 `cblas_gemm_f16f16f32` takes 148 MiB
-of fp32 copies per thread, and `torch.mm` of fp16 takes 14 times as long as slices (N = 256, H = 512, V =
-16000, AMD EPYC with AVX-512).
+The other library calls are too expensive. At 256 x 64 x 151936 `cblas_gemm_f16f16f32` takes 148 MiB of fp32
+copies per thread, with AMX and avx512_fp16 too, where dW takes 339 ms and slices take 181. `torch.mm` of fp16
+on a processor without units takes 14 times as long as slices (N = 256, H = 512, V = 16000, AMD EPYC with
+AVX-512).
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from .._rows import extension
 from .planner import SLICE_BYTES
 
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112  # CBLAS
-_CBLAS_NAMES = {torch.bfloat16: "cblas_gemm_bf16bf16f32", torch.float16: "cblas_gemm_f16f16f32"}
+_CBLAS_NAME = "cblas_gemm_bf16bf16f32"
 
 
 @functools.cache
-def cblas_gemm(dtype: torch.dtype) -> Callable[..., None] | None:
-    """Return the math library's GEMM from 16-bit operands to fp32.
+def cblas_gemm() -> Callable[..., None] | None:
+    """Return the math library's GEMM from bf16 operands to fp32.
 
-    None where torch was built without it or the CPU lacks units for `dtype`.
+    None where torch was built without it or the CPU lacks tile units.
     """
-    if not (extension.has_amx() if dtype == torch.bfloat16 else extension.mm_has_units(dtype)):
+    if not extension.has_amx():
         return None
     for library in sorted((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")):
         try:
-            gemm = getattr(ctypes.CDLL(str(library)), _CBLAS_NAMES[dtype])
+            gemm = getattr(ctypes.CDLL(str(library)), _CBLAS_NAME)
         except (AttributeError, OSError):
             continue
         integer, pointer, real = ctypes.c_int, ctypes.c_void_p, ctypes.c_float
@@ -118,14 +118,14 @@ def cpu_gemm_name(dtype: torch.dtype) -> str:
     """Return the name of the GEMM of 16-bit matrices with an fp32 result on this CPU."""
     if dtype == torch.bfloat16 and extension.gemm_unavailable() is None:
         return "oneDNN's micro-kernel"
-    return _CBLAS_NAMES[dtype] if cblas_gemm(dtype) else "fp32 GEMMs over slices"
+    return _CBLAS_NAME if dtype == torch.bfloat16 and cblas_gemm() else "fp32 GEMMs over slices"
 
 
 def widening_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     """Write a @ b of 16-bit CPU matrices into an fp32 `out`, or add it to `out`."""
     if a.dtype == torch.bfloat16 and extension.gemm_unavailable() is None:
         torch.ops.opsd_kernels.gemm_bf16_(a, b, out, accumulate)
-    elif gemm := cblas_gemm(a.dtype):
+    elif a.dtype == torch.bfloat16 and (gemm := cblas_gemm()):
         _cblas_mm(gemm, a, b, out, beta=float(accumulate))
     else:
         sliced_mm_(a, b, out, accumulate)

@@ -106,6 +106,11 @@ def _computed_rows(problem: Problem, count: int | None = None) -> ComputedRows:
     if rows.topk_ids is not None:
         listed = "wherever teacher_topk_logprobs is above -inf"  # elsewhere ids are 0
         _check_entries("teacher_topk_ids", listed, rows.topk_ids, None, problem.vocab)
+    student, teacher = problem.spec.student.of_rows, problem.spec.teacher.of_rows
+    if student is not None:
+        _check_temperatures("temperature", student)
+    if teacher is not None and problem.spec.teacher.temperature is not problem.spec.student.temperature:
+        _check_temperatures("teacher_temperature", teacher)
     if rows.valid is None or not packs(problem):
         return ComputedRows(N, valid=rows.valid)
     index = (rows.valid.nonzero() if count is None else rows.valid.nonzero_static(size=count)).squeeze(1)
@@ -119,11 +124,20 @@ def _check_entries(name: str, otherwise: str, entries: Tensor, valid: Tensor | N
     """
     inside = (entries >= 0) & (entries < vocab)
     inside = inside if valid is None else inside | ~valid
-    expected = f"entries in [0, {vocab}) {otherwise}"
-    if on_host(entries.device):
-        expect(bool(inside.all()), name, expected, entries[~inside][:1].tolist())
+    _check_all(name, f"entries in [0, {vocab}) {otherwise}", entries, inside)
+
+
+def _check_temperatures(name: str, temperatures: Tensor) -> None:
+    """Raise ValueError unless all temperatures are positive and finite; on CUDA as `_check_entries`."""
+    good = (temperatures > 0) & (temperatures < torch.inf)
+    _check_all(name, "positive finite numbers", temperatures, good)
+
+
+def _check_all(name: str, expected: str, values: Tensor, good: Tensor) -> None:
+    if on_host(values.device):
+        expect(bool(good.all()), name, expected, values[~good][:1].tolist())
     else:
-        torch._assert_async(inside.all(), f"{name}: expected {expected}")
+        torch._assert_async(good.all(), f"{name}: expected {expected}")
 
 
 # ---------------------------------------------------------------- the flat form
@@ -132,7 +146,8 @@ _PROBLEM = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
     "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? factor, Tensor? policy_slope, Tensor? valid, Tensor? labels, "
-    "Tensor? topk_ids, Tensor? topk_logprobs, float[] spec, int[] support, "
+    "Tensor? topk_ids, Tensor? topk_logprobs, Tensor? temperature, Tensor? teacher_temperature, "
+    "float[] spec, int[] support, "
     "bool shared_head, int vocab, ScalarType logits_dtype, int workspace_bytes, str? backend, "
     "int[] shard, str? group, bool grad_hidden, bool grad_weight, bool grad_bias"
 )
@@ -147,7 +162,14 @@ _SIDES = ("student", "teacher", None)
 
 def pack(problem: Problem) -> tuple[Any, ...]:
     """Flatten a problem into the leading arguments of both ops."""
-    rows, support = problem.rows, problem.support
+    rows, spec, support = problem.rows, problem.spec, problem.support
+    temperatures = [
+        side.temperature if isinstance(side.temperature, Tensor) else None
+        for side in (spec.student, spec.teacher)
+    ]
+    if temperatures[0] is temperatures[1]:
+        # Once, so that both sides share one object again in `unpack`.
+        temperatures[1] = None
     teacher: tuple[Tensor | None, ...] = (None, None, None)
     if problem.teacher is not None:
         teacher = (problem.teacher.hidden, problem.teacher.weight, problem.teacher.bias)
@@ -163,7 +185,8 @@ def pack(problem: Problem) -> tuple[Any, ...]:
         rows.labels,
         rows.topk_ids,
         rows.topk_logprobs,
-        [float(value) for value in problem.spec.scalars(linear=False)],
+        *temperatures,
+        [float(value) for value in spec.scalars(linear=False)],
         [] if support is None else [support.k, _SIDES.index(support.side), TAILS.index(support.tail)],
         problem.shared_head,
         problem.vocab,
@@ -179,12 +202,13 @@ def pack(problem: Problem) -> tuple[Any, ...]:
 def unpack(flat: Sequence[Any]) -> Problem:
     """Rebuild a problem from the flat form of `pack`."""
     (h_s, W_s, b_s, h_t, W_t, b_t, factor, slope, valid, labels, ids, logprobs, *rest) = flat
-    (spec, support, shared_head, vocab, logits_dtype, workspace_bytes, backend, shard, group, *wants) = rest
+    (temperature_s, temperature_t, spec, support, shared_head, vocab, logits_dtype, *rest) = rest
+    workspace_bytes, backend, shard, group, *wants = rest
     return Problem(
         student=Side(h_s, W_s, b_s),
         teacher=None if h_t is None else Side(h_t, W_t, b_t),
         rows=RowSelection(valid, labels, ids, logprobs, factor, slope),
-        spec=RowSpec.from_scalars(spec),
+        spec=RowSpec.from_scalars(spec, (temperature_s, temperature_t)),
         support=Support(support[0], _SIDES[support[1]], TAILS[support[2]]) if support else None,
         shared_head=shared_head,
         vocab=vocab,
@@ -244,7 +268,7 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_gradients(flat: Sequence[Any], wants: Sequence[bool]) -> tuple[Tensor, ...]:
-    hidden, held = flat[0], held_dtype(flat[0].dtype, flat[16])
+    hidden, held = flat[0], held_dtype(flat[0].dtype, flat[18])
     dtypes = held, held, torch.promote_types(hidden.dtype, torch.float32)
     return tuple(
         hidden.new_empty(leaf.shape, dtype=dtype) if want else hidden.new_empty(0)

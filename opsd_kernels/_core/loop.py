@@ -300,7 +300,7 @@ class Walk:
         if self.out.logprobs is not None and not self.saved:
             raw = chunk.at(self.label_columns(at)[:, None].clamp(min=0))
             S, T = chunk.at_label or (raw.S, raw.T)
-            label = torch_rows.logits(S, T, problem.spec, raw.bias_s, raw.bias_t)
+            label = torch_rows.logits(S, T, problem.spec.at(at), raw.bias_s, raw.bias_t)
         if self.metrics and problem.teacher is not None and problem.logits_dtype.itemsize == 2:
             likely = likely_columns(chunk.S, chunk.bias_s)
             if not problem.spec.difference:
@@ -313,7 +313,7 @@ class Walk:
         if exact.likely is not None and problem.teacher is not None:
             student, teacher = (self.counted(x.hidden[at], at) for x in (problem.student, problem.teacher))
             argmax = stats[:, Column.STUDENT_ARGMAX : Column.CLIPPED]
-            argmax.copy_(exact_argmax(problem, student, teacher, exact.likely, argmax))
+            argmax.copy_(exact_argmax(problem, problem.spec.at(at), student, teacher, exact.likely, argmax))
         out.stats[at], out.loss[at], out.A[at] = (self.counted(x, at) for x in (stats, loss, A))
         if exact.label is not None and out.logprobs is not None:
             logprobs = _label_logprobs(exact.label, stats)
@@ -351,7 +351,7 @@ def fused(walk: Walk, chunk: Rows, at: Positions) -> Tensor | None:
     labels = None if slope is None else walk.labels(at)
     biases = chunk.bias_s, chunk.bias_t
     stats, loss, A = walk.backend.row_fused_(
-        chunk.S, chunk.T, factor, walk.problem.spec, *biases, walk.metrics, G, slope, labels
+        chunk.S, chunk.T, factor, walk.problem.spec.at(at), *biases, walk.metrics, G, slope, labels
     )
     walk.keep(at, stats, loss, A, exact)
     if not deferred:
@@ -363,7 +363,7 @@ def fused(walk: Walk, chunk: Rows, at: Positions) -> Tensor | None:
 
 def two_pass(walk: Walk, chunk: Rows, at: Positions) -> None:
     """Sweep for the statistics, then for the value, then for the gradient."""
-    spec, biases = walk.problem.spec, (chunk.bias_s, chunk.bias_t)
+    spec, biases = walk.problem.spec.at(at), (chunk.bias_s, chunk.bias_t)
     stats = walk.backend.row_stats(chunk.S, chunk.T, spec, *biases, walk.metrics)
     loss, A = walk.backend.row_dot(chunk.S, chunk.T, stats, spec, *biases)
     walk.keep(at, stats, loss, A, walk.exact(chunk, at))
@@ -380,12 +380,13 @@ def _write_gradient(walk: Walk, chunk: Rows, at: Positions, stats: Tensor, A: Te
     factor, slope = walk.factors(at)
     G, biases = walk.gradient(chunk.S), (chunk.bias_s, chunk.bias_t)
     labels = None if slope is None else walk.labels(at)
-    walk.backend.row_grad_(chunk.S, chunk.T, stats, A, factor, walk.problem.spec, *biases, G, slope, labels)
+    spec = walk.problem.spec.at(at)
+    walk.backend.row_grad_(chunk.S, chunk.T, stats, A, factor, spec, *biases, G, slope, labels)
 
 
 def top_k(walk: Walk, chunk: Rows, at: Positions) -> None:
     """Restrict the divergence to a support. With saved statistics, compute the gradient alone."""
-    problem, spec, support = walk.problem, walk.problem.spec, walk.problem.support
+    problem, spec, support = walk.problem, walk.problem.spec.at(at), walk.problem.support
     assert support is not None
     exact = walk.exact(chunk, at)
     if walk.saved:

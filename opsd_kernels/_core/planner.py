@@ -32,7 +32,7 @@ ROW_LIMITS = {("cpu", True): 1024, ("cpu", False): 256, ("cuda", True): 4096, ("
 WIDE_CPU_ROWS = 256  # the same limit for 32- and 64-bit inputs
 ALIGNED_ROWS = 1024  # limit to which a chunk may grow to hold a whole sequence
 SUPPORT_BYTES = 96  # per entry of a support: a dozen numbers, each in its own tensor
-SLICE_BYTES = 8 << 20  # fp32 copies in one product, where the CPU has no units for a 16-bit dtype
+SLICE_BYTES = 8 << 20  # fp32 copies in one product of fp16 matrices, or where the CPU has no units for bf16
 QUEUE_BYTES = 16  # per column and thread while torch.topk runs
 # Per column and thread for a divergence of two sweeps, which keep four rows (csrc/cpu/rows.cpp); others keep
 # one or two.
@@ -341,7 +341,8 @@ def _cpu_scratch(dtype: torch.dtype, V: int, topk: int, one_sweep: bool, threads
     tiled = dtype.itemsize == 2 and extension.has_amx()
     per_thread = CPU_SCRATCH_PER_THREAD_AMX if tiled else CPU_SCRATCH_PER_THREAD
     columns = QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one_sweep)
-    slices = 0 if extension.mm_has_units(dtype) else SLICE_BYTES
+    sliced = dtype == torch.float16 or not extension.mm_has_units(dtype)  # see cpu_gemm.py
+    slices = SLICE_BYTES if sliced else 0
     return CPU_SCRATCH_BYTES + slices + (threads or torch.get_num_threads()) * (per_thread + V * columns)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._rows import backends
-from ..spec import RowSpec, Support, check_choice, expect
+from ..spec import RowSpec, Support, check_choice, check_tensor, expect
 from .planner import DTYPES, resolve_logits, workspace_budget
 from .shard import VocabShard, local_head, shard_of
 
@@ -111,7 +111,8 @@ class Problem:
         # While torch.compile traces, tensors have no storage: only one and the same object counts as shared.
         compiling, heads = torch.compiler.is_compiling(), [side.weight for side in sides]
         shared = len(heads) == 2 and (heads[0] is heads[1] or (not compiling and same_storage(*heads)))
-        if torch.is_autocast_enabled(sides[0].hidden.device.type):
+        device = sides[0].hidden.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             sides = _autocast(sides, shared)
         for prefix, side in zip(prefixes, sides, strict=False):
             check_side(prefix, side, sides[0].hidden, prefixes[0] + "hidden")
@@ -143,7 +144,7 @@ class Problem:
             student=flat[0],
             teacher=flat[1].detached() if len(flat) == 2 else None,
             rows=RowSelection(valid, labels, ids, logprobs),
-            spec=replace(spec, difference=difference),
+            spec=replace(spec.of_tokens(hidden, valid), difference=difference),
             support=support,
             shared_head=shared,
             vocab=vocab,
@@ -230,17 +231,17 @@ def same_storage(a: Tensor, b: Tensor | None) -> bool:
 
 
 def check_types(prefix: str, side: Side) -> None:
-    """Raise TypeError for an argument that is not a tensor, ValueError for a DTensor without a group.
+    """Raise TypeError for an argument that is no dense tensor, ValueError for a DTensor head without a group.
 
     `prefix` ("student_") starts its name.
     """
-    for name, value in (("hidden", side.hidden), ("weight", side.weight)):
-        expect(isinstance(value, Tensor), prefix + name, "a tensor", type(value).__name__, TypeError)
-    good = side.bias is None or isinstance(side.bias, Tensor)
-    expect(good, f"{prefix}bias", "a tensor or None", type(side.bias).__name__, TypeError)
     plain = "a plain tensor, or a DTensor with `group` (its rows are a shard); `gathered` makes it whole"
     for name, tensor in (("weight", side.weight), ("bias", side.bias)):
         expect(not hasattr(tensor, "placements"), prefix + name, plain, "a DTensor")
+    check_tensor(prefix + "hidden", side.hidden)
+    check_tensor(prefix + "weight", side.weight)
+    if side.bias is not None:
+        check_tensor(prefix + "bias", side.bias, "a tensor or None")
 
 
 def check_side(prefix: str, side: Side, first: Tensor, name: str) -> None:
@@ -271,7 +272,7 @@ def check_side(prefix: str, side: Side, first: Tensor, name: str) -> None:
 
 def per_token(name: str, value: Any, leading: torch.Size, device: torch.device) -> Tensor:
     """Return a tensor of one entry per token, flat and detached."""
-    expect(isinstance(value, Tensor), name, "a tensor or None", type(value).__name__, TypeError)
+    check_tensor(name, value, "a tensor or None")
     expect(value.shape == leading, name, f"shape {tuple(leading)}, one entry per token", tuple(value.shape))
     expect(value.device == device, name, f"a tensor on {device}, as the hidden states", value.device)
     return value.detach().reshape(-1)
@@ -298,12 +299,15 @@ def listed_support(
 ) -> tuple[Tensor, Tensor]:
     """Return ids and log-probs of a teacher's top-k entries, (N, K) each.
 
-    Padding, which has log-prob -inf, and all entries of invalid tokens get id 0 and log-prob -inf.
+    Padding, which has log-prob -inf, all entries of invalid tokens, and an id that occurred before in its
+    list get id 0 and log-prob -inf.
     """
     for name, value in (("teacher_topk_ids", ids), ("teacher_topk_logprobs", logprobs)):
-        expect(isinstance(value, Tensor), name, "a tensor", type(value).__name__, TypeError)
+        check_tensor(name, value)
         shaped = value.dim() == len(leading) + 1 and value.shape[:-1] == leading and value.shape[-1] >= 1
-        expect(shaped, name, f"shape ({', '.join(map(str, leading))}, K) with K >= 1", tuple(value.shape))
+        if not shaped:
+            expected = f"shape ({', '.join(map(str, leading))}, K) with K >= 1"
+            expect(False, name, expected, tuple(value.shape))
     expect(ids.dtype == torch.int64, "teacher_topk_ids", "dtype int64", ids.dtype, TypeError)
     expect(
         logprobs.is_floating_point(),
@@ -320,7 +324,15 @@ def listed_support(
     )
     ids, logprobs = ids.detach().reshape(-1, ids.shape[-1]), logprobs.detach().reshape(-1, ids.shape[-1])
     counted = (logprobs > -torch.inf) if valid is None else (logprobs > -torch.inf) & valid[:, None]
+    counted &= ~repeated(torch.where(counted, ids, -1))
     return torch.where(counted, ids, 0), torch.where(counted, logprobs, -torch.inf)
+
+
+def repeated(ids: Tensor) -> Tensor:
+    """Shape (N, K) bool: True where an id occurred before in its row of `ids` (N, K)."""
+    in_order, order = ids.sort(dim=1, stable=True)
+    again = in_order[:, 1:] == in_order[:, :-1]
+    return torch.zeros_like(ids, dtype=torch.bool).scatter(1, order[:, 1:], again)
 
 
 def vocabulary(V_s: int, V_t: int | None, vocab_size: int | None) -> int:

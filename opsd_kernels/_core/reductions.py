@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._rows.contract import Column
-from ..spec import REDUCTIONS, check_choice, check_number, expect
+from ..spec import REDUCTIONS, check_choice, check_number, check_tensor, expect
 from ..weights.base import check_weighting, check_weights
 from .problem import Outputs, Problem, per_token
 
@@ -87,12 +87,11 @@ def row_scale(
 ) -> Tensor | float | None:
     """Return the scale of a weighted row before the sum: a number, 0-dim or (N,); None for "none"."""
     check_choice("reduction", reduction, REDUCTIONS)
-    good = normalizer is None or reduction == "mean"
-    expect(
-        good, "normalizer", "None, unless reduction='mean'", f"{normalizer!r} with reduction={reduction!r}"
-    )
+    if normalizer is not None and reduction != "mean":
+        came = f"{normalizer!r} with reduction={reduction!r}"
+        expect(False, "normalizer", "None, unless reduction='mean'", came)
     if reduction == "mean":
-        return 1.0 / _denominator(normalizer, hidden, valid)
+        return _share(normalizer, hidden, valid)
     if reduction != "sequence_mean":
         return None if reduction == "none" else 1.0
     expect(
@@ -111,24 +110,26 @@ def row_scale(
     return per_row[:, None].expand(B, T).reshape(-1)
 
 
-def _denominator(normalizer: float | Tensor | None, hidden: Tensor, valid: Tensor | None) -> Tensor | float:
-    """Return the normalizer of "mean", by default the number of valid tokens, at least 1."""
+def _share(normalizer: float | Tensor | None, hidden: Tensor, valid: Tensor | None) -> Tensor | float:
+    """Return 1 / normalizer of "mean", by default 1 / the number of valid tokens. 0 for a normalizer of 0."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     if isinstance(normalizer, Tensor):
-        expect(
-            normalizer.dim() == 0,
-            "normalizer",
-            "a number or a 0-dim tensor",
-            f"shape {tuple(normalizer.shape)}",
-        )
+        check_tensor("normalizer", normalizer, "a number or a 0-dim tensor")
+        if normalizer.dim():
+            came = f"shape {tuple(normalizer.shape)}"
+            expect(False, "normalizer", "a number or a 0-dim tensor", came)
         # A copy from the host needs no sync, unlike one from a GPU.
         from_host = normalizer.device.type == "cpu"
-        return normalizer.detach().to(hidden.device, wide, non_blocking=from_host)
+        count = normalizer.detach().to(hidden.device, wide, non_blocking=from_host)
+        return torch.where(count == 0, 0.0, 1.0 / count)
     if normalizer is not None:
-        return check_number("normalizer", normalizer, positive=True)
+        number = check_number("normalizer", normalizer)
+        if number < 0:
+            expect(False, "normalizer", "a positive number or 0", normalizer)
+        return 1.0 / number if number else 0.0
     if valid is None:
-        return max(hidden.shape[:-1].numel(), 1)
-    return valid.sum().clamp(min=1).to(wide)
+        return 1.0 / max(hidden.shape[:-1].numel(), 1)
+    return 1.0 / valid.sum().clamp(min=1).to(wide)
 
 
 class RowWeigher:
@@ -204,18 +205,22 @@ class RowWeigher:
     def policy_losses(self, stats: TokenStats | None) -> tuple[Tensor, Tensor]:
         """Return the policy term's losses and negative slopes in the label's log-prob, (N,) each.
 
-        Both are multiplied by the share of the policy term.
+        Both are multiplied by the share of the policy term. Slopes are 0 where no gradient is wanted.
         """
         mask, wide = self.mask(), self.problem.stats_dtype
-        with torch.enable_grad():
-            known = None if stats is None else stats.student_logprob
-            if known is None:
-                known = torch.zeros(mask.shape, dtype=wide, device=mask.device)
-            logprob = torch.where(mask, known.to(wide), 0.0).detach().requires_grad_()
+        known = None if stats is None else stats.student_logprob
+        if known is None:
+            known = torch.zeros(mask.shape, dtype=wide, device=mask.device)
+        logprob = torch.where(mask, known.to(wide), 0.0).detach()
+        if any(self.problem.wants):
+            with torch.enable_grad():
+                losses = torch.where(mask, self.policy(logprob.requires_grad_(), stats, mask), 0.0)
+                (slope,) = torch.autograd.grad(losses.sum(), logprob)
+        else:
             losses = torch.where(mask, self.policy(logprob, stats, mask), 0.0)
-            (slope,) = torch.autograd.grad(losses.sum(), logprob)
+            slope = torch.zeros_like(logprob)
         shared, slope = self.policy_weight * losses.detach(), -self.policy_weight * slope
-        return shared.reshape(-1), slope.to(wide).reshape(-1)
+        return shared.to(wide).reshape(-1), slope.to(wide).reshape(-1)
 
     # For weights that depend on the loop's own statistics.
 

@@ -96,13 +96,13 @@ def _largest(rows: Rows, spec: RowSpec, support: Support) -> Tensor:
     """Return the (n, min(K, V)) columns of the largest transformed logits of a side."""
     n, V = rows.S.shape
     k = min(support.k, V)
-    if support.side == "student" and rows.bias_s is None and spec.student.factor > 0:
+    if support.side == "student" and rows.bias_s is None and spec.student.scale > 0:
         return rows.S.topk(k, dim=1, sorted=False).indices  # the transform keeps the order
     step = max(1, 2 * torch_rows.BLOCK_ENTRIES // V)
     # One tensor: each small result in a list would pin a block of the heap, 114 MiB at V = 152k.
     columns = rows.S.new_empty(n, k, dtype=torch.int64)
     for b in (slice(start, start + step) for start in range(0, n, step)):
-        logits = torch_rows.logits(rows.S[b], rows.T[b], spec, rows.bias_s, rows.bias_t)
+        logits = torch_rows.logits(rows.S[b], rows.T[b], spec.at(b), rows.bias_s, rows.bias_t)
         side = logits.s if support.side == "student" else logits.t
         columns[b] = side.topk(k, dim=1, sorted=False).indices
     return columns

@@ -15,7 +15,8 @@ def row_stats(
     S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool
 ) -> Tensor:
     scalars = spec.scalars(spec.linear_difference(bias_s is bias_t))
-    return OPERATORS.row_stats(S, T, bias_s, bias_t, metrics, *scalars, SPREAD_LIMIT)
+    temperatures = spec.student.of_rows, spec.teacher.of_rows
+    return OPERATORS.row_stats(S, T, bias_s, bias_t, metrics, *scalars, SPREAD_LIMIT, *temperatures)
 
 
 def row_dot(
@@ -24,7 +25,8 @@ def row_dot(
     if spec.one_sweep:
         return plain_kl(stats, spec)
     scalars = spec.scalars(spec.linear_difference(bias_s is bias_t))
-    return OPERATORS.row_dot(S, T, stats, bias_s, bias_t, *scalars, SPREAD_LIMIT)
+    temperatures = spec.student.of_rows, spec.teacher.of_rows
+    return OPERATORS.row_dot(S, T, stats, bias_s, bias_t, *scalars, SPREAD_LIMIT, *temperatures)
 
 
 def row_grad_(
@@ -41,8 +43,9 @@ def row_grad_(
     labels: Tensor | None = None,
 ) -> None:
     scalars = spec.scalars(spec.linear_difference(bias_s is bias_t))
+    temperatures = spec.student.of_rows, spec.teacher.of_rows
     OPERATORS.row_grad_(
-        S, T, stats, A, factor, policy_slope, labels, bias_s, bias_t, G, *scalars, SPREAD_LIMIT
+        S, T, stats, A, factor, policy_slope, labels, bias_s, bias_t, G, *scalars, SPREAD_LIMIT, *temperatures
     )
 
 
@@ -59,6 +62,7 @@ def row_fused_(
     labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     scalars = spec.scalars(spec.linear_difference(bias_s is bias_t))
+    temperatures = spec.student.of_rows, spec.teacher.of_rows
     return OPERATORS.row_fused_(
-        S, T, factor, policy_slope, labels, bias_s, bias_t, metrics, G, *scalars, SPREAD_LIMIT
+        S, T, factor, policy_slope, labels, bias_s, bias_t, metrics, G, *scalars, SPREAD_LIMIT, *temperatures
     )

@@ -19,6 +19,8 @@ S, T          (n, V) raw student logits, and raw teacher logits or, with `spec.d
               raw student logits. Same dtype: float64, float32, bfloat16 or float16. Unit column stride; any
               row stride >= V, and for T also 0, one row for all; any storage offset. n, V >= 1. S and T never
               overlap. With `spec.teacher_mix` a, t stands for (1 - a) * t + a * s everywhere below.
+spec          RowSpec of scalars. A side's temperature may be a tensor (n, 1), one for each row, of the dtype
+              of the statistics; one object for both sides keeps a linear difference linear.
 bias_s/_t     (V,) contiguous, of the dtype of the statistics, or None. -inf in a bias masks that entry:
               probability zero (not under a softcap, which maps it to -c).
 stats         (n, len(Column)) in torch.promote_types(S.dtype, float32): float64 for float64 logits, else

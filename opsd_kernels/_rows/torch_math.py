@@ -98,7 +98,7 @@ def transform(z: Tensor, transform: LogitTransform, bias: Tensor | None) -> Tens
 
 
 def transform_slope(z: Tensor, transform: LogitTransform, bias: Tensor | None) -> Tensor | float:
-    """Return d(logit)/d(raw logit)."""
+    """Return d(logit)/d(raw logit), in a shape that broadcasts to z."""
     if transform.softcap is None:
         return transform.factor
     y = (z if bias is None else z + bias) * transform.scale

@@ -121,7 +121,9 @@ def _block_stats(logits: Logits, metrics: bool) -> Tensor:
 def row_stats(
     S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool
 ) -> Tensor:
-    return torch.cat([_block_stats(logits(S[b], T[b], spec, bias_s, bias_t), metrics) for b in _blocks(S)])
+    return torch.cat(
+        [_block_stats(logits(S[b], T[b], spec.at(b), bias_s, bias_t), metrics) for b in _blocks(S)]
+    )
 
 
 def terms(q: Tensor, p: Tensor, delta: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,7 +144,7 @@ def row_dot(
         return plain_kl(stats, spec)
     loss, A = torch.empty_like(stats[:, 0]), torch.empty_like(stats[:, 0])
     for b in _blocks(S):
-        f, u, clipped = terms(*distributions(logits(S[b], T[b], spec, bias_s, bias_t), stats[b]), spec)
+        f, u, clipped = terms(*distributions(logits(S[b], T[b], spec.at(b), bias_s, bias_t), stats[b]), spec)
         loss[b], A[b] = f.sum(-1) + missing(stats[b]), u.sum(-1) + missing(stats[b])
         stats[b, Column.CLIPPED] = clipped.to(stats.dtype).mean(-1)
     return clip_tokens(loss, stats, spec), A
@@ -163,14 +165,15 @@ def row_grad_(
 ) -> None:
     factor = torch.where(stats[:, Column.CLIPPED] == 1, 0.0, factor)
     for b in _blocks(S):
-        q, p, delta = distributions(logits(S[b], T[b], spec, bias_s, bias_t), stats[b])
+        of_rows = spec.at(b)
+        q, p, delta = distributions(logits(S[b], T[b], of_rows, bias_s, bias_t), stats[b])
         _, u, _ = terms(q, p, delta, spec)
         grad = torch.where(factor[b, None] == 0, 0.0, (u - q * A[b, None]) * factor[b, None])
         if policy_slope is not None and labels is not None:
             onehot = (torch.arange(S.shape[1], device=S.device) == labels[b, None]).to(q.dtype)
             pull = policy_slope[b, None]
             grad += torch.where(pull == 0, 0.0, pull * (q - onehot))
-        slope = transform_slope(S[b].to(q.dtype), spec.student, bias_s)
+        slope = transform_slope(S[b].to(q.dtype), of_rows.student, bias_s)
         G[b].copy_(torch.where(grad == 0, 0.0, grad * slope))
 
 

@@ -22,9 +22,15 @@ LOWEST = tl.constexpr(-1.0e38)
 
 
 @triton.jit
-def _side(inner, outer, mix, ACC: tl.constexpr):
-    """Return a side's transform in the arithmetic's type. `mix` is the other side's weight in its logits."""
-    return tl.full((), inner, ACC), tl.full((), outer, ACC), tl.full((), mix, ACC)
+def _side(inner, outer, mix, Temperature, ACC: tl.constexpr):
+    """Return a side's transform of this row, in the arithmetic's type.
+
+    `mix` is the other side's weight in its logits.
+    """
+    outer = tl.full((), outer, ACC)
+    if Temperature is not None:
+        outer = outer / tl.load(Temperature + tl.program_id(0).to(tl.int64))
+    return tl.full((), inner, ACC), outer, tl.full((), mix, ACC)
 
 
 @triton.jit
@@ -374,7 +380,7 @@ def _row_grad(
 
 @triton.jit
 def _row_stats_kernel(
-    S, T, BiasS, BiasT, Stats, stride_s, stride_t, V,
+    S, T, BiasS, BiasT, TemperatureS, TemperatureT, Stats, stride_s, stride_t, V,
     inner_s: tl.float64, outer_s: tl.float64, inner_t: tl.float64, outer_t: tl.float64, mix: tl.float64,
     KIND: tl.constexpr, METRICS: tl.constexpr, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
     BLOCK_V: tl.constexpr, PACK: tl.constexpr,
@@ -384,7 +390,7 @@ def _row_stats_kernel(
     ACC: tl.constexpr = Stats.dtype.element_ty
     row = (
         S + n * stride_s, T + n * stride_t, BiasS, BiasT, V,
-        _side(inner_s, outer_s, 0.0, ACC), _side(inner_t, outer_t, mix, ACC),
+        _side(inner_s, outer_s, 0.0, TemperatureS, ACC), _side(inner_t, outer_t, mix, TemperatureT, ACC),
     )  # fmt: skip
     _store_stats(Stats, _row_stats(row, KIND, METRICS, MODE, CAP_S, CAP_T, BLOCK_V, PACK))
     tl.store(Stats + n * COLUMNS + CLIPPED, 0.0)
@@ -392,7 +398,7 @@ def _row_stats_kernel(
 
 @triton.jit
 def _row_dot_kernel(
-    S, T, BiasS, BiasT, Stats, Loss, A, stride_s, stride_t, V,
+    S, T, BiasS, BiasT, TemperatureS, TemperatureT, Stats, Loss, A, stride_s, stride_t, V,
     inner_s: tl.float64, outer_s: tl.float64, inner_t: tl.float64, outer_t: tl.float64, mix: tl.float64,
     beta: tl.float64, clip: tl.float64,
     KIND: tl.constexpr, CLIP: tl.constexpr, MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr,
@@ -402,7 +408,7 @@ def _row_dot_kernel(
     ACC: tl.constexpr = Stats.dtype.element_ty
     row = (
         S + n * stride_s, T + n * stride_t, BiasS, BiasT, V,
-        _side(inner_s, outer_s, 0.0, ACC), _side(inner_t, outer_t, mix, ACC),
+        _side(inner_s, outer_s, 0.0, TemperatureS, ACC), _side(inner_t, outer_t, mix, TemperatureT, ACC),
     )  # fmt: skip
     beta, clip = tl.full((), beta, ACC), tl.full((), clip, ACC)
     loss, a, share = _row_dot(
@@ -416,7 +422,8 @@ def _row_dot_kernel(
 
 @triton.jit
 def _row_grad_kernel(
-    S, T, BiasS, BiasT, Stats, A, Factor, Policy, Labels, G, stride_s, stride_t, stride_g, V,
+    S, T, BiasS, BiasT, TemperatureS, TemperatureT, Stats, A, Factor, Policy, Labels, G,
+    stride_s, stride_t, stride_g, V,
     inner_s: tl.float64, outer_s: tl.float64, inner_t: tl.float64, outer_t: tl.float64, mix: tl.float64,
     beta: tl.float64, clip: tl.float64,
     KIND: tl.constexpr, CLIP: tl.constexpr, HAS_POLICY: tl.constexpr, MODE: tl.constexpr, CAP_S: tl.constexpr,
@@ -427,7 +434,7 @@ def _row_grad_kernel(
     ACC: tl.constexpr = Stats.dtype.element_ty
     row = (
         S + n * stride_s, T + n * stride_t, BiasS, BiasT, V,
-        _side(inner_s, outer_s, 0.0, ACC), _side(inner_t, outer_t, mix, ACC),
+        _side(inner_s, outer_s, 0.0, TemperatureS, ACC), _side(inner_t, outer_t, mix, TemperatureT, ACC),
     )  # fmt: skip
     beta, clip, a = tl.full((), beta, ACC), tl.full((), clip, ACC), tl.load(A + n)
     factor = tl.where(tl.load(Stats + n * COLUMNS + CLIPPED) == 1, 0.0, tl.load(Factor + n))
@@ -440,7 +447,8 @@ def _row_grad_kernel(
 
 @triton.jit
 def _row_fused_kernel(
-    S, T, BiasS, BiasT, Stats, Loss, A, Factor, Policy, Labels, G, stride_s, stride_t, stride_g, V,
+    S, T, BiasS, BiasT, TemperatureS, TemperatureT, Stats, Loss, A, Factor, Policy, Labels, G,
+    stride_s, stride_t, stride_g, V,
     inner_s: tl.float64, outer_s: tl.float64, inner_t: tl.float64, outer_t: tl.float64, mix: tl.float64,
     beta: tl.float64, clip: tl.float64, token_clip: tl.float64,
     KIND: tl.constexpr, METRICS: tl.constexpr, CLIP: tl.constexpr, HAS_POLICY: tl.constexpr,
@@ -451,7 +459,7 @@ def _row_fused_kernel(
     ACC: tl.constexpr = Stats.dtype.element_ty
     row = (
         S + n * stride_s, T + n * stride_t, BiasS, BiasT, V,
-        _side(inner_s, outer_s, 0.0, ACC), _side(inner_t, outer_t, mix, ACC),
+        _side(inner_s, outer_s, 0.0, TemperatureS, ACC), _side(inner_t, outer_t, mix, TemperatureT, ACC),
     )  # fmt: skip
     beta, clip, token_clip = tl.full((), beta, ACC), tl.full((), clip, ACC), tl.full((), token_clip, ACC)
     columns = _row_stats(row, KIND, METRICS, MODE, CAP_S, CAP_T, BLOCK_V, PACK)

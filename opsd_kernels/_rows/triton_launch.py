@@ -59,14 +59,18 @@ def mode(spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None) -> int:
 
 
 def _scalars(transform: LogitTransform) -> tuple[float, float]:
-    """Return (inner, outer): a logit is y * outer, with y of triton_math.bend."""
+    """Return (inner, outer): a logit is y * outer, y of triton_math.bend; rows may divide outer further."""
+    temperature = 1.0 if isinstance(transform.temperature, Tensor) else transform.temperature
     if transform.softcap is None:
-        return 1.0, transform.factor
-    return transform.scale / transform.softcap, transform.softcap / transform.temperature
+        return 1.0, transform.scale / temperature
+    return transform.scale / transform.softcap, transform.softcap / temperature
 
 
 def transforms(spec: RowSpec) -> dict[str, object]:
-    """Return both sides' transforms. The teacher's outer factor includes its weight in the mix."""
+    """Return both sides' transforms. The teacher's outer factor includes its weight in the mix.
+
+    Temperatures of rows, where there are any, divide the outer factors in the kernel.
+    """
     inner_s, outer_s = _scalars(spec.student)
     inner_t, outer_t = _scalars(spec.teacher)
     caps = {"CAP_S": spec.student.softcap is not None, "CAP_T": spec.teacher.softcap is not None}
@@ -76,6 +80,8 @@ def transforms(spec: RowSpec) -> dict[str, object]:
         "inner_t": inner_t,
         "outer_t": (1 - spec.teacher_mix) * outer_t,
         "mix": spec.teacher_mix,
+        "TemperatureS": spec.student.of_rows,
+        "TemperatureT": spec.teacher.of_rows,
         **caps,
     }
 

@@ -17,6 +17,7 @@ FORWARD_KL = tl.constexpr(int(Kind.FORWARD_KL))
 JSD = tl.constexpr(int(Kind.JSD))
 SKEW_REVERSE_KL = tl.constexpr(int(Kind.SKEW_REVERSE_KL))
 SKEW_FORWARD_KL = tl.constexpr(int(Kind.SKEW_FORWARD_KL))
+TVD = tl.constexpr(int(Kind.TVD))
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # ln 2 in two parts. The first has zeros in its low bits: its product with a whole number below 2**15 is exact
@@ -134,6 +135,7 @@ def entry(q, p, delta, beta, KIND: tl.constexpr):
                 f = guarded(p, -p * log_m_p)
                 u = guarded(q, (beta - 1.0) * q * p_over_m)
         else:
+            tl.static_assert(KIND == TVD)
             sign = tl.where(delta > 0, 1.0, tl.where(delta < 0, -1.0, delta))
             f = tl.where((p == 0) & (q == 0), 0.0, -0.5 * a * tl.where(below, q, p))
             u = guarded(q, -0.5 * q * sign)

@@ -7,6 +7,7 @@ from TRL's, and which defects are not copied.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -18,7 +19,15 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import maybe_gather_lm_head_ctx as whole_head
 
 from opsd_kernels import linear_divergence, linear_logprobs, linear_topk_divergence
-from opsd_kernels.integrations.transformers import Head, check_head, on_heads, trunk
+from opsd_kernels.integrations.transformers import (
+    Head,
+    check_head,
+    forward_to_head,
+    on_heads,
+    padded_inputs,
+    routes_by_config,
+    scoring,
+)
 from opsd_kernels.objectives import Mix, OnPolicyDistillation, PPOClip, linear_policy_divergence
 from opsd_kernels.spec import expect, interpolation
 from opsd_kernels.weights import Given, ImportanceRatio, PrefixDiscrepancy
@@ -61,16 +70,28 @@ class FusedLoss:
         self._check_settings()
         # DeepSpeed and FSDP may have partitioned the weights already.
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            check_head("model", self.model)
-            check_head("teacher_model", self.accelerator.unwrap_model(self.teacher_model))
+            check_head(self.model)
+            check_head(self.accelerator.unwrap_model(self.teacher_model), "teacher_model")
+        expect(
+            not routes_by_config(self.model),
+            "model",
+            "output_router_logits=False in its config, as this loss leaves out the routers' auxiliary loss",
+            True,
+        )
 
     def _check_settings(self) -> None:
         """Raise ValueError for settings of the trainer that the fused loss does not support."""
 
-    def _states(self, model: nn.Module, tokens: Tensor, attended: Tensor, length: int) -> Tensor:
+    def _states(
+        self, model: nn.Module, tokens: Tensor, attended: Tensor, length: int, **images: Any
+    ) -> Tensor:
         """Return hidden states (B, length, H) of the rows that predict the last `length` tokens."""
-        states = trunk(model)(input_ids=tokens, attention_mask=attended, use_cache=False).last_hidden_state
-        return states[:, -length - 1 : -1]
+        inputs: Mapping[str, Any] = {"input_ids": tokens, "attention_mask": attended, **images}
+        # Sharded weights cannot be tried from inside the forward of their wrapper.
+        if not (images or self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            inputs = padded_inputs(model, inputs, "model")
+        # Not model(...): the hooks of its wrapper run already.
+        return forward_to_head(model, inputs, model.forward)[0][:, -length - 1 : -1]
 
     def _side(self, model: nn.Module, *rows: Any, **images: Any) -> Side:
         """Run inside the forward of `model`'s wrapper.
@@ -118,13 +139,12 @@ def _of_sequences(values: Tensor, mask: Tensor) -> Tensor:
 class DistillationTrainer(FusedLoss, trl.DistillationTrainer):
     """TRL's DistillationTrainer in four passes over the heads instead of six (KL) or eight (JSD)."""
 
-    # TRL's method also takes images.
-    _states = trl.DistillationTrainer._get_last_hidden_state
-
     def _compute_loss(
         self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        images = {name: inputs[name] for name in signature(self._states).parameters if name in inputs}
+        # What TRL's own forward takes beside the tokens: images.
+        known = signature(trl.DistillationTrainer._get_last_hidden_state).parameters
+        images = {name: inputs[name] for name in known if inputs.get(name) is not None}
         student = self._side(unwrapped_student, *_completion(inputs), **images)
         self.teacher_model.eval()
         with torch.no_grad():
@@ -177,7 +197,12 @@ class SDPOTrainer(FusedLoss, sdpo.SDPOTrainer):
         if self.args.distillation_weight > 0:
             tokens, attended = inputs["teacher_input_ids"], inputs["teacher_attention_mask"]
             rows = (tokens, attended, inputs["completion_ids"].shape[1])
-            with torch.no_grad(), self._get_teacher_context_for_self_distillation():
+            # No dropout in a target, which may be the student itself.
+            with (
+                torch.no_grad(),
+                self._get_teacher_context_for_self_distillation(),
+                scoring(self.teacher_model),
+            ):
                 teacher = self._wrapped(self.teacher_model, self._side, *rows)
         loss, metrics = self._wrapped(model, self._loss, teacher, inputs)
         for name, value in metrics.items():

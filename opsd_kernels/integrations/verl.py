@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..divergence import linear_divergence
+from ..divergence import linear_divergence, repeated
 from ..logprobs import linear_logprobs
 from ..spec import KIND_NAMES, check_choice, expect
 from ..topk import linear_topk_divergence
@@ -240,6 +240,9 @@ def _listed(
     `known` is a label of each token and its log-prob. Without it a floor costs a pass over the head.
     """
     counts = valid[..., None] & (log_probs > -math.inf)
+    # An id that comes again counts once, in the masses as in the loss.
+    again = repeated(torch.where(counts, ids, -1).flatten(0, -2)).reshape(ids.shape)
+    counts &= ~again
     ids, log_p = torch.where(counts, ids, 0).long(), torch.where(counts, log_probs, -math.inf)
     mass = log_p.exp().sum(-1)
     if known is None and floor is None:

@@ -221,6 +221,7 @@ def _packed_logits(
     """Return the transformed logits of the valid rows, (n, vocab_size). The others never enter the graph."""
     packed = hidden.reshape(-1, hidden.shape[-1])[rows].to(wide)
     raw = packed @ weight[:vocab_size].to(wide).T
+    transform = transform.of_tokens("temperature", hidden).at(rows)
     return reference_logits(raw, transform, None if bias is None else bias[:vocab_size].to(wide))
 
 

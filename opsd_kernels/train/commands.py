@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import signal
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -67,7 +68,7 @@ def train(
             f"\n{str(interrupt) or 'stopped at once; the last checkpoint counts'}\n    {resume_command(out)}",
             err=True,
         )
-        raise typer.Exit(130) from None
+        raise typer.Exit(128 + getattr(interrupt, "number", signal.SIGINT)) from None
 
 
 def write_settings(config: TrainConfig, path: Path) -> None:

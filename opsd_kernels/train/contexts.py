@@ -173,31 +173,52 @@ def _draw(items: Sequence[Rollout], count: int, key: int) -> list[Rollout]:
 
 
 def neutralise(text: str, markers: Sequence[str]) -> str:
-    """Break every marker in `text` by a space after its first character.
+    """Break every marker in `text` by a space after its first character; nothing else changes.
 
     Markers are also found in other case, in compatibility forms (NFKC) and with invisible characters inside,
     since a tokenizer may fold those away. Repeated until none is left, since a break may complete another
-    marker. A text without markers is returned unchanged.
+    marker.
     """
     pattern = _pattern(tuple(markers))
-    plain = "".join(
-        char for char in unicodedata.normalize("NFKC", text) if unicodedata.category(char) != "Cf"
-    )
-    if not pattern.search(plain) and not pattern.search(text):
-        return text
-    while pattern.search(plain):
-        plain = pattern.sub(lambda found: found[0][0] + " " + found[0][1:], plain)
-    return plain
+    folded, origins = _folded(text)
+    while matches := list(pattern.finditer(folded)):
+        pieces, done = [], 0
+        for found in matches:
+            first, last = origins[found.start()], origins[found.end() - 1]
+            if first < done:
+                continue
+            # One character that stands for a whole marker, as a ligature, is spelled out, to be broken next.
+            pieces += [text[done:first], text[first] + " " if last > first else _folded(text[first])[0]]
+            done = first + 1
+        text = "".join([*pieces, text[done:]])
+        folded, origins = _folded(text)
+    return text
 
 
-@functools.lru_cache(maxsize=10_000)
+def _folded(text: str) -> tuple[str, Sequence[int]]:
+    """Return the text as a tokenizer may fold it, and for each character its position in the original."""
+    if text.isascii():
+        return text.lower(), range(len(text))
+    pieces, origins = [], []
+    for place, char in enumerate(text):
+        if unicodedata.category(char) != "Cf":
+            # Decomposed, so that characters fold one by one; `upper` since a dotless i has no other fold.
+            piece = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", char).upper().casefold())
+            pieces.append(piece)
+            origins += [place] * len(piece)
+    return "".join(pieces), origins
+
+
+# Texts of 64 kB make this 64 MB.
+@functools.lru_cache(maxsize=1_000)
 def _neutral(text: str, markers: tuple[str, ...]) -> str:
     return neutralise(text, markers)
 
 
 @functools.lru_cache(maxsize=16)
 def _pattern(markers: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, markers)) or r"\Z\A.", re.IGNORECASE)
+    folded = {_folded(marker)[0] for marker in markers}
+    return re.compile("|".join(re.escape(marker) for marker in sorted(folded) if len(marker) > 1) or r"\Z\A.")
 
 
 def forbidden_markers(tokenizer: PreTrainedTokenizerBase, template: ContextTemplate) -> tuple[str, ...]:

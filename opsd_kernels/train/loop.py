@@ -5,7 +5,7 @@ Read this file from top to bottom; `one_step` is the method. Deliberate simplifi
 - `updates_per_batch` repeats the whole batch instead of cutting it into parts.
 - The learning rate is constant after its warm-up.
 - The teacher's forward runs in the same micro-batches as the student's, again for every update.
-- There is no mixed precision beyond the dtype of the weights.
+- Mixed precision is bf16 weights with fp32 masters; there is no autocast.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -43,8 +44,9 @@ from opsd_kernels.train.records.samples import sample_lines, samples_due
 from opsd_kernels.train.sampling import evaluate
 from opsd_kernels.train.sampling.prompts import PromptEncoder
 from opsd_kernels.train.sampling.rollout import Sampler, make_engine, requests
-from opsd_kernels.train.session import graceful_interrupt, open_run_directory, reproducible
+from opsd_kernels.train.session import StopRequest, open_run_directory, reproducible, stop_signals
 from opsd_kernels.train.step import Rehearsal, Trainer
+from opsd_kernels.train.task import checked_task
 from opsd_kernels.train.teacher import Teacher, make_reference, make_teacher
 from opsd_kernels.train.types import (
     Batch,
@@ -58,29 +60,39 @@ from opsd_kernels.train.types import (
 
 # Streams of random numbers.
 PROMPTS, CONTEXTS, ROLLOUTS, REHEARSAL = 11, 12, 13, 14
+# Prompts of each split that are measured before a run; those of a data file are checked one by one.
+ROOM_CHECKED = 64
 
 
 def train(config: TrainConfig, out: Path, resume: bool = False) -> dict[str, Any]:
     """Train, or continue the run in `out`; return the contents of summary.json.
 
     Raises RunDirectoryError (a FileExistsError) if `out` holds another run, FileNotFoundError if there is
-    nothing to resume, TrainingInterrupted (a KeyboardInterrupt) on Ctrl-C, NonFiniteLoss if the loss is inf
-    or NaN (`out` holds a checkpoint then), and ConfigError if the model or the device does not exist.
+    nothing to resume, TrainingInterrupted (a KeyboardInterrupt) on Ctrl-C and the signals of schedulers,
+    NonFiniteLoss if the loss is inf or NaN (`out` holds a checkpoint then), and ConfigError if the model or
+    the device does not exist.
     """
     pretrained.check_machine(config)
-    task, out = make_task(config), Path(out)
-    with joined(config.device) as ranks, reproducible(config), tempfile.TemporaryDirectory() as scratch:
-        progress = Progress() if ranks.first else Progress(Console(quiet=True))
-        ranks.on_first(lambda: open_run_directory(config, out, resume))
+    # The rows of a run to resume were checked at its start; its record tells if they have changed.
+    task, out = (make_task if resume else checked_task)(config), Path(out)
+    with (
+        joined(config.device, config.collective_timeout) as ranks,
+        reproducible(config),
+        tempfile.TemporaryDirectory() as scratch,
+        stop_signals(progress := Progress() if ranks.first else Progress(Console(quiet=True))) as stop,
+    ):
+        ranks.on_first(lambda: open_run_directory(config, out, resume, task.fingerprint()))
         if ranks.any((out / "summary.json").exists()):
             progress.say(f"{out}: this run is complete")
             return json.loads((out / "summary.json").read_text())
         try:
             run = prepare(config, task, out, progress, ranks, out if ranks.first else Path(scratch))
-        except KeyboardInterrupt:
-            raise TrainingInterrupted("stopped before a step was made; --resume continues") from None
+        except KeyboardInterrupt as stopped:
+            number = getattr(stopped, "number", signal.SIGINT)
+            message = "stopped before a step was made; --resume continues"
+            raise TrainingInterrupted(message, number) from None
         try:
-            run_steps(run)
+            run_steps(run, stop)
             return finish(run)
         finally:
             run.close()
@@ -102,6 +114,7 @@ class Run:
     # Clock time at the start of this process, minus the seconds spent by the processes before it.
     started: float
     ranks: Ranks
+    told_too_long: bool = False
 
     def save(self) -> None:
         """Write a checkpoint from rank 0.
@@ -161,7 +174,9 @@ def prepare(config: TrainConfig, task: Task, out: Path, progress: Progress, rank
         vocab,
         make_engine(config),
         ranks,
+        pretrained.context_length(model.config, teacher.model.config),
     )
+    check_room(config, task, sampler)
     offset = 0
     if saved is not None:
         offset = checkpoint.restore(saved, state)
@@ -180,6 +195,18 @@ def prepare(config: TrainConfig, task: Task, out: Path, progress: Progress, rank
         )
         run.save()
     return run
+
+
+def check_room(config: TrainConfig, task: Task, sampler: Sampler) -> None:
+    """Raise ConfigError if answers of `max_new_tokens` do not fit into the context of the models."""
+    problems = [*task.train[:ROOM_CHECKED], *task.held_out[:ROOM_CHECKED]]
+    views = sampler.encode([(task.env(problem, 0).prompt(), None) for problem in problems])
+    longest = max(map(len, views))
+    if sampler.longest is not None and longest + config.max_new_tokens > sampler.longest:
+        raise ConfigError(
+            f"max_new_tokens: expected at most {sampler.longest - longest}, as the model reads "
+            f"{sampler.longest} tokens and a prompt has {longest}, got {config.max_new_tokens}"
+        )
 
 
 def base_of(config: TrainConfig, task: Task, progress: Progress, saved: Path | None = None) -> str | Path:
@@ -203,16 +230,16 @@ def external_teacher(
         source = warmstart.base_model(
             dataclasses.replace(config, warm_accuracy=config.teacher_accuracy), task, progress
         )
-    model, theirs = pretrained.load_pretrained(source, config)
+    model, theirs = pretrained.load_pretrained(source, config, "teacher_model")
     pretrained.check_same_vocabulary(tokenizer, theirs)
     return model
 
 
-def run_steps(run: Run) -> None:
-    """Run the remaining steps, with a checkpoint every `checkpoint_every` steps and one on interruption."""
+def run_steps(run: Run, stop: StopRequest) -> None:
+    """Run the remaining steps, with a checkpoint every `checkpoint_every` steps and one before stopping."""
     config, state = run.config, run.state
     with (
-        graceful_interrupt(run.progress) as interrupted,
+        stop.finishing_steps(),
         run.progress.bar("train", config.steps, state.step) as bar,
     ):
         while state.step < config.steps:
@@ -237,13 +264,14 @@ def run_steps(run: Run) -> None:
             }
             bar.update(state.step, **shown, tokens_per_second=metrics["tokens_per_second"])
             # After the log, so that the checkpoint's offset covers the line of this step.
-            stopping = run.ranks.any(interrupted.is_set())
+            stopping = max(run.ranks.together([stop.number]))
             if state.step % config.checkpoint_every == 0 or state.step == config.steps or stopping:
                 run.save()
             if stopping and state.step < config.steps:
                 raise TrainingInterrupted(
                     f"stopped after step {state.step} of {config.steps}; "
-                    "the state is saved, --resume continues"
+                    "the state is saved, --resume continues",
+                    stopping,
                 )
 
 
@@ -262,11 +290,20 @@ def one_step(run: Run) -> StepMetrics:
     )
     answers = run.sampler.sample(state.model, run.task, [*asked, *kept], config.seed, ROLLOUTS, state.step)
     rollouts, rehearsed = answers[: len(asked)], answers[len(asked) :]
-    contexts = build_contexts(rollouts, config, config.seed, CONTEXTS, state.step)
+    built = build_contexts(rollouts, config, config.seed, CONTEXTS, state.step)
+    contexts = run.sampler.fitting(rollouts, built)
+    too_long = sum(told is not None for told in built) - sum(told is not None for told in contexts)
+    if too_long and not run.told_too_long:
+        run.told_too_long = True
+        run.progress.say(
+            f"step {number}: {too_long} of {len(rollouts)} views of the teacher are longer than the model's "
+            f"context of {run.sampler.longest} tokens and left out of the loss; samples_too_long counts them"
+        )
 
     # Both sides score the student's tokens; the teacher's prompt also contains the context.
     batch, update = batch_of_step(config, run.sampler, rollouts, contexts), None
     metrics = {"step": number, **steps.rollout_metrics(rollouts, contexts)}
+    metrics["samples_too_long"] = too_long / len(rollouts)
     if batch is not None:
         rehearsal = None
         if state.reference is not None:

@@ -27,6 +27,7 @@ from opsd_kernels.train.batch import IGNORE
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.config.weight_text import TokenData, parse_weights
 from opsd_kernels.train.models.pretrained import hidden_states
+from opsd_kernels.train.models.routers import routed_hidden_states, router_weight
 from opsd_kernels.train.teacher import Teacher
 from opsd_kernels.train.types import Batch, Totals
 from opsd_kernels.weights import Given, ImportanceRatio
@@ -49,6 +50,7 @@ def plain(config: TrainConfig) -> TrainConfig:
         updates_per_batch=1,
         topk=None,
         **unbounded,
+        router_aux_loss_coef=0.0,
     )
 
 
@@ -64,7 +66,7 @@ def step_loss(
         return _policy_alone(student, batch, ppo, config, totals, vocab)
     with torch.no_grad(), teacher.using() as model:
         teacher_hidden, theirs = hidden_states(model, batch.teacher), Head.of(model)
-    hidden, mine = hidden_states(student, batch.student), Head.of(student)
+    hidden, mine, balance = _student(student, batch, config, totals)
     weights = _token_weights(batch, config, totals)
     options: dict[str, Any] = {
         **_reduction(config, totals),
@@ -102,7 +104,7 @@ def step_loss(
             options |= {"policy": ppo, "policy_weight": config.policy_weight}
             op = linear_policy_divergence
     loss, stats = op(hidden, mine.weight, teacher_hidden, theirs.weight, **options)
-    return _part(loss, batch, config, totals), stats
+    return _part(loss, batch, config, totals) + balance, stats
 
 
 @torch.no_grad()
@@ -114,10 +116,24 @@ def sampling_logprobs(student: PreTrainedModel, batch: Batch, config: TrainConfi
     return logprobs_BT
 
 
+def _student(
+    student: PreTrainedModel, batch: Batch, config: TrainConfig, totals: Totals
+) -> tuple[Tensor, Head, Tensor | float]:
+    """Return hidden states and head, and this micro-batch's part of the routers' auxiliary loss.
+
+    That loss is no sum over tokens: it is averaged over micro-batches by their sequences.
+    """
+    weight = router_weight(student, config)
+    if weight == 0:
+        return hidden_states(student, batch.student), Head.of(student), 0.0
+    hidden, router = routed_hidden_states(student, batch.student, batch.mask_BT)
+    return hidden, Head.of(student), router * (weight * batch.size / totals.sequences)
+
+
 def _policy_alone(
     student: PreTrainedModel, batch: Batch, ppo: PPOClip, config: TrainConfig, totals: Totals, vocab: int
 ) -> tuple[Tensor, TokenStats]:
-    hidden, head = hidden_states(student, batch.student), Head.of(student)
+    hidden, head, balance = _student(student, batch, config, totals)
     logprobs_BT, entropy_BT = linear_logprobs(
         hidden, head.weight, batch.labels_BT, return_entropy=True, **_alone(head, config, vocab)
     )
@@ -128,7 +144,7 @@ def _policy_alone(
         loss = losses_BT.sum() / totals.tokens
     # Without a teacher neither the divergence nor the largest probability is computed.
     nothing = torch.full_like(logprobs_BT, torch.nan).detach()
-    return loss, TokenStats(
+    return loss + balance, TokenStats(
         divergence=nothing,
         student_entropy=entropy_BT.detach(),
         student_max_prob=nothing,

@@ -1,9 +1,12 @@
-"""Set up the process around a run: its directory, seeds, threads, and the handling of Ctrl-C."""
+"""Set up the process around a run: its directory, seeds, threads, and the signals that stop it."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +18,22 @@ from transformers.utils import logging as transformers_logging
 from opsd_kernels.train.config import TrainConfig, load_config
 from opsd_kernels.train.records.durable import remove_pending, write_file
 from opsd_kernels.train.records.log import Progress
-from opsd_kernels.train.types import RunDirectoryError
+from opsd_kernels.train.types import RunDirectoryError, TrainingInterrupted
+
+# Ctrl-C, the end of a job's time or a preemption, a closed terminal, and what Slurm's --signal=USR1 sends
+# before the end. Windows lacks the last two.
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+]
+# A second Ctrl-C within this time is the first one.
+SAME_REQUEST_SECONDS = 0.5
 
 
-def open_run_directory(config: TrainConfig, out: Path, resume: bool) -> None:
-    """Claim `out` for this configuration, or check that a run to resume has the same one."""
+def open_run_directory(config: TrainConfig, out: Path, resume: bool, data: str | None = None) -> None:
+    """Claim `out` for this configuration, or check that a run to resume has the same one.
+
+    `data` is the fingerprint of the task. Raises RunDirectoryError if it, or the chat template, is another.
+    """
     if resume and not out.is_dir():
         raise FileNotFoundError(
             f"out: expected the directory of a run to resume, got {out}, which does not exist"
@@ -45,6 +59,27 @@ def open_run_directory(config: TrainConfig, out: Path, resume: bool) -> None:
     if differences:
         raise RunDirectoryError(
             f"out: expected the configuration of the run in {out}, got another one: {'; '.join(differences)}"
+        )
+    _check_inputs(config, out, data)
+
+
+def _check_inputs(config: TrainConfig, out: Path, data: str | None) -> None:
+    """Record the contents of the files that the settings name, or compare them with the record."""
+    template = Path(config.chat_template) if config.chat_template else None
+    inputs = {} if data is None else {"data": data}
+    if template is not None and template.is_file():
+        inputs["chat_template"] = hashlib.sha256(template.read_bytes()).hexdigest()
+    record = out / "inputs.json"
+    # Missing if the run was killed before its second write, or is of an earlier version.
+    if inputs and not record.exists():
+        write_file(record, json.dumps(inputs, indent=2) + "\n")
+    recorded = json.loads(record.read_text()) if inputs else {}
+    changed = [name for name in inputs if inputs[name] != recorded.get(name)]
+    if changed:
+        named = " and ".join(f"{name}={getattr(config, name)}" for name in changed)
+        raise RunDirectoryError(
+            f"{changed[0]}: expected the contents that the run in {out} began with, got others: "
+            f"{named} changed since then"
         )
 
 
@@ -88,23 +123,52 @@ def reproducible(config: TrainConfig) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-@contextmanager
-def graceful_interrupt(progress: Progress) -> Iterator[threading.Event]:
-    """Yield an event that the first Ctrl-C sets, so that the step can end; a second one interrupts."""
-    event = threading.Event()
-    # Python delivers signals to the main thread alone.
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
+class StopRequest:
+    """The first signal that asked the run to stop: `number`, 0 before one came.
 
-    def on_interrupt(number: int, frame: Any) -> None:
-        if event.is_set():
+    While `finishing_steps` holds, a signal sets `number` and the step can end; otherwise it raises
+    TrainingInterrupted.
+    """
+
+    def __init__(self, progress: Progress):
+        self.number, self._progress, self._later, self._came = 0, progress, False, 0.0
+
+    @contextmanager
+    def finishing_steps(self) -> Iterator[None]:
+        self._later = True
+        try:
+            yield
+        finally:
+            self._later = False
+
+    def receive(self, number: int, frame: Any = None) -> None:
+        """Handle a signal."""
+        if not self._later:
+            raise TrainingInterrupted("stopped at once; the last checkpoint counts", number)
+        if not self.number:
+            self.number, self._came = number, time.monotonic()
+            self._progress.say(
+                f"{signal.Signals(number).name}: stopping after this step; Ctrl-C again stops at once"
+            )
+        # Schedulers repeat their signals, and torchrun passes on the one that its process group received.
+        elif number == signal.SIGINT and time.monotonic() - self._came > SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt
-        event.set()
-        progress.say("stopping after this step; Ctrl-C again stops at once")
 
-    previous = signal.signal(signal.SIGINT, on_interrupt)
+
+@contextmanager
+def stop_signals(progress: Progress) -> Iterator[StopRequest]:
+    """Handle Ctrl-C and the signals of schedulers, then restore the caller's handlers.
+
+    A signal that the caller ignores (as `nohup` does with SIGHUP) or handles remains the caller's.
+    """
+    request, previous = StopRequest(progress), {}
+    # Python delivers signals to the main thread alone.
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                previous[number] = signal.signal(number, request.receive)
     try:
-        yield event
+        yield request
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -5,10 +5,12 @@ The step's metrics are computed here too.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,6 +21,7 @@ from opsd_kernels.train.batch import micro_batches
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.distributed import sharding
 from opsd_kernels.train.distributed.ranks import ALONE, Ranks
+from opsd_kernels.train.optimizer import MasterAdamW, collect_gradients, masters_of
 from opsd_kernels.train.teacher import Teacher
 from opsd_kernels.train.types import Batch, Context, NonFiniteLoss, Rollout, StepMetrics
 
@@ -46,11 +49,9 @@ class Update:
 
 
 def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return AdamW over the trainable parameters. Simplification: no fp32 master copy of bf16 weights."""
+    """Return AdamW over the trainable parameters, with fp32 masters of those in 16 bits."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(
-        trained, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
-    )
+    return MasterAdamW(trained, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -109,19 +110,22 @@ def optimisation_step(
     student, optimizer = trainer.student, trainer.optimizer
     # transformers' gradient checkpointing works in training mode only.
     student.train()
-    loss, stats = gradients(student, trainer.teacher, batch, config, trainer.vocab, ranks=trainer.ranks)
+    collect = functools.partial(collect_gradients, optimizer)
+    settings = (config, trainer.vocab, 1.0, collect)
+    loss, stats = gradients(student, trainer.teacher, batch, *settings, ranks=trainer.ranks)
     parts = [(batch, stats)]
     kept = None
     if rehearsal is not None:
-        to_keep = (rehearsal.batch, objective.plain(config), trainer.vocab, config.rehearsal_weight)
-        kept, kept_stats = gradients(student, rehearsal.reference, *to_keep, ranks=trainer.ranks)
+        settings = (objective.plain(config), trainer.vocab, config.rehearsal_weight, collect)
+        kept, kept_stats = gradients(
+            student, rehearsal.reference, rehearsal.batch, *settings, ranks=trainer.ranks
+        )
         parts.append((rehearsal.batch, kept_stats))
+    updated = [p for group in optimizer.param_groups for p in group["params"]]
     # FSDP's backward has summed the gradients of a sharded model already.
     if not sharding.is_sharded(student):
-        trainer.ranks.sum_gradients(student.parameters())
-    grad_norm = torch.nn.utils.clip_grad_norm_(
-        [p for group in optimizer.param_groups for p in group["params"]], config.max_grad_norm
-    )
+        trainer.ranks.sum_gradients(updated)
+    grad_norm = torch.nn.utils.clip_grad_norm_(updated, config.max_grad_norm)
     grad_norm = sharding.full(grad_norm)
     whole = loss if kept is None else loss + kept
     if not (torch.isfinite(whole) and torch.isfinite(grad_norm)):
@@ -133,7 +137,7 @@ def optimisation_step(
     optimizer.step()
     # Sets gradients to None: the first micro-batch of the next step writes them and does not add.
     optimizer.zero_grad()
-    trainer.teacher.update(student)
+    trainer.teacher.update(student, masters_of(optimizer))
     return Update(float(loss), float(grad_norm), stats, None if kept is None else float(kept))
 
 
@@ -157,9 +161,10 @@ def gradients(
     config: TrainConfig,
     vocab: int,
     weight: float = 1.0,
+    collect: Callable[[], None] = lambda: None,
     ranks: Ranks = ALONE,
 ) -> tuple[Tensor, tuple[TokenStats, ...]]:
-    """Add this rank's part of the step's gradient to the student's.
+    """Add this rank's part of the step's gradient to the student's; `collect` runs after each backward.
 
     The result does not depend on the number of micro-batches or of ranks. Returns the loss of the whole batch
     (0-dim, in nats) and its statistics.
@@ -169,11 +174,13 @@ def gradients(
     for micro in mine:
         loss, tokens = objective.step_loss(student, teacher, micro, config, totals, vocab)
         (loss * weight).backward()
+        collect()
         total = total + loss.detach()
         stats.append(tokens)
     # Under FSDP the forward and backward of the other ranks would hang without a matching one here.
     for micro in filler:
         (objective.step_loss(student, teacher, micro, config, totals, vocab)[0] * 0.0).backward()
+        collect()
     sharding.release(teacher.model)
     return ranks.total(total) * weight, tuple(ranks.together(stats))
 
@@ -256,7 +263,7 @@ def update_metrics(update: Update | None, batch: Batch | None) -> StepMetrics:
     return {
         **metrics,
         "divergence": divergence_BT[mask_BT].mean().item(),
-        "divergence_p95": divergence_BT[mask_BT].quantile(0.95).item(),
+        "divergence_p95": _quantile(divergence_BT[mask_BT], 0.95),
         # Position 0 is the answer's first token; a column without a distilled token is null.
         "divergence_by_position": [
             _finite(value) for value in ((divergence_BT * mask_BT).sum(0) / mask_BT.sum(0)).tolist()
@@ -288,6 +295,11 @@ def reading_metrics(update: Update | None, batch: Batch | None) -> StepMetrics:
 
 def _mean(values: Tensor) -> float | None:
     return _finite(values.mean().item())
+
+
+def _quantile(values: Tensor, q: float) -> float:
+    # Tensor.quantile refuses more than 2**24 values.
+    return float(np.quantile(values.cpu().numpy(), q))
 
 
 def _finite(value: float) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from opsd_kernels.integrations.transformers import scoring
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.distributed.ranks import ALONE, Ranks
 from opsd_kernels.train.distributed.sharding import cut_as, place
+
+NO_MASTERS: Mapping[Tensor, Tensor] = {}
 
 
 class Teacher:
@@ -30,8 +33,11 @@ class Teacher:
     def using(self) -> Iterator[PreTrainedModel]:
         yield self.model
 
-    def update(self, student: PreTrainedModel) -> None:
-        """Follow the student after a step; a no-op for a fixed teacher."""
+    def update(self, student: PreTrainedModel, masters: Mapping[Tensor, Tensor] = NO_MASTERS) -> None:
+        """Follow the student after a step; a no-op for a fixed teacher.
+
+        `masters` maps weights of the student to the fp32 weights that they are rounded from.
+        """
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -57,18 +63,20 @@ class Copy(Teacher):
         trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
         self.model = placed(copy.deepcopy(student).requires_grad_(False).eval())
         self.rate, self.mix = rate, mix
-        # `float()` returns fp32 parameters themselves, without a copy.
+        # `float()` returns fp32 parameters themselves, without a copy. A frozen copy has nothing to average.
         self.average = {
-            name: parameter.float() for name, parameter in self.model.named_parameters() if name in trained
+            name: parameter.float() if rate else parameter
+            for name, parameter in self.model.named_parameters()
+            if name in trained
         }
 
     @torch.no_grad()
-    def update(self, student: PreTrainedModel) -> None:
+    def update(self, student: PreTrainedModel, masters: Mapping[Tensor, Tensor] = NO_MASTERS) -> None:
         if self.rate == 0:
             return
         for name, parameter in student.named_parameters():
             if name in self.average:
-                self.average[name].lerp_(parameter.float(), self.rate)
+                self.average[name].lerp_(masters.get(parameter, parameter).float(), self.rate)
         self._write()
 
     def state(self) -> dict[str, Tensor]:
@@ -94,13 +102,9 @@ class Live(Teacher):
 
     @contextmanager
     def using(self) -> Iterator[PreTrainedModel]:
-        training = self.model.training
         # No dropout in a target.
-        self.model.eval()
-        try:
+        with scoring(self.model):
             yield self.model
-        finally:
-            self.model.train(training)
 
 
 class AdapterOff(Live):

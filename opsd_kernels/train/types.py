@@ -5,6 +5,7 @@ A suffix names the dimensions of a tensor: B rollouts, T completion positions, L
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +119,15 @@ class Totals:
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Raised after Ctrl-C. The message says which state was saved and how to resume."""
+    """Raised after Ctrl-C or a scheduler's signal, `number`.
+
+    The message says which state was saved and how to resume. A process that ends with it returns 128 plus the
+    number, as a shell does.
+    """
+
+    def __init__(self, message: str = "", number: int = signal.SIGINT):
+        super().__init__(message)
+        self.number = int(number)
 
 
 class NonFiniteLoss(RuntimeError):

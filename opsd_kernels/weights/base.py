@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..spec import SCOPES, check_choice, check_number, expect
+from ..spec import SCOPES, check_choice, check_number, check_tensor, expect
 
 
 def check_weighting(weighting: Any, argument: str = "token_weights") -> Any:
@@ -282,6 +282,7 @@ class Given(Scheme):
     per_token: ClassVar[tuple[str, ...]] = ("weights",)
 
     def __post_init__(self) -> None:
+        check_tensor("weights", self.weights)
         expect(
             self.weights.is_floating_point(),
             "weights",

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..spec import check_choice, check_number, expect
+from ..spec import check_choice, check_number, check_tensor, expect
 from .base import (
     Schedule,
     Scheme,
@@ -137,8 +137,7 @@ class ImportanceRatio(Scheme):
     per_token: ClassVar[tuple[str, ...]] = ("old_logprobs",)
 
     def __post_init__(self) -> None:
-        old = self.old_logprobs
-        expect(isinstance(old, Tensor), "old_logprobs", "a tensor", type(old).__name__, TypeError)
+        old = check_tensor("old_logprobs", self.old_logprobs)
         expect(old.is_floating_point(), "old_logprobs", "a floating-point tensor", old.dtype, TypeError)
         check_number("clip", self.clip, positive=True)
 
@@ -267,13 +266,7 @@ class SegmentMean(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect(
-            isinstance(self.boundaries, Tensor),
-            "boundaries",
-            "a tensor",
-            type(self.boundaries).__name__,
-            TypeError,
-        )
+        check_tensor("boundaries", self.boundaries)
         expect(
             self.boundaries.dtype == torch.bool,
             "boundaries",

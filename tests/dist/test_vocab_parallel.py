@@ -19,3 +19,9 @@ def test_16_bit_logits_of_three_shards(launching, tmp_path):
     results = launching.launch("vocab_ranks.py", 3, tmp_path, "16-bit")
     assert len(results) == 3 and len(results[0]) == 4
     launching.assert_none_failed(results)
+
+
+@pytest.mark.slow
+def test_labels_at_the_edges_of_shards(launching, tmp_path):
+    """Every size from 1000 to 1030 on three ranks: the values and gradients of one process."""
+    launching.assert_none_failed(launching.launch("label_ranks.py", 3, tmp_path))

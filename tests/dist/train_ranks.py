@@ -1,8 +1,9 @@
 """Run one rank of the trainer, as a launcher would start it. See test_train_ranks.py.
 
 The jobs are a JSON list of [configuration, run directory, how]. `interrupt`: the last rank gets Ctrl-C after
-the third step. `resume`: the run continues. `full`: the disk of the first rank is full. `die`: the last rank
-is killed in the middle of a step.
+the third step. `stop`: the same by SIGTERM, and nothing is counted. `resume`: the run continues. `full`: the
+disk of the first rank is full. `slow`: its first save takes eight seconds. `die`: the last rank is killed in
+the middle of a step. TIMEOUT_S is the time-out of the default process group.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from opsd_kernels.train.records import checkpoint
 from opsd_kernels.train.types import CheckpointError, TrainingInterrupted
 
 STOP_AFTER, DIE_AFTER = 3, 5  # steps; losses
+SLOW_S = 8
 
 
 def even(answer: str, row: dict[str, Any]) -> bool:
@@ -31,13 +34,13 @@ def even(answer: str, row: dict[str, Any]) -> bool:
     return sum(map(ord, answer)) % 2 == 0
 
 
-def pressing_ctrl_c(plain: Any) -> Any:
+def pressing_ctrl_c(plain: Any, number: int = signal.SIGINT) -> Any:
     """Wrap one_step to interrupt its own process."""
 
     def one_step(run: loop.Run) -> dict[str, Any]:
         metrics = plain(run)
         if metrics["step"] == STOP_AFTER:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return metrics
 
     return one_step
@@ -60,6 +63,19 @@ def no_space(tensors: dict[str, Any], path: Path) -> None:
     """Raise the error of a full disk from the second file on."""
     if path.name != "teacher.safetensors":
         raise OSError(28, "No space left on device")
+
+
+def slow(plain: Any) -> Any:
+    """Wrap save_file to take its time at the first file."""
+    calls = []
+
+    def save_file(tensors: dict[str, Any], path: Path) -> None:
+        if not calls:
+            time.sleep(SLOW_S)
+        calls.append(path)
+        plain(tensors, path)
+
+    return save_file
 
 
 def local_bytes(run: loop.Run) -> dict[str, int]:
@@ -146,14 +162,18 @@ def work(config: str, out: str, how: str, last: bool) -> dict[str, Any]:
     if how == "interrupt":
         loop.one_step = measuring(plain, told) if load_config(config).shard == "fsdp" else plain
         loop.one_step = pressing_ctrl_c(loop.one_step) if last else loop.one_step
+    if how == "stop" and last:
+        loop.one_step = pressing_ctrl_c(plain, signal.SIGTERM)
     if how == "full":
         checkpoint.save_file = no_space
+    if how == "slow":
+        checkpoint.save_file = slow(write)
     if how == "die" and last:
         objective.step_loss = dying(loss)
     try:
         return told | loop.train(load_config(config), Path(out), resume=how == "resume")
     except TrainingInterrupted as stopped:
-        return told | {"interrupted": str(stopped)}
+        return told | {"interrupted": str(stopped), "number": stopped.number}
     except CheckpointError as error:
         return {"error": str(error)}
     finally:
@@ -163,7 +183,7 @@ def work(config: str, out: str, how: str, last: bool) -> dict[str, Any]:
 
 def main(rank: str, world: str, rendezvous: str, result: str, jobs: str) -> None:
     os.environ |= {"RANK": rank, "WORLD_SIZE": world}
-    join(rank, world, rendezvous)
+    join(rank, world, rendezvous, float(os.environ.get("TIMEOUT_S", "60")))
     ended = [work(*job, last=rank == str(int(world) - 1)) for job in json.loads(jobs)]
     Path(result).write_text(json.dumps(ended))
     leave()

@@ -164,6 +164,32 @@ def test_mixed_precision_is_what_the_config_says(home, name):
     }
 
 
+@pytest.mark.parametrize("kind", ["live", "ema"])
+def test_sdpo_teacher_does_not_drop_out(home, kind):
+    """With disable_dropout=False the student drops out; the teacher, which may be the student, does not."""
+    student = load(home.student)
+    for layer in student.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    trainer = build(
+        fused.SDPOTrainer,
+        "SDPOTrainer",
+        home,
+        student=student,
+        teacher_model_kind=kind,
+        disable_dropout=False,
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    seen, norms = [], {id(model): model for model in (trainer.model, trainer.teacher_model)}
+    for model in norms.values():
+        model.model.norm.register_forward_hook(lambda _, __, states: seen.append(states.detach()))
+    # The first step also tries padding on the model.
+    for _ in range(3):
+        one_step(trainer, batch_for("SDPOTrainer"))
+        assert trainer.model.training
+    teacher, mine, again, other = seen[-4:]
+    assert torch.equal(teacher, again) and not torch.equal(mine, other)
+
+
 def test_recurrent_gemma_keeps_its_softcap(home, monkeypatch):
     """TRL's DistillationTrainer ignores `logits_soft_cap`."""
 

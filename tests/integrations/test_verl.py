@@ -175,6 +175,20 @@ def test_padding_of_a_list_counts_for_nothing():
     assert_one_rounding(distillation_loss(*made, short.outputs(), short.data())[0], expected, torch.float32)
 
 
+@pytest.mark.parametrize("floor", [None, -3.0])
+def test_an_id_that_comes_again_counts_once(floor):
+    """The sampled token may stand in the list already: loss and masses are those of the list without it."""
+    made, once, again = settings(log_prob_min_clamp=floor), Batch(), Batch()
+    for name in ("teacher_ids", "teacher_logprobs"):
+        entries = getattr(again, name)
+        setattr(again, name, torch.cat([entries, entries[:, 1:2]], -1))
+    results = [distillation_loss(*made, batch.outputs(), batch.data()) for batch in (again, once)]
+    (loss, metrics), (expected, named) = results
+    assert_one_rounding(loss, expected, torch.float32)
+    for name, value in metrics.items():
+        assert_one_rounding(value, named[name], torch.float32, magnitude=1.0, name=name)
+
+
 def test_metrics():
     made, batch = settings(loss_max_clamp=0.5), Batch().to(torch.float64)
     _, metrics = distillation_loss(*made, batch.outputs(), batch.data())

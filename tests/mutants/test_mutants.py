@@ -292,7 +292,7 @@ MUTANTS = {
         check(against_truth),
     ),
     "masked rows counted": Mutant(
-        reductions, "_denominator", lambda _: lambda n, hidden, valid: hidden.shape[0], check(against_truth)
+        reductions, "_share", lambda _: lambda n, hidden, valid: 1 / hidden.shape[0], check(against_truth)
     ),
     "weights in the denominator": Mutant(
         divergence, "row_scale", result(lambda r, *_: r * 0.93), check(against_truth)

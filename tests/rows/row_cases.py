@@ -24,6 +24,13 @@ FORMS = {
     "difference, softcap": (CAPPED, CAPPED, True),
     "difference, two temperatures": (PLAIN, SCALED, True),
 }
+# The same with a temperature for each row: of one side, of each side its own, one for both.
+OF_ROWS = {
+    "pair, temperatures of the teacher": ("pair", None, 0.4),
+    "pair, temperatures": ("pair, transformed", 0.5, 0.4),
+    "difference, one temperature": ("difference, linear", 0.5, 0.5),
+    "difference, softcap, temperatures": ("difference, softcap", 0.5, 0.4),
+}
 
 
 @dataclass
@@ -52,7 +59,8 @@ class Rows:
         return replace(self, S=self.S.contiguous(), T=self.T.contiguous())
 
     def take(self, rows: slice) -> Rows:
-        return replace(self, S=self.S[rows], T=self.T[rows], factor=self.factor[rows])
+        S, T, factor = self.S[rows], self.T[rows], self.factor[rows]
+        return replace(self, S=S, T=T, factor=factor, spec=self.spec.at(rows))
 
     @property
     def live(self) -> Tensor:
@@ -96,6 +104,25 @@ def teacher_gap(S: Tensor, gen: torch.Generator) -> Tensor:
     return gap
 
 
+def temperatures(n: int, least: float, dtype: torch.dtype) -> Tensor:
+    """Shape (n, 1): rising from `least` by quarters, exact in fp32, in the dtype of the statistics."""
+    return (least + 0.25 * torch.arange(n, dtype=torch.float64) % 2)[:, None].to(
+        torch.promote_types(dtype, torch.float32)
+    )
+
+
+def of_rows(rows: Rows, least_s: float | None, least_t: float | None) -> Rows:
+    """Give each row of a side a temperature of its own; one tensor for both sides if they start alike."""
+    n, dtype = rows.S.shape[0], rows.S.dtype
+    spec = rows.spec
+    if least_s is not None:
+        spec = replace(spec, student=replace(spec.student, temperature=temperatures(n, least_s, dtype)))
+    if least_t is not None:
+        own = spec.student.temperature if least_t == least_s else temperatures(n, least_t, dtype)
+        spec = replace(spec, teacher=replace(spec.teacher, temperature=own))
+    return replace(rows, spec=spec)
+
+
 def make_rows(
     n: int,
     V: int,
@@ -106,6 +133,9 @@ def make_rows(
     seed: int = 0,
 ) -> Rows:
     """Draw flat and peaked rows, |z| up to 40. With n > 2 row 2 has factor 0 and holds inf and NaN."""
+    if form in OF_ROWS:
+        base, least_s, least_t = OF_ROWS[form]
+        return of_rows(make_rows(n, V, dtype, base, kind, bias, seed), least_s, least_t)
     gen = torch.Generator().manual_seed(seed)
     student, teacher, difference = FORMS[form]
     widths = torch.tensor([1.0, 10.0, 4.0], dtype=torch.float64).repeat(n // 3 + 1)[:n, None]

@@ -16,6 +16,7 @@ import torch
 from row_cases import (
     DTYPES,
     FORMS,
+    OF_ROWS,
     Rows,
     Truth,
     hard_rows,
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from opsd_kernels._rows import backends
 from opsd_kernels._rows.contract import SPREAD_LIMIT, Column, RowBackend, narrowed
-from opsd_kernels.spec import Divergence, Kind, RowSpec
+from opsd_kernels.spec import Divergence, Kind, LogitTransform, RowSpec
 from opsd_kernels.testing import assert_one_rounding, assert_same_bits
 from opsd_kernels.testing.reference import reference_divergence, reference_statistics
 
@@ -60,7 +61,8 @@ class RowChecks:
         assert_one_rounding(actual, truth, dtype, self.INTERPRETER, **options)
 
     def check_gradient(self, rows: Rows, gradient: Tensor, truth: Truth, name: str = "gradient") -> None:
-        scale = rows.factor.double().abs() * max(1, abs(rows.spec.student.factor))
+        slope = torch.as_tensor(rows.spec.student.factor, dtype=torch.float64).abs().clamp(min=1)
+        scale = rows.factor.double().abs() * slope.reshape(-1)
         magnitude = (scale * truth.size(truth.loss))[:, None]
         self.assert_one_rounding(gradient, truth.gradient, gradient.dtype, magnitude=magnitude, name=name)
 
@@ -90,6 +92,17 @@ class RowContract(RowChecks):
             for route in ("apart", "fused"):
                 _, loss, gradient = run_rows(row_backend, rows.copy(), route)
                 assert loss.dtype == torch.promote_types(dtype, torch.float32)
+                self.check_loss(rows, loss, truth)
+                self.check_gradient(rows, gradient, truth, f"gradient, {route}, V={V}")
+
+    @KINDS
+    @pytest.mark.parametrize("form", OF_ROWS)
+    @EACH_DTYPE
+    def test_a_temperature_for_each_row(self, row_backend, kind, form, dtype):
+        for n, V in self.SHAPES:
+            rows, truth = hard_rows(n, V, dtype, form, kind)
+            for route in ("apart", "fused"):
+                _, loss, gradient = run_rows(row_backend, rows.copy(), route)
                 self.check_loss(rows, loss, truth)
                 self.check_gradient(rows, gradient, truth, f"gradient, {route}, V={V}")
 
@@ -317,6 +330,25 @@ class RowContract(RowChecks):
             getattr(rows, side)[1] = -math.inf
             _, loss, _ = run_rows(row_backend, rows, "fused")
             assert loss[0].isfinite() and loss[1].isnan(), kind
+
+    @EACH_DTYPE
+    @ROUTES
+    def test_a_softcap_leaves_columns_beyond_the_vocabulary_out(self, row_backend, dtype, route):
+        """A cap makes every number finite, also those of the lanes beyond V in the last tile of a row."""
+        capped = LogitTransform(1.0, 1.0, 1.0)
+        for V in (1, 7, 1003, 2500):
+            rows = make_rows(3, V, dtype, bias=False)
+            for logits in (rows.S, rows.T):
+                logits.zero_()
+            bias = torch.full((V,), -50.0, dtype=torch.promote_types(dtype, torch.float32))
+            spec = replace(rows.spec, student=capped, teacher=capped)
+            work = replace(rows, spec=spec, bias_s=bias, bias_t=bias.clone()).copy()
+            stats, loss, _ = run_rows(row_backend, work, route)
+            entropy = torch.full((3,), math.log(V), dtype=torch.float64)
+            names = "STUDENT_LOGSUM", "TEACHER_LOGSUM", "STUDENT_ENTROPY", "TEACHER_ENTROPY"
+            for name in names:
+                self.assert_one_rounding(stats[:, Column[name]], entropy, stats.dtype, name=name)
+            assert (loss.abs() <= 1e-6).all(), V
 
     # ---------------------------------------------------------------- bits
 

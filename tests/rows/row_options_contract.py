@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from row_cases import Rows, run_rows
+from row_cases import Rows, of_rows, run_rows
 from row_contract import EACH_DTYPE, KINDS, ROUTES, RowChecks
 from torch import Tensor
 
@@ -19,6 +19,7 @@ FORMS = {
     "pair": (PLAIN, CAPPED, False),
     "difference, linear": (PLAIN, PLAIN, True),
     "difference, softcap": (CAPPED, CAPPED, True),
+    "pair, temperatures": (PLAIN, CAPPED, False),
 }
 CLIPS = {
     "entry": {"entry_clip": 0.02},
@@ -45,7 +46,7 @@ def make_rows(
     wide = torch.promote_types(dtype, torch.float32)
     labels = torch.randint(V, (n,), generator=gen)
     labels[::5] = -1
-    return Rows(
+    rows = Rows(
         S.to(dtype),
         (gap if difference else S + gap).to(dtype),
         factor.to(wide),
@@ -53,6 +54,7 @@ def make_rows(
         policy=pull.to(wide) if policy else None,
         labels=labels if policy else None,
     )
+    return of_rows(rows, 0.5, 0.75) if form.endswith("temperatures") else rows
 
 
 def terms(log_q: Tensor, log_p: Tensor, kind: Kind, beta: float) -> Tensor:

@@ -1,32 +1,37 @@
 """Checkpoints: complete or absent, and restored bit for bit."""
 
 import copy
+import dataclasses
 import random
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from opsd_kernels.testing import assert_same_bits
 from opsd_kernels.train.models import pretrained
+from opsd_kernels.train.optimizer import masters_of
 from opsd_kernels.train.records import checkpoint, durable
 from opsd_kernels.train.records.checkpoint import RunState
 from opsd_kernels.train.step import make_optimizer
 from opsd_kernels.train.teacher import Copy
 
 
-@pytest.fixture
-def state(model, encoder, config):
+@pytest.fixture(params=[torch.float32, torch.bfloat16])
+def state(request, model, encoder, config):
     """Make a state whose optimiser has moments and whose teacher differs from its student."""
+    # Not the rotary embedding's buffer, which loading leaves in fp32.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(request.param)
     teacher = Copy(model, 0.3)
     optimizer = make_optimizer(model, config)
     for step in range(2):
         model(torch.tensor([[3, 10 + step, 4]])).logits.square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        teacher.update(model)
+        teacher.update(model, masters_of(optimizer))
     return RunState(
         model,
         encoder.tokenizer,
@@ -38,18 +43,18 @@ def state(model, encoder, config):
     )
 
 
-def fresh(path, config):
+def fresh(path, config, state):
+    config = dataclasses.replace(config, dtype=str(state.model.dtype).removeprefix("torch."))
     model, tokenizer = pretrained.load_pretrained(path, config)
     return RunState(model, tokenizer, Copy(model, 0.3), None, make_optimizer(model, config), 0, {})
 
 
 def tensors(state):
-    moments = [
-        state.optimizer.state[p][key]
-        for p in state.model.parameters()
-        for key in ("step", "exp_avg", "exp_avg_sq")
-    ]
+    masters = [masters_of(state.optimizer).get(p, p) for p in state.model.parameters()]
+    moments = [state.optimizer.state[p][key] for p in masters for key in ("step", "exp_avg", "exp_avg_sq")]
     return [
+        *(p.detach() for p in masters),
+        *state.teacher.state().values(),
         *(p.detach() for p in state.model.parameters()),
         *(p.detach() for p in state.teacher.model.parameters()),
         *moments,
@@ -60,7 +65,7 @@ def test_everything_comes_back(tmp_path, state, config):
     torch.manual_seed(7), np.random.seed(8), random.seed(9)
     path = checkpoint.save(tmp_path, state, 1234)
     drawn = torch.rand(3), np.random.rand(3), random.random()
-    loaded = fresh(checkpoint.latest(tmp_path), config)
+    loaded = fresh(checkpoint.latest(tmp_path), config, state)
     assert checkpoint.restore(path, loaded) == 1234
     assert (loaded.step, loaded.facts) == (state.step, state.facts)
     for actual, expected in zip(tensors(loaded), tensors(state), strict=True):
@@ -72,9 +77,29 @@ def test_everything_comes_back(tmp_path, state, config):
     )
 
 
+@pytest.mark.parametrize("devices", [0, 1, 3])
+def test_generators_of_devices_that_are_not_here_are_left_out(tmp_path, state, config, monkeypatch, devices):
+    """A checkpoint of two GPUs on machines with none, one and three of them."""
+    path = checkpoint.save(tmp_path, state, 0)
+    file = path / "random.safetensors"
+    saved = {f"cuda_{index}": torch.full((16,), index, dtype=torch.uint8) for index in range(2)}
+    save_file(load_file(file) | saved, file)
+    restored = {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+
+    def set_rng_state(value, device):
+        assert device < devices, "invalid device ordinal"
+        restored[device] = value
+
+    monkeypatch.setattr(torch.cuda, "set_rng_state", set_rng_state)
+    checkpoint.restore(path, fresh(path, config, state))
+    assert restored.keys() == set(range(min(devices, 2)))
+    assert all(value.eq(index).all() for index, value in restored.items())
+
+
 def test_optimiser_goes_on_as_if_nothing_happened(tmp_path, state, config):
     checkpoint.save(tmp_path, state, 0)
-    loaded = fresh(checkpoint.latest(tmp_path), config)
+    loaded = fresh(checkpoint.latest(tmp_path), config, state)
     checkpoint.restore(checkpoint.latest(tmp_path), loaded)
     for run in (state, loaded):
         run.model(torch.tensor([[3, 15, 4]])).logits.square().mean().backward()
@@ -113,7 +138,7 @@ def test_a_crash_between_writes_leaves_the_last_checkpoint(tmp_path, state, conf
         checkpoint.save(tmp_path, state, 20)
     path = checkpoint.latest(tmp_path)
     assert path.name == "step_000004"
-    loaded = fresh(path, config)
+    loaded = fresh(path, config, state)
     assert checkpoint.restore(path, loaded) == 10
     for actual, expected in zip(tensors(loaded), old, strict=True):
         assert_same_bits(actual, expected)
@@ -158,7 +183,8 @@ def test_no_checkpoint_yet(tmp_path):
 
 def test_a_checkpoint_is_a_model_directory(tmp_path, state, config):
     path = checkpoint.save(tmp_path, state, 0)
-    model, tokenizer = pretrained.load_pretrained(path, config)
+    loaded = fresh(path, config, state)
+    model, tokenizer = loaded.model, loaded.tokenizer
     assert_same_bits(model.lm_head.weight.detach(), state.model.lm_head.weight.detach())
     assert tokenizer.get_vocab() == state.tokenizer.get_vocab()
     assert tokenizer.chat_template == state.tokenizer.chat_template

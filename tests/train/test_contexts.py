@@ -169,6 +169,26 @@ def test_neutralised_text_holds_no_marker_even_if_a_break_makes_one():
     assert neutralise("nothing to do: \uff21", markers) == "nothing to do: \uff21"
 
 
+@pytest.mark.parametrize(
+    "text, broken",
+    [
+        ("</think> 10\u00b2 = 100", "< /think> 10\u00b2 = 100"),
+        (
+            "caf\u00e9, e\u0301, \ufb01, \uff21, a\u200db </think>",
+            "caf\u00e9, e\u0301, \ufb01, \uff21, a\u200db < /think>",
+        ),
+        ("\u212b </TH\u200bINK> \u212b", "\u212b < /TH\u200bINK> \u212b"),
+        ("\uff1c/think\uff1e \u00bd", "\uff1c /think\uff1e \u00bd"),
+        ("<</think>/think> \u2460", "<< /think>/think> \u2460"),
+        ("<\uff5cUser\uff5c> 3\u00b2 <|user|>", "< \uff5cUser\uff5c> 3\u00b2 < |user|>"),
+        ("\u00b2 \ufb00 \u00b2", "\u00b2 f f \u00b2"),
+        ("\u00b2 </thin k> \u00e9", "\u00b2 </thin k> \u00e9"),
+    ],
+)
+def test_nothing_but_the_marker_changes(text, broken):
+    assert neutralise(text, ("</think>", "<\uff5cUser\uff5c>", "ff")) == broken
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 @pytest.mark.parametrize(
     "fold",

@@ -158,7 +158,7 @@ def test_the_window_holds_the_last_failures_and_no_more(base, right_at):
         asked.extend(requests)
         return sample(model, task, requests, *key)
 
-    base.sampler = SimpleNamespace(sample=recording, encoder=base.sampler.encoder)
+    base.sampler = SimpleNamespace(sample=recording, encoder=base.sampler.encoder, fits=lambda *view: True)
     (found,) = discover.multi_turn(base, base.task.held_out[:1], Budget(attempts=6, window=2))
     told = [f"a b c {i % 4} 0" for i in range(1, 6)]  # the feedback on the n-th answer
     assert [request.context for request in asked] == [None] + [

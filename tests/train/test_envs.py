@@ -367,14 +367,29 @@ def test_a_verifier_comes_by_its_import_path(module, tmp_path):
         (0.25, Verdict(0.25)),
         (Verdict(0.0, "no"), Verdict(0.0, "no")),
         ((1, "fine"), Verdict(1.0)),
+        ((0, "half \ud83d"), Verdict(0.0, "half ?")),
     ):
         module.judge = lambda completion, row, result=result: result
         assert verifiers.resolve("users_verifier:judge")("x", {}) == verdict
 
 
+def test_a_verifier_that_raises_is_named_with_the_row(module, tmp_path):
+    module.judge = lambda completion, row: row["missing"]
+    task = jsonl(tmp_path, ROWS, verifier="users_verifier:judge")
+    with pytest.raises(RuntimeError, match="verifier: .*data.jsonl, line 4, got KeyError: 'missing'"):
+        task.env(3, 0).verify("x")
+
+
 @pytest.mark.parametrize(
     "result, error",
-    [(2, ValueError), (float("nan"), ValueError), ("yes", TypeError), ((1, 2), TypeError), (None, TypeError)],
+    [
+        (2, ValueError),
+        (float("nan"), ValueError),
+        (Verdict(float("nan")), ValueError),
+        ("yes", TypeError),
+        ((1, 2), TypeError),
+        (None, TypeError),
+    ],
 )
 def test_a_verifier_that_returns_nonsense_is_named(module, result, error):
     module.judge = lambda completion, row: result

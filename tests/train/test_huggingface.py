@@ -26,9 +26,9 @@ from opsd_kernels.train.config import ConfigError, TrainConfig
 from opsd_kernels.train.loop import train
 from opsd_kernels.train.models import pretrained
 from opsd_kernels.train.records.log import read_metrics
-from opsd_kernels.train.sampling.rollout import Sampler, requests
+from opsd_kernels.train.sampling.rollout import Request, Sampler, requests
 from opsd_kernels.train.teacher import AdapterOff, Copy
-from opsd_kernels.train.types import Prompt, Rollout, Verdict
+from opsd_kernels.train.types import Context, Prompt, Rollout, Verdict
 
 SHAPE = {
     "hidden_size": 16,
@@ -296,22 +296,31 @@ def models_engine(settings):
     return make_engine(settings)
 
 
-def test_what_vllm_is_asked_for(config, encoder, task, model, monkeypatch, vocab):
-    """A stand-in for vLLM gets the weights and one seed per answer; its tokens are cut at a stop."""
-    asked = types.SimpleNamespace(weights=None, prompts=[], params=[])
+@pytest.fixture
+def vllm(config, monkeypatch):
+    """Return the record of a stand-in for vLLM: the calls of its engines and their arguments."""
+    asked = types.SimpleNamespace(weights=None, prompts=[], params=[], calls=[], options=[])
 
     class Engine:
         def __init__(self, **options):
-            asked.options = options
+            asked.options.append(options)
 
         def apply_model(self, function):
+            asked.calls.append("load")
             function(
                 types.SimpleNamespace(load_weights=lambda weights: setattr(asked, "weights", dict(weights)))
             )
 
+        def reset_prefix_cache(self):
+            asked.calls.append("reset")
+            return True
+
         def generate(self, prompts, params, use_tqdm):
+            asked.calls.append("generate")
             asked.prompts += prompts
             asked.params += params
+            longest = max(len(prompt["prompt_token_ids"]) for prompt in prompts)
+            assert longest + params[0]["max_tokens"] <= asked.options[-1]["max_model_len"]
             return [
                 types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=[10, 11, 1, 12])])
                 for _ in prompts
@@ -320,20 +329,47 @@ def test_what_vllm_is_asked_for(config, encoder, task, model, monkeypatch, vocab
     fake = types.ModuleType("vllm")
     fake.LLM, fake.SamplingParams = Engine, lambda **settings: settings
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    settings = types.SimpleNamespace(
+    asked.settings = types.SimpleNamespace(
         **{**dataclasses.asdict(config), "rollout_engine": "vllm", "model": "somewhere"}
     )
-    sampler = Sampler(encoder, 4, 0.7, 5, vocab, models_engine(settings))
+    return asked
+
+
+def test_what_vllm_is_asked_for(vllm, encoder, task, model, vocab):
+    """It gets the weights and one seed per answer; its tokens are cut at a stop."""
+    sampler = Sampler(encoder, 4, 0.7, 5, vocab, models_engine(vllm.settings))
     rollouts = sampler.sample(
         model, task, requests([task.env(problem, 0).prompt() for problem in task.train[:4]], 2), 0, 1
     )
-    assert asked.options["model"] == "somewhere" and asked.options["trust_remote_code"] is False
-    assert asked.weights["lm_head.weight"].equal(model.lm_head.weight)
-    assert [tuple(prompt["prompt_token_ids"]) for prompt in asked.prompts] == [
+    (options,) = vllm.options
+    assert options["model"] == "somewhere" and options["trust_remote_code"] is False
+    assert options["max_num_seqs"] == vllm.settings.rollout_batch
+    assert vllm.weights["lm_head.weight"].equal(model.lm_head.weight)
+    assert [tuple(prompt["prompt_token_ids"]) for prompt in vllm.prompts] == [
         rollout.prompt_tokens for rollout in rollouts
     ]
-    assert len({params["seed"] for params in asked.params}) == 8 and asked.params[0]["temperature"] == 0.7
+    assert len({params["seed"] for params in vllm.params}) == 8 and vllm.params[0]["temperature"] == 0.7
     assert {rollout.tokens for rollout in rollouts} == {(10, 11, 1)}
+
+
+def test_vllm_forgets_the_keys_and_values_of_the_weights_before(vllm, encoder, task, model, vocab):
+    sampler = Sampler(encoder, 4, 0.7, 5, vocab, models_engine(vllm.settings))
+    for step in range(2):
+        sampler.sample(model, task, requests([task.env(7, 0).prompt()], 9), 0, step)
+    assert vllm.calls == ["load", "reset", "generate"] * 2
+
+
+def test_vllm_holds_the_longest_view_and_its_answer(vllm, encoder, task, model, vocab):
+    """A longer view makes another engine, of twice the length within the model's own."""
+    sampler = Sampler(encoder, 4, 0.7, 2, vocab, models_engine(vllm.settings))
+    prompt, lengths = task.env(7, 0).prompt(), []
+    for digits in ([1, 9], [1], [10], [200], [150]):
+        asked = [Request(prompt, 0, n, Context(("1" * n,))) for n in digits]
+        rollouts = sampler.sample(model, task, asked, 0, 1)
+        lengths.append(max(len(rollout.prompt_tokens) for rollout in rollouts) + 4)
+    made = [options["max_model_len"] for options in vllm.options]
+    assert made == [lengths[0], 2 * lengths[0], lengths[3]]
+    assert model.config.max_position_embeddings >= made[1]
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(encoder, task):

@@ -169,7 +169,7 @@ def test_other_environments_run(config, tmp_path, name):
 def test_rehearsal_needs_something_to_rehearse(config, tmp_path, monkeypatch):
     task = make_task(config)
     task.rehearsal = []
-    monkeypatch.setattr(loop, "make_task", lambda _: task)
+    monkeypatch.setattr(loop, "checked_task", lambda _: task)
     with pytest.raises(
         ConfigError, match="rehearsal_prompts: expected 0, as secret_op has no problems to rehearse"
     ):

@@ -34,6 +34,9 @@ class FakeSampler:
     def __init__(self, p, q, feedback="wrong"):
         self.p, self.q, self.feedback, self.rng, self.asked = p, q, feedback, np.random.default_rng(0), []
 
+    def fitting(self, rollouts, contexts, again=False):
+        return list(contexts)
+
     def sample(self, model, task, requests, *key):
         self.asked.append(len(requests))
         return [self._rollout(request) for request in requests]

@@ -2,12 +2,18 @@
 
 import copy
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
 from opsd_kernels.train import seeds
+from opsd_kernels.train.batch import make_batch
+from opsd_kernels.train.config import TrainConfig
+from opsd_kernels.train.contexts import build_contexts
+from opsd_kernels.train.envs.verifiers import exact
+from opsd_kernels.train.sampling import prompts
 from opsd_kernels.train.sampling.prompts import PromptEncoder
 from opsd_kernels.train.sampling.rollout import PlacedSampler, Request, requests
 from opsd_kernels.train.types import Context, Prompt
@@ -57,6 +63,31 @@ def test_the_models_own_generation_settings_stay_out(sampler, model, task, asked
     assert model.generation_config.repetition_penalty == 9.0
     model.generation_config.eos_token_id = [1, plain[0].tokens[0]]  # a second end of a turn counts
     assert sampler.sample(model, task, asked, 0, 1)[0].tokens == plain[0].tokens[:1]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_stop_of_the_generation_config_is_no_part_of_the_text(sampler, model, asked, task, encoder, listed):
+    """A second end of a turn, as of Gemma and Phi-3: cut, not decoded, rewarded without, and a label."""
+    eos = encoder.tokenizer.eos_token_id
+    plain = sampler.sample(model, task, asked, 0, 1)[0]
+    other = plain.tokens[1]
+    assert eos not in plain.tokens[:2] and other != plain.tokens[0]
+    model.generation_config.eos_token_id = [eos, other] if listed else other
+    right = encoder.tokenizer.decode(plain.tokens[:1])
+
+    class Judge:
+        def env(self, problem, key):
+            return self
+
+        def verify(self, text):
+            return exact(text, {"answer": right})
+
+    rollout = sampler.sample(model, Judge(), asked, 0, 1)[0]
+    assert rollout.tokens == plain.tokens[:2] and rollout.text == right and rollout.verdict.success
+    assert make_batch([rollout], [rollout.prompt_tokens], 0).labels_BT.tolist() == [list(rollout.tokens)]
+    assert build_contexts([dataclasses.replace(rollout, sample=9), rollout], TrainConfig(), 0)[1] == Context(
+        (right,)
+    )
 
 
 def test_placed_sampler_draws_the_distribution():
@@ -110,3 +141,29 @@ def test_the_short_cut_around_the_chat_template_is_none(name, encoder, task):
     expected = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in whole]
     assert quick.encode(prompts, [None] * len(prompts)) == expected
     assert quick.encode(prompts[::-1], [None] * len(prompts)) == expected[::-1]
+
+
+def test_encoded_turns_are_kept_up_to_a_number_of_bytes(encoder, task, monkeypatch):
+    """A group and the next step find their turns; long ones do not add up to the memory of the host."""
+    monkeypatch.setattr(prompts, "REMEMBERED_BYTES", 1 << 20)
+    tokenizer, calls = copy.deepcopy(encoder.tokenizer), []
+    # Ids above 256, for each of which Python makes an object.
+    real = PromptEncoder(tokenizer, task.template)
+
+    class Counting:
+        def __call__(self, texts, **options):
+            calls.extend(map(len, texts))
+            return {"input_ids": [[1000 + i for i in range(len(text))] for text in texts]}
+
+    real.tokenizer = Counting()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for problem in range(200):
+            asked = [Prompt(problem, f"{problem}+" + "1" * 4096)] * 3
+            assert real.encode(asked, [None] * 3) == real.encode(asked, [None] * 3)
+            held = tracemalloc.get_traced_memory()[0] - before
+            assert held < 1.5 * (1 << 20), f"{held} bytes after {problem} turns"
+    finally:
+        tracemalloc.stop()
+    assert 200 <= len(calls) < 250, "a turn is encoded once, and once more where the cache was emptied"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -215,6 +216,7 @@ def test_run_directories_do_not_collide(tmp_path, monkeypatch):
     "error, code, words",
     [
         (TrainingInterrupted("stopped after step 3"), 130, ["stopped after step 3", "--out runs/a --resume"]),
+        (TrainingInterrupted("stopped", signal.SIGTERM), 143, ["stopped", "--out runs/a --resume"]),
         (KeyboardInterrupt(), 130, ["the last checkpoint counts", "--out runs/a --resume"]),
         (NonFiniteLoss("step 4, rows 1 and 2"), 2, ["opsd: error: step 4, rows 1 and 2"]),
         (RunDirectoryError("out: not empty"), 2, ["opsd: error: out: not empty"]),

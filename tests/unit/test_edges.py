@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opsd_kernels import linear_divergence
+from opsd_kernels import linear_divergence, linear_logprobs
 from opsd_kernels.spec import KIND_NAMES
 from opsd_kernels.testing import (
     Case,
@@ -62,6 +62,21 @@ def test_nothing_valid_is_zero_and_still_in_the_graph(backend, reduction, by):
     assert linear_divergence(
         *live.inputs(), **live.options(), reduction=reduction, backend=backend
     ).requires_grad
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+def test_a_capped_uniform_head(backend, padding):
+    """Softcap 1 and bias -50 over 1003 columns: each log-prob is -log 1003, padding or not."""
+    V, labels = 1003, torch.tensor([0, 500, 1002])
+    weight = torch.randn(V + padding, 4, generator=torch.Generator().manual_seed(0))
+    bias = torch.full((V + padding,), -50.0)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        hidden, head = torch.zeros(3, 4, dtype=dtype), weight.to(dtype)
+        options = {"bias": bias, "softcap": 1.0, "vocab_size": V, "backend": backend}
+        logprobs, entropies = linear_logprobs(hidden, head, labels, return_entropy=True, **options)
+        expected = torch.full((3,), math.log(V), dtype=torch.float64)
+        assert_one_rounding(-logprobs, expected, logprobs.dtype, name="log-probs")
+        assert_one_rounding(entropies, expected, logprobs.dtype, name="entropies")
 
 
 def test_a_vocabulary_of_one(backend):

@@ -32,25 +32,42 @@ def tiny(kind):
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_head_and_trunk_give_the_logits(kind):
+def test_head_and_hidden_states_give_the_logits(kind):
     model = tiny(kind).train()
     if kind == "Phi":
         torch.nn.init.normal_(model.lm_head.bias)
-    check_head("model", model)
+    check_head(model)
     assert model.training
+
+
+def bert(**options):
+    shape = {name: value for name, value in SHAPE.items() if "key_value" not in name}
+    return transformers.BertLMHeadModel(transformers.BertConfig(**shape, **options)).eval()
 
 
 def test_a_head_that_is_not_read_right_is_refused():
     cohere = tiny("Cohere")
     cohere.logit_scale = 0.5  # unlike its config
-    bert = transformers.BertLMHeadModel(
-        transformers.BertConfig(**{k: v for k, v in SHAPE.items() if "key_value" not in k}, is_decoder=True)
-    )
-    for model in (cohere, bert):
-        with pytest.raises(
-            ValueError, match="^teacher_model: expected logits that are a linear head over the trunk.*off by"
-        ):
-            check_head("teacher_model", model)
+    with pytest.raises(
+        ValueError,
+        match="^teacher_model: expected logits that are a linear head over hidden .*Cohere.*off by",
+    ):
+        check_head(cohere, "teacher_model")
+    # A softcap of 30 hardly bends logits of the size that random weights give.
+    llama = tiny("Llama")
+    llama.lm_head.weight.data *= 1e-3
+    llama.lm_head.register_forward_hook(lambda _, __, logits: 30 * torch.tanh(logits / 30))
+    with pytest.raises(ValueError, match="^model: .*Llama.*scaled up"):
+        check_head(llama)
+
+
+def test_a_layer_between_trunk_and_head_belongs_to_the_hidden_states():
+    check_head(bert(is_decoder=True))
+
+
+def test_a_model_that_reads_later_tokens_is_refused():
+    with pytest.raises(ValueError, match="^model: expected a causal language model.*is_decoder.*BertLMHead"):
+        check_head(bert(is_decoder=False))
 
 
 def test_sides_are_named_as_the_arguments_are():

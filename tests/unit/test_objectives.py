@@ -1,6 +1,7 @@
 """Test policy terms, alone and mixed, against autograd through dense log-probs in float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -183,6 +184,84 @@ def test_group_advantages():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
     assert group_advantages(rewards).tolist() == [[0.5, -0.5, -0.5, 0.5], [0.0] * 4]
     assert group_advantages(rewards, normalize_std=True).tolist() == [[1.0, -1.0, -1.0, 1.0], [0.0] * 4]
+
+
+def test_missing_rewards_and_other_dtypes():
+    """A missing reward gets 0, and the others their advantages without it, in both forms."""
+    rewards = torch.tensor([[1.0, math.nan, 0.0], [math.nan] * 3, [math.inf, 3.0, 3.0], [0.1] * 3])
+    expected = [[0.5, 0.0, -0.5], [0.0] * 3, [0.0] * 3, [0.0] * 3]
+    assert group_advantages(rewards).tolist() == expected
+    assert group_advantages(rewards, normalize_std=True).tolist() == [[1.0, 0.0, -1.0], *expected[1:]]
+    for dtype in (torch.int64, torch.uint8, torch.bool):
+        whole = torch.tensor([1, 0, 0, 1], dtype=dtype)
+        assert group_advantages(whole).tolist() == [0.5, -0.5, -0.5, 0.5]
+    assert group_advantages(torch.empty(2, 0)).shape == (2, 0)
+
+
+FAR = torch.full((B, T), -200.0)
+EXTREME = {
+    # term, and whether its losses are 0
+    "no advantage, ratio e^190": (PPOClip(torch.zeros(B, 1), FAR), True),
+    "no advantage, per sequence": (PPOClip(torch.zeros(B, 1), FAR, per_sequence=True), True),
+    "no advantage, infinite ratio": (PPOClip(torch.zeros(B, 1), FAR * math.inf), True),
+    "negative advantage, ratio e^190": (PPOClip(-torch.ones(B, 1), FAR), False),
+    "negative advantage, infinite ratio": (
+        PPOClip(-torch.ones(B, 1), FAR * math.inf, per_sequence=True),
+        False,
+    ),
+    "ratio 0": (PPOClip(torch.ones(B, 1), -FAR * math.inf), False),
+    "share 0 of a large ratio": (Mix(((0.0, PPOClip(-torch.ones(B, 1), FAR)),)), True),
+    "weight 0 of an infinite reward": (
+        OnPolicyDistillation(old_logprobs=FAR * math.inf, weights=0.0 * weights.LinearDecay(1.0)),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("extreme", EXTREME)
+def test_extreme_ratios_are_finite(backend, extreme):
+    """Losses and gradients, in a mix and on log-probs alone; nothing is 0 * inf."""
+    term, nothing = EXTREME[extreme]
+    case = hard_case(B * T, V, H, torch.float32, batch=B, largest_logit=8.0)
+    outcome = evaluate(mix(term, 1.0, backend=backend), case)
+    for name, value in outcome.named():
+        assert value.isfinite().all(), name
+        assert not nothing or (value == 0).all(), name
+
+
+@pytest.mark.parametrize("term", [term for term in TERMS if not term.endswith("old")])
+def test_invalid_tokens_reach_no_policy_gradient(term):
+    """NaN in the log-probs, advantages and old log-probs of invalid tokens changes no bit of the others."""
+    valid = torch.rand(B, T, generator=torch.Generator().manual_seed(3)) < 0.6
+    valid[:, 0] = True
+
+    def spoilt(value):
+        if isinstance(value, torch.Tensor):
+            return torch.where(valid, value.expand(B, T), math.nan)
+        return value
+
+    def changed(part):
+        if isinstance(part, Mix):
+            return Mix(tuple((spoilt(share), changed(inner)) for share, inner in part.parts))
+        fields = {name: spoilt(value) for name, value in vars(part).items() if name != "weights"}
+        return replace(part, **fields)
+
+    results = []
+    for used, fill in ((TERMS[term], 0.0), (changed(TERMS[term]), math.nan)):
+        logprob = torch.where(valid, OLD.roll(1, 0), fill).requires_grad_()
+        stats = TokenStats(*[torch.where(valid, OLD.roll(2, 0), fill)] * 9)
+        losses = used(logprob, replace(stats, student_logprob=logprob.detach()), valid)
+        (slope,) = torch.autograd.grad(losses.sum(), logprob)
+        results.append((losses.detach(), slope))
+    for plain, dirty in zip(*results, strict=True):
+        assert torch.equal(plain, dirty) and (dirty[~valid] == 0).all()
+
+
+def test_a_share_of_zero_of_an_infinite_loss(backend):
+    case = hard_case(B * T, V, H, torch.float32, batch=B, largest_logit=8.0)
+    infinite = OnPolicyDistillation(old_logprobs=FAR * math.inf)
+    outcome = evaluate(mix(infinite, 0.0, backend=backend), case)
+    assert all(value.isfinite().all() for _, value in outcome.named())
 
 
 @pytest.mark.parametrize(

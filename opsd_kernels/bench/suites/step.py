@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...integrations.transformers import hidden_states
 from ..measure.context import Context, Effort, Task, blank, free
 from ..measure.gate import check
 from ..measure.rows import part_row
@@ -88,8 +89,8 @@ class Step:
         """Compute the hidden states of the sampled tokens, for student and teacher."""
         T = self.size.T
         with torch.no_grad():
-            self.teacher = self.net.model(self.context).last_hidden_state[:, -T - 1 : -1].flatten(0, 1)
-        self.hidden = self.net.model(self.tokens).last_hidden_state[:, -T - 1 : -1].flatten(0, 1)
+            self.teacher = hidden_states(self.net, input_ids=self.context)[:, -T - 1 : -1].flatten(0, 1)
+        self.hidden = hidden_states(self.net, input_ids=self.tokens)[:, -T - 1 : -1].flatten(0, 1)
 
     def loss(self) -> None:
         """Run the loss head forward and backward, down to the gradient of the hidden states."""

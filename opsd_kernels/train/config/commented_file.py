@@ -19,10 +19,11 @@ COMMENTS: dict[str, dict[str, str]] = {
         "dtype": "of the weights",
         "threads": "CPU threads; part of the numbers",
         "shard": "over several ranks: each holds the whole model, or its part (FSDP2)",
+        "collective_timeout": "seconds that a rank waits for the others before it fails",
     },
     "your own prompts, env: jsonl": {
         "data": "JSONL file with a prompt per line",
-        "verifier": "exact, numeric or package.module:function",
+        "verifier": "exact, numeric, math or package.module:function",
         "chat_template": "Jinja file for a tokenizer without one",
     },
     "rollouts": {
@@ -67,6 +68,7 @@ COMMENTS: dict[str, dict[str, str]] = {
         "importance_clip": "of the ratio to the policy that sampled",
         "reduction": "",
         "backend": "row backend of the op; null: its choice. Part of the numbers",
+        "router_aux_loss_coef": "of a mixture-of-experts student; null: its config's, 0: none",
     },
     "policy gradient": {
         "policy_weight": "its share of the loss; 1 runs no teacher",

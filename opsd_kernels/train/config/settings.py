@@ -48,7 +48,7 @@ POSITIVE = (
     "steps updates_per_batch prompts_per_step group_size rollout_temperature max_new_tokens rollout_batch "
     "distill_temperature reward_strength importance_clip learning_rate max_grad_norm micro_batch eval_every "
     "eval_samples probe_samples checkpoint_every keep_checkpoints samples_every threads lora_alpha "
-    "tiny_hidden tiny_layers tiny_heads warm_batch warm_learning_rate warm_max_steps"
+    "tiny_hidden tiny_layers tiny_heads warm_batch warm_learning_rate warm_max_steps collective_timeout"
 ).split()
 POSITIVE_OR_NULL = ("teacher_temperature", "topk", *CLIPS, "reward_clip")
 # Strictly between 0 and 1.
@@ -58,7 +58,7 @@ NOT_NEGATIVE = (
     "lora_rank samples_kept clip_low clip_high"
 ).split()
 # A resumed run may differ in these.
-WHERE_NOT_WHAT = ("cache_dir", "tensorboard", "keep_checkpoints", "shard")
+WHERE_NOT_WHAT = ("cache_dir", "tensorboard", "keep_checkpoints", "shard", "collective_timeout")
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class TrainConfig:
     dtype: str = "float32"
     threads: int = 1
     shard: str = "none"
+    collective_timeout: float = 1800.0
     # the user's own prompts
     data: str | None = None
     verifier: str = "exact"
@@ -127,6 +128,7 @@ class TrainConfig:
     importance_clip: float = 2.0
     reduction: str = "token_mean"
     backend: str | None = None
+    router_aux_loss_coef: float | None = None
     # policy gradient
     policy_weight: float = 0.0
     advantage_std: bool = False
@@ -179,6 +181,13 @@ class TrainConfig:
                 field,
                 "null or a number above 0",
                 getattr(self, field),
+            )
+        if self.router_aux_loss_coef is not None:
+            expect(
+                self.router_aux_loss_coef >= 0,
+                "router_aux_loss_coef",
+                "null or a number of at least 0",
+                self.router_aux_loss_coef,
             )
         for field in NOT_NEGATIVE:
             expect(getattr(self, field) >= 0, field, "a number of at least 0", getattr(self, field))

@@ -9,28 +9,40 @@ any number of ranks.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Parameter
 
 from opsd_kernels.train.config.values import ConfigError
 
 Item = TypeVar("Item")
+# gloo counts milliseconds, so that this is far from its largest number.
+FOREVER = timedelta(days=365)
+PLAIN = {int, float, bool, str, bytes, type(None)}
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The rank of this process and the number of ranks. With one rank every collective is a no-op."""
+    """The rank of this process and the number of ranks. With one rank every collective is a no-op.
+
+    Objects travel over `objects` (gloo), their tensors through CPU memory to each rank's `device`. Ranks wait
+    in `waiting` (gloo) for rank 0 to save or load alone, for as long as it takes; they raise if it dies. A
+    group that is None is the default one.
+    """
 
     rank: int = 0
     world: int = 1
+    device: str = "cpu"
+    objects: dist.ProcessGroup | None = None
+    waiting: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -42,12 +54,14 @@ class Ranks:
         return list(items[self.rank :: self.world])
 
     def together(self, mine: list[Item]) -> list[Item]:
-        """Gather the shares of all ranks, in the order before `share`."""
+        """Gather the shares of all ranks, in the order before `share`, with tensors on this rank's device."""
         if self.world == 1:
             return mine
         shares: list[Any] = [None] * self.world
-        dist.all_gather_object(shares, mine)
-        return [shares[i % self.world][i // self.world] for i in range(sum(map(len, shares)))]
+        # A tensor that is pickled on its GPU is unpickled on the sender's, which every rank then occupies.
+        dist.all_gather_object(shares, [moved(item, "cpu") for item in mine], group=self.objects)
+        ordered = [shares[i % self.world][i // self.world] for i in range(sum(map(len, shares)))]
+        return [moved(item, self.device) for item in ordered]
 
     def total(self, value: Tensor) -> Tensor:
         """Sum a tensor over the ranks, in place."""
@@ -55,7 +69,7 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
-    def sum_gradients(self, parameters: Iterable[Parameter]) -> None:
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sum gradients over the ranks in place, in one collective.
 
         A rank without a micro-batch adds zeros.
@@ -90,7 +104,7 @@ class Ranks:
             except (Exception, KeyboardInterrupt) as raised:
                 error = raised
         told: list[Any] = [error]
-        dist.broadcast_object_list(told)
+        dist.broadcast_object_list(told, group=self.waiting)
         if told[0] is not None:
             raise error or told[0]
         return result
@@ -106,7 +120,7 @@ class Ranks:
         def told(name: str | None) -> str | None:
             sent = [name]
             if self.world > 1:
-                dist.broadcast_object_list(sent)
+                dist.broadcast_object_list(sent, group=self.waiting)
             return sent[0]
 
         def ask(name: str) -> Item:
@@ -133,11 +147,29 @@ class Ranks:
 ALONE = Ranks()
 
 
+def moved(item: Any, device: str) -> Any:
+    """Return the item with its tensors on `device`, also those in lists, tuples, dicts and dataclasses."""
+    if isinstance(item, Tensor):
+        return item.to(device)
+    if isinstance(item, dict):
+        return {key: moved(value, device) for key, value in item.items()}
+    if type(item) in (list, tuple):
+        # The tokens of an answer are not asked one by one.
+        plain = PLAIN.issuperset(map(type, item))
+        return item if plain else type(item)(moved(value, device) for value in item)
+    if is_dataclass(item) and not isinstance(item, type):
+        fields = {field.name: getattr(item, field.name) for field in dataclasses.fields(item)}
+        changed = {name: new for name, old in fields.items() if (new := moved(old, device)) is not old}
+        return dataclasses.replace(item, **changed) if changed else item
+    return item
+
+
 @contextmanager
-def joined(device: str) -> Iterator[Ranks]:
+def joined(device: str, timeout_s: float = 1800.0) -> Iterator[Ranks]:
     """Join the launcher's process group, and leave it at the end. One process alone needs no launcher.
 
-    After the death of a rank the collectives of the others raise.
+    A rank that waits in a collective for more than `timeout_s` seconds raises; one that waits for rank 0 to
+    save or load does not. After the death of a rank the collectives of the others raise.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or "RANK" not in os.environ:
@@ -151,11 +183,13 @@ def joined(device: str) -> Iterator[Ranks]:
         )
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    own = not dist.is_initialized()
+    own, timeout = not dist.is_initialized(), timedelta(seconds=timeout_s)
     if own:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timeout)
+    objects = dist.new_group(backend="gloo", timeout=timeout)
+    waiting = dist.new_group(backend="gloo", timeout=FOREVER)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device, objects, waiting)
     finally:
-        if own:
-            dist.destroy_process_group()
+        for group in (objects, waiting, *([None] if own else [])):
+            dist.destroy_process_group(group)

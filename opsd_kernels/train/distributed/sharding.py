@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from opsd_kernels.integrations.transformers import trunk, without_adapter
+from opsd_kernels.integrations.transformers import forward_to_head, without_adapter
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.distributed.ranks import Ranks
 from opsd_kernels.vocab_parallel import is_dtensor
@@ -66,7 +66,7 @@ def blocks(root: Any) -> list[Module]:
     A module that shares a weight with the head or another module belongs to the root.
     """
     names = set(getattr(root, "_no_split_modules", None) or ())
-    found = [module for module in trunk(root).modules() if type(module).__name__ in names]
+    found = [module for module in root.modules() if type(module).__name__ in names]
     users = Counter(
         id(weight) for module in (*found, root.get_output_embeddings()) for weight in module.parameters()
     )
@@ -83,14 +83,19 @@ def is_sharded(model: Module) -> bool:
     return FORWARD in vars(without_adapter(model))
 
 
-def last_hidden(model: Module, tokens_BL: Tensor) -> Tensor:
-    """Run the trunk; a sharded model runs through its root, which leaves the head unsharded."""
+def last_hidden(model: Module, tokens_BL: Tensor, **options: Any) -> tuple[Tensor, Any]:
+    """Return the hidden states (B, L, H) that enter the head, and the output of the model's forward.
+
+    A sharded model runs through its root, which leaves the head unsharded. `options` go to the forward.
+    """
     root = without_adapter(model)
-    return getattr(root, FORWARD)(tokens_BL) if is_sharded(model) else _last_hidden(root, tokens_BL)
+    run = getattr(root, FORWARD) if is_sharded(model) else MethodType(_last_hidden, root)
+    return run(tokens_BL, **options)
 
 
-def _last_hidden(root: Module, tokens_BL: Tensor) -> Tensor:
-    return trunk(root)(input_ids=tokens_BL, use_cache=False).last_hidden_state
+def _last_hidden(root: Module, tokens_BL: Tensor, **options: Any) -> tuple[Tensor, Any]:
+    # Not root(...): FSDP's hooks of the root run around this method already.
+    return forward_to_head(root, {"input_ids": tokens_BL, **options}, root.forward)
 
 
 def release(model: Module) -> None:

@@ -8,7 +8,7 @@ from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.envs.base import DemoTask, Env, Task
 from opsd_kernels.train.envs.chain import Chain
 from opsd_kernels.train.envs.expr import Expr
-from opsd_kernels.train.envs.jsonl import Jsonl
+from opsd_kernels.train.envs.jsonl import Jsonl, PromptCheck
 from opsd_kernels.train.envs.mastermind import Mastermind
 from opsd_kernels.train.envs.plan import Plan
 from opsd_kernels.train.envs.secret_op import SecretOp
@@ -24,6 +24,11 @@ DEMOS: dict[str, Callable[[str, bool], DemoTask]] = {
 }
 
 
-def make_task(config: TrainConfig) -> Task:
-    """Make the configured environment. Raises ConfigError for a data file or a verifier that is wrong."""
-    return Jsonl(config) if config.env == "jsonl" else DEMOS[config.env](config.feedback, config.shows_peers)
+def make_task(config: TrainConfig, check: PromptCheck | None = None) -> Task:
+    """Make the configured task. Raises ConfigError for a data file or a verifier that is wrong.
+
+    `check` is asked about the prompts of a data file, as the model's tokenizer decides which it accepts.
+    """
+    if config.env == "jsonl":
+        return Jsonl(config, check)
+    return DEMOS[config.env](config.feedback, config.shows_peers)

@@ -62,6 +62,10 @@ class Task(ABC):
     def env(self, problem: int, key: int) -> Env:
         """Make a new attempt. `key` decides the random parts of its feedback."""
 
+    def fingerprint(self) -> str | None:
+        """Return a hash of the data that the task was made from; None if the settings alone decide it."""
+        return None
+
 
 class DemoTask(Task):
     """A task of synthetic problems, with the vocabulary and supervised examples for the tiny base model."""

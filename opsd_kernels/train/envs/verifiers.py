@@ -1,4 +1,4 @@
-"""Verify answers to the user's own prompts: by exact match, as numbers, or by an imported function.
+"""Verify answers to the user's own prompts: exactly, as numbers, as formulas, or by an imported function.
 
 None of them executes the answer.
 """
@@ -7,46 +7,36 @@ from __future__ import annotations
 
 import importlib
 import math
-import re
 import unicodedata
 from collections.abc import Callable, Mapping
-from fractions import Fraction
 from typing import Any
 
 from opsd_kernels.train.config import ConfigError
+from opsd_kernels.train.envs import mathematics
+from opsd_kernels.train.envs.numbers import last_number
 from opsd_kernels.train.types import Verdict
 
 Row = Mapping[str, Any]
 Verifier = Callable[[str, Row], Verdict]
 
-# Lengths are bounded: a fraction of 10**9 digits would take hours.
-NUMBER = re.compile(
-    r"(?<![\w.\\])[-+−]?(?:\d{1,3}(?:,\d{3}){1,10}|\d{1,40})(?:\.\d{1,40})?(?:[eE][-+]?\d{1,3})?"
-    r"(?:\s*/\s*\d{1,40})?(?:\s*%)?(?!\w)"
-)
-# A word, path or version that may contain digits. A full stop before a capital ends a sentence, not a word.
-WORD = re.compile(r"(?:[\w/−-]|\.(?![A-Z]))+")
-WRITTEN_NUMBER = re.compile(r"[-−]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
-# A rate: 5/kg.
-RATE = re.compile(r"[-−]?\d+(?:\.\d+)?/[^\W\d_]+")
-# A letter, a path, two slashes, or a version.
-NAME = re.compile(r"[^\W\d]|^/|/.*/|\d\.\d+\.\d")
-BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
 # Characters of a user's feedback that enter a context.
 MAX_FEEDBACK = 4000
 
 
 def resolve(name: str) -> Verifier:
-    """Return the verifier `exact`, `numeric`, or `package.module:function`.
+    """Return the verifier `exact`, `numeric`, `math`, or `package.module:function`.
 
-    Raises ConfigError for anything else. A function takes the answer and the row of the data file, and
-    returns a Verdict, a bool, a reward in [0, 1], or a pair of a reward and a feedback text.
+    Raises ConfigError for anything else, and for `math` without Math-Verify. A function takes the answer and
+    the row of the data file, and returns a Verdict, a bool, a reward in [0, 1], or a pair of a reward and a
+    feedback text.
     """
+    if name == "math":
+        mathematics.require()
     if name in BUILT_IN:
         return BUILT_IN[name]
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
-        raise ConfigError(f"verifier: expected exact, numeric or package.module:function, got {name!r}")
+        raise ConfigError(f"verifier: expected exact, numeric, math or package.module:function, got {name!r}")
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -63,13 +53,17 @@ def resolve(name: str) -> Verifier:
 def as_verdict(result: Any, name: str) -> Verdict:
     """Convert the result of a user's function. Raises TypeError or ValueError naming the function."""
     if isinstance(result, Verdict):
-        return result
-    reward, feedback = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+        reward, feedback = result.reward, result.feedback
+    else:
+        reward, feedback = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(reward, (bool, int, float)) or not (feedback is None or isinstance(feedback, str)):
         raise TypeError(f"{name}: expected a Verdict, a bool, a number or (number, text), got {result!r}")
     if not (math.isfinite(reward) and 0 <= reward <= 1):
         raise ValueError(f"{name}: expected a reward in [0, 1], got {reward!r}")
-    return Verdict(float(reward), None if feedback is None or reward >= 1 else feedback[:MAX_FEEDBACK])
+    if feedback is None or reward >= 1:
+        return Verdict(float(reward))
+    # No tokenizer accepts a lone surrogate, which the output of a program may hold.
+    return Verdict(float(reward), feedback[:MAX_FEEDBACK].encode("utf-8", "replace").decode())
 
 
 def exact(completion: str, row: Row) -> Verdict:
@@ -80,48 +74,25 @@ def exact(completion: str, row: Row) -> Verdict:
 
 
 def numeric(completion: str, row: Row) -> Verdict:
-    """Compare the last number of the answer, or of its last `\\boxed{}`, with the row's, exactly.
+    """Compare the last number of the answer, or the one in its last `\\boxed{}`, with the row's, exactly.
 
-    0.5, 1/2, 50% and 5e-1 are equal. Digits in a name, a path or a version (`run-1`, `/tmp/1/log`, `v2.1.0`)
-    are not numbers.
+    `numbers.py` says what is a number. Raises ValueError if the row's answer is none.
     """
     given, truth = last_number(completion), last_number(str(row["answer"]))
     if truth is None:
-        raise ValueError(f"answer: expected a number in the data file, got {row['answer']!r}")
+        raise ValueError(f"answer: expected a number in the row, got {row['answer']!r}")
     if given is None:
         return Verdict(0.0, "The answer holds no number.")
     return Verdict(1.0) if given == truth else Verdict(0.0, "The final number is wrong.")
-
-
-def last_number(text: str) -> Fraction | None:
-    """Return the last number of a text, exactly, or None.
-
-    Digits inside names, paths and versions do not count.
-    """
-    boxes = BOXED.findall(text)
-    found = NUMBER.findall(WORD.sub(_without_names, boxes[-1] if boxes else text))
-    return _value(found[-1]) if found else None
-
-
-def _without_names(match: re.Match[str]) -> str:
-    word = match[0].rstrip(".-/")
-    if WRITTEN_NUMBER.fullmatch(word) or RATE.fullmatch(word) or not NAME.search(word):
-        return match[0]
-    return " "
-
-
-def _value(text: str) -> Fraction | None:
-    text = text.replace(",", "").replace("−", "-")
-    percent = text.endswith("%")
-    above, _, below = text.rstrip("% ").partition("/")
-    if below and not Fraction(below.strip()):
-        return None
-    value = Fraction(above.strip()) / Fraction(below.strip() or 1)
-    return value / 100 if percent else value
 
 
 def _plain(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-BUILT_IN: dict[str, Verifier] = {"exact": exact, "numeric": numeric}
+BUILT_IN: dict[str, Verifier] = {"exact": exact, "numeric": numeric, "math": mathematics.same_mathematics}
+# Of a built-in verifier: whether it can use a row's answer, and what it needs.
+READABLE: dict[str, tuple[Callable[[str], bool], str]] = {
+    "numeric": (lambda answer: last_number(answer) is not None, "a number"),
+    "math": (mathematics.is_mathematics, "a formula or a number"),
+}

@@ -5,18 +5,28 @@ The tiny demo model and a Hugging Face model take the same path.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from opsd_kernels import linear_divergence
-from opsd_kernels.integrations.transformers import without_adapter
+from opsd_kernels.integrations.transformers import check_head, without_adapter
 from opsd_kernels.train.batch import completion_hidden
 from opsd_kernels.train.config import ConfigError, TrainConfig
 from opsd_kernels.train.distributed.sharding import last_hidden
+from opsd_kernels.train.models.routers import router_weight
 from opsd_kernels.train.types import Sequences
 
 
@@ -25,7 +35,7 @@ def hidden_states(model: PreTrainedModel, side: Sequences) -> Tensor:
 
     No logits are computed. A sharded model's head is readable afterwards.
     """
-    return completion_hidden(last_hidden(model, side.tokens_BL), side.rows_BT)
+    return completion_hidden(last_hidden(model, side.tokens_BL)[0], side.rows_BT)
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -37,22 +47,93 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def load_pretrained(
-    source: str | Path, config: TrainConfig
+    source: str | Path, config: TrainConfig, name: str = "model"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load weights from safetensors only, without remote code. Raises ConfigError if transformers cannot."""
+    """Load weights from safetensors only, without remote code.
+
+    Raises ConfigError, with `name` as the key, if transformers cannot, or if the fused loss would not be that
+    of the model's own log-probs (check_head).
+    """
     dtype = getattr(torch, config.dtype)
-    try:
+    with _named(source, name):
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    model = cast(Any, model).to(config.device)
+    try:
+        check_head(model, name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return model, tokenizer
+
+
+@contextmanager
+def _named(source: str | Path, name: str = "model") -> Iterator[None]:
+    """Turn an exception of transformers into a ConfigError that names the key and the model."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"model: expected 'tiny' or a Hugging Face model with safetensors weights, "
+            f"{name}: expected 'tiny' or a Hugging Face model with safetensors weights, "
             f"got {str(source)!r}: {reason}"
         ) from error
-    return cast(Any, model).to(config.device), tokenizer
+
+
+def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a Hugging Face model with its chat template, without the weights."""
+    with _named(config.model):
+        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
+    _set_template(tokenizer, config)
+    return tokenizer
+
+
+def _set_template(tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> None:
+    if config.chat_template is None:
+        return
+    path = Path(config.chat_template)
+    if not path.is_file():
+        raise ConfigError(f"chat_template: expected an existing Jinja file, got {config.chat_template!r}")
+    try:
+        # A mark of byte order would stand in every prompt.
+        tokenizer.chat_template = path.read_text(encoding="utf-8-sig")
+    except ValueError as error:
+        raise ConfigError(f"chat_template: expected UTF-8 in {path}, got {error}") from error
+
+
+def named_context_length(config: TrainConfig) -> int | None:
+    """Return `context_length` of the configured model and external teacher, without their weights."""
+    names = {"model": config.model, "teacher_model": config.teacher_model}
+    settings = []
+    for key, name in names.items():
+        if name is not None:
+            with _named(name, key):
+                settings.append(AutoConfig.from_pretrained(name, trust_remote_code=False))
+    return context_length(*settings)
+
+
+def context_length(*settings: PretrainedConfig) -> int | None:
+    """Return the positions, in tokens, that every model of these configs has; None without a limit.
+
+    Recurrent models and ALiBi have none. A scaled rotary embedding reaches as far as its factor says.
+    """
+    lengths = [_positions(each.get_text_config()) for each in settings]
+    return min((length for length in lengths if length is not None), default=None)
+
+
+def _positions(settings: Any) -> int | None:
+    names = ("max_position_embeddings", "max_seq_len", "max_target_positions")
+    found = [getattr(settings, name, None) for name in names]
+    length = next((value for value in found if isinstance(value, int) and value > 0), None)
+    # The name since transformers 5, and the one before.
+    rope = getattr(settings, "rope_parameters", None) or getattr(settings, "rope_scaling", None)
+    if length is None or not isinstance(rope, dict) or not isinstance(rope.get("factor"), int | float):
+        return length
+    if rope.get("rope_type", rope.get("type")) not in ("linear", "dynamic", "yarn"):
+        return length
+    before = rope.get("original_max_position_embeddings") or length
+    return max(length, int(before * rope["factor"]))
 
 
 def load_student(
@@ -67,11 +148,9 @@ def load_student(
     else:
         model, tokenizer = load_pretrained(base, config)
         model = with_adapter(model, saved, config)
-    if config.chat_template is not None:
-        path = Path(config.chat_template)
-        if not path.is_file():
-            raise ConfigError(f"chat_template: expected an existing Jinja file, got {config.chat_template!r}")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    _set_template(tokenizer, config)
+    # Now, and not in the first step.
+    router_weight(model, config)
     if config.gradient_checkpointing:
         recompute_activations(model)
     return model, tokenizer

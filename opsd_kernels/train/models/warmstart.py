@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from opsd_kernels import env
+from opsd_kernels.integrations.transformers import hidden_states
 from opsd_kernels.train import batch, contexts
 from opsd_kernels.train.batch import IGNORE, align, completion_hidden, completion_labels
 from opsd_kernels.train.config import TrainConfig
@@ -148,9 +149,7 @@ class WarmStart:
         answers = self.encoder.answer([e.answer for e in examples])
         side = align(prompts, answers, self.encoder.tokenizer.pad_token_id)
         labels_BT = completion_labels(answers)
-        hidden_BTH = completion_hidden(
-            self.model.base_model(input_ids=side.tokens_BL, use_cache=False).last_hidden_state, side.rows_BT
-        )
+        hidden_BTH = completion_hidden(hidden_states(self.model, input_ids=side.tokens_BL), side.rows_BT)
         logits = self.model.get_output_embeddings()(hidden_BTH)
         losses_BT = cross_entropy(
             logits.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORE, reduction="none"

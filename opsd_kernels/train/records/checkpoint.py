@@ -24,12 +24,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd_kernels.train.distributed.sharding import cut_as, gathered, is_sharded
+from opsd_kernels.train.optimizer import masters_of
 from opsd_kernels.train.records.durable import remove_pending, write_directory
 from opsd_kernels.train.teacher import Teacher
 from opsd_kernels.train.types import CheckpointError
 
 NAME = re.compile(r"step_(\d{6,})")
 FORMAT = 2
+# Entry of the optimiser's tensors with the fp32 weights that 16-bit ones are rounded from.
+MASTER = "master"
 
 
 @dataclass
@@ -179,21 +182,28 @@ def _complete(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _optimizer_tensors(state: RunState) -> dict[str, Tensor]:
-    named = state.model.named_parameters()
-    return {
-        f"{key}/{name}": value
-        for name, parameter in named
-        for key, value in state.optimizer.state.get(parameter, {}).items()
-    }
+    tensors, masters = {}, masters_of(state.optimizer)
+    for name, parameter in state.model.named_parameters():
+        master = masters.get(parameter, parameter)
+        if master is not parameter:
+            tensors[f"{MASTER}/{name}"] = master
+        tensors |= {f"{key}/{name}": value for key, value in state.optimizer.state.get(master, {}).items()}
+    return tensors
 
 
+@torch.no_grad()
 def _load_optimizer(state: RunState, tensors: dict[str, Tensor]) -> None:
-    parameters = dict(state.model.named_parameters())
+    parameters, masters = dict(state.model.named_parameters()), masters_of(state.optimizer)
     for entry, value in tensors.items():
         key, _, name = entry.partition("/")
-        parameter = parameters[name]
-        # AdamW keeps its step count on the CPU whatever the device.
-        state.optimizer.state[parameter][key] = value if key == "step" else cut_as(parameter, value)
+        master = masters.get(parameters[name], parameters[name])
+        if key == MASTER:
+            master.copy_(cut_as(master, value))
+        else:
+            # AdamW keeps its step count on the CPU whatever the device.
+            state.optimizer.state[master][key] = (
+                value if key == "step" else cut_as(master, value.to(master.dtype))
+            )
 
 
 # The trainer draws from seeds.py, which has no state. The generators are saved for dropout and for modified
@@ -225,5 +235,8 @@ def _load_random(record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     name, *rest = record["numpy"]
     np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), *rest))
     torch.set_rng_state(tensors["torch"])
-    for index in range(sum(key.startswith("cuda_") for key in tensors)):
-        torch.cuda.set_rng_state(tensors[f"cuda_{index}"], index)
+    for key, value in tensors.items():
+        device, _, index = key.partition("_")
+        # A machine with fewer devices has no use for the states of the others.
+        if device == "cuda" and int(index) < torch.cuda.device_count():
+            torch.cuda.set_rng_state(value, int(index))

@@ -12,7 +12,7 @@ from opsd_kernels.train.contexts import build_contexts
 from opsd_kernels.train.envs.base import Task
 from opsd_kernels.train.sampling.rollout import Request, requests
 from opsd_kernels.train.teacher import Teacher
-from opsd_kernels.train.types import Rollout
+from opsd_kernels.train.types import Context, Rollout
 
 # The same random numbers at every evaluation of a run, so that differences are the model's.
 EVALUATION_KEY = 3
@@ -24,6 +24,10 @@ class Sampling(Protocol):
     def sample(
         self, model: PreTrainedModel, task: Task, requests: Sequence[Request], *key: int
     ) -> list[Rollout]: ...
+
+    def fitting(
+        self, rollouts: Sequence[Rollout], contexts: Sequence[Context | None], again: bool = False
+    ) -> list[Context | None]: ...
 
 
 def accuracy(
@@ -53,7 +57,8 @@ def self_teacher_accuracy(
 ) -> float:
     """Return the share of correct answers when the teacher answers again with each rollout's context.
 
-    Contexts are built as in training. A rollout without a context counts with its own verdict.
+    Contexts are built as in training. A rollout without a context, or with one too long for the models,
+    counts with its own verdict.
     Simplification: a trust-region teacher answers as its reference does.
     """
     # Whole groups, since a demonstration comes from a sibling.
@@ -63,7 +68,9 @@ def self_teacher_accuracy(
     attempts = sampler.sample(
         student, task, requests(prompts, config.group_size), config.seed, EVALUATION_KEY, 1
     )
-    contexts = build_contexts(attempts, config, config.seed, EVALUATION_KEY)
+    contexts = sampler.fitting(
+        attempts, build_contexts(attempts, config, config.seed, EVALUATION_KEY), again=True
+    )
     asked = [
         Request(a.prompt, a.group, a.sample, context)
         for a, context in zip(attempts, contexts, strict=True)

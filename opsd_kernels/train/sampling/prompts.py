@@ -6,10 +6,12 @@ Student, teacher and warm start share this path.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from opsd_kernels.train.config import ConfigError
 from opsd_kernels.train.contexts import ContextTemplate, forbidden_markers
 from opsd_kernels.train.types import Context, Prompt
 
@@ -20,29 +22,30 @@ PROBES = (
     "{{ a }} {% b %} <b> </b> [c] | \\n 'd' \"e\" &amp;",
     "A\u00e9\u4e2d" * 50,
 )
-# Largest number of cached turns.
-REMEMBERED = 20_000
+# Bytes of cached turns, by `_size`: 20 000 turns of 80 tokens, 400 of 4096.
+REMEMBERED_BYTES = 64 << 20
 
 
 class PromptEncoder:
     """An encoder of user turns.
 
-    Raises ValueError for a tokenizer without a chat template or an end-of-sequence token.
+    Raises ConfigError for a tokenizer without a chat template or an end-of-sequence token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ContextTemplate):
         if tokenizer.chat_template is None:
-            raise ValueError(
+            raise ConfigError(
                 "model: expected a tokenizer with a chat template (an instruction-tuned model; "
                 "chat_template gives it one), got one without"
             )
         if tokenizer.eos_token_id is None:
-            raise ValueError("model: expected a tokenizer with an end-of-sequence token, got one without")
+            raise ConfigError("model: expected a tokenizer with an end-of-sequence token, got one without")
         self.tokenizer, self.template = tokenizer, template
         self.markers = forbidden_markers(tokenizer, template)
         self.frame = verbatim_frame(tokenizer)
         # A group asks the same question, and so does the next epoch.
         self._known: dict[str, tuple[int, ...]] = {}
+        self._bytes = 0
 
     def encode(self, prompts: Sequence[Prompt], contexts: Sequence[Context | None]) -> list[tuple[int, ...]]:
         """Return token ids up to and including the start of the assistant's turn, one tuple per prompt."""
@@ -57,10 +60,13 @@ class PromptEncoder:
         if new:
             # The template has added the special tokens.
             ids = self.tokenizer(new, add_special_tokens=False)["input_ids"]
-            self._known |= zip(new, map(tuple, ids), strict=True)
+            fresh = dict(zip(new, map(tuple, ids), strict=True))
+            self._known |= fresh
+            self._bytes += sum(_size(text, row) for text, row in fresh.items())
         rows = [self._known[text] for text in rendered]
-        if len(self._known) > REMEMBERED:
+        if self._bytes > REMEMBERED_BYTES:
             self._known.clear()
+            self._bytes = 0
         return rows
 
     def _chat(self, prompt: Prompt, turn: str) -> str:
@@ -83,6 +89,33 @@ class PromptEncoder:
         )
 
 
+def complaints(
+    encoder: PromptEncoder, prompts: Sequence[Prompt], longest: int | None
+) -> list[tuple[str, str] | None]:
+    """Return for each prompt what was expected of it and what came; None for one that can be asked.
+
+    `longest` is the largest number of tokens, None without a limit.
+    """
+    found: list[tuple[str, str] | None] = []
+    for prompt in prompts:
+        try:
+            length = len(encoder.encode([prompt], [None])[0])
+        # Of any kind, since a template is a program of the model's author.
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            found.append(("a prompt that the chat template and the tokenizer accept", reason))
+            continue
+        found.append(
+            (
+                f"a prompt of at most {longest} tokens, which leaves the model room to answer",
+                f"{length} tokens",
+            )
+            if longest is not None and length > longest
+            else None
+        )
+    return found
+
+
 def verbatim_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
     """Return the chat template's text before and after a single user turn, or None.
 
@@ -95,6 +128,11 @@ def verbatim_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None
     before, found, after = rendered(PROBES[0]).partition(PROBES[0])
     kept = found and all(rendered(probe) == before + probe + after for probe in PROBES)
     return (before, after) if kept else None
+
+
+def _size(text: str, row: tuple[int, ...]) -> int:
+    # Python has objects for the integers up to 256 only; any other one takes 28 bytes.
+    return sys.getsizeof(text) + sys.getsizeof(row) + 28 * len(row)
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> str:

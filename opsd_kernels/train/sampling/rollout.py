@@ -1,13 +1,13 @@
 """Sample rollouts in batches through transformers' generate and its KV cache.
 
 Each token is drawn by inverting the cumulative distribution at a random number that depends on (key, group,
-sample, position) only, so a rollout does not depend on the other rollouts of its batch.
+sample, position) only. The other rollouts of the batch change the rounding of the logits and nothing else: it
+hardly ever changes a draw in fp32, and about one in a hundred in bf16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.distributed.ranks import ALONE, Ranks
 from opsd_kernels.train.distributed.sharding import whole
 from opsd_kernels.train.envs.base import Task
+from opsd_kernels.train.sampling import agreement
 from opsd_kernels.train.sampling.prompts import PromptEncoder
 from opsd_kernels.train.sampling.vllm_engine import VllmEngine
 from opsd_kernels.train.types import Context, Prompt, Rollout
@@ -59,7 +60,7 @@ class PlacedSampler(LogitsProcessor):
 
 @dataclass(frozen=True)
 class Sampler:
-    """The settings of sampling: encoder, length, temperature, batch size."""
+    """The settings of sampling: encoder, length, temperature, batch size, and the context of the models."""
 
     encoder: PromptEncoder
     max_new_tokens: int
@@ -68,6 +69,7 @@ class Sampler:
     vocab: int  # rows of the head from here on are padding
     engine: Engine | None = None  # None: transformers' generate
     ranks: Ranks = ALONE
+    longest: int | None = None  # tokens of prompt and answer that student and teacher can read; None: any
 
     def sample(
         self, model: PreTrainedModel, task: Task, requests: Sequence[Request], *key: int
@@ -79,14 +81,17 @@ class Sampler:
         # No dropout in an answer.
         model.eval()
         rollouts: list[Rollout] = []
+        mine = self.ranks.share(requests)
+        # vLLM makes its own batches, of at most as many.
+        size = self.batch if self.engine is None else max(1, len(mine))
         with whole(model):
-            for chunk in _chunks(self.ranks.share(requests), self.batch):
+            for chunk in _chunks(mine, size):
                 prompts = self.encode([(r.prompt, r.context) for r in chunk])
                 if self.engine is None:
                     answers = self._generate(model, prompts, chunk, key)
                 else:
                     answers = self._through_engine(self.engine, model, prompts, chunk, key)
-                rollouts += self._verified(task, chunk, prompts, answers, key)
+                rollouts += self._verified(task, chunk, prompts, answers, self.stops(model), key)
         if self.ranks.world == 1:
             return rollouts
         # With the prompt objects of the requests, since `encode` compares them by identity.
@@ -105,8 +110,51 @@ class Sampler:
         known = dict(zip(different, self.encoder.encode(*zip(*different.values(), strict=True)), strict=True))
         return [known[key] for key in keys]
 
-    @torch.no_grad()
+    def fits(self, prompt: Prompt, context: Context | None, answer: int) -> bool:
+        """True if the models can read this view and an answer of `answer` tokens."""
+        return self.longest is None or len(self.encode([(prompt, context)])[0]) + answer <= self.longest
+
+    def fitting(
+        self, rollouts: Sequence[Rollout], contexts: Sequence[Context | None], again: bool = False
+    ) -> list[Context | None]:
+        """Return the contexts, None in place of one too long for the models with the rollout's answer.
+
+        `again`: with another answer of `max_new_tokens`.
+        """
+        if self.longest is None:
+            return list(contexts)
+        views = [(r.prompt, c) for r, c in zip(rollouts, contexts, strict=True) if c is not None]
+        lengths = iter([len(view) for view in self.encode(views)])
+        answers = [self.max_new_tokens if again else len(rollout.tokens) for rollout in rollouts]
+        return [
+            context if context is not None and next(lengths) + answer <= self.longest else None
+            for answer, context in zip(answers, contexts, strict=True)
+        ]
+
     def _generate(
+        self,
+        model: PreTrainedModel,
+        prompts: list[tuple[int, ...]],
+        requests: Sequence[Request],
+        key: tuple[int, ...],
+    ) -> list[tuple[int, ...]]:
+        """Sample in one batch, or in several for a model whose answers would depend on it (agreement.py)."""
+        apart = agreement.batches(model, self.pad_token)
+        if apart == agreement.ANY:
+            return self._generate_together(model, prompts, requests, key)
+        batches: dict[int, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            batches.setdefault(row if apart == agreement.ALONE else len(prompt), []).append(row)
+        answers: dict[int, tuple[int, ...]] = {}
+        for rows in batches.values():
+            some = self._generate_together(
+                model, [prompts[r] for r in rows], [requests[r] for r in rows], key
+            )
+            answers |= zip(rows, some, strict=True)
+        return [answers[row] for row in range(len(prompts))]
+
+    @torch.no_grad()
+    def _generate_together(
         self,
         model: PreTrainedModel,
         prompts: list[tuple[int, ...]],
@@ -128,7 +176,7 @@ class Sampler:
             max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=sorted(stops)
         )
         generate: Any = model.generate
-        with generating_as(model, greedy):
+        with agreement.generating_as(model, greedy):
             # generate syncs the ranks under FSDP by default, but some may have fewer tokens to sample, or
             # none.
             out = generate(
@@ -164,14 +212,17 @@ class Sampler:
         requests: Sequence[Request],
         prompts: list[tuple[int, ...]],
         answers: list[tuple[int, ...]],
+        stops: set[int],
         key: tuple[int, ...],
     ) -> list[Rollout]:
-        end = self.encoder.tokenizer.eos_token_id
-        bodies = [tokens[:-1] if tokens[-1] == end else tokens for tokens in answers]
+        # Whichever token ended the answer, it is no part of its text.
+        bodies = [tokens[:-1] if tokens[-1] in stops else tokens for tokens in answers]
         # The answers of a group agree more and more often.
         different: Any = list(dict.fromkeys(bodies))
-        # Special tokens stay: a marker inside an answer is part of it.
-        decoded = self.encoder.tokenizer.batch_decode(different, skip_special_tokens=False)
+        # Special tokens stay: a marker inside an answer is part of it. So does a space before a full stop.
+        decoded = self.encoder.tokenizer.batch_decode(
+            different, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         text_of = dict(zip(different, decoded, strict=True))
         groups = np.array([request.group for request in requests])
         samples = np.array([request.sample for request in requests])
@@ -215,19 +266,6 @@ class Engine(Protocol):
 def make_engine(config: TrainConfig) -> Engine | None:
     """Make the configured engine; None for transformers. Raises ConfigError if vLLM is not installed."""
     return VllmEngine(config) if config.rollout_engine == "vllm" else None
-
-
-@contextmanager
-def generating_as(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Replace the model's generation config for a while.
-
-    generate fills in from it, and a penalty in it would change the sampled distribution.
-    """
-    own, model.generation_config = model.generation_config, settings
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def _until_stop(tokens: list[int], stops: set[int]) -> tuple[int, ...]:

@@ -29,12 +29,13 @@ from opsd_kernels.train import step as steps
 from opsd_kernels.train.batch import make_batch, micro_batches
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.contexts import build_contexts, neutralise
-from opsd_kernels.train.envs import DemoTask, Task, make_task
+from opsd_kernels.train.envs import DemoTask, Task
 from opsd_kernels.train.models import pretrained
 from opsd_kernels.train.records.log import Progress
 from opsd_kernels.train.sampling.prompts import PromptEncoder
 from opsd_kernels.train.sampling.rollout import Request, Sampler, make_engine, requests
 from opsd_kernels.train.step import Trainer
+from opsd_kernels.train.task import checked_task
 from opsd_kernels.train.teacher import make_teacher
 from opsd_kernels.train.types import Context, Prompt, Rollout, Verdict
 
@@ -119,8 +120,9 @@ def load_base(config: TrainConfig, progress: Progress) -> Base:
     """Load the base model. Raises ConfigError if the model or the device does not exist."""
     config = dataclasses.replace(config, lr_warmup_steps=0, rehearsal_prompts=0)
     pretrained.check_machine(config)
-    task = make_task(config)
+    task = checked_task(config)
     model, tokenizer = pretrained.load_student(loop.base_of(config, task, progress), None, config)
+    other = loop.external_teacher(config, task, tokenizer, progress)
     encoder = PromptEncoder(tokenizer, task.template)
     sampler = Sampler(
         encoder,
@@ -129,13 +131,15 @@ def load_base(config: TrainConfig, progress: Progress) -> Base:
         config.rollout_batch,
         pretrained.vocabulary(tokenizer),
         make_engine(config),
+        longest=pretrained.context_length(model.config, *([other.config] if other is not None else [])),
     )
+    loop.check_room(config, task, sampler)
     start = {
         name: parameter.detach().clone()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    return Base(config, task, model, loop.external_teacher(config, task, tokenizer, progress), sampler, start)
+    return Base(config, task, model, other, sampler, start)
 
 
 def self_distil(base: Base, problem: int, budget: Budget) -> Search:
@@ -150,7 +154,9 @@ def self_distil(base: Base, problem: int, budget: Budget) -> Search:
         search.count(rollouts)
         if not search.goes_on(budget):
             break
-        contexts = build_contexts(rollouts, config, config.seed, CONTEXTS, problem, step)
+        contexts = base.sampler.fitting(
+            rollouts, build_contexts(rollouts, config, config.seed, CONTEXTS, problem, step)
+        )
         batch = loop.batch_of_step(config, base.sampler, rollouts, contexts)
         # No attempt has feedback.
         if batch is None:
@@ -184,7 +190,13 @@ def multi_turn(base: Base, problems: Sequence[int], budget: Budget) -> list[Sear
     failures: dict[int, deque[Rollout]] = {problem: deque(maxlen=budget.window) for problem in problems}
 
     def asks(search: Search) -> list[Request]:
-        return [conversation(base, prompts[search.problem], failures[search.problem], search.attempts)]
+        shown = list(failures[search.problem])
+        request = conversation(base, prompts[search.problem], shown, search.attempts)
+        # The oldest failures go first where the model cannot read all of them.
+        while shown and not base.sampler.fits(request.prompt, request.context, base.config.max_new_tokens):
+            shown = shown[1:]
+            request = conversation(base, prompts[search.problem], shown, search.attempts)
+        return [request]
 
     def heard(search: Search, rollouts: Sequence[Rollout]) -> None:
         bare = len(base.sampler.encoder.encode([prompts[search.problem]], [None])[0])

@@ -25,7 +25,6 @@ from opsd_kernels.train import loop
 from opsd_kernels.train.config import TrainConfig, load_config
 from opsd_kernels.train.config.settings import WHERE_NOT_WHAT, field_types
 from opsd_kernels.train.config.values import check_key, expect, parse_value
-from opsd_kernels.train.envs import make_task
 from opsd_kernels.train.envs.base import Task
 from opsd_kernels.train.models import pretrained
 from opsd_kernels.train.records.durable import write_file
@@ -35,8 +34,9 @@ from opsd_kernels.train.sampling.prompts import PromptEncoder
 from opsd_kernels.train.sampling.rollout import Request, Sampler, make_engine
 from opsd_kernels.train.session import reproducible
 from opsd_kernels.train.studies.statistics import LEVEL, Estimate, estimate
+from opsd_kernels.train.task import checked_task
 from opsd_kernels.train.teacher import Teacher, make_teacher
-from opsd_kernels.train.types import Rollout
+from opsd_kernels.train.types import Context, Rollout
 
 # The keys that differ between the runs of a law.
 VIEW = ("context", "feedback", "siblings", "successes", "failures", "control")
@@ -103,6 +103,11 @@ class Recorder:
         self.calls.append((requests, rollouts, key))
         return rollouts
 
+    def fitting(
+        self, rollouts: Sequence[Rollout], contexts: Sequence[Context | None], again: bool = False
+    ) -> list[Context | None]:
+        return self.sampler.fitting(rollouts, contexts, again)
+
 
 def measure_context(
     sampler: Sampler,
@@ -146,7 +151,7 @@ def measure_contexts(configs: Sequence[TrainConfig], samples: int | None, progre
     key: tuple[dict[str, Any], bool] | None = None
     for config in configs:
         pretrained.check_machine(config)
-        task = make_task(config)
+        task = checked_task(config)
         wanted = (
             {name: value for name, value in asdict(config).items() if name not in VIEW},
             config.shows_peers,
@@ -169,6 +174,7 @@ def _load(config: TrainConfig, task: Task, progress: Progress) -> tuple[Sampler,
         config.rollout_batch,
         vocab,
         make_engine(config),
+        longest=pretrained.context_length(model.config, teacher.model.config),
     )
     return sampler, model, teacher
 
