@@ -24,7 +24,7 @@ from opsd_kernels.testing import (
 
 
 class EchoGroup(dist.ProcessGroup):
-    """One rank of `size` without the others: a gather returns its own numbers, a sum its own part.
+    """One rank of `size` without the others: a gather returns its own numbers, a reduction its own part.
 
     `sent` lists the collectives, as (kind, numbers sent).
     """
@@ -58,7 +58,9 @@ class ThreadGroup(EchoGroup):
         self._barrier, self._slots = barrier, slots
 
     def allreduce(self, tensors: list[Tensor], options: object = None) -> None:
-        tensors[0].copy_(torch.stack(self._exchange(tensors[0])).sum(0))
+        every = torch.stack(self._exchange(tensors[0]))
+        largest = getattr(options, "reduceOp", dist.ReduceOp.SUM) == dist.ReduceOp.MAX
+        tensors[0].copy_(every.amax(0) if largest else every.sum(0))
 
     def _exchange(self, own: Tensor) -> list[Tensor]:
         self._slots[self.rank()] = own.clone()

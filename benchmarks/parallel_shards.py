@@ -20,12 +20,14 @@ from opsd_kernels.bench.report.results import Row
 from opsd_kernels.bench.shapes import Setting, make_case
 from opsd_kernels.testing import evaluate, peak_bytes
 
-# (divergence, labels, statistics) of the calls whose traffic is counted.
+# (divergence, labels, statistics, dtype) of the calls whose traffic is counted.
 COUNTED = (
-    ("reverse_kl", False, False),
-    ("reverse_kl", True, False),
-    ("jsd", True, False),
-    ("jsd", True, True),
+    ("reverse_kl", False, False, "float32"),
+    ("reverse_kl", True, False, "float32"),
+    ("jsd", True, False, "float32"),
+    ("jsd", True, True, "float32"),
+    ("reverse_kl", True, False, "bfloat16"),
+    ("reverse_kl", True, True, "bfloat16"),
 )
 
 
@@ -101,9 +103,9 @@ def peak_rows(setting: Setting, ranks_list: tuple[int, ...]) -> list[Row]:
 def exchanges(ranks: int) -> list[dict[str, Any]]:
     """Count the traffic of one rank: per chunk the numbers of each collective, in their order."""
     N, H, V, rows = 32, 48, 211, 8
-    made = make_case(Setting(N, H, V, "float32"))
     found = []
-    for divergence, labels, statistics in COUNTED:
+    for divergence, labels, statistics, dtype in COUNTED:
+        made = make_case(Setting(N, H, V, dtype))
         group = EchoGroup(0, ranks)
         shard = VocabShard.from_vocab(V, group)
         case = replace(cut(made, shard), labels=torch.arange(N) if labels else None)
@@ -125,6 +127,7 @@ def exchanges(ranks: int) -> list[dict[str, Any]]:
                 "divergence": divergence,
                 "labels": labels,
                 "statistics": statistics,
+                "dtype": dtype,
                 "H": H,
                 "chunks": calls,
                 "per_row": [[kind, total / N] for kind, total in zip(kinds, totals, strict=True)],

@@ -16,7 +16,7 @@ namespace cpu {
 void sweep(const RowArgs& a, Sweep which, int32_t device);
 std::string capability();
 // out (+)= a @ b in fp32, of bf16 matrices with one stride of 1 each.
-void gemm_bf16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate);
+void gemm_bf16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate, const std::optional<Tensor>& shift);
 // The reason why gemm_bf16_ cannot run on this machine; empty if it can.
 std::string gemm_unavailable();
 

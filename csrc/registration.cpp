@@ -42,7 +42,7 @@ STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CompositeExplicitAutograd, m) { m.impl("
 STABLE_TORCH_LIBRARY_FRAGMENT(opsd_kernels, m) {
   OPSD_DEFINE_ROWS(m);
   m.def("cpu_capability() -> str");
-  m.def("gemm_bf16_(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()");
+  m.def("gemm_bf16_(Tensor a, Tensor b, Tensor(a!) out, bool accumulate, Tensor? shift=None) -> ()");
   m.def("gemm_unavailable() -> str");
 }
 

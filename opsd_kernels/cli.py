@@ -41,6 +41,7 @@ BYTE_UNITS = {
 PLAN_LABELS = {
     "rows": "rows per chunk",
     "difference": "difference GEMM",
+    "centred": "logits relative to a constant of their row",
     "passes": "GEMM passes",
     "flops": "work",
     "workspace_bytes": "logit buffers, packed rows",
@@ -104,8 +105,15 @@ def plan(
     workspace: Annotated[str | None, typer.Option("--workspace", help="Byte budget, such as 256MiB.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     divergence: Annotated[
-        str, typer.Option("--divergence", help="The plain KLs need one sweep less.")
+        str,
+        typer.Option("--divergence", help="The plain KLs need one sweep less, tvd takes fp32 logits."),
     ] = "reverse_kl",
+    softcap: Annotated[
+        bool, typer.Option("--softcap/--no-softcap", help="Whether logits have a softcap.")
+    ] = False,
+    factor: Annotated[
+        float, typer.Option("--factor", help="Logit scale / temperature, the larger of both sides.")
+    ] = 1.0,
     vocab_ranks: Annotated[
         int,
         typer.Option(
@@ -128,7 +136,7 @@ def plan(
 
     with one_line(ValueError, TypeError):
         budget = None if workspace is None else parse_bytes(workspace)
-        one_sweep = Divergence.parse(divergence).one_sweep
+        kind = Divergence.parse(divergence)
         tokens, vocab = -(-tokens // data_ranks), -(-vocab // vocab_ranks)  # the largest share of a rank
         made = make_plan(
             tokens,
@@ -140,7 +148,10 @@ def plan(
             trainable_head=not frozen,
             workspace_bytes=budget,
             device_type=parse_device(device),
-            one_sweep=one_sweep,
+            logits_dtype="float32" if kind.kinked else "auto",
+            one_sweep=kind.one_sweep,
+            softcap=softcap,
+            factor=factor,
         )
     fields = made.as_dict()
     if as_json:

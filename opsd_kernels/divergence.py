@@ -69,8 +69,9 @@ class DivergenceOptions(TypedDict, total=False):
       upstream gradient per token; "auto" takes "recompute" for reduction "none" with a trainable head, else
       "in_forward".
     * `logits_dtype`: the dtype of the logits buffers. "input" takes the inputs' dtype, `torch.float32` takes
-      fp32. "auto" takes the inputs' dtype for a shared head, where the difference GEMM keeps the accuracy,
-      and fp32 for two heads, "tvd", an entry clip and weights that read log-probs.
+      fp32. "auto" takes the inputs' dtype for a shared head, where a constant subtracted from each row and
+      the difference GEMM keep the accuracy, and fp32 for two heads, "tvd", an entry clip, a softcap, a logit
+      scale / temperature outside (0, 4], temperatures in a tensor, and weights that read log-probs.
     * `workspace_bytes`: bound of the logits buffers. Default: OPSD_WORKSPACE_BYTES, else 1 GiB.
     * `backend`: "cuda", "triton", "cpp" or "torch". Default: OPSD_BACKEND, else the first that serves the
       device and dtype.

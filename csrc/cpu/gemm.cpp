@@ -20,6 +20,7 @@ namespace {
 // rows and columns of a micro-kernel call: within 5 % of 32 and 128 in every role
 constexpr int64_t TILE = 64;
 constexpr int64_t DEPTH = 1024;   // of a packed tile of b: 128 KiB
+constexpr int64_t GROUP = 1 << 18;  // entries of b packed at once for a narrow result: 512 KiB
 constexpr int64_t LANES = 16;     // 32-bit pairs of a register
 
 struct Free {
@@ -100,16 +101,33 @@ void transpose_pairs(const uint16_t* from, int64_t stride, int64_t rows, int64_t
 
 const uint16_t* bits(const Buffer<uint32_t>& pairs) { return reinterpret_cast<const uint16_t*>(pairs.get()); }
 
+// out[row][n] = bf16(c[row][n] - shift[row]); rows of c are TILE apart.
+void narrow_tile(const float* c, int64_t rows, int64_t width, const float* shift, uint16_t* out, int64_t stride) {
+  for (int64_t row = 0; row < rows; ++row, c += TILE, out += stride) {
+    const __m512 subtracted = _mm512_set1_ps(shift ? shift[row] : 0.0f);
+    for (int64_t n = 0; n < width; n += LANES) {
+      const __m512 value = _mm512_sub_ps(_mm512_loadu_ps(c + n), subtracted);
+      __m256i rounded;
+      __asm__("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(value));
+      const auto lanes = static_cast<__mmask16>((1u << std::min(LANES, width - n)) - 1);
+      _mm256_mask_storeu_epi16(out + n, lanes, rounded);
+    }
+  }
+}
+
 // Columns [n, n + width) of c for rows [m0, m1), with b packed tile by tile.
 class ColumnPanel {
   const GemmArgs& g_;
-  const Buffer<uint32_t> packed_ = allocate<uint32_t>(TILE * DEPTH / 2);
+  // A narrow result takes all of K at once, so that no fp32 sum leaves the tile.
+  const int64_t depth_ = g_.narrow ? (g_.K + 1) / 2 * 2 : DEPTH;
+  const int64_t group_ = g_.narrow ? std::clamp<int64_t>(GROUP / (TILE * depth_), 1, 8) : 1;  // packed tiles
+  const Buffer<uint32_t> packed_ = allocate<uint32_t>(group_ * TILE * depth_ / 2);
   const Buffer<uint16_t> padded_ = allocate<uint16_t>(TILE * (DEPTH + 2));
 
-  void pack(int64_t k, int64_t depth, int64_t n, int64_t width) const {
+  void pack(int64_t k, int64_t depth, int64_t n, int64_t width, uint32_t* to) const {
     const GemmOperand& b = g_.b;
-    if (b.transposed) transpose_pairs(b.data + n * b.stride + k, b.stride, width, depth, packed_.get(), TILE);
-    else interleave(b.data + k * b.stride + n, b.stride, depth, width, packed_.get(), TILE);
+    if (b.transposed) transpose_pairs(b.data + n * b.stride + k, b.stride, width, depth, to, TILE);
+    else interleave(b.data + k * b.stride + n, b.stride, depth, width, to, TILE);
   }
 
   // Rows of a; with an odd depth, a copy with a zero after each row.
@@ -126,12 +144,34 @@ class ColumnPanel {
  public:
   explicit ColumnPanel(const GemmArgs& g) : g_(g) {}
 
+  // As `run`, with a bf16 result.
+  void run_narrow(int64_t n0, int64_t n1, int64_t m0, int64_t m1) const {
+    alignas(64) float sum[TILE * TILE];
+    for (int64_t n = n0; n < n1; n += group_ * TILE) {
+      const int64_t tiles = std::min(group_, (n1 - n + TILE - 1) / TILE);
+      for (int64_t i = 0; i < tiles; ++i) pack(0, g_.K, n + i * TILE, std::min(TILE, n1 - n - i * TILE), packed_.get() + i * TILE * depth_ / 2);
+      for (int64_t m = m0; m < m1; m += TILE) {
+        const int64_t rows = std::min(TILE, m1 - m);
+        for (int64_t i = 0; i < tiles; ++i) {
+          const int64_t column = n + i * TILE, width = std::min(TILE, n1 - column);
+          for (int64_t k = 0, step = g_.K % 2 ? DEPTH : g_.K; k < g_.K; k += step) {
+            const int64_t depth = std::min(step, g_.K - k);
+            const GemmOperand a = rows_of_a(m, rows, k, depth);
+            const uint32_t* b = packed_.get() + (i * depth_ + k) * TILE / 2;
+            g_.kernel(rows, width, depth + depth % 2, a.stride, TILE, TILE, k > 0, a.data, reinterpret_cast<const uint16_t*>(b), sum, true);
+          }
+          narrow_tile(sum, rows, width, g_.shift ? g_.shift + m : nullptr, g_.narrow + m * g_.stride_c + column, g_.stride_c);
+        }
+      }
+    }
+  }
+
   void run(int64_t n0, int64_t n1, int64_t m0, int64_t m1) const {
     for (int64_t k = 0; k < g_.K; k += DEPTH) {
       const int64_t depth = std::min(DEPTH, g_.K - k);
       for (int64_t n = n0; n < n1; n += TILE) {
         const int64_t width = std::min(TILE, n1 - n);
-        pack(k, depth, n, width);
+        pack(k, depth, n, width, packed_.get());
         for (int64_t m = m0; m < m1; m += TILE) {
           const int64_t rows = std::min(TILE, m1 - m);
           const GemmOperand a = rows_of_a(m, rows, k, depth);
@@ -186,7 +226,9 @@ void run_gemm(const GemmArgs& g, const GemmCut& cut, const uint32_t* packed, int
   const int64_t rows = (g.M + cut.splits - 1) / cut.splits;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t n = i / cut.splits * cut.panel, m = i % cut.splits * rows;
-    panel.run(n, std::min(n + cut.panel, g.N), std::min(m, g.M), std::min(m + rows, g.M));
+    const int64_t end_n = std::min(n + cut.panel, g.N), end_m = std::min(m + rows, g.M);
+    if (g.narrow) panel.run_narrow(n, end_n, std::min(m, g.M), end_m);
+    else panel.run(n, end_n, std::min(m, g.M), end_m);
   }
 }
 

@@ -1,5 +1,5 @@
-// bf16 x bf16 -> fp32 GEMM on the micro-kernel of torch's oneDNN; torch's own `mm` rounds to bf16.
-// Torch-free.
+// bf16 x bf16 GEMM on the micro-kernel of torch's oneDNN, with an fp32 result, or with a bf16 one from which a
+// constant of each row is subtracted before its one rounding. torch's own `mm` does neither. Torch-free.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,9 @@ struct GemmOperand {
 struct GemmArgs {
   int64_t M, N, K;
   GemmOperand a, b;  // (M, K), (K, N); not both transposed
-  float* c;          // (M, N), unit column stride
+  float* c;          // (M, N), unit column stride; null with `narrow`
+  uint16_t* narrow;  // the same as bf16: a is not transposed, and nothing is accumulated
+  const float* shift;  // (M,), subtracted from the rows of `narrow`; null: nothing is
   int64_t stride_c;
   bool accumulate;
   MicroKernel kernel;

@@ -71,10 +71,21 @@ std::string gemm_unavailable() {
 #endif
 }
 
-void gemm_bf16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate) {
-  check_dtype(out, "out", ScalarType::Float);
-  GemmArgs g{a.size(0), b.size(1), a.size(1), operand(a, "a"), operand(b, "b"), static_cast<float*>(out.mutable_data_ptr()), 0, accumulate, kernel().run};
+void gemm_bf16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate, const std::optional<Tensor>& shift) {
+  const bool narrow = out.scalar_type() == ScalarType::BFloat16;
+  check_dtype(out, "out", narrow ? ScalarType::BFloat16 : ScalarType::Float);
+  GemmArgs g{a.size(0), b.size(1), a.size(1), operand(a, "a"), operand(b, "b"), nullptr, nullptr, nullptr, 0, accumulate, kernel().run};
+  if (narrow) g.narrow = static_cast<uint16_t*>(out.mutable_data_ptr());
+  else g.c = static_cast<float*>(out.mutable_data_ptr());
   check_rows(out, "out", g.M, g.N);
+  expect(!narrow || !accumulate, "accumulate", "false with a bf16 out", "true");
+  expect(!narrow || !g.a.transposed, "a", "contiguous columns with a bf16 out", "a transposed one");
+  if (shift) {
+    expect(narrow, "shift", "none with an fp32 out", "one");
+    check_dtype(*shift, "shift", ScalarType::Float);
+    expect(shift->dim() == 1 && shift->size(0) == g.M && (g.M < 2 || shift->stride(0) == 1), "shift", "contiguous, one per row of a", shift->numel());
+    g.shift = static_cast<const float*>(shift->const_data_ptr());
+  }
   g.stride_c = std::max(out.stride(0), g.N);
   expect(b.size(0) == g.K, "b", std::to_string(g.K) + " rows", b.size(0));
   expect(!g.a.transposed || !g.b.transposed, "b", "contiguous columns beside a transposed a", "a transposed one");

@@ -64,14 +64,18 @@ def _cblas_mm(gemm: Callable[..., None], a: Tensor, b: Tensor, out: Tensor, beta
     gemm(_ROW_MAJOR, trans_a, trans_b, m, n, k, 1.0, *operands, beta, out.data_ptr(), max(out.stride(0), n))
 
 
-def sliced_mm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+def sliced_mm_(
+    a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False, centre: Tensor | None = None
+) -> None:
     """Compute out = a @ b, (M, K) @ (K, N), by fp32 GEMMs over slices of the longest dimension.
 
     With `accumulate` the product is added to `out`. The fp32 copies of a slice share one buffer of
-    SLICE_BYTES; the unsliced operand is copied whole. A 16-bit `out` is rounded once.
+    SLICE_BYTES; the unsliced operand is copied whole. A 16-bit `out` is rounded once, after
+    `centre`, (M,), was subtracted from its rows.
     """
     (M, K), N = a.shape, b.shape[1]
     narrow = out.dtype != torch.float32
+    shift = (out.new_zeros(1, dtype=torch.float32) if centre is None else centre)[:, None].expand(M, N)
     if K >= max(M, N):
         total, step = (torch.empty(M, N) if narrow else out), _slice_length(M + N)
         buffer = torch.empty((M + N) * min(step, K))
@@ -80,10 +84,10 @@ def sliced_mm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> N
             right = _widened(b[k : k + step], buffer[left.numel() :])
             torch.addmm(total, left, right, beta=float(accumulate or k > 0), out=total)
         if narrow:
-            out.copy_(total)
+            out.copy_(total if centre is None else total.sub_(shift))
         return
     if M > N:
-        a, b, out = b.t(), a.t(), out.t()
+        a, b, out, shift = b.t(), a.t(), out.t(), shift.t()
     (M, K), N = a.shape, b.shape[1]
     step = _slice_length(K + M * narrow)
     left, buffer = a.float(), torch.empty((K + M * narrow) * min(step, N))
@@ -91,7 +95,8 @@ def sliced_mm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> N
         part = out[:, n : n + step]
         right = _widened(b[:, n : n + step], buffer)
         if narrow:
-            part.copy_(torch.mm(left, right, out=buffer[right.numel() :][: part.numel()].view(part.shape)))
+            total = torch.mm(left, right, out=buffer[right.numel() :][: part.numel()].view(part.shape))
+            part.copy_(total if centre is None else total.sub_(shift[:, n : n + step]))
         elif part.stride(1) == 1:
             torch.addmm(part, left, right, beta=float(accumulate), out=part)
         else:

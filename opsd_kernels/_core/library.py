@@ -63,6 +63,7 @@ def arrange(
         policy=weigher is not None and weigher.policy is not None,
         topk=0 if problem.support is None else problem.support.k,
         one_sweep=problem.spec.one_sweep,
+        softcap=any(side.softcap is not None for side in (problem.spec.student, problem.spec.teacher)),
         sm_count=torch.cuda.get_device_properties(hidden.device).multi_processor_count
         if on_cuda
         else SM_COUNT,

@@ -18,6 +18,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch import Tensor
 from .._rows import extension, torch_rows
 from .._rows.contract import Column, RowBackend, narrowed
 from . import cpu_gemm, topk_support
+from .centre import NO_CENTRE, Centre, exact_argmax, likely_columns, pilot_columns
 from .planner import ChunkPlan, row_stride
 from .problem import ComputedRows, Outputs, Problem
 from .reductions import RowWeigher
@@ -60,7 +62,8 @@ def run(
             # Zeroed: inf or NaN in an invalid row times its zero gradient would put NaN into dW.
             student = walk.counted(problem.student.hidden[at], at)
             teacher = None if problem.teacher is None else walk.counted(problem.teacher.hidden[at], at)
-            chunk = buffers.fill(problem, student, teacher)
+            labels = None if problem.rows.labels is None else walk.label_columns(at)
+            chunk = buffers.fill(problem, student, teacher, labels)
             scale = sweep(walk, chunk, at)
             if wants_gradient:
                 _accumulate(walk, walk.gradient(chunk.S), student, at, scale, first=position == 0)
@@ -105,25 +108,39 @@ class Buffers:
         sides = 1 if problem.teacher is None else 2
         stride = row_stride(V, plan.logits_dtype, hidden.device.type)
         self.pair = empty((sides * plan.rows, stride), plan.logits_dtype, hidden.device)[:, :V]
+        self.centred = plan.centred
         self.zeros = self.pair.new_zeros(1, V if sides == 1 else 0)
         self.stack = hidden.new_empty(2 * plan.rows, hidden.shape[1]) if problem.spec.difference else None
 
-    def fill(self, problem: Problem, student: Tensor, teacher: Tensor | None) -> Rows:
-        """Return a chunk's raw logits S and T (or T - S), (C, V) each, with the biases."""
-        C = student.shape[0]
+    def fill(self, problem: Problem, student: Tensor, teacher: Tensor | None, labels: Tensor | None) -> Rows:
+        """Return a chunk's logits S and T (or T - S), (C, V) each, with the biases.
+
+        `labels` (C,) are columns of these heads, -1 where another rank holds the label.
+        """
+        C, head = student.shape[0], problem.student.weight
         S, T = self.pair[:C], self.pair[C : 2 * C]
-        bias = problem.student.bias
+        centre = NO_CENTRE
+        if self.centred:
+            n = pilot_columns(head.shape[0])
+            pilot = S.as_strided((C, n), (n, 1))
+            project(student, head[:n], pilot)
+            rounded = not subtracts_exactly(S)
+            centre = Centre.of(problem, student, teacher, labels, pilot.argmax(1), rounded)
         if teacher is None or problem.teacher is None:
-            project(student, problem.student.weight, S)
-            return Rows(S, self.zeros.expand(C, -1), bias, None)
-        if self.stack is not None:
+            project(student, head, S, centre.s)
+            return Rows(S, self.zeros.expand(C, -1), problem.student.bias, None, centre.at_label)
+        if self.stack is None:
+            project(student, head, S, centre.s)
+            project(teacher, problem.teacher.weight, T, centre.t)
+        else:
             stack = self.stack[: 2 * C]
             stack_difference(student, teacher, stack)
-            project(stack, problem.student.weight, self.pair[: 2 * C])
-        else:
-            project(student, problem.student.weight, S)
-            project(teacher, problem.teacher.weight, T)
-        return Rows(S, T, bias, problem.teacher.bias)
+            if centre.s is None or centre.t is not None:
+                project(stack, head, self.pair[: 2 * C], centre.stacked)
+            else:
+                project(stack[:C], head, S, centre.s)
+                project(stack[C:], head, T)
+        return Rows(S, T, problem.student.bias, problem.teacher.bias, centre.at_label)
 
 
 def _accumulate(
@@ -164,17 +181,33 @@ def _weighted_sum(G: Tensor, scale: Tensor) -> Tensor:
 # ---------------------------------------------------------------- GEMMs
 
 
-def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Compute out = hidden @ weight.T, (C, H), (V, H) -> (C, V). `out` may be fp32 for 16-bit inputs."""
-    if out.dtype == hidden.dtype:
-        if out.device.type == "cpu" and not extension.mm_has_units(out.dtype):
-            cpu_gemm.sliced_mm_(hidden, weight.t(), out)
-        else:
-            torch.mm(hidden, weight.t(), out=out)
-    elif out.device.type == "cuda":
-        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+def project(hidden: Tensor, weight: Tensor, out: Tensor, centre: Tensor | None = None) -> None:
+    """Compute out = hidden @ weight.T, (C, H), (V, H) -> (C, V). `out` may be fp32 for 16-bit inputs.
+
+    `centre`, (C,) fp32 beside a 16-bit `out`, is subtracted from the rows before their one rounding.
+    """
+    columns, on_cpu = weight.t(), out.device.type == "cpu"
+    if out.dtype != hidden.dtype and on_cpu:
+        cpu_gemm.widening_mm(hidden, columns, out, accumulate=False)
+    elif out.dtype != hidden.dtype:
+        torch.mm(hidden, columns, out_dtype=out.dtype, out=out)
+    elif on_cpu and not extension.mm_has_units(out.dtype):
+        cpu_gemm.sliced_mm_(hidden, columns, out, centre=centre)
+    elif centre is None:
+        torch.mm(hidden, columns, out=out)
+    elif subtracts_exactly(out):
+        torch.ops.opsd_kernels.gemm_bf16_(hidden, columns, out, False, centre)
     else:
-        cpu_gemm.widening_mm(hidden, weight.t(), out, accumulate=False)
+        # The product is added to `out` in fp32.
+        torch.addmm(out.copy_(-centre[:, None]), hidden, columns, out=out)
+
+
+def subtracts_exactly(out: Tensor) -> bool:
+    """Return True if `project` subtracts an fp32 centre. Else it rounds the centre to the dtype of `out`."""
+    if not on_host(out.device):
+        return False
+    own = out.dtype == torch.bfloat16 and extension.gemm_unavailable() is None
+    return own or not extension.mm_has_units(out.dtype)
 
 
 def accumulate_weight_grad(G: Tensor, hidden: Tensor, dW: Tensor, first: bool) -> None:
@@ -210,6 +243,13 @@ def stack_difference(student: Tensor, teacher: Tensor, out: Tensor) -> None:
 
 
 # ---------------------------------------------------------------- sweeps
+
+
+class Exact(NamedTuple):
+    """Hold what statistics take beside the sweeps' results, or None where none is asked for."""
+
+    label: torch_rows.Logits | None  # (n, 1): the logits at the labels
+    likely: Tensor | None  # (n, K): columns with the largest of 16-bit logits, where rounding may make ties
 
 
 @dataclass(frozen=True)
@@ -251,24 +291,32 @@ class Walk:
         labels = self.labels(at)
         return labels if self.problem.shard is None else self.problem.shard.local(labels)
 
-    def label_logits(self, chunk: Rows, at: Positions) -> torch_rows.Logits | None:
-        """Return the logits at the labels, (n, 1), read before the gradient overwrites S, or None.
+    def exact(self, chunk: Rows, at: Positions) -> Exact:
+        """Return what is read before the gradient overwrites S.
 
-        They are arbitrary where another rank holds the label.
+        Label logits are arbitrary where another rank holds the label.
         """
-        if self.out.logprobs is None or self.saved:
-            return None
-        raw = chunk.at(self.label_columns(at)[:, None].clamp(min=0))
-        return torch_rows.logits(raw.S, raw.T, self.problem.spec.at(at), raw.bias_s, raw.bias_t)
+        problem, label, likely = self.problem, None, None
+        if self.out.logprobs is not None and not self.saved:
+            raw = chunk.at(self.label_columns(at)[:, None].clamp(min=0))
+            S, T = chunk.at_label or (raw.S, raw.T)
+            label = torch_rows.logits(S, T, problem.spec.at(at), raw.bias_s, raw.bias_t)
+        if self.metrics and problem.teacher is not None and problem.logits_dtype.itemsize == 2:
+            likely = likely_columns(chunk.S, chunk.bias_s)
+            if not problem.spec.difference:
+                likely = torch.cat([likely, likely_columns(chunk.T, chunk.bias_t)], 1)
+        return Exact(label, likely)
 
-    def keep(
-        self, at: Positions, stats: Tensor, loss: Tensor, A: Tensor, at_label: torch_rows.Logits | None
-    ) -> None:
+    def keep(self, at: Positions, stats: Tensor, loss: Tensor, A: Tensor, exact: Exact) -> None:
         """Store the results of a chunk."""
-        out = self.out
+        out, problem = self.out, self.problem
+        if exact.likely is not None and problem.teacher is not None:
+            student, teacher = (self.counted(x.hidden[at], at) for x in (problem.student, problem.teacher))
+            argmax = stats[:, Column.STUDENT_ARGMAX : Column.CLIPPED]
+            argmax.copy_(exact_argmax(problem, problem.spec.at(at), student, teacher, exact.likely, argmax))
         out.stats[at], out.loss[at], out.A[at] = (self.counted(x, at) for x in (stats, loss, A))
-        if at_label is not None and out.logprobs is not None:
-            logprobs = _label_logprobs(at_label, stats)
+        if exact.label is not None and out.logprobs is not None:
+            logprobs = _label_logprobs(exact.label, stats)
             if self.problem.shard is not None:
                 logprobs = self.problem.shard.of_owner(logprobs, self.labels(at))
             out.logprobs[at] = self.counted(logprobs, at)
@@ -296,7 +344,7 @@ def choose(walk: Walk) -> Sweep:
 
 def fused(walk: Walk, chunk: Rows, at: Positions) -> Tensor | None:
     """Read the logits once. Factors w from statistics scale the products: G.T @ (w * h), w * (G @ W)."""
-    at_label = walk.label_logits(chunk, at)
+    exact = walk.exact(chunk, at)
     deferred = walk.weigher is not None
     factor, slope = (torch.ones_like(walk.out.loss[at]), None) if deferred else walk.factors(at)
     G = walk.gradient(chunk.S)
@@ -305,7 +353,7 @@ def fused(walk: Walk, chunk: Rows, at: Positions) -> Tensor | None:
     stats, loss, A = walk.backend.row_fused_(
         chunk.S, chunk.T, factor, walk.problem.spec.at(at), *biases, walk.metrics, G, slope, labels
     )
-    walk.keep(at, stats, loss, A, at_label)
+    walk.keep(at, stats, loss, A, exact)
     if not deferred:
         return None
     scale, _ = walk.factors(at)
@@ -318,7 +366,7 @@ def two_pass(walk: Walk, chunk: Rows, at: Positions) -> None:
     spec, biases = walk.problem.spec.at(at), (chunk.bias_s, chunk.bias_t)
     stats = walk.backend.row_stats(chunk.S, chunk.T, spec, *biases, walk.metrics)
     loss, A = walk.backend.row_dot(chunk.S, chunk.T, stats, spec, *biases)
-    walk.keep(at, stats, loss, A, walk.label_logits(chunk, at))
+    walk.keep(at, stats, loss, A, walk.exact(chunk, at))
     if walk.wants_gradient:
         _write_gradient(walk, chunk, at, stats, A)
 
@@ -340,7 +388,7 @@ def top_k(walk: Walk, chunk: Rows, at: Positions) -> None:
     """Restrict the divergence to a support. With saved statistics, compute the gradient alone."""
     problem, spec, support = walk.problem, walk.problem.spec.at(at), walk.problem.support
     assert support is not None
-    at_label = walk.label_logits(chunk, at)
+    exact = walk.exact(chunk, at)
     if walk.saved:
         stats = walk.out.stats[at]
     else:
@@ -354,7 +402,7 @@ def top_k(walk: Walk, chunk: Rows, at: Positions) -> None:
         every, own = problem.shard.entries(chunk, stats, spec, support, ids, logprobs)
     result = topk_support.restricted(every, stats, spec, support.tail)
     if not walk.saved:
-        walk.keep(at, stats, result.loss, result.A, at_label)
+        walk.keep(at, stats, result.loss, result.A, exact)
     if walk.wants_gradient:
         factor, slope = walk.factors(at)
         labels = None if slope is None else walk.label_columns(at)

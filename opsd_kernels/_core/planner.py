@@ -13,7 +13,7 @@ import torch
 from .. import env
 from .._rows import extension
 from .._rows.contract import Column
-from ..spec import BACKWARDS, SCOPES, check_choice, expect
+from ..spec import BACKWARDS, LARGEST_FACTOR, SCOPES, check_choice, expect
 
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 ROW_MULTIPLE = 16
@@ -61,6 +61,7 @@ class ChunkPlan:
     chunks: int
     logits_dtype: torch.dtype
     difference: bool  # the teacher buffer holds t - s, from the stacked GEMM
+    centred: bool  # 16-bit logits are held relative to a constant of their row
     gradient_dtype: torch.dtype  # of dh and dW until backward multiplies them by the upstream gradient
     passes: int  # GEMM passes of 2 * tokens * hidden * vocabulary operations each
     flops: int
@@ -102,15 +103,17 @@ def resolve_logits(
     """Choose the dtype of the logits buffers, and return it with True if the teacher's holds the difference t
     - s.
 
-    "auto" takes 16-bit buffers for a shared head, where the difference GEMM keeps the accuracy. It takes fp32
-    for two heads and for an `exact` result: a kink at p = q (tvd, an entry clip), or log-probs that weights
-    or policy terms read (bf16 logits near 16 are off by 0.03, and so would be the logarithm of a ratio of
+    "auto" takes 16-bit buffers for a shared head: held relative to a constant of their row, and with the
+    difference GEMM, they keep the gradient's error under 1 %. It takes fp32 for two heads and where a result
+    must be `exact`. That is a kink at p = q (tvd, an entry clip); a softcap, which needs the logits
+    themselves; a factor above LARGEST_FACTOR, which multiplies what is left of the rounding; and log-probs
+    that weights or policy terms read (off by up to .01 nats, and so would be the logarithm of a ratio of
     probabilities). With fp32 buffers of 16-bit inputs both sides are projected in full: rounding h_t - h_s to
     16 bits would lose more than the subtraction of the logits.
     """
     known = logits_dtype in ("auto", "input", "float32", torch.float32)
     expect(known, "logits_dtype", "'auto', 'input' or torch.float32", repr(logits_dtype))
-    narrow = dtype in (torch.bfloat16, torch.float16)
+    narrow = dtype.itemsize == 2
     wide = logits_dtype in ("float32", torch.float32) or (
         logits_dtype == "auto" and (exact or not shared_head)
     )
@@ -363,6 +366,8 @@ def plan(
     policy: bool = False,
     topk: int = 0,
     one_sweep: bool = True,
+    factor: float = 1.0,
+    softcap: bool = False,
     sm_count: int = SM_COUNT,
     threads: int | None = None,
 ) -> ChunkPlan:
@@ -376,6 +381,8 @@ def plan(
       chunk holds `longest_sequence` rows (four passes); otherwise a statistics pass goes first (six).
     * `policy`, `topk`: True if a term of `objectives` is mixed in; the number of entries of a support.
     * `one_sweep`: True for the plain KLs without an entry clip, see RowSpec.
+    * `factor`, `softcap`: the larger logit scale / temperature of both sides; True if logits have a softcap.
+      With a softcap, or a factor outside (0, 4], "auto" takes fp32 logits.
     * `device_type`, `sm_count`: on CUDA the rows of a chunk make whole waves of GEMM tiles on `sm_count`
       multiprocessors (model: see TILE).
     * `threads`: the CPU threads, with which scratch grows. Default: those of torch.
@@ -388,7 +395,8 @@ def plan(
     H_teacher = H_student if H_teacher is None else H_teacher
     _check(dtype, backward, weights_scope, N=N, V=V, H_student=H_student, H_teacher=H_teacher)
     budget = workspace_budget(workspace_bytes)
-    buffer, difference = resolve_logits(dtype, logits_dtype, shared_head)
+    exact = softcap or not 0 < factor <= LARGEST_FACTOR
+    buffer, difference = resolve_logits(dtype, logits_dtype, shared_head, exact)
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V), device_type)
     scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads) if device_type == "cpu" else 0
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
@@ -416,6 +424,7 @@ def plan(
         rows=rows,
         logits_dtype=buffer,
         difference=difference,
+        centred=buffer.itemsize == 2 and not softcap,
         gradient_dtype=held,
         tile_share=tile_share,
         weighting=weighting,

@@ -120,6 +120,17 @@ class VocabShard:
         dist.all_reduce(mine, group=self.group)
         return mine
 
+    def of_largest(self, values: Tensor, beside: Tensor) -> tuple[Tensor, Tensor]:
+        """Return on all ranks the largest of `values`, (n,), and `beside` of the rank that holds it.
+
+        Two all-reduces. Where ranks tie, the largest `beside`.
+        """
+        largest = values.clone()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        beside = torch.where(values == largest, beside, -torch.inf)
+        dist.all_reduce(beside, op=dist.ReduceOp.MAX, group=self.group)
+        return largest, beside
+
     def sum_hidden_grad(self, dh: Tensor) -> None:
         """Sum (n, H) over the ranks in place, if `reduce_hidden_grad`."""
         if self.reduce_hidden_grad:
@@ -142,7 +153,8 @@ class VocabShard:
             return self._listed(rows, stats, spec, restriction, ids, logprobs)
         n = rows.S.shape[0]
         found = topk_support.entries(rows, stats, spec, restriction, None, None)
-        logits = torch_rows.logits(*found.raw[:2], spec, *found.raw[2:])
+        raw = found.raw
+        logits = torch_rows.logits(raw.S, raw.T, spec, raw.bias_s, raw.bias_t)
         order = logits.s if restriction.side == "student" else logits.t
         k = min(restriction.k, self.widest)
         candidates = order.new_full((4, n, k), -torch.inf)

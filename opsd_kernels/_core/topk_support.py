@@ -21,12 +21,18 @@ LEAST_TAIL = 1e-7  # the mass outside the support is taken for at least this, as
 
 
 class Rows(NamedTuple):
-    """Hold a chunk's raw logits, (C, V), and biases, (V,), as the sweeps take them."""
+    """Hold a chunk's raw logits, (C, V), and biases, (V,), as the sweeps take them.
+
+    16-bit logits are held relative to a constant of each row, which no softmax sees.
+    """
 
     S: Tensor
     T: Tensor
     bias_s: Tensor | None
     bias_t: Tensor | None
+    at_label: tuple[Tensor, Tensor] | None = (
+        None  # (C, 1) fp32: S and T at the labels, without their rounding
+    )
 
     def at(self, columns: Tensor) -> Rows:
         """Return logits and biases at (n, K) columns. A bias shared by both sides stays one object."""
@@ -78,7 +84,7 @@ def entries(
         first = ids.gather(1, live.to(torch.int8).argmax(1, keepdim=True))[:, 0]
         columns = torch.where(live, ids, torch.where(live.any(1), first, 0)[:, None])
     raw = rows.at(columns)
-    logits = torch_rows.logits(*raw[:2], spec, *raw[2:])
+    logits = torch_rows.logits(raw.S, raw.T, spec, raw.bias_s, raw.bias_t)
     q, p, delta = torch_rows.distributions(logits, stats)
     if logprobs is not None:
         log_q = logits.s - stats[:, Column.STUDENT_MAX, None] - stats[:, Column.STUDENT_LOGSUM, None]
@@ -179,7 +185,8 @@ def _values(
     if policy_slope is not None and labels is not None:
         label = labels.clamp(min=0)[:, None]
         beside = rows.at(label)
-        q_label = torch_rows.distributions(torch_rows.logits(*beside[:2], spec, *beside[2:]), stats)[0]
+        logits = torch_rows.logits(beside.S, beside.T, spec, beside.bias_s, beside.bias_t)
+        q_label = torch_rows.distributions(logits, stats)[0]
         of_label = _first((columns == label) & at.live, values, outside * q_label)
         pairs = (columns, label), (q, q_label), (values, of_label)
         columns, q, values = (torch.cat(pair, 1) for pair in pairs)

@@ -68,14 +68,20 @@ def gathered_numbers(one_sweep: bool = True, statistics: bool = False) -> int:
     return (Column.CLIPPED if statistics else Column.STUDENT_ENTROPY) + 3 * (not one_sweep)
 
 
-def reduced_numbers(H: int, labels: bool = True) -> int:
-    """Return the number of fp32 values that vocabulary ranks sum per row: dh and the label's log-probs."""
-    return H + 2 * labels
+def reduced_numbers(H: int, labels: bool = True, narrow: bool = False, statistics: bool = False) -> int:
+    """Return the number of fp32 values per row that vocabulary ranks sum, or take the largest of.
+
+    They are dh and the label's log-probs. With `narrow`, 16-bit logits, also the constants of both sides that
+    these are relative to, and with `statistics` the largest logit and its column of both sides.
+    """
+    return H + 2 * labels + narrow * (2 + 4 * statistics)
 
 
-def chunk_calls(one_sweep: bool = True, labels: bool = True) -> tuple[int, int]:
+def chunk_calls(
+    one_sweep: bool = True, labels: bool = True, narrow: bool = False, statistics: bool = False
+) -> tuple[int, int]:
     """Return (all-gathers, all-reduces) per chunk, whatever its rows."""
-    return 1 + (not one_sweep), 1 + labels
+    return 1 + (not one_sweep), 1 + labels + narrow * (2 + 2 * statistics)
 
 
 def ring_gather(ranks: int, nbytes: float) -> float:
@@ -173,9 +179,9 @@ def project(
         workspace_bytes=DEFAULT_WORKSPACE_BYTES,
     )
     split, size = vocab_ranks > 1, dtype.itemsize
-    gathers, reduces = (calls * made.chunks * split for calls in chunk_calls(one_sweep, labels))
+    gathers, reduces = (calls * made.chunks * split for calls in chunk_calls(one_sweep, labels, made.centred))
     gather_bytes = ring_gather(vocab_ranks, FP32 * n * gathered_numbers(one_sweep))
-    reduce_bytes = ring_sum(vocab_ranks, FP32 * n * reduced_numbers(head.H, labels))
+    reduce_bytes = ring_sum(vocab_ranks, FP32 * n * reduced_numbers(head.H, labels, made.centred))
     data_bytes = ring_sum(data_ranks, V * head.H * size)
     gemms = made.flops / machine.rate
     return Projection(
@@ -208,10 +214,11 @@ def crossover_tokens(
     """Return the tokens of a step at which both ways to split exchange equally long, by bandwidth alone.
 
     Vocabulary ranks send a fixed amount per token, data ranks the gradient of the head once per step. With
-    more tokens, splitting the tokens is cheaper.
+    more tokens, splitting the tokens is cheaper. One head serves both sides.
     """
     per_token = machine.gather.seconds(0, ring_gather(ranks, FP32 * gathered_numbers()))
-    per_token += machine.reduce.seconds(0, ring_sum(ranks, FP32 * reduced_numbers(head.H, labels)))
+    sums = FP32 * reduced_numbers(head.H, labels, narrow=dtype.itemsize == 2)
+    per_token += machine.reduce.seconds(0, ring_sum(ranks, sums))
     return machine.data.seconds(0, ring_sum(ranks, head.V * head.H * dtype.itemsize)) / per_token
 
 

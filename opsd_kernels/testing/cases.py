@@ -170,6 +170,69 @@ def plain_outcomes(case: Case, orders: int = 4, **options: object) -> tuple[Outc
     return tuple(outcomes)
 
 
+# ---------------------------------------------------------------- what a softmax does not see
+
+OFFSETS = (32.0, -32.0, -300.0, 1000.0, -1000.0)  # each a bf16 number
+
+
+def with_offset(case: Case, offset: float) -> Case:
+    """Add a hidden unit that holds `offset` to both sides. Its weights are 1."""
+    ones: dict[int, Tensor] = {}
+
+    def widened(x: Tensor, value: float) -> Tensor:
+        return torch.cat([x, x.new_full((*x.shape[:-1], 1), value)], -1)
+
+    def head(weight: Tensor) -> Tensor:
+        return ones.setdefault(id(weight), widened(weight, 1.0))  # a shared head stays shared
+
+    return replace(
+        case,
+        student_hidden=widened(case.student_hidden, offset),
+        teacher_hidden=widened(case.teacher_hidden, offset),
+        student_weight=head(case.student_weight),
+        teacher_weight=head(case.teacher_weight),
+    )
+
+
+def with_bias_offset(case: Case, offset: float) -> Case:
+    """Add `offset` to all entries of both biases, in fp32 or fp64; without biases add one that holds it."""
+    wide = torch.promote_types(case.student_weight.dtype, torch.float32)
+    shared = case.teacher_weight is case.student_weight and case.teacher_bias is case.student_bias
+
+    def moved(bias: Tensor | None, weight: Tensor) -> Tensor:
+        return (
+            weight.new_full(weight.shape[:1], offset, dtype=wide) if bias is None else bias.to(wide) + offset
+        )
+
+    student = moved(case.student_bias, case.student_weight)
+    teacher = student if shared else moved(case.teacher_bias, case.teacher_weight)
+    return replace(case, student_bias=student, teacher_bias=teacher)
+
+
+def invariant_variants(case: Case, options: dict[str, Any]) -> Iterator[tuple[str, Case, dict[str, Any]]]:
+    """Yield (name, changed case, options) of calls with the same distributions as `case` under `options`.
+
+    A common offset of the logits, through a hidden unit and through the biases; hidden states times a power
+    of two, undone by temperature or logit scale; another order of the vocabulary and of the hidden units.
+    The distributions are equal up to the rounding of logits and biases; gradients differ.
+    """
+    for offset in OFFSETS:
+        yield f"a hidden unit adds {offset:g} to all logits", with_offset(case, offset), options
+        yield f"the biases add {offset:g} to all logits", with_bias_offset(case, offset), options
+    for factor in (4.0, 0.25):
+        hidden = {name: getattr(case, name) * factor for name in ("student_hidden", "teacher_hidden")}
+        names = ["temperature"] + ["teacher_temperature"] * (options.get("teacher_temperature") is not None)
+        temperatures = {name: options.get(name, 1.0) * factor for name in names}
+        scales = {
+            name: options.get(name, 1.0) / factor for name in ("student_logit_scale", "teacher_logit_scale")
+        }
+        scaled = replace(case, **hidden)
+        yield f"hidden states and temperature times {factor:g}", scaled, {**options, **temperatures}
+        yield f"hidden states times {factor:g}, logit scales over it", scaled, {**options, **scales}
+    shuffled, _ = _reordered(case, torch.Generator().manual_seed(0))
+    yield "the vocabulary in another order", shuffled, options
+
+
 # ---------------------------------------------------------------- the hard case
 
 

@@ -44,8 +44,8 @@ def test_a_projection_by_hand():
     assert made.rest == made.gemms / 4
     assert made.gather_bytes == 8 * 4 * 10000 * 3 and made.gathers == chunks.chunks
     assert made.gather == chunks.chunks * 1e-3 + 960_000 / 1e9
-    assert made.reduce_bytes == 1026 * 4 * 10000 * 2 * 3 / 4 and made.reduces == 2 * chunks.chunks
-    assert made.reduce == 2 * chunks.chunks * 2e-3 + 61_560_000 / 2e9
+    assert made.reduce_bytes == 1028 * 4 * 10000 * 2 * 3 / 4 and made.reduces == 4 * chunks.chunks
+    assert made.reduce == 4 * chunks.chunks * 2e-3 + 61_680_000 / 2e9
     assert made.data_bytes == 8000 * 1024 * 2 and made.data == 4e-3 + 16_384_000 / 4e9
     assert made.seconds == made.gemms + made.rest + (made.gather + made.reduce + made.data)
     hidden, wide = 2 * 10000 * 1024 * 2, chunks.rows * 1024 * 2
@@ -69,7 +69,7 @@ def test_two_sweeps_two_heads_and_no_labels():
         for how in ({}, {"one_sweep": False, "shared_head": False, "labels": False})
     )
     assert other.gather_bytes * 8 == plain.gather_bytes * 11 and other.gathers == 2 * other.plan.chunks
-    assert other.reduce_bytes * 1026 == plain.reduce_bytes * 1024 and other.reduces == other.plan.chunks
+    assert other.reduce_bytes * 1028 == plain.reduce_bytes * 1024 and other.reduces == other.plan.chunks
     assert other.weight_bytes == 2 * plain.weight_bytes
     assert other.wide_bytes == 0  # its gradients are held in fp32 as it is
 
@@ -119,17 +119,18 @@ def test_a_line_is_found_again():
 
 def test_what_is_sent_is_what_the_projection_counts(scripts):
     for found in scripts("parallel_shards").exchanges(2):
-        one_sweep, H = found["divergence"] == "reverse_kl", found["H"]
+        one_sweep, H, statistics = found["divergence"] == "reverse_kl", found["H"], found["statistics"]
+        narrow = found["dtype"] == "bfloat16"
         kinds = [kind for kind, _ in found["per_row"]]
         sent = {
             kind: sum(numbers for at, numbers in found["per_row"] if at == kind)
             for kind in ("gather", "reduce")
         }
         assert found["chunks"] > 1
-        assert sent["gather"] == parallel.gathered_numbers(one_sweep, found["statistics"])
-        assert sent["reduce"] == parallel.reduced_numbers(H, found["labels"])
+        assert sent["gather"] == parallel.gathered_numbers(one_sweep, statistics)
+        assert sent["reduce"] == parallel.reduced_numbers(H, found["labels"], narrow, statistics)
         assert (kinds.count("gather"), kinds.count("reduce")) == parallel.chunk_calls(
-            one_sweep, found["labels"]
+            one_sweep, found["labels"], narrow, statistics
         )
 
 

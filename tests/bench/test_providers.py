@@ -8,6 +8,7 @@ from opsd_kernels.bench.providers import BASE, LABELS, PROVIDERS, Provider, pars
 from opsd_kernels.bench.runner import SUITES, make_context
 from opsd_kernels.bench.shapes import MODES, Setting, make_case, parse_shape
 from opsd_kernels.bench.suites.accuracy import errors
+from opsd_kernels.bench.suites.space import MEMORY_SHAPE
 
 TINY = Setting(64, 32, 501, "float32")
 QUICK = {"rounds": (3, 3), "seconds": 1.0}
@@ -50,6 +51,14 @@ def test_what_cannot_serve_is_a_row(name, says):
     rows = {row.provider: row for row in compare_providers("ratios", TINY, [PROVIDERS[name]], **QUICK)}
     assert says in rows[name].reason and rows[name].ms is None
     assert rows[BASE].ms.n == 3 and rows["whole"].ratio.median > 0
+
+
+@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["quick", "full"])
+def test_the_shapes_of_the_memory_suite_pass(quick):
+    """Their logits reach 16 with H = 64: raw ones in bf16 are off by more than 2 %."""
+    shape = MEMORY_SHAPE[quick]
+    verdict = gate.check(PROVIDERS["opsd"], Setting(shape.N, shape.H, shape.V, "bfloat16"))
+    assert verdict.failure is None and verdict.gradient_error < 0.01
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["ours", "a peer"])

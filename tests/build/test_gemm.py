@@ -1,4 +1,4 @@
-"""The extension's bf16 x bf16 -> fp32 GEMM.
+"""The extension's bf16 x bf16 GEMM, with an fp32 result or with a bf16 one less a constant of each row.
 
 Every layout and edge, exact products, the same bits on any number of threads.
 """
@@ -8,7 +8,7 @@ import torch
 
 from opsd_kernels._core import cpu_gemm
 from opsd_kernels._rows import extension
-from opsd_kernels.testing import assert_no_worse, assert_same_bits
+from opsd_kernels.testing import assert_no_worse, assert_one_rounding, assert_same_bits
 
 LAYOUTS = {"rows": (False, False), "columns of b": (False, True), "columns of a": (True, False)}
 SHAPES = [(1, 1, 1), (1, 64, 2), (64, 1, 31), (3, 130, 33), (65, 257, 1025), (200, 17, 2049), (130, 700, 64)]
@@ -30,8 +30,10 @@ def matrix(rows: int, columns: int, transposed: bool, seed: int) -> torch.Tensor
     return inner.t() if transposed else inner
 
 
-def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool) -> torch.Tensor:
-    torch.ops.opsd_kernels.gemm_bf16_(a, b, out, accumulate)
+def multiply(
+    a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool, shift: torch.Tensor | None = None
+) -> torch.Tensor:
+    torch.ops.opsd_kernels.gemm_bf16_(a, b, out, accumulate, shift)
     return out
 
 
@@ -58,12 +60,58 @@ def test_threads_change_no_bit(layout, threads=(1, 2, 7)):
         assert_same_bits(results[0], other)
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns of b"])
+@pytest.mark.parametrize("M, N, K", [*SHAPES, (300, 1100, 2051), (64, 64, 1024), (1, 517, 3001)])
+def test_a_bf16_result_is_rounded_once_after_the_shift(M, N, K, transposed):
+    """Large products, near the constant subtracted from them, keep their digits."""
+    a, b = matrix(M, K, False, 0), matrix(K, N, transposed, 1)
+    exact = a.double() @ b.double()
+    shift = exact[:, N // 2].float() - torch.rand(M, generator=torch.Generator().manual_seed(2))
+    whole = torch.full((M + 1, N + 3), torch.nan, dtype=torch.bfloat16)
+    out = multiply(a, b, whole[1:, 1 : N + 1], False, shift)
+    # The fp32 sums of K products round as those of torch.mm do.
+    sums = (a.float() @ b.float() - exact).abs().max().item() + 2e-7 * exact.abs().max().item()
+    assert_one_rounding(out, exact - shift.double()[:, None], torch.bfloat16, magnitude=1 + sums / 1e-6)
+    around = whole.clone()
+    around[1:, 1 : N + 1] = torch.nan
+    assert around.isnan().all(), "nothing beside the view is written"
+    assert_same_bits(
+        multiply(a, b, torch.empty_like(out), False, torch.zeros(M)),
+        multiply(a, b, torch.empty_like(out), False),
+    )
+
+
+def test_threads_change_no_bit_of_a_shifted_result(threads=(1, 2, 7)):
+    a, b, shift = matrix(200, 501, False, 0), matrix(501, 1333, True, 1), torch.randn(200)
+    before, results = torch.get_num_threads(), []
+    for count in threads:
+        torch.set_num_threads(count)
+        results.append(multiply(a, b, torch.empty(200, 1333, dtype=torch.bfloat16), False, shift))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+    row = multiply(a[77:78], b, torch.empty(1, 1333, dtype=torch.bfloat16), False, shift[77:78])
+    assert_same_bits(row, results[0][77:78])
+
+
 def test_it_is_what_the_projections_use():
     assert cpu_gemm.cpu_gemm_name(torch.bfloat16) == "oneDNN's micro-kernel"
 
 
 def test_errors_name_the_argument():
     a, b, out = torch.ones(4, 3).bfloat16(), torch.ones(3, 5).bfloat16(), torch.empty(4, 5)
+    narrow, shift = out.bfloat16(), torch.zeros(4)
+    for args, message in (
+        ((a, b, narrow, True), "accumulate: expected false with a bf16 out, got true"),
+        ((a.t().contiguous().t(), b, narrow, False), "a: expected contiguous columns with a bf16 out"),
+        ((a, b, out, False, shift), "shift: expected none with an fp32 out, got one"),
+        ((a, b, narrow, False, shift.double()), "shift: expected Float, got Double"),
+        ((a, b, narrow, False, shift[:3]), "shift: expected contiguous, one per row of a, got 3"),
+        ((a, b, narrow, False, torch.zeros(8)[::2]), "shift: expected contiguous, one per row of a"),
+        ((a, b, out.half(), False), "out: expected Float, got Half"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            multiply(*args)
     for args, message in (
         ((a.float(), b, out), "a: expected BFloat16, got Float"),
         ((a, b[:2], out), "b: expected 3 rows, got 2"),

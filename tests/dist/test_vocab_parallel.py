@@ -1,4 +1,4 @@
-"""Heads sharded over ranks against whole heads, on two and four gloo processes.
+"""Heads sharded over ranks against whole heads, on two to four gloo processes.
 
 Every divergence, clip, weight, top-k support, list and statistic, and log-probs.
 """
@@ -11,6 +11,13 @@ import pytest
 def test_shards_equal_the_whole(launching, world, tmp_path):
     results = launching.launch("vocab_ranks.py", world, tmp_path)
     assert len(results) == world and len(results[0]) > 115
+    launching.assert_none_failed(results)
+
+
+@pytest.mark.slow
+def test_16_bit_logits_of_three_shards(launching, tmp_path):
+    results = launching.launch("vocab_ranks.py", 3, tmp_path, "16-bit")
+    assert len(results) == 3 and len(results[0]) == 4
     launching.assert_none_failed(results)
 
 

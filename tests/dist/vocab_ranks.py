@@ -20,6 +20,7 @@ from launching import join, leave
 from opsd_kernels import VocabShard, linear_divergence, linear_logprobs, linear_topk_divergence
 from opsd_kernels.spec import KIND_NAMES
 from opsd_kernels.testing import (
+    LOGPROB_NATS,
     Case,
     Outcome,
     assert_no_worse,
@@ -29,6 +30,7 @@ from opsd_kernels.testing import (
     hard_case,
     plain_outcomes,
 )
+from opsd_kernels.testing.cases import invariant_variants
 from opsd_kernels.testing.reference import (
     linear_divergence_reference,
     linear_logprobs_reference,
@@ -214,6 +216,29 @@ def check(name: str, dtype: torch.dtype) -> None:
             assert_no_worse(ours, plain, truth)
 
 
+def check_16_bit_logits(dtype: torch.dtype, labelled: bool) -> None:
+    """Shards of logits relative to a constant of their row meet the target of whole heads, at any offset.
+
+    Each rank finds likely columns of its own; each label lies in one shard.
+    """
+    case = hard_case(48, 2003, 48, dtype, shared_head=True, near=1e-2, largest_logit=16.0, widths=(1.0,))
+    case = replace(case, token_weights=None, mask=case.mask & (case.labels != -100))
+    logits = case.student_hidden.double().nan_to_num(0, 0, 0) @ case.student_weight.double().T
+    own = logits.softmax(-1).multinomial(1, generator=torch.Generator().manual_seed(0))[:, 0]
+    assert all(((own >= shard.start) & (own < shard.stop)).any() for shard in shards(2003)[:1])
+    case = replace(case, labels=own if labelled else None)
+    for at, (_, changed, told) in enumerate(invariant_variants(case, {"return_stats": True})):
+        shard = shards(2003)[at % 2]
+        ours = evaluate(linear_divergence, cut(changed, shard), **told, group=shard)
+        truth = evaluate(linear_divergence_reference, changed.double(), **told)
+        assert_on_target(whole(ours), truth, "default")
+        assert torch.equal(ours.stats.top1_agreement.double(), truth.stats["top1_agreement"])
+        for name in ("student_logprob", "teacher_logprob") if labelled else ():
+            off = (getattr(ours.stats, name) - truth.stats[name])[changed.mask].abs().max()
+            # At a temperature of 1/4 the rounding counts four times.
+            assert off <= LOGPROB_NATS / min(told.get("temperature", 1.0), 1.0), (at, name, off)
+
+
 def check_statistics(dtype: torch.dtype) -> None:
     case = replace(hard_case(28, V, 48, dtype, shared_head=True, near=0.1), trainable=())
     alone, truth = (
@@ -284,6 +309,13 @@ def check_communication() -> None:
             [("gather", 8), ("gather", 3), ("sum", 2), ("sum", H)],
         ),
         (
+            linear_divergence,
+            case._map(lambda t: t.bfloat16() if t.is_floating_point() else t),
+            {"logits_dtype": "input"},
+            1,
+            [("largest", 1), ("largest", 1), ("gather", 8), ("sum", 2), ("sum", H)],
+        ),
+        (
             topk_of(linear_topk_divergence, case, K),
             case,
             {},
@@ -297,7 +329,7 @@ def check_communication() -> None:
         with collectives() as sent:
             evaluate(op, cut(whole_case, shard), **options, group=shard, workspace_bytes=budget)
         chunks = [sent[i : i + len(of_row)] for i in range(0, len(sent), len(of_row))]
-        counts = [chunk[0][1] // 8 for chunk in chunks]
+        counts = [chunk[0][1] // of_row[0][1] for chunk in chunks]
         assert len(chunks) > 1 and sum(counts) == N, sent
         for chunk, count in zip(chunks, counts, strict=True):
             assert chunk == [(how, number * count) for how, number in of_row], sent
@@ -313,9 +345,9 @@ def collectives() -> Iterator[list[tuple[str, int]]]:
         sent.append(("gather", values.numel()))
         return originals[0](parts, values, group=group)
 
-    def reduce(values, group=None):
-        sent.append(("sum", values.numel()))
-        return originals[1](values, group=group)
+    def reduce(values, op=dist.ReduceOp.SUM, group=None):
+        sent.append(("sum" if op == dist.ReduceOp.SUM else "largest", values.numel()))
+        return originals[1](values, op=op, group=group)
 
     dist.all_gather, dist.all_reduce = gather, reduce
     try:
@@ -399,7 +431,7 @@ def check_errors() -> None:
             raise AssertionError(f"no error: {says}")
 
 
-def main(rank: str, world: str, rendezvous: str, result: str) -> None:
+def main(rank: str, world: str, rendezvous: str, result: str, only: str = "") -> None:
     join(rank, world, rendezvous)
     checks = {
         f"{name}, {dtype}": (check, name, dtype) for name in CASES for dtype in (torch.float32, torch.float64)
@@ -411,6 +443,9 @@ def main(rank: str, world: str, rendezvous: str, result: str) -> None:
         for dtype in (torch.float32, torch.float64)
     }  # fmt: skip
     checks |= {f"statistics, {dtype}": (check_statistics, dtype) for dtype in (torch.float32, torch.float64)}
+    for dtype in (torch.bfloat16, torch.float16):
+        for labelled in (True, False):
+            checks[f"16-bit logits, {dtype}, labels: {labelled}"] = (check_16_bit_logits, dtype, labelled)
     apart = (
         check_peaks_in_the_same_place_of_two_shards,
         check_unreduced,
@@ -420,6 +455,7 @@ def main(rank: str, world: str, rendezvous: str, result: str) -> None:
         check_errors,
     )
     checks |= {f.__name__.removeprefix("check_"): (f,) for f in apart}
+    checks = {name: check for name, check in checks.items() if only in name}
     outcomes = {}
     for name, (function, *arguments) in checks.items():
         try:

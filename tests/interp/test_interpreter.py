@@ -61,9 +61,10 @@ def test_the_row_contract(runs, part):
 
 
 LOSS = """
+import functools
 import torch
 import opsd_kernels
-from opsd_kernels.testing import assert_no_worse, evaluate, hard_case
+from opsd_kernels.testing import assert_invariant, assert_no_worse, evaluate, hard_case
 from opsd_kernels.testing.reference import linear_divergence_reference as reference
 for options in (dict(shared_head=True, near=1e-2), dict()):
     case = hard_case(9, 1003, 8, torch.float32, **options)
@@ -71,12 +72,16 @@ for options in (dict(shared_head=True, near=1e-2), dict()):
     plain, truth = (evaluate(reference, c, divergence="jsd") for c in (case, case.double()))
     assert_no_worse(got, plain, truth)
 print("through the op")
+# Logits relative to a constant of their row. The interpreter truncates bf16, so fp16
+case = hard_case(48, 300, 16, torch.float16, shared_head=True, near=1e-2, largest_logit=16.0, bias=False)
+assert_invariant(functools.partial(opsd_kernels.linear_divergence, backend="triton"), case)
+print("on logits of any offset")
 """
 
 
 def test_through_the_public_op():
     output, _ = interpreted("-c", LOSS).communicate(timeout=300)
-    assert "through the op" in output, output[-4000:]
+    assert "through the op" in output and "on logits of any offset" in output, output[-4000:]
 
 
 def test_without_the_interpreter_a_cpu_is_refused_with_the_reason():

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsd_kernels import ChunkPlan, plan
+from opsd_kernels import ChunkPlan, linear_divergence, plan
 from opsd_kernels._core import loop
 from opsd_kernels._core.planner import (
     FLOPS_PER_BYTE,
@@ -100,6 +100,50 @@ def test_buffers_of_16_bit_inputs():
     )
     assert plan(64, 1000, 64, dtype=torch.bfloat16, logits_dtype=torch.float32).logits_dtype == torch.float32
     assert plan(64, 1000, 64, dtype=torch.float64, logits_dtype=torch.float32).logits_dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "options, buffer, centred",
+    [
+        ({}, torch.bfloat16, True),
+        ({"shared_head": False}, torch.float32, False),
+        ({"shared_head": False, "logits_dtype": "input"}, torch.bfloat16, True),
+        ({"dtype": torch.float16}, torch.float16, True),
+        ({"dtype": torch.float32}, torch.float32, False),
+        ({"logits_dtype": torch.float32}, torch.float32, False),
+        ({"softcap": True}, torch.float32, False),
+        ({"softcap": True, "logits_dtype": "input"}, torch.bfloat16, False),
+        ({"factor": 4.0}, torch.bfloat16, True),
+        ({"factor": 4.1}, torch.float32, False),
+        ({"factor": 4.1, "logits_dtype": "input"}, torch.bfloat16, True),
+        ({"factor": -1.0}, torch.float32, False),
+    ],
+    ids=str,
+)
+def test_the_plan_says_how_logits_are_held(options, buffer, centred):
+    made = plan(100, 1000, 16, **options)
+    assert (made.logits_dtype, made.centred) == (buffer, centred)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"student_softcap": 9.0}, {"temperature": 0.2}, {"teacher_logit_scale": 5.0}], ids=str
+)
+@pytest.mark.parametrize("logits_dtype", ["auto", "input"])
+def test_the_op_holds_them_as_planned(monkeypatch, options, logits_dtype):
+    seen = []
+    made = loop.Buffers.__init__
+
+    def noted(self, problem, chunks):
+        made(self, problem, chunks)
+        seen.append((chunks.logits_dtype, self.centred))
+
+    monkeypatch.setattr(loop.Buffers, "__init__", noted)
+    case = hard_case(5, 31, 8, torch.bfloat16, shared_head=True)
+    evaluate(linear_divergence, case, logits_dtype=logits_dtype, **options)
+    factor = options.get("teacher_logit_scale", 1.0) / options.get("temperature", 1.0)
+    told = {"factor": factor, "softcap": "student_softcap" in options, "logits_dtype": logits_dtype}
+    expected = plan(3, 31, 8, **told)
+    assert seen == [(expected.logits_dtype, expected.centred)]
 
 
 def test_peak_is_flat_in_tokens():

@@ -39,11 +39,15 @@ def test_a_16_bit_result_is_rounded_once(monkeypatch, shape):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_without_units_the_projections_take_slices(monkeypatch, dtype):
-    calls = []
+    calls: list[torch.dtype] = []
+
+    def noted(a, b, out, accumulate=False, centre=None):
+        calls.append(out.dtype)
+
     monkeypatch.setattr(extension, "mm_has_units", lambda dtype: False)
     monkeypatch.setattr(extension, "has_amx", lambda: False)
     monkeypatch.setattr(extension, "gemm_unavailable", lambda: "planted")
-    monkeypatch.setattr(cpu_gemm, "sliced_mm_", lambda *args: calls.append(args[2].dtype))
+    monkeypatch.setattr(cpu_gemm, "sliced_mm_", noted)
     cpu_gemm.cblas_gemm.cache_clear()
     h, W, G = matrix(5, 8, dtype, 0), matrix(11, 8, dtype, 1), matrix(5, 11, dtype, 2)
     loop.project(h, W, torch.empty(5, 11, dtype=dtype))
@@ -51,6 +55,44 @@ def test_without_units_the_projections_take_slices(monkeypatch, dtype):
     loop.accumulate_weight_grad(G, h, torch.empty(11, 8), True)
     cpu_gemm.cblas_gemm.cache_clear()
     assert calls == [dtype, torch.float32, torch.float32]
+
+
+def centred(shape: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Return h, W, a constant near each row's products, and the products less the constant in float64."""
+    M, K, N = SHAPES[shape]
+    h, W = matrix(M, K, dtype, 0), matrix(N, K, dtype, 1)
+    exact = h.double() @ W.double().t()
+    centre = exact[:, N // 2].float() + matrix(M, 1, torch.float32, 2)[:, 0]
+    return h, W, centre, exact - centre.double()[:, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_slices_subtract_the_centre_before_the_rounding(monkeypatch, shape, dtype):
+    monkeypatch.setattr(cpu_gemm, "SLICE_BYTES", 1 << 16)
+    h, W, centre, truth = centred(shape, dtype)
+    out = torch.full(truth.shape, torch.nan, dtype=dtype)
+    cpu_gemm.sliced_mm_(h, W.t(), out, centre=centre)
+    assert_one_rounding(out, truth, dtype, magnitude=1 + h.shape[1] ** 0.5)
+
+
+@pytest.mark.parametrize("way", ["sliced", "own kernel", "addmm"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_projections_keep_the_digits_relative_to_a_centre(monkeypatch, dtype, way):
+    """Products of 300 less a constant near them. Without the own kernel the constant has 16 bits as well."""
+    if way == "own kernel" and (dtype == torch.float16 or extension.gemm_unavailable() is not None):
+        pytest.skip(extension.gemm_unavailable() or "the kernel multiplies bf16")
+    monkeypatch.setattr(extension, "mm_has_units", lambda dtype: way != "sliced")
+    if way == "addmm":
+        monkeypatch.setattr(extension, "gemm_unavailable", lambda: "planted")
+    h, W, centre, _ = centred("logits", dtype)
+    h[:, 0], W[:, 0] = 300, 1
+    centre = centre + 300
+    used = centre.to(dtype) if way == "addmm" else centre
+    truth = h.double() @ W.double().t() - used.double()[:, None]
+    out = torch.full(truth.shape, torch.nan, dtype=dtype)
+    loop.project(h, W, out, centre)
+    assert_one_rounding(out, truth, dtype, magnitude=300.0)
 
 
 MAKE = """

@@ -190,6 +190,10 @@ row: they sum the gradient of the head once per step.
 
 {sent}
 
+These calls have fp32 logits. 16-bit ones add two reductions of one number each, the constants of a row that
+student and teacher logits are relative to, and with statistics two of two numbers each, the largest logit and
+its column of both sides.
+
 A chunk of 4096 rows on 8 ranks, with labels, at H = 8192: {gathered} x 4096 x 4 B x 7 = {gathered_mb:.1f} MB
 gathered and {reduced:,} x 4096 x 4 B x 2 x 7/8 = {reduced_mb:.0f} MB summed, per rank and direction.
 

@@ -89,9 +89,9 @@ def inputs_table(measured: Measured) -> Table:
             + ("; their median, at least the number above" if ranks > 1 else "; at least 1")
         )
         rows.append([what, f"{measured.overhead(ranks):.3f}", source])
-    sent = f"{gathered_numbers()} gathered, H + {reduced_numbers(0)} summed"
+    sent = f"{gathered_numbers()} gathered, H + {reduced_numbers(0, narrow=True)} summed"
     planner = f"the planner, CUDA, {DEFAULT_WORKSPACE_BYTES >> 20} MiB of workspace"
-    rows.append(["numbers sent per row", sent, "counted above, with labels"])
+    rows.append(["numbers sent per row", sent, "counted above, with labels and bf16 logits"])
     rows.append(["chunks, buffers, peak of a call", "`opsd plan`", planner])
     return Table("", ["input", "value", "source"], rows)
 
@@ -121,7 +121,8 @@ def exchange_steps(made: Projection, machine: Machine) -> list[str]:
         f"Statistics: {gathered_numbers()} x 4 B x {n:,} x {R - 1} = {made.gather_bytes / 1e6:.2f} MB at "
         f"{machine.gather.bandwidth / 1e9:.1f} GB/s, and {made.gathers} x {1e6 * machine.gather.latency:.0f} "
         f"µs: {1e3 * made.gather:.3f} ms.",
-        f"dh and the labels' log-probs: ({H} + {reduced_numbers(0)}) x 4 B x {n:,} x 2 x {R - 1}/{R} = "
+        f"dh, the labels' log-probs and the logits' constants: ({H} + "
+        f"{reduced_numbers(0, narrow=made.plan.centred)}) x 4 B x {n:,} x 2 x {R - 1}/{R} = "
         f"{made.reduce_bytes / 1e6:.1f} MB at {machine.reduce.bandwidth / 1e9:.1f} GB/s, and {made.reduces} "
         f"x {1e6 * machine.reduce.latency:.0f} µs: {1e3 * made.reduce:.3f} ms.",
         f"dW over the data ranks: {V:,} x {H} x 2 B x 2 x {D - 1}/{D} = {made.data_bytes / 1e6:.1f} MB at "

