@@ -235,7 +235,7 @@ def check_types(prefix: str, side: Side) -> None:
 
     `prefix` ("student_") starts its name.
     """
-    plain = "a plain tensor, or a DTensor with `group` (its rows are a shard); vocab_parallel.gathered makes it whole"
+    plain = "a plain tensor, or a DTensor with `group`, whose rows are a shard"
     for name, tensor in (("weight", side.weight), ("bias", side.bias)):
         expect(not hasattr(tensor, "placements"), prefix + name, plain, "a DTensor")
     check_tensor(prefix + "hidden", side.hidden)
