@@ -17,6 +17,8 @@ void sweep(const RowArgs& a, Sweep which, int32_t device);
 std::string capability();
 // out (+)= a @ b in fp32, of bf16 matrices with one stride of 1 each.
 void gemm_bf16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate, const std::optional<Tensor>& shift);
+// out[i][k] = a[i] . b[columns[i][k]] in fp32, of bf16 matrices with contiguous rows; where gemm_bf16_ can run.
+void dots_bf16_(const Tensor& a, const Tensor& b, const Tensor& columns, const Tensor& out);
 // The reason why gemm_bf16_ cannot run on this machine; empty if it can.
 std::string gemm_unavailable();
 

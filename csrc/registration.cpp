@@ -43,12 +43,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(opsd_kernels, m) {
   OPSD_DEFINE_ROWS(m);
   m.def("cpu_capability() -> str");
   m.def("gemm_bf16_(Tensor a, Tensor b, Tensor(a!) out, bool accumulate, Tensor? shift=None) -> ()");
+  m.def("dots_bf16_(Tensor a, Tensor b, Tensor columns, Tensor(a!) out) -> ()");
   m.def("gemm_unavailable() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CPU, m) {
   OPSD_IMPLEMENT_ROWS(m, opsd::cpu::sweep);
   m.impl("gemm_bf16_", TORCH_BOX(&opsd::cpu::gemm_bf16_));
+  m.impl("dots_bf16_", TORCH_BOX(&opsd::cpu::dots_bf16_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CompositeExplicitAutograd, m) {

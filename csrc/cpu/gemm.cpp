@@ -210,7 +210,29 @@ class RowPanel {
   }
 };
 
+// bf16 entries [at, at + 16) as fp32; those beyond H are 0.
+__m512 widened(const uint16_t* p, int64_t at, int64_t H) {
+  const auto lanes = static_cast<__mmask16>((1u << std::min(LANES, H - at)) - 1);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p + at)), 16));
+}
+
+// Four sums, added in a fixed order: the same bits on every call.
+float dot(const uint16_t* a, const uint16_t* b, int64_t H) {
+  __m512 sums[4] = {};
+  for (int64_t h = 0; h < H; h += LANES) {
+    __m512& sum = sums[h / LANES % 4];
+    sum = _mm512_fmadd_ps(widened(a, h, H), widened(b, h, H), sum);
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+}
+
 }  // namespace
+
+void run_dots(const DotArgs& d, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row)
+    for (int64_t i = row * d.K; i < (row + 1) * d.K; ++i)
+      d.out[i] = dot(d.a + row * d.stride_a, d.b + d.columns[i] * d.stride_b, d.H);
+}
 
 void interleave_gemm(const GemmOperand& b, int64_t K, int64_t N, uint32_t* packed, int64_t begin, int64_t end) {
   interleave(b.data + 2 * begin * b.stride, b.stride, std::min(2 * end, K) - 2 * begin, N, packed + begin * N, N);

@@ -35,7 +35,18 @@ struct GemmCut {
   int64_t items() const { return panels * splits; }
 };
 
+// out[i * K + k] = a[i] . b[columns[i * K + k]] over H entries, in fp32.
+struct DotArgs {
+  int64_t K, H;
+  const uint16_t *a, *b;
+  int64_t stride_a, stride_b;
+  const int64_t* columns;
+  float* out;
+};
+
 namespace avx512 {
+// Rows [begin, end) of a.
+void run_dots(const DotArgs& args, int64_t begin, int64_t end);
 // Items [begin, end). `packed`: interleaved rows of b, (K + 1) / 2 by N pairs, where a is transposed; else
 // unused.
 void run_gemm(const GemmArgs& args, const GemmCut& cut, const uint32_t* packed, int64_t begin, int64_t end);

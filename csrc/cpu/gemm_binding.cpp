@@ -105,4 +105,21 @@ void gemm_bf16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumu
 #endif
 }
 
+void dots_bf16_(const Tensor& a, const Tensor& b, const Tensor& columns, const Tensor& out) {
+  const GemmOperand rows = operand(a, "a"), head = operand(b, "b");
+  expect(!rows.transposed && !head.transposed, "a", "contiguous columns, as in b", "transposed ones");
+  expect(b.size(1) == a.size(1), "b", std::to_string(a.size(1)) + " columns", b.size(1));
+  check_dtype(columns, "columns", ScalarType::Long);
+  check_dtype(out, "out", ScalarType::Float);
+  expect(columns.dim() == 2 && columns.size(0) == a.size(0) && columns.is_contiguous(), "columns", "contiguous, a row per row of a", columns.dim());
+  expect(out.numel() == columns.numel() && out.is_contiguous(), "out", "contiguous, as large as columns", out.numel());
+  expect(gemm_unavailable().empty(), "dots_bf16_", "a machine that can", gemm_unavailable());
+  const auto* ids = static_cast<const int64_t*>(columns.const_data_ptr());
+  for (int64_t i = 0; i < columns.numel(); ++i) expect(ids[i] >= 0 && ids[i] < b.size(0), "columns", "entries in [0, " + std::to_string(b.size(0)) + ")", ids[i]);
+#if defined(OPSD_X86)
+  const DotArgs d{columns.size(1), a.size(1), rows.data, head.data, rows.stride, head.stride, ids, static_cast<float*>(out.mutable_data_ptr())};
+  torch::stable::parallel_for(0, a.size(0), 16, [&](int64_t begin, int64_t end) { avx512::run_dots(d, begin, end); });
+#endif
+}
+
 }  // namespace opsd::cpu

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._rows import torch_rows
+from .._rows import extension, torch_rows
 from ..spec import RowSpec
 from .problem import Problem
 
-PILOT_COLUMNS, PILOT_SHARE = 256, 32  # at least, and of the vocabulary: see pilot_columns
+PILOT_COLUMNS, PILOT_SHARE = 256, 64  # at least, and of the vocabulary: see pilot_columns
 # Columns that may hold a row's largest logit, and the columns of a group, see likely_columns. Groups of 8 to
 # 32 take 1.0 ns per logit on a CPU, groups of 128 take 2.8, torch.topk 3.9.
 LIKELY, GROUP = 4, 32
@@ -59,12 +59,14 @@ class Centre(NamedTuple):
             t = logits_at(teacher, problem.teacher.weight, columns)
             return s, t - s if difference else t
 
-        s, t = at(likely)
         label = None
-        if labels is not None:
-            label = at(labels.clamp(min=0))
-            likelier = (labels >= 0) & (label[0] > s)
-            s, t = (torch.where(likelier, *pair) for pair in zip(label, (s, t), strict=True))
+        if labels is None:
+            s, t = (x[:, 0] for x in at(likely[:, None]))
+        else:
+            both_s, both_t = at(torch.stack([likely, labels.clamp(min=0)], 1))
+            label = both_s[:, 1], both_t[:, 1]
+            likelier = (labels >= 0) & (label[0] > both_s[:, 0])
+            s, t = (torch.where(likelier, x[:, 1], x[:, 0]) for x in (both_s, both_t))
         if problem.shard is not None:
             s, t = problem.shard.of_largest(s, t)
         if rounded:
@@ -129,11 +131,9 @@ def exact_argmax(
     columns = torch.cat([likely, known], 1)
     at = columns.clamp(min=0)
 
-    def raw(hidden: Tensor, weight: Tensor) -> Tensor:
-        return torch.stack([logits_at(hidden, weight, column) for column in at.unbind(1)], 1)
-
     biases = (None if side.bias is None else side.bias[at] for side in (problem.student, problem.teacher))
-    s, t = raw(student, problem.student.weight), raw(teacher, problem.teacher.weight)
+    s = logits_at(student, problem.student.weight, at)
+    t = logits_at(teacher, problem.teacher.weight, at)
     values = torch.stack(torch_rows.logits(s, t, replace(spec, difference=False), *biases)[:2])
     values = torch.where(columns < 0, -torch.inf, values)  # of another rank
     largest = values.amax(2)
@@ -146,13 +146,20 @@ def exact_argmax(
 
 
 def logits_at(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
-    """Return hidden[i] . weight[columns[i]] in fp32, (C, H), (V, H), (C,) -> (C,)."""
-    step = _rows_at_once(hidden.shape[1], hidden.device)
-    parts = [
-        (hidden[i : i + step].float() * weight[columns[i : i + step]].float()).sum(1)
-        for i in range(0, hidden.shape[0], step)
-    ]
-    return torch.cat(parts)
+    """Return hidden[i] . weight[columns[i, k]] in fp32, (C, H), (V, H), (C, K) -> (C, K)."""
+    on_cpu = hidden.device.type == "cpu"
+    if on_cpu and hidden.dtype == torch.bfloat16 and extension.gemm_unavailable() is None:
+        out = torch.empty(columns.shape)
+        torch.ops.opsd_kernels.dots_bf16_(hidden, weight, columns.contiguous(), out)
+        return out
+    (C, H), K = hidden.shape, columns.shape[1]
+    step = _rows_at_once(H, hidden.device)
+    out = torch.empty((C, K), device=hidden.device)
+    for i in range(0, C, step):
+        rows = hidden[i : i + step].float()
+        for k in range(K):
+            out[i : i + step, k] = (rows * weight[columns[i : i + step, k]].float()).sum(1)
+    return out
 
 
 def _rows_at_once(width: int, device: torch.device) -> int:

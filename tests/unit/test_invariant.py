@@ -144,8 +144,8 @@ def test_a_row_alone_has_the_constant_that_it_has_in_a_batch(backend):
     h, W, t, y = case.student_hidden, case.student_weight, case.teacher_hidden, case.labels
     valid = (case.mask & (y != -100)).nonzero()[:, 0]
     assert_same_bits(
-        torch.cat([centre.logits_at(h[i : i + 1], W, y[i : i + 1]) for i in valid]),
-        centre.logits_at(h[valid], W, y[valid]),
+        torch.cat([centre.logits_at(h[i : i + 1], W, y[i : i + 1, None]) for i in valid]),
+        centre.logits_at(h[valid], W, y[valid, None]),
     )
     if extension.gemm_unavailable() is None:
         told = {"return_stats": True, "reduction": "none", "backend": backend}
