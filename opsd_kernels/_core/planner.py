@@ -382,10 +382,8 @@ def plan(
     * `policy`, `topk`: True if a term of `objectives` is mixed in; the number of entries of a support.
     * `one_sweep`: True for the plain KLs without an entry clip, see RowSpec.
     * `factor`, `softcap`: the larger logit scale / temperature of both sides; True if logits have a softcap.
-      With a softcap, or a factor outside (0, 4], "auto" takes fp32 logits.
     * `device_type`, `sm_count`: on CUDA the rows of a chunk make whole waves of GEMM tiles on `sm_count`
-      multiprocessors (model: see TILE).
-    * `threads`: the CPU threads, with which scratch grows. Default: those of torch.
+      multiprocessors (see TILE). `threads`: CPU threads, with which scratch grows; default, those of torch.
     * `workspace_bytes`: the budget for logits buffers, packed rows, scratch, and the fp32 dW on top of a
       16-bit gradient. Default: OPSD_WORKSPACE_BYTES, else 1 GiB. The fp32 dW claims half its size, but leaves
       the logits the bytes of the 16-bit dW, which replaces them in the end.
@@ -402,8 +400,7 @@ def plan(
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
     held = held_dtype(dtype, buffer)
     room = budget - min(scratch, budget // 2, max(budget - per_row, 0))
-    longest = longest_sequence or 0
-    most, accumulator = _most_rows(N, gemms, dtype, held, device_type, longest, room, per_row)
+    most, accumulator = _most_rows(N, gemms, dtype, held, device_type, longest_sequence or 0, room, per_row)
     expect(most >= 1, "workspace_bytes", f"at least {3 * per_row} bytes, for a row of logits pairs", budget)
     again = backward == "recompute" and grad
     in_loop = (gemms.trainable or policy) and grad and not again
@@ -416,9 +413,8 @@ def plan(
     if device_type == "cuda":
         tile_share = _tile_share(gemms, N, rows, sm_count)
     memory = _memory(N, rows, gemms, dtype, held, per_row, scratch, accumulator, 4 * V * bias_grad)
-    work = _work(
-        N, rows, gemms, dtype, buffer, 2 - one_sweep, again, again or weighting == "own pass", dW_itemsize
-    )
+    twice = again or weighting == "own pass"
+    work = _work(N, rows, gemms, dtype, buffer, 2 - one_sweep, again, twice, dW_itemsize)
     return ChunkPlan(
         tokens=N,
         rows=rows,
