@@ -11,11 +11,12 @@ import torch
 from planting import Mutant, arguments, check, kill, result
 
 from opsd_kernels import divergence, linear_divergence
-from opsd_kernels._core import autograd, loop, problem, reductions
+from opsd_kernels._core import autograd, centre, loop, problem, reductions
 from opsd_kernels._rows import torch_math, torch_rows
 from opsd_kernels._rows.contract import Column
 from opsd_kernels.spec import Kind
 from opsd_kernels.testing import (
+    assert_invariant,
     assert_no_growth,
     assert_no_worse,
     assert_on_target,
@@ -56,6 +57,22 @@ def near_bf16(target="default", **options):
     )
     truth = evaluate(linear_divergence_reference, case.double())
     assert_on_target(evaluate(linear_divergence, case, backend="torch", **options), truth, target)
+
+
+def offset_bf16():
+    case = hard_case(
+        48, 1003, 48, torch.bfloat16, shared_head=True, near=1e-2, widths=(0.3,), bias=False, views=False
+    )
+    assert_invariant(linear_divergence, replace(case, token_weights=None), backend="torch")
+
+
+def statistics_bf16():
+    """Check many tokens whose two largest logits lie close, in bf16."""
+    case = hard_case(2000, 1003, 16, torch.bfloat16, shared_head=True, near=1e-2, widths=(0.5,), bias=False)
+    case = replace(case, trainable=())
+    ours = evaluate(linear_divergence, case, return_stats=True, backend="torch").stats
+    truth = evaluate(linear_divergence_reference, case.double(), return_stats=True).stats
+    assert_same_bits(ours.top1_agreement.double(), truth["top1_agreement"])
 
 
 def near_fp32(divergence):
@@ -266,6 +283,12 @@ MUTANTS = {
         torch_rows, "distributions", one_normaliser, check(against_truth, "jsd")
     ),
     "difference of two rounded logits": Mutant(loop, "project", pair_in_bf16, check(near_bf16)),
+    "16-bit logits relative to nothing": Mutant(
+        centre, "logits_at", result(lambda r, *_: torch.zeros_like(r)), check(offset_bf16)
+    ),
+    "argmax of 16-bit logits": Mutant(
+        loop, "exact_argmax", lambda _: lambda *args: args[-1].clone(), check(statistics_bf16)
+    ),
     "hidden difference in bf16 of fp32 inputs": Mutant(
         loop,
         "stack_difference",
