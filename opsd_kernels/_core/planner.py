@@ -374,18 +374,15 @@ def plan(
     """Plan `linear_divergence` for N valid tokens, a vocabulary of V and the hidden sizes of both sides.
 
     * `H_teacher`: defaults to `H_student`; 0 means no teacher's head.
-    * `shared_head`, `trainable_head`, `grad`, `bias_grad`: one head for both sides; gradients of the head, of
-      any input, of the bias.
+    * `shared_head`: of both sides. `trainable_head`, `grad`, `bias_grad`: a gradient of it, any, of the bias.
     * `backward`, `logits_dtype`: as in `linear_divergence`.
     * `weights_scope`: scope of the token weights. With "sequence", chunks end at sequence boundaries if a
       chunk holds `longest_sequence` rows (four passes); otherwise a statistics pass goes first (six).
     * `policy`, `topk`: True if a term of `objectives` is mixed in; the number of entries of a support.
     * `one_sweep`: True for the plain KLs without an entry clip, see RowSpec.
     * `factor`, `softcap`: the larger logit scale / temperature of both sides; True if logits have a softcap.
-      With a softcap, or a factor outside (0, 4], "auto" takes fp32 logits.
     * `device_type`, `sm_count`: on CUDA the rows of a chunk make whole waves of GEMM tiles on `sm_count`
-      multiprocessors (model: see TILE).
-    * `threads`: the CPU threads, with which scratch grows. Default: those of torch.
+      multiprocessors (see TILE). `threads`: of a CPU, with which scratch grows. Default: those of torch.
     * `workspace_bytes`: the budget for logits buffers, packed rows, scratch, and the fp32 dW on top of a
       16-bit gradient. Default: OPSD_WORKSPACE_BYTES, else 1 GiB. The fp32 dW claims half its size, but leaves
       the logits the bytes of the 16-bit dW, which replaces them in the end.
@@ -395,30 +392,27 @@ def plan(
     H_teacher = H_student if H_teacher is None else H_teacher
     _check(dtype, backward, weights_scope, N=N, V=V, H_student=H_student, H_teacher=H_teacher)
     budget = workspace_budget(workspace_bytes)
-    exact = softcap or not 0 < factor <= LARGEST_FACTOR
-    buffer, difference = resolve_logits(dtype, logits_dtype, shared_head, exact)
+    digits_lost = softcap or not 0 < factor <= LARGEST_FACTOR
+    buffer, difference = resolve_logits(dtype, logits_dtype, shared_head, digits_lost)
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V), device_type)
     scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads) if device_type == "cpu" else 0
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
     held = held_dtype(dtype, buffer)
     room = budget - min(scratch, budget // 2, max(budget - per_row, 0))
-    longest = longest_sequence or 0
-    most, accumulator = _most_rows(N, gemms, dtype, held, device_type, longest, room, per_row)
+    most, accumulator = _most_rows(N, gemms, dtype, held, device_type, longest_sequence or 0, room, per_row)
     expect(most >= 1, "workspace_bytes", f"at least {3 * per_row} bytes, for a row of logits pairs", budget)
     again = backward == "recompute" and grad
     in_loop = (gemms.trainable or policy) and grad and not again
     weighting, reason = _when_weighted(weights_scope, longest_sequence, most, in_loop)
     dW_itemsize = 4 if accumulator else dtype.itemsize
-    rows, tile_share = max(min(N, most), 1), 1.0
+    rows = max(min(N, most), 1)
     if weighting != "aligned" and N > most:
         on_cuda = device_type == "cuda"
         rows = whole_waves(N, most, gemms, dW_itemsize, sm_count) if on_cuda else _balanced_rows(N, most)
-    if device_type == "cuda":
-        tile_share = _tile_share(gemms, N, rows, sm_count)
+    tile_share = _tile_share(gemms, N, rows, sm_count) if device_type == "cuda" else 1.0
     memory = _memory(N, rows, gemms, dtype, held, per_row, scratch, accumulator, 4 * V * bias_grad)
-    work = _work(
-        N, rows, gemms, dtype, buffer, 2 - one_sweep, again, again or weighting == "own pass", dW_itemsize
-    )
+    twice = again or weighting == "own pass"
+    work = _work(N, rows, gemms, dtype, buffer, 2 - one_sweep, again, twice, dW_itemsize)
     return ChunkPlan(
         tokens=N,
         rows=rows,

@@ -132,9 +132,8 @@ class Problem:
         if listed is not None:
             ids, logprobs = listed_support(*listed[:2], hidden.shape[:-1], valid)
             support = Support(ids.shape[1], None, listed[2])
-        buffer, difference = resolve_logits(
-            hidden.dtype, logits_dtype, shared, spec.digits_lost or exact_logprobs
-        )
+        exact = spec.digits_lost or exact_logprobs
+        buffer, difference = resolve_logits(hidden.dtype, logits_dtype, shared, exact)
         flat = [
             Side(side.hidden.reshape(-1, side.hidden.shape[-1]), side.weight, side.bias) for side in sides
         ]

@@ -11,11 +11,12 @@ import torch
 from planting import Mutant, arguments, check, kill, result
 
 from opsd_kernels import divergence, linear_divergence
-from opsd_kernels._core import autograd, loop, problem, reductions
+from opsd_kernels._core import autograd, centre, loop, problem, reductions
 from opsd_kernels._rows import torch_math, torch_rows
 from opsd_kernels._rows.contract import Column
 from opsd_kernels.spec import Kind
 from opsd_kernels.testing import (
+    assert_invariant,
     assert_no_growth,
     assert_no_worse,
     assert_on_target,
@@ -56,6 +57,22 @@ def near_bf16(target="default", **options):
     )
     truth = evaluate(linear_divergence_reference, case.double())
     assert_on_target(evaluate(linear_divergence, case, backend="torch", **options), truth, target)
+
+
+def offset_bf16():
+    case = hard_case(
+        48, 1003, 48, torch.bfloat16, shared_head=True, near=1e-2, widths=(0.3,), bias=False, views=False
+    )
+    assert_invariant(linear_divergence, replace(case, token_weights=None), backend="torch")
+
+
+def statistics_bf16():
+    """Check many tokens whose two largest logits lie close, in bf16."""
+    case = hard_case(2000, 1003, 16, torch.bfloat16, shared_head=True, near=1e-2, widths=(0.5,), bias=False)
+    case = replace(case, trainable=())
+    ours = evaluate(linear_divergence, case, return_stats=True, backend="torch").stats
+    truth = evaluate(linear_divergence_reference, case.double(), return_stats=True).stats
+    assert_same_bits(ours.top1_agreement.double(), truth["top1_agreement"])
 
 
 def near_fp32(divergence):
@@ -133,11 +150,14 @@ def one_normaliser(original):
 def pair_in_bf16(original):
     """Fill the difference buffer with the difference of two rounded logits."""
 
-    def mutant(heads_hidden, weight, out):
-        original(heads_hidden, weight, out)
+    def mutant(heads_hidden, weight, out, centre=None):
+        original(heads_hidden, weight, out, centre)
+        if centre is None:  # the small GEMM that finds a likely column
+            return
         rows = heads_hidden.shape[0] // 2
-        teacher = (heads_hidden[:rows].float() + heads_hidden[rows:].float()) @ weight.float().T
-        out[rows:] = teacher.to(out.dtype) - out[:rows]
+        student, difference = (x.float() @ weight.float().T for x in heads_hidden.split(rows))
+        rounded = (student + difference).to(out.dtype).float() - student.to(out.dtype).float()
+        out[rows:] = rounded - centre[rows:, None]
 
     return mutant
 
@@ -263,6 +283,12 @@ MUTANTS = {
         torch_rows, "distributions", one_normaliser, check(against_truth, "jsd")
     ),
     "difference of two rounded logits": Mutant(loop, "project", pair_in_bf16, check(near_bf16)),
+    "16-bit logits relative to nothing": Mutant(
+        centre, "logits_at", result(lambda r, *_: torch.zeros_like(r)), check(offset_bf16)
+    ),
+    "argmax of 16-bit logits": Mutant(
+        loop, "exact_argmax", lambda _: lambda *args: args[-1].clone(), check(statistics_bf16)
+    ),
     "hidden difference in bf16 of fp32 inputs": Mutant(
         loop,
         "stack_difference",
