@@ -146,11 +146,14 @@ def exact_argmax(
 
 
 def logits_at(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
-    """Return hidden[i] . weight[columns[i, k]] in fp32, (C, H), (V, H), (C, K) -> (C, K)."""
+    """Return hidden[i] . weight[columns[i, k]] in fp32, (C, H), (V, H), (C, K) -> (C, K).
+
+    The rows of `weight` are contiguous.
+    """
     on_cpu = hidden.device.type == "cpu"
     if on_cpu and hidden.dtype == torch.bfloat16 and extension.gemm_unavailable() is None:
         out = torch.empty(columns.shape)
-        torch.ops.opsd_kernels.dots_bf16_(hidden, weight, columns.contiguous(), out)
+        torch.ops.opsd_kernels.dots_bf16_(hidden.contiguous(), weight, columns.contiguous(), out)
         return out
     (C, H), K = hidden.shape, columns.shape[1]
     step = _rows_at_once(H, hidden.device)

@@ -124,3 +124,19 @@ def test_errors_name_the_argument():
     ):
         with pytest.raises(RuntimeError, match=message):
             multiply(*args, False)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (5, 3, 67, 2), (33, 129, 1024, 7)], ids=str)
+def test_dots_at_a_few_columns(shape):
+    C, V, H, K = shape
+    gen = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n + 1, H + 3, generator=gen).bfloat16()[1:, 1 : H + 1] for n in (C, V))
+    columns = torch.randint(V, (C, K), generator=gen)
+    out = torch.full((C, K), torch.nan)
+    torch.ops.opsd_kernels.dots_bf16_(a, b, columns, out)
+    plain = (a.float()[:, None] * b.float()[columns]).sum(-1)
+    assert_no_worse(out, plain, (a.double()[:, None] * b.double()[columns]).sum(-1))
+    with pytest.raises(RuntimeError, match=rf"columns: expected entries in \[0, {V}\)"):
+        torch.ops.opsd_kernels.dots_bf16_(a, b, columns + V, out)
+    with pytest.raises(RuntimeError, match="out: expected"):
+        torch.ops.opsd_kernels.dots_bf16_(a, b, columns, out[:, :0])
