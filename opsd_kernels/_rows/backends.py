@@ -90,7 +90,8 @@ def select(name: str | None, device: torch.device, dtype: torch.dtype | None = N
         expect(name is None, "backend", usable, f"{backend.name!r}: {reason}")
     # The loop ends at a `break`: the torch backend serves everywhere.
     if name is None and device.type == "cpu" and backend.name == "torch":
-        _warn_of_missing_kernels(str(explain("cpu")["cpp"]))
+        reasons = {other.name: other.unsupported for other in BACKENDS}
+        _warn_of_missing_kernels(str(reasons["cpp"](device.type, dtype)))
     return importlib.import_module(f"{__package__}.{backend.module}")
 
 

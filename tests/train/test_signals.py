@@ -21,6 +21,14 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 STOP_AFTER = 3
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_raises():
+    """A shell starts jobs in the background with SIGINT ignored, and an ignored signal stays ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 def sending(number, times=1):
     """Wrap one_step to signal this process after the third step, which no checkpoint follows."""
     plain = loop.one_step
