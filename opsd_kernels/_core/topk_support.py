@@ -126,7 +126,10 @@ def restricted(at: Entries, stats: Tensor, spec: RowSpec, tail: str) -> Restrict
     mass_q, mass_p = q.sum(1, keepdim=True), p.sum(1, keepdim=True)
     excess = torch.where(q > 0, q * torch.expm1(delta), p).sum(1, keepdim=True)
     if tail == "renormalize":
-        q, p, delta = q / mass_q, p / mass_p, delta - _log_ratio(excess, mass_p, mass_q)
+        # A side without mass on the support has q = 0 (p = 0) at all of it, and delta stays infinite.
+        no_q, no_p = mass_q == 0, mass_p == 0
+        ratio = torch.where(no_q | no_p, 0.0, _log_ratio(excess, mass_p, mass_q))
+        q, p, delta = torch.where(no_q, 0.0, q / mass_q), torch.where(no_p, 0.0, p / mass_p), delta - ratio
     saturated = mass_q.log() > -LEAST_TAIL
     if tail == "bucket":
         tail_q, tail_p = _tail(mass_q), _tail(mass_p)

@@ -18,6 +18,7 @@ from opsd_kernels import (
 )
 from opsd_kernels._core import loop
 from opsd_kernels.divergence import DEFAULTS, DivergenceOptions
+from opsd_kernels.spec import KIND_NAMES, TAILS
 from opsd_kernels.testing import assert_no_worse, assert_on_target, assert_same_bits, evaluate, hard_case
 from opsd_kernels.testing.reference import (
     linear_divergence_reference,
@@ -179,6 +180,23 @@ def test_a_listed_teacher_takes_three_passes(backend, passes):
     case = hard_case(N, V, H)
     evaluate(topk_of(linear_topk_divergence, backend=backend), case)
     assert sorted(passes) == ["accumulate_weight_grad", "project", "project"]
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("divergence", [name for name in KIND_NAMES if name != "forward_kl"])
+def test_a_student_without_mass_on_the_list(backend, tail, divergence):
+    """A bias of -inf at the only listed entry. (The forward KL is +inf there, without a gradient.)"""
+    gen = torch.Generator().manual_seed(0)
+    hidden = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(7, 1, generator=gen, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)
+    bias[3] = -torch.inf
+    listed = torch.tensor([[3, 0]]), torch.tensor([[-1.0, -torch.inf]], dtype=torch.float64)
+    told = {"divergence": divergence, "tail": tail, "student_bias": bias}
+    truth = linear_topk_divergence_reference(hidden, weight, *listed, **told)
+    loss = linear_topk_divergence(hidden, weight, *listed, **told, backend=backend)
+    assert_no_worse(loss, truth, truth)
+    slopes = [torch.autograd.grad(value, hidden)[0] for value in (loss, truth)]
+    assert_no_worse(slopes[0], slopes[1], slopes[1])
 
 
 def test_the_whole_vocabulary_listed_is_the_divergence(backend):
