@@ -69,7 +69,12 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+QUICK = ("plain", "labels", "temperatures", "list")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CALLS]
+)
 def test_two_graphs_at_most(name):
     """One for the first shape and one for all others, whatever the counts of tokens and valid tokens."""
     function, call = CALLS[name]
