@@ -152,8 +152,9 @@ def linear_divergence(
     The result is that of projecting both sides, taking two softmaxes and comparing the distributions token by
     token, but the op never holds more than `workspace_bytes` of logits. Gradients flow to `student_hidden`,
     `student_weight` and `student_bias`, never to the teacher. Hidden states and weights share one dtype
-    (float64, float32, bfloat16 or float16; a bias may have any floating-point dtype) and one device. Autocast
-    casts them, float64 aside. Each option is explained in `opsd_kernels.divergence.DivergenceOptions`.
+    (float64, float32, bfloat16 or float16; a bias may have any floating-point dtype) and one device. 16-bit
+    hidden states under fp32 weights are cast to fp32; autocast casts both, float64 aside. Each option is
+    explained in `opsd_kernels.divergence.DivergenceOptions`.
 
     Returns the loss in fp32 (fp64 for fp64 inputs): 0-dim, or (...) with zeros at invalid tokens for
     reduction "none". With `return_stats` returns (loss, TokenStats). Without a valid token the loss is 0,

@@ -115,7 +115,9 @@ void dots_bf16_(const Tensor& a, const Tensor& b, const Tensor& columns, const T
   expect(out.numel() == columns.numel() && out.is_contiguous(), "out", "contiguous, as large as columns", out.numel());
   expect(gemm_unavailable().empty(), "dots_bf16_", "a machine that can", gemm_unavailable());
   const auto* ids = static_cast<const int64_t*>(columns.const_data_ptr());
-  for (int64_t i = 0; i < columns.numel(); ++i) expect(ids[i] >= 0 && ids[i] < b.size(0), "columns", "entries in [0, " + std::to_string(b.size(0)) + ")", ids[i]);
+  const int64_t V = b.size(0), *end = ids + columns.numel();
+  const int64_t* outside = std::find_if(ids, end, [V](int64_t id) { return id < 0 || id >= V; });
+  if (outside != end) expect(false, "columns", "entries in [0, " + std::to_string(V) + ")", *outside);
 #if defined(OPSD_X86)
   const DotArgs d{columns.size(1), a.size(1), rows.data, head.data, rows.stride, head.stride, ids, static_cast<float*>(out.mutable_data_ptr())};
   torch::stable::parallel_for(0, a.size(0), 16, [&](int64_t begin, int64_t end) { avx512::run_dots(d, begin, end); });

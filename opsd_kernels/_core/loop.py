@@ -1,15 +1,14 @@
 """Walk the rows in chunks: project, sweep, and turn logit gradients into dh, dW and dbias.
 
 Logits go into reused buffers, the head's gradient into an fp32 accumulator. The only module that allocates
-tensors with a vocabulary dimension; none outlives the loop. The same loop
-computes gradients during the forward pass, statistics alone and, from saved statistics, the gradients of
-recompute mode.
+tensors with a vocabulary dimension; none outlives the loop. The same loop computes gradients during the
+forward pass, statistics alone and, from saved statistics, the gradients of recompute mode.
 
 A sweep has one of four forms, chosen before the loop. `fused` reads the logits once and overwrites them with
 the gradient. `two_pass` sweeps for statistics first, where row factors depend on them. `replay` computes
 gradients from the statistics of an earlier run. `top_k` works on a support. Each writes losses and statistics
-of its rows into the outputs, and the logit gradient over S. It returns the per-row scales that the caller
-must still apply to the gradient, or None.
+of its rows into the outputs, and the logit gradient over S. It returns None if that holds the row factors.
+Only `fused` may return them, (C,), and `_accumulate` applies them to dh, dW and dbias.
 """
 
 from __future__ import annotations
@@ -60,8 +59,8 @@ def run(
         for position, part in enumerate(plan.bounds() if bounds is None else bounds):
             at = part if rows.index is None else rows.index[part]
             # Zeroed: inf or NaN in an invalid row times its zero gradient would put NaN into dW.
-            student = walk.counted(problem.student.hidden[at], at)
-            teacher = None if problem.teacher is None else walk.counted(problem.teacher.hidden[at], at)
+            student = walk.zero_invalid(problem.student.hidden[at], at)
+            teacher = None if problem.teacher is None else walk.zero_invalid(problem.teacher.hidden[at], at)
             labels = None if problem.rows.labels is None else walk.label_columns(at)
             chunk = buffers.fill(problem, student, teacher, labels)
             scale = sweep(walk, chunk, at)
@@ -265,8 +264,11 @@ class Walk:
     weigher: RowWeigher | None  # where row factors depend on statistics
     out: Outputs
 
-    def counted(self, values: Tensor, at: Positions) -> Tensor:
-        """Zero the (n, ...) values of a chunk in computed rows that are invalid."""
+    def zero_invalid(self, values: Tensor, at: Positions) -> Tensor:
+        """Set the (n, ...) values of masked rows to 0.
+
+        They reach the loop only where packing is off.
+        """
         if self.valid is None:
             return values
         return torch.where(self.valid[at].view(-1, *[1] * (values.dim() - 1)), values, 0)
@@ -279,12 +281,12 @@ class Walk:
         else:
             assert rows.factor is not None, "a gradient needs row factors"
             factor, slope = rows.factor[at], None if rows.policy_slope is None else rows.policy_slope[at]
-        return self.counted(factor, at), None if slope is None else self.counted(slope, at)
+        return self.zero_invalid(factor, at), None if slope is None else self.zero_invalid(slope, at)
 
     def labels(self, at: Positions) -> Tensor:
         labels = self.problem.rows.labels
         assert labels is not None, "log-probs and policy terms need labels"
-        return self.counted(labels[at], at)
+        return self.zero_invalid(labels[at], at)
 
     def label_columns(self, at: Positions) -> Tensor:
         """Return the (n,) columns of the labels in these heads, -1 where another rank holds the label."""
@@ -311,15 +313,17 @@ class Walk:
         """Store the results of a chunk."""
         out, problem = self.out, self.problem
         if exact.likely is not None and problem.teacher is not None:
-            student, teacher = (self.counted(x.hidden[at], at) for x in (problem.student, problem.teacher))
+            student, teacher = (
+                self.zero_invalid(x.hidden[at], at) for x in (problem.student, problem.teacher)
+            )
             argmax = stats[:, Column.STUDENT_ARGMAX : Column.CLIPPED]
             argmax.copy_(exact_argmax(problem, problem.spec.at(at), student, teacher, exact.likely, argmax))
-        out.stats[at], out.loss[at], out.A[at] = (self.counted(x, at) for x in (stats, loss, A))
+        out.stats[at], out.loss[at], out.A[at] = (self.zero_invalid(x, at) for x in (stats, loss, A))
         if exact.label is not None and out.logprobs is not None:
             logprobs = _label_logprobs(exact.label, stats)
             if self.problem.shard is not None:
                 logprobs = self.problem.shard.of_owner(logprobs, self.labels(at))
-            out.logprobs[at] = self.counted(logprobs, at)
+            out.logprobs[at] = self.zero_invalid(logprobs, at)
 
     def gradient(self, S: Tensor) -> Tensor:
         """Return the gradient's buffer: S itself, or the front of each row for GEMMs in a narrower dtype."""
@@ -333,7 +337,7 @@ def choose(walk: Walk) -> Sweep:
         return top_k
     if walk.saved:
         return replay
-    # Factors from statistics still allow one read of the logits if they scale the results of the GEMMs.
+    # Factors from statistics still allow one read of the logits, if the GEMMs apply them.
     weigher = walk.weigher
     if walk.wants_gradient and (
         weigher is None or (on_host(walk.out.loss.device) and weigher.policy is None)

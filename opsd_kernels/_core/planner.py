@@ -5,15 +5,17 @@ Pure arithmetic. The op follows the plan, and `opsd plan` prints it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from .. import env
 from .._rows import extension
 from .._rows.contract import Column
-from ..spec import BACKWARDS, LARGEST_FACTOR, SCOPES, check_choice, expect
+from ..spec import BACKWARDS, SCOPES, LogitTransform, check_choice, expect
 
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 ROW_MULTIPLE = 16
@@ -49,6 +51,9 @@ CUDA_ROW_MULTIPLE = 128
 # A row of logits takes a multiple of this: any V then has 16-byte accesses, and a GEMM its fastest leading
 # dimension.
 CUDA_ROW_BYTES = 128
+# Largest logit scale / temperature of 16-bit logits under "auto". At V = 8192 and |z| to 16, without labels,
+# the gradient is off by 1 % at 4 and by more than 2 % at 10.
+LARGEST_FACTOR = 4.0
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -98,24 +103,34 @@ class ChunkPlan:
 
 
 def resolve_logits(
-    dtype: torch.dtype, logits_dtype: str | torch.dtype, shared_head: bool, exact: bool = False
+    dtype: torch.dtype,
+    logits_dtype: str | torch.dtype,
+    shared_head: bool,
+    exact: bool = False,
+    transforms: Sequence[LogitTransform] = (),
 ) -> tuple[torch.dtype, bool]:
-    """Choose the dtype of the logits buffers, and return it with True if the teacher's holds the difference t
-    - s.
+    """Return the dtype of the logits buffers, and True if the teacher's buffer holds the difference t - s.
 
     "auto" takes 16-bit buffers for a shared head: held relative to a constant of their row, and with the
-    difference GEMM, they keep the gradient's error under 1 %. It takes fp32 for two heads and where a result
-    must be `exact`. That is a kink at p = q (tvd, an entry clip); a softcap, which needs the logits
-    themselves; a factor above LARGEST_FACTOR, which multiplies what is left of the rounding; and log-probs
-    that weights or policy terms read (off by up to .01 nats, and so would be the logarithm of a ratio of
+    difference GEMM, they keep the gradient's error under 1 %. It takes fp32 for two heads; under a transform
+    with a softcap, which needs the logits themselves, or with a factor above LARGEST_FACTOR, which multiplies
+    what is left of the rounding (temperatures in a tensor may be as small: reading them would sync with a
+    GPU); and where a result must be `exact`. That is a kink at p = q (tvd, an entry clip), and log-probs that
+    weights or policy terms read (off by up to .01 nats, and so would be the logarithm of a ratio of
     probabilities). With fp32 buffers of 16-bit inputs both sides are projected in full: rounding h_t - h_s to
     16 bits would lose more than the subtraction of the logits.
     """
     known = logits_dtype in ("auto", "input", "float32", torch.float32)
     expect(known, "logits_dtype", "'auto', 'input' or torch.float32", repr(logits_dtype))
     narrow = dtype.itemsize == 2
+    coarse = any(
+        side.softcap is not None
+        or isinstance(side.temperature, Tensor)
+        or not 0 < side.scale / side.temperature <= LARGEST_FACTOR
+        for side in transforms
+    )
     wide = logits_dtype in ("float32", torch.float32) or (
-        logits_dtype == "auto" and (exact or not shared_head)
+        logits_dtype == "auto" and (exact or coarse or not shared_head)
     )
     return (torch.float32, False) if narrow and wide else (dtype, shared_head)
 
@@ -392,8 +407,8 @@ def plan(
     H_teacher = H_student if H_teacher is None else H_teacher
     _check(dtype, backward, weights_scope, N=N, V=V, H_student=H_student, H_teacher=H_teacher)
     budget = workspace_budget(workspace_bytes)
-    digits_lost = softcap or not 0 < factor <= LARGEST_FACTOR
-    buffer, difference = resolve_logits(dtype, logits_dtype, shared_head, digits_lost)
+    transform = LogitTransform(factor, 1.0 if softcap else None)
+    buffer, difference = resolve_logits(dtype, logits_dtype, shared_head, transforms=[transform])
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V), device_type)
     scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads) if device_type == "cpu" else 0
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)

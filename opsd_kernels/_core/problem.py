@@ -25,6 +25,11 @@ class Side:
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
 
+    def in_dtype_of_head(self) -> Side:
+        """Return the side with 16-bit hidden states in fp32 if the weight is in fp32."""
+        narrow = self.hidden.dtype in (torch.bfloat16, torch.float16) and self.weight.dtype == torch.float32
+        return replace(self, hidden=self.hidden.float()) if narrow else self
+
     def detached(self) -> Side:
         """Return the side outside autograd."""
         bias = None if self.bias is None else self.bias.detach()
@@ -114,17 +119,15 @@ class Problem:
         device = sides[0].hidden.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             sides = _autocast(sides, shared)
+        # A head in fp32 over a 16-bit trunk: the rows are cast, never the head.
+        sides = [s if s.hidden.dtype == s.weight.dtype else s.in_dtype_of_head() for s in sides]
         for prefix, side in zip(prefixes, sides, strict=False):
             check_side(prefix, side, sides[0].hidden, prefixes[0] + "hidden")
         hidden = sides[0].hidden
         if len(sides) == 2:
             leading, other = hidden.shape[:-1], sides[1].hidden.shape[:-1]
-            expect(
-                leading == other,
-                "teacher_hidden",
-                f"leading shape {tuple(leading)}, as student_hidden",
-                tuple(other),
-            )
+            expected = f"leading shape {tuple(leading)}, as student_hidden"
+            expect(leading == other, "teacher_hidden", expected, tuple(other))
         valid, labels = valid_tokens(hidden, labels, ignore_index, mask)
         heights = [side.weight.shape[0] if shard is None else shard.vocab_size for side in sides]
         vocab = vocabulary(heights[0], heights[1] if len(heights) == 2 else None, vocab_size)
@@ -132,8 +135,8 @@ class Problem:
         if listed is not None:
             ids, logprobs = listed_support(*listed[:2], hidden.shape[:-1], valid)
             support = Support(ids.shape[1], None, listed[2])
-        exact = spec.digits_lost or exact_logprobs
-        buffer, difference = resolve_logits(hidden.dtype, logits_dtype, shared, exact)
+        transforms, exact = (spec.student, spec.teacher), spec.kinked or exact_logprobs
+        buffer, difference = resolve_logits(hidden.dtype, logits_dtype, shared, exact, transforms)
         flat = [
             Side(side.hidden.reshape(-1, side.hidden.shape[-1]), side.weight, side.bias) for side in sides
         ]

@@ -30,9 +30,8 @@ class Rows(NamedTuple):
     T: Tensor
     bias_s: Tensor | None
     bias_t: Tensor | None
-    at_label: tuple[Tensor, Tensor] | None = (
-        None  # (C, 1) fp32: S and T at the labels, without their rounding
-    )
+    # (C, 1) fp32: S and T at the labels, without their rounding
+    at_label: tuple[Tensor, Tensor] | None = None
 
     def at(self, columns: Tensor) -> Rows:
         """Return logits and biases at (n, K) columns. A bias shared by both sides stays one object."""

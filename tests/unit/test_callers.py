@@ -297,3 +297,29 @@ def test_subclasses_that_are_plain_tensors_work():
     named = {name: value.detach().as_subclass(Named) for name, value in x.items()}
     named["W"] = torch.nn.Parameter(x["W"].detach())
     assert_same_bits(both(named).as_subclass(torch.Tensor).detach(), both(x).detach())
+
+
+@pytest.mark.parametrize("route", ["in forward", "log-probs", "policy", "list"])
+def test_a_head_in_fp32_over_a_16_bit_trunk(route):
+    """As `lm_head.float()` leaves a bf16 model: the rows are cast, their gradients come back in bf16."""
+    x = inputs()
+    run = {"in forward": both, "log-probs": lambda x: logprobs(x).sum(), "policy": policy, "list": listed}[
+        route
+    ]
+    trunk = {name: x[name].detach().bfloat16() for name in ("h", "t")}
+    narrow = x | {"h": trunk["h"].clone().requires_grad_(), "t": trunk["t"]}
+    wide = x | {"h": trunk["h"].float().requires_grad_(), "t": trunk["t"].float()}
+    losses = [run(given) for given in (narrow, wide)]
+    assert_same_bits(*(loss.detach() for loss in losses))
+    of_narrow, of_wide = (
+        torch.autograd.grad(loss, [given["h"], given["W"]])
+        for loss, given in zip(losses, (narrow, wide), strict=True)
+    )
+    assert_same_bits(of_narrow[0], of_wide[0].bfloat16())
+    assert_same_bits(of_narrow[1], of_wide[1])
+
+
+def test_a_head_narrower_than_its_hidden_states_is_refused():
+    x = inputs(frozen=True)
+    with pytest.raises(TypeError, match="student_weight: expected dtype torch.float32"):
+        linear_divergence(x["h"], x["W"].bfloat16(), x["t"], x["Wt"])

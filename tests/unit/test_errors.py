@@ -70,9 +70,9 @@ BAD = [
         ["student_weight", "float32", "float64"],
     ),
     (
-        {"teacher_hidden": torch.zeros(N, H, dtype=torch.bfloat16)},
+        {"teacher_hidden": torch.zeros(N, H, dtype=torch.float64)},
         TypeError,
-        ["teacher_hidden", "float32", "bfloat16"],
+        ["teacher_hidden", "float32", "float64"],
     ),
     ({"teacher_weight": torch.zeros(V, H, device="meta")}, ValueError, ["teacher_weight", "cpu", "meta"]),
     ({"mask": torch.ones(N, device="meta")}, ValueError, ["mask", "cpu", "meta"]),
