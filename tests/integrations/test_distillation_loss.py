@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from opsd_kernels.integrations.transformers import Head, check_head, distillation_loss, hidden_states
-from opsd_kernels.testing import assert_same_bits, relative_error
+from opsd_kernels.testing import assert_no_worse, assert_same_bits, relative_error
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -227,3 +227,21 @@ def test_an_encoder_or_a_bare_trunk_is_refused():
             ValueError, match="^model: expected a causal language model with one output embedding"
         ):
             hidden_states(model, input_ids=tokens(1, 3))
+
+
+def test_a_head_in_fp32_over_a_bf16_trunk():
+    """Frameworks keep the head in fp32 and cast what enters it, with a hook of the head."""
+    models = [llama(seed, tie_word_embeddings=False).bfloat16() for seed in (0, 1)]
+    for model in models:
+        model.lm_head.float()
+        model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
+        check_head(model)
+    ids = tokens(2, 6)
+    loss = distillation_loss(*models, *same(ids), reduction="none")
+    student, teacher = (model(ids).logits[:, :-1] for model in models)
+    assert student.dtype == torch.float32
+    assert_no_worse(
+        loss.detach(), kl(student, teacher).detach(), kl(student.double(), teacher.double()).detach()
+    )
+    loss.sum().backward()
+    assert models[0].model.layers[0].mlp.up_proj.weight.grad.dtype == torch.bfloat16
