@@ -28,7 +28,7 @@ from opsd_kernels.testing.reference import linear_divergence_reference
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SMOOTH = tuple(name for name in KIND_NAMES if name != "tvd")  # at a kink an offset decides the sign
 SETTINGS = [
-    (dtype, divergence)
+    pytest.param(dtype, divergence, marks=[] if divergence == "reverse_kl" else pytest.mark.slow)
     for dtype in DTYPES
     for divergence in (SMOOTH if dtype.itemsize == 2 else ("reverse_kl", "jsd"))
 ]
