@@ -116,7 +116,7 @@ def resolve_logits(
     with a softcap, which needs the logits themselves, or with a factor above LARGEST_FACTOR, which multiplies
     what is left of the rounding (temperatures in a tensor may be as small: reading them would sync with a
     GPU); and where a result must be `exact`. That is a kink at p = q (tvd, an entry clip), and log-probs that
-    weights or policy terms read (off by up to .01 nats, and so would be the logarithm of a ratio of
+    weights or policy terms read (off by up to .02 nats, and so would be the logarithm of a ratio of
     probabilities). With fp32 buffers of 16-bit inputs both sides are projected in full: rounding h_t - h_s to
     16 bits would lose more than the subtraction of the logits.
     """

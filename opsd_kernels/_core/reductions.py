@@ -24,7 +24,7 @@ class TokenStats:
     where only its top-k entries are known.
 
     Of 16-bit logits (a shared head and `logits_dtype="auto"`, or "input") log-probs of sampled tokens are off
-    by up to .01 nats at temperature 1, at temperature t by 1/t times that: good for a curve, not for the
+    by up to .02 nats at temperature 1, at temperature t by 1/t times that: good for a curve, not for the
     numerator of a ratio. Take those from `linear_logprobs`, or from a call with `logits_dtype=torch.float32`.
     A policy term and a weighting that reads log-probs bring fp32 logits along. `top1_agreement` is decided by
     fp32 dot products.
