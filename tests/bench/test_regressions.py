@@ -57,8 +57,8 @@ def make(setting, provider, limit):
 
     project, kept = loop.project, []
 
-    def with_copy(hidden, weight, out):
-        project(hidden, weight, out)
+    def with_copy(hidden, weight, out, *rest):
+        project(hidden, weight, out, *rest)
         if out.shape[1] == weight.shape[0]:
             kept[:] = [out.clone()]
 
