@@ -22,11 +22,13 @@ STOP_AFTER = 3
 
 
 @pytest.fixture(autouse=True)
-def ctrl_c_raises():
-    """A shell starts jobs in the background with SIGINT ignored, and an ignored signal stays ignored."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+def signals_have_their_defaults():
+    """A shell starts jobs in the background with SIGINT ignored, `nohup` with SIGHUP; both would stay so."""
+    defaults = {number: signal.SIG_DFL for number in SIGNALS} | {signal.SIGINT: signal.default_int_handler}
+    previous = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield
-    signal.signal(signal.SIGINT, previous)
+    for number, handler in previous.items():
+        signal.signal(number, handler)
 
 
 def sending(number, times=1):
