@@ -35,6 +35,8 @@ WIDE_CPU_ROWS = 256  # the same limit for 32- and 64-bit inputs
 ALIGNED_ROWS = 1024  # limit to which a chunk may grow to hold a whole sequence
 SUPPORT_BYTES = 96  # per entry of a support: a dozen numbers, each in its own tensor
 SLICE_BYTES = 8 << 20  # fp32 copies in one product of fp16 matrices, or where the CPU has no units for bf16
+SELECT_BYTES = 48  # per column: its norm, share, group and index
+KEPT_BYTES = 8 << 20  # a slice of the kept columns: of the gradient, of the head and of dW
 QUEUE_BYTES = 16  # per column and thread while torch.topk runs
 # Per column and thread for a divergence of two sweeps, which keep four rows (csrc/cpu/rows.cpp); others keep
 # one or two.
@@ -183,6 +185,12 @@ def row_bytes(
         + (H_student + H_teacher) * dtype.itemsize
         + H_student * held_dtype(dtype, buffer).itemsize
     )
+
+
+def kept_columns(rows: int, hidden: int, dtype: torch.dtype) -> int:
+    """Return the columns of a slice in the backward pass over some columns (columns.py)."""
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    return max(KEPT_BYTES // (rows * dtype.itemsize + hidden * (dtype.itemsize + wide)), 64)
 
 
 def wave_flops(rows: int, columns: int, length: int, sm_count: int = SM_COUNT) -> int:
@@ -385,6 +393,7 @@ def plan(
     softcap: bool = False,
     sm_count: int = SM_COUNT,
     threads: int | None = None,
+    tolerance: float | None = None,
 ) -> ChunkPlan:
     """Plan `linear_divergence` for N valid tokens, a vocabulary of V and the hidden sizes of both sides.
 
@@ -395,6 +404,7 @@ def plan(
       chunk holds `longest_sequence` rows (four passes); otherwise a statistics pass goes first (six).
     * `policy`, `topk`: True if a term of `objectives` is mixed in; the number of entries of a support.
     * `one_sweep`: True for the plain KLs without an entry clip, see RowSpec.
+    * `tolerance`: `gradient_tolerance`.
     * `factor`, `softcap`: the larger logit scale / temperature of both sides; True if logits have a softcap.
     * `device_type`, `sm_count`: on CUDA the rows of a chunk make whole waves of GEMM tiles on `sm_count`
       multiprocessors (see TILE). `threads`: of a CPU, with which scratch grows. Default: those of torch.
@@ -410,7 +420,11 @@ def plan(
     transform = LogitTransform(factor, 1.0 if softcap else None)
     buffer, difference = resolve_logits(dtype, logits_dtype, shared_head, transforms=[transform])
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V), device_type)
+    choosing = tolerance is not None and grad
+    if choosing:  # dh in the accumulator's dtype
+        per_row += H_student * torch.promote_types(dtype, torch.float32).itemsize
     scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads) if device_type == "cpu" else 0
+    scratch += choosing * (KEPT_BYTES + SELECT_BYTES * V)
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
     held = held_dtype(dtype, buffer)
     room = budget - min(scratch, budget // 2, max(budget - per_row, 0))

@@ -6,9 +6,22 @@ import torch
 from torch import Tensor
 
 from ..spec import RowSpec
+from . import torch_rows
 from .contract import SPREAD_LIMIT, plain_kl
 
 OPERATORS = torch.ops.opsd_kernels
+
+
+def column_norms(G: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    if G.is_cuda:
+        return torch_rows.column_norms(G, scale)
+    norms, sums = OPERATORS.column_norms(G, scale)
+    return norms, sums.sum(0)
+
+
+def gather_columns_(G: Tensor, columns: Tensor, out: Tensor, sums: Tensor) -> None:
+    gather = torch_rows.gather_columns_ if G.is_cuda else OPERATORS.gather_columns_
+    gather(G, columns, out, sums)
 
 
 def row_stats(

@@ -9,6 +9,8 @@ from torch import Tensor
 from ..spec import RowSpec
 from .contract import Column, clip_tokens, plain_kl
 from .triton_kernels import KERNELS
+from .torch_rows import column_norms as column_norms
+from .torch_rows import gather_columns_ as gather_columns_
 from .triton_launch import COMPILER_OPTIONS, aligned, config, is_narrowed, mode, pack, terms, transforms
 
 
