@@ -68,8 +68,9 @@ class ColumnFilter:
         """
         norms, sums = self.backend.column_norms(G, scale)
         total, lost = norms.sum(dtype=torch.float64), G.numel() * torch.finfo(norms.dtype).tiny
-        # At least the true share of a column, whatever G and its sum have lost to rounding and underflow.
-        rounding = 1 + 4 * torch.finfo(G.dtype).eps + (len(G) + 64) * torch.finfo(norms.dtype).eps
+        # At least the true share of a column, whatever G, its sum and the fp32 result lose to rounding and
+        # underflow.
+        rounding = 1 + 4 * torch.finfo(G.dtype).eps + (len(G) + 64) * torch.finfo(torch.float32).eps
         shares = norms.double().add_(lost / G.shape[1]).mul_(rounding / total)
         usable = torch.isfinite(total) & (total * self.tolerance**2 > lost)
         shares.masked_fill_(~usable, 0)
