@@ -56,11 +56,10 @@ def choose_route(problem: Problem, weigher: RowWeigher, backward: str) -> Route:
     if problem.student.hidden.is_meta and not known:
         # A weigher of the loop reads statistics, which meta tensors have in shape alone.
         return Route.PER_ROW
-    if per_token or backward == "recompute":
-        return Route.PER_ROW
-    # The share of the gradient that is left out is measured with the row factors in it.
-    in_loop = problem.trainable or weigher.policy is not None or problem.gradient_tolerance is not None
-    if not (known or in_loop):
+    # With a tolerance the row factors must be known when the share that is left out is measured.
+    bounded = problem.gradient_tolerance is not None
+    in_loop = known or bounded or problem.trainable or weigher.policy is not None
+    if per_token or backward == "recompute" or not in_loop:
         return Route.PER_ROW
     return Route.WEIGHTED_SUM if known else Route.FACTORS_IN_LOOP
 
@@ -251,7 +250,9 @@ class WeightedSum(torch.autograd.Function):
             factor = problem.rows.factor
             *scaled, unit = _fp16_units(hidden.dtype, factor, problem.rows.policy_slope)
             problem = problem.with_factors(*scaled)
-            loss, _, stats, logprobs, dh, dW, dbias, dropped = library.op(*library.pack(problem), metrics, False)
+            loss, _, stats, logprobs, dh, dW, dbias, dropped = library.op(
+                *library.pack(problem), metrics, False
+            )
         else:
             out = library.run_weighted(problem, weigher)
             factor, unit = weigher.factor(out), weigher.unit

@@ -20,9 +20,12 @@ import torch
 from torch import Tensor
 
 from .._rows.contract import RowBackend
+from .planner import KEPT_BYTES
 from .problem import Problem
 
-MEAN_ROWS = 2048  # of the head, evenly spaced: with all rows of SmolLM2's the error of dh falls by a hundredth
+MEAN_ROWS = (
+    2048  # of the head, evenly spaced: with all rows of SmolLM2's the error of dh falls by a hundredth
+)
 # Above this share of kept columns the exact GEMMs cost less.
 LARGEST_KEPT = 0.75
 # Shares of the squared norm are integers, in units of 1 / ONE: their sums have the same bits in any order.
@@ -84,3 +87,9 @@ class ColumnFilter:
         share = torch.where(groups > 0, upto[(groups - 1).clamp(min=0)], 0).double().div(ONE).sqrt()
         torch.maximum(self.dropped, share.to(self.dropped.dtype), out=self.dropped)
         return Kept(columns, sums)
+
+
+def slice_length(rows: int, hidden: int, dtype: torch.dtype) -> int:
+    """Return the number of kept columns that are gathered at a time."""
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    return max(KEPT_BYTES // (rows * dtype.itemsize + hidden * (dtype.itemsize + wide)), 64)

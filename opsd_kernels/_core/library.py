@@ -20,7 +20,7 @@ from ..spec import TAILS, RowSpec, Support, expect
 from . import loop
 from .loop import on_host
 from .merged_rows import ShardedRows
-from .planner import SM_COUNT, ChunkPlan, align, held_dtype, plan
+from .planner import SM_COUNT, ChunkPlan, held_dtype, plan
 from .problem import ComputedRows, Outputs, Problem, RowSelection, Side
 from .reductions import RowWeigher
 from .shard import VocabShard
@@ -63,7 +63,7 @@ def arrange(
         policy=weigher is not None and weigher.policy is not None,
         topk=0 if problem.support is None else problem.support.k,
         one_sweep=problem.spec.one_sweep,
-        tolerance=problem.gradient_tolerance,
+        gradient_tolerance=problem.gradient_tolerance,
         softcap=any(side.softcap is not None for side in (problem.spec.student, problem.spec.teacher)),
         sm_count=torch.cuda.get_device_properties(hidden.device).multi_processor_count
         if on_cuda
@@ -72,6 +72,20 @@ def arrange(
     bounds = align(sequences, chunks.rows) if chunks.weighting == "aligned" else None
     backend = backends.select(problem.backend, hidden.device, chunks.logits_dtype)
     return chunks, backend if shard is None else ShardedRows(backend, shard), rows, bounds
+
+
+def align(lengths: list[int], rows: int) -> list[slice]:
+    """Return chunks of whole sequences, none above `rows` unless a single sequence is.
+
+    `lengths` count the valid rows of each sequence.
+    """
+    bounds, start, stop = [], 0, 0
+    for length in lengths:
+        if stop > start and stop + length - start > rows:
+            bounds.append(slice(start, stop))
+            start = stop
+        stop += length
+    return [*bounds, slice(start, stop)] if stop > start else bounds
 
 
 def run_weighted(problem: Problem, weigher: RowWeigher) -> Outputs:

@@ -26,8 +26,8 @@ from .._rows import extension, torch_rows
 from .._rows.contract import Column, RowBackend, narrowed
 from . import cpu_gemm, topk_support
 from .centre import NO_CENTRE, Centre, exact_argmax, likely_columns, pilot_columns
-from .columns import ColumnFilter, Kept
-from .planner import ChunkPlan, kept_columns, row_stride
+from .columns import ColumnFilter, Kept, slice_length
+from .planner import ChunkPlan, row_stride
 from .problem import ComputedRows, Outputs, Problem
 from .reductions import RowWeigher
 from .topk_support import Rows
@@ -56,7 +56,8 @@ def run(
     wants_gradient = any(problem.wants)
     walk = Walk(problem, backend, rows.valid, metrics, saved is not None, wants_gradient, weigher, out)
     sweep, chunk = choose(walk), None
-    columns = ColumnFilter.of(problem, backend, out.dropped)
+    skips = wants_gradient and problem.gradient_tolerance is not None
+    columns = ColumnFilter.of(problem, backend, out.dropped) if skips else None
     with torch.autocast(problem.student.hidden.device.type, enabled=False):
         for position, part in enumerate(plan.bounds() if bounds is None else bounds):
             at = part if rows.index is None else rows.index[part]
@@ -191,7 +192,7 @@ def _accumulate_kept(
     dh = mean.new_zeros(G.shape[0], weight.shape[1])
     if dW is not None and first:
         dW.zero_()
-    most = min(kept.columns.numel(), kept_columns(G.shape[0], weight.shape[1], G.dtype))
+    most = min(kept.columns.numel(), slice_length(G.shape[0], weight.shape[1], G.dtype))
     gathered, rows = G.new_empty(G.shape[0], most), weight.new_empty(most, weight.shape[1])
     update = dW if dW is None else mean.new_empty(rows.shape)
     for columns in kept.columns.split(max(most, 1)):

@@ -172,25 +172,22 @@ def row_bytes(
     buffer: torch.dtype,
     topk: int = 0,
     device_type: str = "cpu",
+    selects: bool = False,
 ) -> int:
     """Return the workspace bytes of one row.
 
-    Counted are the logits pair, its packed hidden rows, the hidden gradient before it is scattered, and
-    `topk` entries of a support. `H_teacher` is 0 without a teacher.
+    Counted are the logits pair, its packed hidden rows, the hidden gradient before it is scattered, `topk`
+    entries of a support, and with `selects` the sum of the kept columns' products (columns.py). `H_teacher`
+    is 0 without a teacher.
     """
+    wide = torch.promote_types(dtype, torch.float32)
     logits = (2 if H_teacher else 1) * row_stride(V, buffer, device_type) * buffer.itemsize
     return (
         SUPPORT_BYTES * topk
         + logits
         + (H_student + H_teacher) * dtype.itemsize
-        + H_student * held_dtype(dtype, buffer).itemsize
+        + H_student * (held_dtype(dtype, buffer).itemsize + wide.itemsize * selects)
     )
-
-
-def kept_columns(rows: int, hidden: int, dtype: torch.dtype) -> int:
-    """Return the columns of a slice in the backward pass over some columns (columns.py)."""
-    wide = torch.promote_types(dtype, torch.float32).itemsize
-    return max(KEPT_BYTES // (rows * dtype.itemsize + hidden * (dtype.itemsize + wide)), 64)
 
 
 def wave_flops(rows: int, columns: int, length: int, sm_count: int = SM_COUNT) -> int:
@@ -280,20 +277,6 @@ def _tile_share(gemms: Products, tokens: int, rows: int, sm_count: int) -> float
     return useful / gemms.wave_flops(tokens, rows, sm_count) if tokens else 1.0
 
 
-def align(lengths: list[int], rows: int) -> list[slice]:
-    """Return chunks of whole sequences, none above `rows` unless a single sequence is.
-
-    `lengths` count the valid rows of each sequence.
-    """
-    bounds, start, stop = [], 0, 0
-    for length in lengths:
-        if stop > start and stop + length - start > rows:
-            bounds.append(slice(start, stop))
-            start = stop
-        stop += length
-    return [*bounds, slice(start, stop)] if stop > start else bounds
-
-
 def _when_weighted(scope: str, longest: int | None, most: int, in_loop: bool) -> tuple[str, str]:
     """Return when token weights are computed, and why.
 
@@ -359,14 +342,27 @@ def _most_rows(
     return most, accumulator
 
 
-def _cpu_scratch(dtype: torch.dtype, V: int, topk: int, one_sweep: bool, threads: int | None) -> int:
-    """Scratch bytes of the math library and of the sweeps on a CPU, on top of the logits buffers."""
+def _scratch(
+    dtype: torch.dtype,
+    V: int,
+    topk: int,
+    one_sweep: bool,
+    threads: int | None,
+    device_type: str,
+    selects: bool,
+) -> int:
+    """Return the bytes on top of the logits buffers: of kept columns, and on a CPU of library and sweeps."""
+    kept = (KEPT_BYTES + SELECT_BYTES * V) * selects
+    if device_type != "cpu":
+        return kept
     tiled = dtype.itemsize == 2 and extension.has_amx()
     per_thread = CPU_SCRATCH_PER_THREAD_AMX if tiled else CPU_SCRATCH_PER_THREAD
     columns = QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one_sweep)
     sliced = dtype == torch.float16 or not extension.mm_has_units(dtype)  # see cpu_gemm.py
     slices = SLICE_BYTES if sliced else 0
-    return CPU_SCRATCH_BYTES + slices + (threads or torch.get_num_threads()) * (per_thread + V * columns)
+    return (
+        kept + CPU_SCRATCH_BYTES + slices + (threads or torch.get_num_threads()) * (per_thread + V * columns)
+    )
 
 
 def plan(
@@ -393,18 +389,17 @@ def plan(
     softcap: bool = False,
     sm_count: int = SM_COUNT,
     threads: int | None = None,
-    tolerance: float | None = None,
+    gradient_tolerance: float | None = None,
 ) -> ChunkPlan:
     """Plan `linear_divergence` for N valid tokens, a vocabulary of V and the hidden sizes of both sides.
 
     * `H_teacher`: defaults to `H_student`; 0 means no teacher's head.
     * `shared_head`: of both sides. `trainable_head`, `grad`, `bias_grad`: a gradient of it, any, of the bias.
-    * `backward`, `logits_dtype`: as in `linear_divergence`.
+    * `backward`, `logits_dtype`, `gradient_tolerance`: as in `linear_divergence`.
     * `weights_scope`: scope of the token weights. With "sequence", chunks end at sequence boundaries if a
       chunk holds `longest_sequence` rows (four passes); otherwise a statistics pass goes first (six).
     * `policy`, `topk`: True if a term of `objectives` is mixed in; the number of entries of a support.
     * `one_sweep`: True for the plain KLs without an entry clip, see RowSpec.
-    * `tolerance`: `gradient_tolerance`.
     * `factor`, `softcap`: the larger logit scale / temperature of both sides; True if logits have a softcap.
     * `device_type`, `sm_count`: on CUDA the rows of a chunk make whole waves of GEMM tiles on `sm_count`
       multiprocessors (see TILE). `threads`: of a CPU, with which scratch grows. Default: those of torch.
@@ -417,31 +412,28 @@ def plan(
     H_teacher = H_student if H_teacher is None else H_teacher
     _check(dtype, backward, weights_scope, N=N, V=V, H_student=H_student, H_teacher=H_teacher)
     budget = workspace_budget(workspace_bytes)
-    transform = LogitTransform(factor, 1.0 if softcap else None)
-    buffer, difference = resolve_logits(dtype, logits_dtype, shared_head, transforms=[transform])
-    per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V), device_type)
-    choosing = tolerance is not None and grad
-    if choosing:  # dh in the accumulator's dtype
-        per_row += H_student * torch.promote_types(dtype, torch.float32).itemsize
-    scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads) if device_type == "cpu" else 0
-    scratch += choosing * (KEPT_BYTES + SELECT_BYTES * V)
+    transforms = [LogitTransform(factor, 1.0 if softcap else None)]
+    buffer, difference = resolve_logits(dtype, logits_dtype, shared_head, transforms=transforms)
+    selects = grad and gradient_tolerance is not None
+    per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V), device_type, selects)
+    scratch = _scratch(dtype, V, topk, one_sweep, threads, device_type, selects)
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
     held = held_dtype(dtype, buffer)
     room = budget - min(scratch, budget // 2, max(budget - per_row, 0))
     most, accumulator = _most_rows(N, gemms, dtype, held, device_type, longest_sequence or 0, room, per_row)
     expect(most >= 1, "workspace_bytes", f"at least {3 * per_row} bytes, for a row of logits pairs", budget)
     again = backward == "recompute" and grad
-    in_loop = (gemms.trainable or policy) and grad and not again
+    in_loop = (gemms.trainable or policy or selects) and grad and not again
     weighting, reason = _when_weighted(weights_scope, longest_sequence, most, in_loop)
     dW_itemsize = 4 if accumulator else dtype.itemsize
     rows = max(min(N, most), 1)
     if weighting != "aligned" and N > most:
-        on_cuda = device_type == "cuda"
-        rows = whole_waves(N, most, gemms, dW_itemsize, sm_count) if on_cuda else _balanced_rows(N, most)
-    tile_share = _tile_share(gemms, N, rows, sm_count) if device_type == "cuda" else 1.0
+        waves = device_type == "cuda"
+        rows = whole_waves(N, most, gemms, dW_itemsize, sm_count) if waves else _balanced_rows(N, most)
     memory = _memory(N, rows, gemms, dtype, held, per_row, scratch, accumulator, 4 * V * bias_grad)
-    twice = again or weighting == "own pass"
-    work = _work(N, rows, gemms, dtype, buffer, 2 - one_sweep, again, twice, dW_itemsize)
+    work = _work(
+        N, rows, gemms, dtype, buffer, 2 - one_sweep, again, again or weighting == "own pass", dW_itemsize
+    )
     return ChunkPlan(
         tokens=N,
         rows=rows,
@@ -449,7 +441,7 @@ def plan(
         difference=difference,
         centred=buffer.itemsize == 2 and not softcap,
         gradient_dtype=held,
-        tile_share=tile_share,
+        tile_share=_tile_share(gemms, N, rows, sm_count) if device_type == "cuda" else 1.0,
         weighting=weighting,
         weighting_reason=reason,
         **memory,

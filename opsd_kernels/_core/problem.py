@@ -109,7 +109,6 @@ class Problem:
         if backend is not None:
             check_choice("backend", backend, backends.NAMES)
         budget = workspace_budget(workspace_bytes)
-        tolerance = check_tolerance(gradient_tolerance)
         shard = None if group is None else shard_of(group, student.weight)
         sides = [student] if teacher is None else [student, teacher]
         for i, (prefix, side) in enumerate(zip(prefixes, sides, strict=False)):
@@ -155,7 +154,7 @@ class Problem:
             vocab=vocab,
             logits_dtype=buffer,
             workspace_bytes=budget,
-            gradient_tolerance=tolerance,
+            gradient_tolerance=None if gradient_tolerance is None else check_tolerance(gradient_tolerance),
             backend=backend,
             shard=None if shard is None else shard.cut(vocab),
             wants=(wants[0], wants[1], wants[2]),
@@ -237,10 +236,8 @@ def same_storage(a: Tensor, b: Tensor | None) -> bool:
     return layout == (b.data_ptr(), b.shape, b.stride(), b.dtype, b.device)
 
 
-def check_tolerance(value: object) -> float | None:
-    """Check `gradient_tolerance`. Raises TypeError or ValueError."""
-    if value is None:
-        return None
+def check_tolerance(value: object) -> float:
+    """Return `gradient_tolerance`. Raises TypeError or ValueError unless it is a share."""
     tolerance = check_number("gradient_tolerance", value)
     expect(0 <= tolerance < 1, "gradient_tolerance", "None or a share in [0, 1)", tolerance)
     return tolerance

@@ -18,7 +18,9 @@ TOLERANCE = 1e-2
 N, V, H = 48, 4000, 24
 
 
-def peaked(dtype=torch.float32, tokens=N, vocab=V, scale=6.0, seed=0, distance=0.5, batch=2, **fields) -> Case:
+def peaked(
+    dtype=torch.float32, tokens=N, vocab=V, scale=6.0, seed=0, distance=0.5, batch=2, **fields
+) -> Case:
     """Return rows whose distributions are peaked, as those of a language model, with a shared head."""
     gen = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=gen)  # noqa: E731
@@ -223,7 +225,9 @@ def test_gradients_near_nothing(factor):
     """Squares that underflow are no reason to leave a column out."""
     case = peaked()
     live = case.leaves()
-    loss = linear_divergence(*live.inputs(), token_weights=torch.full((2, N // 2), factor), gradient_tolerance=0.1)
+    loss = linear_divergence(
+        *live.inputs(), token_weights=torch.full((2, N // 2), factor), gradient_tolerance=0.1
+    )
     exact = linear_divergence(*case.leaves().inputs(), token_weights=torch.full((2, N // 2), factor))
     assert loss == exact
     loss.backward()
@@ -235,7 +239,11 @@ def test_listed_teachers_and_policy_terms(backend):
     gen = torch.Generator().manual_seed(1)
     ids = torch.rand(2, N // 2, 50, generator=gen).argsort(-1)[..., :8]
     logprobs = torch.linspace(-1, -4, 8).expand(2, N // 2, 8)
-    mixed = {"policy": objectives.PolicyGradient(torch.ones(2, 1)), "policy_weight": 0.5, "labels": case.labels}
+    mixed = {
+        "policy": objectives.PolicyGradient(torch.ones(2, 1)),
+        "policy_weight": 0.5,
+        "labels": case.labels,
+    }
     for op, inputs, options in (
         (linear_topk_divergence, (*case.inputs()[:2], ids, logprobs), {}),
         (objectives.linear_policy_divergence, case.inputs(), mixed),
@@ -244,7 +252,12 @@ def test_listed_teachers_and_policy_terms(backend):
         for tolerance in (None, TOLERANCE):
             leaves = [x.clone().requires_grad_() for x in inputs[:2]]
             loss, stats = op(
-                *leaves, *inputs[2:], **options, backend=backend, gradient_tolerance=tolerance, return_stats=True
+                *leaves,
+                *inputs[2:],
+                **options,
+                backend=backend,
+                gradient_tolerance=tolerance,
+                return_stats=True,
             )
             loss.backward()
             grads[tolerance] = [leaf.grad for leaf in leaves]
@@ -274,5 +287,5 @@ def test_no_number(bad):
 
 def test_the_plan_has_room_for_the_choice():
     exact = plan(4096, 151936, 2048, workspace_bytes=1 << 28)
-    ours = plan(4096, 151936, 2048, workspace_bytes=1 << 28, tolerance=1e-3)
+    ours = plan(4096, 151936, 2048, workspace_bytes=1 << 28, gradient_tolerance=1e-3)
     assert ours.scratch_bytes > exact.scratch_bytes and ours.rows <= exact.rows
