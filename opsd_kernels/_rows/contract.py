@@ -146,7 +146,6 @@ class RowBackend(Protocol):
         labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
-
     def column_norms(self, G: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the (V,) sums over the rows of (scale * G)^2, and the (n,) row sums of G.
 
