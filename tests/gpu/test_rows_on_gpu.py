@@ -120,18 +120,21 @@ class TestColumns(OnDevice, ColumnContract):
             for one, two in zip(self.run(row_backend, G), self.run(row_backend, G), strict=True):
                 assert_same_bits(one, two)
 
-    @pytest.mark.skipif(placing.DRY_RUN, reason="6 GiB")
+    @pytest.mark.skipif(placing.DRY_RUN, reason="takes 6 GiB")
     def test_places_beyond_31_bits(self, backend, device):
         """Four rows, 2**30 entries apart: the last two begin at 2**31 and beyond."""
-        rows, V = backends.select(backend, device), 1000
+        rows, V, near = backends.select(backend, device), 1000, gradient(4, 1000, torch.bfloat16)
         places = torch.zeros(3 * 2**30 + V, dtype=torch.bfloat16, device=device)
-        G = places.as_strided((4, V), (2**30, 1)).copy_(gradient(4, V, torch.bfloat16))
-        columns, near = pick(V, "some").to(device), G.contiguous()
-        results = []
-        for x in (G, near):
-            norms, sums = rows.column_norms(x, None)
-            out = x.new_empty(4, len(columns))
-            rows.gather_columns_(x, columns, out, sums)
-            results.append((norms, sums, out))
-        for far, expected in zip(*results, strict=True):
-            assert_same_bits(far, expected)
+        G, columns = places.as_strided((4, V), (2**30, 1)).copy_(near), pick(V, "some")
+        norms, sums = rows.column_norms(G, None)
+        out, rest = G.new_empty(4, len(columns)), sums.clone()
+        rows.gather_columns_(G, columns.to(device), out, rest)
+        assert_same_bits(out.cpu(), near[:, columns])
+        exact = near.double()
+        size = exact.abs().sum(1)
+        for got, truth, magnitude in (
+            (norms, exact.square().sum(0), exact.square().sum(0)),
+            (sums, exact.sum(1), size),
+            (rest, exact[:, 1::3].sum(1), size),
+        ):
+            self.assert_one_rounding(got.cpu(), truth, got.dtype, magnitude=magnitude)
