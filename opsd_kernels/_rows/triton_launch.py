@@ -21,8 +21,8 @@ PLAIN, DIFFERENCE, LINEAR, PLAIN_MIXED, DIFFERENCE_MIXED = (tl.constexpr(mode) f
 COMPILER_OPTIONS = {"maxnreg": 255, "enable_fp_fusion": True}
 
 # Rows of a tile of triton_columns.py, and its warps. The column norms take 40 to 58 registers for aligned
-# rows, so that eight blocks or more fit on a multiprocessor, each with two 16-byte loads per thread under way. Tiles
-# of 16 rows took 96, and 138 for unaligned rows.
+# rows. So eight blocks or more fit on a multiprocessor, each with two 16-byte loads per thread under way.
+# Tiles of 16 rows took 96, and 138 for unaligned rows.
 COLUMN_HEIGHT, COLUMN_WARPS = 8, 4
 # Programs of the column norms: two rounds of the 132 multiprocessors of an H200.
 PROGRAMS = 2048
