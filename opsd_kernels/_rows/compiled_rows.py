@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from ..spec import RowSpec
-from . import torch_rows
-from .contract import SPREAD_LIMIT, plain_kl
+from . import backends
+from .contract import SPREAD_LIMIT, RowBackend, plain_kl
 
 OPERATORS = torch.ops.opsd_kernels
 
 
+@cache
+def _columns_on_cuda() -> RowBackend:
+    """Return Triton's functions of the columns, or torch's without Triton: the CUDA library has none."""
+    triton = backends.explain("cuda")["triton"] is None
+    return importlib.import_module(f"{__package__}.{'triton_rows' if triton else 'torch_rows'}")
+
+
 def column_norms(G: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     if G.is_cuda:
-        return torch_rows.column_norms(G, scale)
+        return _columns_on_cuda().column_norms(G, scale)
     norms, sums = OPERATORS.column_norms(G, scale)
     return norms, sums.sum(0)
 
 
 def gather_columns_(G: Tensor, columns: Tensor, out: Tensor, sums: Tensor) -> None:
-    gather = torch_rows.gather_columns_ if G.is_cuda else OPERATORS.gather_columns_
+    gather = _columns_on_cuda().gather_columns_ if G.is_cuda else OPERATORS.gather_columns_
     gather(G, columns, out, sums)
 
 
