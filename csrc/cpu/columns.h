@@ -1,5 +1,5 @@
 // The columns of a logit gradient: their norms, and the selected ones side by side. Compiled from columns.cpp
-// once per instruction set. opsd_kernels/_core/sparse_backward.py says what for.
+// once per instruction set. opsd_kernels/_core/columns.py says what for.
 #pragma once
 
 #include "../row_args.h"

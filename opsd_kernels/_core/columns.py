@@ -7,9 +7,9 @@ kept are gathered by slices, and the GEMMs are dense products of those (loop.py)
 
     dh = G[:, kept] @ W[kept] + r m^T,    dW[kept] += G[:, kept].T @ (s * h).
 
-r_i is the sum of row i over the dropped columns, and m the mean of some rows of the head. A row of G sums to zero over
-the vocabulary, so the sum of what is dropped is not small, and its product with what all rows of a head have
-in common is most of the error of dh. Measurements: docs/results/log.md.
+r_i is the sum of row i over the dropped columns, and m the mean of some rows of the head. A row of G sums to
+zero over the vocabulary, so the sum of what is dropped is not small, and its product with what all rows of a
+head have in common is most of the error of dh. Measurements: docs/results/log.md.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from .._rows.contract import RowBackend
 from .planner import KEPT_BYTES
 from .problem import Problem
 
-MEAN_ROWS = (
-    2048  # of the head, evenly spaced: with all rows of SmolLM2's the error of dh falls by a hundredth
-)
+# Rows of the head, evenly spaced. With all rows of SmolLM2's the error of dh falls by a hundredth.
+MEAN_ROWS = 2048
 # Above this share of kept columns the exact GEMMs cost less.
 LARGEST_KEPT = 0.75
 # Shares of the squared norm are integers, in units of 1 / ONE: their sums have the same bits in any order.

@@ -166,13 +166,15 @@ _PROBLEM = (
     "Tensor? factor, Tensor? policy_slope, Tensor? valid, Tensor? labels, "
     "Tensor? topk_ids, Tensor? topk_logprobs, Tensor? temperature, Tensor? teacher_temperature, "
     "float[] spec, int[] support, "
-    "bool shared_head, int vocab, ScalarType logits_dtype, int workspace_bytes, float? gradient_tolerance, str? backend, "
+    "bool shared_head, int vocab, ScalarType logits_dtype, int workspace_bytes, float? gradient_tolerance, "
+    "str? backend, "
     "int[] shard, str? group, bool grad_hidden, bool grad_weight, bool grad_bias"
 )
 _FACTOR = 6  # position of the row factors in the flat form
 _SCHEMAS = (
     f"linear_divergence({_PROBLEM}, bool metrics, bool recompute)"
-    " -> (Tensor loss, Tensor A, Tensor stats, Tensor logprobs, Tensor dh, Tensor dW, Tensor dbias, Tensor dropped)",
+    " -> (Tensor loss, Tensor A, Tensor stats, Tensor logprobs, Tensor dh, Tensor dW, Tensor dbias,"
+    " Tensor dropped)",
     f"linear_divergence_backward({_PROBLEM}, Tensor stats, Tensor A) -> (Tensor dh, Tensor dW, Tensor dbias)",
 )
 _SIDES = ("student", "teacher", None)

@@ -342,27 +342,14 @@ def _most_rows(
     return most, accumulator
 
 
-def _scratch(
-    dtype: torch.dtype,
-    V: int,
-    topk: int,
-    one_sweep: bool,
-    threads: int | None,
-    device_type: str,
-    selects: bool,
-) -> int:
-    """Return the bytes on top of the logits buffers: of kept columns, and on a CPU of library and sweeps."""
-    kept = (KEPT_BYTES + SELECT_BYTES * V) * selects
-    if device_type != "cpu":
-        return kept
+def _cpu_scratch(dtype: torch.dtype, V: int, topk: int, one_sweep: bool, threads: int | None) -> int:
+    """Scratch bytes of the math library and of the sweeps on a CPU, on top of the logits buffers."""
     tiled = dtype.itemsize == 2 and extension.has_amx()
     per_thread = CPU_SCRATCH_PER_THREAD_AMX if tiled else CPU_SCRATCH_PER_THREAD
     columns = QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one_sweep)
     sliced = dtype == torch.float16 or not extension.mm_has_units(dtype)  # see cpu_gemm.py
     slices = SLICE_BYTES if sliced else 0
-    return (
-        kept + CPU_SCRATCH_BYTES + slices + (threads or torch.get_num_threads()) * (per_thread + V * columns)
-    )
+    return CPU_SCRATCH_BYTES + slices + (threads or torch.get_num_threads()) * (per_thread + V * columns)
 
 
 def plan(
@@ -416,24 +403,22 @@ def plan(
     buffer, difference = resolve_logits(dtype, logits_dtype, shared_head, transforms=transforms)
     selects = grad and gradient_tolerance is not None
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V), device_type, selects)
-    scratch = _scratch(dtype, V, topk, one_sweep, threads, device_type, selects)
+    scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads) if device_type == "cpu" else 0
+    scratch += (KEPT_BYTES + SELECT_BYTES * V) * selects
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
-    held = held_dtype(dtype, buffer)
+    held, again = held_dtype(dtype, buffer), backward == "recompute" and grad
     room = budget - min(scratch, budget // 2, max(budget - per_row, 0))
     most, accumulator = _most_rows(N, gemms, dtype, held, device_type, longest_sequence or 0, room, per_row)
     expect(most >= 1, "workspace_bytes", f"at least {3 * per_row} bytes, for a row of logits pairs", budget)
-    again = backward == "recompute" and grad
     in_loop = (gemms.trainable or policy or selects) and grad and not again
     weighting, reason = _when_weighted(weights_scope, longest_sequence, most, in_loop)
     dW_itemsize = 4 if accumulator else dtype.itemsize
     rows = max(min(N, most), 1)
     if weighting != "aligned" and N > most:
-        waves = device_type == "cuda"
-        rows = whole_waves(N, most, gemms, dW_itemsize, sm_count) if waves else _balanced_rows(N, most)
+        waves = whole_waves(N, most, gemms, dW_itemsize, sm_count) if device_type == "cuda" else 0
+        rows = waves or _balanced_rows(N, most)
     memory = _memory(N, rows, gemms, dtype, held, per_row, scratch, accumulator, 4 * V * bias_grad)
-    work = _work(
-        N, rows, gemms, dtype, buffer, 2 - one_sweep, again, again or weighting == "own pass", dW_itemsize
-    )
+    work = _work(N, rows, gemms, dtype, buffer, 2 - one_sweep, again, weighting, dW_itemsize)
     return ChunkPlan(
         tokens=N,
         rows=rows,
@@ -485,13 +470,14 @@ def _work(
     buffer: torch.dtype,
     sweeps: int,
     again: bool,
-    twice: bool,
+    weighting: str,
     dW_itemsize: int,
 ) -> dict[str, int]:
     """Return the counts of GEMM passes, operations and bytes moved.
 
-    `again`: backward projects once more. `twice`: that, or a statistics pass goes first.
+    `again`: backward projects once more.
     """
+    twice = again or weighting == "own pass"
     sides, products, chunks = 1 + bool(gemms.H_teacher), gemms.grad + gemms.trainable, -(-N // rows)
     per_pass = gemms.H_student * (1 + twice + products) + gemms.H_teacher * (1 + twice)
     first_pass = logit_bytes(buffer, dtype, sides, sweeps, 0) if twice else 0

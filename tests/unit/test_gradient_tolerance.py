@@ -1,4 +1,4 @@
-"""The backward pass over some columns (opsd_kernels/_core/columns.py): its bound, and what it leaves alone."""
+"""The backward pass over some columns (_core/columns.py): its bound, and what it leaves alone."""
 
 import math
 from dataclasses import replace
