@@ -97,7 +97,8 @@ def evaluate(
     loss = loss.reshape(weigher.leading) if weigher.per_token else loss
     if not return_stats:
         return loss
-    return loss, token_stats(problem, D, stats, logprobs, weigher.leading, dropped=dropped)
+    share = None if problem.gradient_tolerance is None else dropped
+    return loss, token_stats(problem, D, stats, logprobs, weigher.leading, dropped=share)
 
 
 def _sum_with_loop_factors(*args: Any) -> tuple[Tensor, ...]:

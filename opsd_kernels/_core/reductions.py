@@ -41,8 +41,8 @@ class TokenStats:
     # The share of the token's terms clamped by entry_clip, 1 where token_clip clamped the token; None without
     # a clip.
     clipped_fraction: Tensor | None = None
-    # 0-dim: the largest share of a chunk's gradient (Frobenius norm) that `gradient_tolerance` left out. With
-    # "recompute" the gradients are computed later, and this is the tolerance itself.
+    # 0-dim: the largest share of a chunk's gradient (Frobenius norm) that `gradient_tolerance` left out; None
+    # without one. With "recompute" the gradients are computed later, and this is the tolerance itself.
     gradient_dropped: Tensor | None = None
 
 
