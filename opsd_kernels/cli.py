@@ -228,7 +228,9 @@ def bench(
     suites: Annotated[
         list[str] | None,
         typer.Option(
-            "--suite", help="ratios, latency, memory, accuracy, masked, weights, sweeps, scaling, step."
+            "--suite",
+            help="ratios, latency, memory, accuracy, masked, weights, sparse, logprobs, sweeps, scaling, "
+            "step.",
         ),
     ] = None,
     shapes: Annotated[
