@@ -2,6 +2,7 @@
 #include "columns.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "vec.h"
 
@@ -68,6 +69,59 @@ void norms_of(const NormArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+#if defined(__AVX512F__)
+// Which of 16 columns from `start` on are gathered.
+struct Group {
+  int64_t start;
+  __mmask16 lanes;
+};
+
+OPSD_INLINE Vec load_lanes(const float* p, __mmask16 lanes) { return Vec(_mm512_maskz_loadu_ps(lanes, p)); }
+OPSD_INLINE Ints load_lanes(const uint16_t* p, __mmask16 lanes) {
+  return (Ints)_mm512_maskz_cvtepu16_epi32(ALL, _mm256_maskz_loadu_epi16(lanes, p));
+}
+
+// Writes the entries of the lanes side by side, and returns them in their lanes, zero elsewhere.
+OPSD_INLINE Vec compress(const float* from, __mmask16 lanes, __mmask16 first, float* to) {
+  const Vec entries = load_lanes(from, lanes);
+  _mm512_mask_storeu_ps(to, first, _mm512_maskz_compress_ps(lanes, entries.v));
+  return entries;
+}
+OPSD_INLINE Ints compress_bits(const uint16_t* from, __mmask16 lanes, __mmask16 first, uint16_t* to) {
+  const Ints entries = load_lanes(from, lanes);
+  const __m512i together = _mm512_maskz_compress_epi32(lanes, (__m512i)entries);
+  _mm256_mask_storeu_epi16(to, first, _mm512_maskz_cvtepi32_epi16(ALL, together));
+  return entries;
+}
+OPSD_INLINE Vec compress(const BFloat16* from, __mmask16 lanes, __mmask16 first, BFloat16* to) {
+  return from_bits(compress_bits(&from->bits, lanes, first, &to->bits) << 16);
+}
+OPSD_INLINE Vec compress(const Half* from, __mmask16 lanes, __mmask16 first, Half* to) {
+  const Ints entries = compress_bits(&from->bits, lanes, first, &to->bits);
+  return Vec(_mm512_maskz_cvtph_ps(ALL, _mm512_maskz_cvtepi32_epi16(ALL, (__m512i)entries)));
+}
+
+template <class X, class In>
+void gather_of(const GatherArgs& a, int64_t begin, int64_t end) {
+  std::vector<Group> groups;
+  for (int64_t k = 0; k < a.K; ++k) {
+    const int64_t start = a.columns[k] / VEC_LANES * VEC_LANES;
+    if (groups.empty() || groups.back().start != start) groups.push_back({start, 0});
+    groups.back().lanes = static_cast<__mmask16>(groups.back().lanes | 1u << (a.columns[k] - start));
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    const In* row = static_cast<const In*>(a.G) + i * a.stride;
+    In* out = static_cast<In*>(a.out) + i * a.stride_out;
+    Vec total;
+    for (const Group& group : groups) {
+      const int count = __builtin_popcount(group.lanes);
+      total = total + compress(row + group.start, group.lanes, first_lanes(count).m, out);
+      out += count;
+    }
+    static_cast<float*>(a.sums)[i] -= static_cast<float>(reduce_add(total));
+  }
+}
+#else
 template <class X, class In>
 void gather_of(const GatherArgs& a, int64_t begin, int64_t end) {
   using Sum = ElementOf<X>;
@@ -87,6 +141,7 @@ void gather_of(const GatherArgs& a, int64_t begin, int64_t end) {
     static_cast<Sum*>(a.sums)[i] -= static_cast<Sum>(reduce_add(total));
   }
 }
+#endif
 
 #if defined(OPSD_BASELINE)
 #define OPSD_DOUBLES(run) \

@@ -24,7 +24,7 @@ struct GatherArgs {
   const void* G;  // (n, V) of dtype
   int64_t stride;
   Dtype dtype;
-  const int64_t* columns;  // (K,), in [0, V)
+  const int64_t* columns;  // (K,), ascending, in [0, V)
   void* out;  // (n, K) of dtype
   int64_t stride_out;
   void* sums;  // (n,) of the statistics' type: the gathered entries are subtracted

@@ -51,6 +51,8 @@ void gather_columns_(const Tensor& G, const Tensor& columns, const Tensor& out, 
   const int64_t n = G.size(0), V = G.size(1), K = columns.numel();
   check_rows(G, "G", n, V);
   const int64_t* ids = indices(columns, "columns", V);
+  const bool ascending = std::adjacent_find(ids, ids + K, [](int64_t a, int64_t b) { return a >= b; }) == ids + K;
+  expect(ascending, "columns", "ascending entries", "others");
   check_rows(out, "out", n, K);
   check_dtype(out, "out", G.scalar_type());
   check_vector(sums, "sums", {n}, stats_type(G));
