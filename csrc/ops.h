@@ -3,7 +3,9 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <string>
+#include <tuple>
 
 #include "row_args.h"
 
@@ -19,6 +21,12 @@ std::string capability();
 void gemm_bf16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate, const std::optional<Tensor>& shift);
 // out[i][k] = a[i] . b[columns[i][k]] in fp32, of bf16 matrices with contiguous rows; where gemm_bf16_ can run.
 void dots_bf16_(const Tensor& a, const Tensor& b, const Tensor& columns, const Tensor& out);
+// (V,) sums of (scale G)^2 over the rows of G (n, V), and (blocks, n) sums of G over blocks of columns.
+std::tuple<Tensor, Tensor> column_norms(const Tensor& G, const std::optional<Tensor>& scale);
+// out (n, K) = G[:, columns]; sums (n,) -= its row sums.
+void gather_columns_(const Tensor& G, const Tensor& columns, const Tensor& out, const Tensor& sums);
+// out[rows] += update, (K, H), for K different rows of out, in fp32 or fp64.
+void add_rows_(const Tensor& out, const Tensor& rows, const Tensor& update);
 // The reason why gemm_bf16_ cannot run on this machine; empty if it can.
 std::string gemm_unavailable();
 

@@ -114,6 +114,10 @@ def plan(
     factor: Annotated[
         float, typer.Option("--factor", help="Logit scale / temperature, the larger of both sides.")
     ] = 1.0,
+    gradient_tolerance: Annotated[
+        float | None,
+        typer.Option("--gradient-tolerance", help="Share of the gradient that may be left out."),
+    ] = None,
     vocab_ranks: Annotated[
         int,
         typer.Option(
@@ -152,6 +156,7 @@ def plan(
             one_sweep=kind.one_sweep,
             softcap=softcap,
             factor=factor,
+            gradient_tolerance=gradient_tolerance,
         )
     fields = made.as_dict()
     if as_json:
@@ -223,7 +228,9 @@ def bench(
     suites: Annotated[
         list[str] | None,
         typer.Option(
-            "--suite", help="ratios, latency, memory, accuracy, masked, weights, sweeps, scaling, step."
+            "--suite",
+            help="ratios, latency, memory, accuracy, masked, weights, sparse, logprobs, sweeps, scaling, "
+            "step.",
         ),
     ] = None,
     shapes: Annotated[

@@ -72,6 +72,11 @@ class DivergenceOptions(TypedDict, total=False):
       fp32. "auto" takes the inputs' dtype for a shared head, where a constant subtracted from each row and
       the difference GEMM keep the accuracy, and fp32 for two heads, "tvd", an entry clip, a softcap, a logit
       scale / temperature outside (0, 4], temperatures in a tensor, and weights that read log-probs.
+    * `gradient_tolerance`: the largest share of a chunk's gradient (Frobenius norm of the gradient of its
+      logits) that may be left out of the backward GEMMs; None leaves out nothing. Columns of the vocabulary
+      with the smallest norms are left out, where that is faster. See docs/guides/gradient-tolerance.md;
+      `TokenStats.gradient_dropped` is the largest share that was left out. For reduction "none" with a
+      frozen head all tokens count alike.
     * `workspace_bytes`: bound of the logits buffers. Default: OPSD_WORKSPACE_BYTES, else 1 GiB.
     * `backend`: "cuda", "triton", "cpp" or "torch". Default: OPSD_BACKEND, else the first that serves the
       device and dtype.
@@ -106,6 +111,7 @@ class DivergenceOptions(TypedDict, total=False):
     topk_tail: str
     backward: str
     logits_dtype: str | torch.dtype
+    gradient_tolerance: float | None
     workspace_bytes: int | None
     backend: str | None
     group: object | None
@@ -143,6 +149,7 @@ def linear_divergence(
     topk_tail: str = "bucket",
     backward: str = "auto",
     logits_dtype: str | torch.dtype = "auto",
+    gradient_tolerance: float | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
     group: object | None = None,
@@ -172,7 +179,7 @@ def linear_divergence(
         mask=mask, token_weights=token_weights, teacher_mix=teacher_mix, entry_clip=entry_clip,
         token_clip=token_clip, reduction=reduction, normalizer=normalizer, topk=topk,
         topk_support=topk_support, topk_tail=topk_tail, logits_dtype=logits_dtype,
-        workspace_bytes=workspace_bytes, backend=backend, group=group,
+        gradient_tolerance=gradient_tolerance, workspace_bytes=workspace_bytes, backend=backend, group=group,
     )  # fmt: skip
     problem, weigher = prepare((student_hidden, student_weight), (teacher_hidden, teacher_weight), options)
     return evaluate(problem, weigher, backward, return_stats)
@@ -227,6 +234,7 @@ def prepare(
         workspace_bytes=options["workspace_bytes"],
         backend=options["backend"],
         group=options["group"],
+        gradient_tolerance=options["gradient_tolerance"],
         support=Support.parse(options["topk"], options["topk_support"], options["topk_tail"]),
         listed=listed,
         exact_logprobs=reads_logprobs(options["token_weights"], policy),

@@ -78,7 +78,8 @@ BUILD_CUDA = Variable(
 CACHE = Variable(
     "OPSD_CACHE",
     "opsd_kernels in XDG_CACHE_HOME, or in ~/.cache",
-    "Directory of the trainer's warm-started base models. Safe to delete.",
+    "Directory of the trainer's warm-started base models, and of the rows that `opsd bench --suite sparse` "
+    "captures. Safe to delete.",
 )
 
 VARIABLES = (BACKEND, WORKSPACE_BYTES, CPU_CAPABILITY, PACK, CUDA_CLUSTER, BUILD_CPU, BUILD_CUDA, CACHE)

@@ -35,6 +35,7 @@ def linear_topk_divergence(
     return_stats: bool = False,
     backward: str = "auto",
     logits_dtype: str | torch.dtype = "auto",
+    gradient_tolerance: float | None = None,
     workspace_bytes: int | None = None,
     backend: str | None = None,
     group: object | None = None,
@@ -65,7 +66,8 @@ def linear_topk_divergence(
         student_logit_scale=student_logit_scale, student_softcap=student_softcap, vocab_size=vocab_size,
         labels=labels, ignore_index=ignore_index, mask=mask, token_weights=token_weights,
         entry_clip=entry_clip, token_clip=token_clip, reduction=reduction, normalizer=normalizer,
-        logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, backend=backend, group=group,
+        logits_dtype=logits_dtype, gradient_tolerance=gradient_tolerance, workspace_bytes=workspace_bytes,
+        backend=backend, group=group,
         teacher_temperature=1.0,  # of logits that are all 0
     )  # fmt: skip
     student = student_hidden, student_weight

@@ -15,7 +15,7 @@ from _pytest.junitxml import xml_key
 from opsd_kernels import provenance, tested_versions
 from opsd_kernels._rows import backends
 
-pytest.register_assert_rewrite("row_contract", "row_options_contract")
+pytest.register_assert_rewrite("row_contract", "row_options_contract", "column_contract")
 
 
 def pytest_sessionstart(session):

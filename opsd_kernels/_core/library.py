@@ -20,7 +20,7 @@ from ..spec import TAILS, RowSpec, Support, expect
 from . import loop
 from .loop import on_host
 from .merged_rows import ShardedRows
-from .planner import SM_COUNT, ChunkPlan, align, held_dtype, plan
+from .planner import SM_COUNT, ChunkPlan, held_dtype, plan
 from .problem import ComputedRows, Outputs, Problem, RowSelection, Side
 from .reductions import RowWeigher
 from .shard import VocabShard
@@ -63,6 +63,7 @@ def arrange(
         policy=weigher is not None and weigher.policy is not None,
         topk=0 if problem.support is None else problem.support.k,
         one_sweep=problem.spec.one_sweep,
+        gradient_tolerance=problem.gradient_tolerance,
         softcap=any(side.softcap is not None for side in (problem.spec.student, problem.spec.teacher)),
         sm_count=torch.cuda.get_device_properties(hidden.device).multi_processor_count
         if on_cuda
@@ -71,6 +72,20 @@ def arrange(
     bounds = align(sequences, chunks.rows) if chunks.weighting == "aligned" else None
     backend = backends.select(problem.backend, hidden.device, chunks.logits_dtype)
     return chunks, backend if shard is None else ShardedRows(backend, shard), rows, bounds
+
+
+def align(lengths: list[int], rows: int) -> list[slice]:
+    """Return chunks of whole sequences, none above `rows` unless a single sequence is.
+
+    `lengths` count the valid rows of each sequence.
+    """
+    bounds, start, stop = [], 0, 0
+    for length in lengths:
+        if stop > start and stop + length - start > rows:
+            bounds.append(slice(start, stop))
+            start = stop
+        stop += length
+    return [*bounds, slice(start, stop)] if stop > start else bounds
 
 
 def run_weighted(problem: Problem, weigher: RowWeigher) -> Outputs:
@@ -151,13 +166,15 @@ _PROBLEM = (
     "Tensor? factor, Tensor? policy_slope, Tensor? valid, Tensor? labels, "
     "Tensor? topk_ids, Tensor? topk_logprobs, Tensor? temperature, Tensor? teacher_temperature, "
     "float[] spec, int[] support, "
-    "bool shared_head, int vocab, ScalarType logits_dtype, int workspace_bytes, str? backend, "
+    "bool shared_head, int vocab, ScalarType logits_dtype, int workspace_bytes, float? gradient_tolerance, "
+    "str? backend, "
     "int[] shard, str? group, bool grad_hidden, bool grad_weight, bool grad_bias"
 )
 _FACTOR = 6  # position of the row factors in the flat form
 _SCHEMAS = (
     f"linear_divergence({_PROBLEM}, bool metrics, bool recompute)"
-    " -> (Tensor loss, Tensor A, Tensor stats, Tensor logprobs, Tensor dh, Tensor dW, Tensor dbias)",
+    " -> (Tensor loss, Tensor A, Tensor stats, Tensor logprobs, Tensor dh, Tensor dW, Tensor dbias,"
+    " Tensor dropped)",
     f"linear_divergence_backward({_PROBLEM}, Tensor stats, Tensor A) -> (Tensor dh, Tensor dW, Tensor dbias)",
 )
 _SIDES = ("student", "teacher", None)
@@ -195,6 +212,7 @@ def pack(problem: Problem) -> tuple[Any, ...]:
         problem.vocab,
         problem.logits_dtype,
         problem.workspace_bytes,
+        problem.gradient_tolerance,
         problem.backend,
         shard,
         group,
@@ -206,7 +224,7 @@ def unpack(flat: Sequence[Any]) -> Problem:
     """Rebuild a problem from the flat form of `pack`."""
     (h_s, W_s, b_s, h_t, W_t, b_t, factor, slope, valid, labels, ids, logprobs, *rest) = flat
     (temperature_s, temperature_t, spec, support, shared_head, vocab, logits_dtype, *rest) = rest
-    workspace_bytes, backend, shard, group, *wants = rest
+    workspace_bytes, tolerance, backend, shard, group, *wants = rest
     return Problem(
         student=Side(h_s, W_s, b_s),
         teacher=None if h_t is None else Side(h_t, W_t, b_t),
@@ -217,6 +235,7 @@ def unpack(flat: Sequence[Any]) -> Problem:
         vocab=vocab,
         logits_dtype=logits_dtype,
         workspace_bytes=workspace_bytes,
+        gradient_tolerance=tolerance,
         backend=backend,
         shard=None if group is None else VocabShard.unpack(shard, group),
         wants=(wants[0], wants[1], wants[2]),
@@ -241,7 +260,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     logprobs = out.stats.new_empty(0, 2) if out.logprobs is None else out.logprobs
     new = problem.student.hidden.new_empty
     gradients = (new(0) if grad is None else grad for grad in (out.dh, out.dW, out.dbias))
-    return out.loss, out.A, out.stats, logprobs, *gradients
+    return out.loss, out.A, out.stats, logprobs, *gradients, out.dropped
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
@@ -262,7 +281,8 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     N, wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
     shapes = (N,), (N,), (N, len(Column)), (0 if labels is None else N, 2)
     wants = (False, False, False) if recompute else flat[-3:]
-    return *(hidden.new_empty(shape, dtype=wide) for shape in shapes), *_fake_gradients(flat, wants)
+    vectors = (hidden.new_empty(shape, dtype=wide) for shape in shapes)
+    return *vectors, *_fake_gradients(flat, wants), hidden.new_empty((), dtype=wide)
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
@@ -287,8 +307,8 @@ for _schema, _impl, _fake in zip(
     library.impl(_name, _impl, "CompositeExplicitAutograd")
     register_fake(f"opsd_kernels::{_name}", _fake, lib=library)
 
-# (*pack(problem), metrics, recompute) -> loss, A, stats, logprobs, dh, dW, dbias; empty gradients with
-# `recompute`.
+# (*pack(problem), metrics, recompute) -> loss, A, stats, logprobs, dh, dW, dbias, dropped; empty
+# gradients with `recompute`.
 op = torch.ops.opsd_kernels.linear_divergence
 # (*pack(problem), stats, A) -> dh, dW, dbias.
 op_backward = torch.ops.opsd_kernels.linear_divergence_backward

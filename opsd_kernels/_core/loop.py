@@ -26,6 +26,7 @@ from .._rows import extension, torch_rows
 from .._rows.contract import Column, RowBackend, narrowed
 from . import cpu_gemm, topk_support
 from .centre import NO_CENTRE, Centre, exact_argmax, likely_columns, pilot_columns
+from .columns import ColumnFilter, Kept, slice_length
 from .planner import ChunkPlan, row_stride
 from .problem import ComputedRows, Outputs, Problem
 from .reductions import RowWeigher
@@ -55,6 +56,8 @@ def run(
     wants_gradient = any(problem.wants)
     walk = Walk(problem, backend, rows.valid, metrics, saved is not None, wants_gradient, weigher, out)
     sweep, chunk = choose(walk), None
+    skips = wants_gradient and problem.gradient_tolerance is not None
+    columns = ColumnFilter.of(problem, backend, out.dropped) if skips else None
     with torch.autocast(problem.student.hidden.device.type, enabled=False):
         for position, part in enumerate(plan.bounds() if bounds is None else bounds):
             at = part if rows.index is None else rows.index[part]
@@ -65,7 +68,7 @@ def run(
             chunk = buffers.fill(problem, student, teacher, labels)
             scale = sweep(walk, chunk, at)
             if wants_gradient:
-                _accumulate(walk, walk.gradient(chunk.S), student, at, scale, first=position == 0)
+                _accumulate(walk, walk.gradient(chunk.S), student, at, scale, columns, first=position == 0)
     del buffers, walk, chunk  # freed before dW is cast, which lowers the peak
     if out.dW is not None and out.dW.dtype != plan.gradient_dtype:
         out.dW = empty(tuple(out.dW.shape), plan.gradient_dtype, out.dW.device).copy_(out.dW)
@@ -96,6 +99,7 @@ def _allocate(
         dh=rows((N, H), dtype=plan.gradient_dtype) if wants_hidden else None,
         dW=dW,
         dbias=hidden.new_zeros(padded_vocab, dtype=torch.float64) if wants_bias else None,
+        dropped=hidden.new_zeros((), dtype=wide),
     )
 
 
@@ -143,28 +147,64 @@ class Buffers:
 
 
 def _accumulate(
-    walk: Walk, G: Tensor, student: Tensor, at: Positions, scale: Tensor | None, first: bool
+    walk: Walk,
+    G: Tensor,
+    student: Tensor,
+    at: Positions,
+    scale: Tensor | None,
+    columns: ColumnFilter | None,
+    first: bool,
 ) -> None:
     """Accumulate a chunk's logit gradient G, rows scaled by `scale`, into dh, dW and dbias."""
     out, shard, V = walk.out, walk.problem.shard, G.shape[1]
+    scaled = student if scale is None else (student * scale[:, None]).to(student.dtype)
+    dW = None if out.dW is None else out.dW[:V]
+    kept = None if columns is None else columns.select(G, scale)
     if out.dh is not None:
         in_place = isinstance(at, slice) and shard is None
         # Partial sums of ranks are reduced in fp32 and rounded to 16 bits once.
         dtype = out.dh.dtype if shard is None else torch.promote_types(out.dh.dtype, torch.float32)
         packed = out.dh[at] if in_place else out.dh.new_empty(student.shape, dtype=dtype)
-        project(G, walk.problem.student.weight.t(), packed)
+        if columns is None or kept is None:
+            project(G, walk.problem.student.weight.t(), packed)
+        else:
+            packed.copy_(_accumulate_kept(walk, G, scaled, kept, columns.mean, dW, first))
         if shard is not None:
             shard.sum_hidden_grad(packed)
         if scale is not None:
             packed.mul_(scale[:, None])
         if not in_place:
             out.dh[at] = packed.to(out.dh.dtype)
-    if out.dW is not None:
-        scaled = student if scale is None else (student * scale[:, None]).to(student.dtype)
-        accumulate_weight_grad(G, scaled, out.dW[:V], first)
+    elif columns is not None and kept is not None:
+        _accumulate_kept(walk, G, scaled, kept, columns.mean, dW, first)
+    if dW is not None and kept is None:
+        accumulate_weight_grad(G, scaled, dW, first)
     if out.dbias is not None:
         wide = torch.promote_types(G.dtype, torch.float32)
         out.dbias[:V] += G.sum(0, dtype=wide) if scale is None else _weighted_sum(G, scale)
+
+
+def _accumulate_kept(
+    walk: Walk, G: Tensor, scaled: Tensor, kept: Kept, mean: Tensor, dW: Tensor | None, first: bool
+) -> Tensor:
+    """Add the products of the kept columns of G, (C, V), to dW, (V, H). Return dh, (C, H), unscaled."""
+    weight = walk.problem.student.weight
+    dh = mean.new_zeros(G.shape[0], weight.shape[1])
+    if dW is not None and first:
+        dW.zero_()
+    most = min(kept.columns.numel(), slice_length(G.shape[0], weight.shape[1], G.dtype))
+    gathered, rows = G.new_empty(G.shape[0], most), weight.new_empty(most, weight.shape[1])
+    update = dW if dW is None else mean.new_empty(rows.shape)
+    for columns in kept.columns.split(max(most, 1)):
+        part, n = gathered[:, : columns.numel()], columns.numel()
+        walk.backend.gather_columns_(G, columns, part, kept.sums)
+        if walk.out.dh is not None:
+            torch.index_select(weight, 0, columns, out=rows[:n])
+            accumulate_weight_grad(part.t(), rows[:n], dh, first=False)
+        if dW is not None and update is not None:
+            accumulate_weight_grad(part, scaled, update[:n], first=True)
+            dW.index_add_(0, columns, update[:n].to(dW.dtype))
+    return dh.addr_(kept.sums, mean)
 
 
 def _weighted_sum(G: Tensor, scale: Tensor) -> Tensor:

@@ -32,6 +32,12 @@ class ShardedRows:
     backend: RowBackend
     shard: VocabShard
 
+    def column_norms(self, G: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.backend.column_norms(G, scale)
+
+    def gather_columns_(self, G: Tensor, columns: Tensor, out: Tensor, sums: Tensor) -> None:
+        self.backend.gather_columns_(G, columns, out, sums)
+
     def row_stats(
         self, S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool
     ) -> Tensor:

@@ -35,6 +35,8 @@ WIDE_CPU_ROWS = 256  # the same limit for 32- and 64-bit inputs
 ALIGNED_ROWS = 1024  # limit to which a chunk may grow to hold a whole sequence
 SUPPORT_BYTES = 96  # per entry of a support: a dozen numbers, each in its own tensor
 SLICE_BYTES = 8 << 20  # fp32 copies in one product of fp16 matrices, or where the CPU has no units for bf16
+SELECT_BYTES = 48  # per column: its norm, share, group and index
+KEPT_BYTES = 16 << 20  # a slice of the kept columns: of the gradient, of the head and of dW
 QUEUE_BYTES = 16  # per column and thread while torch.topk runs
 # Per column and thread for a divergence of two sweeps, which keep four rows (csrc/cpu/rows.cpp); others keep
 # one or two.
@@ -170,18 +172,21 @@ def row_bytes(
     buffer: torch.dtype,
     topk: int = 0,
     device_type: str = "cpu",
+    selects: bool = False,
 ) -> int:
     """Return the workspace bytes of one row.
 
-    Counted are the logits pair, its packed hidden rows, the hidden gradient before it is scattered, and
-    `topk` entries of a support. `H_teacher` is 0 without a teacher.
+    Counted are the logits pair, its packed hidden rows, the hidden gradient before it is scattered, `topk`
+    entries of a support, and with `selects` the sum of the kept columns' products (columns.py). `H_teacher`
+    is 0 without a teacher.
     """
+    wide = torch.promote_types(dtype, torch.float32)
     logits = (2 if H_teacher else 1) * row_stride(V, buffer, device_type) * buffer.itemsize
     return (
         SUPPORT_BYTES * topk
         + logits
         + (H_student + H_teacher) * dtype.itemsize
-        + H_student * held_dtype(dtype, buffer).itemsize
+        + H_student * (held_dtype(dtype, buffer).itemsize + wide.itemsize * selects)
     )
 
 
@@ -270,20 +275,6 @@ def _tile_share(gemms: Products, tokens: int, rows: int, sm_count: int) -> float
     """Return the useful share of the operations in whole waves of tiles."""
     useful = sum(2 * m * n * k for m, n, k in gemms.of_chunk(tokens))
     return useful / gemms.wave_flops(tokens, rows, sm_count) if tokens else 1.0
-
-
-def align(lengths: list[int], rows: int) -> list[slice]:
-    """Return chunks of whole sequences, none above `rows` unless a single sequence is.
-
-    `lengths` count the valid rows of each sequence.
-    """
-    bounds, start, stop = [], 0, 0
-    for length in lengths:
-        if stop > start and stop + length - start > rows:
-            bounds.append(slice(start, stop))
-            start = stop
-        stop += length
-    return [*bounds, slice(start, stop)] if stop > start else bounds
 
 
 def _when_weighted(scope: str, longest: int | None, most: int, in_loop: bool) -> tuple[str, str]:
@@ -385,12 +376,13 @@ def plan(
     softcap: bool = False,
     sm_count: int = SM_COUNT,
     threads: int | None = None,
+    gradient_tolerance: float | None = None,
 ) -> ChunkPlan:
     """Plan `linear_divergence` for N valid tokens, a vocabulary of V and the hidden sizes of both sides.
 
     * `H_teacher`: defaults to `H_student`; 0 means no teacher's head.
     * `shared_head`: of both sides. `trainable_head`, `grad`, `bias_grad`: a gradient of it, any, of the bias.
-    * `backward`, `logits_dtype`: as in `linear_divergence`.
+    * `backward`, `logits_dtype`, `gradient_tolerance`: as in `linear_divergence`.
     * `weights_scope`: scope of the token weights. With "sequence", chunks end at sequence boundaries if a
       chunk holds `longest_sequence` rows (four passes); otherwise a statistics pass goes first (six).
     * `policy`, `topk`: True if a term of `objectives` is mixed in; the number of entries of a support.
@@ -407,27 +399,26 @@ def plan(
     H_teacher = H_student if H_teacher is None else H_teacher
     _check(dtype, backward, weights_scope, N=N, V=V, H_student=H_student, H_teacher=H_teacher)
     budget = workspace_budget(workspace_bytes)
-    transform = LogitTransform(factor, 1.0 if softcap else None)
-    buffer, difference = resolve_logits(dtype, logits_dtype, shared_head, transforms=[transform])
-    per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V), device_type)
+    transforms = [LogitTransform(factor, 1.0 if softcap else None)]
+    buffer, difference = resolve_logits(dtype, logits_dtype, shared_head, transforms=transforms)
+    selects = grad and gradient_tolerance is not None
+    per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V), device_type, selects)
     scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads) if device_type == "cpu" else 0
+    scratch += (KEPT_BYTES + SELECT_BYTES * V) * selects
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
-    held = held_dtype(dtype, buffer)
+    held, again = held_dtype(dtype, buffer), backward == "recompute" and grad
     room = budget - min(scratch, budget // 2, max(budget - per_row, 0))
     most, accumulator = _most_rows(N, gemms, dtype, held, device_type, longest_sequence or 0, room, per_row)
     expect(most >= 1, "workspace_bytes", f"at least {3 * per_row} bytes, for a row of logits pairs", budget)
-    again = backward == "recompute" and grad
-    in_loop = (gemms.trainable or policy) and grad and not again
+    in_loop = (gemms.trainable or policy or selects) and grad and not again
     weighting, reason = _when_weighted(weights_scope, longest_sequence, most, in_loop)
     dW_itemsize = 4 if accumulator else dtype.itemsize
     rows = max(min(N, most), 1)
     if weighting != "aligned" and N > most:
-        on_cuda = device_type == "cuda"
-        rows = whole_waves(N, most, gemms, dW_itemsize, sm_count) if on_cuda else _balanced_rows(N, most)
-    tile_share = _tile_share(gemms, N, rows, sm_count) if device_type == "cuda" else 1.0
+        waves = whole_waves(N, most, gemms, dW_itemsize, sm_count) if device_type == "cuda" else 0
+        rows = waves or _balanced_rows(N, most)
     memory = _memory(N, rows, gemms, dtype, held, per_row, scratch, accumulator, 4 * V * bias_grad)
-    twice = again or weighting == "own pass"
-    work = _work(N, rows, gemms, dtype, buffer, 2 - one_sweep, again, twice, dW_itemsize)
+    work = _work(N, rows, gemms, dtype, buffer, 2 - one_sweep, again, weighting, dW_itemsize)
     return ChunkPlan(
         tokens=N,
         rows=rows,
@@ -435,7 +426,7 @@ def plan(
         difference=difference,
         centred=buffer.itemsize == 2 and not softcap,
         gradient_dtype=held,
-        tile_share=tile_share,
+        tile_share=_tile_share(gemms, N, rows, sm_count) if device_type == "cuda" else 1.0,
         weighting=weighting,
         weighting_reason=reason,
         **memory,
@@ -479,13 +470,14 @@ def _work(
     buffer: torch.dtype,
     sweeps: int,
     again: bool,
-    twice: bool,
+    weighting: str,
     dW_itemsize: int,
 ) -> dict[str, int]:
     """Return the counts of GEMM passes, operations and bytes moved.
 
-    `again`: backward projects once more. `twice`: that, or a statistics pass goes first.
+    `again`: backward projects once more.
     """
+    twice = again or weighting == "own pass"
     sides, products, chunks = 1 + bool(gemms.H_teacher), gemms.grad + gemms.trainable, -(-N // rows)
     per_pass = gemms.H_student * (1 + twice + products) + gemms.H_teacher * (1 + twice)
     first_pass = logit_bytes(buffer, dtype, sides, sweeps, 0) if twice else 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._rows import backends
-from ..spec import RowSpec, Support, check_choice, check_tensor, expect
+from ..spec import RowSpec, Support, check_choice, check_number, check_tensor, expect
 from .planner import DTYPES, resolve_logits, workspace_budget
 from .shard import VocabShard, local_head, shard_of
 
@@ -73,6 +73,7 @@ class Problem:
     vocab: int  # columns in use over all ranks; later columns have probability zero
     logits_dtype: torch.dtype  # of the logits buffers
     workspace_bytes: int
+    gradient_tolerance: float | None  # share of a chunk's gradient that may be left out; None: nothing is
     backend: str | None
     shard: VocabShard | None  # None: whole heads
     wants: tuple[bool, bool, bool]  # gradients of the student's hidden, weight and bias
@@ -92,6 +93,7 @@ class Problem:
         workspace_bytes: int | None,
         backend: str | None,
         group: object | None,
+        gradient_tolerance: object = None,
         support: Support | None = None,
         listed: tuple[object, object, str] | None = None,
         exact_logprobs: bool = False,
@@ -152,6 +154,7 @@ class Problem:
             vocab=vocab,
             logits_dtype=buffer,
             workspace_bytes=budget,
+            gradient_tolerance=None if gradient_tolerance is None else check_tolerance(gradient_tolerance),
             backend=backend,
             shard=None if shard is None else shard.cut(vocab),
             wants=(wants[0], wants[1], wants[2]),
@@ -208,6 +211,7 @@ class Outputs:
     dh: Tensor | None  # (N, H_s)
     dW: Tensor | None  # (rows of the student's whole head, H_s)
     dbias: Tensor | None  # (rows of that head,) float64 during the loop, then of the dtype of the statistics
+    dropped: Tensor  # 0-dim: the largest share of a chunk's gradient that was left out
 
 
 def _autocast(sides: list[Side], shared: bool) -> list[Side]:
@@ -230,6 +234,13 @@ def same_storage(a: Tensor, b: Tensor | None) -> bool:
         return a is b
     layout = a.data_ptr(), a.shape, a.stride(), a.dtype, a.device
     return layout == (b.data_ptr(), b.shape, b.stride(), b.dtype, b.device)
+
+
+def check_tolerance(value: object) -> float:
+    """Return `gradient_tolerance`. Raises TypeError or ValueError unless it is a share."""
+    tolerance = check_number("gradient_tolerance", value)
+    expect(0 <= tolerance < 1, "gradient_tolerance", "None or a share in [0, 1)", tolerance)
+    return tolerance
 
 
 def check_types(prefix: str, side: Side) -> None:

@@ -41,6 +41,9 @@ class TokenStats:
     # The share of the token's terms clamped by entry_clip, 1 where token_clip clamped the token; None without
     # a clip.
     clipped_fraction: Tensor | None = None
+    # 0-dim: the largest share of a chunk's gradient (Frobenius norm) that `gradient_tolerance` left out; None
+    # without one. With "recompute" the gradients are computed later, and this is the tolerance itself.
+    gradient_dropped: Tensor | None = None
 
 
 def token_stats(
@@ -50,6 +53,8 @@ def token_stats(
     logprobs: Tensor | None,
     shape: torch.Size,
     dtype: torch.dtype = torch.float32,
+    *,
+    dropped: Tensor | None = None,
 ) -> TokenStats:
     """Return the columns of the sweeps' statistics by name, in `shape` and `dtype`."""
 
@@ -70,6 +75,7 @@ def token_stats(
         student_logprob=None if logprobs is None else shaped(logprobs[:, 0]),
         teacher_logprob=shaped(logprobs[:, 1]) if logprobs is not None and teacher else None,
         clipped_fraction=shaped(stats[:, Column.CLIPPED]) if problem.spec.clips else None,
+        gradient_dropped=None if dropped is None else dropped.to(dtype),
     )
 
 

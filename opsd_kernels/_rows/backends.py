@@ -1,4 +1,7 @@
-"""Row backends in order of preference, each with a predicate for the reason why it cannot serve."""
+"""Row backends in order of preference, each with a predicate for the reason why it cannot serve.
+
+The backend of the compiled libraries is here: it forwards to their operators.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,15 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import env
-from ..spec import check_choice, expect
-from . import extension
-from .contract import RowBackend
+from ..spec import RowSpec, check_choice, expect
+from . import extension, torch_rows
+from .contract import SPREAD_LIMIT, RowBackend, plain_kl
 
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,14 +33,14 @@ class SlowBackendWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend's name, its module in this folder, and a predicate.
+    """A backend's name, a function that returns its sweeps, and a predicate.
 
     `unsupported(device_type, dtype)` returns None if it sweeps logits of `dtype` (None: a common one) there,
     else the reason.
     """
 
     name: str
-    module: str
+    rows: Callable[[], RowBackend]
     unsupported: Callable[[str, torch.dtype | None], str | None]
 
 
@@ -60,11 +65,115 @@ def _no_extension(device_type: str, dtype: torch.dtype | None) -> str | None:
     return extension.load()
 
 
+class CompiledRows:
+    """The sweeps of the compiled libraries (csrc/), on the device of their tensors. Contract: contract.py."""
+
+    def __init__(self, operators: Any = torch.ops.opsd_kernels) -> None:
+        self.operators = operators
+
+    def column_norms(self, G: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        if G.is_cuda:
+            return _columns_on_cuda().column_norms(G, scale)
+        norms, sums = self.operators.column_norms(G, scale)
+        return norms, sums.sum(0)
+
+    def gather_columns_(self, G: Tensor, columns: Tensor, out: Tensor, sums: Tensor) -> None:
+        gather = _columns_on_cuda().gather_columns_ if G.is_cuda else self.operators.gather_columns_
+        gather(G, columns, out, sums)
+
+    def row_stats(
+        self, S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool
+    ) -> Tensor:
+        scalars = spec.scalars(spec.linear_difference(bias_s is bias_t))
+        temperatures = spec.student.of_rows, spec.teacher.of_rows
+        return self.operators.row_stats(S, T, bias_s, bias_t, metrics, *scalars, SPREAD_LIMIT, *temperatures)
+
+    def row_dot(
+        self, S: Tensor, T: Tensor, stats: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if spec.one_sweep:
+            return plain_kl(stats, spec)
+        scalars = spec.scalars(spec.linear_difference(bias_s is bias_t))
+        temperatures = spec.student.of_rows, spec.teacher.of_rows
+        return self.operators.row_dot(S, T, stats, bias_s, bias_t, *scalars, SPREAD_LIMIT, *temperatures)
+
+    def row_grad_(
+        self,
+        S: Tensor,
+        T: Tensor,
+        stats: Tensor,
+        A: Tensor,
+        factor: Tensor,
+        spec: RowSpec,
+        bias_s: Tensor | None,
+        bias_t: Tensor | None,
+        G: Tensor,
+        policy_slope: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> None:
+        scalars = spec.scalars(spec.linear_difference(bias_s is bias_t))
+        temperatures = spec.student.of_rows, spec.teacher.of_rows
+        self.operators.row_grad_(
+            S,
+            T,
+            stats,
+            A,
+            factor,
+            policy_slope,
+            labels,
+            bias_s,
+            bias_t,
+            G,
+            *scalars,
+            SPREAD_LIMIT,
+            *temperatures,
+        )
+
+    def row_fused_(
+        self,
+        S: Tensor,
+        T: Tensor,
+        factor: Tensor,
+        spec: RowSpec,
+        bias_s: Tensor | None,
+        bias_t: Tensor | None,
+        metrics: bool,
+        G: Tensor,
+        policy_slope: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scalars = spec.scalars(spec.linear_difference(bias_s is bias_t))
+        temperatures = spec.student.of_rows, spec.teacher.of_rows
+        return self.operators.row_fused_(
+            S,
+            T,
+            factor,
+            policy_slope,
+            labels,
+            bias_s,
+            bias_t,
+            metrics,
+            G,
+            *scalars,
+            SPREAD_LIMIT,
+            *temperatures,
+        )
+
+
+@cache
+def _columns_on_cuda() -> RowBackend:
+    """Return Triton's functions of the columns, or torch's without Triton: the CUDA library has none."""
+    triton = _no_triton("cuda", None) is None
+    return importlib.import_module(f"{__package__}.{'triton_rows' if triton else 'torch_rows'}")
+
+
+COMPILED = CompiledRows()
+
 BACKENDS = (
-    Backend("cuda", "compiled_rows", _no_cuda),
-    Backend("triton", "triton_rows", _no_triton),
-    Backend("cpp", "compiled_rows", _no_extension),
-    Backend("torch", "torch_rows", lambda device_type, dtype: None),
+    Backend("cuda", lambda: COMPILED, _no_cuda),
+    Backend("triton", lambda: importlib.import_module(f"{__package__}.triton_rows"), _no_triton),
+    Backend("cpp", lambda: COMPILED, _no_extension),
+    Backend("torch", lambda: torch_rows, lambda device_type, dtype: None),
 )
 NAMES = tuple(backend.name for backend in BACKENDS)
 
@@ -92,7 +201,7 @@ def select(name: str | None, device: torch.device, dtype: torch.dtype | None = N
     if name is None and device.type == "cpu" and backend.name == "torch":
         reasons = {other.name: other.unsupported for other in BACKENDS}
         _warn_of_missing_kernels(str(reasons["cpp"](device.type, dtype)))
-    return importlib.import_module(f"{__package__}.{backend.module}")
+    return backend.rows()
 
 
 @cache

@@ -146,6 +146,17 @@ class RowBackend(Protocol):
         labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
+    def column_norms(self, G: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the (V,) sums over the rows of (scale * G)^2, and the (n,) row sums of G.
+
+        G is (n, V), `scale` (n,) or None for ones. Both results have the dtype of the statistics.
+        """
+        ...
+
+    def gather_columns_(self, G: Tensor, columns: Tensor, out: Tensor, sums: Tensor) -> None:
+        """Write G[:, columns] to `out`, (n, K), and subtract its row sums from `sums`, (n,)."""
+        ...
+
 
 def narrowed(S: Tensor, dtype: torch.dtype) -> Tensor:
     """View the front of each row of S, (n, V) with row stride r, as `dtype`.

@@ -14,6 +14,7 @@ from .torch_math import clipped_u, entry, transform, transform_slope
 # Rows are swept in blocks of about this many entries, so that the dozen temporaries stay small beside the
 # chunk's buffers.
 BLOCK_ENTRIES = 1 << 17
+NORM_ROWS = 16  # squared at a time
 
 
 class Logits(NamedTuple):
@@ -116,6 +117,23 @@ def _block_stats(logits: Logits, metrics: bool) -> Tensor:
         stats[:, Column.STUDENT_ARGMAX] = s.argmax(-1).to(s.dtype)
         stats[:, Column.TEACHER_ARGMAX] = t.argmax(-1).to(s.dtype)
     return stats
+
+
+def column_norms(G: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(G.dtype, torch.float32)
+    norms, sums = G.new_zeros(G.shape[1], dtype=wide), G.new_empty(G.shape[0], dtype=wide)
+    for start in range(0, G.shape[0], NORM_ROWS):
+        part = slice(start, start + NORM_ROWS)
+        rows = G[part].to(wide)
+        sums[part] = rows.sum(1)
+        scaled = rows if scale is None else rows * scale[part, None]
+        norms += scaled.square().sum(0)
+    return norms, sums
+
+
+def gather_columns_(G: Tensor, columns: Tensor, out: Tensor, sums: Tensor) -> None:
+    torch.index_select(G, 1, columns, out=out)
+    sums -= out.sum(1, dtype=sums.dtype)
 
 
 def row_stats(

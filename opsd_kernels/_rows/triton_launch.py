@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -19,6 +20,15 @@ PLAIN, DIFFERENCE, LINEAR, PLAIN_MIXED, DIFFERENCE_MIXED = (tl.constexpr(mode) f
 # none, so that one block fits on a multiprocessor. The default of fusion changes in Triton 3.10.
 COMPILER_OPTIONS = {"maxnreg": 255, "enable_fp_fusion": True}
 
+# Rows of a tile of triton_columns.py, and its warps. The column norms take 40 to 58 registers for aligned
+# rows. So eight blocks or more fit on a multiprocessor, each with two 16-byte loads per thread under way.
+# Tiles of 16 rows took 96, and 138 for unaligned rows.
+COLUMN_HEIGHT, COLUMN_WARPS = 8, 4
+# Programs of the column norms: two rounds of the 132 multiprocessors of an H200.
+PROGRAMS = 2048
+# A program's column norms are 4 bytes a column, written and read once: 6 % of 64 rows of 16 bits.
+LEAST_ROWS = 64
+
 
 def config(V: int, dtype: torch.dtype) -> tuple[int, int]:
     """Return (BLOCK_V, num_warps) for rows of V logits of `dtype`.
@@ -28,6 +38,21 @@ def config(V: int, dtype: torch.dtype) -> tuple[int, int]:
     if dtype == torch.float64:
         return 512, 4
     return (1024, 4) if V <= 1024 else (2048, 8)
+
+
+def column_block(dtype: torch.dtype) -> int:
+    """Return the columns of a tile: one warp reads 16 bytes per thread in a row of it."""
+    return 32 * 16 // dtype.itemsize
+
+
+def split_rows(n: int, V: int, block: int) -> int:
+    """Return the rows of one program of the column norms, whole tiles.
+
+    152k columns of 16 bits are 594 blocks, enough for a GPU but uneven, and 8k columns only 32. So rows are
+    split, until there are PROGRAMS of them or few rows each. This depends on sizes alone: so do the bits.
+    """
+    splits = min(triton.cdiv(PROGRAMS, triton.cdiv(V, block)), triton.cdiv(n, LEAST_ROWS))
+    return triton.cdiv(triton.cdiv(n, splits), COLUMN_HEIGHT) * COLUMN_HEIGHT
 
 
 def pack(aligned: bool, dtype: torch.dtype, BLOCK_V: int, num_warps: int) -> int:

@@ -1,4 +1,4 @@
-"""Row sweeps on the Triton kernels of triton_kernels.py. Contract: contract.py."""
+"""Row sweeps on the kernels of triton_kernels.py and triton_columns.py. Contract: contract.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,24 @@ from torch import Tensor
 
 from ..spec import RowSpec
 from .contract import Column, clip_tokens, plain_kl
-from .triton_kernels import KERNELS
-from .triton_launch import COMPILER_OPTIONS, aligned, config, is_narrowed, mode, pack, terms, transforms
+from .triton_columns import COLUMN_KERNELS
+from .triton_kernels import KERNELS as ROW_KERNELS
+from .triton_launch import (
+    COLUMN_HEIGHT,
+    COLUMN_WARPS,
+    COMPILER_OPTIONS,
+    aligned,
+    column_block,
+    config,
+    is_narrowed,
+    mode,
+    pack,
+    split_rows,
+    terms,
+    transforms,
+)
+
+KERNELS = {**ROW_KERNELS, **COLUMN_KERNELS}
 
 
 def interpreted() -> bool:
@@ -29,6 +45,10 @@ def usable(device_type: str) -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device is visible"
 
 
+def _options(num_warps: int) -> dict[str, object]:
+    return {} if interpreted() else {"num_warps": num_warps, **COMPILER_OPTIONS}
+
+
 def _launch(
     name: str,
     S: Tensor,
@@ -42,7 +62,7 @@ def _launch(
     PACK = pack(aligned(S, T), S.dtype, BLOCK_V, num_warps)
     flags = {"KIND": int(spec.divergence.kind), "MODE": mode(spec, bias_s, bias_t)}
     flags |= {"BLOCK_V": BLOCK_V, "PACK": PACK}
-    options = {} if interpreted() else {"num_warps": num_warps, **COMPILER_OPTIONS}
+    options = _options(num_warps)
     with torch.cuda.device_of(S):
         KERNELS[name][(S.shape[0],)](
             S=S, T=T, BiasS=bias_s, BiasT=bias_t, stride_s=S.stride(0), stride_t=T.stride(0), V=S.shape[1],
@@ -111,3 +131,30 @@ def row_fused_(
         HAS_POLICY=policy_slope is not None, NARROWED=is_narrowed(S, G), **terms(spec),
     )  # fmt: skip
     return stats, loss, A
+
+
+def column_norms(G: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    (n, V), BLOCK, wide = G.shape, column_block(G.dtype), torch.promote_types(G.dtype, torch.float32)
+    rows = split_rows(n, V, BLOCK)
+    blocks, splits = triton.cdiv(V, BLOCK), triton.cdiv(n, rows)
+    norms, sums = G.new_empty((splits, V), dtype=wide), G.new_empty((blocks, n), dtype=wide)
+    with torch.cuda.device_of(G):
+        KERNELS["norms"][blocks, splits](
+            G=G, Scale=scale, Norms=norms, Sums=sums, stride_g=G.stride(0), n=n, V=V, rows=rows,
+            HEIGHT=COLUMN_HEIGHT, BLOCK=BLOCK, **_options(COLUMN_WARPS),
+        )  # fmt: skip
+    return norms.sum(0), sums.sum(0)
+
+
+def gather_columns_(G: Tensor, columns: Tensor, out: Tensor, sums: Tensor) -> None:
+    (n, K), BLOCK = out.shape, column_block(G.dtype)
+    blocks = triton.cdiv(K, BLOCK)
+    if blocks == 0:
+        return
+    partial = sums.new_empty((blocks, n))
+    with torch.cuda.device_of(G):
+        KERNELS["gather"][(blocks * triton.cdiv(n, COLUMN_HEIGHT),)](
+            G=G, Columns=columns, Out=out, Sums=partial, stride_g=G.stride(0), stride_out=out.stride(0),
+            n=n, K=K, HEIGHT=COLUMN_HEIGHT, BLOCK=BLOCK, **_options(COLUMN_WARPS),
+        )  # fmt: skip
+    sums -= partial.sum(0)

@@ -7,16 +7,19 @@ returns the reason why a provider cannot serve a setting, worded for a table, or
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..divergence import linear_divergence
+from ..logprobs import linear_logprobs
 from ..spec import check_choice
 from ..testing import Case
 from .internals import backends
@@ -178,6 +181,35 @@ def _cut_cross_entropy(setting: Setting) -> Op:
     )
 
 
+def _unsloth_file() -> Path | None:
+    """Return the file of unsloth-zoo's fused losses, found without an import of the package."""
+    spec = importlib.util.find_spec("unsloth_zoo")
+    found = spec.submodule_search_locations if spec is not None else None
+    file = Path(next(iter(found))) / "fused_losses" / "fused_linear.py" if found else None
+    return file if file is not None and file.is_file() else None
+
+
+@functools.cache
+def _unsloth_module() -> Any:
+    """Load that file alone: the package needs a dozen others, and changes torch and transformers."""
+    spec = importlib.util.spec_from_file_location("_unsloth_zoo_fused_linear", _unsloth_file())
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _unsloth(setting: Setting) -> Op:
+    function, beta = _unsloth_module().fused_linear_jsd, PEER_BETA[setting.divergence]
+    return lambda h, W, t, Wt, labels=None: function(h, W, t, Wt, labels=labels, beta=beta)
+
+
+def _unsloth_reason(setting: Setting) -> str | None:
+    if installed("unsloth_zoo") and _unsloth_file() is None:
+        return "this unsloth_zoo has no fused_losses/fused_linear.py"
+    return UNSLOTH_REASON(setting)
+
+
 def _peer_reason(
     *modules: str, missing: str, cuda_only: bool = False, cpu_only: bool = False, per_token: bool = True
 ) -> Callable[[Setting], str | None]:
@@ -199,12 +231,42 @@ def _only_reference_divergences(setting: Setting) -> str | None:
     return None if setting.divergence in PEER_DIVERGENCES else f"not written for {setting.divergence}"
 
 
+# ---------------------------------------------------------------- losses of labels
+
+
+def _label_loss(setting: Setting) -> Op:
+    def op(h: Tensor, W: Tensor, t: Tensor, Wt: Tensor, labels: Tensor | None = None) -> Tensor:
+        assert labels is not None
+        logprobs = linear_logprobs(h, W, labels)
+        assert isinstance(logprobs, Tensor)
+        return -logprobs.mean()
+
+    return op
+
+
+def _plain_label_loss(setting: Setting) -> Op:
+    return lambda h, W, t, Wt, labels=None: torch.nn.functional.cross_entropy((h @ W.t()).float(), labels)
+
+
+def _torch_cross_entropy(setting: Setting) -> Op:
+    """Return torch's chunked form: its `options=None` is a plain projection and cross-entropy."""
+    nn: Any = torch.nn  # of torch >= 2.13
+    function, options = nn.functional.linear_cross_entropy, nn.LinearCrossEntropyOptions()
+    return lambda h, W, t, Wt, labels=None: function(h, W, labels, options=options)
+
+
+def _torch_lce_reason(setting: Setting) -> str | None:
+    known = hasattr(torch.nn.functional, "linear_cross_entropy")
+    return None if known else "torch >= 2.13 is not installed: no linear_cross_entropy"
+
+
 TRL_REASON = _peer_reason("trl", "trl.kernels.chunked_divergence", missing="trl >= 1.16")
 LIGER_REASON = _peer_reason("liger_kernel", missing="liger-kernel", per_token=False)
 LIGER_COMPILED_REASON = _peer_reason("liger_kernel", missing="liger-kernel", cpu_only=True, per_token=False)
 LIGER_TRITON_REASON = _peer_reason(
     "liger_kernel", "triton", missing="liger-kernel", cuda_only=True, per_token=False
 )
+UNSLOTH_REASON = _peer_reason("unsloth_zoo", missing="unsloth_zoo", per_token=False)
 CCE_REASON = _peer_reason("cut_cross_entropy", missing="cut-cross-entropy", cuda_only=True, per_token=False)
 FP32_LOGITS = _ours(logits_dtype=torch.float32)
 BY_BACKEND = [
@@ -224,14 +286,34 @@ PROVIDERS = {
         # Liger's default; on a CPU it compiles for half a minute to a minute per setting.
         Provider("liger-compiled", "Liger chunked JSD, compiled", _liger_compiled, LIGER_COMPILED_REASON),
         Provider("liger-triton", "Liger Triton JSD", _liger_triton, LIGER_TRITON_REASON),
+        Provider("unsloth", "unsloth-zoo fused_linear_jsd", _unsloth, _unsloth_reason),
         Provider("cce", "cut-cross-entropy (another loss)", _cut_cross_entropy, CCE_REASON, same_loss=False),
     )
 }
-LABELS = {name: provider.label for name, provider in PROVIDERS.items()} | {
+# Losses of one head, the mean of -log p(label): suite `logprobs`. Only student and labels are read.
+LABEL_PROVIDERS = {
+    p.name: p
+    for p in (
+        Provider("opsd-logprobs", "opsd_kernels linear_logprobs", _label_loss, lambda setting: None, True),
+        Provider("torch-logprobs", "plain PyTorch, fp32 logits", _plain_label_loss, lambda setting: None),
+        Provider("torch-lce", "torch linear_cross_entropy", _torch_cross_entropy, _torch_lce_reason),
+    )
+}
+LABELS = {name: provider.label for name, provider in (PROVIDERS | LABEL_PROVIDERS).items()} | {
     BASE: "bare GEMMs",
     "whole": "bare GEMMs, chunks as large as pays",
 }
-DEFAULT = ("opsd", "torch", "compiled", "trl", "liger-chunked", "liger-compiled", "liger-triton", "cce")
+DEFAULT = (
+    "opsd",
+    "torch",
+    "compiled",
+    "trl",
+    "liger-chunked",
+    "liger-compiled",
+    "liger-triton",
+    "unsloth",
+    "cce",
+)
 # Slow to compile, not to run: left out of the quick suite, where compilation would take most of the time.
 SLOW = ("compiled", "liger-compiled")
 
@@ -268,10 +350,10 @@ def stepper(op: Op, case: Case, setting: Setting) -> Callable[[], Tensor]:
     return step
 
 
-def bare_gemms(case: Case, setting: Setting, rows: int) -> Callable[[], None]:
+def bare_gemms(case: Case, setting: Setting, rows: int, *, teacher: bool = True) -> Callable[[], None]:
     """Return the GEMMs that no implementation can avoid, as plain torch.mm over chunks of `rows`.
 
-    Their buffers are allocated and touched before.
+    Their buffers are allocated and touched before. Without `teacher` one head is projected.
     """
     h, W, t, Wt = (x.detach() for x in case.inputs())
     S = torch.ones(min(rows, setting.N), setting.V, dtype=h.dtype, device=h.device)
@@ -284,7 +366,8 @@ def bare_gemms(case: Case, setting: Setting, rows: int) -> Callable[[], None]:
             chunk = slice(start, start + rows)
             C = h[chunk].shape[0]
             for _ in range(projections):
-                torch.mm(t[chunk], Wt.t(), out=S[:C])
+                if teacher:
+                    torch.mm(t[chunk], Wt.t(), out=S[:C])
                 torch.mm(h[chunk], W.t(), out=S[:C])
             if dh is not None:
                 torch.mm(S[:C], W, out=dh[chunk])

@@ -17,7 +17,9 @@ from .report.results import Report, new_report
 from .shapes import DEVICES, parse_shape
 from .suites.accuracy import accuracy
 from .suites.latency import latency, masked, ratios
+from .suites.logprobs import logprobs
 from .suites.space import memory_suite, scaling
+from .suites.sparse import sparse
 from .suites.step import step
 from .suites.sweeps import sweeps
 from .suites.weights import weights
@@ -29,6 +31,8 @@ SUITES: dict[str, Callable[[Context], list[Task]]] = {
     "accuracy": accuracy,
     "masked": masked,
     "weights": weights,
+    "sparse": sparse,
+    "logprobs": logprobs,
     "sweeps": sweeps,
     "scaling": scaling,
     "step": step,

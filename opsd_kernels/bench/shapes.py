@@ -108,8 +108,8 @@ class Setting:
         gradients = self.N * self.H * (self.mode != "statistics") + self.V * self.H * self.trainable
         return size * (2 * self.N * self.H + heads * self.V * self.H + gradients)
 
-    def plan(self) -> ChunkPlan:
-        """Return the op's plan for the valid tokens."""
+    def plan(self, **options: Any) -> ChunkPlan:
+        """Return the op's plan for the valid tokens; `options` are further arguments of `plan`."""
         return plan(
             self.valid,
             self.V,
@@ -120,6 +120,7 @@ class Setting:
             grad=self.mode != "statistics",
             backward="recompute" if self.mode == "recompute" else "in_forward",
             device_type=self.device,
+            **options,
         )
 
     def at(self, **changes: Any) -> Setting:
@@ -170,3 +171,10 @@ def make_case(setting: Setting, seed: int = 0) -> Case:
         upstream=1.0,
         trainable=trainable,
     )
+
+
+def labelled_case(setting: Setting) -> Case:
+    """Return `make_case` with a random label for each token."""
+    gen = torch.Generator(setting.device).manual_seed(1)
+    labels = torch.randint(setting.V, (setting.N,), generator=gen, device=setting.device)
+    return replace(make_case(setting), labels=labels)

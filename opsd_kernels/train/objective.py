@@ -85,6 +85,7 @@ def step_loss(
         "topk_support": config.topk_support,
         "topk_tail": config.topk_tail,
         "return_stats": True,
+        "gradient_tolerance": config.gradient_tolerance,
         "backend": config.backend,
     }
     op: Callable[..., Any] = linear_divergence

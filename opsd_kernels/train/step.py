@@ -46,6 +46,8 @@ class Update:
     grad_norm: float
     stats: tuple[TokenStats, ...]
     rehearsal_loss: float | None = None
+    # Of a chunk's gradient, rehearsal included; None if `gradient_tolerance` is.
+    gradient_dropped: float | None = None
 
 
 def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.Optimizer:
@@ -83,7 +85,8 @@ def update_on(
 ) -> Update:
     """Make `updates_per_batch` optimisation steps on one batch.
 
-    Returns the first update, at which the student is still the policy that sampled the batch.
+    Returns the first update, at which the student is still the policy that sampled the batch, with the
+    largest `gradient_dropped` of all.
     """
     if objective.needs_old_logprobs(config):
         trainer.student.eval()
@@ -100,7 +103,8 @@ def update_on(
     except NonFiniteLoss as error:
         error.updates = len(updates)
         raise
-    return updates[0]
+    shares = [update.gradient_dropped for update in updates if update.gradient_dropped is not None]
+    return replace(updates[0], gradient_dropped=max(shares, default=None))
 
 
 def optimisation_step(
@@ -138,7 +142,23 @@ def optimisation_step(
     # Sets gradients to None: the first micro-batch of the next step writes them and does not add.
     optimizer.zero_grad()
     trainer.teacher.update(student, masters_of(optimizer))
-    return Update(float(loss), float(grad_norm), stats, None if kept is None else float(kept))
+    return Update(
+        float(loss),
+        float(grad_norm),
+        stats,
+        rehearsal_loss=None if kept is None else float(kept),
+        gradient_dropped=None if config.gradient_tolerance is None else largest_dropped(parts),
+    )
+
+
+def largest_dropped(parts: Sequence[tuple[Batch, Sequence[TokenStats]]]) -> float:
+    """Return the largest share of a chunk's gradient that was left out, over all micro-batches and ranks.
+
+    A policy gradient alone has no such share and counts as 0.
+    """
+    shares = [part.gradient_dropped for _, stats in parts for part in stats]
+    known = [share for share in shares if share is not None]
+    return float(torch.stack(known).amax()) if known else 0.0
 
 
 def share(
@@ -166,8 +186,9 @@ def gradients(
 ) -> tuple[Tensor, tuple[TokenStats, ...]]:
     """Add this rank's part of the step's gradient to the student's; `collect` runs after each backward.
 
-    The result does not depend on the number of micro-batches or of ranks. Returns the loss of the whole batch
-    (0-dim, in nats) and its statistics.
+    The result does not depend on the number of micro-batches or of ranks, except with `gradient_tolerance`:
+    each chunk then chooses its own columns. Returns the loss of the whole batch (0-dim, in nats) and its
+    statistics.
     """
     total, stats, totals = torch.zeros((), device=batch.labels_BT.device), [], batch.totals
     mine, filler = share(batch, config, ranks, sharding.is_sharded(student))
@@ -249,7 +270,8 @@ def update_metrics(update: Update | None, batch: Batch | None) -> StepMetrics:
         return torch.cat([getattr(part, name) for part in update.stats])
 
     metrics: StepMetrics = {"loss": update.loss, "grad_norm": update.grad_norm}
-    metrics |= {} if update.rehearsal_loss is None else {"rehearsal_loss": update.rehearsal_loss}
+    optional = {"rehearsal_loss": update.rehearsal_loss, "gradient_dropped": update.gradient_dropped}
+    metrics |= {name: value for name, value in optional.items() if value is not None}
     mask_BT = batch.mask_BT & batch.distilled_B[:, None]
     if update.stats[0].teacher_logprob is None or not mask_BT.any():
         values = dict.fromkeys((*DIVERGENCE_METRICS, "sampled_logprob_gap", "top1_agreement"))

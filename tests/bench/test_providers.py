@@ -1,13 +1,19 @@
 """The providers, and their gate: a wrong result gets no number."""
 
-import pytest
+import sys
+from dataclasses import replace
 
+import pytest
+import torch
+
+from opsd_kernels.bench import providers
 from opsd_kernels.bench.measure import gate
 from opsd_kernels.bench.measure.rows import compare_providers
-from opsd_kernels.bench.providers import BASE, LABELS, PROVIDERS, Provider, parse_providers
+from opsd_kernels.bench.providers import BASE, LABEL_PROVIDERS, LABELS, PROVIDERS, Provider, parse_providers
 from opsd_kernels.bench.runner import SUITES, make_context
 from opsd_kernels.bench.shapes import MODES, Setting, make_case, parse_shape
 from opsd_kernels.bench.suites.accuracy import errors
+from opsd_kernels.bench.suites.logprobs import compare_label_losses
 from opsd_kernels.bench.suites.space import MEMORY_SHAPE
 
 TINY = Setting(64, 32, 501, "float32")
@@ -25,6 +31,7 @@ QUICK = {"rounds": (3, 3), "seconds": 1.0}
         "torch",
         "trl",
         "liger-chunked",
+        "unsloth",
         pytest.param("liger-compiled", marks=pytest.mark.slow),
     ],
 )
@@ -51,6 +58,75 @@ def test_what_cannot_serve_is_a_row(name, says):
     rows = {row.provider: row for row in compare_providers("ratios", TINY, [PROVIDERS[name]], **QUICK)}
     assert says in rows[name].reason and rows[name].ms is None
     assert rows[BASE].ms.n == 3 and rows["whole"].ratio.median > 0
+
+
+UNSLOTH = """
+import torch
+import torch.nn.functional as F
+
+def fused_linear_jsd(h, W, t, Wt, *, labels=None, beta=0.5):
+    assert beta == 1.0
+    q, p = (h @ W.t()).log_softmax(-1), (t @ Wt.t()).log_softmax(-1)
+    return F.kl_div(p, q, log_target=True, reduction="none").sum(-1).mean() * FACTOR
+"""
+
+
+@pytest.mark.parametrize("factor, says", [(1.0, None), (1.1, "no number")])
+def test_unsloth_is_loaded_by_path_alone(monkeypatch, tmp_path, factor, says):
+    """From a package whose import fails, as the real one's does without its dependencies."""
+    folder = tmp_path / "unsloth_zoo"
+    (folder / "fused_losses").mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise ImportError('needs everything')")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "unsloth_zoo", raising=False)
+    provider = PROVIDERS["unsloth"]
+    gate._checked.cache_clear()
+    providers._unsloth_module.cache_clear()
+    assert "has no fused_losses" in provider.unsupported(TINY)
+    file = folder / "fused_losses" / "fused_linear.py"
+    file.write_text(UNSLOTH.replace("FACTOR", str(factor)))
+    try:
+        assert provider.unsupported(TINY) is None
+        failure = gate.check(provider, TINY).failure
+        assert failure is None if says is None else says in failure
+        assert "unsloth_zoo" not in sys.modules
+    finally:
+        gate._checked.cache_clear()
+        providers._unsloth_module.cache_clear()
+
+
+def test_an_absent_unsloth_is_a_row(monkeypatch):
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
+    assert PROVIDERS["unsloth"].unsupported(TINY) == "unsloth_zoo is not installed"
+
+
+@pytest.mark.parametrize("mode", ["trainable", "frozen"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_losses_of_labels_pass_or_say_why_not(dtype, mode):
+    rows = compare_label_losses(TINY.at(dtype=dtype, mode=mode), LABEL_PROVIDERS.values(), QUICK)
+    assert [row.provider for row in rows] == [BASE, *LABEL_PROVIDERS]
+    for row in rows[1:]:
+        if row.reason is not None:
+            assert row.provider == "torch-lce" and "torch >= 2.13" in row.reason
+            continue
+        assert row.divergence == "log-prob" and row.ms.n == 3 and row.ratio.median > 0
+        assert row.gradient_error < 2e-2 and row.loss_error < 5e-3
+
+
+@pytest.mark.parametrize("name", ["opsd-logprobs", "torch-lce"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_loss_of_labels_gets_no_number(name, dtype):
+    right = LABEL_PROVIDERS[name]
+    if right.unsupported(TINY):
+        pytest.skip(right.unsupported(TINY))
+    wrong = replace(right, make=lambda s: lambda *heads, labels: 1.02 * right.make(s)(*heads, labels=labels))
+    assert "no number" in gate.check_label_loss(wrong, TINY.at(dtype=dtype)).failure
+
+
+def test_an_older_torch_is_a_row(monkeypatch):
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    row = compare_label_losses(TINY, [LABEL_PROVIDERS["torch-lce"]], QUICK)[-1]
+    assert "torch >= 2.13 is not installed" in row.reason and row.ms is None
 
 
 @pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["quick", "full"])

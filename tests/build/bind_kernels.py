@@ -1,4 +1,4 @@
-"""Call the four sweeps of triton_rows as on a GPU, up to the launch itself.
+"""Call the functions of triton_rows as on a GPU, up to the launch itself.
 
 Arguments are bound and specialised, and kernels compiled for sm_90. A fake driver of an sm_90 GPU replaces
 Triton's. Prints one line per compiled kernel.
@@ -50,6 +50,9 @@ def sweep(
     triton_rows.row_stats(S, T, spec, bias, bias, False)
     triton_rows.row_dot(S, T, stats, spec, bias, bias)
     triton_rows.row_grad_(S, T, stats, A, factor, spec, bias, bias, S, *policy)
+    _, sums = triton_rows.column_norms(S, factor if policy else None)
+    columns = torch.arange(0, V, 2)
+    triton_rows.gather_columns_(S, columns, S.new_empty(n, len(columns)), sums)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Compile the Triton row kernels for GPUs that need not be present.
+"""Compile the Triton kernels for GPUs that need not be present.
 
 Prints a JSON line for each kernel: its variant, registers, stack and vector loads.
 
 python tests/build/compile_kernels.py 0 1     # shard 0 of 1: all
 python tests/build/compile_kernels.py --write # triton_registers.tsv, the table of test_triton_compile.py
+python tests/build/compile_kernels.py --write norms gather # its lines of these kernels alone
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from opsd_kernels._rows import triton_launch, triton_rows
+from opsd_kernels._rows.triton_columns import COLUMN_KERNELS
 from opsd_kernels.spec import Kind
 
 TYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,7 +44,7 @@ class Variant:
     dtype: str
     kind: int
     # "pair"; "linear": the linear difference; "capped": the other difference, with softcaps and biases;
-    # "mixed": "capped" with a mix
+    # "mixed": "capped" with a mix; of the column norms, "scaled": with a scale of the rows, or "plain"
     form: str = "linear"
     metrics: bool = False
     narrowed: bool = False
@@ -78,6 +79,7 @@ def variants() -> list[Variant]:
         ]
         found += [replace(jsd, arch=arch, form="pair", metrics=True, aligned=False) for arch in (80, 90, 100)]
     found += options(base)
+    found += column_variants()
     found += [replace(jsd, kernel=kernel, narrowed=True) for kernel in ("grad", "fused")]
     found += [
         replace(jsd, dtype="fp16", form="pair", metrics=True),
@@ -112,6 +114,29 @@ def options(base: Variant) -> list[Variant]:
     ]
 
 
+def column_variants() -> list[Variant]:
+    """Return the kernels of the columns, which know no divergence: kind 0."""
+    found = [
+        Variant(arch, kernel, dtype, 0, form)
+        for arch in (80, 90, 100)
+        for dtype in ("bf16", "fp32")
+        for kernel, form in (("norms", "scaled"), ("gather", "plain"))
+    ]
+    base = Variant(90, "norms", "bf16", 0, "plain")
+    found += [base, replace(base, form="scaled", aligned=False)]
+    return found + [replace(variant, dtype=dtype) for variant in found[4:6] for dtype in ("fp16", "fp64")]
+
+
+def column_source(variant: Variant) -> tuple[ASTSource, int]:
+    """Return the kernel as triton_rows would specialise it, and its warps."""
+    BLOCK = triton_launch.column_block(TYPES[variant.dtype])
+    given: dict[str, object] = {"HEIGHT": triton_launch.COLUMN_HEIGHT, "BLOCK": BLOCK}
+    if variant.form == "plain":
+        given["Scale"] = None
+    pointers = {"G": variant.dtype, "Out": variant.dtype, "Columns": "i64"}
+    return specialised(variant, given, pointers, unknown=("n", "rows", "K")), triton_launch.COLUMN_WARPS
+
+
 def constants(variant: Variant, BLOCK_V: int, num_warps: int) -> dict[str, object]:
     modes = {
         "pair": triton_launch.PLAIN,
@@ -133,21 +158,32 @@ def constants(variant: Variant, BLOCK_V: int, num_warps: int) -> dict[str, objec
     return {**flags, "BLOCK_V": BLOCK_V, "PACK": PACK, **dict.fromkeys(absent)}
 
 
-def source(variant: Variant, BLOCK_V: int, num_warps: int) -> ASTSource:
-    """Return the kernel as `_launch` would specialise it: strides and V are divisible by 16, or not."""
-    kernel = triton_rows.KERNELS[variant.kernel]
-    given = constants(variant, BLOCK_V, num_warps)
-    logits, wide = variant.dtype, "fp64" if variant.dtype == "fp64" else "fp32"
+def row_source(variant: Variant) -> tuple[ASTSource, int]:
+    """Return the kernel as `_launch` would specialise it, and its warps."""
+    BLOCK_V, num_warps = triton_launch.config(variant.V, TYPES[variant.dtype])
+    logits = variant.dtype
     pointers = {"S": logits, "T": logits, "Labels": "i64", "G": "bf16" if variant.narrowed else logits}
+    return specialised(variant, constants(variant, BLOCK_V, num_warps), pointers), num_warps
+
+
+def specialised(
+    variant: Variant, given: dict[str, object], pointers: dict[str, str], unknown: tuple[str, ...] = ()
+) -> ASTSource:
+    """Return a kernel whose strides and V are divisible by 16, or not.
+
+    `unknown` are the integers that it is not specialised for.
+    """
+    kernel = triton_rows.KERNELS[variant.kernel]
+    wide = "fp64" if variant.dtype == "fp64" else "fp32"
     signature, constexprs, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in given:
             signature[name], constexprs[name] = "constexpr", given[name]
             continue
-        number = name == "V" or name.startswith("stride")
+        number = name == "V" or name in unknown or name.startswith("stride")
         scalar = "i32" if number else "fp64"
         signature[name] = scalar if number or name[0].islower() else "*" + pointers.get(name, wide)
-        if signature[name] != "fp64" and (variant.aligned or not number):
+        if signature[name] != "fp64" and name not in unknown and (variant.aligned or not number):
             attributes[(position,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
 
@@ -162,11 +198,9 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def measure(variant: Variant) -> dict[str, object]:
-    BLOCK_V, num_warps = triton_launch.config(variant.V, TYPES[variant.dtype])
+    source, num_warps = (column_source if variant.kernel in COLUMN_KERNELS else row_source)(variant)
     options = {"num_warps": num_warps, **triton_launch.COMPILER_OPTIONS}
-    compiled = triton.compile(
-        source(variant, BLOCK_V, num_warps), target=GPUTarget("cuda", variant.arch, 32), options=options
-    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options=options)
     loads = len(re.findall(r"ld\.global(?:\.\w+)*\.v4", compiled.asm["ptx"]))
     return {
         **asdict(variant),
@@ -190,15 +224,22 @@ def read_table() -> tuple[str, dict[tuple[str, ...], tuple[int, ...]]]:
     }
 
 
-def write_table(rows: Iterable[dict[str, object]]) -> None:
-    head = f"# triton {triton.__version__}", "\t".join([*(field.name for field in fields(Variant)), *USED])
-    lines = sorted("\t".join([*key(row), *(str(row[name]) for name in USED)]) for row in rows)
+def write_table(kernels: list[str]) -> None:
+    """Write the table, or of some kernels the lines."""
+    version, found = read_table() if kernels else (triton.__version__, {})
+    if version != triton.__version__:
+        sys.exit(f"the table is of triton {version}, this is {triton.__version__}: write all of it")
+    found = {name: used for name, used in found.items() if name[1] not in kernels}
+    rows = map(measure, (variant for variant in variants() if not kernels or variant.kernel in kernels))
+    found |= {key(row): tuple(row[name] for name in USED) for row in rows}
+    head = f"# triton {version}", "\t".join([*(field.name for field in fields(Variant)), *USED])
+    lines = sorted("\t".join([*name, *map(str, used)]) for name, used in found.items())
     TABLE.write_text("\n".join([*head, *lines, ""]))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--write"]:
-        write_table(map(measure, variants()))
+    if sys.argv[1:2] == ["--write"]:
+        write_table(sys.argv[2:])
     else:
         shard, shards = map(int, sys.argv[1:])
         for chosen in variants()[shard::shards]:

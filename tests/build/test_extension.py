@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsd_kernels._rows import compiled_rows, extension
+from opsd_kernels._rows import backends, extension
 from opsd_kernels._rows.contract import Column
 from opsd_kernels.spec import Divergence, Kind, LogitTransform, RowSpec
 from opsd_kernels.testing import assert_same_bits
@@ -105,7 +105,7 @@ def gradient(
     stats = torch.zeros(1, len(Column), dtype=wide)
     G = torch.zeros(1, S.numel(), dtype=out)
     one = torch.ones(1, dtype=wide)
-    compiled_rows.row_grad_(S[None], T[None], stats, A * one, one, spec, None, None, G)
+    backends.COMPILED.row_grad_(S[None], T[None], stats, A * one, one, spec, None, None, G)
     return G[0]
 
 
@@ -155,7 +155,9 @@ def test_arithmetic_of_tanh(built):
     z = ladder(-30, 2.5)
     for cap, scale in ((30.0, 1.0), (50.0, -1.3)):
         spec = RowSpec(Divergence(Kind.TVD), LogitTransform(scale, cap), LogitTransform())
-        got = compiled_rows.row_stats(z[:, None], z[:, None], spec, None, None, False)[:, Column.STUDENT_MAX]
+        got = backends.COMPILED.row_stats(z[:, None], z[:, None], spec, None, None, False)[
+            :, Column.STUDENT_MAX
+        ]
         assert worst_ulps(got, cap * torch.tanh(scale * z.double() / cap)) < 2.5
 
 
@@ -215,7 +217,7 @@ def test_long_rows_have_the_same_bits_on_one_and_two_threads(built, kind):
         for count in (1, 2):
             torch.set_num_threads(count)
             G = torch.empty_like(S, dtype=torch.bfloat16)
-            results.append((*compiled_rows.row_fused_(S, T, torch.ones(9), spec, None, None, True, G), G))
+            results.append((*backends.COMPILED.row_fused_(S, T, torch.ones(9), spec, None, None, True, G), G))
     finally:
         torch.set_num_threads(threads)
     for one, two in zip(*results, strict=True):
@@ -224,7 +226,7 @@ def test_long_rows_have_the_same_bits_on_one_and_two_threads(built, kind):
 
 def test_errors_name_the_argument(built):
     S, T, one, spec = torch.zeros(2, 5), torch.zeros(2, 5), torch.ones(2), RowSpec(Divergence(Kind.JSD))
-    fused = compiled_rows.row_fused_
+    fused = backends.COMPILED.row_fused_
     cases = [
         (
             lambda: fused(S.long(), T.long(), one, spec, None, None, False, S),
@@ -253,7 +255,7 @@ def test_errors_name_the_argument(built):
             "G: expected float32 or a 16-bit type, got Double",
         ),
         (
-            lambda: compiled_rows.row_dot(S, T, torch.zeros(2, 3), spec, None, None),
+            lambda: backends.COMPILED.row_dot(S, T, torch.zeros(2, 3), spec, None, None),
             r"stats: expected shape \(2, 15\), got shape \(2, 3\)",
         ),
     ]

@@ -9,7 +9,7 @@ from row_cases import hard_rows, run_rows
 from row_contract import RowContract
 from row_options_contract import RowOptionsContract, make_rows
 
-from opsd_kernels._rows import compiled_rows, extension
+from opsd_kernels._rows import backends, extension
 from opsd_kernels.spec import Kind
 from opsd_kernels.testing import assert_same_bits
 
@@ -24,9 +24,8 @@ COVERED = ("test_loss_and_gradient", "test_statistics")
 
 class OnEmulator:
     @pytest.fixture
-    def row_backend(self, monkeypatch):
-        monkeypatch.setattr(compiled_rows, "OPERATORS", torch.ops.opsd_emulated)
-        return compiled_rows
+    def row_backend(self):
+        return backends.CompiledRows(torch.ops.opsd_emulated)
 
     @pytest.fixture(autouse=True)
     def covering_part(self, request):

@@ -5,11 +5,13 @@ from dataclasses import replace
 import placing
 import pytest
 import torch
+from column_contract import ColumnContract, gradient, pick, scale_of
 from row_cases import Rows, hard_rows, make_rows, run_rows
 from row_contract import KINDS, RowContract
 from row_options_contract import RowOptionsContract
 from row_options_contract import make_rows as make_option_rows
 
+from opsd_kernels._rows import backends
 from opsd_kernels._rows.contract import narrowed
 from opsd_kernels._rows.triton_launch import aligned
 from opsd_kernels.spec import Kind
@@ -103,3 +105,36 @@ class TestRowOptions(OnDevice, RowOptionsContract):
         for V in OPTION_VOCABULARIES:
             for form in self.FORMS:
                 self.check(row_backend, make_option_rows(4, V, dtype, form, kind, **every), route)
+
+
+class TestColumns(OnDevice, ColumnContract):
+    TRITON_SHAPES = [(3, 7), (5, 2049), (150, 33)]
+    test_the_number_of_threads_does_not_change_bits = None  # threads of a CPU
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_columns_of_real_vocabularies(self, row_backend, dtype):
+        for V in VOCABULARIES:
+            G = gradient(70, V, dtype)
+            self.check_norms(row_backend, G, scale_of(G, "given"))
+            self.check_gather(row_backend, G, pick(V, "some"))
+            for one, two in zip(self.run(row_backend, G), self.run(row_backend, G), strict=True):
+                assert_same_bits(one, two)
+
+    @pytest.mark.skipif(placing.DRY_RUN, reason="takes 6 GiB")
+    def test_places_beyond_31_bits(self, backend, device):
+        """Four rows, 2**30 entries apart: the last two begin at 2**31 and beyond."""
+        rows, V, near = backends.select(backend, device), 1000, gradient(4, 1000, torch.bfloat16)
+        places = torch.zeros(3 * 2**30 + V, dtype=torch.bfloat16, device=device)
+        G, columns = places.as_strided((4, V), (2**30, 1)).copy_(near), pick(V, "some")
+        norms, sums = rows.column_norms(G, None)
+        out, rest = G.new_empty(4, len(columns)), sums.clone()
+        rows.gather_columns_(G, columns.to(device), out, rest)
+        assert_same_bits(out.cpu(), near[:, columns])
+        exact = near.double()
+        size = exact.abs().sum(1)
+        for got, truth, magnitude in (
+            (norms, exact.square().sum(0), exact.square().sum(0)),
+            (sums, exact.sum(1), size),
+            (rest, exact[:, 1::3].sum(1), size),
+        ):
+            self.assert_one_rounding(got.cpu(), truth, got.dtype, magnitude=magnitude)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from column_contract import ColumnContract
 from row_cases import DTYPES, hard_rows, run_rows
 from row_contract import RowContract
 from row_options_contract import CLIPS, RowOptionsContract
@@ -95,3 +96,7 @@ class TestRowOptions(OnInterpreter, RowOptionsContract):
             self.FORMS = [forms[(turn + (params["route"] == "fused")) % len(forms)]]
         if not covered:
             pytest.skip("not in the part of the matrix that the interpreter runs")
+
+
+class TestColumns(OnInterpreter, ColumnContract):
+    test_the_number_of_threads_does_not_change_bits = None  # the interpreter has one thread

@@ -23,6 +23,8 @@ from opsd_kernels.train.config.presets import PRESETS
         ("backend=tritn", "backend: expected null or one of .*did you mean 'triton'?"),
         ("beta=1", "beta: expected a number strictly between 0 and 1, got 1"),
         ("ema_rate=2", r"ema_rate: expected null or a number in \(0, 1\], got 2"),
+        ("gradient_tolerance=1", r"gradient_tolerance: expected null or a number in \[0, 1\), got 1"),
+        ("gradient_tolerance=-0.1", r"gradient_tolerance: expected null or a number in \[0, 1\), got -0.1"),
         ("tiny_hidden=50", "tiny_hidden: expected a multiple of 2"),
         ("feedback=mark", "feedback: expected one of answer, .*did you mean 'marks'?"),
         ("teacher=external", "teacher_model: expected a model exactly if teacher is external, got None"),

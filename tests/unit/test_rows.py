@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from column_contract import ColumnContract
 from row_contract import RowContract
 from row_options_contract import RowOptionsContract
 
@@ -15,6 +16,9 @@ class TestRowContract(RowContract): ...
 
 
 class TestRowOptions(RowOptionsContract): ...
+
+
+class TestColumns(ColumnContract): ...
 
 
 def test_cpp_numbers_the_divergences_as_spec_does():

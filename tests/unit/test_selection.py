@@ -36,18 +36,19 @@ def usable(monkeypatch):
 
 
 def served(device, dtype=None, name=None):
-    return backends.select(name, device, dtype).__name__.rpartition(".")[2]
+    rows = backends.select(name, device, dtype)
+    return getattr(rows, "__name__", type(rows).__name__).rpartition(".")[2]
 
 
 def test_cuda_is_preferred_then_triton_then_torch(usable):
     usable()
     assert [served(CUDA, dtype) for dtype in DTYPES] == [
         "triton_rows",
-        "compiled_rows",
-        "compiled_rows",
-        "compiled_rows",
+        "CompiledRows",
+        "CompiledRows",
+        "CompiledRows",
     ]
-    assert served(CUDA) == "compiled_rows"
+    assert served(CUDA) == "CompiledRows"
     usable(cuda="the CUDA kernels were not built")
     assert {served(CUDA, dtype) for dtype in DTYPES} == {"triton_rows"}
     usable(cuda="the CUDA kernels were not built", triton="triton is not installed")

@@ -15,7 +15,7 @@ import opsd_kernels
 from opsd_kernels import linear_divergence
 
 PACKAGE = Path(opsd_kernels.__file__).parent
-MOST_FUNCTIONS, MOST_FILES, MOST_FRAMES = 85, 11, 8  # they may only fall
+MOST_FUNCTIONS, MOST_FILES, MOST_FRAMES = 85, 10, 8  # they may only fall
 LEAST_MEDIAN = 6  # lines of a core function's body; it may only rise
 MOST_FILES_OF_AN_OPTION = 11  # signatures, spec, the trainer's setting, kernels; it may only fall
 

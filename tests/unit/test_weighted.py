@@ -8,7 +8,7 @@ import torch
 
 from opsd_kernels import linear_divergence, plan, weights
 from opsd_kernels._core import loop
-from opsd_kernels._core.planner import align
+from opsd_kernels._core.library import align
 from opsd_kernels.testing import (
     assert_no_worse,
     assert_on_target,

@@ -2,7 +2,8 @@
 
 This package has to keep its own promises: with 16-bit inputs the target of their logits (2 % or 0.3 %), with
 wider inputs at most twice the error of plain PyTorch. Other libraries have to compute the same function, in
-fp32 within 0.3 %, as in tests/peers; their error at the setting's dtype is part of their row.
+fp32 within 0.3 %, as in tests/peers; their error at the setting's dtype is part of their row. A call with
+`gradient_tolerance` has to leave out no more than it reports, and nothing else: `check_tolerance`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...spec import Divergence
+from ...divergence import linear_divergence
+from ...spec import Divergence, expect
 from ...testing import (
+    TARGETS,
     Case,
     Outcome,
     assert_no_worse,
@@ -24,10 +27,14 @@ from ...testing import (
     hard_case,
     relative_error,
 )
-from ...testing.reference import linear_divergence_reference
+from ...testing.reference import (
+    linear_divergence_reference,
+    linear_logprobs_reference,
+    reference_divergence,
+)
 from ..internals import resolve_logits
 from ..providers import Provider
-from ..shapes import Setting, make_case
+from ..shapes import Setting, labelled_case, make_case
 from .timing import reason_of
 
 # With fewer tokens the rounding errors of a bf16 loss would not average out.
@@ -35,6 +42,9 @@ TOKENS = 64
 # Rows of dW that are compared. All of them in float64 would take longer than the measurement, and each row
 # sums over all tokens.
 CHECKED_ROWS = 4096
+# The true share of what is left out over the reported one: 16-bit logits round the small columns of a
+# gradient by up to this much.
+SHARE_ROUNDING = {"float32": 1.001, "bfloat16": 1.1, "float16": 1.1}
 
 
 @dataclass(frozen=True)
@@ -79,8 +89,13 @@ def check(provider: Provider, setting: Setting) -> Verdict:
 
 @functools.cache
 def _checked(provider: Provider, setting: Setting) -> Verdict:
+    return _verdict(lambda: _own(provider, setting) if provider.exact else _peer(provider, setting))
+
+
+def _verdict(run: Callable[[], Verdict]) -> Verdict:
+    """Return the result of a check; where it raises, the failure."""
     try:
-        return _own(provider, setting) if provider.exact else _peer(provider, setting)
+        return run()
     except AssertionError as error:
         return Verdict(failure=f"wrong, so no number: {reason_of(error)}")
     except Exception as error:  # other libraries raise many types; each becomes a row
@@ -135,3 +150,92 @@ def _peer(provider: Provider, setting: Setting) -> Verdict:
     )
     case, truth, _ = _truth_and_peer(setting)
     return _errors(outcome_of(provider.make(setting), case), truth)
+
+
+# ---------------------------------------------------------------- losses of labels
+
+
+def label_loss(
+    h: torch.Tensor, W: torch.Tensor, *teacher: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """Return the mean of -log p(label), by its definition."""
+    logprobs = linear_logprobs_reference(h, W, labels)
+    assert isinstance(logprobs, torch.Tensor)
+    return -logprobs.mean()
+
+
+def check_label_loss(provider: Provider, setting: Setting) -> Verdict:
+    """Run the gate of a provider of LABEL_PROVIDERS, with TOKENS tokens; other libraries are held in fp32."""
+    setting = setting.at(N=TOKENS)
+
+    def errors(setting: Setting) -> Verdict:
+        case = labelled_case(setting)
+        found, truth = outcome_of(provider.make(setting), case), outcome_of(label_loss, case.double())
+        if provider.exact and setting.torch_dtype.itemsize > 2:
+            assert_no_worse(found, outcome_of(label_loss, case), truth)
+        elif provider.exact or setting.torch_dtype.itemsize > 2:
+            assert_on_target(found, truth, "fp32_logits")
+        return _errors(found, truth)
+
+    def run() -> Verdict:
+        if not provider.exact:
+            errors(setting.at(dtype="float32"))
+        return errors(setting)
+
+    return _verdict(run)
+
+
+# ---------------------------------------------------------------- gradient_tolerance
+
+
+def part_of(case: Case, rows: slice) -> Case:
+    """Return the case of some rows. Raises ValueError for one with a mask or token weights."""
+    expect(
+        case.mask is None and case.token_weights is None, "case", "hidden states, heads and labels", "more"
+    )
+    labels = None if case.labels is None else case.labels[rows]
+    hidden, teacher = case.student_hidden[rows], case.teacher_hidden[rows]
+    return replace(case, student_hidden=hidden, teacher_hidden=teacher, labels=labels)
+
+
+def check_tolerance(setting: Setting, case: Case, tolerance: float) -> Verdict:
+    """Check a call with `gradient_tolerance` on the first TOKENS rows of `case`, which are one chunk.
+
+    The rows of dW that are not zero belong to the columns that were kept: they are as exact as without a
+    tolerance. The other columns hold a share of the float64 gradient that is at most the reported one, and
+    that one is at most the tolerance. dh is no further from the truth than the products of the kept columns
+    alone, which lack the correction by the mean row.
+    """
+    return _verdict(lambda: _within_tolerance(setting, part_of(case, slice(TOKENS)), tolerance))
+
+
+def _within_tolerance(setting: Setting, case: Case, tolerance: float) -> Verdict:
+    case = replace(case, trainable=("student_hidden", "student_weight"))
+    options = {"divergence": setting.divergence, "return_stats": True, "workspace_bytes": 1 << 36}
+    found = evaluate(linear_divergence, case, gradient_tolerance=tolerance, **options)
+    assert found.student_weight is not None and found.student_hidden is not None
+    kept, dropped = found.student_weight.ne(0).any(1), found.stats.gradient_dropped.item()  # type: ignore[attr-defined]
+    wide = case.double()
+    logits = (wide.student_hidden @ wide.student_weight.t()).requires_grad_()
+    teacher = wide.teacher_hidden @ wide.teacher_weight.t()
+    loss = reference_divergence(logits, teacher, Divergence.parse(setting.divergence)).mean()
+    (G,) = torch.autograd.grad(
+        loss, logits, torch.as_tensor(case.upstream, dtype=loss.dtype, device=loss.device)
+    )
+    share = (G[:, ~kept].norm() / G.norm()).item()
+    # Columns may also be zero because a probability underflows.
+    limit = SHARE_ROUNDING[setting.dtype] * dropped + 1e-9
+    assert share <= limit, f"{share:.2e} of the gradient was left out, {dropped:.2e} reported"
+    assert dropped <= tolerance, f"{dropped:.2e} of the gradient was left out, allowed {tolerance:.0e}"
+    with torch.no_grad():
+        truth = Outcome(loss.detach(), G @ wide.student_weight, G.t()[kept] @ wide.student_hidden)
+    exact = "default" if setting.torch_dtype.itemsize == 2 else "fp32_logits"
+    part = Outcome(found.loss, student_weight=found.student_weight[kept])
+    assert_on_target(part, replace(truth, student_hidden=None), exact)
+    assert truth.student_hidden is not None
+    plain = (G[:, ~kept] @ wide.student_weight[~kept]).norm() / truth.student_hidden.norm()
+    error, bound = relative_error(found.student_hidden, truth.student_hidden), plain.item() + TARGETS[exact]
+    assert error <= bound, (
+        f"gradient of student_hidden: error {error:.3%}, without its correction {bound:.3%}"
+    )
+    return Verdict(error, relative_error(found.loss, truth.loss))

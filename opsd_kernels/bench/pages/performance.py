@@ -48,6 +48,13 @@ ABOUT = {
     "weights": "Time of each dialect over that of the same call with a plain tensor of weights.",
     "sweeps": "Bytes of logits per second; *of ceiling* is the share of the copy bandwidth measured in the "
     "same run.",
+    "sparse": "Hidden states of SmolLM2-135M-Instruct on its own samples, teacher with a hint, under its "
+    "own head (V=49152) and one with added rows (V=262144, `opsd_kernels/bench/measure/captured.py`); with "
+    "--quick or --shape the rows are synthetic. *kept columns*: share of the vocabulary in the backward "
+    "GEMMs, mean over the chunks. *left out*: `gradient_dropped`. Errors are relative, against float64. "
+    "*ratio*: time over the bare GEMMs.",
+    "logprobs": "Mean of -log p(label), forward and backward, over the GEMMs that it cannot avoid: "
+    "projection, hidden gradient, and the head's gradient where the head is trained.",
     "scaling": "Time over the bare GEMMs by N, each call under a memory limit: on a CPU 256 MiB (quick) or 1 "
     "GiB (full).",
     "step": "A step of a randomly initialised Qwen3 that is its own teacher. *of the step*: share of the "

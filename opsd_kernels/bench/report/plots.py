@@ -24,6 +24,7 @@ COLOURS = {
     "liger-chunked": "#8e5ea2",
     "liger-compiled": "#b48ec4",
     "liger-triton": "#5b3758",
+    "unsloth": "#b8a038",
 }
 
 

@@ -16,7 +16,16 @@ from ...provenance import describe_machine, git_commit, package_version
 from ..measure.timing import Sample
 
 SCHEMA = 1
-PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "transformers", "opsd_kernels")
+PACKAGES = (
+    "torch",
+    "triton",
+    "trl",
+    "liger-kernel",
+    "unsloth_zoo",
+    "cut-cross-entropy",
+    "transformers",
+    "opsd_kernels",
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,12 @@ class Row:
     predicted_bytes: int | None = None
     gradient_error: float | None = None  # relative, against float64
     loss_error: float | None = None
+    # Of suite `sparse`: relative error of dW, share of the columns in the backward GEMMs, largest share of a
+    # chunk's gradient that was left out, ratio to the exact call.
+    head_error: float | None = None
+    kept: float | None = None
+    dropped: float | None = None
+    exact: float | None = None
     rows: int | None = None  # per chunk, as planned
 
     @property

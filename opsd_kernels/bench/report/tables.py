@@ -146,6 +146,28 @@ COLUMNS: dict[str, tuple[str, list[Column]]] = {
         ],
     ),
     "scaling": ("Time by N under a memory limit", [*SETTING[:2], *WHO, *TIME, *NOTE]),
+    "sparse": (
+        "`gradient_tolerance` on rows of a model, against the bare GEMMs and the exact call",
+        [
+            SETTING[0],
+            SETTING[1],
+            SETTING[3],
+            *WHO,
+            variant("tolerance"),
+            ("kept columns", lambda r: percent(r.kept)),
+            ("left out", lambda r: number(r.dropped, ".1e")),
+            ("error of dh", lambda r: percent(r.gradient_error)),
+            ("error of dW", lambda r: percent(r.head_error)),
+            *TIME,
+            ("of the exact call", lambda r: number(r.exact, ".2f")),
+            *VERDICT,
+            *NOTE,
+        ],
+    ),
+    "logprobs": (
+        "Log-probs of labels, against the bare GEMMs",
+        [*SETTING[:2], SETTING[3], *WHO, *TIME, *ERRORS, *NOTE],
+    ),
     "step": (
         "Where a training step goes",
         [variant("part"), *SETTING[:2], ("loss head by", WHO[0][1]), TIME[0], ("of the step", times), *NOTE],

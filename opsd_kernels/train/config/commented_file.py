@@ -67,6 +67,7 @@ COMMENTS: dict[str, dict[str, str]] = {
         "reward_clip": "of a token's reward; null: none",
         "importance_clip": "of the ratio to the policy that sampled",
         "reduction": "",
+        "gradient_tolerance": "share of a chunk's gradient that may be left out; null: none",
         "backend": "row backend of the op; null: its choice. Part of the numbers",
         "router_aux_loss_coef": "of a mixture-of-experts student; null: its config's, 0: none",
     },

@@ -127,6 +127,7 @@ class TrainConfig:
     reward_clip: float | None = None
     importance_clip: float = 2.0
     reduction: str = "token_mean"
+    gradient_tolerance: float | None = None
     backend: str | None = None
     router_aux_loss_coef: float | None = None
     # policy gradient
@@ -208,6 +209,12 @@ class TrainConfig:
             "ema_rate",
             "null or a number in (0, 1]",
             self.ema_rate,
+        )
+        expect(
+            self.gradient_tolerance is None or 0 <= self.gradient_tolerance < 1,
+            "gradient_tolerance",
+            "null or a number in [0, 1)",
+            self.gradient_tolerance,
         )
         expect(0 <= self.trust_region < 1, "trust_region", "a number in [0, 1)", self.trust_region)
         expect(0 <= self.policy_weight <= 1, "policy_weight", "a number in [0, 1]", self.policy_weight)

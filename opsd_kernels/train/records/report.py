@@ -21,7 +21,7 @@ PANELS = (
     ("divergence, nats", ("divergence", "divergence_p95")),
     ("entropy, nats", ("student_entropy", "teacher_entropy")),
     ("sampled log-prob gap, nats", ("sampled_logprob_gap",)),
-    ("shares", ("groups_with_success", "samples_in_loss", "top1_agreement")),
+    ("shares", ("groups_with_success", "samples_in_loss", "top1_agreement", "gradient_dropped")),
     ("sampled tokens per second", ("tokens_per_second",)),
 )
 MEASURED = (

@@ -1,0 +1,94 @@
+"""Choose the columns of a logit gradient that enter the backward GEMMs, within a bound.
+
+For a chunk's gradient G, (C, V) with rows scaled by s, the squared norm of column v is
+n_v = sum_i (s_i G_iv)^2. The smallest columns are dropped while the sum of their n_v stays within
+tolerance^2 * sum_v n_v, so the share of the Frobenius norm that is left out is known. The columns that are
+kept are gathered by slices, and the GEMMs are dense products of those (loop.py):
+
+    dh = G[:, kept] @ W[kept] + r m^T,    dW[kept] += G[:, kept].T @ (s * h).
+
+r_i is the sum of row i over the dropped columns, and m the mean of some rows of the head. A row of G sums to
+zero over the vocabulary, so the sum of what is dropped is not small, and its product with what all rows of a
+head have in common is most of the error of dh. Measurements: docs/results/log.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._rows.contract import RowBackend
+from .planner import KEPT_BYTES
+from .problem import Problem
+
+# Rows of the head, evenly spaced. With all rows of SmolLM2's the error of dh falls by a hundredth.
+MEAN_ROWS = 2048
+# Above this share of kept columns the exact GEMMs cost less.
+LARGEST_KEPT = 0.75
+# Shares of the squared norm are integers, in units of 1 / ONE: their sums have the same bits in any order.
+ONE = 2**60
+# The leading bits of an fp32 number: columns with the same ones are kept or dropped together.
+GROUP_BITS = 16
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Hold the columns of a chunk that enter the GEMMs."""
+
+    columns: Tensor  # (K,) int64, ascending
+    sums: Tensor  # (C,): the row sums of G; after the columns are gathered, those of the dropped ones
+
+
+@dataclass(frozen=True)
+class ColumnFilter:
+    """Select the columns of each chunk of a call."""
+
+    tolerance: float
+    backend: RowBackend
+    mean: Tensor  # (H,) of rows of the head, in the accumulator's dtype
+    dropped: Tensor  # 0-dim: the largest share that a chunk has left out so far
+
+    @classmethod
+    def of(cls, problem: Problem, backend: RowBackend, dropped: Tensor) -> ColumnFilter | None:
+        """Return None where all columns enter: without a tolerance, and while a CUDA graph is captured.
+
+        A graph's shapes are fixed, and the number of columns is read on the host.
+        """
+        tolerance, weight = problem.gradient_tolerance, problem.student.weight
+        capturing = weight.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if tolerance is None or capturing or not any(problem.wants[:2]):
+            return None
+        rows = weight[:: -(-weight.shape[0] // MEAN_ROWS)]
+        return cls(tolerance, backend, rows.to(dropped.dtype).mean(0), dropped)
+
+    def select(self, G: Tensor, scale: Tensor | None) -> Kept | None:
+        """Return the columns to keep, or None if all of them enter the GEMMs.
+
+        On a GPU this reads one value on the host: the number of columns.
+        """
+        norms, sums = self.backend.column_norms(G, scale)
+        total, lost = norms.sum(dtype=torch.float64), G.numel() * torch.finfo(norms.dtype).tiny
+        # At least the true share of a column, whatever G, its sum and the fp32 result lose to rounding and
+        # underflow.
+        rounding = 1 + 4 * torch.finfo(G.dtype).eps + (len(G) + 64) * torch.finfo(torch.float32).eps
+        shares = norms.double().add_(lost / G.shape[1]).mul_(rounding / total)
+        usable = torch.isfinite(total) & (total * self.tolerance**2 > lost)
+        shares.masked_fill_(~usable, 0)
+        group = shares.float().view(torch.int32).bitwise_right_shift_(GROUP_BITS).long()
+        sizes = torch.zeros(1 << (31 - GROUP_BITS), dtype=torch.int64, device=G.device)
+        upto = sizes.scatter_add_(0, group, shares.mul_(ONE).ceil_().long()).cumsum(0)
+        groups = torch.where(usable, (upto <= int(self.tolerance**2 * ONE)).sum(), 0)
+        columns = (group >= groups).nonzero().squeeze(1)
+        if columns.numel() > LARGEST_KEPT * G.shape[1]:
+            return None
+        share = torch.where(groups > 0, upto[(groups - 1).clamp(min=0)], 0).double().div(ONE).sqrt()
+        torch.maximum(self.dropped, share.to(self.dropped.dtype), out=self.dropped)
+        return Kept(columns, sums)
+
+
+def slice_length(rows: int, hidden: int, dtype: torch.dtype) -> int:
+    """Return the number of kept columns that are gathered at a time."""
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    return max(KEPT_BYTES // (rows * dtype.itemsize + hidden * (dtype.itemsize + wide)), 64)
