@@ -48,7 +48,7 @@ def launch(
     return [json.loads(result.read_text()) for result, _ in places]
 
 
-def join(rank: str, world: str, rendezvous: str, timeout_s: float = 60.0) -> None:
+def join(rank: str, world: str, rendezvous: str, timeout_s: float = 240.0) -> None:
     """Join the default process group; call it in a rank.
 
     A rank that waits longer than `timeout_s` for the others fails.

@@ -337,9 +337,9 @@ def test_no_rank_waits_for_the_one_that_cannot_write(on_two):
 
 @pytest.mark.slow
 def test_ranks_wait_for_a_save_longer_than_their_time_out(launching, settings, tmp_path, monkeypatch):
-    """Eight seconds, five in the process group and in the configuration."""
-    monkeypatch.setenv("TIMEOUT_S", "5")
-    config = TrainConfig(**settings | {"steps": 2}, collective_timeout=5.0)
+    """Twelve seconds, eight in the process group and in the configuration."""
+    monkeypatch.setenv("TIMEOUT_S", "8")
+    config = TrainConfig(**settings | {"steps": 2}, collective_timeout=8.0)
     jobs = [(config, tmp_path / "replicas", "slow"), (sharded(config), tmp_path / "sharded", "slow")]
     for report in start(launching, 2, tmp_path, *jobs):
         assert [run["steps"] for run in report] == [2, 2]
@@ -372,5 +372,5 @@ def test_a_rank_that_is_killed_does_not_hang_the_others(launching, tmp_path, sha
     config = TrainConfig(**SMALL, **TINY, cache_dir=str(tmp_path), updates_per_batch=2, shard=shard)
     began = time.monotonic()
     with pytest.raises(AssertionError, match=r"(?s)rank 0 ended with .*rank 1 ended with -9"):
-        start(launching, 2, tmp_path, (config, tmp_path / "run", "die"), timeout_s=120)
-    assert time.monotonic() - began < 60, "the others waited for their time-out"
+        start(launching, 2, tmp_path, (config, tmp_path / "run", "die"), timeout_s=200)
+    assert time.monotonic() - began < 180, "the others waited for their time-out"

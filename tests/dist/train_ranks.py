@@ -2,7 +2,7 @@
 
 The jobs are a JSON list of [configuration, run directory, how]. `interrupt`: the last rank gets Ctrl-C after
 the third step. `stop`: the same by SIGTERM, and nothing is counted. `resume`: the run continues. `full`: the
-disk of the first rank is full. `slow`: its first save takes eight seconds. `die`: the last rank is killed in
+disk of the first rank is full. `slow`: its first save takes twelve seconds. `die`: the last rank is killed in
 the middle of a step. TIMEOUT_S is the time-out of the default process group.
 """
 
@@ -26,7 +26,7 @@ from opsd_kernels.train.records import checkpoint
 from opsd_kernels.train.types import CheckpointError, TrainingInterrupted
 
 STOP_AFTER, DIE_AFTER = 3, 5  # steps; losses
-SLOW_S = 8
+SLOW_S = 12.0
 
 
 def even(answer: str, row: dict[str, Any]) -> bool:
@@ -183,7 +183,7 @@ def work(config: str, out: str, how: str, last: bool) -> dict[str, Any]:
 
 def main(rank: str, world: str, rendezvous: str, result: str, jobs: str) -> None:
     os.environ |= {"RANK": rank, "WORLD_SIZE": world}
-    join(rank, world, rendezvous, float(os.environ.get("TIMEOUT_S", "60")))
+    join(rank, world, rendezvous, float(os.environ.get("TIMEOUT_S", "240")))
     ended = [work(*job, last=rank == str(int(world) - 1)) for job in json.loads(jobs)]
     Path(result).write_text(json.dumps(ended))
     leave()
