@@ -26,7 +26,7 @@ from opsd_kernels.train.records import checkpoint
 from opsd_kernels.train.types import CheckpointError, TrainingInterrupted
 
 STOP_AFTER, DIE_AFTER = 3, 5  # steps; losses
-SLOW_S = 12.0
+SLOW_S = 12
 
 
 def even(answer: str, row: dict[str, Any]) -> bool:
