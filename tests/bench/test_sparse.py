@@ -52,7 +52,7 @@ def test_the_truth_in_slices_is_the_definition(monkeypatch):
 def test_a_budget_gives_the_chunks(rows):
     for tolerance in (None, 1e-3):
         budget = budget_of(SMALL, rows, tolerance)
-        assert SMALL.plan(workspace_bytes=budget, tolerance=tolerance).rows == rows
+        assert SMALL.plan(workspace_bytes=budget, gradient_tolerance=tolerance).rows == rows
 
 
 def test_chunks_that_the_planner_refuses_are_a_row():

@@ -122,7 +122,7 @@ def budget_of(setting: Setting, rows: int, tolerance: float | None) -> int | Non
 
     def planned(budget: int) -> int:
         try:
-            return setting.plan(workspace_bytes=budget, tolerance=tolerance).rows
+            return setting.plan(workspace_bytes=budget, gradient_tolerance=tolerance).rows
         except ValueError:  # the budget does not hold a row
             return 0
 
@@ -184,7 +184,7 @@ def own_row(group: Group, case: Case, name: str, budget: int) -> Row:
     row = with_errors(row, found, truth_of(group.trained, group.real))
     if tolerance is None:
         return replace(row, kept=1.0)
-    planned = group.real and group.rows == setting.plan(tolerance=tolerance).rows and name == STATED
+    planned = group.real and group.rows == setting.plan(gradient_tolerance=tolerance).rows and name == STATED
     return replace(
         row,
         dropped=stats.gradient_dropped.item(),
