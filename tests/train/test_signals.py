@@ -24,7 +24,7 @@ STOP_AFTER = 3
 @pytest.fixture(autouse=True)
 def signals_have_their_defaults():
     """A shell starts jobs in the background with SIGINT ignored, `nohup` with SIGHUP; both would stay so."""
-    defaults = {number: signal.SIG_DFL for number in SIGNALS} | {signal.SIGINT: signal.default_int_handler}
+    defaults = dict.fromkeys(SIGNALS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
     previous = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield
     for number, handler in previous.items():
