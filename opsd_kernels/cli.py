@@ -115,8 +115,7 @@ def plan(
         float, typer.Option("--factor", help="Logit scale / temperature, the larger of both sides.")
     ] = 1.0,
     gradient_tolerance: Annotated[
-        float | None,
-        typer.Option("--gradient-tolerance", help="Share of the gradient that may be left out."),
+        float | None, typer.Option("--gradient-tolerance", help="Share of the gradient that may be left out.")
     ] = None,
     vocab_ranks: Annotated[
         int,
