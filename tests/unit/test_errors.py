@@ -175,7 +175,7 @@ def test_an_absent_backend_says_why(monkeypatch):
     from opsd_kernels._rows import backends
 
     broken = tuple(
-        backends.Backend(b.name, b.module, lambda device, dtype: "no compiler was there")
+        backends.Backend(b.name, b.rows, lambda device, dtype: "no compiler was there")
         if b.name == "cpp"
         else b
         for b in backends.BACKENDS
