@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import signal
 
 # Set before torch is loaded: threads that spin between small kernels made this suite 13 times slower on two
 # busy cores (62 s against 4.6 s for the row tests).
@@ -16,6 +17,12 @@ from opsd_kernels import provenance, tested_versions
 from opsd_kernels._rows import backends
 
 pytest.register_assert_rewrite("row_contract", "row_options_contract", "column_contract")
+
+
+# A shell starts jobs in the background with SIGINT ignored, `nohup` with SIGHUP, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_sessionstart(session):

@@ -21,16 +21,6 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 STOP_AFTER = 3
 
 
-@pytest.fixture(autouse=True)
-def signals_have_their_defaults():
-    """A shell starts jobs in the background with SIGINT ignored, `nohup` with SIGHUP; both would stay so."""
-    defaults = dict.fromkeys(SIGNALS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
-    previous = {number: signal.signal(number, handler) for number, handler in defaults.items()}
-    yield
-    for number, handler in previous.items():
-        signal.signal(number, handler)
-
-
 def sending(number, times=1):
     """Wrap one_step to signal this process after the third step, which no checkpoint follows."""
     plain = loop.one_step
