@@ -1,4 +1,4 @@
-"""The CUDA kernels compile for every architecture (bf16; others for Hopper) without a GPU and without a warning.
+"""The CUDA kernels compile without a GPU or a warning: bf16 for every architecture, other types for Hopper.
 
 None spills, and their resources equal cuda_resources.tsv.
 """
