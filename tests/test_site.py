@@ -37,8 +37,8 @@ def test_the_site_builds(tmp_path):
     "page, text",
     [
         ("sizing", "[x](nowhere.md)"),
-        ("sizing", "[x](guides/choosing.md#nothing)"),
-        ("unlisted", "# A page that is in no menu"),
+        pytest.param("sizing", "[x](guides/choosing.md#nothing)", marks=pytest.mark.slow),
+        pytest.param("unlisted", "# A page that is in no menu", marks=pytest.mark.slow),
     ],
 )
 def test_a_broken_link_or_an_unlisted_page_fails(tmp_path, page, text):

@@ -25,9 +25,7 @@ QUICK = {"rounds": (3, 3), "seconds": 1.0}
     "name",
     [
         "opsd",
-        "opsd-cpp",
-        "opsd-torch",
-        "opsd-fp32",
+        *(pytest.param(f"opsd-{kind}", marks=pytest.mark.slow) for kind in ("cpp", "torch", "fp32")),
         "torch",
         "trl",
         "liger-chunked",
@@ -101,7 +99,7 @@ def test_an_absent_unsloth_is_a_row(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["trainable", "frozen"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_losses_of_labels_pass_or_say_why_not(dtype, mode):
     rows = compare_label_losses(TINY.at(dtype=dtype, mode=mode), LABEL_PROVIDERS.values(), QUICK)
     assert [row.provider for row in rows] == [BASE, *LABEL_PROVIDERS]

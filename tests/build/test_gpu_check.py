@@ -28,6 +28,7 @@ def test_it_is_a_shell_script():
     subprocess.run(["bash", "-n", SCRIPT], check=True)
 
 
+@pytest.mark.slow
 def test_a_dry_run_passes():
     done = gpu_check(
         "--dry-run", "--only", "build,serves,tests", PYTHON=sys.executable, GPU_CHECK_TESTS=TESTS

@@ -164,7 +164,7 @@ def test_a_row_alone_has_the_constant_that_it_has_in_a_batch(backend):
             assert_same_bits(own.student_logprob, stats.student_logprob[row])
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("bias", [pytest.param(False, marks=pytest.mark.slow), True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("divergence", ["reverse_kl", pytest.param("jsd", marks=pytest.mark.slow)])
 def test_top1_agreement_of_16_bit_logits_is_exact(backend, divergence, bias):
     """Logits to 25 in bf16, where .4 % of the tokens have another largest logit than before the rounding."""
