@@ -118,8 +118,8 @@ class Problem:
         # While torch.compile traces, tensors have no storage: only one and the same object counts as shared.
         compiling, heads = torch.compiler.is_compiling(), [side.weight for side in sides]
         shared = len(heads) == 2 and (heads[0] is heads[1] or (not compiling and same_storage(*heads)))
-        device = sides[0].hidden.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        device = sides[0].hidden.device.type  # torch 2.10 cannot trace `is_autocast_available`
+        if (compiling or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device):
             sides = _autocast(sides, shared)
         # A head in fp32 over a 16-bit trunk: the rows are cast, never the head.
         sides = [s if s.hidden.dtype == s.weight.dtype else s.in_dtype_of_head() for s in sides]
