@@ -82,13 +82,11 @@ def resources(name: str, macros: list[str], architecture: str, folder: Path) -> 
 
 
 def every_kernel(folder: Path) -> list[tuple[str, ...]]:
-    """The kernels of bf16 for every architecture, of the other types for Hopper: each job takes a minute."""
     script = build_script()
     jobs = [
         (*kernels, architecture)
         for kernels in script.cuda_kernels()
         for architecture in script.CUDA_ARCHITECTURES
-        if architecture == "90a" or kernels[0] == "cuda_bfloat16"
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [row for rows in pool.map(lambda job: resources(*job, folder), jobs) for row in rows]
