@@ -25,8 +25,6 @@ void dots_bf16_(const Tensor& a, const Tensor& b, const Tensor& columns, const T
 std::tuple<Tensor, Tensor> column_norms(const Tensor& G, const std::optional<Tensor>& scale);
 // out (n, K) = G[:, columns]; sums (n,) -= its row sums.
 void gather_columns_(const Tensor& G, const Tensor& columns, const Tensor& out, const Tensor& sums);
-// out[rows] += update, (K, H), for K different rows of out, in fp32 or fp64.
-void add_rows_(const Tensor& out, const Tensor& rows, const Tensor& update);
 // The reason why gemm_bf16_ cannot run on this machine; empty if it can.
 std::string gemm_unavailable();
 

@@ -47,7 +47,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(opsd_kernels, m) {
   m.def("gemm_unavailable() -> str");
   m.def("column_norms(Tensor G, Tensor? scale) -> (Tensor, Tensor)");
   m.def("gather_columns_(Tensor G, Tensor columns, Tensor(a!) out, Tensor(b!) sums) -> ()");
-  m.def("add_rows_(Tensor(a!) out, Tensor rows, Tensor update) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CPU, m) {
@@ -56,7 +55,6 @@ STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CPU, m) {
   m.impl("dots_bf16_", TORCH_BOX(&opsd::cpu::dots_bf16_));
   m.impl("column_norms", TORCH_BOX(&opsd::cpu::column_norms));
   m.impl("gather_columns_", TORCH_BOX(&opsd::cpu::gather_columns_));
-  m.impl("add_rows_", TORCH_BOX(&opsd::cpu::add_rows_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CompositeExplicitAutograd, m) {

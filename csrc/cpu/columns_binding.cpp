@@ -21,17 +21,6 @@ const int64_t* indices(const Tensor& x, const char* argument, int64_t limit) {
   return ids;
 }
 
-template <class Number>
-void add(const Tensor& out, const int64_t* rows, const Tensor& update) {
-  const int64_t H = update.size(1), stride = out.stride(0), from = update.stride(0);
-  auto* to = static_cast<Number*>(out.mutable_data_ptr());
-  const auto* source = static_cast<const Number*>(update.const_data_ptr());
-  torch::stable::parallel_for(0, update.size(0), GRAIN / H + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k)
-      for (int64_t i = 0; i < H; ++i) to[rows[k] * stride + i] += source[k * from + i];
-  });
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> column_norms(const Tensor& G, const Optional& scale) {
@@ -60,18 +49,6 @@ void gather_columns_(const Tensor& G, const Tensor& columns, const Tensor& out, 
   const GatherArgs a{n, K, G.const_data_ptr(), G.stride(0), dtype_of(G, "G"), ids, out.mutable_data_ptr(), std::max(out.stride(0), K), sums.mutable_data_ptr()};
   const ColumnKernels& kernels = columns_for(a.dtype);
   torch::stable::parallel_for(0, n, GRAIN / K + 1, [&](int64_t begin, int64_t end) { kernels.gather(a, begin, end); });
-}
-
-void add_rows_(const Tensor& out, const Tensor& rows, const Tensor& update) {
-  expect(out.dim() == 2 && update.dim() == 2, "out", "2 dimensions, as update", out.dim());
-  const int64_t* ids = indices(rows, "rows", out.size(0));
-  check_rows(out, "out", out.size(0), update.size(1));
-  check_rows(update, "update", rows.numel(), out.size(1));
-  check_dtype(update, "update", out.scalar_type());
-  if (update.numel() == 0) return;
-  if (out.scalar_type() == ScalarType::Double) return add<double>(out, ids, update);
-  check_dtype(out, "out", ScalarType::Float);
-  add<float>(out, ids, update);
 }
 
 }  // namespace opsd::cpu

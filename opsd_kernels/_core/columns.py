@@ -39,6 +39,7 @@ class Kept:
 
     columns: Tensor  # (K,) int64, ascending
     sums: Tensor  # (C,): the row sums of G; after the columns are gathered, those of the dropped ones
+    mean: Tensor  # (H,), by which the sums are multiplied
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,14 @@ class ColumnFilter:
 
     @classmethod
     def of(cls, problem: Problem, backend: RowBackend, dropped: Tensor) -> ColumnFilter | None:
-        """Return None where all columns enter: without a tolerance, and while a CUDA graph is captured.
+        """Return None where all columns enter: while a CUDA graph is captured, and for a bias alone.
 
         A graph's shapes are fixed, and the number of columns is read on the host.
         """
         tolerance, weight = problem.gradient_tolerance, problem.student.weight
+        assert tolerance is not None, "without a tolerance nothing is selected"
         capturing = weight.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if tolerance is None or capturing or not any(problem.wants[:2]):
+        if capturing or not any(problem.wants[:2]):
             return None
         rows = weight[:: -(-weight.shape[0] // MEAN_ROWS)]
         return cls(tolerance, backend, rows.to(dropped.dtype).mean(0), dropped)
@@ -85,7 +87,7 @@ class ColumnFilter:
             return None
         share = torch.where(groups > 0, upto[(groups - 1).clamp(min=0)], 0).double().div(ONE).sqrt()
         torch.maximum(self.dropped, share.to(self.dropped.dtype), out=self.dropped)
-        return Kept(columns, sums)
+        return Kept(columns, sums, self.mean)
 
 
 def slice_length(rows: int, hidden: int, dtype: torch.dtype) -> int:

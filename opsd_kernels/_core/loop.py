@@ -157,26 +157,27 @@ def _accumulate(
 ) -> None:
     """Accumulate a chunk's logit gradient G, rows scaled by `scale`, into dh, dW and dbias."""
     out, shard, V = walk.out, walk.problem.shard, G.shape[1]
-    scaled = student if scale is None else (student * scale[:, None]).to(student.dtype)
-    dW = None if out.dW is None else out.dW[:V]
+    scaled, dW = student, None if out.dW is None else out.dW[:V]
+    if dW is not None and scale is not None:
+        scaled = (student * scale[:, None]).to(student.dtype)
     kept = None if columns is None else columns.select(G, scale)
     if out.dh is not None:
         in_place = isinstance(at, slice) and shard is None
         # Partial sums of ranks are reduced in fp32 and rounded to 16 bits once.
         dtype = out.dh.dtype if shard is None else torch.promote_types(out.dh.dtype, torch.float32)
         packed = out.dh[at] if in_place else out.dh.new_empty(student.shape, dtype=dtype)
-        if columns is None or kept is None:
+        if kept is None:
             project(G, walk.problem.student.weight.t(), packed)
         else:
-            packed.copy_(_accumulate_kept(walk, G, scaled, kept, columns.mean, dW, first))
+            packed.copy_(_accumulate_kept(walk, G, scaled, kept, dW, first))
         if shard is not None:
             shard.sum_hidden_grad(packed)
         if scale is not None:
             packed.mul_(scale[:, None])
         if not in_place:
             out.dh[at] = packed.to(out.dh.dtype)
-    elif columns is not None and kept is not None:
-        _accumulate_kept(walk, G, scaled, kept, columns.mean, dW, first)
+    elif kept is not None:
+        _accumulate_kept(walk, G, scaled, kept, dW, first)
     if dW is not None and kept is None:
         accumulate_weight_grad(G, scaled, dW, first)
     if out.dbias is not None:
@@ -185,16 +186,16 @@ def _accumulate(
 
 
 def _accumulate_kept(
-    walk: Walk, G: Tensor, scaled: Tensor, kept: Kept, mean: Tensor, dW: Tensor | None, first: bool
+    walk: Walk, G: Tensor, scaled: Tensor, kept: Kept, dW: Tensor | None, first: bool
 ) -> Tensor:
     """Add the products of the kept columns of G, (C, V), to dW, (V, H). Return dh, (C, H), unscaled."""
     weight = walk.problem.student.weight
-    dh = mean.new_zeros(G.shape[0], weight.shape[1])
+    dh = kept.mean.new_zeros(G.shape[0], weight.shape[1])
     if dW is not None and first:
         dW.zero_()
     most = min(kept.columns.numel(), slice_length(G.shape[0], weight.shape[1], G.dtype))
     gathered, rows = G.new_empty(G.shape[0], most), weight.new_empty(most, weight.shape[1])
-    update = dW if dW is None else mean.new_empty(rows.shape)
+    update = None if dW is None else dh.new_empty(rows.shape)
     for columns in kept.columns.split(max(most, 1)):
         part, n = gathered[:, : columns.numel()], columns.numel()
         walk.backend.gather_columns_(G, columns, part, kept.sums)
@@ -204,7 +205,7 @@ def _accumulate_kept(
         if dW is not None and update is not None:
             accumulate_weight_grad(part, scaled, update[:n], first=True)
             dW.index_add_(0, columns, update[:n].to(dW.dtype))
-    return dh.addr_(kept.sums, mean)
+    return dh.addr_(kept.sums, kept.mean)
 
 
 def _weighted_sum(G: Tensor, scale: Tensor) -> Tensor:
