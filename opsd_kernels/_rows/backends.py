@@ -114,20 +114,9 @@ class CompiledRows:
         scalars = spec.scalars(spec.linear_difference(bias_s is bias_t))
         temperatures = spec.student.of_rows, spec.teacher.of_rows
         self.operators.row_grad_(
-            S,
-            T,
-            stats,
-            A,
-            factor,
-            policy_slope,
-            labels,
-            bias_s,
-            bias_t,
-            G,
-            *scalars,
-            SPREAD_LIMIT,
-            *temperatures,
-        )
+            S, T, stats, A, factor, policy_slope, labels, bias_s, bias_t, G,
+            *scalars, SPREAD_LIMIT, *temperatures,
+        )  # fmt: skip
 
     def row_fused_(
         self,
@@ -145,19 +134,9 @@ class CompiledRows:
         scalars = spec.scalars(spec.linear_difference(bias_s is bias_t))
         temperatures = spec.student.of_rows, spec.teacher.of_rows
         return self.operators.row_fused_(
-            S,
-            T,
-            factor,
-            policy_slope,
-            labels,
-            bias_s,
-            bias_t,
-            metrics,
-            G,
-            *scalars,
-            SPREAD_LIMIT,
-            *temperatures,
-        )
+            S, T, factor, policy_slope, labels, bias_s, bias_t, metrics, G,
+            *scalars, SPREAD_LIMIT, *temperatures,
+        )  # fmt: skip
 
 
 @cache
