@@ -30,7 +30,7 @@ endif
 help:
 	@echo "make train      set up, then 'opsd train' on this machine (ARGS='--set steps=50', OUT=runs/name)"
 	@echo "make test       set up, then the tests of every feature, in minutes (PYTEST_ARGS='-k chunk')"
-	@echo "make test-all   set up, then all tests, with a language model of 93 MB"
+	@echo "make test-all   set up, then all tests: those of 'make test', then the slow ones, with a language model of 93 MB"
 	@echo "make install    set up only: .venv, dependencies, compiled extension"
 	@echo "make lint       ruff, its formatter, mypy"
 	@echo "make docs       regenerate the generated pages in docs/, and build the site into build/site; a broken link fails"
@@ -43,16 +43,21 @@ train: install
 	@echo "==> opsd train"
 	@$(VENV)/bin/opsd train $(if $(OUT),--out $(OUT)) $(ARGS)
 
-# Two processes, whole files each, so that what a file makes once is made once. Tests that compare times run alone afterwards. Exit code 5: nothing selected.
+# Two processes, whole files each, so that what a file makes once is made once. Tests that compare times run alone afterwards.
+# `make test-all` runs each test once: those of `make test` first. Exit code 5: PYTEST_ARGS selects no test of a part.
+PYTEST  = $(PY) -m pytest $(1) $(PYTEST_ARGS)
+IN_TWO := -n 2 --dist loadscope
+PART    = || [ $$? = 5 ]
+
 test: install $(DONE)/dev
 	@echo "==> pytest, without slow tests"
-	@$(PY) -m pytest -n 2 --dist loadscope -m "not slow and not alone" $(PYTEST_ARGS)
+	@$(call PYTEST,$(IN_TWO) -m "not slow and not alone") $(if $(filter test-all,$(MAKECMDGOALS)),$(PART))
 
-test-all: install $(DONE)/dev $(DONE)/model
-	@echo "==> pytest, all tests"
-	@$(PY) -m pytest -n 2 --dist loadscope -m "not alone" $(PYTEST_ARGS) || [ $$? = 5 ]
+test-all: test $(DONE)/model
+	@echo "==> pytest, slow tests"
+	@$(call PYTEST,$(IN_TWO) -m "slow and not alone") $(PART)
 	@echo "==> pytest, tests that compare times"
-	@$(PY) -m pytest -m alone $(PYTEST_ARGS) || [ $$? = 5 ]
+	@$(call PYTEST,-m alone) $(PART)
 
 lint: $(DONE)/ruff mypy
 	@echo "==> ruff check, ruff format --check"
