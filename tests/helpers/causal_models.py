@@ -7,7 +7,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip(
-    "transformers", minversion="5.23", reason="the table of models is that of transformers 5.23"
+    "transformers", minversion="5.24", reason="the table of models is that of transformers 5.24"
 )
 CLASSES = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -61,7 +61,16 @@ TYPES = ("full_attention", "sliding_attention")
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note"), LATENT),
     **dict.fromkeys(("dots3_note_text", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash"), LATENT),
-    **dict.fromkeys(("minicpm3", "youtu", "musicgen", "musicgen_melody"), LATENT),
+    **dict.fromkeys(("minicpm3", "youtu", "musicgen", "musicgen_melody", "sarvam_mla"), LATENT),
+    # The head has fewer rows than the embedding.
+    "inkling2_text": {"unpadded_vocab_size": V - 4},
+    "inkling2_loop_text": {
+        "unpadded_vocab_size": V - 4,
+        "num_hidden_layers": 3,
+        "n_layers_per_attn_res_block": 1,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 2,
+    },
     **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), PERIOD),
     **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), {**PERIOD, **INDEXER}),
     "recurrent_gemma": PERIOD,

@@ -61,6 +61,13 @@ def test_a_head_that_is_not_read_right_is_refused():
         check_head(llama)
 
 
+def test_a_head_with_a_parameter_that_would_not_train_is_refused():
+    llama = tiny("Llama")
+    llama.lm_head.register_parameter("logit_scale", torch.nn.Parameter(torch.ones(SHAPE["vocab_size"])))
+    with pytest.raises(ValueError, match="^model: .*weight and a bias alone, got Llama.*has logit_scale too"):
+        check_head(llama)
+
+
 def test_a_layer_between_trunk_and_head_belongs_to_the_hidden_states():
     check_head(bert(is_decoder=True))
 

@@ -38,7 +38,8 @@ class Head:
 
         A sharded (DTensor) weight is gathered, one that accelerate offloaded is loaded as in the model's own
         forward. Raises ValueError if the output head is not a plain linear map (a head with an adapter of its
-        own, a quantised one, several heads), and for a scale or softcap in the config that is no number.
+        own or another parameter beside weight and bias, a quantised one, several heads), and for a scale or
+        softcap in the config that is no number.
         """
         inner = without_adapter(model)
         module = output_embedding(inner)
@@ -52,6 +53,13 @@ class Head:
             raise ValueError(
                 "model: expected a causal language model with a linear head that has no adapter of its own, "
                 f"got {kind} with {type(module).__name__}"
+            )
+        # Dory's scale of each token starts at one: the first loss is right, and the scale gets no gradient.
+        further = [name for name, _ in module.named_parameters() if name not in ("weight", "bias")]
+        if further:
+            raise ValueError(
+                "model: expected a causal language model whose head has a weight and a bias alone, "
+                f"got {kind} with {type(module).__name__}, which has {', '.join(further)} too"
             )
         return cls(weight, bias, scale, softcap)
 
