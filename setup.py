@@ -72,7 +72,7 @@ def jobs() -> list[tuple[str, str, list[str]]]:
     ]
     x86 = ["-DOPSD_X86"] if X86 else []
     if X86:
-        kernels.append(("cpu/gemm.cpp", "gemm", AVX512))
+        kernels += [("cpu/gemm.cpp", "gemm", AVX512), ("cpu/gemm_fp32.cpp", "gemm_fp32", AVX512)]
     plain = [
         (source, Path(source).stem, x86)
         for source in (

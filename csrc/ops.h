@@ -19,6 +19,8 @@ void sweep(const RowArgs& a, Sweep which, int32_t device);
 std::string capability();
 // out (+)= a @ b in fp32, of bf16 matrices with one stride of 1 each.
 void gemm_bf16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate, const std::optional<Tensor>& shift);
+// out (+)= a @ b of fp32 matrices with one stride of 1 each.
+void gemm_fp32_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate);
 // out[i][k] = a[i] . b[columns[i][k]] in fp32, of bf16 matrices with contiguous rows; where gemm_bf16_ can run.
 void dots_bf16_(const Tensor& a, const Tensor& b, const Tensor& columns, const Tensor& out);
 // (V,) sums of (scale G)^2 over the rows of G (n, V), and (blocks, n) sums of G over blocks of columns.
@@ -27,6 +29,8 @@ std::tuple<Tensor, Tensor> column_norms(const Tensor& G, const std::optional<Ten
 void gather_columns_(const Tensor& G, const Tensor& columns, const Tensor& out, const Tensor& sums);
 // The reason why gemm_bf16_ cannot run on this machine; empty if it can.
 std::string gemm_unavailable();
+// The reason why gemm_fp32_ cannot run on this machine, or gains nothing; empty if it is to run.
+std::string gemm_fp32_unavailable();
 
 }  // namespace cpu
 

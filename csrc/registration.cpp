@@ -43,8 +43,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(opsd_kernels, m) {
   OPSD_DEFINE_ROWS(m);
   m.def("cpu_capability() -> str");
   m.def("gemm_bf16_(Tensor a, Tensor b, Tensor(a!) out, bool accumulate, Tensor? shift=None) -> ()");
+  m.def("gemm_fp32_(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()");
   m.def("dots_bf16_(Tensor a, Tensor b, Tensor columns, Tensor(a!) out) -> ()");
   m.def("gemm_unavailable() -> str");
+  m.def("gemm_fp32_unavailable() -> str");
   m.def("column_norms(Tensor G, Tensor? scale) -> (Tensor, Tensor)");
   m.def("gather_columns_(Tensor G, Tensor columns, Tensor(a!) out, Tensor(b!) sums) -> ()");
 }
@@ -52,6 +54,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(opsd_kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CPU, m) {
   OPSD_IMPLEMENT_ROWS(m, opsd::cpu::sweep);
   m.impl("gemm_bf16_", TORCH_BOX(&opsd::cpu::gemm_bf16_));
+  m.impl("gemm_fp32_", TORCH_BOX(&opsd::cpu::gemm_fp32_));
   m.impl("dots_bf16_", TORCH_BOX(&opsd::cpu::dots_bf16_));
   m.impl("column_norms", TORCH_BOX(&opsd::cpu::column_norms));
   m.impl("gather_columns_", TORCH_BOX(&opsd::cpu::gather_columns_));
@@ -60,6 +63,7 @@ STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&opsd::cpu::capability));
   m.impl("gemm_unavailable", TORCH_BOX(&opsd::cpu::gemm_unavailable));
+  m.impl("gemm_fp32_unavailable", TORCH_BOX(&opsd::cpu::gemm_fp32_unavailable));
 }
 
 #endif

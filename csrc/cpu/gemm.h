@@ -1,5 +1,8 @@
-// bf16 x bf16 GEMM on the micro-kernel of torch's oneDNN, with an fp32 result, or with a bf16 one from which a
-// constant of each row is subtracted before its one rounding. torch's own `mm` does neither. Torch-free.
+// Two GEMMs. Torch-free.
+//
+// bf16 x bf16, on the micro-kernel of torch's oneDNN, has an fp32 result, or a bf16 one from which a constant
+// of each row is subtracted before its one rounding; torch's own `mm` does neither. fp32 x fp32 is for AMD's
+// processors, where MKL, behind `mm`, leaves AVX-512 unused.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +47,23 @@ struct DotArgs {
   float* out;
 };
 
+struct FloatOperand {  // as GemmOperand
+  const float* data;
+  int64_t stride;
+  bool transposed;
+};
+
+struct FloatGemmArgs {
+  int64_t M, N, K;
+  FloatOperand a, b;  // (M, K), (K, N); not both transposed
+  float* c;           // (M, N), unit column stride
+  int64_t stride_c;
+  bool accumulate;
+};
+
 namespace avx512 {
+// Items [begin, end).
+void run_gemm(const FloatGemmArgs& args, const GemmCut& cut, int64_t begin, int64_t end);
 // Rows [begin, end) of a.
 void run_dots(const DotArgs& args, int64_t begin, int64_t end);
 // Items [begin, end). `packed`: interleaved rows of b, (K + 1) / 2 by N pairs, where a is transposed; else

@@ -37,20 +37,29 @@ const Kernel& kernel() {
   return found;
 }
 
-GemmOperand operand(const Tensor& x, const char* argument) {
-  check_dtype(x, argument, ScalarType::BFloat16);
+template <class Operand>
+Operand operand(const Tensor& x, const char* argument, ScalarType dtype) {
+  check_dtype(x, argument, dtype);
   expect(x.dim() == 2, argument, "2 dimensions", x.dim());
   const bool transposed = x.stride(1) != 1 && x.size(1) != 1;
   expect(!transposed || x.stride(0) == 1 || x.size(0) == 1, argument, "one stride of 1", x.stride(0));
   const int64_t length = transposed ? x.size(0) : x.size(1), stride = transposed ? x.stride(1) : x.stride(0);
-  return {static_cast<const uint16_t*>(x.const_data_ptr()), std::max(stride, length), transposed};
+  return {static_cast<decltype(Operand::data)>(x.const_data_ptr()), std::max(stride, length), transposed};
+}
+
+GemmOperand bf16_operand(const Tensor& x, const char* argument) { return operand<GemmOperand>(x, argument, ScalarType::BFloat16); }
+
+void check_inner(int64_t K, const Tensor& b, bool a_transposed, bool b_transposed) {
+  expect(b.size(0) == K, "b", std::to_string(K) + " rows", b.size(0));
+  expect(!a_transposed || !b_transposed, "b", "contiguous columns beside a transposed a", "a transposed one");
 }
 
 #if defined(OPSD_X86)
 constexpr int64_t PANEL = 512;  // columns: 256 rows of c beside them are 512 KiB
 constexpr int64_t TILE = 64;
 
-GemmCut cut(const GemmArgs& g, int64_t threads) {
+template <class Args>
+GemmCut cut(const Args& g, int64_t threads) {
   if (g.a.transposed) return {TILE, (g.M + TILE - 1) / TILE, 1};
   const int64_t rounds = (g.N + threads * PANEL - 1) / (threads * PANEL), share = (g.N + threads * rounds - 1) / (threads * rounds);
   // Each thread gets as many.
@@ -71,10 +80,20 @@ std::string gemm_unavailable() {
 #endif
 }
 
+std::string gemm_fp32_unavailable() {
+#if defined(OPSD_X86)
+  if (!__builtin_cpu_is("amd")) return "torch.mm uses the vector units of this processor";
+  if (std::strcmp(cpu_capability(), "avx512")) return "the processor has no AVX-512, or OPSD_CPU_CAPABILITY forbids it";
+  return "";
+#else
+  return "not an x86 processor";
+#endif
+}
+
 void gemm_bf16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate, const std::optional<Tensor>& shift) {
   const bool narrow = out.scalar_type() == ScalarType::BFloat16;
   check_dtype(out, "out", narrow ? ScalarType::BFloat16 : ScalarType::Float);
-  GemmArgs g{a.size(0), b.size(1), a.size(1), operand(a, "a"), operand(b, "b"), nullptr, nullptr, nullptr, 0, accumulate, kernel().run};
+  GemmArgs g{a.size(0), b.size(1), a.size(1), bf16_operand(a, "a"), bf16_operand(b, "b"), nullptr, nullptr, nullptr, 0, accumulate, kernel().run};
   if (narrow) g.narrow = static_cast<uint16_t*>(out.mutable_data_ptr());
   else g.c = static_cast<float*>(out.mutable_data_ptr());
   check_rows(out, "out", g.M, g.N);
@@ -87,8 +106,7 @@ void gemm_bf16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumu
     g.shift = static_cast<const float*>(shift->const_data_ptr());
   }
   g.stride_c = std::max(out.stride(0), g.N);
-  expect(b.size(0) == g.K, "b", std::to_string(g.K) + " rows", b.size(0));
-  expect(!g.a.transposed || !g.b.transposed, "b", "contiguous columns beside a transposed a", "a transposed one");
+  check_inner(g.K, b, g.a.transposed, g.b.transposed);
   expect(gemm_unavailable().empty(), "gemm_bf16_", "a machine that can", gemm_unavailable());
   if (g.M == 0 || g.N == 0) return;
 #if defined(OPSD_X86)
@@ -105,8 +123,24 @@ void gemm_bf16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumu
 #endif
 }
 
+void gemm_fp32_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate) {
+  check_dtype(out, "out", ScalarType::Float);
+  const auto left = operand<FloatOperand>(a, "a", ScalarType::Float), right = operand<FloatOperand>(b, "b", ScalarType::Float);
+  const int64_t M = a.size(0), N = b.size(1), K = a.size(1);
+  check_rows(out, "out", M, N);
+  check_inner(K, b, left.transposed, right.transposed);
+  expect(gemm_fp32_unavailable().empty(), "gemm_fp32_", "a machine that can", gemm_fp32_unavailable());
+  if (M == 0 || N == 0) return;
+  expect(K >= 1, "a", "at least one column", K);
+  const FloatGemmArgs g{M, N, K, left, right, static_cast<float*>(out.mutable_data_ptr()), std::max(out.stride(0), N), accumulate};
+#if defined(OPSD_X86)
+  const GemmCut items = cut(g, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, items.items(), 1, [&](int64_t begin, int64_t end) { avx512::run_gemm(g, items, begin, end); });
+#endif
+}
+
 void dots_bf16_(const Tensor& a, const Tensor& b, const Tensor& columns, const Tensor& out) {
-  const GemmOperand rows = operand(a, "a"), head = operand(b, "b");
+  const GemmOperand rows = bf16_operand(a, "a"), head = bf16_operand(b, "b");
   expect(!rows.transposed && !head.transposed, "a", "contiguous columns, as in b", "transposed ones");
   expect(b.size(1) == a.size(1), "b", std::to_string(a.size(1)) + " columns", b.size(1));
   check_dtype(columns, "columns", ScalarType::Long);

@@ -233,6 +233,8 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor, centre: Tensor | None =
         torch.mm(hidden, columns, out_dtype=out.dtype, out=out)
     elif on_cpu and not extension.mm_has_units(out.dtype):
         cpu_gemm.sliced_mm_(hidden, columns, out, centre=centre)
+    elif on_cpu and out.dtype == torch.float32 and extension.gemm_fp32_unavailable() is None:
+        torch.ops.opsd_kernels.gemm_fp32_(hidden, columns, out, False)
     elif centre is None:
         torch.mm(hidden, columns, out=out)
     elif subtracts_exactly(out):
@@ -257,8 +259,11 @@ def accumulate_weight_grad(G: Tensor, hidden: Tensor, dW: Tensor, first: bool) -
     """
     Gt = G.t()
     if dW.dtype == G.dtype:
-        if dW.device.type == "cpu" and first and not extension.mm_has_units(dW.dtype):
+        on_cpu = dW.device.type == "cpu"
+        if on_cpu and first and not extension.mm_has_units(dW.dtype):
             cpu_gemm.sliced_mm_(Gt, hidden, dW)
+        elif on_cpu and dW.dtype == torch.float32 and extension.gemm_fp32_unavailable() is None:
+            torch.ops.opsd_kernels.gemm_fp32_(Gt, hidden, dW, not first)
         elif first:
             torch.mm(Gt, hidden, out=dW)
         else:

@@ -24,8 +24,10 @@ versions, the commit and the command that repeats it.
 * Times are medians. All variants of a size run in turn in one process with the bare GEMMs, the matrix
   products that no implementation can avoid, each directly after an untimed run of its own; on a GPU timed by
   events, with L2 flushed.
-* A ratio is the median over rounds of time / bare GEMMs of the same round. 1 is the ceiling; values below it
-  are noise.
+* A ratio is the median over rounds of time / bare GEMMs of the same round. The bare GEMMs are `torch.mm`, so
+  1 is the floor of what is built on it; values below are noise, with two exceptions. In fp32 on AMD's
+  processors this package does not use `torch.mm` ([why](guides/build.md#matrix-products-on-a-cpu)), and
+  `gradient_tolerance` leaves columns out.
 * A ratio marked `{NOISY_MARK}` may move by more than 10 % in a rerun, because the machine was too noisy.
   Above {2 * HIDES:.0%} no number is given.
 * Every implementation passes the gates of the unit tests (`opsd_kernels.testing`) before it is timed; other

@@ -1,0 +1,104 @@
+"""The extension's fp32 GEMM, which takes the place of torch.mm on AMD's processors.
+
+Every layout and edge, nothing written beside the result, the same bits on any number of threads.
+"""
+
+import pytest
+import torch
+
+from opsd_kernels._core import loop
+from opsd_kernels._rows import extension
+from opsd_kernels.testing import assert_no_worse, assert_same_bits
+
+LAYOUTS = {"rows": (False, False), "columns of b": (False, True), "columns of a": (True, False)}
+SHAPES = [(1, 1, 1), (1, 64, 2), (64, 1, 31), (3, 130, 33), (65, 257, 1025), (200, 17, 2049), (130, 700, 64)]
+
+
+@pytest.fixture(autouse=True)
+def usable():
+    reason = extension.gemm_fp32_unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def inside(rows: int, columns: int, transposed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a view into a wider matrix of NaN, and the matrix."""
+    shape = (columns, rows) if transposed else (rows, columns)
+    wide = torch.full((shape[0] + 2, shape[1] + 5), torch.nan)
+    inner = wide[1:-1, 3:-2]
+    return (inner.t() if transposed else inner), wide
+
+
+def matrix(rows: int, columns: int, transposed: bool, seed: int) -> torch.Tensor:
+    view, _ = inside(rows, columns, transposed)
+    return view.copy_(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)))
+
+
+def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
+    torch.ops.opsd_kernels.gemm_fp32_(a, b, out, accumulate)
+    return out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("M, N, K", SHAPES)
+def test_products_are_no_worse_than_those_of_torch(M, N, K, layout):
+    a, b = matrix(M, K, LAYOUTS[layout][0], 0), matrix(K, N, LAYOUTS[layout][1], 1)
+    truth, peer = a.double() @ b.double(), a @ b
+    out, around = inside(M, N)
+    assert_no_worse(multiply(a, b, out), peer, truth)
+    out.fill_(torch.nan)
+    assert around.isnan().all(), "nothing beside the view is written"
+    start = matrix(M, N, False, 2)
+    assert_no_worse(multiply(a, b, start.clone(), True), start + peer, start + truth)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_threads_change_no_bit(layout, threads=(1, 2, 7)):
+    a, b = matrix(200, 1100, LAYOUTS[layout][0], 0), matrix(1100, 333, LAYOUTS[layout][1], 1)
+    before, results = torch.get_num_threads(), []
+    for count in threads:
+        torch.set_num_threads(count)
+        results.append(multiply(a, b, torch.empty(200, 333)))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
+
+
+def test_infinities_stay_in_their_rows_and_columns():
+    a, b = torch.ones(70, 65), torch.ones(65, 130)
+    a[3, 5], b[7, 9] = torch.inf, torch.nan
+    out = multiply(a, b, torch.empty(70, 130))
+    assert out[3].isposinf().sum() == 129 and out[:, 9].isnan().all()
+    assert (out.isfinite().sum() == 69 * 129).item()
+
+
+def test_it_is_what_the_loop_uses(monkeypatch):
+    def refused(*args, **kwargs):
+        raise AssertionError("torch's product was called")
+
+    h, W, G = matrix(9, 40, False, 0), matrix(77, 40, False, 1), matrix(9, 77, False, 2)
+    expected = [h @ W.t(), G @ W, 2 * (G.t() @ h)]
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, refused)
+    monkeypatch.setattr(torch.Tensor, "addmm_", refused)
+    S, dh, dW = torch.empty(9, 77), torch.empty(9, 40), torch.empty(77, 40)
+    loop.project(h, W, S)
+    loop.project(G, W.t(), dh)
+    loop.accumulate_weight_grad(G, h, dW, first=True)
+    loop.accumulate_weight_grad(G, h, dW, first=False)
+    torch.testing.assert_close([S, dh, dW], expected)
+
+
+def test_errors_name_the_argument():
+    a, b, out = torch.ones(4, 3), torch.ones(3, 5), torch.empty(4, 5)
+    for args, message in (
+        ((a.double(), b, out), "a: expected Float, got Double"),
+        ((a, b.bfloat16(), out), "b: expected Float, got BFloat16"),
+        ((a, b, out.half()), "out: expected Float, got Half"),
+        ((a, torch.ones(2, 5), out), "b: expected 3 rows, got 2"),
+        ((a, b, torch.empty(4, 6)), r"out: expected shape \(4, 5\), got shape \(4, 6\)"),
+        ((a.t().contiguous().t(), b.t().contiguous().t(), out), "b: expected contiguous columns beside"),
+        ((torch.ones(8, 6)[::2, ::2], b, out), "a: expected one stride of 1"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            multiply(*args)
