@@ -73,7 +73,7 @@ def machine(devices: list[str]) -> list[tuple[str, str]]:
     rows.append(("CUDA kernels", extension.cuda_unavailable() or "built, and the devices can run them"))
     rows.append(("bf16 to fp32", cpu_gemm.cpu_gemm_name(torch.bfloat16)))
     mm = extension.gemm_fp32_unavailable()
-    rows.append(("fp32 GEMMs", f"torch.mm: {mm}" if mm else "oneDNN's micro-kernel, in place of torch.mm"))
+    rows.append(("fp32 GEMMs", f"torch.mm: {mm}" if mm else "the C++ extension's own"))
     cuda = f"with CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     rows.append(("CUDA", "; ".join(devices) or f"no device (torch is built {cuda})"))
     return rows

@@ -8,6 +8,7 @@ namespace opsd::avx512 {
 namespace {
 
 constexpr int64_t DEPTH = 1024;  // of a packed tile: 256 KiB
+constexpr int64_t SMALL = 1 << 18;  // entries of b: 1 MiB
 constexpr int VECTORS = TILE / LANES, HEIGHT = 6;
 
 // c[r][n] (+)= sum over k of a[r][k] * b[k][n] for R rows and up to 64 columns, the lanes of `columns`.
@@ -90,11 +91,14 @@ void row_panel(const FloatGemmArgs& g, float* packed, int64_t m0, int64_t m1) {
     for (int64_t k = 0; k < g.K; k += DEPTH) {
       const int64_t depth = std::min(DEPTH, g.K - k);
       pack({g.a.data, g.a.stride, false}, k, depth, m, rows, packed);
-      for (int64_t n = 0; n < g.N; n += TILE) {
-        Step s = step(depth, g.N - n, g.accumulate || k > 0);
-        s.stride_a = 1, s.step_a = TILE, s.stride_b = g.b.stride, s.stride_c = g.stride_c;
-        multiply_rows(s, rows, packed, g.b.data + k * g.b.stride + n, g.c + m * g.stride_c + n);
-      }
+      // A small b stays in the cache while whole rows of c are written.
+      const int64_t height = depth * g.N <= SMALL ? HEIGHT : rows;
+      for (int64_t row = 0; row < rows; row += height)
+        for (int64_t n = 0; n < g.N; n += TILE) {
+          Step s = step(depth, g.N - n, g.accumulate || k > 0);
+          s.stride_a = 1, s.step_a = TILE, s.stride_b = g.b.stride, s.stride_c = g.stride_c;
+          multiply_rows(s, std::min(height, rows - row), packed + row, g.b.data + k * g.b.stride + n, g.c + (m + row) * g.stride_c + n);
+        }
     }
   }
 }

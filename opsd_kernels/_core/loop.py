@@ -32,6 +32,7 @@ from .problem import ComputedRows, Outputs, Problem
 from .reductions import RowWeigher
 from .topk_support import Rows
 
+FEW_ROWS = 32  # below, dW of `gemm_fp32_` takes up to 1.2 times as long as that of torch.mm
 _HUGE_PAGES, _PAGE = 14, 1 << 21  # MADV_HUGEPAGE and its page
 Positions = slice | Tensor  # of a chunk's rows among all rows
 Sweep = Callable[["Walk", Rows, Positions], Tensor | None]
@@ -233,7 +234,7 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor, centre: Tensor | None =
         torch.mm(hidden, columns, out_dtype=out.dtype, out=out)
     elif on_cpu and not extension.mm_has_units(out.dtype):
         cpu_gemm.sliced_mm_(hidden, columns, out, centre=centre)
-    elif on_cpu and out.dtype == torch.float32 and extension.gemm_fp32_unavailable() is None:
+    elif on_cpu and extension.gemm_fp32_serves(out.dtype):
         torch.ops.opsd_kernels.gemm_fp32_(hidden, columns, out, False)
     elif centre is None:
         torch.mm(hidden, columns, out=out)
@@ -262,7 +263,7 @@ def accumulate_weight_grad(G: Tensor, hidden: Tensor, dW: Tensor, first: bool) -
         on_cpu = dW.device.type == "cpu"
         if on_cpu and first and not extension.mm_has_units(dW.dtype):
             cpu_gemm.sliced_mm_(Gt, hidden, dW)
-        elif on_cpu and dW.dtype == torch.float32 and extension.gemm_fp32_unavailable() is None:
+        elif on_cpu and extension.gemm_fp32_serves(dW.dtype) and len(G) >= FEW_ROWS:
             torch.ops.opsd_kernels.gemm_fp32_(Gt, hidden, dW, not first)
         elif first:
             torch.mm(Gt, hidden, out=dW)

@@ -125,15 +125,20 @@ def gemm_unavailable() -> str | None:
 def gemm_fp32_unavailable() -> str | None:
     """Return None where `gemm_fp32_` takes the place of `torch.mm`, else the reason why not.
 
-    On AMD's processors MKL, behind `torch.mm`, leaves AVX-512 unused: 165-220 GFLOP/s on two cores of Zen 5,
-    where the micro-kernel of the oneDNN inside torch reaches 370-470.
+    On AMD's processors MKL, behind `torch.mm`, leaves AVX-512 unused (docs/guides/build.md).
     """
     ops = torch.ops.opsd_kernels
     return load() or ops.gemm_fp32_unavailable() or _wrong_product(ops.gemm_fp32_, torch.float32)
 
 
+@cache
+def gemm_fp32_serves(dtype: torch.dtype) -> bool:
+    """Return True where `gemm_fp32_` takes the place of `torch.mm` on CPU matrices."""
+    return dtype == torch.float32 and gemm_fp32_unavailable() is None
+
+
 def _wrong_product(gemm: Callable[[Tensor, Tensor, Tensor, bool], None], dtype: torch.dtype) -> str | None:
-    """Try a GEMM on every kind of edge: its micro-kernel is not part of torch's public interface."""
+    """Try a GEMM on every kind of edge, for bf16's micro-kernel is not part of torch's public interface."""
     generator = torch.Generator().manual_seed(0)
     for M, N, K in ((1, 1, 1), (67, 83, 97)):
         a, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((M, K), (K, N)))
@@ -141,5 +146,5 @@ def _wrong_product(gemm: Callable[[Tensor, Tensor, Tensor, bool], None], dtype: 
             out = torch.ones(M, N)
             gemm(left, right, out, True)
             if not torch.allclose(out, 1 + a.float() @ b.float(), rtol=1e-4, atol=1e-4):
-                return "the micro-kernel of this torch gave a wrong product"
+                return "a first try gave a wrong product"
     return None

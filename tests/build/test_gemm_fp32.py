@@ -1,4 +1,4 @@
-"""The extension's fp32 GEMM, which takes the place of torch.mm on AMD's processors.
+"""Test the extension's fp32 GEMM, which takes the place of torch.mm on AMD's processors.
 
 Every layout and edge, nothing written beside the result, the same bits on any number of threads.
 """
@@ -76,12 +76,12 @@ def test_it_is_what_the_loop_uses(monkeypatch):
     def refused(*args, **kwargs):
         raise AssertionError("torch's product was called")
 
-    h, W, G = matrix(9, 40, False, 0), matrix(77, 40, False, 1), matrix(9, 77, False, 2)
+    h, W, G = matrix(40, 50, False, 0), matrix(77, 50, False, 1), matrix(40, 77, False, 2)
     expected = [h @ W.t(), G @ W, 2 * (G.t() @ h)]
     for name in ("mm", "addmm"):
         monkeypatch.setattr(torch, name, refused)
     monkeypatch.setattr(torch.Tensor, "addmm_", refused)
-    S, dh, dW = torch.empty(9, 77), torch.empty(9, 40), torch.empty(77, 40)
+    S, dh, dW = torch.empty(40, 77), torch.empty(40, 50), torch.empty(77, 50)
     loop.project(h, W, S)
     loop.project(G, W.t(), dh)
     loop.accumulate_weight_grad(G, h, dW, first=True)
