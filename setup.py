@@ -103,6 +103,25 @@ def cuda_kernels() -> list[tuple[str, list[str]]]:
     ]
 
 
+def cuda_plain() -> list[tuple[str, str, list[str]]]:
+    """Return (source, object name, flags) of what the host's compiler makes of the CUDA library."""
+    flags = ["-DOPSD_CUDA", f'-DOPSD_SOURCES="{cuda_sources()}"', f"-I{cuda_home() / 'include'}"]
+    return [("cuda/binding.cpp", "cuda_binding", flags), ("registration.cpp", "cuda_registration", flags)]
+
+
+def cuda_sources() -> str:
+    """Return a digest of the flags and sources of the CUDA kernels, without comments and blanks.
+
+    opsd_kernels/gpu_checks.json holds it for the kernels that passed on a GPU.
+    """
+    digest = hashlib.sha256(repr(CUDA_FLAGS).encode())
+    for path in sorted(CSRC.rglob("*")):
+        if path.is_file() and CSRC / "cpu" not in path.parents:
+            code = re.sub(r"//[^\n]*", "", path.read_text())
+            digest.update(f"{path.relative_to(CSRC)} {' '.join(code.split())}".encode())
+    return digest.hexdigest()[:12]
+
+
 def nvcc() -> str | None:
     """CUDA_HOME's, else the one on the PATH. (torch's own CUDA_HOME is None under a torch without CUDA.)"""
     home = os.environ.get("CUDA_HOME")
@@ -342,12 +361,9 @@ class BuildExtension(build_ext):
 
     def build_cuda(self, target: Path) -> None:
         home = cuda_home()
-        plain = [("cuda/binding.cpp", "cuda_binding"), ("registration.cpp", "cuda_registration")]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             kernels = pool.map(lambda job: self.compile_cuda(*job), cuda_kernels())
-            rest = pool.map(
-                lambda job: self.compile_one(*job, ["-DOPSD_CUDA", f"-I{home / 'include'}"]), plain
-            )
+            rest = pool.map(lambda job: self.compile_one(*job), cuda_plain())
             objects = [*kernels, *rest]
         self.link(
             target,
