@@ -263,13 +263,13 @@ def accumulate_weight_grad(G: Tensor, hidden: Tensor, dW: Tensor, first: bool) -
             torch.mm(Gt, hidden, out=dW)
         else:
             dW.addmm_(Gt, hidden)
-    elif dW.device.type == "cuda" and first:
+    elif on_host(dW.device):
+        cpu_gemm.widening_mm(Gt, hidden, dW, accumulate=not first)
+    elif first:
         torch.mm(Gt, hidden, out_dtype=dW.dtype, out=dW)
-    elif dW.device.type == "cuda":
+    else:
         # From torch 2.10 on `self` may have the output's dtype; as it is also `out`, there is no copy.
         torch.addmm(dW, Gt, hidden, out_dtype=dW.dtype, out=dW)
-    else:
-        cpu_gemm.widening_mm(Gt, hidden, dW, accumulate=not first)
 
 
 def stack_difference(student: Tensor, teacher: Tensor, out: Tensor) -> None:
