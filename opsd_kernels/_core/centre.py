@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._rows import extension, torch_rows
+from .._rows.contract import Column
 from ..spec import RowSpec
 from .problem import Problem
 
@@ -79,6 +80,12 @@ class Centre(NamedTuple):
         if label is not None:
             at_label = (label[0] - s)[:, None], (label[1] - (0 if spared else t))[:, None]
         return cls(s, None if spared else t, None if spared else torch.cat([s, t]), at_label)
+
+    def part(self, rows: slice) -> Centre:
+        """Return the constants of some rows of a chunk, for GEMMs of one side each."""
+        label = None if self.at_label is None else (self.at_label[0][rows], self.at_label[1][rows])
+        s, t = (None if x is None else x[rows] for x in (self.s, self.t))
+        return Centre(s, t, None, label)
 
 
 NO_CENTRE = Centre(None, None, None, None)
@@ -166,6 +173,14 @@ def logits_at(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
         for k in range(K):
             out[i : i + step, k] = (rows * weight[columns[i : i + step, k]].float()).sum(1)
     return out
+
+
+def label_logprobs(at: torch_rows.Logits, stats: Tensor) -> Tensor:
+    """Return (n, 2): log q and log p of the label, in nats."""
+    column = stats[:, :, None]
+    references = column[:, Column.STUDENT_MAX], column[:, Column.TEACHER_MAX]
+    student = at.s - references[0] - column[:, Column.STUDENT_LOGSUM]
+    return torch.cat([student, at.teacher_above(*references) - column[:, Column.TEACHER_LOGSUM]], dim=1)
 
 
 def _products_at(hidden: Tensor, weight: Tensor, columns: Tensor, out: Tensor) -> Tensor:

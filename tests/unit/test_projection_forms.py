@@ -71,17 +71,22 @@ def problem_of(head, labels=True):
 def test_the_table_counts_what_the_loop_does(name):
     head = projection.Head(name)
     problem, made = problem_of(head), head.plan
-    buffers, C = loop.Buffers(problem, made), made.rows
-    with Launches((C, projection.V)) as counted:
-        buffers.fill(
-            problem, *(x[:C] for x in (problem.student.hidden, problem.teacher.hidden, problem.rows.labels))
-        )
-    cost, slices = head.filled(), (head.find(made) // made.chunks - projection.FIND) // projection.FIND_SLICE
-    assert len(counted.names) * made.chunks == cost.launches, counted.names
-    assert [counted.names.count(name) for name in ("mm", "addmm", "bmm")] == [2, 1, 2 * slices]
+    student, teacher = (side.hidden[: made.rows] for side in (problem.student, problem.teacher))
+    buffers = loop.Buffers(problem, made)
+    walk = loop.Walk(problem, None, None, False, False, True, None, None)
+    with Launches((made.rows, projection.V)) as found:
+        centre = buffers.centre(walk, slice(0, made.rows), student, teacher)
+    part = slice(0, made.part_rows)
+    if made.part_rows < made.rows:
+        centre = centre.part(part)
+    with Launches((made.part_rows, projection.V)) as filled:
+        buffers.fill(problem, student, teacher, centre, part)
+    cost = head.filled()
+    assert made.chunks * len(found.names) + made.parts * len(filled.names) == cost.launches, found.names
+    assert len(found.names) == head.find(made.rows)
+    assert filled.names.count("mm") == filled.names.count("addmm") == 1  # difference and student
     # Both sides written once are the least.
-    beyond = counted.reads + counted.writes - 2
-    assert beyond * head.side_bytes == cost.nbytes == 2 * head.side_bytes
+    assert (filled.reads + filled.writes - 2) * head.side_bytes == cost.nbytes
 
 
 def test_the_head_gradient_moves_what_the_table_says():
@@ -91,10 +96,14 @@ def test_the_head_gradient_moves_what_the_table_says():
     with Launches(dW.shape) as counted:
         for chunk in range(head.plan.chunks):
             loop.accumulate_weight_grad(G, hidden, dW, first=chunk == 0)
-    moved = (counted.reads + counted.writes) * 2 * head.weight_bytes
-    assert moved == head.plan.head_bytes and len(counted.names) == head.plan.chunks
-    # Less the one write in 16 bits that is the least, with a cast that reads fp32 and writes 16 bits
-    assert head.accumulated().nbytes == moved + 3 * head.weight_bytes - head.weight_bytes
+        G.new_empty(dW.shape).copy_(dW)
+    read, written = counted.reads, counted.writes
+    assert (read, written) == (head.plan.chunks, head.plan.chunks + 1)
+    assert (read + written - 1) * 4 * dW.numel() == head.plan.head_bytes + 2 * head.weight_bytes
+    # Of the last write in 16 bits, nothing is beyond the least.
+    cost = head.accumulated()
+    assert cost.nbytes == head.plan.head_bytes + 2 * head.weight_bytes
+    assert cost.launches - head.filled().launches == len(counted.names)
 
 
 @pytest.mark.parametrize("n, H, K", [(1, 3, 1), (7, 16, 2), (33, 24, 10)])
