@@ -5,7 +5,8 @@ pyproject.toml, and opsd_kernels/version.py. A wheel without the C++ kernels is 
 ends in LABEL, because installers show the version and hide the output of a build. Both libraries use
 LibTorch's stable ABI and no Python API: one build serves torch >= 2.10 and any Python. They are two
 libraries so that the CPU one loads under any torch. OPSD_BUILD_CPU and OPSD_BUILD_CUDA: 1 turns a failure
-to build these kernels into an error, 0 leaves them out. No GPU needs to be visible.
+to build these kernels into an error, 0 leaves them out; OPSD_CUDA_ARCHITECTURES names the GPUs. No GPU needs
+to be visible.
 """
 
 from __future__ import annotations
@@ -88,9 +89,7 @@ def jobs() -> list[tuple[str, str, list[str]]]:
 
 # Machine code for the generations that are measured or compiled for in the tests, and PTX for those to come.
 CUDA_ARCHITECTURES = ("80", "90a", "100a")
-GENCODE = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES] + [
-    "-gencode=arch=compute_100,code=compute_100"
-]
+PTX = "-gencode=arch=compute_100,code=compute_100"
 CUDA_FLAGS = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 CPU_TORCH = "this torch was built without CUDA"
 CUDA_TYPES = {"float32": "float", "bfloat16": "BFloat16", "float16": "Half"}
@@ -101,6 +100,40 @@ def cuda_kernels() -> list[tuple[str, list[str]]]:
     return [
         (f"cuda_{name}", [f"-DOPSD_IN={cpp}", f"-DOPSD_RUN=run_{name}"]) for name, cpp in CUDA_TYPES.items()
     ]
+
+
+def gencode() -> list[str]:
+    """Return nvcc's targets: those of OPSD_CUDA_ARCHITECTURES, else all of the above."""
+    named = [
+        part.strip() for part in os.environ.get("OPSD_CUDA_ARCHITECTURES", "").split(",") if part.strip()
+    ]
+    for part in named:
+        if not re.fullmatch(r"\d{2,3}[af]?", part):
+            sys.exit(
+                "opsd_kernels: OPSD_CUDA_ARCHITECTURES: expected numbers as in sm_90a, separated by commas, "
+                f"got {part!r}"
+            )
+    targets = [f"-gencode=arch=compute_{part},code=sm_{part}" for part in named or CUDA_ARCHITECTURES]
+    return targets if named else [*targets, PTX]
+
+
+def cuda_plain() -> list[tuple[str, str, list[str]]]:
+    """Return (source, object name, flags) of what the host's compiler makes of the CUDA library."""
+    flags = ["-DOPSD_CUDA", f'-DOPSD_SOURCES="{cuda_sources()}"', f"-I{cuda_home() / 'include'}"]
+    return [("cuda/binding.cpp", "cuda_binding", flags), ("registration.cpp", "cuda_registration", flags)]
+
+
+def cuda_sources() -> str:
+    """Return a digest of the flags and sources of the CUDA kernels, without comments and blanks.
+
+    opsd_kernels/gpu_checks.json holds it for the kernels that passed on a GPU.
+    """
+    digest = hashlib.sha256(repr(CUDA_FLAGS).encode())
+    for path in sorted(CSRC.rglob("*")):
+        if path.is_file() and CSRC / "cpu" not in path.parents:
+            code = re.sub(r"//[^\n]*", "", path.read_text())
+            digest.update(f"{path.relative_to(CSRC)} {' '.join(code.split())}".encode())
+    return digest.hexdigest()[:12]
 
 
 def nvcc() -> str | None:
@@ -342,12 +375,9 @@ class BuildExtension(build_ext):
 
     def build_cuda(self, target: Path) -> None:
         home = cuda_home()
-        plain = [("cuda/binding.cpp", "cuda_binding"), ("registration.cpp", "cuda_registration")]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             kernels = pool.map(lambda job: self.compile_cuda(*job), cuda_kernels())
-            rest = pool.map(
-                lambda job: self.compile_one(*job, ["-DOPSD_CUDA", f"-I{home / 'include'}"]), plain
-            )
+            rest = pool.map(lambda job: self.compile_one(*job), cuda_plain())
             objects = [*kernels, *rest]
         self.link(
             target,
@@ -384,14 +414,15 @@ class BuildExtension(build_ext):
         return str(done)
 
     def compile_cuda(self, name: str, macros: list[str]) -> str:
+        targets = gencode()
+        threads = ["--threads", str(len(targets))]
         command = [
             nvcc(),
             *CUDA_FLAGS,
-            *GENCODE,
+            *targets,
             "-Xcompiler",
             "-fPIC,-fvisibility=hidden",
-            "--threads",
-            str(len(GENCODE)),
+            *threads,
             *macros,
         ]
         done = object_path(name, repr(command))

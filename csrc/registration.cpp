@@ -34,8 +34,19 @@ STABLE_TORCH_LIBRARY_IMPL(opsd_emulated, CompositeExplicitAutograd, m) { m.impl(
 
 #elif defined(OPSD_CUDA)
 
+namespace {
+
+// OPSD_SOURCES: the digest of the kernels' sources, from setup.py.
+std::string cuda_sources() { return OPSD_SOURCES; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(opsd_kernels, m) { m.def("cuda_sources() -> str"); }
 STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CUDA, m) { OPSD_IMPLEMENT_ROWS(m, opsd::cuda::sweep); }
-STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CompositeExplicitAutograd, m) { m.impl("cuda_launch", TORCH_BOX(&opsd::cuda::launch_text)); }
+STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cuda_launch", TORCH_BOX(&opsd::cuda::launch_text));
+  m.impl("cuda_sources", TORCH_BOX(&cuda_sources));
+}
 
 #else
 

@@ -40,6 +40,7 @@ BYTE_UNITS = {
 }
 PLAN_LABELS = {
     "rows": "rows per chunk",
+    "part_rows": "rows projected at once",
     "difference": "difference GEMM",
     "centred": "logits relative to a constant of their row",
     "passes": "GEMM passes",

@@ -79,7 +79,7 @@ class DivergenceOptions(TypedDict, total=False):
       frozen head all tokens count alike.
     * `workspace_bytes`: bound of the logits buffers. Default: OPSD_WORKSPACE_BYTES, else 1 GiB.
     * `backend`: "cuda", "triton", "cpp" or "torch". Default: OPSD_BACKEND, else the first that serves the
-      device and dtype.
+      device and dtype; "cuda" only on GPUs that it is checked on (`opsd doctor`).
     * `group`: a process group or a `VocabShard`. Both heads are slices of dimension 0, one per rank, and the
       hidden states are equal on all ranks. Loss and gradients are those of the whole heads;
       `student_hidden.grad` is summed over the group. A DTensor sharded on dimension 0 may stand for a slice.

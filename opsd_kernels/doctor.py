@@ -38,13 +38,12 @@ def sections() -> list[Section]:
         for i in range(torch.cuda.device_count())
     ]
     kinds = ("cpu", *(["cuda"] if devices else []))
-    reasons = {kind: backends.explain(kind) for kind in kinds}
     return [
         Section("This machine", ("", ""), machine(devices)),
         Section(
             "Row backends, in order of preference",
             ("backend", *kinds),
-            [(name, *(reasons[kind][name] or "usable" for kind in kinds)) for name in backends.NAMES],
+            [(backend.name, *(service(backend, kind) for kind in kinds)) for backend in backends.BACKENDS],
         ),
         Section(
             "Environment",
@@ -52,6 +51,20 @@ def sections() -> list[Section]:
             [(variable.name, environment_value(variable)) for variable in env.VARIABLES],
         ),
     ]
+
+
+def service(backend: backends.Backend, kind: str) -> str:
+    """Return `usable`, the reason why a backend cannot serve `kind`, or why it serves by name alone."""
+    reason = backend.unsupported(kind, None)
+    if reason is not None:
+        return reason
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    whys = [backend.by_name(torch.device(kind, index)) for index in range(count)]
+    named = dict.fromkeys(why for why in whys if why is not None)
+    if not named:
+        return "usable"
+    some = "" if None not in whys else f" on device {', '.join(str(i) for i, why in enumerate(whys) if why)}"
+    return f'usable{some} as backend="{backend.name}" alone: {"; ".join(named)}'
 
 
 def machine(devices: list[str]) -> list[tuple[str, str]]:

@@ -75,6 +75,11 @@ BUILD_CUDA = Variable(
     "built. 0: none.",
     ("auto", "0", "1"),
 )
+CUDA_ARCHITECTURES = Variable(
+    "OPSD_CUDA_ARCHITECTURES",
+    "80,90a,100a and PTX",
+    "At build time. The GPUs that the CUDA kernels are compiled for, as in sm_90a, separated by commas.",
+)
 CACHE = Variable(
     "OPSD_CACHE",
     "opsd_kernels in XDG_CACHE_HOME, or in ~/.cache",
@@ -82,7 +87,17 @@ CACHE = Variable(
     "captures. Safe to delete.",
 )
 
-VARIABLES = (BACKEND, WORKSPACE_BYTES, CPU_CAPABILITY, PACK, CUDA_CLUSTER, BUILD_CPU, BUILD_CUDA, CACHE)
+VARIABLES = (
+    BACKEND,
+    WORKSPACE_BYTES,
+    CPU_CAPABILITY,
+    PACK,
+    CUDA_CLUSTER,
+    BUILD_CPU,
+    BUILD_CUDA,
+    CUDA_ARCHITECTURES,
+    CACHE,
+)
 
 
 def workspace_bytes() -> int | None:

@@ -129,3 +129,13 @@ def widening_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
         _cblas_mm(gemm, a, b, out, beta=float(accumulate))
     else:
         sliced_mm_(a, b, out, accumulate)
+
+
+def weighted_sum(G: Tensor, scale: Tensor) -> Tensor:
+    """Return scale @ G, (V,), casting 16 rows of a 16-bit G at a time."""
+    step = 16 if G.dtype.itemsize == 2 else G.shape[0]
+    total = scale[:step] @ G[:step].to(scale.dtype)
+    for start in range(step, G.shape[0], step):
+        part = slice(start, start + step)
+        total = total + scale[part] @ G[part].to(scale.dtype)
+    return total

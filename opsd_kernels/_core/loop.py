@@ -2,7 +2,8 @@
 
 Logits go into reused buffers, the head's gradient into an fp32 accumulator. The only module that allocates
 tensors with a vocabulary dimension; none outlives the loop. The same loop computes gradients during the
-forward pass, statistics alone and, from saved statistics, the gradients of recompute mode.
+forward pass, statistics alone and, from saved statistics, the gradients of recompute mode. A plan may split
+the projections and sweeps of a chunk into parts, which share the teacher's buffer.
 
 A sweep has one of four forms, chosen before the loop. `fused` reads the logits once and overwrites them with
 the gradient. `two_pass` sweeps for statistics first, where row factors depend on them. `replay` computes
@@ -25,7 +26,7 @@ from torch import Tensor
 from .._rows import extension, torch_rows
 from .._rows.contract import Column, RowBackend, narrowed
 from . import cpu_gemm, topk_support
-from .centre import NO_CENTRE, Centre, exact_argmax, likely_columns, pilot_columns
+from .centre import NO_CENTRE, Centre, exact_argmax, label_logprobs, likely_columns, pilot_columns
 from .columns import ColumnFilter, Kept, slice_length
 from .planner import ChunkPlan, row_stride
 from .problem import ComputedRows, Outputs, Problem
@@ -56,21 +57,29 @@ def run(
     buffers = Buffers(problem, plan)
     wants_gradient = any(problem.wants)
     walk = Walk(problem, backend, rows.valid, metrics, saved is not None, wants_gradient, weigher, out)
-    sweep, chunk = choose(walk), None
+    sweep, logits, G = choose(walk), None, None
     skips = wants_gradient and problem.gradient_tolerance is not None
     columns = ColumnFilter.of(problem, backend, out.dropped) if skips else None
     with torch.autocast(problem.student.hidden.device.type, enabled=False):
-        for position, part in enumerate(plan.bounds() if bounds is None else bounds):
-            at = part if rows.index is None else rows.index[part]
+        for position, whole in enumerate(plan.bounds() if bounds is None else bounds):
+            at = whole if rows.index is None else rows.index[whole]
             # Zeroed: inf or NaN in an invalid row times its zero gradient would put NaN into dW.
             student = walk.zero_invalid(problem.student.hidden[at], at)
             teacher = None if problem.teacher is None else walk.zero_invalid(problem.teacher.hidden[at], at)
-            labels = None if problem.rows.labels is None else walk.label_columns(at)
-            chunk = buffers.fill(problem, student, teacher, labels)
-            scale = sweep(walk, chunk, at)
+            centre, scales = NO_CENTRE, []
+            if plan.centred:
+                centre = buffers.centre(walk, at, student, teacher)
+            for start in range(whole.start, whole.stop, plan.part_rows):
+                part = slice(start, min(start + plan.part_rows, whole.stop))
+                inside = slice(start - whole.start, part.stop - whole.start)
+                held = centre if plan.part_rows == plan.rows else centre.part(inside)
+                logits = buffers.fill(problem, student, teacher, held, inside)
+                scales.append(sweep(walk, logits, part if rows.index is None else rows.index[part]))
             if wants_gradient:
-                _accumulate(walk, walk.gradient(chunk.S), student, at, scale, columns, first=position == 0)
-    del buffers, walk, chunk  # freed before dW is cast, which lowers the peak
+                G = walk.gradient(buffers.pair[: student.shape[0]])
+                scale = None if scales[0] is None else torch.cat([x for x in scales if x is not None])
+                _accumulate(walk, G, student, at, scale, columns, first=position == 0)
+    del buffers, walk, logits, G  # freed before dW is cast, which lowers the peak
     if out.dW is not None and out.dW.dtype != plan.gradient_dtype:
         out.dW = empty(tuple(out.dW.shape), plan.gradient_dtype, out.dW.device).copy_(out.dW)
     if out.dbias is not None:
@@ -105,45 +114,53 @@ def _allocate(
 
 
 class Buffers:
-    """Own the reused buffers of a call: logits of each side, and stacked rows of the difference GEMM."""
+    """Own the reused buffers of a call: logits of each side, and stacked rows of the difference GEMM.
+
+    The student's hold a chunk, and become its gradient; the teacher's hold a part of one.
+    """
 
     def __init__(self, problem: Problem, plan: ChunkPlan) -> None:
         hidden, V = problem.student.hidden, problem.student.weight.shape[0]
-        sides = 1 if problem.teacher is None else 2
+        alone, part = problem.teacher is None, plan.part_rows
         stride = row_stride(V, plan.logits_dtype, hidden.device.type)
-        self.pair = empty((sides * plan.rows, stride), plan.logits_dtype, hidden.device)[:, :V]
-        self.centred = plan.centred
-        self.zeros = self.pair.new_zeros(1, V if sides == 1 else 0)
-        self.stack = hidden.new_empty(2 * plan.rows, hidden.shape[1]) if problem.spec.difference else None
+        shape = plan.rows + (0 if alone else part), stride
+        self.pair = empty(shape, plan.logits_dtype, hidden.device)[:, :V]
+        self.behind = None if part == plan.rows else plan.rows  # row of T; None: it follows S
+        self.zeros = self.pair.new_zeros(1, V if alone else 0)
+        self.stack = hidden.new_empty(2 * part, hidden.shape[1]) if problem.spec.difference else None
 
-    def fill(self, problem: Problem, student: Tensor, teacher: Tensor | None, labels: Tensor | None) -> Rows:
-        """Return a chunk's logits S and T (or T - S), (C, V) each, with the biases.
+    def centre(self, walk: Walk, at: Positions, student: Tensor, teacher: Tensor | None) -> Centre:
+        """Return the constants of a chunk's rows, with the logits of a few columns in the buffer."""
+        problem, head = walk.problem, walk.problem.student.weight
+        labels = None if problem.rows.labels is None else walk.label_columns(at)
+        n = pilot_columns(head.shape[0])
+        pilot = self.pair.as_strided((student.shape[0], n), (n, 1))
+        project(student, head[:n], pilot)
+        rounded = not subtracts_exactly(pilot)
+        return Centre.of(problem, student, teacher, labels, pilot.argmax(1), rounded)
 
-        `labels` (C,) are columns of these heads, -1 where another rank holds the label.
-        """
-        C, head = student.shape[0], problem.student.weight
-        S, T = self.pair[:C], self.pair[C : 2 * C]
-        centre = NO_CENTRE
-        if self.centred:
-            n = pilot_columns(head.shape[0])
-            pilot = S.as_strided((C, n), (n, 1))
-            project(student, head[:n], pilot)
-            rounded = not subtracts_exactly(S)
-            centre = Centre.of(problem, student, teacher, labels, pilot.argmax(1), rounded)
+    def fill(
+        self, problem: Problem, student: Tensor, teacher: Tensor | None, centre: Centre, part: slice
+    ) -> Rows:
+        """Return the logits S and T (or T - S) of a part of a chunk, (C, V) each, with the biases."""
+        student, head, C = student[part], problem.student.weight, part.stop - part.start
+        behind = part.stop if self.behind is None else self.behind
+        S, T = self.pair[part], self.pair[behind : behind + C]
         if teacher is None or problem.teacher is None:
             project(student, head, S, centre.s)
             return Rows(S, self.zeros.expand(C, -1), problem.student.bias, None, centre.at_label)
+        teacher = teacher[part]
         if self.stack is None:
             project(student, head, S, centre.s)
             project(teacher, problem.teacher.weight, T, centre.t)
         else:
             stack = self.stack[: 2 * C]
             stack_difference(student, teacher, stack)
-            if centre.s is None or centre.t is not None:
+            if self.behind is None and (centre.s is None or centre.t is not None):
                 project(stack, head, self.pair[: 2 * C], centre.stacked)
             else:
                 project(stack[:C], head, S, centre.s)
-                project(stack[C:], head, T)
+                project(stack[C:], head, T, centre.t)
         return Rows(S, T, problem.student.bias, problem.teacher.bias, centre.at_label)
 
 
@@ -183,7 +200,7 @@ def _accumulate(
         accumulate_weight_grad(G, scaled, dW, first)
     if out.dbias is not None:
         wide = torch.promote_types(G.dtype, torch.float32)
-        out.dbias[:V] += G.sum(0, dtype=wide) if scale is None else _weighted_sum(G, scale)
+        out.dbias[:V] += G.sum(0, dtype=wide) if scale is None else cpu_gemm.weighted_sum(G, scale)
 
 
 def _accumulate_kept(
@@ -207,16 +224,6 @@ def _accumulate_kept(
             accumulate_weight_grad(part, scaled, update[:n], first=True)
             dW.index_add_(0, columns, update[:n].to(dW.dtype))
     return dh.addr_(kept.sums, kept.mean)
-
-
-def _weighted_sum(G: Tensor, scale: Tensor) -> Tensor:
-    """Return scale @ G, (V,), casting 16 rows of a 16-bit G at a time."""
-    step = 16 if G.dtype.itemsize == 2 else G.shape[0]
-    total = scale[:step] @ G[:step].to(scale.dtype)
-    for start in range(step, G.shape[0], step):
-        part = slice(start, start + step)
-        total = total + scale[part] @ G[part].to(scale.dtype)
-    return total
 
 
 # ---------------------------------------------------------------- GEMMs
@@ -269,13 +276,13 @@ def accumulate_weight_grad(G: Tensor, hidden: Tensor, dW: Tensor, first: bool) -
             torch.mm(Gt, hidden, out=dW)
         else:
             dW.addmm_(Gt, hidden)
-    elif dW.device.type == "cuda" and first:
+    elif dW.device.type == "cpu":
+        cpu_gemm.widening_mm(Gt, hidden, dW, accumulate=not first)
+    elif first:
         torch.mm(Gt, hidden, out_dtype=dW.dtype, out=dW)
-    elif dW.device.type == "cuda":
+    else:
         # From torch 2.10 on `self` may have the output's dtype; as it is also `out`, there is no copy.
         torch.addmm(dW, Gt, hidden, out_dtype=dW.dtype, out=dW)
-    else:
-        cpu_gemm.widening_mm(Gt, hidden, dW, accumulate=not first)
 
 
 def stack_difference(student: Tensor, teacher: Tensor, out: Tensor) -> None:
@@ -367,7 +374,7 @@ class Walk:
             argmax.copy_(exact_argmax(problem, problem.spec.at(at), student, teacher, exact.likely, argmax))
         out.stats[at], out.loss[at], out.A[at] = (self.zero_invalid(x, at) for x in (stats, loss, A))
         if exact.label is not None and out.logprobs is not None:
-            logprobs = _label_logprobs(exact.label, stats)
+            logprobs = label_logprobs(exact.label, stats)
             if self.problem.shard is not None:
                 logprobs = self.problem.shard.of_owner(logprobs, self.labels(at))
             out.logprobs[at] = self.zero_invalid(logprobs, at)
@@ -459,14 +466,6 @@ def top_k(walk: Walk, chunk: Rows, at: Positions) -> None:
         labels = None if slope is None else walk.label_columns(at)
         G = walk.gradient(chunk.S)
         topk_support.write_gradient_(walk.backend, chunk, stats, spec, own, result, factor, slope, labels, G)
-
-
-def _label_logprobs(at: torch_rows.Logits, stats: Tensor) -> Tensor:
-    """Return (n, 2): log q and log p of the label, in nats."""
-    column = stats[:, :, None]
-    references = column[:, Column.STUDENT_MAX], column[:, Column.TEACHER_MAX]
-    student = at.s - references[0] - column[:, Column.STUDENT_LOGSUM]
-    return torch.cat([student, at.teacher_above(*references) - column[:, Column.TEACHER_LOGSUM]], dim=1)
 
 
 # ---------------------------------------------------------------- memory

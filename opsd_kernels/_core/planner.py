@@ -5,9 +5,9 @@ Pure arithmetic. The op follows the plan, and `opsd plan` prints it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from .. import env
 from .._rows import extension
 from .._rows.contract import Column
 from ..spec import BACKWARDS, SCOPES, LogitTransform, check_choice, expect
+from .waves import CUDA_ROW_MULTIPLE, SM_COUNT, tile_share, wave_flops, whole_waves
 
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 ROW_MULTIPLE = 16
@@ -41,15 +42,12 @@ QUEUE_BYTES = 16  # per column and thread while torch.topk runs
 # Per column and thread for a divergence of two sweeps, which keep four rows (csrc/cpu/rows.cpp); others keep
 # one or two.
 SWEEP_BYTES = 16
-# The model of a GPU, used only to choose the rows. Its numbers are assumptions, to be replaced by measured
-# ones: the output tile that cuBLAS gives one multiprocessor of an H100 in a large 16-bit GEMM; the most
-# splits of long sums (of dh) where tiles are few; the multiprocessors of an H100 SXM or H200; 730 TFLOP/s of
-# such GEMMs at 2.85 TB/s of memory. By the last, dW costs 25 % of four passes at 1024 rows and 6 % at 4096.
-TILE = (128, 256)
-MOST_SPLITS, SPLIT_LENGTH = 8, 4096
-SM_COUNT = 132
-FLOPS_PER_BYTE = 256
-CUDA_ROW_MULTIPLE = 128
+# With a trainable head on CUDA a chunk may be projected and swept in parts. The student's buffer becomes the
+# gradient of the whole chunk, which the GEMMs of dh and dW take at once; the teacher's is free after a sweep
+# and holds one part. The same bytes then hold up to 12/7 of the rows, and dW is read and written less often:
+# 6 to 9 % of the GEMMs' time by the model (docs/design/projection.md). Shorter parts would read the head more
+# slowly than they multiply it.
+MOST_PARTS, LEAST_PART_ROWS = 6, 512
 # A row of logits takes a multiple of this: any V then has 16-byte accesses, and a GEMM its fastest leading
 # dimension.
 CUDA_ROW_BYTES = 128
@@ -65,6 +63,7 @@ class ChunkPlan:
 
     tokens: int
     rows: int  # per chunk
+    part_rows: int  # of a chunk, projected and swept at once
     chunks: int
     logits_dtype: torch.dtype
     difference: bool  # the teacher buffer holds t - s, from the stacked GEMM
@@ -95,6 +94,11 @@ class ChunkPlan:
         return [
             slice(start, min(start + self.rows, self.tokens)) for start in range(0, self.tokens, self.rows)
         ]
+
+    @property
+    def parts(self) -> int:
+        """Count the parts of all chunks."""
+        return sum(-(-(chunk.stop - chunk.start) // self.part_rows) for chunk in self.bounds())
 
     def as_dict(self) -> dict[str, object]:
         """Return the fields with dtypes as strings, for JSON."""
@@ -190,19 +194,6 @@ def row_bytes(
     )
 
 
-def wave_flops(rows: int, columns: int, length: int, sm_count: int = SM_COUNT) -> int:
-    """Return the operations that a GPU could do during a GEMM with sums of `length`.
-
-    Multiprocessors work on whole tiles, and the last wave of tiles leaves some of them idle: 132 tiles cost
-    as much as one.
-    """
-    tiles = -(-rows // TILE[0]) * -(-columns // TILE[1])
-    splits = range(1, max(1, min(MOST_SPLITS, length // SPLIT_LENGTH)) + 1)
-    return min(
-        2 * _round_up(tiles * split, sm_count) * TILE[0] * TILE[1] * -(-length // split) for split in splits
-    )
-
-
 @dataclass(frozen=True)
 class Products:
     """Hold the sizes of a call's GEMMs, and model their time on a GPU in operations it could do meanwhile."""
@@ -254,27 +245,6 @@ def logit_bytes(
     """
     reads = 1 if on_chip else sweeps + (products > 0)
     return sides * buffer.itemsize * (1 + reads) + gradient.itemsize * (1 + products) * (products > 0)
-
-
-@lru_cache(maxsize=1024)
-def whole_waves(tokens: int, most: int, gemms: Products, dW_itemsize: int, sm_count: int = SM_COUNT) -> int:
-    """Return the rows per chunk with the lowest cost of idle multiprocessors and traffic of dW.
-
-    They are a multiple of CUDA_ROW_MULTIPLE up to `most`, or `most` below one multiple. More rows win a tie,
-    and a larger `most` never makes more chunks.
-    """
-
-    def cost(rows: int) -> tuple[int, int]:
-        traffic = gemms.head_bytes(-(-tokens // rows), dW_itemsize)
-        return gemms.wave_flops(tokens, rows, sm_count) + FLOPS_PER_BYTE * traffic, -rows
-
-    return min(range(CUDA_ROW_MULTIPLE, most + 1, CUDA_ROW_MULTIPLE), key=cost, default=most)
-
-
-def _tile_share(gemms: Products, tokens: int, rows: int, sm_count: int) -> float:
-    """Return the useful share of the operations in whole waves of tiles."""
-    useful = sum(2 * m * n * k for m, n, k in gemms.of_chunk(tokens))
-    return useful / gemms.wave_flops(tokens, rows, sm_count) if tokens else 1.0
 
 
 def _when_weighted(scope: str, longest: int | None, most: int, in_loop: bool) -> tuple[str, str]:
@@ -342,6 +312,37 @@ def _most_rows(
     return most, accumulator
 
 
+def _fewest_chunks(
+    tokens: int,
+    waves: tuple[Products, int, int] | None,
+    most_rows: Callable[[int, int], tuple[int, int]],
+    budget: int,
+    per_row: int,
+    teacher_row: int,
+) -> tuple[int, int, int]:
+    """Return rows per chunk, bytes of an fp32 accumulator, rows per part: the fewest chunks, then parts.
+
+    `waves` are the GEMMs, bytes of a number of dW and multiprocessors of a GPU, None on a CPU, which has no
+    parts. `most_rows(budget, per_row)` is `_most_rows`, `teacher_row` the bytes of a row of the teacher's.
+    """
+    if waves is None:
+        most, accumulator = most_rows(budget, per_row)
+        rows = _balanced_rows(tokens, most)
+        return rows, accumulator, rows
+    (gemms, itemsize, sm_count), best = waves, (tokens, 0, 0)
+    # Longer chunks save traffic of dW, and nothing with a frozen head.
+    for parts in range(1, MOST_PARTS + 1 if gemms.trainable else 2):
+        # A part may be longer than its share by less than CUDA_ROW_MULTIPLE.
+        room = budget - CUDA_ROW_MULTIPLE * teacher_row * (parts > 1)
+        most, accumulator = most_rows(room, per_row - teacher_row + -(-teacher_row // parts))
+        dW_itemsize = 4 if accumulator else itemsize
+        rows = tokens if tokens <= most else whole_waves(tokens, most, gemms, dW_itemsize, sm_count)
+        part = rows if parts == 1 else min(rows, _round_up(-(-rows // parts), CUDA_ROW_MULTIPLE))
+        if parts == 1 or (part >= LEAST_PART_ROWS and -(-tokens // rows) < -(-tokens // best[0])):
+            best = rows, accumulator, part
+    return best
+
+
 def _cpu_scratch(dtype: torch.dtype, V: int, topk: int, one_sweep: bool, threads: int | None) -> int:
     """Scratch bytes of the math library and of the sweeps on a CPU, on top of the logits buffers."""
     tiled = dtype.itemsize == 2 and extension.has_amx()
@@ -389,17 +390,16 @@ def plan(
     * `one_sweep`: True for the plain KLs without an entry clip, see RowSpec.
     * `factor`, `softcap`: the larger logit scale / temperature of both sides; True if logits have a softcap.
     * `device_type`, `sm_count`: on CUDA the rows of a chunk make whole waves of GEMM tiles on `sm_count`
-      multiprocessors (see TILE). `threads`: of a CPU, with which scratch grows. Default: those of torch.
-    * `workspace_bytes`: the budget for logits buffers, packed rows, scratch, and the fp32 dW on top of a
-      16-bit gradient. Default: OPSD_WORKSPACE_BYTES, else 1 GiB. The fp32 dW claims half its size, but leaves
-      the logits the bytes of the 16-bit dW, which replaces them in the end.
+      multiprocessors (waves.py). `threads`: of a CPU, with which scratch grows. Default: those of torch.
+    * `workspace_bytes`: for logits, packed rows, scratch, and half of an fp32 dW, which leaves the logits the
+      bytes of the 16-bit dW that replaces them. Default: OPSD_WORKSPACE_BYTES, else 1 GiB.
 
     Raises ValueError if the budget does not hold one row, and ValueError or TypeError for a bad argument.
     """
     H_teacher = H_student if H_teacher is None else H_teacher
     _check(dtype, backward, weights_scope, N=N, V=V, H_student=H_student, H_teacher=H_teacher)
     budget = workspace_budget(workspace_bytes)
-    transforms = [LogitTransform(factor, 1.0 if softcap else None)]
+    transforms = (LogitTransform(factor, 1.0 if softcap else None),)
     buffer, difference = resolve_logits(dtype, logits_dtype, shared_head, transforms=transforms)
     selects = grad and gradient_tolerance is not None
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V), device_type, selects)
@@ -408,45 +408,44 @@ def plan(
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
     held, again = held_dtype(dtype, buffer), backward == "recompute" and grad
     room = budget - min(scratch, budget // 2, max(budget - per_row, 0))
-    most, accumulator = _most_rows(N, gemms, dtype, held, device_type, longest_sequence or 0, room, per_row)
+    most_rows = partial(_most_rows, N, gemms, dtype, held, device_type, longest_sequence or 0)
+    most, accumulator = most_rows(room, per_row)
     expect(most >= 1, "workspace_bytes", f"at least {3 * per_row} bytes, for a row of logits pairs", budget)
     in_loop = (gemms.trainable or policy or selects) and grad and not again
     weighting, reason = _when_weighted(weights_scope, longest_sequence, most, in_loop)
-    dW_itemsize = 4 if accumulator else dtype.itemsize
-    rows = max(min(N, most), 1)
+    rows = part = max(min(N, most), 1)
+    teacher_row = row_stride(V, buffer, device_type) * buffer.itemsize * (H_teacher > 0)
     if weighting != "aligned" and N > most:
-        waves = whole_waves(N, most, gemms, dW_itemsize, sm_count) if device_type == "cuda" else 0
-        rows = waves or _balanced_rows(N, most)
-    memory = _memory(N, rows, gemms, dtype, held, per_row, scratch, accumulator, 4 * V * bias_grad)
-    work = _work(N, rows, gemms, dtype, buffer, 2 - one_sweep, again, weighting, dW_itemsize)
+        waves = (gemms, dtype.itemsize, sm_count) if device_type == "cuda" else None
+        rows, accumulator, part = _fewest_chunks(N, waves, most_rows, room, per_row, teacher_row)
+    workspace = min(rows, N) * per_row - (rows - part) * teacher_row
     return ChunkPlan(
         tokens=N,
         rows=rows,
+        part_rows=part,
         logits_dtype=buffer,
         difference=difference,
         centred=buffer.itemsize == 2 and not softcap,
         gradient_dtype=held,
-        tile_share=_tile_share(gemms, N, rows, sm_count) if device_type == "cuda" else 1.0,
+        tile_share=tile_share(gemms, N, rows, sm_count) if device_type == "cuda" else 1.0,
         weighting=weighting,
         weighting_reason=reason,
-        **memory,
-        **work,
+        **_memory(N, gemms, dtype, held, workspace, scratch, accumulator, 4 * V * bias_grad),
+        **_work(N, rows, gemms, dtype, buffer, 2 - one_sweep, again, weighting, accumulator),
     )
 
 
 def _memory(
     N: int,
-    rows: int,
     gemms: Products,
     dtype: torch.dtype,
     held: torch.dtype,
-    per_row: int,
+    workspace: int,
     scratch: int,
     accumulator: int,
     dbias: int,
 ) -> dict[str, int]:
     """Return the bytes of a call by kind, and its peak: during the loop, or while dW is cast."""
-    workspace = min(rows, N) * per_row
     vectors = N * 4 * (len(Column) + 8)  # statistics, loss, A, weights, factors and their products
     dh = N * gemms.H_student * dtype.itemsize * gemms.grad
     dW = gemms.V * gemms.H_student * dtype.itemsize * gemms.trainable
@@ -471,7 +470,7 @@ def _work(
     sweeps: int,
     again: bool,
     weighting: str,
-    dW_itemsize: int,
+    accumulator: int,
 ) -> dict[str, int]:
     """Return the counts of GEMM passes, operations and bytes moved.
 
@@ -487,5 +486,5 @@ def _work(
         "passes": sides + products + sides * twice,
         "flops": 2 * N * gemms.V * per_pass,
         "sweep_bytes": N * gemms.V * per_logit,
-        "head_bytes": gemms.head_bytes(chunks, dW_itemsize),
+        "head_bytes": gemms.head_bytes(chunks, 4 if accumulator else dtype.itemsize),
     }

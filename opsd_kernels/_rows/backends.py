@@ -1,4 +1,4 @@
-"""Row backends in order of preference, each with a predicate for the reason why it cannot serve.
+"""Row backends in order of preference, with the reasons why one cannot serve or serves by name alone.
 
 The backend of the compiled libraries is here: it forwards to their operators.
 """
@@ -33,15 +33,16 @@ class SlowBackendWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend's name, a function that returns its sweeps, and a predicate.
+    """A backend's name, a function that returns its sweeps, and two predicates.
 
     `unsupported(device_type, dtype)` returns None if it sweeps logits of `dtype` (None: a common one) there,
-    else the reason.
+    else the reason. `by_name(device)` returns the reason why it serves there by name alone, or None.
     """
 
     name: str
     rows: Callable[[], RowBackend]
     unsupported: Callable[[str, torch.dtype | None], str | None]
+    by_name: Callable[[torch.device], str | None] = lambda device: None
 
 
 def _no_cuda(device_type: str, dtype: torch.dtype | None) -> str | None:
@@ -149,8 +150,18 @@ def _columns_on_cuda() -> RowBackend:
 COMPILED = CompiledRows()
 
 BACKENDS = (
-    Backend("cuda", lambda: COMPILED, _no_cuda),
-    Backend("triton", lambda: importlib.import_module(f"{__package__}.triton_rows"), _no_triton),
+    Backend(
+        "cuda",
+        lambda: COMPILED,
+        _no_cuda,
+        lambda device: extension.cuda_unchecked(device) if device.type == "cuda" else None,
+    ),
+    Backend(
+        "triton",
+        lambda: importlib.import_module(f"{__package__}.triton_rows"),
+        _no_triton,
+        lambda device: "Triton only interprets on a CPU" if device.type == "cpu" else None,
+    ),
     Backend("cpp", lambda: COMPILED, _no_extension),
     Backend("torch", lambda: torch_rows, lambda device_type, dtype: None),
 )
@@ -160,16 +171,16 @@ NAMES = tuple(backend.name for backend in BACKENDS)
 def select(name: str | None, device: torch.device, dtype: torch.dtype | None = None) -> RowBackend:
     """Return the backend of `name` or OPSD_BACKEND, else the first that sweeps logits of `dtype` on `device`.
 
-    Raises ValueError with the reason if the named backend cannot serve. On a CPU Triton only interprets, so
-    it serves there by name alone. Warns once per process if no name is given and torch's own operators serve
-    a CPU because the C++ kernels are missing.
+    Raises ValueError with the reason if the named backend cannot serve. Without a name, one with a reason in
+    `by_name` is passed over: Triton on a CPU, and the CUDA kernels on a GPU whose architecture they have not
+    passed the GPU check on, since a wrong gradient costs more than a slower one. Warns once per process if no
+    name is given and torch's own operators serve a CPU because the C++ kernels are missing.
     """
     name = name or env.BACKEND.get()
     if name is not None:
         check_choice("backend", name, NAMES)
     for backend in BACKENDS:
-        interprets = backend.name == "triton" and device.type == "cpu"
-        if name != backend.name and (name is not None or interprets):
+        if name != backend.name and (name is not None or backend.by_name(device) is not None):
             continue
         reason = backend.unsupported(device.type, dtype)
         if reason is None:

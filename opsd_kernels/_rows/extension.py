@@ -15,6 +15,8 @@ from urllib.request import url2pathname
 import torch
 from torch import Tensor
 
+from . import gpu_checks
+
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -86,6 +88,20 @@ def cuda_unavailable() -> str | None:
         return f"a device of compute capability 8.0 or more is needed, got {oldest[0]}.{oldest[1]}"
     # the C++ extension registers the schemas
     return load() or _load("_cuda", "CUDA kernels were")
+
+
+def cuda_sources() -> str:
+    """Return the digest of the loaded CUDA kernels' sources (setup.py), "" if it was not recorded."""
+    operator = getattr(torch.ops.opsd_kernels, "cuda_sources", None)
+    return "" if operator is None else operator()
+
+
+def cuda_unchecked(device: torch.device) -> str | None:
+    """Return why the CUDA kernels serve a GPU by name alone; None if checked there, or unavailable."""
+    if cuda_unavailable() is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return gpu_checks.missing(f"{major}.{minor}", cuda_sources())
 
 
 def capability() -> str:

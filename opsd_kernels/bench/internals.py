@@ -9,11 +9,13 @@ from .._core.planner import (
     CPU_SCRATCH_BYTES,
     CPU_SCRATCH_PER_THREAD,
     DEFAULT_WORKSPACE_BYTES,
-    FLOPS_PER_BYTE,
     ChunkPlan,
+    Products,
     plan,
     resolve_logits,
+    row_bytes,
 )
+from .._core.waves import FLOPS_PER_BYTE, whole_waves
 from .._rows import backends
 from .._rows.contract import Column
 
@@ -24,7 +26,10 @@ __all__ = [
     "FLOPS_PER_BYTE",
     "ChunkPlan",
     "Column",
+    "Products",
     "backends",
     "plan",
     "resolve_logits",
+    "row_bytes",
+    "whole_waves",
 ]

@@ -179,7 +179,12 @@ def project(
         workspace_bytes=DEFAULT_WORKSPACE_BYTES,
     )
     split, size = vocab_ranks > 1, dtype.itemsize
-    gathers, reduces = (calls * made.chunks * split for calls in chunk_calls(one_sweep, labels, made.centred))
+    gathers, reduces = chunk_calls(one_sweep, labels, made.centred)
+    # Statistics and log-probs of labels are exchanged by each part of a chunk.
+    gathers, reduces = (
+        gathers * made.parts * split,
+        (reduces * made.chunks + labels * (made.parts - made.chunks)) * split,
+    )
     gather_bytes = ring_gather(vocab_ranks, FP32 * n * gathered_numbers(one_sweep))
     reduce_bytes = ring_sum(vocab_ranks, FP32 * n * reduced_numbers(head.H, labels, made.centred))
     data_bytes = ring_sum(data_ranks, V * head.H * size)

@@ -15,7 +15,14 @@ import venv
 import zipfile
 from pathlib import Path
 
-PACKAGE = ("__init__.py", "py.typed", "cli.py", "tested_versions.json", "_rows/triton_rows.py")
+PACKAGE = (
+    "__init__.py",
+    "py.typed",
+    "cli.py",
+    "tested_versions.json",
+    "gpu_checks.json",
+    "_rows/triton_rows.py",
+)
 SOURCES = (
     "setup.py",
     "pyproject.toml",

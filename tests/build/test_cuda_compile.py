@@ -76,18 +76,15 @@ def test_the_library_links_and_asks_torch_for_its_stable_interface_alone(measure
     """
     script = cuda_resources.build_script()
     home, built = script.cuda_home(), [str(objects / f"{name}_90a.o") for name, _ in script.cuda_kernels()]
-    for source in ("cuda/binding.cpp", "registration.cpp"):
-        built.append(str(objects / f"{Path(source).stem}.o"))
-        includes = [
-            f"-I{home / 'include'}",
-            *(part for path in include_paths() for part in ("-isystem", path)),
-        ]
+    for source, name, flags in script.cuda_plain():
+        built.append(str(objects / f"{name}.o"))
+        includes = [part for path in include_paths() for part in ("-isystem", path)]
         subprocess.run(
             [
                 "g++",
                 *script.FLAGS,
                 "-fPIC",
-                "-DOPSD_CUDA",
+                *flags,
                 *includes,
                 "-c",
                 str(script.CSRC / source),

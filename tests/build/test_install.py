@@ -286,3 +286,35 @@ def test_the_torch_of_the_environment_comes_first(found, fresh, tmp_path):
     (site / "old.pth").write_text(f"{old}\n")
     assert found(fresh, tmp_path / "other" / "bin") == str(Path(torch.__file__).parent)
     assert found(tmp_path / "other" / "bin" / "python", fresh.parent) == f"{old}/torch"
+
+
+# ---------------------------------------------------------------- the CUDA kernels
+
+
+def test_the_architectures_are_chosen_by_a_variable(monkeypatch, checkout):
+    script = runpy.run_path(str(checkout / "setup.py"))
+    assert script["gencode"]() == [
+        *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in ("80", "90a", "100a")),
+        "-gencode=arch=compute_100,code=compute_100",
+    ]
+    monkeypatch.setenv("OPSD_CUDA_ARCHITECTURES", "90a, 120")
+    assert script["gencode"]() == [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_120,code=sm_120",
+    ]
+    monkeypatch.setenv("OPSD_CUDA_ARCHITECTURES", "sm_90a")
+    with pytest.raises(SystemExit, match="expected numbers as in sm_90a, separated by commas, got 'sm_90a'"):
+        script["gencode"]()
+
+
+def test_the_digest_of_the_cuda_kernels_is_of_their_code(checkout):
+    """It tells whether a check on a GPU was one of these kernels: a comment may change, a number may not."""
+    script = runpy.run_path(str(checkout / "setup.py"))
+    before, source = script["cuda_sources"](), checkout / "csrc" / "cuda" / "launch.h"
+    assert re.fullmatch(r"[0-9a-f]{12}", before)
+    text = source.read_text()
+    source.write_text(f"// another comment\n\n{text}")
+    (checkout / "csrc" / "cpu" / "rows.cpp").write_text("")
+    assert script["cuda_sources"]() == before
+    source.write_text(text.replace("256", "128", 1))
+    assert text != source.read_text() and script["cuda_sources"]() != before

@@ -1,5 +1,6 @@
 """Tests on a CUDA device, skipped without one.
 
+OPSD_GPU_TESTS=smoke runs every kernel of the CUDA library and a share of the rest, in a minute on 12 workers.
 OPSD_GPU_TESTS=interpret runs one of each on the CPU with Triton's interpreter, to check the tests themselves.
 """
 
@@ -21,6 +22,11 @@ HERE = Path(__file__).resolve().parent
 # A backend runs every n-th parameter set of a test, by the sum of the parameters' positions. Triton takes
 # half a second to compile a kernel of each set; Triton and torch run all sets without a GPU.
 EVERY = {"cuda": 1, "triton": 6, "torch": 3}
+# In a smoke run. The row contract runs every CUDA kernel in every type and form on short rows, 800 tests that
+# take 20 s on one core with the C++ kernels. Of rows as long as real vocabularies every fifth set has every
+# divergence; their float64 truth takes a core 4 s per test.
+SMOKE_EVERY = {"cuda": 8, "triton": 24, "torch": 24}
+SMOKE_LONG = 5
 FIRST_ALONE = 1000  # in a dry run, and where tests are skipped
 
 
@@ -57,13 +63,22 @@ def in_turn(items, first_alone):
         backend = params.pop("backend", None)
         if placing.DRY_RUN and backend == "triton" and "rows" not in item.path.name:
             continue  # an interpreted op call takes minutes; tests/interp runs one
-        every = FIRST_ALONE if first_alone else EVERY.get(backend, 1)
+        every = FIRST_ALONE if first_alone else one_in(item, backend)
         total = 0
         for name, value in params.items():
             known = positions.setdefault((item.path, item.originalname, name), {})
             total += known.setdefault(repr(value), len(known))
         if total % every == 0:
             yield item
+
+
+def one_in(item, backend):
+    """Return n where a backend runs every n-th parameter set of a test."""
+    if not placing.SMOKE:
+        return EVERY.get(backend, 1)
+    if backend == "cuda" and "rows" in item.path.name:
+        return SMOKE_LONG if item.originalname.endswith("real_vocabularies") else 1
+    return SMOKE_EVERY.get(backend, 1)
 
 
 @pytest.fixture(params=["cpp" if placing.DRY_RUN else "cuda", "triton", "torch"])

@@ -29,6 +29,7 @@ from opsd_kernels.testing.reference import linear_divergence_reference
 
 TESTS = Path(__file__).resolve().parent.parent
 DRY_RUN = os.environ.get("OPSD_GPU_TESTS") == "interpret"
+SMOKE = os.environ.get("OPSD_GPU_TESTS") == "smoke"
 DEVICE = torch.device("cpu" if DRY_RUN else "cuda")
 OPS = ("linear_divergence", "linear_logprobs", "linear_topk_divergence", "linear_policy_divergence")
 FIXTURE = type(pytest.fixture(lambda: None))  # pytest < 8.4: a function

@@ -93,6 +93,19 @@ def test_two_runs_give_the_same_bits(backend, divergence, dtype, shared_head):
             assert_same_bits(getattr(two.stats, name), getattr(one.stats, name))
 
 
+@pytest.mark.parametrize("shared_head", [True, False], ids=["shared head", "two heads"])
+def test_a_chunk_in_parts(backend, device, shared_head):
+    """Two chunks of several parts each, which share the teacher's buffer."""
+    N, V, H = (29, 211, 24) if placing.DRY_RUN else (3001, 5003, 64)
+    budget = (24 if shared_head else 52) << 20
+    made = plan(N, V, H, device_type=device.type, shared_head=shared_head, workspace_bytes=budget)
+    assert placing.DRY_RUN or (made.chunks == 2 and made.part_rows < made.rows)
+    case = placed(unmasked(hard_case(N, V, H, torch.bfloat16, shared_head=shared_head, largest_logit=8.0)))
+    found = evaluate(linear_divergence, case, backend=backend, workspace_bytes=budget)
+    truth = evaluate(linear_divergence_reference, case.double())
+    assert_on_target(found, truth, "default" if shared_head else "fp32_logits")
+
+
 def test_a_call_leaves_no_memory_behind(backend, cuda, as_users_run):
     case = placed(unmasked(hard_case(67, 1003, 48, torch.bfloat16, shared_head=True)))
     evaluate(linear_divergence, case, backend=backend)

@@ -19,8 +19,12 @@ from opsd_kernels.testing import assert_same_bits
 
 # A block holds the shortest rows, clusters of several sizes the next, none the longest. With V = 50257 only
 # the first row is aligned.
-VOCABULARIES = [1000, 4104] if placing.DRY_RUN else [8192, 32000, 50257, 128256, 151936, 262144, 1_000_003]
-OPTION_VOCABULARIES = [1500] if placing.DRY_RUN else [32000, 50257, 151936]
+VOCABULARIES = [8192, 32000, 50257, 128256, 151936, 262144, 1_000_003]
+OPTION_VOCABULARIES = [32000, 50257, 151936]
+if placing.SMOKE:
+    VOCABULARIES, OPTION_VOCABULARIES = [8192, 50257, 151936], [50257, 151936]
+if placing.DRY_RUN:
+    VOCABULARIES, OPTION_VOCABULARIES = [1000, 4104], [1500]
 
 
 class OnDevice:

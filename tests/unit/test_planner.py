@@ -13,14 +13,8 @@ from hypothesis import strategies as st
 
 from opsd_kernels import ChunkPlan, linear_divergence, plan
 from opsd_kernels._core import loop
-from opsd_kernels._core.planner import (
-    FLOPS_PER_BYTE,
-    Products,
-    logit_bytes,
-    row_stride,
-    wave_flops,
-    whole_waves,
-)
+from opsd_kernels._core.planner import Products, logit_bytes, row_stride
+from opsd_kernels._core.waves import FLOPS_PER_BYTE, wave_flops, whole_waves
 from opsd_kernels.testing import evaluate, hard_case
 
 many = settings(max_examples=200, deadline=None, derandomize=True)
@@ -135,7 +129,7 @@ def test_the_op_holds_them_as_planned(monkeypatch, options, logits_dtype):
 
     def noted(self, problem, chunks):
         made(self, problem, chunks)
-        seen.append((chunks.logits_dtype, self.centred))
+        seen.append((chunks.logits_dtype, chunks.centred))
 
     monkeypatch.setattr(loop.Buffers, "__init__", noted)
     case = hard_case(5, 31, 8, torch.bfloat16, shared_head=True)

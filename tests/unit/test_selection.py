@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 import warnings
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from opsd_kernels import cli, doctor, linear_divergence
-from opsd_kernels._rows import backends, extension
+from opsd_kernels._rows import backends, extension, gpu_checks
 from opsd_kernels.testing import evaluate, hard_case
 
 CUDA = torch.device("cuda")
@@ -21,10 +22,11 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def usable(monkeypatch):
-    """Pretend that the CUDA kernels or Triton can serve a GPU."""
+    """Pretend that the CUDA kernels or Triton can serve a GPU; `unchecked` is the GPU check's verdict."""
 
-    def pretend(cuda=None, triton=None):
+    def pretend(cuda=None, triton=None, unchecked=None):
         monkeypatch.setattr(extension, "cuda_unavailable", lambda: cuda)
+        monkeypatch.setattr(extension, "cuda_unchecked", lambda device: unchecked)
         faked = {"triton": lambda device, dtype: triton if device == "cuda" else "Triton compiles for cuda"}
         monkeypatch.setattr(
             backends,
@@ -53,6 +55,91 @@ def test_cuda_is_preferred_then_triton_then_torch(usable):
     assert {served(CUDA, dtype) for dtype in DTYPES} == {"triton_rows"}
     usable(cuda="the CUDA kernels were not built", triton="triton is not installed")
     assert {served(CUDA, dtype) for dtype in DTYPES} == {"torch_rows"}
+
+
+def test_unchecked_cuda_kernels_serve_by_name_alone(usable):
+    usable(unchecked="never ran")
+    assert {served(CUDA, dtype) for dtype in (None, *DTYPES)} == {"triton_rows"}
+    assert served(CUDA, torch.bfloat16, name="cuda") == "CompiledRows"
+    usable(triton="triton is not installed", unchecked="never ran")
+    assert served(CUDA, torch.bfloat16) == "torch_rows"
+
+
+SOURCES = "0123456789ab"
+RECORD = gpu_checks.Record(
+    "9.0", SOURCES, "NVIDIA H200", "2026-12-01", "c0", {"torch": "2.13.0"}, {"smoke": "9 passed"}
+)
+
+
+@pytest.fixture
+def gpus(monkeypatch, tmp_path):
+    """Pretend that two GPUs run CUDA kernels of SOURCES; yield a function that writes records."""
+    path = tmp_path / "gpu_checks.json"
+    monkeypatch.setattr(gpu_checks, "FILE", path)
+    monkeypatch.setattr(extension, "cuda_unavailable", lambda: None)
+    monkeypatch.setattr(extension, "cuda_sources", lambda: SOURCES)
+    architectures = {None: (9, 0), 0: (9, 0), 1: (8, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: architectures[device.index])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def record(*records):
+        gpu_checks.save(records)
+        gpu_checks.missing.cache_clear()
+
+    record()
+    yield record
+    gpu_checks.missing.cache_clear()
+
+
+def test_a_record_of_the_gpu_check_puts_cuda_first_on_its_architecture(gpus):
+    first, second = (torch.device("cuda", index) for index in (0, 1))
+    assert "have not passed benchmarks/gpu_check.sh on compute capability 9.0" in extension.cuda_unchecked(
+        first
+    )
+    gpus(RECORD)
+    assert extension.cuda_unchecked(first) is extension.cuda_unchecked(CUDA) is None
+    assert served(first, torch.bfloat16) == "CompiledRows"
+    assert "8.0" in extension.cuda_unchecked(second)
+
+
+def test_a_record_of_other_sources_does_not_count(gpus, monkeypatch):
+    gpus(replace(RECORD, sources="another"))
+    reason = extension.cuda_unchecked(CUDA)
+    assert "on 2026-12-01 other sources did (another, these are 0123456789ab)" in reason
+    gpus(replace(RECORD, sources=""))
+    monkeypatch.setattr(extension, "cuda_sources", lambda: "")
+    assert "build it again" in extension.cuda_unchecked(CUDA)
+
+
+def test_a_library_without_a_digest_is_not_checked(monkeypatch):
+    monkeypatch.setattr(torch.ops, "opsd_kernels", SimpleNamespace())
+    assert extension.cuda_sources() == ""
+    monkeypatch.setattr(torch.ops, "opsd_kernels", SimpleNamespace(cuda_sources=lambda: SOURCES))
+    assert extension.cuda_sources() == SOURCES
+
+
+def test_a_record_is_added_to_or_deleted():
+    more = replace(RECORD, steps={"tests": "900 passed"})
+    (both,) = gpu_checks.passed((RECORD,), more)
+    assert both.steps == {"smoke": "9 passed", "tests": "900 passed"}
+    (new,) = gpu_checks.passed((RECORD,), replace(more, sources="new"))
+    assert new.steps == more.steps
+    other = replace(RECORD, architecture="10.0")
+    assert set(map(id, gpu_checks.failed((RECORD, other), "9.0", SOURCES))) == {id(other)}
+    assert gpu_checks.failed((RECORD,), "9.0", "new") == (RECORD,)
+
+
+def test_the_committed_records_are_of_checks_that_passed():
+    for record in gpu_checks.load():
+        assert record.steps and re.fullmatch(r"[0-9a-f]{12}", record.sources), record
+        assert re.fullmatch(r"\d+\.\d", record.architecture) and re.fullmatch(r"[0-9a-f]{40}", record.commit)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    path = tmp_path / "gpu_checks.json"
+    path.write_text('{"records": [{"device": "NVIDIA H200"}]}')
+    with pytest.raises(ValueError, match="expected records with architecture, sources"):
+        gpu_checks.load(path)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +214,17 @@ def test_doctor_has_a_column_for_the_gpu_where_there_is_one(monkeypatch, usable)
     )
     text = words("doctor")
     assert "NVIDIA H200, 141 GiB" in text and "backend cpu cuda" in text and "triton is not installed" in text
+
+
+def test_doctor_says_why_cuda_kernels_serve_by_name_alone(gpus):
+    (cell,) = {doctor.service(backend, "cuda") for backend in backends.BACKENDS if backend.name == "cuda"}
+    assert cell.startswith('usable as backend="cuda" alone: they have not passed benchmarks/gpu_check.sh')
+    assert "capability 9.0" in cell and "capability 8.0" in cell
+    gpus(RECORD)
+    cell = doctor.service(backends.BACKENDS[0], "cuda")
+    assert cell.startswith('usable on device 1 as backend="cuda" alone') and "capability 9.0" not in cell
+    gpus(RECORD, replace(RECORD, architecture="8.0"))
+    assert doctor.service(backends.BACKENDS[0], "cuda") == "usable"
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ GEMMS = Given(
     "of it reached by large GEMMs",
     0.74,
     "74 %",
-    "assumed: the 730 TFLOP/s of the planner's model (`planner.py`, at TILE)",
+    "assumed: the 730 TFLOP/s of the planner's model (`_core/waves.py`)",
 )
 NVLINK = Given("NVLink, one direction", 450e9, "450 GB/s", "datasheet: 900 GB/s in both")
 NETWORK = Given(

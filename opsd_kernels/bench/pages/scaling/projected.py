@@ -229,7 +229,7 @@ same near V / 2 tokens, whatever H. The first three columns are the tokens of a 
 
 **The overhead is a CPU's.** A CPU hides the sweeps behind slow GEMMs; on a GPU they are bound by memory. The
 planner has a model of a GPU for its own choices: idle multiprocessors and the traffic of logits and dW, with
-the assumptions stated in `planner.py`. For {doubt_tokens} tokens on R x 1 it gives:
+the assumptions stated in `waves.py`. For {doubt_tokens} tokens on R x 1 it gives:
 
 {doubt}
 
