@@ -22,6 +22,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import sass_budget
+from sass_loops import disassemble
+
 from opsd_kernels._rows import triton_launch, triton_rows
 from opsd_kernels._rows.triton_columns import COLUMN_KERNELS
 from opsd_kernels.spec import Kind
@@ -76,6 +80,8 @@ def variants() -> list[Variant]:
             replace(jsd, kernel="stats"),
             replace(jsd, kernel="stats", metrics=True),
             replace(jsd, V=1000),
+            replace(base, metrics=True),
+            replace(jsd, metrics=True),
         ]
         found += [replace(jsd, arch=arch, form="pair", metrics=True, aligned=False) for arch in (80, 90, 100)]
     found += options(base)
@@ -197,6 +203,25 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
 
 
+def budgeted(variant: Variant) -> bool:
+    """True if sass_budget.py counts the instructions of a variant: the common ones of its table."""
+    rare = variant.narrowed or variant.clip or variant.policy or not variant.aligned or variant.V != WIDE_V
+    common = variant.kernel not in COLUMN_KERNELS and variant.form in ("linear", "capped") and not rare
+    return common and variant.dtype in ("bf16", "fp32") and variant.arch in (90, 100)
+
+
+def sweeps(variant: Variant, cubin: bytes) -> list[list[str]]:
+    """Return the rows of sass_budget.py's table."""
+    type = str(TYPES[variant.dtype]).removeprefix("torch.")
+    metrics = "metrics" if variant.metrics else ""
+    label = " ".join(filter(None, (variant.kernel, Kind(variant.kind).name.lower(), variant.form, metrics)))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        ((_, code),) = disassemble(Path(file.name))
+    return list(sass_budget.rows_of("triton", label, type, str(variant.arch), code, variant.form == "capped"))
+
+
 def measure(variant: Variant) -> dict[str, object]:
     source, num_warps = (column_source if variant.kernel in COLUMN_KERNELS else row_source)(variant)
     options = {"num_warps": num_warps, **triton_launch.COMPILER_OPTIONS}
@@ -207,6 +232,7 @@ def measure(variant: Variant) -> dict[str, object]:
         **resources(compiled.asm["cubin"]),
         "shared": compiled.metadata.shared,
         "vector_loads": loads,
+        "sweeps": sweeps(variant, compiled.asm["cubin"]) if budgeted(variant) else [],
     }
 
 
