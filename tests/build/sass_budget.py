@@ -33,6 +33,8 @@ TYPES = {"bfloat16": ("bf16", 2), "float32": ("fp32", 4)}
 ARCHITECTURES = ("90", "100")
 # Functions and calls of rows with a teacher far away, which are not the rule.
 RARE = re.compile(r"(?<!!row\.)\b_?far")
+# The sweep for the value, which fused kernels of the plain KLs need under an entry clip alone.
+VALUE, ONE_SWEEP = ("value", "_row_dot"), re.compile("fused (reverse|forward)_kl")
 
 
 def rows_of(
@@ -49,7 +51,8 @@ def rows_of(
     short, itemsize = TYPES[type]
     sweeps: dict[str, list[Loop]] = {}
     for loop in loops_over_entries(code, 2 * (itemsize + 4 * biases)):
-        if not RARE.search(f"{loop.sweep} {loop.where}"):
+        clipped = loop.sweep in VALUE and ONE_SWEEP.match(kernel)
+        if not clipped and not RARE.search(f"{loop.sweep} {loop.where}"):
             sweeps.setdefault(loop.sweep, []).append(loop)
     for sweep, found in sweeps.items():
         most = max(loop.entries for loop in found)  # a loop over what is left of a row takes fewer at a time
