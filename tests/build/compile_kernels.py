@@ -75,6 +75,7 @@ def variants() -> list[Variant]:
                 replace(fused, arch=arch, form="capped" if metrics else "linear", metrics=metrics)
                 for arch in (80, 100)
             ]
+            found += [replace(fused, arch=100)] if metrics else []
         jsd = replace(base, kind=int(Kind.JSD))
         found += [
             replace(jsd, kernel="stats"),
@@ -133,14 +134,14 @@ def column_variants() -> list[Variant]:
     return found + [replace(variant, dtype=dtype) for variant in found[4:6] for dtype in ("fp16", "fp64")]
 
 
-def column_source(variant: Variant) -> tuple[ASTSource, int]:
-    """Return the kernel as triton_rows would specialise it, and its warps."""
+def column_source(variant: Variant) -> tuple[ASTSource, int, int]:
+    """Return the kernel as triton_rows would specialise it, its warps, and 0 for the rows' PACK."""
     BLOCK = triton_launch.column_block(TYPES[variant.dtype])
     given: dict[str, object] = {"HEIGHT": triton_launch.COLUMN_HEIGHT, "BLOCK": BLOCK}
     if variant.form == "plain":
         given["Scale"] = None
     pointers = {"G": variant.dtype, "Out": variant.dtype, "Columns": "i64"}
-    return specialised(variant, given, pointers, unknown=("n", "rows", "K")), triton_launch.COLUMN_WARPS
+    return specialised(variant, given, pointers, unknown=("n", "rows", "K")), triton_launch.COLUMN_WARPS, 0
 
 
 def constants(variant: Variant, BLOCK_V: int, num_warps: int) -> dict[str, object]:
@@ -164,12 +165,13 @@ def constants(variant: Variant, BLOCK_V: int, num_warps: int) -> dict[str, objec
     return {**flags, "BLOCK_V": BLOCK_V, "PACK": PACK, **dict.fromkeys(absent)}
 
 
-def row_source(variant: Variant) -> tuple[ASTSource, int]:
-    """Return the kernel as `_launch` would specialise it, and its warps."""
+def row_source(variant: Variant) -> tuple[ASTSource, int, int]:
+    """Return the kernel as `_launch` would specialise it, its warps and its PACK."""
     BLOCK_V, num_warps = triton_launch.config(variant.V, TYPES[variant.dtype])
     logits = variant.dtype
     pointers = {"S": logits, "T": logits, "Labels": "i64", "G": "bf16" if variant.narrowed else logits}
-    return specialised(variant, constants(variant, BLOCK_V, num_warps), pointers), num_warps
+    given = constants(variant, BLOCK_V, num_warps)
+    return specialised(variant, given, pointers), num_warps, given["PACK"]
 
 
 def specialised(
@@ -223,8 +225,8 @@ def sweeps(variant: Variant, cubin: bytes) -> list[list[str]]:
 
 
 def measure(variant: Variant) -> dict[str, object]:
-    source, num_warps = (column_source if variant.kernel in COLUMN_KERNELS else row_source)(variant)
-    options = {"num_warps": num_warps, **triton_launch.COMPILER_OPTIONS}
+    source, num_warps, PACK = (column_source if variant.kernel in COLUMN_KERNELS else row_source)(variant)
+    options = {"num_warps": num_warps, **triton_launch.compiler_options(TYPES[variant.dtype], PACK)}
     compiled = triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options=options)
     loads = len(re.findall(r"ld\.global(?:\.\w+)*\.v4", compiled.asm["ptx"]))
     return {

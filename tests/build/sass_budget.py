@@ -4,7 +4,7 @@ A row sweep is bound by memory only while it issues few enough instructions. Thi
 compiled kernels, finds their loops over entries in the control flow, and prints the instructions of an
 iteration over the entries that it handles.
 
-python tests/build/sass_budget.py > tests/build/sass_budget.tsv    # all kernels, minutes
+python tests/build/sass_budget.py --write    # all kernels, minutes
 python tests/build/sass_budget.py --backend cuda --types bfloat16 --architectures 90
 python tests/build/sass_budget.py --binary rows.cubin --types bfloat16    # compiled with -lineinfo
 python tests/build/sass_budget.py --against COMMIT    # both commits side by side
@@ -27,14 +27,17 @@ import cuda_resources
 from sass_loops import CLASSES, Instruction, Loop, disassemble, loops_over_entries
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TABLE = Path(__file__).with_name("sass_budget.tsv")
-HEADER = ("backend", "kernel", "type", "arch", "sweep", "entries", "each", "issued", "cold", *CLASSES, "code")
+TABLE = ROOT / "opsd_kernels" / "_rows" / "sass_budget.tsv"  # sweep_times.py reads it
+HEADER = (
+    *("backend", "kernel", "type", "arch", "sweep", "entries"),
+    *("each", "issued", "cold", *CLASSES, "read", "written", "code"),
+)
 TYPES = {"bfloat16": ("bf16", 2), "float32": ("fp32", 4)}
 ARCHITECTURES = ("90", "100")
-# Functions and calls of rows with a teacher far away, which are not the rule.
-RARE = re.compile(r"(?<!!row\.)\b_?far")
+# Functions, and branches to calls, of rows with a teacher far away, which are not the rule.
+RARE = re.compile(r"\b_?far_|if \([\w.]*\bfar\)")
 # The sweep for the value, which fused kernels of the plain KLs need under an entry clip alone.
-VALUE, ONE_SWEEP = ("value", "_row_dot"), re.compile("fused (reverse|forward)_kl")
+VALUE, ONE_SWEEP = ("value", "value_sweep", "_row_dot"), re.compile("fused (reverse|forward)_kl")
 
 
 def rows_of(
@@ -45,14 +48,14 @@ def rows_of(
     Columns, all but the first ones per entry: `sweep` is the function that holds the loop, with " metrics"
     where those have a loop of their own. `entries` are those of one thread in one iteration. `each` counts
     the instructions in line, `issued` those on the longest path, `cold` those that the compiler laid out
-    elsewhere. The mix is that of `each`. `code` counts the whole kernel's instructions. Triton reads fp32
-    `biases` in vectors too.
+    elsewhere. The mix is that of `each`. `read` and `written` are bytes of device memory in vectors; Triton
+    reads fp32 `biases` so too. `code` counts the whole kernel's instructions.
     """
     short, itemsize = TYPES[type]
     sweeps: dict[str, list[Loop]] = {}
     for loop in loops_over_entries(code, 2 * (itemsize + 4 * biases)):
         clipped = loop.sweep in VALUE and ONE_SWEEP.match(kernel)
-        if not clipped and not RARE.search(f"{loop.sweep} {loop.where}"):
+        if not clipped and not RARE.search(" ".join((*loop.names, loop.where))):
             sweeps.setdefault(loop.sweep, []).append(loop)
     for sweep, found in sweeps.items():
         most = max(loop.entries for loop in found)  # a loop over what is left of a row takes fewer at a time
@@ -61,7 +64,10 @@ def rows_of(
         if len(found) > 1 and any("metrics" in loop.where for loop in found):  # they come on top of the sums
             chosen = {sweep: found[0], f"{sweep} metrics": found[-1]}
         for name, loop in chosen.items():
-            counts = [f"{n / loop.entries:.1f}" for n in (loop.hot, loop.issued, loop.cold, *loop.mix)]
+            counts = [
+                f"{n / loop.entries:.1f}"
+                for n in (loop.hot, loop.issued, loop.cold, *loop.mix, loop.read, loop.written)
+            ]
             yield [backend, kernel, short, arch, name, str(loop.entries), *counts, str(len(code))]
 
 
@@ -120,11 +126,13 @@ def every_row(arguments: argparse.Namespace, folder: Path) -> list[list[str]]:
     return sorted(found)
 
 
+def read_table() -> list[list[str]]:
+    return [line.split("\t") for line in TABLE.read_text().splitlines()[1:]]
+
+
 def changes(rows: list[list[str]], backend: str) -> list[str]:
     """Return the lines of a backend that are not in the table, and those of the table that are not there."""
-    header, *table = (line.split("\t") for line in TABLE.read_text().splitlines())
-    assert header == list(HEADER)
-    now, before = {tuple(row) for row in rows}, {tuple(row) for row in table if row[0] == backend}
+    now, before = {tuple(row) for row in rows}, {tuple(row) for row in read_table() if row[0] == backend}
     return [("now    " if row in now else "before ") + "\t".join(row) for row in sorted(now ^ before)]
 
 
@@ -186,10 +194,17 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--binary", type=Path, help="a cubin or an object with one, compiled with -lineinfo")
+    parser.add_argument("--write", action="store_true", help="replace the table's lines of the backends")
     parser.add_argument("--against", metavar="COMMIT", help="print this and another commit's sums")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = every_row(arguments, Path(folder))
+    if arguments.write:
+        kept = (
+            [] if arguments.backend is None else [row for row in read_table() if row[0] != arguments.backend]
+        )
+        TABLE.write_text("".join("\t".join(line) + "\n" for line in [list(HEADER), *sorted(kept + rows)]))
+        return
     if arguments.against:
         words = ["--types", *arguments.types, "--architectures", *arguments.architectures]
         words += ["--backend", arguments.backend] if arguments.backend else []

@@ -15,7 +15,7 @@ import triton
 
 CLASSES = ("fp32", "mufu", "convert", "integer", "memory")
 # Helpers that hold a loop, or move entries, on behalf of the sweep that calls them.
-HELPERS = ("walk", "load", "store", "store_as", "_raw", "_bent")
+HELPERS = ("walk", "walk_tiles", "load", "store", "store_as")
 
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P\d+\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;")
 LABEL = re.compile(r"^(\.L_\w+):")
@@ -30,7 +30,6 @@ DEFINES = re.compile(
 
 @dataclass
 class Instruction:
-    address: int
     predicate: str
     opcode: str
     operands: str
@@ -83,17 +82,19 @@ def disassemble(binary: Path) -> Iterator[tuple[str, list[Instruction]]]:
             (binary,) = Path(folder).glob("*.cubin")
         command = [str(tools / "nvdisasm"), "--print-line-info-inline", "--print-code", str(binary)]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    yield from parse(printed)
+
+
+def parse(listing: str) -> Iterator[tuple[str, list[Instruction]]]:
+    """Yield (mangled name, instructions) of each section. Line numbers hold until others come."""
     name, code, chain, labels, fresh = "", [], [], [], True
-    for line in printed.splitlines():
+    for line in listing.splitlines():
         if found := INSTRUCTION.match(line):
-            address, predicate, opcode, operands = found.groups()
+            _, predicate, opcode, operands = found.groups()
             target = TARGET.search(operands)
-            code.append(
-                Instruction(
-                    int(address, 16), (predicate or "").strip(), opcode, operands, tuple(reversed(chain)),
-                    target[1] if target else "", tuple(labels),
-                )
-            )  # fmt: skip
+            inner = tuple(reversed(chain))
+            goal = target[1] if target else ""
+            code.append(Instruction((predicate or "").strip(), opcode, operands, inner, goal, tuple(labels)))
             labels, fresh = [], True
         elif found := LINE.search(line):
             if fresh:
@@ -115,26 +116,30 @@ class Loop:
     """An innermost loop over entries. Counts are instructions of one iteration."""
 
     sweep: str  # the function that holds the loop
+    names: tuple[str, ...]  # the functions around it, the kernel first
     where: str  # the lines of the calls that lead there
     entries: int  # of one thread in one iteration
     hot: int  # between the loop's first instruction and its backward branch
     issued: int  # of `hot`, those on the longest path: branches exclude each other
     cold: int  # of the loop, but laid out elsewhere: code that the compiler takes to be rare
     mix: tuple[int, ...]  # of `hot`, by CLASSES
+    exponentials: int
+    read: int  # bytes of device memory, in vectors
+    written: int
 
 
 def loops_over_entries(code: list[Instruction], entry_bytes: int) -> list[Loop]:
     """Return the innermost loops that load, in vectors, `entry_bytes` of each entry: both sides' logits.
 
-    They take exponentials, which the loops of reductions over threads do not.
+    Reductions over threads load vectors as well: of partial sums, from shared memory, without exponentials.
     """
     successors = flow(code)
     order = {node: i for i, node in enumerate(postorder(successors))}
-    exponentials = {i for i, instruction in enumerate(code) if instruction.opcode.startswith("MUFU.EX2")}
-    found = [body for body in natural_loops(successors).values() if body & exponentials]
+    vectors = {i for i, instruction in enumerate(code) if instruction.width()}
+    found = [body for body in natural_loops(successors).values() if body & vectors]
     innermost = [body for body in found if not any(other < body for other in found)]
     loops = [measured_loop(code, body, entry_bytes, successors, order) for body in innermost]
-    return [loop for loop in loops if loop.entries]
+    return [loop for loop in loops if loop.entries and (loop.read or loop.exponentials)]
 
 
 def measured_loop(
@@ -161,17 +166,26 @@ def measured_loop(
             best[i] = weight(code[i]) + max(ahead, default=0)
         return best[header]
 
-    loaded = [
-        longest(lambda instruction, name=name: instruction.width() if instruction.family == name else 0)
-        for name in ("LDG", "LDGSTS", "LDS")
-    ]
-    entries = next((size for size in loaded if size), 0) // entry_bytes
+    def moved(family: str) -> int:
+        return longest(lambda instruction: instruction.width() if instruction.family == family else 0)
+
+    read = moved("LDG") or moved("LDGSTS")
     inline = {id(code[i]) for i in hot}
-    issued = longest(lambda instruction: id(instruction) in inline)
     kinds = [code[i].kind() for i in hot]
-    sweep, where = place(code[latch].chain)
-    mix = tuple(kinds.count(name) for name in CLASSES)
-    return Loop(sweep, where, entries, len(hot), issued, len(body) - len(hot), mix)
+    names, where = place(code[latch].chain)
+    return Loop(
+        sweep=next((name for name in reversed(names) if name not in HELPERS), "loop"),
+        names=names,
+        where=where,
+        entries=(read or moved("LDS")) // entry_bytes,
+        hot=len(hot),
+        issued=longest(lambda instruction: id(instruction) in inline),
+        cold=len(body) - len(hot),
+        mix=tuple(kinds.count(name) for name in CLASSES),
+        exponentials=sum(code[i].opcode.startswith("MUFU.EX2") for i in hot),
+        read=read,
+        written=moved("STG"),
+    )
 
 
 def flow(code: list[Instruction]) -> list[list[int]]:
@@ -280,9 +294,9 @@ def functions(file: str) -> list[str]:
     return names
 
 
-def place(chain: tuple[tuple[str, int], ...]) -> tuple[str, str]:
-    """Return the function that holds a backward branch, and the lines of the calls on the way to it."""
-    known = [(file, line) for file, line in chain if Path(file).exists()]
-    names = [name for name in (functions(file)[line - 1] for file, line in known) if name not in HELPERS]
+def place(chain: tuple[tuple[str, int], ...]) -> tuple[tuple[str, ...], str]:
+    """Return the functions around a backward branch, and the lines of the calls that lead there."""
+    # nvdisasm 13.1 gives some calls of sm_100 code lines past the end of their file
+    known = [(file, line) for file, line in chain if Path(file).exists() and line <= len(functions(file))]
     calls = [Path(file).read_text().splitlines()[line - 1].strip() for file, line in known[:-1]]
-    return (names[-1] if names else "loop"), " < ".join(calls)
+    return tuple(functions(file)[line - 1] for file, line in known), " < ".join(calls)

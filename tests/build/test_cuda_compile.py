@@ -77,10 +77,7 @@ def test_instructions_are_those_of_the_table(measured, objects):
     assert measured
     found = sass_budget.cuda_rows(list(sass_budget.TYPES), list(sass_budget.ARCHITECTURES), objects)
     changed = sass_budget.changes(found, "cuda")
-    assert not changed, (
-        "python tests/build/sass_budget.py > tests/build/sass_budget.tsv, and say why:\n"
-        + "\n".join(changed[:40])
-    )
+    assert not changed, "python tests/build/sass_budget.py --write, and say why:\n" + "\n".join(changed[:40])
 
 
 def test_the_library_links_and_asks_torch_for_its_stable_interface_alone(measured, objects):
