@@ -30,6 +30,9 @@ from opsd_kernels._rows import triton_launch, triton_rows
 from opsd_kernels._rows.triton_columns import COLUMN_KERNELS
 from opsd_kernels.spec import Kind
 
+# The cache knows a kernel by its text: its binary may have the lines and paths of another checkout.
+triton.knobs.compilation.always_compile = True
+
 TYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIDE_V = 151936
 TABLE = Path(__file__).with_name("triton_registers.tsv")
