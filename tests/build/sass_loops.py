@@ -177,7 +177,8 @@ def measured_loop(
         sweep=next((name for name in reversed(names) if name not in HELPERS), "loop"),
         names=names,
         where=where,
-        entries=(read or moved("LDS")) // entry_bytes,
+        # LD: from memory that the compiler does not know
+        entries=(read or moved("LDS") or moved("LD")) // entry_bytes,
         hot=len(hot),
         issued=longest(lambda instruction: id(instruction) in inline),
         cold=len(body) - len(hot),
