@@ -132,10 +132,10 @@ def plan(
     """Predict memory and work of one call.
 
     Chunks, buffers, peak, floating-point operations and memory traffic of linear_divergence at the given
-    sizes, and the launch of a GPU's row kernels. Runs nothing.
+    sizes; of a GPU's row kernels the launch, and the time by a model of their machine code. Runs nothing.
     """
     from . import plan as make_plan
-    from .doctor import launches
+    from .doctor import row_kernels
     from .spec import Divergence
 
     with one_line(ValueError, TypeError):
@@ -166,8 +166,8 @@ def plan(
     for name, value in fields.items():
         table.add_row(PLAN_LABELS.get(name, name.replace("_", " ")), readable(name, value))
     if device == "cuda":
-        for name, launch in launches(vocab, made.logits_dtype).items():
-            table.add_row(f"{name} row kernels", launch)
+        for name, text in row_kernels(tokens, vocab, made.logits_dtype, kind).items():
+            table.add_row(name, text)
     console.print(table)
 
 

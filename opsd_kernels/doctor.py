@@ -17,6 +17,8 @@ import torch
 from . import env, tested_versions
 from ._core import cpu_gemm
 from ._rows import backends, extension
+from ._rows.sweep_times import GPUS, predict
+from .spec import Divergence
 from .version import __version__
 
 OLDEST_TORCH = (2, 10)
@@ -155,4 +157,17 @@ def launches(V: int, dtype: torch.dtype) -> dict[str, str]:
 
         block, warps = config(V, dtype)
         triton = f"each sweep one block of {32 * warps} threads per row, {block} columns at a time"
-    return {"cuda": cuda, "triton": triton}
+    return {"cuda row kernels": cuda, "triton row kernels": triton}
+
+
+def row_kernels(n: int, V: int, dtype: torch.dtype, divergence: Divergence) -> dict[str, str]:
+    """Describe a GPU's row kernels: their launches, and their time over n rows as sweep_times.py predicts it.
+
+    No measurement backs the prediction.
+    """
+    found = launches(V, dtype)
+    for backend in ("cuda", "triton"):
+        for gpu in GPUS:
+            if made := predict(backend, divergence.kind, dtype, n, V, gpu):
+                found[f"{backend} row kernels, {gpu.name}"] = str(made[-1])
+    return found

@@ -14,11 +14,11 @@ from ..spec import LogitTransform, RowSpec
 # MODE: the content of T. LINEAR takes the teacher mix into its factor; the MIXED modes mix both logits.
 PLAIN, DIFFERENCE, LINEAR, PLAIN_MIXED, DIFFERENCE_MIXED = (tl.constexpr(mode) for mode in range(5))
 
-# Without a limit, ptxas spills up to 48 bytes per thread to reach the next step of occupancy (64 or 80
-# registers): 19 of 540 variants, most of them fused. With this limit no variant spills. Aligned rows take at
-# most 128 registers but in float64; unaligned ones with softcaps, biases and metrics up to 163, clips or
-# none, so that one block fits on a multiprocessor. The default of fusion changes in Triton 3.10.
-COMPILER_OPTIONS = {"maxnreg": 255, "enable_fp_fusion": True}
+# Registers of a thread. Without a limit, ptxas spills up to 48 bytes per thread to reach the next step of
+# occupancy (64 or 80 registers): 19 of 540 variants, most of them fused. Aligned rows take at most 128, of
+# which two blocks fit on a multiprocessor: without that limit some with softcaps, biases, a mix and metrics
+# took 146, and no variant spills under it. Unaligned ones with these options spilled up to 104 bytes.
+MOST_REGISTERS, ALIGNED_REGISTERS = 255, 128
 
 # Rows of a tile of triton_columns.py, and its warps. The column norms take 40 to 58 registers for aligned
 # rows. So eight blocks or more fit on a multiprocessor, each with two 16-byte loads per thread under way.
@@ -62,6 +62,12 @@ def pack(aligned: bool, dtype: torch.dtype, BLOCK_V: int, num_warps: int) -> int
     apart.
     """
     return 16 // dtype.itemsize if aligned else -(BLOCK_V // (32 * num_warps))
+
+
+def compiler_options(dtype: torch.dtype, PACK: int) -> dict[str, object]:
+    """Return the compiler's options for logits of `dtype`. The default of fusion changes in Triton 3.10."""
+    limited = PACK > 0 and dtype != torch.float64
+    return {"maxnreg": ALIGNED_REGISTERS if limited else MOST_REGISTERS, "enable_fp_fusion": True}
 
 
 def aligned(S: Tensor, T: Tensor) -> bool:

@@ -13,9 +13,9 @@ from .triton_kernels import KERNELS as ROW_KERNELS
 from .triton_launch import (
     COLUMN_HEIGHT,
     COLUMN_WARPS,
-    COMPILER_OPTIONS,
     aligned,
     column_block,
+    compiler_options,
     config,
     is_narrowed,
     mode,
@@ -45,8 +45,8 @@ def usable(device_type: str) -> str | None:
     return None if torch.cuda.is_available() else "no CUDA device is visible"
 
 
-def _options(num_warps: int) -> dict[str, object]:
-    return {} if interpreted() else {"num_warps": num_warps, **COMPILER_OPTIONS}
+def _options(num_warps: int, dtype: torch.dtype, PACK: int) -> dict[str, object]:
+    return {} if interpreted() else {"num_warps": num_warps, **compiler_options(dtype, PACK)}
 
 
 def _launch(
@@ -62,7 +62,7 @@ def _launch(
     PACK = pack(aligned(S, T), S.dtype, BLOCK_V, num_warps)
     flags = {"KIND": int(spec.divergence.kind), "MODE": mode(spec, bias_s, bias_t)}
     flags |= {"BLOCK_V": BLOCK_V, "PACK": PACK}
-    options = _options(num_warps)
+    options = _options(num_warps, S.dtype, PACK)
     with torch.cuda.device_of(S):
         KERNELS[name][(S.shape[0],)](
             S=S, T=T, BiasS=bias_s, BiasT=bias_t, stride_s=S.stride(0), stride_t=T.stride(0), V=S.shape[1],
@@ -141,7 +141,7 @@ def column_norms(G: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(G):
         KERNELS["norms"][blocks, splits](
             G=G, Scale=scale, Norms=norms, Sums=sums, stride_g=G.stride(0), n=n, V=V, rows=rows,
-            HEIGHT=COLUMN_HEIGHT, BLOCK=BLOCK, **_options(COLUMN_WARPS),
+            HEIGHT=COLUMN_HEIGHT, BLOCK=BLOCK, **_options(COLUMN_WARPS, G.dtype, 0),
         )  # fmt: skip
     return norms.sum(0), sums.sum(0)
 
@@ -155,6 +155,6 @@ def gather_columns_(G: Tensor, columns: Tensor, out: Tensor, sums: Tensor) -> No
     with torch.cuda.device_of(G):
         KERNELS["gather"][(blocks * triton.cdiv(n, COLUMN_HEIGHT),)](
             G=G, Columns=columns, Out=out, Sums=partial, stride_g=G.stride(0), stride_out=out.stride(0),
-            n=n, K=K, HEIGHT=COLUMN_HEIGHT, BLOCK=BLOCK, **_options(COLUMN_WARPS),
+            n=n, K=K, HEIGHT=COLUMN_HEIGHT, BLOCK=BLOCK, **_options(COLUMN_WARPS, G.dtype, 0),
         )  # fmt: skip
     sums -= partial.sum(0)

@@ -22,9 +22,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import sass_budget
+from sass_loops import disassemble
+
 from opsd_kernels._rows import triton_launch, triton_rows
 from opsd_kernels._rows.triton_columns import COLUMN_KERNELS
 from opsd_kernels.spec import Kind
+
+# The cache knows a kernel by its text: its binary may have the lines and paths of another checkout.
+triton.knobs.compilation.always_compile = True
 
 TYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIDE_V = 151936
@@ -71,11 +78,14 @@ def variants() -> list[Variant]:
                 replace(fused, arch=arch, form="capped" if metrics else "linear", metrics=metrics)
                 for arch in (80, 100)
             ]
+            found += [replace(fused, arch=100)] if metrics else []
         jsd = replace(base, kind=int(Kind.JSD))
         found += [
             replace(jsd, kernel="stats"),
             replace(jsd, kernel="stats", metrics=True),
             replace(jsd, V=1000),
+            replace(base, metrics=True),
+            replace(jsd, metrics=True),
         ]
         found += [replace(jsd, arch=arch, form="pair", metrics=True, aligned=False) for arch in (80, 90, 100)]
     found += options(base)
@@ -127,14 +137,14 @@ def column_variants() -> list[Variant]:
     return found + [replace(variant, dtype=dtype) for variant in found[4:6] for dtype in ("fp16", "fp64")]
 
 
-def column_source(variant: Variant) -> tuple[ASTSource, int]:
-    """Return the kernel as triton_rows would specialise it, and its warps."""
+def column_source(variant: Variant) -> tuple[ASTSource, int, int]:
+    """Return the kernel as triton_rows would specialise it, its warps, and 0 for the rows' PACK."""
     BLOCK = triton_launch.column_block(TYPES[variant.dtype])
     given: dict[str, object] = {"HEIGHT": triton_launch.COLUMN_HEIGHT, "BLOCK": BLOCK}
     if variant.form == "plain":
         given["Scale"] = None
     pointers = {"G": variant.dtype, "Out": variant.dtype, "Columns": "i64"}
-    return specialised(variant, given, pointers, unknown=("n", "rows", "K")), triton_launch.COLUMN_WARPS
+    return specialised(variant, given, pointers, unknown=("n", "rows", "K")), triton_launch.COLUMN_WARPS, 0
 
 
 def constants(variant: Variant, BLOCK_V: int, num_warps: int) -> dict[str, object]:
@@ -158,12 +168,13 @@ def constants(variant: Variant, BLOCK_V: int, num_warps: int) -> dict[str, objec
     return {**flags, "BLOCK_V": BLOCK_V, "PACK": PACK, **dict.fromkeys(absent)}
 
 
-def row_source(variant: Variant) -> tuple[ASTSource, int]:
-    """Return the kernel as `_launch` would specialise it, and its warps."""
+def row_source(variant: Variant) -> tuple[ASTSource, int, int]:
+    """Return the kernel as `_launch` would specialise it, its warps and its PACK."""
     BLOCK_V, num_warps = triton_launch.config(variant.V, TYPES[variant.dtype])
     logits = variant.dtype
     pointers = {"S": logits, "T": logits, "Labels": "i64", "G": "bf16" if variant.narrowed else logits}
-    return specialised(variant, constants(variant, BLOCK_V, num_warps), pointers), num_warps
+    given = constants(variant, BLOCK_V, num_warps)
+    return specialised(variant, given, pointers), num_warps, given["PACK"]
 
 
 def specialised(
@@ -197,9 +208,28 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
 
 
+def budgeted(variant: Variant) -> bool:
+    """True if sass_budget.py counts the instructions of a variant: the common ones of its table."""
+    rare = variant.narrowed or variant.clip or variant.policy or not variant.aligned or variant.V != WIDE_V
+    common = variant.kernel not in COLUMN_KERNELS and variant.form in ("linear", "capped") and not rare
+    return common and variant.dtype in ("bf16", "fp32") and variant.arch in (90, 100)
+
+
+def sweeps(variant: Variant, cubin: bytes) -> list[list[str]]:
+    """Return the rows of sass_budget.py's table."""
+    type = str(TYPES[variant.dtype]).removeprefix("torch.")
+    metrics = "metrics" if variant.metrics else ""
+    label = " ".join(filter(None, (variant.kernel, Kind(variant.kind).name.lower(), variant.form, metrics)))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        ((_, code),) = disassemble(Path(file.name))
+    return list(sass_budget.rows_of("triton", label, type, str(variant.arch), code, variant.form == "capped"))
+
+
 def measure(variant: Variant) -> dict[str, object]:
-    source, num_warps = (column_source if variant.kernel in COLUMN_KERNELS else row_source)(variant)
-    options = {"num_warps": num_warps, **triton_launch.COMPILER_OPTIONS}
+    source, num_warps, PACK = (column_source if variant.kernel in COLUMN_KERNELS else row_source)(variant)
+    options = {"num_warps": num_warps, **triton_launch.compiler_options(TYPES[variant.dtype], PACK)}
     compiled = triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options=options)
     loads = len(re.findall(r"ld\.global(?:\.\w+)*\.v4", compiled.asm["ptx"]))
     return {
@@ -207,6 +237,7 @@ def measure(variant: Variant) -> dict[str, object]:
         **resources(compiled.asm["cubin"]),
         "shared": compiled.metadata.shared,
         "vector_loads": loads,
+        "sweeps": sweeps(variant, compiled.asm["cubin"]) if budgeted(variant) else [],
     }
 
 

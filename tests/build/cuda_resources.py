@@ -28,6 +28,7 @@ def compile_kernels(name: str, macros: list[str], architecture: str, folder: Pat
     script = build_script()
     target = [
         f"-arch=sm_{architecture}",
+        "-lineinfo",  # for sass_budget.py; the code stays the same
         "-Xcompiler",
         "-fPIC,-fvisibility=hidden",
         "-c",

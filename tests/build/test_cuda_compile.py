@@ -13,6 +13,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import cuda_resources
+import sass_budget
 
 TABLE = Path(__file__).with_name("cuda_resources.tsv")
 TABLE_MADE_BY = "13.0"  # of nvcc; another allocates other registers
@@ -67,6 +68,16 @@ def test_resources_are_those_of_the_table(measured):
         "python tests/build/cuda_resources.py > tests/build/cuda_resources.tsv, and say why:\n"
         + "\n".join(map("\t".join, changed[:40]))
     )
+
+
+def test_instructions_are_those_of_the_table(measured, objects):
+    """Count in the objects that were compiled for `measured`."""
+    if nvcc_version() != TABLE_MADE_BY:
+        pytest.skip(f"the table was made by nvcc {TABLE_MADE_BY}, this is {nvcc_version()}")
+    assert measured
+    found = sass_budget.cuda_rows(list(sass_budget.TYPES), list(sass_budget.ARCHITECTURES), objects)
+    changed = sass_budget.changes(found, "cuda")
+    assert not changed, "python tests/build/sass_budget.py --write, and say why:\n" + "\n".join(changed[:40])
 
 
 def test_the_library_links_and_asks_torch_for_its_stable_interface_alone(measured, objects):

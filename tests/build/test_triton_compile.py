@@ -87,6 +87,14 @@ def test_resources_are_those_of_the_table(compiled, script):
     )
 
 
+def test_instructions_are_those_of_the_table(compiled, script):
+    version, _ = script.read_table()
+    if version != triton.__version__:
+        pytest.skip(f"the table is of triton {version}, this is {triton.__version__}")
+    changed = script.sass_budget.changes([line for row in compiled for line in row["sweeps"]], "triton")
+    assert not changed, "python tests/build/sass_budget.py --write, and say why:\n" + "\n".join(changed[:40])
+
+
 def test_no_kernel_spills(compiled):
     spilled = [row for row in compiled if row["STACK"] or row["LOCAL"]]
     assert not spilled, "\n".join(map(str, spilled))

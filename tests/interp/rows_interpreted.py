@@ -1,15 +1,20 @@
 """The row contract on Triton's interpreter. Collected in the subprocesses of test_interpreter.py alone."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from column_contract import ColumnContract
-from row_cases import DTYPES, hard_rows, run_rows
+from row_cases import DTYPES, hard_rows, make_rows, run_rows, truth_of
 from row_contract import RowContract
 from row_options_contract import CLIPS, RowOptionsContract
 
 from opsd_kernels._rows import backends
+from opsd_kernels._rows.contract import Column
 from opsd_kernels._rows.triton_launch import aligned
-from opsd_kernels.spec import Kind
+from opsd_kernels.spec import Divergence, Kind
+from opsd_kernels.testing import assert_same_bits
 
 # The whole matrix takes the interpreter ten minutes. In fp32 every kind meets every form; the other types
 # meet every kind in one form.
@@ -80,6 +85,34 @@ class TestRowContract(OnInterpreter, RowContract):
         _, loss, gradient = run_rows(row_backend, whole, "fused")
         self.check_loss(rows, loss, truth)
         self.check_gradient(rows, gradient, truth)
+
+    @pytest.mark.parametrize("form", ["pair", "difference, linear"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_a_maximum_in_a_late_tile(self, row_backend, dtype, form):
+        """Sums move from a group's own maximum, and from the first tile's references, to those of the row.
+
+        Peaks lie 3 and 35 above a first tile whose logits are within 1, a masked first tile far below.
+        """
+        rows = make_rows(4, 4500, dtype, form, Kind.REVERSE_KL, bias=False)
+        rows.factor[2], rows.S[2], rows.T[2] = 1.0, rows.S[0], rows.T[0]  # was an ignored row
+        rows.S.clamp_(-1, 1)
+        rows.T.clamp_(-1, 1)
+        for row, lead in enumerate((3.0, 35.0, 35.0)):
+            rows.S[row, 4400 - row] = 1 + lead
+            rows.T[row, 4400 - row] = 0.5 if rows.spec.difference else 0.5 + lead
+        rows = rows.contiguous()
+        if not rows.spec.difference:
+            rows.S[3, :2100] = rows.T[3, :2100] = -math.inf
+        for kind in (Kind.REVERSE_KL, Kind.FORWARD_KL, Kind.SKEW_FORWARD_KL):
+            chosen = replace(
+                rows, S=rows.S.clone(), spec=replace(rows.spec, divergence=Divergence(kind, 0.3))
+            )
+            truth = truth_of(chosen)
+            truth.gradient.nan_to_num_(nan=0.0)  # autograd's, where both sides are -inf
+            stats, loss, gradient = run_rows(row_backend, chosen, "fused")
+            assert_same_bits(stats[:, Column.STUDENT_ARGMAX].long(), truth.student.argmax(-1))
+            self.check_loss(chosen, loss, truth)
+            self.check_gradient(chosen, gradient, truth)
 
 
 class TestRowOptions(OnInterpreter, RowOptionsContract):

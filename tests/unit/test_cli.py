@@ -114,6 +114,12 @@ def test_plan_prints_the_planners_numbers():
     assert str(expected["rows"]) in table and cli.readable("peak_bytes", expected["peak_bytes"]) in table
 
 
+def test_plan_predicts_the_time_of_the_row_kernels():
+    printed = " ".join(opsd("plan", "--device", "cuda", "--divergence", "jsd").stdout.split())
+    assert "triton row kernels, H200" in printed and "of the copy bandwidth, bound by" in printed
+    assert "H200" not in opsd("plan").stdout
+
+
 @pytest.mark.parametrize(
     "text, value", [("1024", 1024), ("256MiB", 256 << 20), ("1.5 GiB", 3 << 29), ("2kb", 2000)]
 )
