@@ -81,6 +81,14 @@ OPSD_DEVICE float reciprocal_approx(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// A pointer to device memory that the compiler keeps as it is: else it adds up the base, the row and the entry
+// again for every vector.
+template <class T>
+OPSD_DEVICE T* kept(T* pointer) {
+  asm("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
 OPSD_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
 inline void check(cudaError_t code) {

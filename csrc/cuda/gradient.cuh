@@ -15,7 +15,7 @@ struct Normal {
   template <bool PLAIN>
   OPSD_DEVICE Normal(const Source<PLAIN>& source, const Statistics& row) : far(row.far) {
     const double student = double{row.max_s} + row.logsum_s, teacher = student + (double{row.max_t - row.max_s} + row.gap);
-    at = source.reference(Levels{student, teacher});
+    at = source.reference(Levels{student, teacher}, row.far);
     const Levels zero = source.levels(at);
     const double off = LOG2_E * (zero.student - student);
     shift = static_cast<float>(LOG2_E * (zero.teacher - teacher) - off), scale = exp2f(static_cast<float>(off));
@@ -26,9 +26,11 @@ struct Distribution {
   float q, p, delta, expm1;  // delta in base 2, expm1 of it in nats
 };
 
-// Near rows take p = q * 2^delta; rows of a far teacher may have a delta that is infinite.
-template <bool NEAR>
-OPSD_DEVICE Distribution distribution(const Relative& r, const Normal& row) {
+// NEAR: of finite PLAIN rows of a near teacher. Their p = q * 2^delta has the rounding errors of the sum that
+// normalises it.
+template <bool NEAR, bool PLAIN>
+OPSD_DEVICE Distribution distribution(const Source<PLAIN>& source, const typename Source<PLAIN>::Entry& entry, const Normal& row) {
+  const Relative r = NEAR ? source.finite(entry, row.at) : source.relative(entry, row.at);
   const float q = exp2_approx(r.x), delta = r.o + row.shift, power = exp2_approx(delta);
   return {q, NEAR ? q * power : exp2_approx(r.y + row.shift), delta, exp2m1(delta, power)};
 }
@@ -58,7 +60,7 @@ OPSD_DEVICE ValueSums value_sweep(const Source<PLAIN>& source, const Slice<In>& 
     entries_of(source, S, T, v, entry);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const auto term = terms<KIND, true>(distribution<true>(source.finite(entry[i], row.at), row), beta);
+      const auto term = terms<KIND, true>(distribution<true>(source, entry[i], row), beta);
       sums.f += term.f, sums.u += term.u;
     }
   });
@@ -74,7 +76,7 @@ OPSD_DEVICE ValueSums far_value_sweep(const Source<PLAIN>& source, const Slice<I
     entries_of(source, S, T, v, entry);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const Distribution d = distribution<false>(source.relative(entry[i], row.at), row);
+      const Distribution d = distribution<false>(source, entry[i], row);
       const auto term = clip_terms<KIND>(terms<KIND, false>(d, options.beta), d.q, options.clip);
       sums.f += term.f, sums.u += term.u, sums.taken += term.taken;
     }
@@ -139,17 +141,19 @@ struct Pull {
 };
 
 // factor * (u - q * A) + weight * q of one entry.
-template <Kind KIND>
-OPSD_DEVICE float near_gradient(const Relative& r, const Normal& row, const Pull& pull, float beta) {
-  const Distribution d = distribution<true>(r, row);
+template <Kind KIND, bool PLAIN>
+OPSD_DEVICE float near_gradient(const Source<PLAIN>& source, const typename Source<PLAIN>::Entry& entry, const Normal& row, const Pull& pull,
+                                float beta) {
+  const Distribution d = distribution<true>(source, entry, row);
   if constexpr (KIND == Kind::REVERSE_KL) return d.q * fmaf(d.delta, -LN_2F * pull.factor, fmaf(-pull.factor, pull.A, pull.weight));
   if constexpr (KIND == Kind::FORWARD_KL) return forward_kl_grad(d.q, fmaf(d.expm1, pull.factor, -pull.weight));
   return fmaf(terms<KIND, true>(d, beta).u, pull.factor, d.q * fmaf(-pull.factor, pull.A, pull.weight));
 }
 
-template <Kind KIND>
-OPSD_DEVICE float far_gradient(const Relative& r, const Normal& row, const Pull& pull, const TermOptions<float>& options) {
-  const Distribution d = distribution<false>(r, row);
+template <Kind KIND, bool PLAIN>
+OPSD_DEVICE float far_gradient(const Source<PLAIN>& source, const typename Source<PLAIN>::Entry& entry, const Normal& row, const Pull& pull,
+                               const TermOptions<float>& options) {
+  const Distribution d = distribution<false>(source, entry, row);
   if (pull.factor == 0) return d.q * pull.weight;  // u may be infinite
   if (KIND == Kind::FORWARD_KL && options.clip == INF) {
     const float gap = fabsf(d.delta) < 1 ? forward_kl_grad(d.q, d.expm1) : d.q - d.p;
@@ -168,7 +172,7 @@ OPSD_DEVICE void gradient_sweep(const Source<PLAIN>& source, const Slice<In>& sl
     entries_of(source, S, T, slice.offset + v, entry);
     Floats<N> values;
 #pragma unroll
-    for (int i = 0; i < N; ++i) values.of[i] = near_gradient<KIND>(source.finite(entry[i], row.at), row, pull, beta);
+    for (int i = 0; i < N; ++i) values.of[i] = near_gradient<KIND>(source, entry[i], row, pull, beta);
     G.store<Out>(v, values);
   });
 }
@@ -183,7 +187,7 @@ OPSD_DEVICE void far_gradient_sweep(const Source<PLAIN>& source, const Slice<In>
     Floats<N> values;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float g = far_gradient<KIND>(source.relative(entry[i], row.at), row, pull, options);
+      const float g = far_gradient<KIND>(source, entry[i], row, pull, options);
       values.of[i] = source.bent() ? g * source.slope(entry[i]) : g;
     }
     G.store_any(v, values);
@@ -202,7 +206,7 @@ OPSD_DEVICE void gradient(const Source<PLAIN>& source, const Slice<In>& slice, c
   Floats<1> at_label{};
   if (labelled) {
     const auto entry = source.at(to_float(slice.S[label]), to_float(slice.T[label]), pull.label);
-    const float g = far_gradient<KIND>(source.relative(entry, row.at), row, pull, options) - unscaled.weight;
+    const float g = far_gradient<KIND>(source, entry, row, pull, options) - unscaled.weight;
     at_label.of[0] = source.bent() ? g * source.slope(entry) : g;
     block_sync();
   }

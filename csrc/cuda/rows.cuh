@@ -8,7 +8,7 @@ namespace opsd::cuda {
 
 template <class In>
 OPSD_DEVICE WholeRow<In> whole_row(const RowArgs& a, int64_t n) {
-  return {static_cast<const In*>(a.S) + n * a.stride_s, static_cast<const In*>(a.T) + n * a.stride_t, a.V};
+  return {kept(static_cast<const In*>(a.S) + n * a.stride_s), kept(static_cast<const In*>(a.T) + n * a.stride_t), a.V};
 }
 
 template <class In>

@@ -9,9 +9,11 @@ namespace opsd::cuda {
 // below every logit but -inf: a maximum that starts here never makes -inf - -inf
 constexpr float LOWEST = -1e38f;
 
-// The numbers that are subtracted from the products of a student's and of a teacher's entry.
+// What is subtracted from the student's products, and from the teacher's (joined: from those of the gap). `apart`:
+// a whole number near the raw gap, subtracted before T - S is rounded: a teacher 300 above cost .4 % of the gradient.
 struct Reference {
-  float x, y;
+  float x, y, apart;
+  bool joined;
 };
 
 struct Relative {
@@ -45,12 +47,13 @@ struct Side {
   OPSD_DEVICE double nats() const { return LN_2 * (1 - error); }
 };
 
-// PLAIN: no bias, no softcap, a student's factor above 0, and teacher logits or a linear difference.
+// PLAIN: no bias, no softcap, a student's factor above 0, and a linear difference or teacher logits with the same
+// factor.
 template <bool PLAIN>
 class Source {
   Side s_, t_;
-  float mix_, of_student_;  // of_student: the student's share of the teacher, beside T; 1 in the linear difference
-  bool linear_, difference_;
+  float mix_, minus_;  // minus_: -1 where the gap is T - S, in PLAIN
+  bool linear_, difference_, joined_;
 
  public:
   struct Entry {
@@ -61,9 +64,10 @@ class Source {
       : s_(of_row(a.student, n), a.bias_s, 1),
         t_(of_row(a.teacher, n), a.bias_t, 1 - a.teacher_mix),
         mix_(a.linear ? 0 : a.teacher_mix),
-        of_student_(a.linear ? 1 : mix_),
+        minus_(a.linear ? 0 : -1),
         linear_(a.linear),
-        difference_(a.difference) {}
+        difference_(a.difference),
+        joined_(a.linear || (mix_ == 0 && s_.factor == t_.factor)) {}
 
   OPSD_DEVICE Entry at(float z, float other, int64_t v) const {
     if constexpr (PLAIN) return {z, other};
@@ -78,32 +82,50 @@ class Source {
   }
   OPSD_DEVICE float student(const Entry& e) const { return e.s * s_.outer; }
   OPSD_DEVICE float teacher(const Entry& e) const {
-    const float t = e.t * t_.outer;
-    return of_student_ == 0 ? t : fmaf(student(e), of_student_, t);  // -inf * 0 is NaN
+    const float t = e.t * t_.outer, share = linear_ ? 1 : mix_;
+    return share == 0 ? t : fmaf(student(e), share, t);  // -inf * 0 is NaN
   }
-  OPSD_DEVICE float student_factor() const { return s_.factor; }
-  OPSD_DEVICE Reference reference(const Entry& e) const { return {e.s * s_.factor, e.t * t_.factor}; }
-  OPSD_DEVICE Reference reference(const Levels& at) const {
-    return {static_cast<float>(at.student * s_.unit()), static_cast<float>((at.teacher - of_student_ * at.student) * t_.unit())};
+  // Near rows are joined where the gap is a multiple of a difference: it keeps the digits of a near teacher.
+  OPSD_DEVICE bool joined(bool far) const { return linear_ || (joined_ && !far); }
+  OPSD_DEVICE Reference reference(const Entry& e) const {
+    const float apart = linear_ || !joined_ ? 0 : whole(e.t - e.s);
+    return {e.s * s_.factor, gap(e, joined_, apart) * t_.factor, apart, joined_};
+  }
+  OPSD_DEVICE Reference reference(const Levels& at, bool far) const {
+    const bool join = joined(far);
+    const double y = at.teacher - (join ? 1 : mix_) * at.student;
+    const float apart = linear_ || !join ? 0 : whole(quotient(static_cast<float>(y), t_.outer));
+    return {static_cast<float>(at.student * s_.unit()), static_cast<float>(fma(y, t_.unit(), -double{apart} * t_.factor)), apart, join};
   }
   OPSD_DEVICE Levels levels(const Reference& r) const {
-    const double student = r.x * s_.nats();
-    return {student, fma(student, double{of_student_}, r.y * t_.nats())};
+    const double student = r.x * s_.nats(), y = fma(double{r.apart}, double{t_.factor}, double{r.y}) * t_.nats();
+    return {student, fma(student, r.joined ? 1.0 : double{mix_}, y)};
   }
-  // Of a row with finite logits; an infinite one may give NaN for o.
+  // Of a joined row; an infinite logit may give NaN for o.
   OPSD_DEVICE Relative finite(const Entry& e, const Reference& r) const {
     if constexpr (!PLAIN) return relative(e, r);
-    const float x = fmaf(e.s, s_.factor, -r.x), t = fmaf(e.t, t_.factor, -r.y);
-    const float o = fmaf(x, of_student_ - 1, t);  // one instruction for both forms
+    // the same for both forms
+    const float x = fmaf(e.s, s_.factor, -r.x), o = fmaf(fmaf(e.s, minus_, e.t - r.apart), t_.factor, -r.y);
     return {x, x + o, o};
   }
   OPSD_DEVICE Relative relative(const Entry& e, const Reference& r) const {
     const float x = fmaf(e.s, s_.factor, -r.x);
-    float y = fmaf(e.t, t_.factor, -r.y);
-    if (linear_) return {x, x + y, y};
+    float y = fmaf(gap(e, r.joined, r.apart), t_.factor, -r.y);
+    if (r.joined) {
+      const float o = !linear_ && e.s == -INF && e.t == -INF ? 0 : y;  // a masked entry does not make the row far
+      return {x, x + o, o};
+    }
     if (!PLAIN && mix_ != 0) y = fmaf(x, mix_, y);
-    return {x, y, x == y ? 0 : y - x};  // both -inf: a masked entry, which does not make the row far
+    return {x, y, x == y ? 0 : y - x};
   }
+
+ private:
+  // 0 of a small gap: subtracting it would round where T - S is exact.
+  static OPSD_DEVICE float whole(float gap) { return fabsf(gap) < 64 ? 0 : rintf(gap); }
+  // The teacher's part of an entry, or the gap.
+  OPSD_DEVICE float gap(const Entry& e, bool join, float apart) const { return linear_ || !join ? e.t : e.t - apart - e.s; }
+
+ public:
   // d(logit)/d(raw logit) over scale / temperature
   OPSD_DEVICE float slope(const Entry& e) const { return s_.bent ? (1 - e.s) * (1 + e.s) : 1; }
   OPSD_DEVICE bool bent() const { return !PLAIN && s_.bent; }
@@ -111,7 +133,8 @@ class Source {
 
 inline bool plain(const RowArgs& a) {
   const bool straight = !a.bias_s && !a.bias_t && !(a.student.softcap > 0) && !(a.teacher.softcap > 0) && a.student.scale > 0;
-  return straight && (a.linear || (!a.difference && a.teacher_mix == 0));
+  const bool alike = a.student.scale == a.teacher.scale && a.student.temperature == a.teacher.temperature && a.student.temperatures == a.teacher.temperatures;
+  return straight && (a.linear || (!a.difference && a.teacher_mix == 0 && alike));
 }
 
 // A block's part of a row. `S` and `T` may lie in shared memory. Vectors begin at `head` and end at `whole`:

@@ -210,7 +210,7 @@ OPSD_DEVICE void far_statistics(const Source<PLAIN>& source, const WholeRow<In>&
   peaks.teacher = merge(peaks.teacher, x);
   const auto peak = locate(source, whole, peaks.teacher, [&](const auto& entry) { return source.teacher(entry); });
   row.max_t = peaks.teacher.value, row.argmax_t = peaks.teacher.at;
-  const Reference at = source.reference(Levels{row.max_s, row.max_t});
+  const Reference at = source.reference(Levels{row.max_s, row.max_t}, true);
   FarSums sums;
   walk_tiles<FAR_WIDTH<HELD>, 1>(slice, [&]<int N>(int64_t v, const Pack<In, N>& S, const Pack<In, N>& T) {
     typename Source<PLAIN>::Entry entry[N];

@@ -101,7 +101,7 @@ struct Narrow {
 struct Output {
   char* row;
   Dtype dtype;
-  OPSD_DEVICE Output(void* base, int64_t first, Dtype type) : row(static_cast<char*>(base) + first * (type == Dtype::FLOAT32 ? 4 : 2)), dtype(type) {}
+  OPSD_DEVICE Output(void* base, int64_t first, Dtype type) : row(kept(static_cast<char*>(base) + first * (type == Dtype::FLOAT32 ? 4 : 2))), dtype(type) {}
   OPSD_DEVICE int itemsize() const { return dtype == Dtype::FLOAT32 ? 4 : 2; }
   // True if N entries from `first` on, and every Nth, can be stored at once.
   OPSD_DEVICE bool aligned(int first, int N) const {

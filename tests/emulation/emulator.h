@@ -49,6 +49,10 @@ T shuffle_xor(const T& value, int mask) {
 float exp2_approx(float x);
 float log2_approx(float x);
 float reciprocal_approx(float x);
+template <class T>
+T* kept(T* pointer) {
+  return pointer;
+}
 inline float float_of(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, 4);
