@@ -2,10 +2,10 @@
 // torch-free. opsd_kernels/_rows/torch_math.py defines them and says why they are written in delta = log p -
 // log q.
 //
-// X is a number: float, double, or a SIMD vector of floats with select, abs, max, reciprocal, exp_pair and
-// log1p. All of f and u are homogeneous of degree one in (q, p) at fixed delta, so a caller may fold a row's
-// factor into both. GUARDED: a term is 0 where its probability is 0, whatever delta is. Rows of finite delta
-// need no guard.
+// X is a number: double, a SIMD vector of floats with select, abs, max, reciprocal, exp_pair and log1p, or on a
+// GPU float, whose functions are in cuda/math.cuh. All of f and u are homogeneous of degree one in (q, p) at
+// fixed delta, so a caller may fold a row's factor into both. GUARDED: a term is 0 where its probability is 0,
+// whatever delta is. Rows of finite delta need no guard.
 #pragma once
 
 #include <cmath>
@@ -13,9 +13,9 @@
 #include "row_args.h"
 
 #if defined(__CUDACC__)
-#define OPSD_HOST_DEVICE __host__ __device__ __forceinline__
+#define OPSD_FORMULA __device__ __forceinline__
 #else
-#define OPSD_HOST_DEVICE inline __attribute__((always_inline))
+#define OPSD_FORMULA inline __attribute__((always_inline))
 #endif
 
 namespace opsd {
@@ -31,38 +31,18 @@ struct ExpPair {
   X exp, expm1;
 };
 
-OPSD_HOST_DEVICE float select(bool condition, float yes, float no) { return condition ? yes : no; }
-OPSD_HOST_DEVICE double select(bool condition, double yes, double no) { return condition ? yes : no; }
-OPSD_HOST_DEVICE float max(float a, float b) { return a > b ? a : b; }
-OPSD_HOST_DEVICE double max(double a, double b) { return a > b ? a : b; }
-OPSD_HOST_DEVICE float abs(float x) { return x < 0 ? -x : x; }
-OPSD_HOST_DEVICE double abs(double x) { return x < 0 ? -x : x; }
-// Both from one polynomial: x = whole * ln 2 + r, |r| <= ln(2) / 2, Taylor to r^7, which leaves 2e-8 of r.
-// For x <= 88; x below -100 counts as -100.
-OPSD_HOST_DEVICE ExpPair<float> exp_pair(float x) {
-  constexpr float LOG2_E = 1.44269504f, LN2_HIGH = 0.693145751953125f, LN2_LOW = 1.4286068203094172e-6f;
-  x = x < -100 ? -100 : x;
-  const float whole = rintf(x * LOG2_E), r = fmaf(whole, -LN2_LOW, fmaf(whole, -LN2_HIGH, x));
-  float c = fmaf(r, 1.0f / 5040, 1.0f / 720);
-  c = fmaf(c, r, 1.0f / 120);
-  c = fmaf(c, r, 1.0f / 24);
-  c = fmaf(c, r, 1.0f / 6);
-  c = fmaf(c, r, 0.5f);
-  const float m = fmaf(c * r, r, r), power = exp2f(whole);
-  return {fmaf(power, m, power), fmaf(power, m, power - 1)};
-}
-OPSD_HOST_DEVICE ExpPair<double> exp_pair(double x) { return {::exp(x), ::expm1(x)}; }
-#if defined(__CUDA_ARCH__)
-OPSD_HOST_DEVICE float reciprocal(float x) { return __fdividef(1, x); }
-#else
-OPSD_HOST_DEVICE float reciprocal(float x) { return 1 / x; }
-#endif
-OPSD_HOST_DEVICE double reciprocal(double x) { return 1 / x; }
-OPSD_HOST_DEVICE float log1p(float x) { return ::log1pf(x); }
-OPSD_HOST_DEVICE double log1p(double x) { return ::log1p(x); }
+OPSD_FORMULA float select(bool condition, float yes, float no) { return condition ? yes : no; }
+OPSD_FORMULA double select(bool condition, double yes, double no) { return condition ? yes : no; }
+OPSD_FORMULA float max(float a, float b) { return a > b ? a : b; }
+OPSD_FORMULA double max(double a, double b) { return a > b ? a : b; }
+OPSD_FORMULA float abs(float x) { return x < 0 ? -x : x; }
+OPSD_FORMULA double abs(double x) { return x < 0 ? -x : x; }
+OPSD_FORMULA ExpPair<double> exp_pair(double x) { return {::exp(x), ::expm1(x)}; }
+OPSD_FORMULA double reciprocal(double x) { return 1 / x; }
+OPSD_FORMULA double log1p(double x) { return ::log1p(x); }
 
 template <bool GUARDED, class X>
-OPSD_HOST_DEVICE X guard(X probability, X term) {
+OPSD_FORMULA X guard(X probability, X term) {
   if constexpr (GUARDED) return select(probability > X(0), term, X(0));
   return term;
 }
@@ -74,14 +54,14 @@ struct Ratio {
 };
 
 template <class X>
-OPSD_HOST_DEVICE Ratio<X> ratio(X delta) {
+OPSD_FORMULA Ratio<X> ratio(X delta) {
   const ExpPair<X> pair = exp_pair(-abs(delta));
   return {delta, pair.exp, pair.expm1};
 }
 
 // The same from a known expm1(delta), a normal number: exp(-|delta|) is 1 + expm1(delta), or its reciprocal.
 template <class X>
-OPSD_HOST_DEVICE Ratio<X> ratio(X delta, X expm1_delta) {
+OPSD_FORMULA Ratio<X> ratio(X delta, X expm1_delta) {
   const auto below = delta <= X(0);
   const X whole = X(1) + expm1_delta, inverse = reciprocal(whole);
   return {delta, select(below, whole, inverse), select(below, expm1_delta, -expm1_delta * inverse)};
@@ -93,7 +73,7 @@ struct Mixture {
 };
 
 template <class X>
-OPSD_HOST_DEVICE Mixture<X> mixture(const Ratio<X>& r, X beta) {
+OPSD_FORMULA Mixture<X> mixture(const Ratio<X>& r, X beta) {
   const auto below = r.delta <= X(0);
   const X part = select(below, beta, X(1) - beta) * r.a;  // m/q - 1 where below, m/p - 1 elsewhere
   const X log = log1p(part);
@@ -101,43 +81,43 @@ OPSD_HOST_DEVICE Mixture<X> mixture(const Ratio<X>& r, X beta) {
 }
 
 template <bool GUARDED, class X>
-OPSD_HOST_DEVICE Terms<X> reverse_kl(X q, X delta) {
+OPSD_FORMULA Terms<X> reverse_kl(X q, X delta) {
   const X f = guard<GUARDED>(q, -(q * delta));
   return {f, f};
 }
 
 template <bool GUARDED, class X>
-OPSD_HOST_DEVICE Terms<X> forward_kl(X p, X delta) {
+OPSD_FORMULA Terms<X> forward_kl(X p, X delta) {
   return {guard<GUARDED>(p, p * delta), -p};
 }
 
 // u - q * A of forward KL, A = -1, where delta is finite: q - p without the cancellation.
 template <class X>
-OPSD_HOST_DEVICE X forward_kl_grad(X q, X expm1_delta) {
+OPSD_FORMULA X forward_kl_grad(X q, X expm1_delta) {
   return -(q * expm1_delta);
 }
 
 template <bool GUARDED, class X>
-OPSD_HOST_DEVICE Terms<X> jsd(X q, X p, const Ratio<X>& r, X beta) {
+OPSD_FORMULA Terms<X> jsd(X q, X p, const Ratio<X>& r, X beta) {
   const Mixture<X> m = mixture(r, beta);
   const X u = guard<GUARDED>(q, (beta - X(1)) * q * m.log_m_q);
   return {u - beta * guard<GUARDED>(p, p * m.log_m_p), u};
 }
 
 template <bool GUARDED, class X>
-OPSD_HOST_DEVICE Terms<X> skew_reverse_kl(X q, const Ratio<X>& r, X beta) {
+OPSD_FORMULA Terms<X> skew_reverse_kl(X q, const Ratio<X>& r, X beta) {
   const Mixture<X> m = mixture(r, beta);
   return {guard<GUARDED>(q, -(q * m.log_m_q)), guard<GUARDED>(q, q * (beta * m.p_over_m - m.log_m_q))};
 }
 
 template <bool GUARDED, class X>
-OPSD_HOST_DEVICE Terms<X> skew_forward_kl(X q, X p, const Ratio<X>& r, X beta) {
+OPSD_FORMULA Terms<X> skew_forward_kl(X q, X p, const Ratio<X>& r, X beta) {
   const Mixture<X> m = mixture(r, beta);
   return {guard<GUARDED>(p, -(p * m.log_m_p)), guard<GUARDED>(q, (beta - X(1)) * q * m.p_over_m)};
 }
 
 template <bool GUARDED, class X>
-OPSD_HOST_DEVICE Terms<X> tvd(X q, X p, const Ratio<X>& r) {
+OPSD_FORMULA Terms<X> tvd(X q, X p, const Ratio<X>& r) {
   const X larger = max(p, q);
   const X half = X(0.5) * q;
   const X sign_term = select(r.delta > X(0), -half, select(r.delta < X(0), half, X(0)));
@@ -145,7 +125,7 @@ OPSD_HOST_DEVICE Terms<X> tvd(X q, X p, const Ratio<X>& r) {
 }
 
 template <Kind KIND, bool GUARDED, class X>
-OPSD_HOST_DEVICE Terms<X> entry(X q, X p, const Ratio<X>& r, X beta) {
+OPSD_FORMULA Terms<X> entry(X q, X p, const Ratio<X>& r, X beta) {
   if constexpr (KIND == Kind::REVERSE_KL) return reverse_kl<GUARDED>(q, r.delta);
   if constexpr (KIND == Kind::FORWARD_KL) return forward_kl<GUARDED>(p, r.delta);
   if constexpr (KIND == Kind::JSD) return jsd<GUARDED>(q, p, r, beta);
@@ -162,7 +142,7 @@ struct ClippedTerms {
 };
 
 template <Kind KIND, class X>
-OPSD_HOST_DEVICE ClippedTerms<X> clip_terms(const Terms<X>& terms, X q, X clip) {
+OPSD_FORMULA ClippedTerms<X> clip_terms(const Terms<X>& terms, X q, X clip) {
   const auto above = terms.f > clip;
   const X u = KIND == Kind::REVERSE_KL ? -q : X(0);
   return {select(above, clip, terms.f), select(above, u, terms.u), select(above, X(1), X(0))};

@@ -64,6 +64,33 @@ OPSD_DEVICE T shuffle_xor(const T& value, int mask) {
   return out.value;
 }
 
+// The special-function units: within 2 units in the last place, denormal numbers are 0. log2_approx: within
+// 2^-22 of a number in [1/2, 2].
+OPSD_DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+OPSD_DEVICE float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+OPSD_DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// A pointer to device memory that the compiler keeps as it is: else it adds up the base, the row and the entry
+// again for every vector.
+template <class T>
+OPSD_DEVICE T* kept(T* pointer) {
+  asm("" : "+l"(pointer));
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+OPSD_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+
 inline void check(cudaError_t code) {
   if (code != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(code));
 }

@@ -5,26 +5,40 @@
 
 namespace opsd::cuda {
 
-struct Distribution {
-  float q, p, delta, expm1;  // expm1(delta), of near rows
+// What makes probabilities of a row's entries. A reference is rounded once, which moves all of a row's x and y
+// by up to 2^-24 of the logits' offset: q and p come out divided by `scale`, and o lacks `shift`.
+struct Normal {
+  Reference at;
+  float shift, scale;
+  bool far;
+
+  template <bool PLAIN>
+  OPSD_DEVICE Normal(const Source<PLAIN>& source, const Statistics& row) : far(row.far) {
+    const double student = double{row.max_s} + row.logsum_s, teacher = student + (double{row.max_t - row.max_s} + row.gap);
+    at = source.reference(Levels{student, teacher}, row.far);
+    const Levels zero = source.levels(at);
+    const double off = LOG2_E * (zero.student - student);
+    shift = static_cast<float>(LOG2_E * (zero.teacher - teacher) - off), scale = exp2f(static_cast<float>(off));
+  }
 };
 
-// Near rows take p = q * exp(delta), so that p - q keeps delta's digits.
-template <bool FAR>
-OPSD_DEVICE Distribution distribution(const Relative& r, const Statistics& row) {
-  const float q = expf(r.x - row.logsum_s), delta = r.o - row.gap;
-  if constexpr (FAR) return {q, expf(r.y - row.logsum_t), delta, 0};
-  const ExpPair<float> ratio = exp_pair(delta);
-  return {q, q * ratio.exp, delta, ratio.expm1};
+struct Distribution {
+  float q, p, delta, expm1;  // delta in base 2, expm1 of it in nats
+};
+
+// NEAR: of finite PLAIN rows of a near teacher. Their p = q * 2^delta has the rounding errors of the sum that
+// normalises it.
+template <bool NEAR, bool PLAIN>
+OPSD_DEVICE Distribution distribution(const Source<PLAIN>& source, const typename Source<PLAIN>::Entry& entry, const Normal& row) {
+  const Relative r = NEAR ? source.finite(entry, row.at) : source.relative(entry, row.at);
+  const float q = exp2_approx(r.x), delta = r.o + row.shift, power = exp2_approx(delta);
+  return {q, NEAR ? q * power : exp2_approx(r.y + row.shift), delta, exp2m1(delta, power)};
 }
 
-template <Kind KIND, bool FAR>
-OPSD_DEVICE ClippedTerms<float> terms(const Distribution& d, const TermOptions<float>& options) {
-  Terms<float> term;
-  if constexpr (FAR) term = entry<KIND, true>(d.q, d.p, ratio(d.delta), options.beta);
-  else term = entry<KIND, false>(d.q, d.p, ratio(d.delta, d.expm1), options.beta);
-  if (options.clip < INF) return clip_terms<KIND>(term, d.q, options.clip);
-  return {term.f, term.u, 0};
+template <Kind KIND, bool NEAR>
+OPSD_DEVICE Terms<float> terms(const Distribution& d, float beta) {
+  const float below = -fabsf(d.delta), decay = exp2_approx(below);
+  return entry<KIND, !NEAR>(d.q, d.p, Ratio<float>{LN_2F * d.delta, decay, exp2m1(below, decay)}, beta);
 }
 
 struct ValueSums {
@@ -38,25 +52,58 @@ struct Value {
   float loss, A, clipped;
 };
 
-template <Kind KIND, bool PLAIN, class In>
-OPSD_DEVICE Value value(const Source<PLAIN>& source, const Slice<In>& slice, const Statistics& row, Exchange& x, const RowArgs& a) {
-  const TermOptions<float> options{static_cast<float>(a.terms.beta), static_cast<float>(a.terms.clip)};
+template <bool HELD, Kind KIND, bool PLAIN, class In>
+OPSD_DEVICE ValueSums value_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, float beta) {
+  ValueSums sums;
+  walk_tiles<LANES<In>, DEPTH<PLAIN, In, HELD>>(slice, [&]<int N>(int64_t v, const Pack<In, N>& S, const Pack<In, N>& T) {
+    typename Source<PLAIN>::Entry entry[N];
+    entries_of(source, S, T, v, entry);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const auto term = terms<KIND, true>(distribution<true>(source, entry[i], row), beta);
+      sums.f += term.f, sums.u += term.u;
+    }
+  });
+  return sums;
+}
+
+// The same of far and of general rows, and with an entry clip.
+template <bool HELD, Kind KIND, bool PLAIN, class In>
+OPSD_DEVICE ValueSums far_value_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, const TermOptions<float>& options) {
+  ValueSums sums;
+  walk_tiles<FAR_WIDTH<HELD>, 1>(slice, [&]<int N>(int64_t v, const Pack<In, N>& S, const Pack<In, N>& T) {
+    typename Source<PLAIN>::Entry entry[N];
+    entries_of(source, S, T, v, entry);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const Distribution d = distribution<false>(source, entry[i], row);
+      const auto term = clip_terms<KIND>(terms<KIND, false>(d, options.beta), d.q, options.clip);
+      sums.f += term.f, sums.u += term.u, sums.taken += term.taken;
+    }
+  });
+  return sums;
+}
+
+OPSD_DEVICE TermOptions<float> options_of(const RowArgs& a, const Normal& row) {
+  return {static_cast<float>(a.terms.beta), static_cast<float>(a.terms.clip) / row.scale};
+}
+
+template <bool HELD, Kind KIND, bool PLAIN, class In>
+OPSD_DEVICE Value value(const Source<PLAIN>& source, const Slice<In>& slice, const Statistics& row, const Normal& normal, Exchange& x, const RowArgs& a) {
+  constexpr bool KL = KIND == Kind::REVERSE_KL || KIND == Kind::FORWARD_KL;
+  const TermOptions<float> options = options_of(a, normal);
   const bool clips = options.clip < INF;
   // A side has no distribution, which the guards would turn into 0.
   if (row.gap != row.gap) return {row.gap, row.gap, 0};
   if (KIND == Kind::REVERSE_KL && !clips) return {row.reverse_kl, row.reverse_kl, 0};
   if (KIND == Kind::FORWARD_KL && !clips) return {row.forward_kl, -1, 0};
   ValueSums sums;
-  walk<PLAIN>(slice, [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const Relative r = source.relative(source.at(to_float(S.entry[i]), to_float(T.entry[i]), slice.offset + v + i), row.at);
-      const auto term = row.far ? terms<KIND, true>(distribution<true>(r, row), options) : terms<KIND, false>(distribution<false>(r, row), options);
-      sums.f += term.f, sums.u += term.u, sums.taken += term.taken;
-    }
-  });
+  const bool quick = PLAIN && !KL && !normal.far && !clips;
+  if constexpr (PLAIN && !KL)
+    if (quick) sums = value_sweep<HELD, KIND>(source, slice, normal, options.beta);
+  if (!quick) sums = far_value_sweep<HELD, KIND>(source, slice, normal, options);
   sums = merge(sums, x);
-  return {sums.f, sums.u, sums.taken / static_cast<float>(a.V)};
+  return {sums.f * normal.scale, sums.u * normal.scale, quotient(sums.taken, static_cast<float>(a.V))};
 }
 
 // Writes a row's loss, A and clipped share from one thread, and returns the share in all.
@@ -79,52 +126,109 @@ struct Pull {
   int64_t label;
 
   OPSD_DEVICE Pull(const RowArgs& a, int64_t n, float dot, float clipped) : factor(0), A(dot), weight(0), label(-1) {
-    const float outer = a.student.scale / of_row(a.student, n).temperature;
+    const float outer = quotient(a.student.scale, of_row(a.student, n).temperature);
     if (clipped != 1) factor = static_cast<const float*>(a.factor)[n] * outer;
     if (a.policy) weight = static_cast<const float*>(a.policy)[n] * outer;
     if (weight != 0) label = a.labels[n];
   }
   OPSD_DEVICE bool zero() const { return factor == 0 && weight == 0; }
+  // For q and p over `scale`.
+  OPSD_DEVICE Pull times(float scale) const {
+    Pull scaled = *this;
+    scaled.factor *= scale, scaled.weight *= scale;
+    return scaled;
+  }
 };
 
 // factor * (u - q * A) + weight * q of one entry.
-template <Kind KIND, bool FAR>
-OPSD_DEVICE float logit_gradient(const Relative& r, const Statistics& row, const Pull& pull, const TermOptions<float>& options) {
-  const Distribution d = distribution<FAR>(r, row);
+template <Kind KIND, bool PLAIN>
+OPSD_DEVICE float near_gradient(const Source<PLAIN>& source, const typename Source<PLAIN>::Entry& entry, const Normal& row, const Pull& pull,
+                                float beta) {
+  const Distribution d = distribution<true>(source, entry, row);
+  if constexpr (KIND == Kind::REVERSE_KL) return d.q * fmaf(d.delta, -LN_2F * pull.factor, fmaf(-pull.factor, pull.A, pull.weight));
+  if constexpr (KIND == Kind::FORWARD_KL) return forward_kl_grad(d.q, fmaf(d.expm1, pull.factor, -pull.weight));
+  return fmaf(terms<KIND, true>(d, beta).u, pull.factor, d.q * fmaf(-pull.factor, pull.A, pull.weight));
+}
+
+template <Kind KIND, bool PLAIN>
+OPSD_DEVICE float far_gradient(const Source<PLAIN>& source, const typename Source<PLAIN>::Entry& entry, const Normal& row, const Pull& pull,
+                               const TermOptions<float>& options) {
+  const Distribution d = distribution<false>(source, entry, row);
   if (pull.factor == 0) return d.q * pull.weight;  // u may be infinite
   if (KIND == Kind::FORWARD_KL && options.clip == INF) {
-    if constexpr (!FAR) return fmaf(forward_kl_grad(d.q, d.expm1), pull.factor, d.q * pull.weight);
-    return fmaf(d.q - d.p, pull.factor, d.q * pull.weight);
+    const float gap = fabsf(d.delta) < 1 ? forward_kl_grad(d.q, d.expm1) : d.q - d.p;
+    return fmaf(gap, pull.factor, d.q * pull.weight);
   }
-  return fmaf(terms<KIND, FAR>(d, options).u, pull.factor, d.q * fmaf(-pull.factor, pull.A, pull.weight));
+  const auto term = clip_terms<KIND>(terms<KIND, false>(d, options.beta), d.q, options.clip);
+  return fmaf(term.u, pull.factor, d.q * fmaf(-pull.factor, pull.A, pull.weight));
 }
 
-// `loaded` runs between reading and writing the same vectors: see walk.
-template <Kind KIND, bool PLAIN, class In, class Loaded>
-OPSD_DEVICE void gradient(const Source<PLAIN>& source, const Slice<In>& slice, const Statistics& row, const Pull& pull, const Output& G, const RowArgs& a,
-                          Loaded loaded) {
-  const TermOptions<float> options{static_cast<float>(a.terms.beta), static_cast<float>(a.terms.clip)};
-  const int label = pull.label < slice.offset || pull.label >= slice.offset + slice.length ? -1 : static_cast<int>(pull.label - slice.offset);
-  walk<PLAIN>(slice, loaded, [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
-    float values[N];
+// Out: the type of G. `loaded` runs between reading and writing the same vectors: see walk.
+template <bool HELD, class Out, Kind KIND, bool PLAIN, class In, class Loaded>
+OPSD_DEVICE void gradient_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, const Pull& pull, const Output& G, float beta,
+                                Loaded loaded) {
+  walk<LANES<In>, DEPTH<PLAIN, In, HELD>>(slice, loaded, [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
+    typename Source<PLAIN>::Entry entry[N];
+    entries_of(source, S, T, slice.offset + v, entry);
+    Floats<N> values;
+#pragma unroll
+    for (int i = 0; i < N; ++i) values.of[i] = near_gradient<KIND>(source, entry[i], row, pull, beta);
+    G.store<Out>(v, values);
+  });
+}
+
+// The same of far and of general rows, with an entry clip or without a factor.
+template <bool HELD, Kind KIND, bool PLAIN, class In, class Loaded>
+OPSD_DEVICE void far_gradient_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, const Pull& pull, const Output& G,
+                                    const TermOptions<float>& options, Loaded loaded) {
+  walk<FAR_WIDTH<HELD>, 1>(slice, loaded, [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
+    typename Source<PLAIN>::Entry entry[N];
+    entries_of(source, S, T, slice.offset + v, entry);
+    Floats<N> values;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const auto entry = source.at(to_float(S.entry[i]), to_float(T.entry[i]), slice.offset + v + i);
-      const Relative r = source.relative(entry, row.at);
-      float g = row.far ? logit_gradient<KIND, true>(r, row, pull, options) : logit_gradient<KIND, false>(r, row, pull, options);
-      if (v + i == label) g -= pull.weight;
-      values[i] = source.bent() ? g * source.slope(entry) : g;
+      const float g = far_gradient<KIND>(source, entry[i], row, pull, options);
+      values.of[i] = source.bent() ? g * source.slope(entry[i]) : g;
     }
-    G.store(v, values);
+    G.store_any(v, values);
   });
 }
 
-template <bool PLAIN, class In>
-OPSD_DEVICE void zero_gradient(const Slice<In>& slice, const Output& G) {
-  walk<PLAIN>(slice, [&]<int N>(int v, const Pack<In, N>&, const Pack<In, N>&) {
-    constexpr float zeros[N] = {};
-    G.store(v, zeros);
-  });
+// `loaded`: see walk.
+template <bool HELD, Kind KIND, bool PLAIN, class In, class Loaded>
+OPSD_DEVICE void gradient(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, const Pull& unscaled, const Output& G, const RowArgs& a,
+                          Loaded loaded) {
+  const Pull pull = unscaled.times(row.scale);
+  const TermOptions<float> options = options_of(a, row);
+  // The label's entry is computed before its logits are overwritten, and written last.
+  const int64_t label = pull.label - slice.offset;
+  const bool labelled = pull.label >= 0 && label >= 0 && label < slice.length;
+  Floats<1> at_label{};
+  if (labelled) {
+    const auto entry = source.at(to_float(slice.S[label]), to_float(slice.T[label]), pull.label);
+    const float g = far_gradient<KIND>(source, entry, row, pull, options) - unscaled.weight;
+    at_label.of[0] = source.bent() ? g * source.slope(entry) : g;
+    block_sync();
+  }
+  const bool same = G.dtype == a.dtype, narrow = sizeof(In) == 4 && G.itemsize() == 2;
+  const bool quick = PLAIN && !row.far && options.clip == INF && pull.factor != 0 && (same || narrow);
+  if constexpr (PLAIN) {
+    if (quick && same) gradient_sweep<HELD, In, KIND>(source, slice, row, pull, G, options.beta, loaded);
+    if constexpr (sizeof(In) == 4)
+      if (quick && narrow) gradient_sweep<HELD, Narrow, KIND>(source, slice, row, pull, G, options.beta, loaded);
+  }
+  if (!quick) far_gradient_sweep<HELD, KIND>(source, slice, row, pull, G, options, loaded);
+  if (!labelled) return;
+  block_sync();
+  if (thread() == 0) G.store_any(static_cast<int>(label), at_label);
+}
+
+OPSD_DEVICE void zero_gradient(int64_t length, const Output& G) {
+  const int64_t bytes = length * G.itemsize(), whole = G.aligned(0, 8) ? bytes / 16 * 16 : 0;
+#pragma unroll 1
+  for (int64_t i = 16 * thread(); i < whole; i += 16 * threads()) *reinterpret_cast<Words<4>*>(G.row + i) = {};
+#pragma unroll 1
+  for (int64_t i = whole + 2 * thread(); i < bytes; i += 2 * threads()) *reinterpret_cast<uint16_t*>(G.row + i) = 0;
 }
 
 }  // namespace opsd::cuda

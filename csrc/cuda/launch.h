@@ -30,11 +30,14 @@ constexpr int MOST_WORDS = 12;  // of what a warp or a block hands to the others
 constexpr int64_t EXCHANGE_BYTES = 4 * MOST_WORDS * (MOST_THREADS / WARP + MOST_BLOCKS + 1);
 static_assert(EXCHANGE_BYTES % 16 == 0);
 
+// Of a tile of both sides in shared memory: two vectors for each thread.
+constexpr int64_t STAGING_BYTES = 2 * 2 * 16 * MOST_THREADS;
+
 inline int threads_for(int64_t entries, int64_t itemsize) {
   return entries * itemsize / 16 > 512 ? MOST_THREADS : MOST_THREADS / 2;
 }
 
-inline Shape streaming(int64_t V, int64_t itemsize) { return {threads_for(V, itemsize), 0, V, EXCHANGE_BYTES}; }
+inline Shape streaming(int64_t V, int64_t itemsize) { return {threads_for(V, itemsize), 0, V, EXCHANGE_BYTES + STAGING_BYTES}; }
 
 // The smallest cluster of which two fit on a multiprocessor, so that one loads while the other computes; else
 // the smallest that holds the row.

@@ -10,9 +10,11 @@ namespace {
 template <bool PLAIN, Kind KIND>
 void run_kind(const RowArgs& a, Sweep which, const Shape& shape, Stream stream) {
   const Shape rows = streaming(a.V, sizeof(OPSD_IN));
+  // General rows take all sums, in one kernel.
+  constexpr Kind SUMS = PLAIN && (KIND == Kind::REVERSE_KL || KIND == Kind::FORWARD_KL) ? KIND : Kind::JSD;
   const bool two_sweeps = (KIND != Kind::REVERSE_KL && KIND != Kind::FORWARD_KL) || a.terms.clip < INF;
   if (which == Sweep::FUSED && shape.blocks > 0) return launch(fused_kernel<OPSD_IN, PLAIN, KIND>, a.n, shape, stream, a, shape.per_block);
-  if (which == Sweep::STATS || which == Sweep::FUSED) launch(stats_kernel<OPSD_IN, PLAIN>, a.n, rows, stream, a);
+  if (which == Sweep::STATS || which == Sweep::FUSED) launch(stats_kernel<OPSD_IN, PLAIN, SUMS>, a.n, rows, stream, a);
   if (which == Sweep::DOT || (which == Sweep::FUSED && two_sweeps)) launch(dot_kernel<OPSD_IN, PLAIN, KIND>, a.n, rows, stream, a);
   if (which == Sweep::GRAD || which == Sweep::FUSED) launch(grad_kernel<OPSD_IN, PLAIN, KIND>, a.n, rows, stream, a);
 }

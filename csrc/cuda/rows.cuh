@@ -8,38 +8,26 @@ namespace opsd::cuda {
 
 template <class In>
 OPSD_DEVICE WholeRow<In> whole_row(const RowArgs& a, int64_t n) {
-  return {static_cast<const In*>(a.S) + n * a.stride_s, static_cast<const In*>(a.T) + n * a.stride_t, a.V};
+  return {kept(static_cast<const In*>(a.S) + n * a.stride_s), kept(static_cast<const In*>(a.T) + n * a.stride_t), a.V};
 }
 
 template <class In>
 OPSD_DEVICE Slice<In> whole_slice(const WholeRow<In>& row) {
-  return {row.S, row.T, 0, static_cast<int>(row.V)};
+  return {row.S, row.T, 0, static_cast<int>(row.V), reinterpret_cast<In*>(shared_memory() + EXCHANGE_BYTES)};
 }
 
 OPSD_DEVICE Exchange& exchange() { return *reinterpret_cast<Exchange*>(shared_memory()); }
 
 OPSD_DEVICE float* stats_of(const RowArgs& a, int64_t n) { return static_cast<float*>(a.stats) + n * COLUMNS; }
 
-template <class In, bool PLAIN, class Loaded>
-OPSD_DEVICE Near near_sweep(const Source<PLAIN>& source, const Slice<In>& slice, bool metrics, Loaded keep) {
-  Near near;
-  walk<PLAIN>(slice, [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
-    keep(v, S, T);
-    constexpr int PART = N < 4 ? N : 4;  // eight 16-bit entries at once spilled
-#pragma unroll
-    for (int i = 0; i < N; i += PART) near.add(source, part<PART>(S, i), part<PART>(T, i), slice.offset + v + i, metrics);
-  });
-  return near;
-}
-
-template <class In, bool PLAIN>
+template <class In, bool PLAIN, Kind KIND>
 OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) stats_kernel(OPSD_GRID_CONSTANT RowArgs a) {
   const int64_t n = block();
   const Source<PLAIN> source(a, n);
   const WholeRow<In> whole = whole_row<In>(a, n);
   const Slice<In> slice = whole_slice(whole);
-  const Near near = near_sweep(source, slice, a.metrics, [](int, const auto&, const auto&) {});
-  const Statistics row = finish(source, whole, slice, near, exchange(), a);
+  const Peaks start = find_peaks(source, slice.start(2 * threads() * LANES<In>), a.metrics, [](int, const auto&, const auto&) {});
+  const Statistics row = statistics<false, KIND>(source, whole, slice, start, exchange(), a);
   if (thread() > 0) return;
   row.write(stats_of(a, n), a);
   // A plain KL has its loss from this sweep, if the caller wants one.
@@ -53,7 +41,8 @@ OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) dot_kernel(OPSD_GRID_CONSTAN
   const Source<PLAIN> source(a, n);
   Statistics row;
   row.read(stats_of(a, n), a.spread_limit);
-  write_value(a, n, value<KIND>(source, whole_slice(whole_row<In>(a, n)), row, exchange(), a), thread() == 0);
+  const Value v = value<false, KIND>(source, whole_slice(whole_row<In>(a, n)), row, Normal(source, row), exchange(), a);
+  write_value(a, n, v, thread() == 0);
 }
 
 template <class In, bool PLAIN, Kind KIND>
@@ -63,13 +52,15 @@ OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) grad_kernel(OPSD_GRID_CONSTA
   const Slice<In> slice = whole_slice(whole_row<In>(a, n));
   const Pull pull(a, n, static_cast<const float*>(a.A)[n], stats_of(a, n)[CLIPPED]);
   const Output G(a.G, n * a.stride_g, a.out);
-  if (pull.zero()) return zero_gradient<PLAIN>(slice, G);
+  if (pull.zero()) return zero_gradient(a.V, G);
   Statistics row;
   row.read(stats_of(a, n), a.spread_limit);
   // In a narrowed view the first tile's gradient overlaps logits that another thread loads; later tiles'
-  // overlap earlier tiles' logits.
-  const bool narrowed = a.G == a.S && a.out != a.dtype;
-  gradient<KIND>(source, slice, row, pull, G, a, [=] {
+  // overlap earlier tiles' logits. So the entries are read in order, from the first on.
+  const bool narrowed = sizeof(In) == 4 && a.G == a.S && a.out != a.dtype;
+  Slice<In> part = slice.peeled(G);
+  if (narrowed && part.head) part.head = part.whole = 0;
+  gradient<false, KIND>(source, part, Normal(source, row), pull, G, a, [=] {
     if (narrowed) block_sync();
   });
 }
@@ -77,26 +68,27 @@ OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) grad_kernel(OPSD_GRID_CONSTA
 template <class In, bool PLAIN, Kind KIND>
 OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) fused_kernel(OPSD_GRID_CONSTANT RowArgs a, const int64_t per_block) {
   const int rank = cluster_rank();
-  const int64_t n = block() / cluster_size(), first = min(rank * per_block, a.V);
+  const int64_t n = static_cast<uint32_t>(block()) / cluster_size(), first = min(rank * per_block, a.V);
   const int length = static_cast<int>(min(per_block, a.V - first));
   const Source<PLAIN> source(a, n);
   const WholeRow<In> whole = whole_row<In>(a, n);
   const Slice<In> slice(whole.S + first, whole.T + first, first, length);
   In* const held_s = reinterpret_cast<In*>(shared_memory() + EXCHANGE_BYTES);
   In* const held_t = held_s + per_block;
-  const Near near = near_sweep(source, slice, a.metrics, [=]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
+  const Peaks peaks = find_peaks(source, slice, a.metrics, [=]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
     *reinterpret_cast<Pack<In, N>*>(held_s + v) = S;
     *reinterpret_cast<Pack<In, N>*>(held_t + v) = T;
   });
   const Slice<In> held(held_s, held_t, first, length);
-  const Statistics row = finish(source, whole, held, near, exchange(), a);
+  const Statistics row = statistics<true, KIND>(source, whole, held, peaks, exchange(), a);
   const bool writes = rank == 0 && thread() == 0;
   if (writes) row.write(stats_of(a, n), a);
-  const Value v = value<KIND>(source, held, row, exchange(), a);
+  const Normal normal(source, row);
+  const Value v = value<true, KIND>(source, held, row, normal, exchange(), a);
   const Pull pull(a, n, v.A, write_value(a, n, v, writes));
   const Output G(a.G, n * a.stride_g + first, a.out);
-  if (pull.zero()) return zero_gradient<PLAIN>(held, G);
-  gradient<KIND>(source, held, row, pull, G, a, [] {});
+  if (pull.zero()) return zero_gradient(length, G);
+  gradient<true, KIND>(source, held.peeled(G), normal, pull, G, a, [] {});
 }
 
 }  // namespace opsd::cuda

@@ -2,6 +2,7 @@
 
 #include <ucontext.h>
 
+#include <cmath>
 #include <csetjmp>
 #include <cstdlib>
 #include <memory>
@@ -152,6 +153,33 @@ void exchange_lanes(const void* mine, void* theirs, int bytes, int mask) {
   wait_at(warp.barrier);
   std::memcpy(theirs, warp.parts[lane ^ mask], bytes);
   wait_at(warp.barrier);
+}
+
+// -2 ... 2, the same for the same number.
+int drawn(float of) {
+  uint32_t bits;
+  std::memcpy(&bits, &of, 4);
+  bits = (bits ^ bits >> 16) * 0x85ebca6bu, bits = (bits ^ bits >> 13) * 0xc2b2ae35u;
+  return static_cast<int>((bits ^ bits >> 16) % 5) - 2;
+}
+
+float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
+
+// `exact` rounded, and off by `units` in the last place.
+float off_by(double exact, int units) {
+  float y = static_cast<float>(exact);
+  if (!std::isfinite(y) || y == 0) return y;
+  for (; units > 0; --units) y = std::nextafter(y, INFINITY);
+  for (; units < 0; ++units) y = std::nextafter(y, -INFINITY);
+  return flushed(y);
+}
+
+float exp2_approx(float x) { return off_by(std::exp2(double{flushed(x)}), drawn(x)); }
+float reciprocal_approx(float x) { return off_by(1 / double{flushed(x)}, drawn(x) / 2); }  // within 1 unit
+float log2_approx(float x) {
+  const double exact = std::log2(double{flushed(x)});
+  if (x < 0.5f || x > 2) return off_by(exact, drawn(x));
+  return static_cast<float>(exact + drawn(x) / 2.0 * 0x1p-22);
 }
 
 Device emulated_device() {

@@ -44,6 +44,21 @@ T shuffle_xor(const T& value, int mask) {
   return result;
 }
 
+// The special-function units, no better than they are documented: each result is off by up to two units in the
+// last place, by a number drawn from its bits, and denormal numbers are 0.
+float exp2_approx(float x);
+float log2_approx(float x);
+float reciprocal_approx(float x);
+template <class T>
+T* kept(T* pointer) {
+  return pointer;
+}
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
 template <class T>
 const T* in_block(const T* shared, int rank) {
   return reinterpret_cast<const T*>(shared_of(rank) + (reinterpret_cast<const char*>(shared) - shared_memory()));
