@@ -13,7 +13,7 @@
 #   doctor      what serves here
 #   smoke       every kernel of the CUDA library, and a share of tests/gpu on each backend    60 s
 #   ratios      forward and backward against the bare GEMMs, TRL, Liger and unsloth: heads of Qwen3-8B and 0.6B
-#   sweeps      row sweeps against the copy bandwidth
+#   sweeps      row sweeps against the copy bandwidth and the time that opsd plan predicts
 #   by name     tests memcheck racecheck chunked gemma memory accuracy latency
 #
 # GPU_CHECK_TESTS is an expression for pytest -k in a dry run.

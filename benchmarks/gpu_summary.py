@@ -19,6 +19,9 @@ def numbers(row: Row) -> str:
     parts.append(f"{row.ceiling:.0%} of ceiling" if row.ceiling else "")
     parts.append(f"{row.peak_bytes / 2**30:.2f} GiB" if row.peak_bytes is not None else "")
     parts.append(f"planned {row.predicted_bytes / 2**30:.2f}" if row.predicted_bytes is not None else "")
+    if row.predicted_ms is not None:
+        over = f" ({row.ms.median / row.predicted_ms:.2f} of it measured)" if row.ms else ""
+        parts.append(f"predicted {row.predicted_ms:.2f} ms{over}")
     parts.append(f"MISSED {row.target}" if row.verdict == "missed" else "")
     parts.append("noisy" if row.noise else "")
     return ", ".join(filter(None, parts))

@@ -16,7 +16,7 @@ from .._core.planner import (
     row_bytes,
 )
 from .._core.waves import FLOPS_PER_BYTE, whole_waves
-from .._rows import backends
+from .._rows import backends, sweep_times
 from .._rows.contract import Column
 
 __all__ = [
@@ -31,5 +31,6 @@ __all__ = [
     "plan",
     "resolve_logits",
     "row_bytes",
+    "sweep_times",
     "whole_waves",
 ]

@@ -12,9 +12,11 @@ from opsd_kernels.bench.measure.rows import compare_providers
 from opsd_kernels.bench.providers import BASE, LABEL_PROVIDERS, LABELS, PROVIDERS, Provider, parse_providers
 from opsd_kernels.bench.runner import SUITES, make_context
 from opsd_kernels.bench.shapes import MODES, Setting, make_case, parse_shape
+from opsd_kernels.bench.suites import sweeps
 from opsd_kernels.bench.suites.accuracy import errors
 from opsd_kernels.bench.suites.logprobs import compare_label_losses
 from opsd_kernels.bench.suites.space import MEMORY_SHAPE
+from opsd_kernels.spec import Kind
 
 TINY = Setting(64, 32, 501, "float32")
 QUICK = {"rounds": (3, 3), "seconds": 1.0}
@@ -185,3 +187,22 @@ def test_names_are_checked():
         make_context("tpu")
     assert (parse_shape("N=3,H=4,V=5").V, parse_shape("gemma2-2b").V) == (5, 256000)
     assert set(PROVIDERS) < set(LABELS) and "ratios" in SUITES
+
+
+# ---------------------------------------------------------------- predictions
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_fused_sweeps_are_compared_with_their_prediction(monkeypatch, backend):
+    """On GPUs of the model alone, by the numbers that `opsd plan --device cuda` prints."""
+    setting = Setting(8192, 4096, 151936, device="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    found = sweeps.predicted_ms(setting, backend, "row_fused_", 1024, torch.bfloat16)
+    (gpu,) = (gpu for gpu in sweeps.sweep_times.GPUS if gpu.name == "H200")
+    expected = sweeps.sweep_times.predict(backend, Kind.REVERSE_KL, torch.bfloat16, 1024, 151936, gpu)
+    assert found == 1e3 * expected[-1].seconds > 0
+    assert sweeps.predicted_ms(setting, backend, "row_stats", 1024, torch.bfloat16) is None
+    assert sweeps.predicted_ms(setting, "torch", "row_fused_", 1024, torch.bfloat16) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L4")
+    assert sweeps.predicted_ms(setting, backend, "row_fused_", 1024, torch.bfloat16) is None
+    assert sweeps.predicted_ms(setting.at(device="cpu"), backend, "row_fused_", 8, torch.bfloat16) is None

@@ -56,6 +56,7 @@ class Row:
     ceiling: float | None = None  # share of the nearer ceiling, GEMM rate or copy bandwidth
     peak_bytes: int | None = None  # above the memory that was live before the call
     predicted_bytes: int | None = None
+    predicted_ms: float | None = None  # of a sweep on a GPU, by the model of its machine code
     gradient_error: float | None = None  # relative, against float64
     loss_error: float | None = None
     # Of suite `sparse`: relative error of dW, share of the columns in the backward GEMMs, largest share of a

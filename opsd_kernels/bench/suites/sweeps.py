@@ -1,4 +1,4 @@
-"""The row sweeps of each backend against the copy bandwidth, which bounds them."""
+"""The row sweeps of each backend against the copy bandwidth, which bounds them, and the predicted time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from ...spec import Divergence, RowSpec
-from ..internals import backends, resolve_logits
+from ..internals import backends, resolve_logits, sweep_times
 from ..measure import ceilings
 from ..measure.context import Context, Effort, Task, blank, describe, free
 from ..measure.gate import check
@@ -42,6 +42,20 @@ def sweeps_of(
     return {name: call for name, call in calls.items() if not (name == "row_dot" and spec.one_sweep)}
 
 
+def predicted_ms(setting: Setting, backend: str, sweep: str, rows: int, buffer: torch.dtype) -> float | None:
+    """Return the time of a fused call by the model of its machine code, in ms.
+
+    None for other sweeps, and for GPUs and backends that the model does not know.
+    """
+    if setting.device != "cuda" or sweep != "row_fused_":
+        return None
+    device = torch.cuda.get_device_name()
+    gpu = next((gpu for gpu in sweep_times.GPUS if gpu.name.split()[0] in device), None)
+    kind = Divergence.parse(setting.divergence).kind
+    made = sweep_times.predict(backend, kind, buffer, rows, setting.V, gpu) if gpu else []
+    return 1e3 * made[-1].seconds if made else None
+
+
 def compare_sweeps(setting: Setting, effort: Effort) -> list[Row]:
     """Time every sweep of every backend in turn with a copy of the logits."""
     buffer, difference = resolve_logits(setting.torch_dtype, "auto", setting.head == "shared")
@@ -64,7 +78,8 @@ def compare_sweeps(setting: Setting, effort: Effort) -> list[Row]:
             rows[name] = replace(made, variant="every sweep", reason=reason)
             continue
         for sweep, call in calls.items():
-            rows[f"{name} {sweep}"] = replace(made, variant=sweep)
+            predicted = predicted_ms(setting, name, sweep, C, buffer)
+            rows[f"{name} {sweep}"] = replace(made, variant=sweep, predicted_ms=predicted)
             # A sweep in place leaves gradients in S: the setup restores the logits.
             variants[f"{name} {sweep}"] = Variant(call, setup=lambda: S.copy_(logits))
     interleave(variants, COPY, setting.device, **effort)
