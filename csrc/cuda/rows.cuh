@@ -26,7 +26,7 @@ OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) stats_kernel(OPSD_GRID_CONST
   const Source<PLAIN> source(a, n);
   const WholeRow<In> whole = whole_row<In>(a, n);
   const Slice<In> slice = whole_slice(whole);
-  const Peaks start = find_peaks(source, slice.start(2 * threads() * LANES<In>), a.metrics, [](int, const auto&, const auto&) {});
+  const Peaks start = find_peaks<true>(source, slice.start(2 * threads() * LANES<In>), [](int, const auto&, const auto&) {});
   const Statistics row = statistics<false, KIND>(source, whole, slice, start, exchange(), a);
   if (thread() > 0) return;
   row.write(stats_of(a, n), a);
@@ -75,10 +75,11 @@ OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) fused_kernel(OPSD_GRID_CONST
   const Slice<In> slice(whole.S + first, whole.T + first, first, length);
   In* const held_s = reinterpret_cast<In*>(shared_memory() + EXCHANGE_BYTES);
   In* const held_t = held_s + per_block;
-  const Peaks peaks = find_peaks(source, slice, a.metrics, [=]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
+  const auto keep = [=]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
     *reinterpret_cast<Pack<In, N>*>(held_s + v) = S;
     *reinterpret_cast<Pack<In, N>*>(held_t + v) = T;
-  });
+  };
+  const Peaks peaks = a.metrics ? find_peaks<true>(source, slice, keep) : find_peaks<false>(source, slice, keep);
   const Slice<In> held(held_s, held_t, first, length);
   const Statistics row = statistics<true, KIND>(source, whole, held, peaks, exchange(), a);
   const bool writes = rank == 0 && thread() == 0;

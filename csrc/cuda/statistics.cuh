@@ -142,15 +142,15 @@ OPSD_DEVICE float largest_student(const Source<PLAIN>& source, const Pack<In, N>
   return largest;
 }
 
-template <bool PLAIN, class In, class Keep>
-OPSD_DEVICE Peaks find_peaks(const Source<PLAIN>& source, const Slice<In>& slice, bool teacher, Keep keep) {
+template <bool METRICS, bool PLAIN, class In, class Keep>
+OPSD_DEVICE Peaks find_peaks(const Source<PLAIN>& source, const Slice<In>& slice, Keep keep) {
   Peaks peaks;
   walk<WIDTH<PLAIN, In>, DEPTH<PLAIN, In, false>>(slice, [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
     keep(v, S, T);
     typename Source<PLAIN>::Entry entry[N];
     entries_of(source, S, T, slice.offset + v, entry);
     peaks.student.template next<N>(largest_student(source, S, entry), slice.offset + v);
-    if (!teacher) return;
+    if constexpr (!METRICS) return;
     float largest = LOWEST;
 #pragma unroll
     for (int i = 0; i < N; ++i) largest = fmaxf(largest, source.teacher(entry[i]));

@@ -254,17 +254,13 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor, centre: Tensor | None =
 
 def subtracts_exactly(out: Tensor) -> bool:
     """Return True if `project` subtracts an fp32 centre. Else it rounds the centre to the dtype of `out`."""
-    if not on_host(out.device):
-        return False
-    own = out.dtype == torch.bfloat16 and extension.gemm_unavailable() is None
-    return own or not extension.mm_has_units(out.dtype)
+    if not on_host(out.device) or not extension.mm_has_units(out.dtype):
+        return on_host(out.device)
+    return out.dtype == torch.bfloat16 and extension.gemm_unavailable() is None
 
 
 def accumulate_weight_grad(G: Tensor, hidden: Tensor, dW: Tensor, first: bool) -> None:
-    """Add G.T @ hidden to dW, (C, V), (C, H) -> (V, H); with `first` overwrite dW.
-
-    `dW` may be fp32 for 16-bit inputs.
-    """
+    """Add G.T @ hidden to dW, (C, V), (C, H) -> (V, H), fp32 for 16-bit inputs too. `first`: overwrite dW."""
     Gt = G.t()
     if dW.dtype == G.dtype:
         on_cpu = dW.device.type == "cpu"

@@ -59,7 +59,9 @@ def rows_of(
             sweeps.setdefault(loop.sweep, []).append(loop)
     for sweep, found in sweeps.items():
         most = max(loop.entries for loop in found)  # a loop over what is left of a row takes fewer at a time
-        found = sorted((loop for loop in found if loop.entries == most), key=lambda loop: loop.hot)
+        # The gradient in the logits' own type comes before one in a narrower type, which is not in vectors.
+        found = [loop for loop in found if loop.entries == most]
+        found.sort(key=lambda loop: (loop.written, loop.hot))
         chosen = {sweep: found[-1]}
         if len(found) > 1 and any("metrics" in loop.where for loop in found):  # they come on top of the sums
             chosen = {sweep: found[0], f"{sweep} metrics": found[-1]}

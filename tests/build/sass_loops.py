@@ -169,7 +169,8 @@ def measured_loop(
     def moved(family: str) -> int:
         return longest(lambda instruction: instruction.width() if instruction.family == family else 0)
 
-    read = moved("LDG") or moved("LDGSTS")
+    # LD: sums over a row in device memory, which kernels that hold no row read through a generic pointer.
+    read = moved("LDG") or moved("LDGSTS") or moved("LD")
     inline = {id(code[i]) for i in hot}
     kinds = [code[i].kind() for i in hot]
     names, where = place(code[latch].chain)
@@ -177,8 +178,7 @@ def measured_loop(
         sweep=next((name for name in reversed(names) if name not in HELPERS), "loop"),
         names=names,
         where=where,
-        # LD: from memory that the compiler does not know
-        entries=(read or moved("LDS") or moved("LD")) // entry_bytes,
+        entries=(read or moved("LDS")) // entry_bytes,
         hot=len(hot),
         issued=longest(lambda instruction: id(instruction) in inline),
         cold=len(body) - len(hot),
