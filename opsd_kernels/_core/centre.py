@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .._rows import extension, torch_rows
-from .._rows.contract import Column
 from ..spec import RowSpec
 from .problem import Problem
 
@@ -160,11 +159,11 @@ def logits_at(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
     """
     on_cpu = hidden.device.type == "cpu"
     if on_cpu and hidden.dtype == torch.bfloat16 and extension.gemm_unavailable() is None:
-        out = torch.empty(columns.shape)
+        out = torch.empty(columns.shape, dtype=torch.float32, device=hidden.device)
         torch.ops.opsd_kernels.dots_bf16_(hidden.contiguous(), weight, columns.contiguous(), out)
         return out
     (C, H), K = hidden.shape, columns.shape[1]
-    out = torch.empty((C, K), device=hidden.device)
+    out = torch.empty((C, K), dtype=torch.float32, device=hidden.device)
     if not on_cpu:
         return _products_at(hidden, weight, columns, out)
     step = _rows_at_once(H, hidden.device)
@@ -173,14 +172,6 @@ def logits_at(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
         for k in range(K):
             out[i : i + step, k] = (rows * weight[columns[i : i + step, k]].float()).sum(1)
     return out
-
-
-def label_logprobs(at: torch_rows.Logits, stats: Tensor) -> Tensor:
-    """Return (n, 2): log q and log p of the label, in nats."""
-    column = stats[:, :, None]
-    references = column[:, Column.STUDENT_MAX], column[:, Column.TEACHER_MAX]
-    student = at.s - references[0] - column[:, Column.STUDENT_LOGSUM]
-    return torch.cat([student, at.teacher_above(*references) - column[:, Column.TEACHER_LOGSUM]], dim=1)
 
 
 def _products_at(hidden: Tensor, weight: Tensor, columns: Tensor, out: Tensor) -> Tensor:

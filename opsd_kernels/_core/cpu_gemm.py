@@ -77,8 +77,8 @@ def sliced_mm_(
     narrow = out.dtype != torch.float32
     shift = (out.new_zeros(1, dtype=torch.float32) if centre is None else centre)[:, None].expand(M, N)
     if K >= max(M, N):
-        total, step = (torch.empty(M, N) if narrow else out), _slice_length(M + N)
-        buffer = torch.empty((M + N) * min(step, K))
+        total, step = (_scratch(M, N) if narrow else out), _slice_length(M + N)
+        buffer = _scratch((M + N) * min(step, K))
         for k in range(0, K, step):
             left = _widened(a[:, k : k + step], buffer)
             right = _widened(b[k : k + step], buffer[left.numel() :])
@@ -90,7 +90,7 @@ def sliced_mm_(
         a, b, out, shift = b.t(), a.t(), out.t(), shift.t()
     (M, K), N = a.shape, b.shape[1]
     step = _slice_length(K + M * narrow)
-    left, buffer = a.float(), torch.empty((K + M * narrow) * min(step, N))
+    left, buffer = a.float(), _scratch((K + M * narrow) * min(step, N))
     for n in range(0, N, step):
         part = out[:, n : n + step]
         right = _widened(b[:, n : n + step], buffer)
@@ -105,6 +105,11 @@ def sliced_mm_(
 
 def _slice_length(width: int) -> int:
     return max(64, SLICE_BYTES // (4 * width))
+
+
+def _scratch(*shape: int) -> Tensor:
+    """Allocate fp32 on the CPU, whatever torch's default dtype and device."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _widened(x: Tensor, buffer: Tensor) -> Tensor:
@@ -129,13 +134,3 @@ def widening_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
         _cblas_mm(gemm, a, b, out, beta=float(accumulate))
     else:
         sliced_mm_(a, b, out, accumulate)
-
-
-def weighted_sum(G: Tensor, scale: Tensor) -> Tensor:
-    """Return scale @ G, (V,), casting 16 rows of a 16-bit G at a time."""
-    step = 16 if G.dtype.itemsize == 2 else G.shape[0]
-    total = scale[:step] @ G[:step].to(scale.dtype)
-    for start in range(step, G.shape[0], step):
-        part = slice(start, start + step)
-        total = total + scale[part] @ G[part].to(scale.dtype)
-    return total

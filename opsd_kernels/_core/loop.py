@@ -26,7 +26,7 @@ from torch import Tensor
 from .._rows import extension, torch_rows
 from .._rows.contract import Column, RowBackend, narrowed
 from . import cpu_gemm, topk_support
-from .centre import NO_CENTRE, Centre, exact_argmax, label_logprobs, likely_columns, pilot_columns
+from .centre import NO_CENTRE, Centre, exact_argmax, likely_columns, pilot_columns
 from .columns import ColumnFilter, Kept, slice_length
 from .planner import ChunkPlan, row_stride
 from .problem import ComputedRows, Outputs, Problem
@@ -200,7 +200,7 @@ def _accumulate(
         accumulate_weight_grad(G, scaled, dW, first)
     if out.dbias is not None:
         wide = torch.promote_types(G.dtype, torch.float32)
-        out.dbias[:V] += G.sum(0, dtype=wide) if scale is None else cpu_gemm.weighted_sum(G, scale)
+        out.dbias[:V] += G.sum(0, dtype=wide) if scale is None else torch_rows.weighted_sum(G, scale)
 
 
 def _accumulate_kept(
@@ -370,7 +370,7 @@ class Walk:
             argmax.copy_(exact_argmax(problem, problem.spec.at(at), student, teacher, exact.likely, argmax))
         out.stats[at], out.loss[at], out.A[at] = (self.zero_invalid(x, at) for x in (stats, loss, A))
         if exact.label is not None and out.logprobs is not None:
-            logprobs = label_logprobs(exact.label, stats)
+            logprobs = torch_rows.label_logprobs(exact.label, stats)
             if self.problem.shard is not None:
                 logprobs = self.problem.shard.of_owner(logprobs, self.labels(at))
             out.logprobs[at] = self.zero_invalid(logprobs, at)

@@ -154,13 +154,18 @@ def gemm_fp32_serves(dtype: torch.dtype) -> bool:
 
 
 def _wrong_product(gemm: Callable[[Tensor, Tensor, Tensor, bool], None], dtype: torch.dtype) -> str | None:
-    """Try a GEMM on every kind of edge, for bf16's micro-kernel is not part of torch's public interface."""
-    generator = torch.Generator().manual_seed(0)
+    """Return None if a GEMM is right on every kind of edge, else the reason not to use it.
+
+    bf16's micro-kernel is not part of torch's public interface. The try must not depend on torch's default
+    dtype or device, nor on autocast, which leaves float64 alone: its outcome holds for the process.
+    """
+    wide = {"dtype": torch.float32, "device": "cpu"}
+    generator = torch.Generator("cpu").manual_seed(0)
     for M, N, K in ((1, 1, 1), (67, 83, 97)):
-        a, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((M, K), (K, N)))
+        a, b = (torch.randn(shape, generator=generator, **wide).to(dtype) for shape in ((M, K), (K, N)))
         for left, right in ((a, b), (a, b.t().contiguous().t()), (a.t().contiguous().t(), b)):
-            out = torch.ones(M, N)
+            out = torch.ones(M, N, **wide)
             gemm(left, right, out, True)
-            if not torch.allclose(out, 1 + a.float() @ b.float(), rtol=1e-4, atol=1e-4):
+            if not torch.allclose(out.double(), 1 + a.double() @ b.double(), rtol=1e-4, atol=1e-4):
                 return "a first try gave a wrong product"
     return None

@@ -14,7 +14,7 @@ from .torch_math import clipped_u, entry, transform, transform_slope
 # Rows are swept in blocks of about this many entries, so that the dozen temporaries stay small beside the
 # chunk's buffers.
 BLOCK_ENTRIES = 1 << 17
-NORM_ROWS = 16  # squared at a time
+SUM_ROWS = 16  # of a gradient, cast at a time for its column sums
 
 
 class Logits(NamedTuple):
@@ -73,6 +73,14 @@ def distributions(logits: Logits, stats: Tensor) -> tuple[Tensor, Tensor, Tensor
     return q, torch.where(column[Column.SPREAD] <= SPREAD_LIMIT, near_p, far_p), delta
 
 
+def label_logprobs(label: Logits, stats: Tensor) -> Tensor:
+    """Return (n, 2): log q and log p of the label, in nats."""
+    column = stats[:, :, None]
+    references = column[:, Column.STUDENT_MAX], column[:, Column.TEACHER_MAX]
+    student = label.s - references[0] - column[:, Column.STUDENT_LOGSUM]
+    return torch.cat([student, label.teacher_above(*references) - column[:, Column.TEACHER_LOGSUM]], dim=1)
+
+
 def _normalisers(logits: Logits) -> tuple[Tensor, ...]:
     """Return the columns up to SPREAD, (n, 1) each."""
     s, t, *_ = logits
@@ -122,13 +130,23 @@ def _block_stats(logits: Logits, metrics: bool) -> Tensor:
 def column_norms(G: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(G.dtype, torch.float32)
     norms, sums = G.new_zeros(G.shape[1], dtype=wide), G.new_empty(G.shape[0], dtype=wide)
-    for start in range(0, G.shape[0], NORM_ROWS):
-        part = slice(start, start + NORM_ROWS)
+    for start in range(0, G.shape[0], SUM_ROWS):
+        part = slice(start, start + SUM_ROWS)
         rows = G[part].to(wide)
         sums[part] = rows.sum(1)
         scaled = rows if scale is None else rows * scale[part, None]
         norms += scaled.square().sum(0)
     return norms, sums
+
+
+def weighted_sum(G: Tensor, scale: Tensor) -> Tensor:
+    """Return scale @ G, (V,), in the dtype of `scale`."""
+    step = SUM_ROWS if G.dtype.itemsize == 2 else G.shape[0]
+    total = scale[:step] @ G[:step].to(scale.dtype)
+    for start in range(step, G.shape[0], step):
+        part = slice(start, start + step)
+        total = total + scale[part] @ G[part].to(scale.dtype)
+    return total
 
 
 def gather_columns_(G: Tensor, columns: Tensor, out: Tensor, sums: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from planting import Mutant, arguments, check, kill, result
 
 from opsd_kernels import linear_divergence, linear_logprobs, linear_topk_divergence, objectives, weights
-from opsd_kernels._core import autograd, cpu_gemm, library, loop, reductions, topk_support
+from opsd_kernels._core import autograd, library, loop, reductions, topk_support
 from opsd_kernels._rows import contract, torch_math, torch_rows
 from opsd_kernels.testing import assert_no_worse, evaluate, hard_case
 from opsd_kernels.testing.reference import (
@@ -192,7 +192,7 @@ MUTANTS = {
         check(dialect, token_weights=ROW),
     ),
     "the bias's gradient is not weighted": Mutant(
-        cpu_gemm, "weighted_sum", lambda _: lambda G, scale: G.sum(0), check(dialect, token_weights=ROW)
+        torch_rows, "weighted_sum", lambda _: lambda G, scale: G.sum(0), check(dialect, token_weights=ROW)
     ),
     "chunks cut sequences": Mutant(
         library,

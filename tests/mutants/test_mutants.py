@@ -363,7 +363,7 @@ MUTANTS = {
         check(statistics),
     ),
     "label's log-prob of the wrong row": Mutant(
-        loop, "label_logprobs", result(lambda r, *_: r.roll(1, 0)), check(statistics)
+        torch_rows, "label_logprobs", result(lambda r, *_: r.roll(1, 0)), check(statistics)
     ),
 }
 
