@@ -44,6 +44,8 @@ Operand operand(const Tensor& x, const char* argument, ScalarType dtype) {
   const bool transposed = x.stride(1) != 1 && x.size(1) != 1;
   expect(!transposed || x.stride(0) == 1 || x.size(0) == 1, argument, "one stride of 1", x.stride(0));
   const int64_t length = transposed ? x.size(0) : x.size(1), stride = transposed ? x.stride(1) : x.stride(0);
+  // An expanded matrix has a stride of 0, which the max below would read past.
+  expect(stride >= length || x.numel() <= length, argument, "a stride of at least " + std::to_string(length), stride);
   return {static_cast<decltype(Operand::data)>(x.const_data_ptr()), std::max(stride, length), transposed};
 }
 

@@ -1,5 +1,5 @@
-// A thread's index in its block and cluster, and their barriers. The tests' emulator has the same names on a
-// CPU.
+// What the kernels take of a device: a thread's index in its block and cluster, their barriers and shared memory,
+// the special-function units, and the launch. The tests' emulator has the same names on a CPU.
 #pragma once
 
 #include <cstdint>

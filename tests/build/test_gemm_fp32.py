@@ -102,6 +102,8 @@ def test_errors_name_the_argument():
         ((a, b, torch.empty(4, 6)), r"out: expected shape \(4, 5\), got shape \(4, 6\)"),
         ((a.t().contiguous().t(), b.t().contiguous().t(), out), "b: expected contiguous columns beside"),
         ((torch.ones(8, 6)[::2, ::2], b, out), "a: expected one stride of 1"),
+        ((torch.ones(3).expand(4, 3), b, out), "a: expected a stride of at least 3, got 0"),
+        ((a, torch.ones(7).as_strided((3, 5), (1, 1)), out), "b: expected a stride of at least 5, got 1"),
     ):
         with pytest.raises(RuntimeError, match=message):
             multiply(*args)
