@@ -25,14 +25,23 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 DRY_RUN= COMMIT= ONLY=
+STEPS=(build doctor smoke tests memcheck racecheck ratios sweeps chunked gemma memory accuracy latency)
+usage() { sed -n '2,25s/^# \{0,1\}//p' "$0"; }
+refuse() { echo "gpu_check: $1" >&2; usage >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
     --dry-run) DRY_RUN=1 ;;
-    --commit) COMMIT=$2; shift ;;
-    --only) ONLY=$2; shift ;;
-    *) sed -n '2,25s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    --commit) COMMIT=${2-}; shift ;;
+    --only)
+      ONLY=${2-}; shift
+      [ -n "$ONLY" ] || refuse "--only: expected steps"
+      for name in ${ONLY//,/ }; do     # a misspelt step would pass by running nothing
+        [[ " ${STEPS[*]} " == *" $name "* ]] || refuse "--only: expected steps of: ${STEPS[*]}; got $name"
+      done ;;
+    -h | --help) usage; exit 0 ;;
+    *) refuse "unknown argument $1" ;;
   esac
-  shift
+  shift || true
 done
 
 SECONDS=0

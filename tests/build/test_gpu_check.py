@@ -53,6 +53,17 @@ def test_a_step_that_fails_is_told_and_the_rest_goes_on():
     assert "correctness: build smoke; measurements without a result: sweeps" in done.stdout
 
 
+@pytest.mark.parametrize("arguments", [("--only", "smok"), ("--only",), ("--dry",)], ids=str)
+def test_an_unknown_step_or_argument_is_refused(arguments):
+    done = gpu_check("--dry-run", *arguments)
+    assert done.returncode == 2 and done.stderr.startswith("gpu_check: ") and not done.stdout
+
+
+def test_help_is_no_failure():
+    done = gpu_check("--help")
+    assert done.returncode == 0 and "--only STEP" in done.stdout and not done.stderr
+
+
 @pytest.fixture
 def pretended(tmp_path):
     """Return a function that runs the script beside a GPU, with a Python that only notes its arguments."""
