@@ -159,12 +159,15 @@ def _wrong_product(gemm: Callable[[Tensor, Tensor, Tensor, bool], None], dtype: 
     bf16's micro-kernel is not part of torch's public interface. The try must not depend on torch's default
     dtype or device, nor on autocast, which leaves float64 alone: its outcome holds for the process.
     """
-    wide = {"dtype": torch.float32, "device": "cpu"}
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+
     generator = torch.Generator("cpu").manual_seed(0)
     for M, N, K in ((1, 1, 1), (67, 83, 97)):
-        a, b = (torch.randn(shape, generator=generator, **wide).to(dtype) for shape in ((M, K), (K, N)))
+        a, b = random(M, K), random(K, N)
         for left, right in ((a, b), (a, b.t().contiguous().t()), (a.t().contiguous().t(), b)):
-            out = torch.ones(M, N, **wide)
+            out = torch.ones(M, N, dtype=torch.float32, device="cpu")
             gemm(left, right, out, True)
             if not torch.allclose(out.double(), 1 + a.double() @ b.double(), rtol=1e-4, atol=1e-4):
                 return "a first try gave a wrong product"
