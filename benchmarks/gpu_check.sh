@@ -9,7 +9,7 @@
 #   --commit    recorded in the results where this copy of the sources has no git
 #   --only      these steps alone, in at most nine minutes
 #
-#   build       the extension in place, for this GPU's architecture alone                     2 minutes at most
+#   build       the extension in place, with the code that serves this GPU in a release       2 minutes at most
 #   doctor      what serves here
 #   smoke       every kernel of the CUDA library, and a share of tests/gpu on each backend    60 s
 #   ratios      forward and backward against the bare GEMMs, TRL, Liger and unsloth: heads of Qwen3-8B and 0.6B
@@ -118,7 +118,11 @@ if [ -n "$DRY_RUN" ]; then
   step correctness build 60 "$PYTHON" setup.py --name    # a build would replace an extension in use
 else
   capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d .)
-  [ "$capability" -ge 90 ] && capability+=a              # with the instructions of this architecture alone
+  case $capability in                                    # the machine code of setup.py for this GPU, and no other
+    80) ;;
+    90 | 100) capability+=a ;;
+    *) capability= ;;                                    # code of an older GPU or PTX serves there: all is built
+  esac
   wanted build && rm -f opsd_kernels/_cuda.abi3.so       # may be of other architectures; its objects are kept
   OPSD_BUILD_CUDA=1 OPSD_CUDA_ARCHITECTURES=$capability step correctness build 120 "$PYTHON" setup.py build_ext --inplace
 fi

@@ -1,5 +1,6 @@
 """benchmarks/gpu_check.sh, without a GPU: its dry run, what it tells, and the record that it writes."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -62,6 +63,13 @@ def test_an_unknown_step_or_argument_is_refused(arguments):
 def test_help_is_no_failure():
     done = gpu_check("--help")
     assert done.returncode == 0 and "--only STEP" in done.stdout and not done.stderr
+
+
+def test_the_build_is_for_the_architectures_of_a_release():
+    """Elsewhere a release runs the code of an older GPU, or PTX: a record of other code proves nothing."""
+    (listed,) = re.findall(r"^CUDA_ARCHITECTURES = (\(.*\))$", (ROOT / "setup.py").read_text(), re.M)
+    alone = re.search(r"case \$capability in.*\n +(\d+)\) ;;\n +(\d+) \| (\d+)\)", SCRIPT.read_text())
+    assert alone.groups() == tuple(arch.rstrip("a") for arch in ast.literal_eval(listed))
 
 
 @pytest.fixture
