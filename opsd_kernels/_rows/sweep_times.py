@@ -33,6 +33,7 @@ class Gpu:
     """
 
     name: str
+    device: str  # as the driver names it: an H100 PCIe and a GH200 have other rates
     architecture: str
     multiprocessors: int
     clock: float  # Hz
@@ -52,9 +53,9 @@ class Gpu:
 
 
 GPUS = (
-    Gpu("H100 SXM", "90", 132, 1.98e9, 3.35e12),
-    Gpu("H200", "90", 132, 1.98e9, 4.8e12),
-    Gpu("B200", "100", 148, 1.965e9, 8.0e12),
+    Gpu("H100 SXM", "NVIDIA H100 80GB HBM3", "90", 132, 1.98e9, 3.35e12),
+    Gpu("H200", "NVIDIA H200", "90", 132, 1.98e9, 4.8e12),
+    Gpu("B200", "NVIDIA B200", "100", 148, 1.965e9, 8.0e12),
 )
 
 

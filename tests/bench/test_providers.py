@@ -203,6 +203,7 @@ def test_fused_sweeps_are_compared_with_their_prediction(monkeypatch, backend):
     assert found == 1e3 * expected[-1].seconds > 0
     assert sweeps.predicted_ms(setting, backend, "row_stats", 1024, torch.bfloat16) is None
     assert sweeps.predicted_ms(setting, "torch", "row_fused_", 1024, torch.bfloat16) is None
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L4")
-    assert sweeps.predicted_ms(setting, backend, "row_fused_", 1024, torch.bfloat16) is None
+    for other in ("NVIDIA L4", "NVIDIA H100 PCIe", "NVIDIA GH200 480GB"):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=other: name)
+        assert sweeps.predicted_ms(setting, backend, "row_fused_", 1024, torch.bfloat16) is None
     assert sweeps.predicted_ms(setting.at(device="cpu"), backend, "row_fused_", 8, torch.bfloat16) is None

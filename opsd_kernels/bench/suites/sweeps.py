@@ -50,7 +50,7 @@ def predicted_ms(setting: Setting, backend: str, sweep: str, rows: int, buffer: 
     if setting.device != "cuda" or sweep != "row_fused_":
         return None
     device = torch.cuda.get_device_name()
-    gpu = next((gpu for gpu in sweep_times.GPUS if gpu.name.split()[0] in device), None)
+    gpu = next((gpu for gpu in sweep_times.GPUS if gpu.device == device), None)
     kind = Divergence.parse(setting.divergence).kind
     made = sweep_times.predict(backend, kind, buffer, rows, setting.V, gpu) if gpu else []
     return 1e3 * made[-1].seconds if made else None
