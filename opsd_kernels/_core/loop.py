@@ -51,6 +51,7 @@ def run(
     bounds: list[slice] | None = None,
 ) -> Outputs:
     """Return losses, statistics and gradients. `bounds` replaces the plan's chunks by others, none longer."""
+    assert bounds is None or plan.part_rows == plan.rows, "weights of a sequence need it whole, not in parts"
     padded_vocab = problem.student.weight.shape[0]
     problem = problem.for_gemms()
     out = _allocate(problem, plan, padded_vocab, saved)

@@ -54,6 +54,7 @@ def _near_tile(
         gt = gt * shrink
     e_sum, em, g_sum = e_sum * shrink, em * shrink, g_sum * shrink
     _, _, o = relative(row, v, y_s, y_t, m_0, m_t, MODE, WHOLE)
+    # x alone, the same in every mode: LINEAR is the shortest
     x, _, _ = relative(row, v, y_s, y_t, unfold(top, BLOCK_V, PACK), m_t, LINEAR, WHOLE)
     e = exp(x)
     exp_o, expm1_o = gap_pair(o)

@@ -10,6 +10,7 @@ import torch
 
 from opsd_kernels import linear_divergence, plan, weights
 from opsd_kernels._core import library, loop
+from opsd_kernels.objectives import PolicyGradient, linear_policy_divergence
 from opsd_kernels.testing import (
     assert_no_worse,
     assert_on_target,
@@ -75,21 +76,30 @@ def test_parts_are_as_exact_as_a_whole_chunk(force, made, options, dtype, diverg
 
 
 @pytest.mark.parametrize(
-    "options",
+    "op, options",
     [
-        {"token_weights": weights.TrustGate(0.2)},  # row factors of parts are joined for dh and dW
-        {"topk": 5, "topk_support": "teacher"},
-        {"gradient_tolerance": 0.0},
+        # row factors of parts are joined for dh and dW
+        (linear_divergence, {"token_weights": weights.TrustGate(0.2)}),
+        (linear_divergence, {"topk": 5, "topk_support": "teacher"}),
+        (linear_divergence, {"gradient_tolerance": 0.0}),
+        (linear_policy_divergence, {"policy": PolicyGradient(torch.linspace(-1, 1, N))}),
     ],
-    ids=["weights of statistics", "top-k", "tolerance"],
+    ids=["weights of statistics", "top-k", "tolerance", "policy term"],
 )
-def test_options_in_parts(force, options):
+def test_options_in_parts(force, op, options):
     case = replace(hard_case(N, V, H, torch.float32, largest_logit=8.0, shared_head=True), token_weights=None)
-    truth = evaluate(linear_divergence, case.double(), **options)
-    whole = evaluate(linear_divergence, case, **options)
+    truth = evaluate(op, case.double(), **options)
+    whole = evaluate(op, case, **options)
     noted = force()
-    assert_no_worse(evaluate(linear_divergence, case, **options), whole, truth)
+    assert_no_worse(evaluate(op, case, **options), whole, truth)
     assert max(rows for _, rows in noted) == PART
+
+
+def test_a_sequence_is_not_cut_into_parts(force):
+    case = replace(hard_case(N, V, H, torch.float32, shared_head=True), token_weights=None)
+    force()
+    with pytest.raises(AssertionError, match="a sequence need it whole"):
+        evaluate(linear_divergence, case, token_weights=weights.PrefixDiscrepancy())
 
 
 def test_two_calls_in_parts_give_the_same_bits(force):
