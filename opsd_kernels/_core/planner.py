@@ -292,10 +292,12 @@ def _most_rows(
     longest_sequence: int,
     budget: int,
     per_row: int,
+    spare: int = 0,
 ) -> tuple[int, int]:
     """Return the most rows of a chunk that pay and fit the budget, and the bytes of an fp32 accumulator.
 
-    The limit of rows that pay is raised to the longest sequence, up to ALIGNED_ROWS.
+    The limit of rows that pay is raised to the longest sequence, up to ALIGNED_ROWS. `spare` bytes of the
+    rows' share are left.
     """
     on_cuda = device_type == "cuda"
     limit = ROW_LIMITS["cuda" if on_cuda else "cpu", gemms.trainable]
@@ -303,19 +305,19 @@ def _most_rows(
         limit = min(limit, WIDE_CPU_ROWS)
     if longest_sequence <= ALIGNED_ROWS:
         limit = max(limit, longest_sequence)
-    most, accumulator = min(limit, budget // per_row), 0
+    most, accumulator = min(limit, (budget - spare) // per_row), 0
     # A 16-bit dW needs an fp32 accumulator, unless the GEMM of a single chunk writes the gradient.
     if gemms.trainable and dtype.itemsize == 2 and (tokens > most or held != dtype):
         half = gemms.V * gemms.H_student * dtype.itemsize
         accumulator = 2 * half
-        most = min(most, max(budget - half, min(budget, half)) // per_row)
+        most = min(most, (max(budget - half, min(budget, half)) - spare) // per_row)
     return most, accumulator
 
 
 def _fewest_chunks(
     tokens: int,
     waves: tuple[Products, int, int] | None,
-    most_rows: Callable[[int, int], tuple[int, int]],
+    most_rows: Callable[..., tuple[int, int]],
     budget: int,
     per_row: int,
     teacher_row: int,
@@ -323,7 +325,7 @@ def _fewest_chunks(
     """Return rows per chunk, bytes of an fp32 accumulator, rows per part: the fewest chunks, then parts.
 
     `waves` are the GEMMs, bytes of a number of dW and multiprocessors of a GPU, None on a CPU, which has no
-    parts. `most_rows(budget, per_row)` is `_most_rows`, `teacher_row` the bytes of a row of the teacher's.
+    parts. `most_rows(budget, per_row, spare)` is `_most_rows`, `teacher_row` the bytes of a teacher's row.
     """
     if waves is None:
         most, accumulator = most_rows(budget, per_row)
@@ -333,8 +335,8 @@ def _fewest_chunks(
     # Longer chunks save traffic of dW, and nothing with a frozen head.
     for parts in range(1, MOST_PARTS + 1 if gemms.trainable else 2):
         # A part may be longer than its share by less than CUDA_ROW_MULTIPLE.
-        room = budget - CUDA_ROW_MULTIPLE * teacher_row * (parts > 1)
-        most, accumulator = most_rows(room, per_row - teacher_row + -(-teacher_row // parts))
+        spare = CUDA_ROW_MULTIPLE * teacher_row * (parts > 1)
+        most, accumulator = most_rows(budget, per_row - teacher_row + -(-teacher_row // parts), spare)
         dW_itemsize = 4 if accumulator else itemsize
         rows = tokens if tokens <= most else whole_waves(tokens, most, gemms, dW_itemsize, sm_count)
         part = rows if parts == 1 else min(rows, _round_up(-(-rows // parts), CUDA_ROW_MULTIPLE))

@@ -131,3 +131,11 @@ def test_buffers_take_the_planned_bytes():
     made = plan(8192, 151936, 1024, device_type="cuda", workspace_bytes=1 << 30)
     rows, hidden = made.rows + made.part_rows, 2 * 2 * 1024 + 2 * 1024  # packed rows of both sides, dh
     assert made.workspace_bytes == rows * 2 * 151936 + made.rows * hidden
+
+
+def test_a_longer_part_stays_inside_the_budget():
+    """Of a head that takes most of the budget the logits get the bytes, a longer part its own of those."""
+    head = {"V": 32000, "H_student": 8192, "shared_head": False, "gradient_tolerance": 1e-3}
+    made = plan(50000, **head, device_type="cuda", workspace_bytes=700 << 20)
+    assert made.part_rows < made.rows and 700 << 20 < made.accumulator_bytes
+    assert made.workspace_bytes <= made.accumulator_bytes // 2
