@@ -46,7 +46,7 @@ train: install
 # Two processes, whole files each, so that what a file makes once is made once. Tests that compare times run alone afterwards.
 # `make test-all` runs each test once: those of `make test` first. Exit code 5: PYTEST_ARGS selects no test of a part.
 PYTEST  = $(PY) -m pytest $(1) $(PYTEST_ARGS)
-IN_TWO := -n 2 --dist loadscope
+IN_TWO := -n 2 --dist loadscope --no-loadscope-reorder
 PART    = || [ $$? = 5 ]
 
 test: install $(DONE)/dev
