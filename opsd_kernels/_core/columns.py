@@ -14,7 +14,7 @@ head have in common is most of the error of dh. Measurements: docs/results/log.m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -40,6 +40,18 @@ class Kept:
     columns: Tensor  # (K,) int64, ascending
     sums: Tensor  # (C,): the row sums of G; after the columns are gathered, those of the dropped ones
     mean: Tensor  # (H,), by which the sums are multiplied
+    scratch: list[Tensor]  # of the call: see `buffers`
+
+    def buffers(self, G: Tensor, weight: Tensor, wide: torch.dtype) -> list[Tensor]:
+        """Return buffers for a slice of kept columns of G, of as many rows of the head, and of their dW.
+
+        They are made once a call: fresh ones in each chunk left holes of 19 MiB in the heap of a CPU.
+        """
+        if not self.scratch or len(self.scratch[0]) < len(G):
+            length = slice_length(len(G), weight.shape[1], G.dtype)
+            rows = weight.new_empty(length, weight.shape[1])
+            self.scratch[:] = G.new_empty(len(G), length), rows, torch.empty_like(rows, dtype=wide)
+        return self.scratch
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,7 @@ class ColumnFilter:
     backend: RowBackend
     mean: Tensor  # (H,) of rows of the head, in the accumulator's dtype
     dropped: Tensor  # 0-dim: the largest share that a chunk has left out so far
+    scratch: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def of(cls, problem: Problem, backend: RowBackend, dropped: Tensor) -> ColumnFilter | None:
@@ -87,7 +100,7 @@ class ColumnFilter:
             return None
         share = torch.where(groups > 0, upto[(groups - 1).clamp(min=0)], 0).double().div(ONE).sqrt()
         torch.maximum(self.dropped, share.to(self.dropped.dtype), out=self.dropped)
-        return Kept(columns, sums, self.mean)
+        return Kept(columns, sums, self.mean, self.scratch)
 
 
 def slice_length(rows: int, hidden: int, dtype: torch.dtype) -> int:

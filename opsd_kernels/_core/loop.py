@@ -27,7 +27,7 @@ from .._rows import extension, torch_rows
 from .._rows.contract import Column, RowBackend, narrowed
 from . import cpu_gemm, topk_support
 from .centre import NO_CENTRE, Centre, exact_argmax, likely_columns, pilot_columns
-from .columns import ColumnFilter, Kept, slice_length
+from .columns import ColumnFilter, Kept
 from .planner import ChunkPlan, row_stride
 from .problem import ComputedRows, Outputs, Problem
 from .reductions import RowWeigher
@@ -212,16 +212,15 @@ def _accumulate_kept(
     dh = kept.mean.new_zeros(G.shape[0], weight.shape[1])
     if dW is not None and first:
         dW.zero_()
-    most = min(kept.columns.numel(), slice_length(G.shape[0], weight.shape[1], G.dtype))
-    gathered, rows = G.new_empty(G.shape[0], most), weight.new_empty(most, weight.shape[1])
-    update = None if dW is None else dh.new_empty(rows.shape)
-    for columns in kept.columns.split(max(most, 1)):
-        part, n = gathered[:, : columns.numel()], columns.numel()
+    gathered, rows, update = kept.buffers(G, weight, dh.dtype)
+    for columns in kept.columns.split(len(rows)):
+        n = columns.numel()
+        part = gathered[: len(G), :n]
         walk.backend.gather_columns_(G, columns, part, kept.sums)
         if walk.out.dh is not None:
             torch.index_select(weight, 0, columns, out=rows[:n])
             accumulate_weight_grad(part.t(), rows[:n], dh, first=False)
-        if dW is not None and update is not None:
+        if dW is not None:
             accumulate_weight_grad(part, scaled, update[:n], first=True)
             dW.index_add_(0, columns, update[:n].to(dW.dtype))
     return dh.addr_(kept.sums, kept.mean)
