@@ -46,7 +46,7 @@ train: install
 # Two processes, whole files each, so that what a file makes once is made once. Tests that compare times run alone afterwards.
 # `make test-all` runs each test once: those of `make test` first. Exit code 5: PYTEST_ARGS selects no test of a part.
 PYTEST  = $(PY) -m pytest $(1) $(PYTEST_ARGS)
-IN_TWO := -n 2 --dist loadscope --no-loadscope-reorder
+IN_TWO := -n 2 --dist loadscope
 PART    = || [ $$? = 5 ]
 
 test: install $(DONE)/dev
@@ -55,7 +55,7 @@ test: install $(DONE)/dev
 
 test-all: test $(DONE)/model
 	@echo "==> pytest, slow tests"
-	@$(call PYTEST,$(IN_TWO) -m "slow and not alone") $(PART)
+	@$(call PYTEST,$(IN_TWO) --no-loadscope-reorder -m "slow and not alone") $(PART)
 	@echo "==> pytest, tests that compare times"
 	@$(call PYTEST,-m alone) $(PART)
 
