@@ -13,12 +13,14 @@ namespace opsd {
 using MicroKernel = void (*)(int64_t M, int64_t N, int64_t K, int64_t stride_a, int64_t stride_b, int64_t stride_c, bool accumulate,
                              const uint16_t* a, const uint16_t* b, float* c, bool interleaved);
 
-// bf16, as bits. Columns are contiguous or, `transposed`, rows are; `stride` is the other one.
-struct GemmOperand {
-  const uint16_t* data;
+// Columns are contiguous or, `transposed`, rows are; `stride` is the other one.
+template <class T>
+struct Operand {
+  const T* data;
   int64_t stride;
   bool transposed;
 };
+using GemmOperand = Operand<uint16_t>;  // bf16, as bits
 
 struct GemmArgs {
   int64_t M, N, K;
@@ -47,16 +49,10 @@ struct DotArgs {
   float* out;
 };
 
-struct FloatOperand {  // as GemmOperand
-  const float* data;
-  int64_t stride;
-  bool transposed;
-};
-
 struct FloatGemmArgs {
   int64_t M, N, K;
-  FloatOperand a, b;  // (M, K), (K, N); not both transposed
-  float* c;           // (M, N), unit column stride
+  Operand<float> a, b;  // (M, K), (K, N); not both transposed
+  float* c;             // (M, N), unit column stride
   int64_t stride_c;
   bool accumulate;
 };

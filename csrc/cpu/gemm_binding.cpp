@@ -37,8 +37,8 @@ const Kernel& kernel() {
   return found;
 }
 
-template <class Operand>
-Operand operand(const Tensor& x, const char* argument, ScalarType dtype) {
+template <class T>
+Operand<T> operand(const Tensor& x, const char* argument, ScalarType dtype) {
   check_dtype(x, argument, dtype);
   expect(x.dim() == 2, argument, "2 dimensions", x.dim());
   const bool transposed = x.stride(1) != 1 && x.size(1) != 1;
@@ -46,10 +46,10 @@ Operand operand(const Tensor& x, const char* argument, ScalarType dtype) {
   const int64_t length = transposed ? x.size(0) : x.size(1), stride = transposed ? x.stride(1) : x.stride(0);
   // An expanded matrix has a stride of 0, which the max below would read past.
   expect(stride >= length || x.numel() <= length, argument, "a stride of at least " + std::to_string(length), stride);
-  return {static_cast<decltype(Operand::data)>(x.const_data_ptr()), std::max(stride, length), transposed};
+  return {static_cast<const T*>(x.const_data_ptr()), std::max(stride, length), transposed};
 }
 
-GemmOperand bf16_operand(const Tensor& x, const char* argument) { return operand<GemmOperand>(x, argument, ScalarType::BFloat16); }
+GemmOperand bf16_operand(const Tensor& x, const char* argument) { return operand<uint16_t>(x, argument, ScalarType::BFloat16); }
 
 void check_inner(int64_t K, const Tensor& b, bool a_transposed, bool b_transposed) {
   expect(b.size(0) == K, "b", std::to_string(K) + " rows", b.size(0));
@@ -127,7 +127,7 @@ void gemm_bf16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumu
 
 void gemm_fp32_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate) {
   check_dtype(out, "out", ScalarType::Float);
-  const auto left = operand<FloatOperand>(a, "a", ScalarType::Float), right = operand<FloatOperand>(b, "b", ScalarType::Float);
+  const auto left = operand<float>(a, "a", ScalarType::Float), right = operand<float>(b, "b", ScalarType::Float);
   const int64_t M = a.size(0), N = b.size(1), K = a.size(1);
   check_rows(out, "out", M, N);
   check_inner(K, b, left.transposed, right.transposed);

@@ -61,7 +61,7 @@ Step step(int64_t depth, int64_t width, bool accumulate) {
 }
 
 // to[k * TILE + n] = b[k][n]
-void pack(const FloatOperand& b, int64_t k, int64_t depth, int64_t n, int64_t width, float* to) {
+void pack(const Operand<float>& b, int64_t k, int64_t depth, int64_t n, int64_t width, float* to) {
   if (b.transposed) {
     const float* from = b.data + n * b.stride + k;
     transpose_pairs(reinterpret_cast<const uint16_t*>(from), 2 * b.stride, width, 2 * depth, reinterpret_cast<uint32_t*>(to), TILE);

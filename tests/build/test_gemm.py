@@ -5,13 +5,13 @@ Every layout and edge, exact products, the same bits on any number of threads.
 
 import pytest
 import torch
+from gemm_cases import LAYOUTS, SHAPES, assert_products, assert_threads_change_no_bit, matrix
 
 from opsd_kernels._core import cpu_gemm
 from opsd_kernels._rows import extension
 from opsd_kernels.testing import assert_no_worse, assert_one_rounding, assert_same_bits
 
-LAYOUTS = {"rows": (False, False), "columns of b": (False, True), "columns of a": (True, False)}
-SHAPES = [(1, 1, 1), (1, 64, 2), (64, 1, 31), (3, 130, 33), (65, 257, 1025), (200, 17, 2049), (130, 700, 64)]
+BF16 = torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
@@ -19,15 +19,6 @@ def usable():
     reason = extension.gemm_unavailable()
     if reason is not None:
         pytest.skip(reason)
-
-
-def matrix(rows: int, columns: int, transposed: bool, seed: int) -> torch.Tensor:
-    """A view into a wider matrix, NaN all around it."""
-    shape = (columns, rows) if transposed else (rows, columns)
-    wide = torch.full((shape[0] + 2, shape[1] + 5), torch.nan, dtype=torch.bfloat16)
-    inner = wide[1:-1, 3:-2]
-    inner.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
-    return inner.t() if transposed else inner
 
 
 def multiply(
@@ -40,31 +31,20 @@ def multiply(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("M, N, K", SHAPES)
 def test_products_are_those_of_fp32(M, N, K, layout):
-    a, b = matrix(M, K, LAYOUTS[layout][0], 0), matrix(K, N, LAYOUTS[layout][1], 1)
-    truth, peer = a.double() @ b.double(), a.float() @ b.float()
-    out = torch.full((M, N + 3), torch.nan)[:, :N]
-    assert_no_worse(multiply(a, b, out, False), peer, truth)
-    start = torch.randn(M, N, generator=torch.Generator().manual_seed(2))
-    assert_no_worse(multiply(a, b, start.clone(), True), start + peer, start + truth)
+    assert_products(multiply, BF16, layout, M, N, K)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_threads_change_no_bit(layout, threads=(1, 2, 7)):
-    a, b = matrix(200, 500, LAYOUTS[layout][0], 0), matrix(500, 333, LAYOUTS[layout][1], 1)
-    before, results = torch.get_num_threads(), []
-    for count in threads:
-        torch.set_num_threads(count)
-        results.append(multiply(a, b, torch.empty(200, 333), False))
-    torch.set_num_threads(before)
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+def test_threads_change_no_bit(layout):
+    a, b = matrix(200, 500, LAYOUTS[layout][0], 0, BF16), matrix(500, 333, LAYOUTS[layout][1], 1, BF16)
+    assert_threads_change_no_bit(lambda: multiply(a, b, torch.empty(200, 333), False))
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns of b"])
 @pytest.mark.parametrize("M, N, K", [*SHAPES, (300, 1100, 2051), (64, 64, 1024), (1, 517, 3001)])
 def test_a_bf16_result_is_rounded_once_after_the_shift(M, N, K, transposed):
     """Large products, near the constant subtracted from them, keep their digits."""
-    a, b = matrix(M, K, False, 0), matrix(K, N, transposed, 1)
+    a, b = matrix(M, K, False, 0, BF16), matrix(K, N, transposed, 1, BF16)
     exact = a.double() @ b.double()
     shift = exact[:, N // 2].float() - torch.rand(M, generator=torch.Generator().manual_seed(2))
     whole = torch.full((M + 1, N + 3), torch.nan, dtype=torch.bfloat16)
@@ -81,17 +61,15 @@ def test_a_bf16_result_is_rounded_once_after_the_shift(M, N, K, transposed):
     )
 
 
-def test_threads_change_no_bit_of_a_shifted_result(threads=(1, 2, 7)):
-    a, b, shift = matrix(200, 501, False, 0), matrix(501, 1333, True, 1), torch.randn(200)
-    before, results = torch.get_num_threads(), []
-    for count in threads:
-        torch.set_num_threads(count)
-        results.append(multiply(a, b, torch.empty(200, 1333, dtype=torch.bfloat16), False, shift))
-    torch.set_num_threads(before)
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
-    row = multiply(a[77:78], b, torch.empty(1, 1333, dtype=torch.bfloat16), False, shift[77:78])
-    assert_same_bits(row, results[0][77:78])
+def test_threads_change_no_bit_of_a_shifted_result():
+    a, b, shift = matrix(200, 501, False, 0, BF16), matrix(501, 1333, True, 1, BF16), torch.randn(200)
+
+    def run(rows: slice = slice(None)) -> torch.Tensor:
+        out = torch.empty(len(a[rows]), 1333, dtype=BF16)
+        return multiply(a[rows], b, out, False, shift[rows])
+
+    whole = assert_threads_change_no_bit(run)
+    assert_same_bits(run(slice(77, 78)), whole[77:78])
 
 
 def test_it_is_what_the_projections_use():

@@ -5,13 +5,13 @@ Every layout and edge, nothing written beside the result, the same bits on any n
 
 import pytest
 import torch
+from gemm_cases import LAYOUTS, SHAPES, assert_products, assert_threads_change_no_bit, matrix
 
 from opsd_kernels._core import loop
 from opsd_kernels._rows import extension
-from opsd_kernels.testing import assert_no_worse, assert_same_bits
+from opsd_kernels.testing import assert_no_worse
 
-LAYOUTS = {"rows": (False, False), "columns of b": (False, True), "columns of a": (True, False)}
-SHAPES = [(1, 1, 1), (1, 64, 2), (64, 1, 31), (3, 130, 33), (65, 257, 1025), (200, 17, 2049), (130, 700, 64)]
+FP32 = torch.float32
 
 
 @pytest.fixture(autouse=True)
@@ -19,19 +19,6 @@ def usable():
     reason = extension.gemm_fp32_unavailable()
     if reason is not None:
         pytest.skip(reason)
-
-
-def inside(rows: int, columns: int, transposed: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a view into a wider matrix of NaN, and the matrix."""
-    shape = (columns, rows) if transposed else (rows, columns)
-    wide = torch.full((shape[0] + 2, shape[1] + 5), torch.nan)
-    inner = wide[1:-1, 3:-2]
-    return (inner.t() if transposed else inner), wide
-
-
-def matrix(rows: int, columns: int, transposed: bool, seed: int) -> torch.Tensor:
-    view, _ = inside(rows, columns, transposed)
-    return view.copy_(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)))
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
@@ -42,26 +29,13 @@ def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bo
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("M, N, K", SHAPES)
 def test_products_are_no_worse_than_those_of_torch(M, N, K, layout):
-    a, b = matrix(M, K, LAYOUTS[layout][0], 0), matrix(K, N, LAYOUTS[layout][1], 1)
-    truth, peer = a.double() @ b.double(), a @ b
-    out, around = inside(M, N)
-    assert_no_worse(multiply(a, b, out), peer, truth)
-    out.fill_(torch.nan)
-    assert around.isnan().all(), "nothing beside the view is written"
-    start = matrix(M, N, False, 2)
-    assert_no_worse(multiply(a, b, start.clone(), True), start + peer, start + truth)
+    assert_products(multiply, FP32, layout, M, N, K)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_threads_change_no_bit(layout, threads=(1, 2, 7)):
-    a, b = matrix(200, 1100, LAYOUTS[layout][0], 0), matrix(1100, 333, LAYOUTS[layout][1], 1)
-    before, results = torch.get_num_threads(), []
-    for count in threads:
-        torch.set_num_threads(count)
-        results.append(multiply(a, b, torch.empty(200, 333)))
-    torch.set_num_threads(before)
-    for other in results[1:]:
-        assert_same_bits(results[0], other)
+def test_threads_change_no_bit(layout):
+    a, b = matrix(200, 1100, LAYOUTS[layout][0], 0, FP32), matrix(1100, 333, LAYOUTS[layout][1], 1, FP32)
+    assert_threads_change_no_bit(lambda: multiply(a, b, torch.empty(200, 333)))
 
 
 def test_infinities_stay_in_their_rows_and_columns():
@@ -76,7 +50,7 @@ def test_it_is_what_the_loop_uses(monkeypatch):
     def refused(*args, **kwargs):
         raise AssertionError("torch's product was called")
 
-    h, W, G = matrix(40, 50, False, 0), matrix(77, 50, False, 1), matrix(40, 77, False, 2)
+    h, W, G = (matrix(*shape, False, seed, FP32) for seed, shape in enumerate(((40, 50), (77, 50), (40, 77))))
     expected = [h @ W.t(), G @ W, 2 * (G.t() @ h)]
     truth = [x.double() for x in (h, W, G)]
     exact = [truth[0] @ truth[1].t(), truth[2] @ truth[1], 2 * (truth[2].t() @ truth[0])]
