@@ -109,7 +109,7 @@ $(DONE)/package: pyproject.toml constraints.txt $(EXT_SOURCES) | $(DONE)/torch
 $(DONE)/dev: pyproject.toml constraints.txt | $(DONE)/package
 	@echo "==> test tools, $(TRITON), and the libraries that the tests compare with"
 	@$(PIP) -c $(PINS) "$(TRITON)"
-	@$(PIP) -c $(PINS) --no-build-isolation -e '.[dev,bench,math]'
+	@$(PIP) -c $(PINS) --no-build-isolation -e '.[dev,bench,math,python,gguf]'
 	@$(PIP) --no-deps "$$(grep '^unsloth_zoo==' constraints.txt)"
 	@touch $@
 

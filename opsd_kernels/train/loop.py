@@ -35,7 +35,7 @@ from opsd_kernels.train.distributed import sharding
 from opsd_kernels.train.distributed.ranks import Ranks, joined
 from opsd_kernels.train.envs import make_task
 from opsd_kernels.train.envs.base import Task
-from opsd_kernels.train.models import pretrained, warmstart
+from opsd_kernels.train.models import gguf_file, pretrained, warmstart
 from opsd_kernels.train.records import checkpoint, report, report_page
 from opsd_kernels.train.records.checkpoint import RunState
 from opsd_kernels.train.records.durable import write_file
@@ -211,9 +211,11 @@ def check_room(config: TrainConfig, task: Task, sampler: Sampler) -> None:
 
 def base_of(config: TrainConfig, task: Task, progress: Progress, saved: Path | None = None) -> str | Path:
     """Return the path or name of the base model. A checkpoint that holds a whole model needs none."""
-    if config.model != "tiny" or (saved is not None and not config.lora_rank):
+    if saved is not None and not config.lora_rank:
         return config.model
-    return warmstart.base_model(config, task, progress)
+    if config.model == "tiny":
+        return warmstart.base_model(config, task, progress)
+    return gguf_file.located(config.model, config.cache_dir)
 
 
 def external_teacher(

@@ -10,8 +10,11 @@ FEEDBACK: dict[str, tuple[str, ...]] = {
     "mastermind": ("counts", "answer", "wrong", "none"),
     "chain": ("where", "answer", "wrong", "none"),
     "plan": ("where", "plan", "answer", "wrong", "none"),
-    "jsonl": ("text", "answer", "none"),
+    "python": ("answer", "error", "test", "wrong", "none"),
+    "jsonl": ("text", "answer", "error", "test", "wrong", "none"),
 }
+# Kinds that need verifier=python, of the rows of a data file.
+RUN_FEEDBACK = ("error", "test", "wrong")
 
 # Defaults of load_config, which the user's settings override. Answers differ in length, and skills in how
 # fast a base model learns them in part.
@@ -32,6 +35,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     # steps bring to 0: hence the whole answer as feedback.
     "chain": {"max_new_tokens": 13, "warm_share": 0.3},
     "plan": {"max_new_tokens": 10, "warm_share": 0.05, "warm_accuracy": 0.3},
+    "python": {
+        "model": "smollm2",
+        "threads": 2,
+        "max_new_tokens": 48,
+        "prompts_per_step": 8,
+        "group_size": 4,
+        "rollout_batch": 64,
+        "rehearsal_prompts": 0,
+        "ema_rate": None,
+        "learning_rate": 1e-5,
+        "micro_batch": 16,
+        "eval_samples": 328,
+        "probe_samples": 64,
+    },
     "jsonl": {
         "feedback": "text",
         "max_new_tokens": 256,

@@ -5,6 +5,7 @@ The prompt says what f(x) returns and shows two tests. Single-digit sums in word
 
 from __future__ import annotations
 
+from opsd_kernels.train import seeds
 from opsd_kernels.train.contexts import ContextTemplate
 from opsd_kernels.train.envs import python_tests, sandbox
 from opsd_kernels.train.envs.base import Env, Task, held_out_fifth
@@ -31,12 +32,18 @@ class PythonAttempt(Env):
         report = python_tests.judge(completion, [python_tests.parse(test) for test in self.problem.tests])
         if report.passed:
             return Verdict(1.0)
-        return Verdict(0.0, self.problem.solution if self.kind == "answer" else report.feedback(self.kind))
+        if self.kind == "answer":
+            return Verdict(0.0, f"The code is wrong. A correct solution:\n{self.problem.solution}")
+        return Verdict(0.0, report.feedback(self.kind))
 
 
 def question(problem: Problem) -> str:
-    shown = "\n".join(problem.tests[:SHOWN])
-    return f"Write a Python function f(x) that returns {problem.returns}. Reply with the code only.\n{shown}"
+    """Return the user's turn. As `assert` lines the tests made SmolLM2 write tests, and .07 right, not .15."""
+    shown = " and ".join(test.removeprefix("assert ") for test in problem.tests[:SHOWN])
+    return (
+        f"Write a Python function f(x) that returns {problem.returns}. For example, {shown}. "
+        "Reply with the code only."
+    )
 
 
 class SumAttempt(Env):
@@ -64,7 +71,8 @@ class Python(Task):
     def __init__(self, feedback: str):
         sandbox.require()
         self.feedback = feedback
-        numbers = range(len(problems()))
+        # Mixed, so that an evaluation of a few answers asks for all topics.
+        numbers = seeds.shuffled(range(len(problems())), SPLIT_KEY)
         self.train = [number for number in numbers if not problems()[number].held_out]
         self.held_out = [number for number in numbers if problems()[number].held_out]
         self.rehearsal, self.untrained = held_out_fifth(range(SUMS, SUMS + 100), SPLIT_KEY)

@@ -128,7 +128,10 @@ def _inputs(topic: str, chosen: dict[str, Any], key: int) -> Sequence[Any]:
         "conditions": (lambda: _number(draws, a), list(range(-3, 21))),
         "strings": (lambda: _text(draws), ["", chosen["l"] * 3, chosen["v"], ascii_lowercase]),
         "lists": (lambda: _numbers(draws, a), [[], [a], [a - 1, a, a + 1], list(range(24, 0, -1))]),
-        "dictionaries": (lambda: _entries(draws, chosen), [{}, {chosen["v"]: a}, {"p": a - 1, "q": a, "r": a + 1}]),
+        "dictionaries": (
+            lambda: _entries(draws, chosen),
+            [{}, {chosen["v"]: a}, {"p": a - 1, "q": a, "r": a + 1}],
+        ),
     }
     make, edges = makers[topic]
     found: list[Any] = []

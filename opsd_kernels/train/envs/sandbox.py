@@ -136,18 +136,20 @@ class Sandbox:
         return pydantic_monty
 
 
-def require() -> None:
-    """Raise ConfigError if the sandbox is missing or does not run."""
+def require(key: str = "env") -> None:
+    """Raise ConfigError, with the settings' key, if the sandbox is missing or does not run."""
     if importlib.util.find_spec("pydantic_monty") is None:
-        raise ConfigError(f"env: expected pydantic-monty, the sandbox of Python answers ({INSTALL}), got none")
+        raise ConfigError(
+            f"{key}: expected pydantic-monty, the sandbox of Python answers ({INSTALL}), got none"
+        )
     try:
         value = SHARED.run("1 + 1")[0].value
     except (ImportError, SandboxError) as error:
         raise ConfigError(
-            f"env: expected a pydantic-monty that runs ({INSTALL}), got {type(error).__name__}: {error}"
+            f"{key}: expected a pydantic-monty that runs ({INSTALL}), got {type(error).__name__}: {error}"
         ) from error
     if value != 2:
-        raise ConfigError(f"env: expected 2 from 1 + 1 in pydantic-monty ({INSTALL}), got {value!r}")
+        raise ConfigError(f"{key}: expected 2 from 1 + 1 in pydantic-monty ({INSTALL}), got {value!r}")
 
 
 def _discard(stream: str, text: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def converted(file: Path, cache: str | None, name: str = "model") -> Path:
     if not folder.exists():
         try:
             model, tokenizer = read(file)
-        except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        except (OSError, ValueError, KeyError, struct.error, NotImplementedError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ConfigError(
                 f"{name}: expected a GGUF file that transformers can read, got {str(file)!r}: {reason}"
@@ -85,9 +86,7 @@ def converted(file: Path, cache: str | None, name: str = "model") -> Path:
 def read(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read weights (dequantised, fp32) and tokenizer of a GGUF file, as a model that can be saved."""
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
-    )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     repair(tokenizer, pretokenizer(file))
     # save_pretrained refuses a model that was quantized with GGUF, although these weights are not any more.
     config = copy.deepcopy(loaded.config)
