@@ -44,7 +44,13 @@ from opsd_kernels.train.records.samples import sample_lines, samples_due
 from opsd_kernels.train.sampling import evaluate
 from opsd_kernels.train.sampling.prompts import PromptEncoder
 from opsd_kernels.train.sampling.rollout import Sampler, make_engine, requests
-from opsd_kernels.train.session import StopRequest, open_run_directory, reproducible, stop_signals
+from opsd_kernels.train.session import (
+    StopRequest,
+    open_run_directory,
+    peak_memory,
+    reproducible,
+    stop_signals,
+)
 from opsd_kernels.train.step import Rehearsal, Trainer
 from opsd_kernels.train.task import checked_task
 from opsd_kernels.train.teacher import Teacher, make_reference, make_teacher
@@ -413,6 +419,9 @@ def finish(run: Run) -> dict[str, Any]:
     facts = run.state.facts
     after = {f"{name}_after": value for name, value in measure(run, run.config.eval_samples).items()}
     summary = {**facts, **after, "steps": run.state.step, "seconds": time.monotonic() - run.started}
+    accuracies = (summary["held_out_accuracy_before"], summary["held_out_accuracy_after"])
+    summary["held_out_gain_interval"] = list(evaluate.gain_interval(*accuracies, run.config.eval_samples))
+    summary["peak_memory_bytes"] = peak_memory()
     if not run.ranks.first:
         return summary
     # summary.json comes last: it marks a run as complete. A run killed before it repeats `finish` on resume.

@@ -42,7 +42,7 @@ def workers():
     return [pid for pid in pids if "monty" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
-# Problems ----------------------------------------------------------------------------------------------------
+# Problems
 
 
 def test_problems_are_many_different_and_split_by_template_and_by_constants():
@@ -116,7 +116,7 @@ def test_the_untrained_skill_is_a_sum():
     assert not task.env(python.SUMS + 47, 0).verify("It is 12").success
 
 
-# Tests and verdicts ------------------------------------------------------------------------------------------
+# Tests and verdicts
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_equal_values(value, expected, equal):
     assert python_tests.same(value, expected) == equal
 
 
-# The verifier of a data file ---------------------------------------------------------------------------------
+# The verifier of a data file
 
 ROWS = [{"prompt": f"p{i}", "tests": TESTS, "answer": RIGHT, "split": None} for i in range(5)]
 
@@ -210,7 +210,7 @@ def test_settings_that_do_not_go_together():
         load_config(None, ["env=python", "model=tiny"])
 
 
-# The sandbox -------------------------------------------------------------------------------------------------
+# The sandbox
 
 
 def test_programs_do_not_see_each_other_and_repeat(small):
@@ -295,10 +295,12 @@ SHAPES = (
 )  # fmt: skip
 STATEMENTS = (
     "x = {0}", "while {0}: x = {1}", "def f(x={0}): return {1}", "for x in {0}: print({1})", "import os\n{0}",
-    "import {2}", "from {2} import *", "raise {0}", "assert {0}", "try:\n    {0}\nexcept BaseException:\n    {1}",
+    "import {2}", "from {2} import *", "raise {0}", "assert {0}",
+    "try:\n    {0}\nexcept BaseException:\n    {1}",
     "class A:\n    x = {0}\nA().x", "os.system('touch {3}')", "open('{3}', 'w').write('x')", "print({0})",
     "import pathlib\npathlib.Path('{3}').write_text('x')", "with open('{3}', 'a') as x: x.write('y')",
-    "import time\ntime.sleep({0})", "f({0})", "x.append(x)", "exec({0})", "eval({0})", "del x", "{0}", "if x:",
+    "import time\ntime.sleep({0})", "f({0})", "x.append(x)", "exec({0})", "eval({0})", "del x", "{0}",
+    "if x:",
 )  # fmt: skip
 MODULES = (
     "os sys socket subprocess ctypes threading asyncio pathlib shutil urllib.request http.client".split()

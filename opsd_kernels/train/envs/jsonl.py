@@ -6,7 +6,8 @@
 
 `feedback` is shown after a failure without feedback from the verifier. `split` is `train`, `held_out`,
 `untrained` or `rehearsal`; a fifth of the rows without one is held out, by their place in the file.
-`tests`, for verifier=python, are Python statements such as "assert f(3) == 24". An optional key may be null. The verifier receives the whole row, with any other keys.
+`tests`, for verifier=python, are Python statements such as "assert f(3) == 24". An optional key may be null.
+The verifier receives the whole row, with any other keys.
 """
 
 from __future__ import annotations

@@ -38,7 +38,10 @@ class PythonAttempt(Env):
 
 
 def question(problem: Problem) -> str:
-    """Return the user's turn. As `assert` lines the tests made SmolLM2 write tests, and .07 right, not .15."""
+    """Return the user's turn.
+
+    With the tests as `assert` lines SmolLM2 goes on writing tests: .07 of its answers are right, not .15.
+    """
     shown = " and ".join(test.removeprefix("assert ") for test in problem.tests[:SHOWN])
     return (
         f"Write a Python function f(x) that returns {problem.returns}. For example, {shown}. "

@@ -61,25 +61,41 @@ TEMPLATES = (
     Template("strings", "the string {v!r}, followed by the string x reversed", "{v!r} + x[::-1]"),
     Template("strings", "the string x between {v!r} and {w!r}", "{v!r} + x + {w!r}", held_out=True),
     Template("lists", "the sum of the list x plus {a}", "sum(x) + {a}"),
-    Template("lists", "the list of the items of the list x that are greater than {a}", "[i for i in x if i > {a}]"),
+    Template(
+        "lists", "the list of the items of the list x that are greater than {a}", "[i for i in x if i > {a}]"
+    ),
     Template("lists", "the list of the items of the list x, each multiplied by {a}", "[i * {a} for i in x]"),
     Template("lists", "the list x followed by the numbers {a} and {b}", "x + [{a}, {b}]"),
     Template("lists", "how many items of the list x are equal to {a}", "x.count({a})"),
     Template("lists", "the first {a} items of the sorted list x", "sorted(x)[:{a}]"),
     Template("lists", "the length of the list x times {a}", "len(x) * {a}", held_out=True),
-    Template("dictionaries", "the value of the key {v!r} in the dictionary x, or {a} if it is missing", "x.get({v!r}, {a})"),
+    Template(
+        "dictionaries",
+        "the value of the key {v!r} in the dictionary x, or {a} if it is missing",
+        "x.get({v!r}, {a})",
+    ),
     Template("dictionaries", "the sum of the values of the dictionary x plus {a}", "sum(x.values()) + {a}"),
-    Template("dictionaries", "the list of the keys of the dictionary x whose value is greater than {a}", "[k for k in x if x[k] > {a}]"),
+    Template(
+        "dictionaries",
+        "the list of the keys of the dictionary x whose value is greater than {a}",
+        "[k for k in x if x[k] > {a}]",
+    ),
     Template("dictionaries", "the number of keys in the dictionary x times {a}", "len(x) * {a}"),
-    Template("dictionaries", "the dictionary x with {a} added to each value", "{{k: n + {a} for k, n in x.items()}}"),
+    Template(
+        "dictionaries",
+        "the dictionary x with {a} added to each value",
+        "{{k: n + {a} for k, n in x.items()}}",
+    ),
     Template("dictionaries", "whether the key {v!r} is in the dictionary x", "{v!r} in x", held_out=True),
     Template("conditions", "{v!r} if x is greater than {a}, otherwise {w!r}", "{v!r} if x > {a} else {w!r}"),
     Template("conditions", "x if x is smaller than {a}, otherwise {a}", "min(x, {a})"),
-    Template("conditions", "x times {a} if x is even, otherwise x plus {b}", "x * {a} if x % 2 == 0 else x + {b}"),
+    Template(
+        "conditions", "x times {a} if x is even, otherwise x plus {b}", "x * {a} if x % 2 == 0 else x + {b}"
+    ),
     Template("conditions", "True if x is divisible by {a}, otherwise False", "x % {a} == 0"),
     Template("conditions", "{b} if x is negative, otherwise x plus {a}", "{b} if x < 0 else x + {a}"),
     Template("conditions", "True if x is greater than {a}, otherwise False", "x > {a}", held_out=True),
-)  # fmt: skip
+)
 
 
 @functools.cache

@@ -78,8 +78,8 @@ def _named(source: str | Path, name: str = "model") -> Iterator[None]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"{name}: expected 'tiny', 'smollm2', a .gguf file or a Hugging Face model with safetensors weights, "
-            f"got {str(source)!r}: {reason}"
+            f"{name}: expected 'tiny', 'smollm2', a .gguf file or a Hugging Face model with safetensors "
+            f"weights, got {str(source)!r}: {reason}"
         ) from error
 
 
