@@ -5,13 +5,17 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from opsd_kernels.testing import assert_same_bits
 from opsd_kernels.train.config import ConfigError, TrainConfig
+from opsd_kernels.train.config.presets import PRESETS
 from opsd_kernels.train.loop import train
 from opsd_kernels.train.models import gguf_file, pretrained
+from opsd_kernels.train.records.log import Progress
+from opsd_kernels.train.studies import discover_run, probe
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed (`make test` does)")
 pytest.importorskip("accelerate")
@@ -33,7 +37,7 @@ def file(tmp_path_factory):
     """Write a Llama of 20 thousand random parameters, quantised to 8 bits as a published file is."""
     path, rng = tmp_path_factory.mktemp("gguf") / "small.gguf", np.random.default_rng(0)
     writer, words = gguf.GGUFWriter(path, "llama"), tokens()
-    writer.add_context_length(512)
+    writer.add_context_length(2048)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(LAYERS)
     writer.add_feed_forward_length(WIDE)
@@ -128,6 +132,21 @@ def test_it_trains_and_its_checkpoint_is_a_plain_model(file, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(saved, use_safetensors=True)
     assert model.dtype == torch.bfloat16 and not hasattr(model.config, "quantization_config")
     assert AutoTokenizer.from_pretrained(saved).tokenize(" 1") == ["Ġ", "1"]
+
+
+SMALL = {"steps": 1, "max_new_tokens": 4, "prompts_per_step": 2, "micro_batch": 2, "tensorboard": False}
+
+
+@pytest.mark.slow
+def test_probe_and_discover_take_the_same_path(file, tmp_path):
+    pytest.importorskip("pydantic_monty")
+    settings = {"env": "python", "model": str(file), "cache_dir": str(tmp_path / "cache"), **SMALL}
+    config = TrainConfig(**{**PRESETS["python"], **settings})
+    views = [probe.with_context(config, kind) for kind in ("error", "answer")]
+    found = probe.measure_contexts(views, 4, Progress(Console(quiet=True)))
+    assert [each.answered for each in found] == [1.0, 1.0]
+    discover_run.discover(config, tmp_path / "out", 1, 0.5, discover_run.Budget(4, 2, 1))
+    assert (tmp_path / "out" / "discovery.json").is_file()
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
