@@ -175,6 +175,7 @@ def prepare(config: TrainConfig, task: Task, out: Path, progress: Progress, rank
         make_engine(config),
         ranks,
         pretrained.context_length(model.config, teacher.model.config),
+        config.shares_prompts,
     )
     check_room(config, task, sampler)
     offset = 0
