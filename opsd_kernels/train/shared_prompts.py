@@ -1,9 +1,9 @@
 """Run a prompt through the trunk once for all answers to it.
 
-The answers of a group share their prompt, and often the teacher's too. A packed row holds the prompt and, behind
-it, several answers. An answer sees the prompt and itself, at the positions that it has alone, so that hidden
-states and gradients are those of separate rows up to rounding. 16 answers of 48 tokens to two prompts of 100
-make rows of 968 tokens in place of 2368.
+The answers of a group share their prompt, and often the teacher's too. A packed row holds the prompt and,
+behind it, several answers. An answer sees the prompt and itself, at the positions that it has alone, so that
+hidden states and gradients are those of separate rows up to rounding. 16 answers of 48 tokens to two prompts
+of 100 make rows of 952 tokens in place of 2352.
 """
 
 from __future__ import annotations
