@@ -27,7 +27,7 @@ from opsd_kernels.integrations.transformers import (
     without_adapter,
 )
 from opsd_kernels.train.batch import completion_hidden
-from opsd_kernels.train.distributed.sharding import last_hidden
+from opsd_kernels.train.distributed.sharding import last_hidden, whole
 from opsd_kernels.train.types import Sequences
 
 # A packed row grows to this many tokens, since attention takes the square of them, or to one longer answer.
@@ -63,7 +63,7 @@ def hidden_states(model: PreTrainedModel, side: Sequences, share: bool = False) 
     With `share`, a prompt of several rows runs once, if the model can. No logits are computed. A sharded
     model's head is readable afterwards.
     """
-    packed = pack(side) if share and _can_share(model, side) else None
+    packed = pack(side) if share and can_share(model) and _reaches(model, side) else None
     if packed is None:
         return completion_hidden(last_hidden(model, side.tokens_BL)[0], side.rows_BT)
     return _packed_hidden(model, packed)
@@ -125,15 +125,23 @@ def _rows_of(prompts: Sequence[tuple[int, ...]], answers: Sequence[Sequence[int]
 # ---------------------------------------------------------------- which models can
 
 
-def _can_share(model: PreTrainedModel, side: Sequences) -> bool:
-    inner: Any = without_adapter(model)
-    window = _window(inner.config.get_text_config())
-    if window is not None and side.tokens_BL.shape[1] > window:
-        return False
+def can_share(model: PreTrainedModel) -> bool:
+    """Return True if packed rows give the log-probs of separate ones, tried once per model.
+
+    A collective call for a sharded model.
+    """
+    inner = without_adapter(model)
     if inner not in _serves:
-        with scoring(model):
+        with whole(model), scoring(model):
             _serves[inner] = _agrees(model)
     return _serves[inner]
+
+
+def _reaches(model: PreTrainedModel, side: Sequences) -> bool:
+    """Return True if no layer's window is narrower than a row."""
+    inner: Any = without_adapter(model)
+    window = _window(inner.config.get_text_config())
+    return window is None or side.tokens_BL.shape[1] <= window
 
 
 def _window(settings: Any) -> int | None:
@@ -145,7 +153,7 @@ def _window(settings: Any) -> int | None:
 
 @torch.no_grad()
 def _agrees(model: PreTrainedModel) -> bool:
-    """Return True if a small packed row gives the log-probs of separate rows.
+    """Compare one small packed row with separate rows.
 
     A recurrent model carries one answer into the next, other models know no mask of this form.
     """

@@ -74,7 +74,7 @@ def test_states_and_gradients_are_those_of_separate_rows(side, model, monkeypatc
 
 
 def test_a_prompt_runs_once(side, model):
-    shared_prompts._can_share(model, side)  # tried once
+    assert shared_prompts.can_share(model)
     assert forwarded(model, lambda: hidden_states(model, side)) == side.tokens_BL.numel()
     # The longest row: ONE, and the answers of 3, 1 and 6 tokens less their last ones.
     assert forwarded(model, lambda: hidden_states(model, side, True)) == 3 * (7 + 2 + 0 + 5)
@@ -96,7 +96,10 @@ def llama(**options):
 
 def test_a_window_narrower_than_a_row_is_kept(side):
     wide, narrow = llama(sliding_window=side.tokens_BL.shape[1]), llama(sliding_window=5)
-    assert shared_prompts._can_share(wide, side) and not shared_prompts._can_share(narrow, side)
+    for model, shares in ((wide, True), (narrow, False)):
+        assert shared_prompts.can_share(model)
+        tokens = forwarded(model, lambda model=model: hidden_states(model, side, True))
+        assert (tokens < side.tokens_BL.numel()) == shares
     assert_same_bits(hidden_states(narrow, side, True), hidden_states(narrow, side))
 
 
@@ -115,7 +118,7 @@ OTHERS = {
 def test_a_model_that_cannot_share_reads_separate_rows(kind, side):
     torch.manual_seed(0)
     model = OTHERS[kind]().eval()
-    assert not shared_prompts._can_share(model, side)
+    assert not shared_prompts.can_share(model)
     assert_same_bits(hidden_states(model, side, True), hidden_states(model, side))
 
 
