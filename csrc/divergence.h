@@ -124,6 +124,18 @@ OPSD_FORMULA Terms<X> tvd(X q, X p, const Ratio<X>& r) {
   return {guard<GUARDED>(larger, X(-0.5) * r.a * larger), guard<GUARDED>(q, sign_term)};
 }
 
+template <bool GUARDED, class X>
+OPSD_FORMULA Terms<X> mixed_kl(X q, X p, X delta, X beta) {
+  const X of_q = (X(1) - beta) * guard<GUARDED>(q, -(q * delta));
+  return {beta * guard<GUARDED>(p, p * delta) + of_q, beta * (q - p) + of_q};
+}
+
+// u / q of mixed KL where delta is finite, q - p without the cancellation.
+template <class X>
+OPSD_FORMULA X mixed_kl_ratio(X delta, X expm1_delta, X beta) {
+  return -(beta * expm1_delta) - (X(1) - beta) * delta;
+}
+
 template <Kind KIND, bool GUARDED, class X>
 OPSD_FORMULA Terms<X> entry(X q, X p, const Ratio<X>& r, X beta) {
   if constexpr (KIND == Kind::REVERSE_KL) return reverse_kl<GUARDED>(q, r.delta);
@@ -132,20 +144,28 @@ OPSD_FORMULA Terms<X> entry(X q, X p, const Ratio<X>& r, X beta) {
   if constexpr (KIND == Kind::SKEW_REVERSE_KL) return skew_reverse_kl<GUARDED>(q, r, beta);
   if constexpr (KIND == Kind::SKEW_FORWARD_KL) return skew_forward_kl<GUARDED>(q, p, r, beta);
   if constexpr (KIND == Kind::TVD) return tvd<GUARDED>(q, p, r);
+  if constexpr (KIND == Kind::MIXED_KL) return mixed_kl<GUARDED>(q, p, r.delta, beta);
 }
 
-// A term under the entry clip; taken: 1 where the clip holds, else 0. Reverse KL's u = f leaves out a
-// constant times q: the q that A then lacks is subtracted here.
+// What u leaves out of the derivative: omitted * q. It cancels where nothing is clipped.
+template <Kind KIND, class X>
+OPSD_FORMULA X omitted(X beta) {
+  if constexpr (KIND == Kind::REVERSE_KL) return X(1);
+  if constexpr (KIND == Kind::MIXED_KL) return X(1) - X(2) * beta;
+  return X(0);
+}
+
+// A term under the entry clip; taken: 1 where the clip holds, else 0.
 template <class X>
 struct ClippedTerms {
   X f, u, taken;
 };
 
 template <Kind KIND, class X>
-OPSD_FORMULA ClippedTerms<X> clip_terms(const Terms<X>& terms, X q, X clip) {
-  const auto above = terms.f > clip;
-  const X u = KIND == Kind::REVERSE_KL ? -q : X(0);
-  return {select(above, clip, terms.f), select(above, u, terms.u), select(above, X(1), X(0))};
+OPSD_FORMULA ClippedTerms<X> clip_terms(const Terms<X>& terms, X q, const TermOptions<X>& options) {
+  const auto above = terms.f > options.clip;
+  const X u = -(q * omitted<KIND>(options.beta));
+  return {select(above, options.clip, terms.f), select(above, u, terms.u), select(above, X(1), X(0))};
 }
 
 }  // namespace opsd

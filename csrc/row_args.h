@@ -6,8 +6,8 @@
 namespace opsd {
 
 // spec.Kind
-enum class Kind : int { REVERSE_KL = 0, FORWARD_KL, JSD, SKEW_REVERSE_KL, SKEW_FORWARD_KL, TVD };
-constexpr int KINDS = 6;
+enum class Kind : int { REVERSE_KL = 0, FORWARD_KL, JSD, SKEW_REVERSE_KL, SKEW_FORWARD_KL, TVD, MIXED_KL };
+constexpr int KINDS = 7;
 
 enum class Dtype : int { FLOAT64, FLOAT32, BFLOAT16, FLOAT16 };
 

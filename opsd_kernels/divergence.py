@@ -26,8 +26,10 @@ class DivergenceOptions(TypedDict, total=False):
     * `divergence`: "reverse_kl" KL(q || p); "forward_kl" KL(p || q);
       "jsd" beta * KL(p || m) + (1 - beta) * KL(q || m) (arXiv:2306.13649, eq. 1);
       "skew_forward_kl" KL(p || m) and "skew_reverse_kl" KL(q || m) (arXiv:2402.03898, eq. 2-3);
-      "tvd" sum |p - q| / 2. The loss of SDPO is arXiv:2601.20802, eq. 1.
-    * `beta`: the weight on the teacher, in (0, 1), for "jsd" and the skew divergences.
+      "tvd" sum |p - q| / 2; "mixed_kl" beta * KL(p || q) + (1 - beta) * KL(q || p).
+      The loss of SDPO is arXiv:2601.20802, eq. 1.
+    * `beta`: the weight on the teacher, in (0, 1), for "jsd" and the skew divergences; the weight of the
+      forward KL, in [0, 1], for "mixed_kl".
     * `teacher_mix`: a in [0, 1). Teacher logits t become (1 - a) * t + a * s, with the student's logits s
       held constant (the trust-region teacher of SDPO).
     * `entry_clip`, `token_clip`: upper bounds, of each vocabulary entry's term and of each token's

@@ -23,6 +23,7 @@ class Kind(IntEnum):
     SKEW_REVERSE_KL = 3
     SKEW_FORWARD_KL = 4
     TVD = 5
+    MIXED_KL = 6
 
 
 CLIPS = ("entry_clip", "token_clip")  # options that bound a term of the sum, and the sum
@@ -101,7 +102,10 @@ def _mixture_weight(name: str, beta: float, hints: dict[float, str]) -> float:
 
 @dataclass(frozen=True)
 class Divergence:
-    """A divergence between teacher p and student q. `beta` is the mixture's weight on the teacher."""
+    """A divergence between teacher p and student q.
+
+    `beta` is the mixture's weight on the teacher or, of the mixed KL, the weight of the forward KL.
+    """
 
     kind: Kind
     beta: float = 0.5
@@ -111,6 +115,10 @@ class Divergence:
         check_choice("divergence", name, tuple(KIND_NAMES))
         kind = KIND_NAMES[name]
         beta = check_number("beta", beta)
+        if kind == Kind.MIXED_KL:
+            expect(0 <= beta <= 1, "beta", "a number in [0, 1] for divergence='mixed_kl'", beta)
+            # At an end one KL has no part in the sum, even if it is infinite.
+            return cls(Kind.REVERSE_KL if beta == 0 else Kind.FORWARD_KL if beta == 1 else kind, beta)
         if kind == Kind.JSD:
             hints = {0.0: "; for beta=0 use divergence='forward_kl'"}
             hints[1.0] = "; for beta=1 use divergence='reverse_kl'"
@@ -136,8 +144,13 @@ class Divergence:
 
     @property
     def one_sweep(self) -> bool:
-        """True if the statistics sweep alone yields the value: for the two plain KLs."""
-        return self.kind in (Kind.REVERSE_KL, Kind.FORWARD_KL)
+        """True if the statistics sweep alone yields the value: for the two plain KLs and their sum."""
+        return self.kind in (Kind.REVERSE_KL, Kind.FORWARD_KL, Kind.MIXED_KL)
+
+    @property
+    def omitted(self) -> float:
+        """The c in the term c * q that u of a sweep leaves out of the derivative: mathematics.md, clips."""
+        return {Kind.REVERSE_KL: 1.0, Kind.MIXED_KL: 1 - 2 * self.beta}.get(self.kind, 0.0)
 
 
 def interpolation(beta: float) -> dict[str, Any]:
@@ -341,7 +354,7 @@ class RowSpec:
 
     @property
     def one_sweep(self) -> bool:
-        """True if the statistics sweep alone yields the value: for a plain KL without an entry clip."""
+        """True if the statistics sweep alone yields the value: for KLs without an entry clip."""
         return self.divergence.one_sweep and self.entry_clip == math.inf
 
     @property

@@ -70,7 +70,8 @@ def arrange(
         else SM_COUNT,
     )
     bounds = align(sequences, chunks.rows) if chunks.weighting == "aligned" else None
-    backend = backends.select(problem.backend, hidden.device, chunks.logits_dtype)
+    kind = problem.spec.divergence.kind
+    backend = backends.select(problem.backend, hidden.device, chunks.logits_dtype, kind)
     return chunks, backend if shard is None else ShardedRows(backend, shard), rows, bounds
 
 

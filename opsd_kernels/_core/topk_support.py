@@ -15,7 +15,7 @@ from torch import Tensor
 from .._rows import torch_rows
 from .._rows.contract import GAP_BOUNDS, Column, RowBackend, clip_tokens
 from .._rows.torch_math import transform_slope
-from ..spec import Kind, RowSpec, Support
+from ..spec import RowSpec, Support
 
 LEAST_TAIL = 1e-7  # the mass outside the support is taken for at least this, as -log of the mass inside
 
@@ -138,9 +138,9 @@ def restricted(at: Entries, stats: Tensor, spec: RowSpec, tail: str) -> Restrict
     f, u, clipped = torch_rows.terms(q, p, delta, spec)
     live = at.live if tail != "bucket" else torch.cat([at.live, torch.ones_like(saturated)], 1)
     f, u, clipped = torch.where(live, f, 0.0), torch.where(live, u, 0.0), clipped & live
-    if tail == "none" and spec.divergence.kind == Kind.REVERSE_KL:
-        # u = f omits a constant times q, which matters here because q does not sum to 1.
-        u = torch.where(live, u + q, 0.0)
+    if tail == "none" and spec.divergence.omitted:
+        # u omits a constant times q, which matters here because q does not sum to 1.
+        u = torch.where(live, u + spec.divergence.omitted * q, 0.0)
     if tail == "bucket":
         u[:, -1:] = torch.where(saturated, 0.0, u[:, -1:])
     missing = torch_rows.missing(stats)

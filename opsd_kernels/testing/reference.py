@@ -53,6 +53,10 @@ def _jsd_terms(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
     return beta * _ratio_terms(log_p, log_m) + (1 - beta) * _ratio_terms(log_q, log_m)
 
 
+def _mixed_kl_terms(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
+    return beta * _ratio_terms(log_p, log_q) + (1 - beta) * _ratio_terms(log_q, log_p)
+
+
 TEXTBOOK: dict[Kind, Callable[[Tensor, Tensor, float], Tensor]] = {
     Kind.REVERSE_KL: lambda log_q, log_p, beta: _ratio_terms(log_q, log_p),
     Kind.FORWARD_KL: lambda log_q, log_p, beta: _ratio_terms(log_p, log_q),
@@ -60,6 +64,7 @@ TEXTBOOK: dict[Kind, Callable[[Tensor, Tensor, float], Tensor]] = {
     Kind.SKEW_REVERSE_KL: lambda log_q, log_p, beta: _ratio_terms(log_q, _log_mixture(log_q, log_p, beta)),
     Kind.SKEW_FORWARD_KL: lambda log_q, log_p, beta: _ratio_terms(log_p, _log_mixture(log_q, log_p, beta)),
     Kind.TVD: lambda log_q, log_p, beta: (log_p.exp() - log_q.exp()).abs() / 2,
+    Kind.MIXED_KL: _mixed_kl_terms,
 }
 
 

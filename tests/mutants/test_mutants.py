@@ -14,7 +14,7 @@ from opsd_kernels import divergence, linear_divergence
 from opsd_kernels._core import autograd, centre, loop, problem, reductions
 from opsd_kernels._rows import torch_math, torch_rows
 from opsd_kernels._rows.contract import Column
-from opsd_kernels.spec import Kind
+from opsd_kernels.spec import Divergence, Kind
 from opsd_kernels.testing import (
     assert_invariant,
     assert_no_growth,
@@ -224,6 +224,28 @@ MUTANTS = {
         Kind.SKEW_FORWARD_KL,
         only_u(lambda u, q, p, d, b: u / (1 - b)),
         check(against_truth, "skew_forward_kl"),
+    ),
+    "mixed KL weighs the other KL": Mutant(
+        torch_rows,
+        "plain_kl",
+        lambda plain: (
+            lambda stats, spec: plain(
+                stats, replace(spec, divergence=Divergence(spec.divergence.kind, 1 - spec.divergence.beta))
+            )
+        ),
+        check(against_truth, "mixed_kl", beta=0.2),
+    ),
+    "mixed KL forgets p in u": Mutant(
+        torch_math.ENTRIES,
+        Kind.MIXED_KL,
+        only_u(lambda u, q, p, d, b: u + b * p),
+        check(against_truth, "mixed_kl"),
+    ),
+    "mixed KL clipped as reverse KL": Mutant(
+        Divergence,
+        "omitted",
+        lambda _: 1.0,
+        check(against_truth, "mixed_kl", entry_clip=0.02),
     ),
     "TVD without its half": Mutant(
         torch_math.ENTRIES, Kind.TVD, only_f(lambda f, *_: 2 * f), check(against_truth, "tvd")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from opsd_kernels._rows.sweep_times import GPUS, Cost, costs, predict
-from opsd_kernels.spec import Kind
+from opsd_kernels.spec import Divergence, Kind
 
 H100, H200, B200 = GPUS
 WIDE_V = 151936
@@ -39,7 +39,7 @@ def test_the_longest_of_three_times_is_the_limit(cost, limit, share):
 def test_every_fused_call_has_a_prediction(backend, kind, dtype, gpu):
     """Bytes of an entry pair: both logits once per sweep that reads device memory, the gradient once."""
     found = costs(backend, kind, dtype, WIDE_V, gpu.architecture)
-    sweeps = 2 if kind in (Kind.REVERSE_KL, Kind.FORWARD_KL) else 3
+    sweeps = 2 if Divergence(kind).one_sweep else 3
     assert sum(cost.bytes for cost in found) == dtype.itemsize * (3 if backend == "cuda" else 2 * sweeps + 1)
     assert sum(cost.bytes > 2 * dtype.itemsize or cost.bytes == dtype.itemsize for cost in found) == 1
     *parts, whole = predict(backend, kind, dtype, 8192, WIDE_V, gpu)
