@@ -267,7 +267,8 @@ class RowSpec:
 
     With `difference`, the teacher buffer holds raw teacher logits minus raw student logits (mathematics.md:
     the difference GEMM). `teacher_mix` a makes the teacher's transformed logits (1 - a) * t + a * s, s held
-    constant. `entry_clip` clips each term of the sum, `token_clip` the sum; inf clips nothing.
+    constant. `entry_clip` clips each term of the sum, `token_clip` the sum; inf clips nothing. `z_loss` c
+    adds c * logsumexp(s)**2 to a row's loss; no sweep reads it.
     """
 
     divergence: Divergence
@@ -278,6 +279,7 @@ class RowSpec:
     teacher_mix: float = 0.0
     entry_clip: float = math.inf
     token_clip: float = math.inf
+    z_loss: float = 0.0
 
     @property
     def of_rows(self) -> bool:
@@ -331,11 +333,11 @@ class RowSpec:
 
     @classmethod
     def from_scalars(cls, values: Sequence[float], temperatures: Sequence[Tensor | None]) -> RowSpec:
-        """Rebuild a spec from `scalars` and each side's tensor of temperatures.
+        """Rebuild a spec from `scalars`, the z-loss and each side's tensor of temperatures.
 
         None for the teacher's, where its number is 0, stands for the student's.
         """
-        kind, beta, *transforms, difference, _, mix, entry_clip, token_clip = values
+        kind, beta, *transforms, difference, _, mix, entry_clip, token_clip, z_loss = values
         of_student, of_teacher = temperatures
         tensors = of_student, of_student if of_teacher is None else of_teacher
         student, teacher = (
@@ -345,7 +347,7 @@ class RowSpec:
             )
         )
         divergence = Divergence(Kind(int(kind)), beta)
-        return cls(divergence, student, teacher, bool(difference), mix, entry_clip, token_clip)
+        return cls(divergence, student, teacher, bool(difference), mix, entry_clip, token_clip, z_loss)
 
     @property
     def clips(self) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._rows import extension, torch_rows
+from .._rows.contract import Column
 from ..spec import RowSpec
 from .problem import Problem
 
@@ -80,6 +81,11 @@ class Centre(NamedTuple):
             at_label = (label[0] - s)[:, None], (label[1] - (0 if spared else t))[:, None]
         return cls(s, None if spared else t, None if spared else torch.cat([s, t]), at_label)
 
+    @property
+    def constants(self) -> tuple[Tensor, Tensor | None] | None:
+        """Return what S and T are relative to: None for nothing, in T None for 0."""
+        return None if self.s is None else (self.s, self.t)
+
     def part(self, rows: slice) -> Centre:
         """Return the constants of some rows of a chunk, for GEMMs of one side each."""
         label = None if self.at_label is None else (self.at_label[0][rows], self.at_label[1][rows])
@@ -124,23 +130,23 @@ def likely_columns(S: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def exact_argmax(
-    problem: Problem, spec: RowSpec, student: Tensor, teacher: Tensor, likely: Tensor, found: Tensor
+    problem: Problem, spec: RowSpec, student: Tensor, teacher: Tensor | None, likely: Tensor, found: Tensor
 ) -> Tensor:
     """Return the columns of the largest logits of student and teacher, (C, 2), by fp32 dot products.
 
     `spec` is that of the C rows. Candidates are `likely` (C, K), columns of these heads, and `found` (C, 2),
     the argmax of both sides in the 16-bit buffers, columns of the whole vocabulary. With bf16 logits near 25
-    that argmax is another one in .4 % of the tokens. All ranks of a shard get the same columns.
+    that argmax is another one in .4 % of the tokens. All ranks of a shard get the same columns. Without a
+    teacher the second column is the first.
     """
-    shard = problem.shard
-    assert problem.teacher is not None
+    shard, other = problem.shard, problem.teacher or problem.student
     known = found.long() if shard is None else shard.local(found.long())
     columns = torch.cat([likely, known], 1)
     at = columns.clamp(min=0)
 
-    biases = (None if side.bias is None else side.bias[at] for side in (problem.student, problem.teacher))
+    biases = (None if side.bias is None else side.bias[at] for side in (problem.student, other))
     s = logits_at(student, problem.student.weight, at)
-    t = logits_at(teacher, problem.teacher.weight, at)
+    t = s if teacher is None else logits_at(teacher, other.weight, at)
     values = torch.stack(torch_rows.logits(s, t, replace(spec, difference=False), *biases)[:2])
     values = torch.where(columns < 0, -torch.inf, values)  # of another rank
     largest = values.amax(2)
@@ -190,3 +196,22 @@ def _products_at(hidden: Tensor, weight: Tensor, columns: Tensor, out: Tensor) -
 def _rows_at_once(width: int, device: torch.device) -> int:
     """Return how many rows of `width` entries are copied at once."""
     return max(1, ENTRIES["cpu" if device.type == "cpu" else "cuda"] // width)
+
+
+def logsumexps(stats: Tensor, spec: RowSpec, constants: tuple[Tensor, Tensor | None] | None) -> Tensor:
+    """Return log sum exp of the transformed logits of student and teacher, (n, 2) in nats.
+
+    `stats` (n, len(Column)) and `spec` are those of rows that are held relative to `constants`
+    (Centre.constants).
+    """
+    of_rows = stats[:, : Column.GAP].unflatten(1, (2, 2)).sum(2)
+    if constants is None:
+        return of_rows
+    c, d = constants
+    raw_t = c if d is None else c + d if spec.difference else d
+    shifts = [
+        raw * (side.scale / (side.temperature if side.of_rows is None else side.of_rows))
+        for raw, side in ((c, spec.student), (raw_t, spec.teacher))
+    ]
+    shifts[1] = torch.lerp(shifts[1], shifts[0], spec.teacher_mix)
+    return of_rows + torch.stack(shifts, 1)

@@ -7,15 +7,14 @@ the projections and sweeps of a chunk into parts, which share the teacher's buff
 
 A sweep has one of four forms, chosen before the loop. `fused` reads the logits once and overwrites them with
 the gradient. `two_pass` sweeps for statistics first, where row factors depend on them. `replay` computes
-gradients from the statistics of an earlier run. `top_k` works on a support. Each writes losses and statistics
-of its rows into the outputs, and the logit gradient over S. It returns None if that holds the row factors.
+gradients from the statistics of an earlier run. `topk_support.top_k` works on a support. Each writes losses
+and statistics of its rows into the outputs, and the logit gradient over S. It returns None if that holds the
+row factors.
 Only `fused` may return them, (C,), and `_accumulate` applies them to dh, dW and dbias.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,15 +25,15 @@ from torch import Tensor
 from .._rows import extension, torch_rows
 from .._rows.contract import Column, RowBackend, narrowed
 from . import cpu_gemm, topk_support
-from .centre import NO_CENTRE, Centre, exact_argmax, likely_columns, pilot_columns
+from .centre import NO_CENTRE, Centre, exact_argmax, likely_columns, logsumexps, pilot_columns
 from .columns import ColumnFilter, Kept
+from .memory import empty, on_host
 from .planner import ChunkPlan, row_stride
 from .problem import ComputedRows, Outputs, Problem
 from .reductions import RowWeigher
 from .topk_support import Rows
 
 FEW_ROWS = 32  # below, dW of `gemm_fp32_` takes up to 1.2 times as long as that of torch.mm
-_HUGE_PAGES, _PAGE = 14, 1 << 21  # MADV_HUGEPAGE and its page
 Positions = slice | Tensor  # of a chunk's rows among all rows
 Sweep = Callable[["Walk", Rows, Positions], Tensor | None]
 
@@ -54,7 +53,7 @@ def run(
     assert bounds is None or plan.part_rows == plan.rows, "weights of a sequence need it whole, not in parts"
     padded_vocab = problem.student.weight.shape[0]
     problem = problem.for_gemms()
-    out = _allocate(problem, plan, padded_vocab, saved)
+    out = _allocate(problem, plan, padded_vocab, saved, problem.logprob_columns(metrics))
     buffers = Buffers(problem, plan)
     wants_gradient = any(problem.wants)
     walk = Walk(problem, backend, rows.valid, metrics, saved is not None, wants_gradient, weigher, out)
@@ -89,9 +88,12 @@ def run(
 
 
 def _allocate(
-    problem: Problem, plan: ChunkPlan, padded_vocab: int, saved: tuple[Tensor, Tensor] | None
+    problem: Problem, plan: ChunkPlan, padded_vocab: int, saved: tuple[Tensor, Tensor] | None, logs: int
 ) -> Outputs:
-    """Allocate the outputs: zeroed where some rows stay unwritten, else uninitialised."""
+    """Allocate the outputs: zeroed where some rows stay unwritten, else uninitialised.
+
+    `logs`: the columns of `Outputs.logprobs`.
+    """
     hidden, weight, wide = problem.student.hidden, problem.student.weight, problem.stats_dtype
     (N, H), (wants_hidden, wants_weight, wants_bias) = hidden.shape, problem.wants
     rows = hidden.new_empty if plan.tokens == N else hidden.new_zeros
@@ -106,7 +108,7 @@ def _allocate(
         loss=rows((N,), dtype=wide),
         A=A,
         stats=stats,
-        logprobs=rows((N, 2), dtype=wide) if problem.rows.labels is not None and saved is None else None,
+        logprobs=rows((N, logs), dtype=wide) if logs and saved is None else None,
         dh=rows((N, H), dtype=plan.gradient_dtype) if wants_hidden else None,
         dW=dW,
         dbias=hidden.new_zeros(padded_vocab, dtype=torch.float64) if wants_bias else None,
@@ -149,7 +151,8 @@ class Buffers:
         S, T = self.pair[part], self.pair[behind : behind + C]
         if teacher is None or problem.teacher is None:
             project(student, head, S, centre.s)
-            return Rows(S, self.zeros.expand(C, -1), problem.student.bias, None, centre.at_label)
+            T = self.zeros.expand(C, -1)
+            return Rows(S, T, problem.student.bias, None, centre.at_label, centre.constants)
         teacher = teacher[part]
         if self.stack is None:
             project(student, head, S, centre.s)
@@ -162,7 +165,8 @@ class Buffers:
             else:
                 project(stack[:C], head, S, centre.s)
                 project(stack[C:], head, T, centre.t)
-        return Rows(S, T, problem.student.bias, problem.teacher.bias, centre.at_label)
+        biases = problem.student.bias, problem.teacher.bias
+        return Rows(S, T, *biases, centre.at_label, centre.constants)
 
 
 def _accumulate(
@@ -299,6 +303,7 @@ class Exact(NamedTuple):
 
     label: torch_rows.Logits | None  # (n, 1): the logits at the labels
     likely: Tensor | None  # (n, K): columns with the largest of 16-bit logits, where rounding may make ties
+    constants: tuple[Tensor, Tensor | None] | None  # of the rows
 
 
 @dataclass(frozen=True)
@@ -333,6 +338,21 @@ class Walk:
             factor, slope = rows.factor[at], None if rows.policy_slope is None else rows.policy_slope[at]
         return self.zero_invalid(factor, at), None if slope is None else self.zero_invalid(slope, at)
 
+    def pull(self, chunk: Rows, at: Positions, stats: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return row factors, slopes and labels of the gradient where a chunk's statistics are known.
+
+        A z-loss c * L**2 of the log-sum-exp L has the gradient 2 * c * L * q, a slope without a label.
+        """
+        factor, slope = self.factors(at)
+        spec = self.problem.spec
+        if slope is not None:
+            return factor, slope, self.labels(at)
+        if not spec.z_loss:
+            return factor, None, None
+        L = logsumexps(stats, spec.at(at), chunk.constants)[:, 0]
+        slope = torch.where(factor == 0, 0.0, 2 * spec.z_loss * L * factor)
+        return factor, slope, torch.full_like(slope, -1, dtype=torch.int64)
+
     def labels(self, at: Positions) -> Tensor:
         labels = self.problem.rows.labels
         assert labels is not None, "log-probs and policy terms need labels"
@@ -349,31 +369,44 @@ class Walk:
         Label logits are arbitrary where another rank holds the label.
         """
         problem, label, likely = self.problem, None, None
-        if self.out.logprobs is not None and not self.saved:
+        labels = problem.rows.labels is not None
+        if labels and self.out.logprobs is not None and not self.saved:
             raw = chunk.at(self.label_columns(at)[:, None].clamp(min=0))
             S, T = chunk.at_label or (raw.S, raw.T)
             label = torch_rows.logits(S, T, problem.spec.at(at), raw.bias_s, raw.bias_t)
-        if self.metrics and problem.teacher is not None and problem.logits_dtype.itemsize == 2:
-            likely = likely_columns(chunk.S, chunk.bias_s)
-            if not problem.spec.difference:
-                likely = torch.cat([likely, likely_columns(chunk.T, chunk.bias_t)], 1)
-        return Exact(label, likely)
+        judged = problem.teacher is not None or problem.support is not None
+        if self.metrics and judged and problem.logits_dtype.itemsize == 2:
+            found = [likely_columns(chunk.S, chunk.bias_s)]
+            if problem.teacher is not None and not problem.spec.difference:
+                found.append(likely_columns(chunk.T, chunk.bias_t))
+            if labels:
+                found.append(self.label_columns(at)[:, None])
+            likely = torch.cat(found, 1)
+        return Exact(label, likely, chunk.constants)
 
     def keep(self, at: Positions, stats: Tensor, loss: Tensor, A: Tensor, exact: Exact) -> None:
         """Store the results of a chunk."""
         out, problem = self.out, self.problem
-        if exact.likely is not None and problem.teacher is not None:
+        if exact.likely is not None:
             student, teacher = (
-                self.zero_invalid(x.hidden[at], at) for x in (problem.student, problem.teacher)
+                None if x is None else self.zero_invalid(x.hidden[at], at)
+                for x in (problem.student, problem.teacher)
             )
+            assert student is not None
             argmax = stats[:, Column.STUDENT_ARGMAX : Column.CLIPPED]
             argmax.copy_(exact_argmax(problem, problem.spec.at(at), student, teacher, exact.likely, argmax))
         out.stats[at], out.loss[at], out.A[at] = (self.zero_invalid(x, at) for x in (stats, loss, A))
-        if exact.label is not None and out.logprobs is not None:
+        if out.logprobs is None:
+            return
+        logprobs = stats.new_zeros(len(stats), 2)
+        if exact.label is not None:
             logprobs = torch_rows.label_logprobs(exact.label, stats)
-            if self.problem.shard is not None:
-                logprobs = self.problem.shard.of_owner(logprobs, self.labels(at))
-            out.logprobs[at] = self.zero_invalid(logprobs, at)
+            if problem.shard is not None:
+                logprobs = problem.shard.of_owner(logprobs, self.labels(at))
+        if out.logprobs.shape[1] > 2:
+            levels = logsumexps(stats, problem.spec.at(at), exact.constants)
+            logprobs = torch.cat([logprobs, levels], 1)
+        out.logprobs[at] = self.zero_invalid(logprobs, at)
 
     def gradient(self, S: Tensor) -> Tensor:
         """Return the gradient's buffer: S itself, or the front of each row for GEMMs in a narrower dtype."""
@@ -384,16 +417,13 @@ class Walk:
 def choose(walk: Walk) -> Sweep:
     """Return the sweep that all chunks of a call use."""
     if walk.problem.support is not None:
-        return top_k
+        return topk_support.top_k
     if walk.saved:
         return replay
     # Factors from statistics still allow one read of the logits, if the GEMMs apply them.
     weigher = walk.weigher
-    if walk.wants_gradient and (
-        weigher is None or (on_host(walk.out.loss.device) and weigher.policy is None)
-    ):
-        return fused
-    return two_pass
+    given = weigher is None or (on_host(walk.out.loss.device) and weigher.policy is None)
+    return fused if walk.wants_gradient and given and not walk.problem.spec.z_loss else two_pass
 
 
 def fused(walk: Walk, chunk: Rows, at: Positions) -> Tensor | None:
@@ -431,68 +461,7 @@ def replay(walk: Walk, chunk: Rows, at: Positions) -> None:
 
 
 def _write_gradient(walk: Walk, chunk: Rows, at: Positions, stats: Tensor, A: Tensor) -> None:
-    factor, slope = walk.factors(at)
+    factor, slope, labels = walk.pull(chunk, at, stats)
     G, biases = walk.gradient(chunk.S), (chunk.bias_s, chunk.bias_t)
-    labels = None if slope is None else walk.labels(at)
     spec = walk.problem.spec.at(at)
     walk.backend.row_grad_(chunk.S, chunk.T, stats, A, factor, spec, *biases, G, slope, labels)
-
-
-def top_k(walk: Walk, chunk: Rows, at: Positions) -> None:
-    """Restrict the divergence to a support. With saved statistics, compute the gradient alone."""
-    problem, spec, support = walk.problem, walk.problem.spec.at(at), walk.problem.support
-    assert support is not None
-    exact = walk.exact(chunk, at)
-    if walk.saved:
-        stats = walk.out.stats[at]
-    else:
-        stats = walk.backend.row_stats(chunk.S, chunk.T, spec, chunk.bias_s, chunk.bias_t, walk.metrics)
-    ids, logprobs = (
-        None if x is None else x[at] for x in (problem.rows.topk_ids, problem.rows.topk_logprobs)
-    )
-    if problem.shard is None:
-        every = own = topk_support.entries(chunk, stats, spec, support, ids, logprobs)
-    else:
-        every, own = problem.shard.entries(chunk, stats, spec, support, ids, logprobs)
-    result = topk_support.restricted(every, stats, spec, support.tail)
-    if not walk.saved:
-        walk.keep(at, stats, result.loss, result.A, exact)
-    if walk.wants_gradient:
-        factor, slope = walk.factors(at)
-        labels = None if slope is None else walk.label_columns(at)
-        G = walk.gradient(chunk.S)
-        topk_support.write_gradient_(walk.backend, chunk, stats, spec, own, result, factor, slope, labels, G)
-
-
-# ---------------------------------------------------------------- memory
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Allocate an uninitialised tensor, on a CPU in 2 MiB pages where the system grants them.
-
-    The first touch of 131 MiB takes 45 ms in 4 KiB pages and 14 ms in huge ones on a 2-core machine: 45 ms is
-    a third of the four bf16 GEMMs that use the memory.
-    """
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    nbytes = tensor.numel() * tensor.element_size()
-    madvise = _madvise()
-    if device.type == "cpu" and nbytes >= 2 * _PAGE and madvise is not None:
-        start = -(-tensor.data_ptr() // _PAGE) * _PAGE
-        length = (tensor.data_ptr() + nbytes) // _PAGE * _PAGE - start
-        madvise(start, length, _HUGE_PAGES)  # advice only: a refusal changes nothing
-    return tensor
-
-
-@functools.cache
-def _madvise() -> Callable[[int, int, int], int] | None:
-    try:
-        function = ctypes.CDLL(None).madvise
-    except (AttributeError, OSError, TypeError):  # not a POSIX system
-        return None
-    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], ctypes.c_int
-    return function
-
-
-def on_host(device: torch.device) -> bool:
-    """Return True on CPU, where reading values or boolean indexing needs no device sync."""
-    return device.type == "cpu"

@@ -174,6 +174,10 @@ class Problem:
         """Return the dtype of statistics, losses and factors: fp32, or fp64 for fp64 inputs."""
         return torch.promote_types(self.student.hidden.dtype, torch.float32)
 
+    def logprob_columns(self, metrics: bool) -> int:
+        """Return the columns of `Outputs.logprobs`; 0: there is none."""
+        return 4 if metrics or self.spec.z_loss else 2 * (self.rows.labels is not None)
+
     def with_factors(self, factor: Tensor | None, policy_slope: Tensor | None = None) -> Problem:
         return replace(self, rows=replace(self.rows, factor=factor, policy_slope=policy_slope))
 
@@ -207,7 +211,9 @@ class Outputs:
     loss: Tensor  # (N,) nats
     A: Tensor  # (N,) sum of u over the vocabulary: docs/design/mathematics.md
     stats: Tensor  # (N, len(Column))
-    logprobs: Tensor | None  # (N, 2) nats: log-probs of the label under student and teacher
+    # (N, 2) nats: log-probs of the label under student and teacher, 0 without labels; (N, 4) with the
+    # log-sum-exps of their logits, for statistics and a z-loss
+    logprobs: Tensor | None
     dh: Tensor | None  # (N, H_s)
     dW: Tensor | None  # (rows of the student's whole head, H_s)
     dbias: Tensor | None  # (rows of that head,) float64 during the loop, then of the dtype of the statistics

@@ -30,10 +30,10 @@ stats         (n, len(Column)) in torch.promote_types(S.dtype, float32): float64
 loss, A       (n,) of the dtype of stats: the divergence in nats, and the row scalar A of mathematics.md. For
               the KLs without an entry clip `row_dot` reads both from stats (`plain_kl`) and no logits.
 clips         spec.entry_clip: a term f > clip counts as the clip and its u as 0; for reverse and mixed
-              KL, whose u lacks c * q, as -c * q (`Divergence.omitted`). spec.token_clip: a sum above it counts
-              as the clip. With either, `row_dot` and `row_fused_` write stats[CLIPPED]: the share of the
-              row's V terms under the entry clip, and 1 where the token clip holds. At 1 the divergence has no
-              gradient.
+              KL, whose u lacks c * q, as -c * q (`Divergence.omitted`). spec.token_clip: a sum above it
+              counts as the clip. With either, `row_dot` and `row_fused_` write stats[CLIPPED]: the share of
+              the row's V terms under the entry clip, and 1 where the token clip holds. At 1 the divergence
+              has no gradient.
 factor        (n,) of the dtype of stats: multiplies the row's gradient.
 policy_slope  (n,) of the dtype of stats, or None for zeros: adds policy_slope * (q - onehot(label)), the
               gradient of -policy_slope * log q(label).
