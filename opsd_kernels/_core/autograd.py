@@ -23,7 +23,7 @@ from torch import Tensor
 from .._rows.contract import Column
 from ..spec import BACKWARDS, check_choice, expect
 from . import library
-from .memory import empty, on_host
+from .loop import empty, on_host
 from .problem import Problem, Side
 from .reductions import RowWeigher, TokenStats, token_stats
 
@@ -90,7 +90,7 @@ def evaluate(
             D = D if problem.spec.z_loss else value
         else:
             D, _, stats, logprobs, _, _, _, dropped = library.op(*library.pack(problem), metrics, False)
-            value = _with_z_loss(problem, D, logprobs)
+            value = _with_z_loss(problem, D, logprobs) if problem.spec.z_loss else D
         factor = weigher.weights(weigher.stats(D, stats, logprobs)) * scale
         losses = _times(factor, value)
         loss = losses if weigher.per_token else losses.sum()
@@ -162,8 +162,8 @@ def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[
 
 
 def _with_z_loss(problem: Problem, D: Tensor, logprobs: Tensor) -> Tensor:
-    """Return the losses of the rows, (N,): D, plus c * logsumexp**2 of the student's logits."""
-    return D + problem.spec.z_loss * logprobs[:, 2].square() if problem.spec.z_loss else D
+    """Return the losses of the rows, (N,): D + c * logsumexp(student logits)**2."""
+    return D + problem.spec.z_loss * logprobs[:, 2].square()
 
 
 def _times(factor: Tensor, D: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ class WeightedSum(torch.autograd.Function):
         ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in (hidden, weight, bias)]
         ctx.mark_non_differentiable(loss, stats, logprobs, dropped)
         ctx.set_materialize_grads(False)
-        value = _with_z_loss(problem, loss, logprobs)
+        value = _with_z_loss(problem, loss, logprobs) if problem.spec.z_loss else loss
         return _times(factor, value).sum(), loss, stats, logprobs, dropped, anchor
 
     @staticmethod
@@ -313,7 +313,9 @@ class PerRow(torch.autograd.Function):
             _save(ctx, problem, stats, A, anchor)
         else:
             ctx.save_for_backward(dh, unit, anchor)
-        value, D = _with_z_loss(problem, loss, logprobs), loss if problem.spec.z_loss else loss.new_empty(0)
+        value, D = loss, loss.new_empty(0)
+        if problem.spec.z_loss:
+            value, D = _with_z_loss(problem, loss, logprobs), loss
         ctx.mark_non_differentiable(D, stats, logprobs, dropped)
         ctx.set_materialize_grads(False)
         return value, D, stats, logprobs, dropped, anchor

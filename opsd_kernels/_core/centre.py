@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from .._rows import extension, torch_rows
-from .._rows.contract import Column
 from ..spec import RowSpec
 from .problem import Problem
 
@@ -80,11 +79,6 @@ class Centre(NamedTuple):
         if label is not None:
             at_label = (label[0] - s)[:, None], (label[1] - (0 if spared else t))[:, None]
         return cls(s, None if spared else t, None if spared else torch.cat([s, t]), at_label)
-
-    @property
-    def constants(self) -> tuple[Tensor, Tensor | None] | None:
-        """Return what S and T are relative to: None for nothing, in T None for 0."""
-        return None if self.s is None else (self.s, self.t)
 
     def part(self, rows: slice) -> Centre:
         """Return the constants of some rows of a chunk, for GEMMs of one side each."""
@@ -196,22 +190,3 @@ def _products_at(hidden: Tensor, weight: Tensor, columns: Tensor, out: Tensor) -
 def _rows_at_once(width: int, device: torch.device) -> int:
     """Return how many rows of `width` entries are copied at once."""
     return max(1, ENTRIES["cpu" if device.type == "cpu" else "cuda"] // width)
-
-
-def logsumexps(stats: Tensor, spec: RowSpec, constants: tuple[Tensor, Tensor | None] | None) -> Tensor:
-    """Return log sum exp of the transformed logits of student and teacher, (n, 2) in nats.
-
-    `stats` (n, len(Column)) and `spec` are those of rows that are held relative to `constants`
-    (Centre.constants).
-    """
-    of_rows = stats[:, : Column.GAP].unflatten(1, (2, 2)).sum(2)
-    if constants is None:
-        return of_rows
-    c, d = constants
-    raw_t = c if d is None else c + d if spec.difference else d
-    shifts = [
-        raw * (side.scale / (side.temperature if side.of_rows is None else side.of_rows))
-        for raw, side in ((c, spec.student), (raw_t, spec.teacher))
-    ]
-    shifts[1] = torch.lerp(shifts[1], shifts[0], spec.teacher_mix)
-    return of_rows + torch.stack(shifts, 1)

@@ -18,7 +18,7 @@ from .._rows import backends
 from .._rows.contract import Column, RowBackend
 from ..spec import TAILS, RowSpec, Support, expect
 from . import loop
-from .memory import on_host
+from .loop import on_host
 from .merged_rows import ShardedRows
 from .planner import SM_COUNT, ChunkPlan, held_dtype, plan
 from .problem import ComputedRows, Outputs, Problem, RowSelection, Side
@@ -280,7 +280,7 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     *flat, metrics, recompute = args
     hidden, labels = flat[0], flat[9]
     N, wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
-    more = metrics or flat[14][-1] != 0  # Problem.logprob_columns
+    more = metrics or flat[14][-1] != 0  # as loop._allocate
     shapes = (N,), (N,), (N, len(Column)), (N if more or labels is not None else 0, 4 if more else 2)
     wants = (False, False, False) if recompute else flat[-3:]
     vectors = (hidden.new_empty(shape, dtype=wide) for shape in shapes)

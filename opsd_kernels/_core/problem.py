@@ -174,10 +174,6 @@ class Problem:
         """Return the dtype of statistics, losses and factors: fp32, or fp64 for fp64 inputs."""
         return torch.promote_types(self.student.hidden.dtype, torch.float32)
 
-    def logprob_columns(self, metrics: bool) -> int:
-        """Return the columns of `Outputs.logprobs`; 0: there is none."""
-        return 4 if metrics or self.spec.z_loss else 2 * (self.rows.labels is not None)
-
     def with_factors(self, factor: Tensor | None, policy_slope: Tensor | None = None) -> Problem:
         return replace(self, rows=replace(self.rows, factor=factor, policy_slope=policy_slope))
 

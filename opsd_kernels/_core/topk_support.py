@@ -16,6 +16,7 @@ from .._rows import torch_rows
 from .._rows.contract import GAP_BOUNDS, Column, RowBackend, clip_tokens
 from .._rows.torch_math import transform_slope
 from ..spec import RowSpec, Support
+from .late_gradients import pull
 
 LEAST_TAIL = 1e-7  # the mass outside the support is taken for at least this, as -log of the mass inside
 
@@ -32,7 +33,8 @@ class Rows(NamedTuple):
     bias_t: Tensor | None
     # (C, 1) fp32: S and T at the labels, without their rounding
     at_label: tuple[Tensor, Tensor] | None = None
-    constants: tuple[Tensor, Tensor | None] | None = None  # (C,) fp32: Centre.constants
+    # (C,) fp32: what S and T are relative to; None for 0
+    constants: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def at(self, columns: Tensor) -> Rows:
         """Return logits and biases at (n, K) columns. A bias shared by both sides stays one object."""
@@ -241,7 +243,7 @@ def top_k(walk: Any, chunk: Rows, at: slice | Tensor) -> None:
     if not walk.saved:
         walk.keep(at, stats, result.loss, result.A, exact)
     if walk.wants_gradient:
-        factor, slope, labels = walk.pull(chunk, at, stats)
+        factor, slope, labels = pull(walk, chunk, at, stats)
         if labels is not None and problem.shard is not None:
             labels = problem.shard.local(labels)
         G = walk.gradient(chunk.S)

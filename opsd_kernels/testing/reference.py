@@ -3,34 +3,80 @@
 It imports no kernel and no formula of the kernels. In float64 it is the truth; in fp32, and for 16-bit inputs
 with fp32 logits, it is careful plain PyTorch. It holds several (N, V) tensors: for tests, not for training.
 
-The terms of the divergences: reference_terms.py.
+A divergence is a sum of terms (reference_terms.py). Clipped terms and tokens of weight zero are cut out of
+the graph at the log-probs: a term may be infinite, and 0 times its gradient would be NaN.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..spec import REDUCTIONS, Divergence, LogitTransform, check_choice, check_number, expect
-from .reference_terms import (
-    TAILS,
-    Clips,
-    LogProbs,
-    differentiable,
-    largest_entries,
-    listed_entries,
-    ratio_terms,
-    under_clips,
-)
+from .reference_terms import TAILS, LogProbs, largest_entries, listed_entries, ratio_terms
 from .reference_terms import reference_divergence as reference_divergence
 from .reference_terms import reference_terms as reference_terms
 
 # Arguments that change how the op computes, not its value.
 HOW = {"backend", "backward", "logits_dtype", "workspace_bytes"}
+
+# ---------------------------------------------------------------- the divergence under its clips
+
+
+@dataclass(frozen=True)
+class Clips:
+    """min(f, entry) before the sum, min(D, token) after it, no gradient at a clip. inf clips nothing."""
+
+    entry: float = math.inf
+    token: float = math.inf
+
+    @classmethod
+    def parse(cls, entry: float | None, token: float | None) -> Clips:
+        given = {"entry_clip": entry, "token_clip": token}
+        return cls(
+            *(
+                math.inf if value is None else check_number(name, value, positive=True)
+                for name, value in given.items()
+            )
+        )
+
+    def __bool__(self) -> bool:
+        return min(self.entry, self.token) < math.inf
+
+
+class _Clipped(NamedTuple):
+    """Values under the clips, without a gradient."""
+
+    divergence: Tensor  # (n,)
+    clipped_fraction: Tensor  # (n,) share of the clipped terms
+    terms: Tensor  # (n, E) bool, True where the entry clip holds
+    rows: Tensor  # (n,) bool, True where the token clip holds
+
+
+@torch.no_grad()
+def _under_clips(entries: LogProbs, divergence: Divergence, clips: Clips) -> _Clipped:
+    f = reference_terms(entries.log_q, entries.log_p, divergence)
+    terms = f > clips.entry
+    D = torch.where(terms, clips.entry, f).sum(-1)
+    rows = D > clips.token
+    share = terms.sum(-1) / entries.size.clamp(min=1).to(D.dtype)
+    return _Clipped(torch.where(rows, clips.token, D), torch.where(rows, 1.0, share), terms, rows)
+
+
+def _differentiable(
+    entries: LogProbs, divergence: Divergence, clips: Clips, clipped: _Clipped, unused: Tensor
+) -> Tensor:
+    """Compute D per row again, with its gradient. `unused` rows (n,) have none."""
+    stopped = clipped.rows | unused
+    log_q = torch.where(clipped.terms | stopped[:, None], 0.0, entries.log_q)
+    f = torch.where(clipped.terms, clips.entry, reference_terms(log_q, entries.log_p, divergence))
+    return torch.where(stopped, clipped.divergence, f.sum(-1))
+
 
 # ---------------------------------------------------------------- logits and statistics
 
@@ -178,12 +224,12 @@ class _Loss:
         self, entries: LogProbs, student: Tensor, statistics: dict[str, Tensor], tokens: _Tokens
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         check_choice("reduction", self.reduction, REDUCTIONS)
-        clipped = under_clips(entries, self.divergence, self.clips)
+        clipped = _under_clips(entries, self.divergence, self.clips)
         stats = {"divergence": clipped.divergence, **statistics}
         if self.clips:
             stats["clipped_fraction"] = clipped.clipped_fraction
         weights = tokens.weights(self.token_weights, stats)
-        per_token = differentiable(entries, self.divergence, self.clips, clipped, weights == 0)
+        per_token = _differentiable(entries, self.divergence, self.clips, clipped, weights == 0)
         per_token = (
             per_token + self.z_loss * torch.where((weights == 0)[:, None], 0.0, student).logsumexp(-1) ** 2
         )

@@ -1,21 +1,18 @@
 """The textbook terms of every divergence and the entries that they are summed over, for the reference.
 
-A divergence is a sum of terms f over the entries of the vocabulary, or of a support of K entries. Clipped
-terms and tokens of weight zero are cut out of the graph at the log-probs: a term may be infinite, and 0 times
-its gradient would be NaN.
+A divergence is a sum of terms f over the entries of the vocabulary, or of a support of K entries.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..spec import Divergence, Kind, check_number
+from ..spec import Divergence, Kind
 
 # Minus the largest log of the mass that a support may have beside its bucket (SDPO's clamp).
 SMALLEST_TAIL = 1e-7
@@ -133,56 +130,3 @@ def listed_entries(student: Tensor, ids: Tensor, logprobs: Tensor, tail: str) ->
     listed = logprobs > -math.inf
     log_q = student.log_softmax(-1).gather(-1, torch.where(listed, ids, 0))
     return _on_support(torch.where(listed, log_q, -math.inf), logprobs, tail, listed.sum(-1))
-
-
-# ---------------------------------------------------------------- the divergence under its clips
-
-
-@dataclass(frozen=True)
-class Clips:
-    """min(f, entry) before the sum, min(D, token) after it, no gradient at a clip. inf clips nothing."""
-
-    entry: float = math.inf
-    token: float = math.inf
-
-    @classmethod
-    def parse(cls, entry: float | None, token: float | None) -> Clips:
-        given = {"entry_clip": entry, "token_clip": token}
-        return cls(
-            *(
-                math.inf if value is None else check_number(name, value, positive=True)
-                for name, value in given.items()
-            )
-        )
-
-    def __bool__(self) -> bool:
-        return min(self.entry, self.token) < math.inf
-
-
-class Clipped(NamedTuple):
-    """Values under the clips, without a gradient."""
-
-    divergence: Tensor  # (n,)
-    clipped_fraction: Tensor  # (n,) share of the clipped terms
-    terms: Tensor  # (n, E) bool, True where the entry clip holds
-    rows: Tensor  # (n,) bool, True where the token clip holds
-
-
-@torch.no_grad()
-def under_clips(entries: LogProbs, divergence: Divergence, clips: Clips) -> Clipped:
-    f = reference_terms(entries.log_q, entries.log_p, divergence)
-    terms = f > clips.entry
-    D = torch.where(terms, clips.entry, f).sum(-1)
-    rows = D > clips.token
-    share = terms.sum(-1) / entries.size.clamp(min=1).to(D.dtype)
-    return Clipped(torch.where(rows, clips.token, D), torch.where(rows, 1.0, share), terms, rows)
-
-
-def differentiable(
-    entries: LogProbs, divergence: Divergence, clips: Clips, clipped: Clipped, unused: Tensor
-) -> Tensor:
-    """Compute D per row again, with its gradient. `unused` rows (n,) have none."""
-    stopped = clipped.rows | unused
-    log_q = torch.where(clipped.terms | stopped[:, None], 0.0, entries.log_q)
-    f = torch.where(clipped.terms, clips.entry, reference_terms(log_q, entries.log_p, divergence))
-    return torch.where(stopped, clipped.divergence, f.sum(-1))
