@@ -26,8 +26,9 @@ class TokenStats:
     Of 16-bit logits (a shared head and `logits_dtype="auto"`, or "input") log-probs of sampled tokens are off
     by up to .02 nats at temperature 1, at temperature t by 1/t times that: good for a curve, not for the
     numerator of a ratio. Take those from `linear_logprobs`, or from a call with `logits_dtype=torch.float32`.
-    A policy term and a weighting that reads log-probs bring fp32 logits along. The same holds for
-    log-sum-exps. `top1_agreement` and `label_is_top1` are decided by fp32 dot products.
+    A policy term and a weighting that reads log-probs bring fp32 logits along. Log-sum-exps are off by as
+    much, and by up to .05 where labels are missing or unlikely. `top1_agreement` and `label_is_top1` are
+    decided by fp32 dot products.
     """
 
     divergence: Tensor  # unweighted, under the clips
