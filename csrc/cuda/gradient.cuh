@@ -140,14 +140,31 @@ struct Pull {
   }
 };
 
+// The gradient of the plain KLs over q: a line in o and 2^o - 1, which takes up what o lacks.
+struct Line {
+  float level, of_o, of_expm1;
+  template <Kind KIND>
+  static OPSD_DEVICE Line of(const Normal& row, const Pull& pull) {
+    const float power = exp2_approx(row.shift), by_o = -LN_2F * pull.factor;
+    if constexpr (KIND == Kind::REVERSE_KL) return {fmaf(-pull.factor, pull.A, pull.weight) + by_o * row.shift, by_o, 0};
+    return {fmaf(-pull.factor, exp2m1(row.shift, power), pull.weight), 0, -pull.factor * power};
+  }
+};
+
 // factor * (u - q * A) + weight * q of one entry.
 template <Kind KIND, bool PLAIN>
 OPSD_DEVICE float near_gradient(const Source<PLAIN>& source, const typename Source<PLAIN>::Entry& entry, const Normal& row, const Pull& pull,
-                                float beta) {
-  const Distribution d = distribution<true>(source, entry, row);
-  if constexpr (KIND == Kind::REVERSE_KL) return d.q * fmaf(d.delta, -LN_2F * pull.factor, fmaf(-pull.factor, pull.A, pull.weight));
-  if constexpr (KIND == Kind::FORWARD_KL) return forward_kl_grad(d.q, fmaf(d.expm1, pull.factor, -pull.weight));
-  return fmaf(terms<KIND, true>(d, beta).u, pull.factor, d.q * fmaf(-pull.factor, pull.A, pull.weight));
+                                const Line& line, float beta) {
+  if constexpr (KIND == Kind::REVERSE_KL || KIND == Kind::FORWARD_KL) {
+    const Relative r = source.finite(entry, row.at);
+    float sum = line.level;
+    if constexpr (KIND == Kind::REVERSE_KL) sum = fmaf(r.o, line.of_o, sum);
+    else sum = fmaf(exp2m1(r.o, exp2_approx(r.o)), line.of_expm1, sum);
+    return exp2_approx(r.x) * sum;
+  } else {
+    const Distribution d = distribution<true>(source, entry, row);
+    return fmaf(terms<KIND, true>(d, beta).u, pull.factor, d.q * fmaf(-pull.factor, pull.A, pull.weight));
+  }
 }
 
 template <Kind KIND, bool PLAIN>
@@ -167,12 +184,13 @@ OPSD_DEVICE float far_gradient(const Source<PLAIN>& source, const typename Sourc
 template <bool HELD, class Out, Kind KIND, bool PLAIN, class In, class Loaded>
 OPSD_DEVICE void gradient_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, const Pull& pull, const Output& G, float beta,
                                 Loaded loaded) {
+  const Line line = Line::of<KIND>(row, pull);
   walk<LANES<In>, DEPTH<PLAIN, In, HELD>>(slice, loaded, [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
     typename Source<PLAIN>::Entry entry[N];
     entries_of(source, S, T, slice.offset + v, entry);
     Floats<N> values;
 #pragma unroll
-    for (int i = 0; i < N; ++i) values.of[i] = near_gradient<KIND>(source, entry[i], row, pull, beta);
+    for (int i = 0; i < N; ++i) values.of[i] = near_gradient<KIND>(source, entry[i], row, pull, line, beta);
     G.store<Out>(v, values);
   });
 }

@@ -72,7 +72,7 @@ OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) fused_kernel(OPSD_GRID_CONST
   const int length = static_cast<int>(min(per_block, a.V - first));
   const Source<PLAIN> source(a, n);
   const WholeRow<In> whole = whole_row<In>(a, n);
-  const Slice<In> slice(whole.S + first, whole.T + first, first, length);
+  const Slice<In> slice(kept(whole.S + first), kept(whole.T + first), first, length);
   In* const held_s = reinterpret_cast<In*>(shared_memory() + EXCHANGE_BYTES);
   In* const held_t = held_s + per_block;
   const auto keep = [=]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
@@ -89,7 +89,7 @@ OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) fused_kernel(OPSD_GRID_CONST
   const Pull pull(a, n, v.A, write_value(a, n, v, writes));
   const Output G(a.G, n * a.stride_g + first, a.out);
   if (pull.zero()) return zero_gradient(length, G);
-  gradient<true, KIND>(source, held.peeled(G), normal, pull, G, a, [] {});
+  gradient<true, KIND>(source, held.peeled(G), normal, pull, G, a, Apart());
 }
 
 }  // namespace opsd::cuda

@@ -172,25 +172,32 @@ struct Slice {
 template <class In>
 constexpr int TILE = STAGING_BYTES / 2 / sizeof(In);  // entries
 
+// `loaded` of a walk whose threads need not wait for each other.
+struct Apart {
+  OPSD_DEVICE void operator()() const {}
+};
+
 // Calls step(v, S, T) for each of this thread's packs of the slice: vectors of N, with AT_ONCE loads of each
-// buffer in flight, then the head and the tail, an entry per thread. `loaded` runs in all threads together,
-// after the loads of the packs and before their steps.
+// buffer in flight, then the head and the tail, an entry per thread. `loaded` runs in all threads together, unless
+// it is Apart, after the loads of the packs and before their steps.
 template <int N, int AT_ONCE, class In, class Loaded, class Step>
 OPSD_DEVICE void walk(const Slice<In>& slice, Loaded loaded, Step step) {
-  const int stride = threads() * N;
+  constexpr bool APART = std::is_same_v<Loaded, Apart>;
+  const int stride = threads() * N, first = thread() * N;
 #pragma unroll 1
-  for (int base = slice.head; base < slice.whole; base += AT_ONCE * stride) {
+  for (int base = slice.head + (APART ? first : 0); base < slice.whole; base += AT_ONCE * stride) {
+    const int own = base + (APART ? 0 : first);
     Pack<In, N> S[AT_ONCE], T[AT_ONCE];
 #pragma unroll
     for (int u = 0; u < AT_ONCE; ++u) {
-      const int v = base + u * stride + thread() * N;
-      if (v < slice.whole) S[u] = *reinterpret_cast<const Pack<In, N>*>(slice.S + v), T[u] = *reinterpret_cast<const Pack<In, N>*>(slice.T + v);
+      const int v = own + u * stride;
+      if ((APART && u == 0) || v < slice.whole) S[u] = *reinterpret_cast<const Pack<In, N>*>(slice.S + v), T[u] = *reinterpret_cast<const Pack<In, N>*>(slice.T + v);
     }
     loaded();
 #pragma unroll
     for (int u = 0; u < AT_ONCE; ++u) {
-      const int v = base + u * stride + thread() * N;
-      if (v < slice.whole) step(v, S[u], T[u]);
+      const int v = own + u * stride;
+      if ((APART && u == 0) || v < slice.whole) step(v, S[u], T[u]);
     }
   }
   const int rest = slice.head + slice.length - slice.whole;
@@ -206,7 +213,7 @@ OPSD_DEVICE void walk(const Slice<In>& slice, Loaded loaded, Step step) {
 
 template <int N, int AT_ONCE, class In, class Step>
 OPSD_DEVICE void walk(const Slice<In>& slice, Step step) {
-  walk<N, AT_ONCE>(slice, [] {}, step);
+  walk<N, AT_ONCE>(slice, Apart(), step);
 }
 
 // walk for sums, whose step takes an entry's index in the row. Their bits must not depend on a row's address: each

@@ -41,15 +41,15 @@ struct Frame {
 // With e = 2^x, g = e * 2^o; o in base 2.
 struct NearSums {
   float e = 0, eo = 0, em = 0, g = 0, go = 0;  // sums of e, e * o, e * (2^o - 1), g, g * o
-  float high = -INF, low = INF;                // the largest o, the smallest
+  float high = -INF, low = INF;                // the largest o, the smallest; HELD: the largest |o| alone
   float es = 0, gt = 0;                        // of the metrics: sums of e * x, g * (y - top)
   OPSD_DEVICE void absorb(const NearSums& other) {
     e += other.e, eo += other.eo, em += other.em, g += other.g, go += other.go, es += other.es, gt += other.gt;
     high = max(high, other.high), low = min(low, other.low);
   }
 
-  // Only the sums that KIND needs; with METRICS, and of general rows, all.
-  template <bool PLAIN, Kind KIND, bool METRICS, int N>
+  // Only the sums that KIND needs; with METRICS, and of general rows, all. HELD: o is 0 at the student's peak.
+  template <bool HELD, bool PLAIN, Kind KIND, bool METRICS, int N>
   OPSD_DEVICE void add(const Relative (&r)[N], float top) {
     constexpr bool REVERSE = METRICS || !PLAIN || KIND == Kind::REVERSE_KL, FORWARD = METRICS || !PLAIN || KIND == Kind::FORWARD_KL;
 #pragma unroll
@@ -65,7 +65,8 @@ struct NearSums {
         g = fmaf(one, ratio, g);
       }
       if constexpr (METRICS) es += guard<!PLAIN>(one, one * r[i].x);
-      high = fmaxf(high, o), low = fminf(low, o);
+      if constexpr (HELD) high = fmaxf(high, fabsf(o));
+      else high = fmaxf(high, o), low = fminf(low, o);
     }
   }
 };
@@ -187,7 +188,7 @@ OPSD_DEVICE NearSums near_sweep(const Source<PLAIN>& source, const Slice<In>& sl
     float largest = LOWEST;
 #pragma unroll
     for (int i = 0; i < N; ++i) r[i] = source.finite(entry[i], frame.at), largest = fmaxf(largest, r[i].y);
-    sums.template add<PLAIN, KIND, METRICS>(r, frame.top);
+    sums.template add<HELD, PLAIN, KIND, METRICS>(r, frame.top);
     if constexpr (!HELD) {
       peaks.student.template next<N>(largest_student(source, S, entry), v);
       if constexpr (METRICS) peaks.teacher.template next<N>(largest, v);
