@@ -41,10 +41,8 @@ OPSD_DEVICE Terms<float> terms(const Distribution& d, float beta) {
   return entry<KIND, !NEAR>(d.q, d.p, Ratio<float>{LN_2F * d.delta, decay, exp2m1(below, decay)}, beta);
 }
 
-struct ValueSums {
-  float f = 0, u = 0, taken = 0;
-  OPSD_DEVICE void absorb(const ValueSums& other) { f += other.f, u += other.u, taken += other.taken; }
-};
+// Sums of f, of u, and of the terms under the entry clip.
+enum { F, U, TAKEN };
 
 // Loss and A before the token clip, and the share of the terms under the entry clip; the same in every
 // thread.
@@ -53,15 +51,15 @@ struct Value {
 };
 
 template <bool HELD, Kind KIND, bool PLAIN, class In>
-OPSD_DEVICE ValueSums value_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, float beta) {
-  ValueSums sums;
+OPSD_DEVICE Sums value_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, float beta) {
+  Sums sums;
   walk_tiles<LANES<In>, DEPTH<PLAIN, In, HELD>>(slice, [&]<int N>(int64_t v, const Pack<In, N>& S, const Pack<In, N>& T) {
     typename Source<PLAIN>::Entry entry[N];
     entries_of(source, S, T, v, entry);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const auto term = terms<KIND, true>(distribution<true>(source, entry[i], row), beta);
-      sums.f += term.f, sums.u += term.u;
+      sums.of[F] += term.f, sums.of[U] += term.u;
     }
   });
   return sums;
@@ -69,8 +67,8 @@ OPSD_DEVICE ValueSums value_sweep(const Source<PLAIN>& source, const Slice<In>& 
 
 // The same of far and of general rows, and with an entry clip.
 template <bool HELD, Kind KIND, bool PLAIN, class In>
-OPSD_DEVICE ValueSums far_value_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, const TermOptions<float>& options) {
-  ValueSums sums;
+OPSD_DEVICE Sums far_value_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, const TermOptions<float>& options) {
+  Sums sums;
   walk_tiles<FAR_WIDTH<HELD>, 1>(slice, [&]<int N>(int64_t v, const Pack<In, N>& S, const Pack<In, N>& T) {
     typename Source<PLAIN>::Entry entry[N];
     entries_of(source, S, T, v, entry);
@@ -78,14 +76,14 @@ OPSD_DEVICE ValueSums far_value_sweep(const Source<PLAIN>& source, const Slice<I
     for (int i = 0; i < N; ++i) {
       const Distribution d = distribution<false>(source, entry[i], row);
       const auto term = clip_terms<KIND>(terms<KIND, false>(d, options.beta), d.q, options.clip);
-      sums.f += term.f, sums.u += term.u, sums.taken += term.taken;
+      sums.of[F] += term.f, sums.of[U] += term.u, sums.of[TAKEN] += term.taken;
     }
   });
   return sums;
 }
 
 OPSD_DEVICE TermOptions<float> options_of(const RowArgs& a, const Normal& row) {
-  return {static_cast<float>(a.terms.beta), static_cast<float>(a.terms.clip) / row.scale};
+  return {static_cast<float>(a.terms.beta), quotient(static_cast<float>(a.terms.clip), row.scale)};
 }
 
 template <bool HELD, Kind KIND, bool PLAIN, class In>
@@ -97,13 +95,13 @@ OPSD_DEVICE Value value(const Source<PLAIN>& source, const Slice<In>& slice, con
   if (row.gap != row.gap) return {row.gap, row.gap, 0};
   if (KIND == Kind::REVERSE_KL && !clips) return {row.reverse_kl, row.reverse_kl, 0};
   if (KIND == Kind::FORWARD_KL && !clips) return {row.forward_kl, -1, 0};
-  ValueSums sums;
+  Sums sums;
   const bool quick = PLAIN && !KL && !normal.far && !clips;
   if constexpr (PLAIN && !KL)
     if (quick) sums = value_sweep<HELD, KIND>(source, slice, normal, options.beta);
   if (!quick) sums = far_value_sweep<HELD, KIND>(source, slice, normal, options);
   sums = merge(sums, x);
-  return {sums.f * normal.scale, sums.u * normal.scale, quotient(sums.taken, static_cast<float>(a.V))};
+  return {sums.of[F] * normal.scale, sums.of[U] * normal.scale, quotient(sums.of[TAKEN], static_cast<float>(a.V))};
 }
 
 // Writes a row's loss, A and clipped share from one thread, and returns the share in all.

@@ -177,11 +177,10 @@ struct Apart {
   OPSD_DEVICE void operator()() const {}
 };
 
-// Calls step(v, S, T) for each of this thread's packs of the slice: vectors of N, with AT_ONCE loads of each
-// buffer in flight, then the head and the tail, an entry per thread. `loaded` runs in all threads together, unless
-// it is Apart, after the loads of the packs and before their steps.
+// Calls step(v, S, T) for each of this thread's vectors of N in the slice, with AT_ONCE loads of each buffer in
+// flight. `loaded` runs in all threads together, unless it is Apart, after the loads and before their steps.
 template <int N, int AT_ONCE, class In, class Loaded, class Step>
-OPSD_DEVICE void walk(const Slice<In>& slice, Loaded loaded, Step step) {
+OPSD_DEVICE void vectors(const Slice<In>& slice, Loaded loaded, Step step) {
   constexpr bool APART = std::is_same_v<Loaded, Apart>;
   const int stride = threads() * N, first = thread() * N;
 #pragma unroll 1
@@ -200,6 +199,11 @@ OPSD_DEVICE void walk(const Slice<In>& slice, Loaded loaded, Step step) {
       if ((APART && u == 0) || v < slice.whole) step(v, S[u], T[u]);
     }
   }
+}
+
+// The same of the entries outside `head` to `whole`, one at a time.
+template <class In, class Loaded, class Step>
+OPSD_DEVICE void singles(const Slice<In>& slice, Loaded loaded, Step step) {
   const int rest = slice.head + slice.length - slice.whole;
 #pragma unroll 1
   for (int base = 0; base < rest; base += threads()) {
@@ -211,17 +215,19 @@ OPSD_DEVICE void walk(const Slice<In>& slice, Loaded loaded, Step step) {
   }
 }
 
-template <int N, int AT_ONCE, class In, class Step>
-OPSD_DEVICE void walk(const Slice<In>& slice, Step step) {
-  walk<N, AT_ONCE>(slice, Apart(), step);
+template <int N, int AT_ONCE, class In, class Loaded, class Step>
+OPSD_DEVICE void walk(Slice<In> slice, Loaded loaded, Step step) {
+  if constexpr (N == 1) slice.head = slice.whole = 0;
+  else vectors<N, AT_ONCE>(slice, loaded, step);
+  singles(slice, loaded, step);
 }
 
-// walk for sums, whose step takes an entry's index in the row. Their bits must not depend on a row's address: each
-// thread has the same entries in the same order, of rows that are not aligned through shared memory.
-template <int N, int AT_ONCE, class In, class Step>
-OPSD_DEVICE void walk_tiles(const Slice<In>& slice, Step step) {
+// For sums: calls part(slice) for tiles of a slice. Their bits must not depend on a row's address: each thread has the same
+// entries in the same order, of rows that are not aligned through shared memory.
+template <class In, class Part>
+OPSD_DEVICE void tiles(const Slice<In>& slice, Part part) {
   const int tile = slice.staging ? TILE<In> / MOST_THREADS * threads() : slice.length;
-  Slice<In> part = slice;
+  Slice<In> now = slice;
 #pragma unroll 1
   for (int first = 0; first < slice.length; first += tile) {
     if (slice.staging) {
@@ -230,10 +236,18 @@ OPSD_DEVICE void walk_tiles(const Slice<In>& slice, Step step) {
 #pragma unroll 4
       for (int i = thread(); i < count; i += threads()) slice.staging[i] = slice.S[first + i], slice.staging[TILE<In> + i] = slice.T[first + i];
       block_sync();
-      part = Slice<In>(slice.staging, slice.staging + TILE<In>, slice.offset + first, count);
+      now = Slice<In>(slice.staging, slice.staging + TILE<In>, slice.offset + first, count);
     }
-    walk<N, AT_ONCE>(part, [&](int v, const auto& S, const auto& T) { step(part.offset + v, S, T); });
+    part(now);
   }
+}
+
+// walk in tiles, whose step takes an entry's index in the row.
+template <int N, int AT_ONCE, class In, class Step>
+OPSD_DEVICE void walk_tiles(const Slice<In>& slice, Step step) {
+  tiles(slice, [&](const Slice<In>& part) {
+    walk<N, AT_ONCE>(part, Apart(), [&](int v, const auto& S, const auto& T) { step(part.offset + v, S, T); });
+  });
 }
 
 // Entries of a vector in loops in which speed matters, and in the others: half the code.
@@ -242,8 +256,8 @@ constexpr int WIDTH = PLAIN ? LANES<In> : 4;
 // Vectors at once: from device memory as many as its latency takes, from shared memory 8 entries.
 template <bool PLAIN, class In, bool HELD>
 constexpr int DEPTH = !PLAIN ? 1 : (HELD ? 8 : 16) / LANES<In>;
-// Entries at once of rows of a far teacher.
+// Entries at once of rows of a far teacher, which are rare.
 template <bool HELD>
-constexpr int FAR_WIDTH = HELD ? 2 : 4;
+constexpr int FAR_WIDTH = HELD ? 1 : 4;
 
 }  // namespace opsd::cuda

@@ -29,7 +29,6 @@ struct Largest {
 
 struct Peaks {
   Largest student, teacher;  // teacher: of the metrics
-  OPSD_DEVICE void absorb(const Peaks& other) { student.absorb(other.student), teacher.absorb(other.teacher); }
 };
 
 // What a row's sums are relative to.
@@ -38,45 +37,39 @@ struct Frame {
   float top = 0;  // of the metrics: y near its maximum
 };
 
-// With e = 2^x, g = e * 2^o; o in base 2.
-struct NearSums {
-  float e = 0, eo = 0, em = 0, g = 0, go = 0;  // sums of e, e * o, e * (2^o - 1), g, g * o
-  float high = -INF, low = INF;                // the largest o, the smallest; HELD: the largest |o| alone
-  float es = 0, gt = 0;                        // of the metrics: sums of e * x, g * (y - top)
-  OPSD_DEVICE void absorb(const NearSums& other) {
-    e += other.e, eo += other.eo, em += other.em, g += other.g, go += other.go, es += other.es, gt += other.gt;
-    high = max(high, other.high), low = min(low, other.low);
-  }
+// With e = 2^x, g = e * 2^o; o in base 2: sums of e, e * o, e * (2^o - 1), g, g * o; of the metrics e * x, g * (y - top).
+enum { E, EO, EM, G, GO, ES, GT };
 
-  // Only the sums that KIND needs; with METRICS, and of general rows, all. HELD: o is 0 at the student's peak.
-  template <bool HELD, bool PLAIN, Kind KIND, bool METRICS, int N>
-  OPSD_DEVICE void add(const Relative (&r)[N], float top) {
-    constexpr bool REVERSE = METRICS || !PLAIN || KIND == Kind::REVERSE_KL, FORWARD = METRICS || !PLAIN || KIND == Kind::FORWARD_KL;
+// Only the sums that KIND needs; with METRICS, and of general rows, all. HELD: o is 0 at the student's peak.
+template <bool HELD, bool PLAIN, Kind KIND, bool METRICS, int N>
+OPSD_DEVICE void add(Sums& sums, const Relative (&r)[N], float top) {
+  constexpr bool REVERSE = METRICS || !PLAIN || KIND == Kind::REVERSE_KL, FORWARD = METRICS || !PLAIN || KIND == Kind::FORWARD_KL;
+  float* const of = sums.of;
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float one = exp2_approx(r[i].x), o = r[i].o, ratio = exp2_approx(o);
-      e += one, em = fmaf(one, exp2m1(o, ratio), em);
-      if constexpr (REVERSE) eo = fmaf(one, o, eo);
-      if constexpr (FORWARD) {
-        const float p = one * ratio;
-        g += p, go = fmaf(p, o, go);
-        if constexpr (METRICS) gt += guard<!PLAIN>(p, p * (r[i].y - top));
-      } else {
-        g = fmaf(one, ratio, g);
-      }
-      if constexpr (METRICS) es += guard<!PLAIN>(one, one * r[i].x);
-      if constexpr (HELD) high = fmaxf(high, fabsf(o));
-      else high = fmaxf(high, o), low = fminf(low, o);
+  for (int i = 0; i < N; ++i) {
+    const float one = exp2_approx(r[i].x), o = r[i].o, ratio = exp2_approx(o);
+    of[E] += one, of[EM] = fmaf(one, exp2m1(o, ratio), of[EM]);
+    if constexpr (REVERSE) of[EO] = fmaf(one, o, of[EO]);
+    if constexpr (FORWARD) {
+      const float p = one * ratio;
+      of[G] += p, of[GO] = fmaf(p, o, of[GO]);
+      if constexpr (METRICS) of[GT] += guard<!PLAIN>(p, p * (r[i].y - top));
+    } else {
+      of[G] = fmaf(one, ratio, of[G]);
     }
+    if constexpr (METRICS) of[ES] += guard<!PLAIN>(one, one * r[i].x);
+    if constexpr (HELD) sums.high = fmaxf(sums.high, fabsf(o));
+    else sums.high = fmaxf(sums.high, o), sums.low = fminf(sums.low, o);
   }
-};
+}
 
-// The same for a row of a far teacher, with r = 2^y; a term of probability 0 is 0.
-struct FarSums {
-  // sums of e, e * o, e * x, r, r * o, r * y
-  float e = 0, eo = 0, es = 0, r = 0, ro = 0, rt = 0;
-  OPSD_DEVICE void absorb(const FarSums& other) { e += other.e, eo += other.eo, es += other.es, r += other.r, ro += other.ro, rt += other.rt; }
-};
+// The same of a row of a far teacher, with g = 2^y; a term of probability 0 is 0.
+OPSD_DEVICE void add_far(Sums& sums, const Relative& r) {
+  float* const of = sums.of;
+  const float e = exp2_approx(r.x), g = exp2_approx(r.y);
+  of[E] += e, of[EO] += guard<true>(e, e * r.o), of[ES] += guard<true>(e, e * r.x);
+  of[G] += g, of[GO] += guard<true>(g, g * r.o), of[GT] += guard<true>(g, g * r.y);
+}
 
 // A row's columns except CLIPPED, for the later sweeps.
 struct Statistics {
@@ -143,21 +136,30 @@ OPSD_DEVICE float largest_student(const Source<PLAIN>& source, const Pack<In, N>
   return largest;
 }
 
-template <bool METRICS, bool PLAIN, class In, class Keep>
-OPSD_DEVICE Peaks find_peaks(const Source<PLAIN>& source, const Slice<In>& slice, Keep keep) {
-  Peaks peaks;
-  walk<WIDTH<PLAIN, In>, DEPTH<PLAIN, In, false>>(slice, [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
+template <bool PLAIN, class In, class Keep>
+OPSD_DEVICE Largest student_peak(const Source<PLAIN>& source, const Slice<In>& slice, Keep keep) {
+  Largest peak;
+  walk<WIDTH<PLAIN, In>, DEPTH<PLAIN, In, false>>(slice, Apart(), [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
     keep(v, S, T);
     typename Source<PLAIN>::Entry entry[N];
     entries_of(source, S, T, slice.offset + v, entry);
-    peaks.student.template next<N>(largest_student(source, S, entry), slice.offset + v);
-    if constexpr (!METRICS) return;
+    peak.next<N>(largest_student(source, S, entry), slice.offset + v);
+  });
+  return peak;
+}
+
+template <bool HELD, bool PLAIN, class In>
+OPSD_DEVICE Largest teacher_peak(const Source<PLAIN>& source, const Slice<In>& slice) {
+  Largest peak;
+  walk<WIDTH<PLAIN, In>, DEPTH<PLAIN, In, HELD>>(slice, Apart(), [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
+    typename Source<PLAIN>::Entry entry[N];
+    entries_of(source, S, T, slice.offset + v, entry);
     float largest = LOWEST;
 #pragma unroll
     for (int i = 0; i < N; ++i) largest = fmaxf(largest, source.teacher(entry[i]));
-    peaks.teacher.template next<N>(largest, slice.offset + v);
+    peak.next<N>(largest, slice.offset + v);
   });
-  return peaks;
+  return peak;
 }
 
 // A row's peaks: where they are, and what there is.
@@ -167,127 +169,116 @@ struct Found {
   typename Source<PLAIN>::Entry student, teacher;
 };
 
-template <bool PLAIN, class In, class OfTeacher>
-OPSD_DEVICE Found<PLAIN> find(const Source<PLAIN>& source, const WholeRow<In>& whole, Peaks peaks, bool metrics, OfTeacher of_teacher) {
-  Found<PLAIN> found;
-  found.student = found.teacher = locate(source, whole, peaks.student, [&](const auto& entry) { return PLAIN ? entry.s : source.student(entry); });
-  if (metrics) found.teacher = locate(source, whole, peaks.teacher, of_teacher);
-  found.peaks = peaks;
-  return found;
-}
-
-// HELD: in shared memory, with known peaks. Else `peaks` takes the largest logits, the teacher's as y of the
-// frame.
-template <bool HELD, Kind KIND, bool METRICS, bool PLAIN, class In>
-OPSD_DEVICE NearSums near_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Frame& frame, Peaks& peaks) {
-  NearSums sums;
-  walk_tiles<WIDTH<PLAIN, In>, DEPTH<PLAIN, In, HELD>>(slice, [&]<int N>(int64_t v, const Pack<In, N>& S, const Pack<In, N>& T) {
-    typename Source<PLAIN>::Entry entry[N];
-    Relative r[N];
-    entries_of(source, S, T, v, entry);
-    float largest = LOWEST;
+// HELD: in shared memory, with known peaks. Else `peaks` takes the largest logits, with metrics the teacher's as y of
+// the frame. The entries beside the vectors take all sums.
+template <bool HELD, Kind KIND, bool PLAIN, class In>
+OPSD_DEVICE Sums near_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Frame& frame, Peaks& peaks, bool metrics) {
+  Sums sums;
+  tiles(slice, [&](const Slice<In>& part) {
+    auto step = [&]<bool METRICS, int N>(std::bool_constant<METRICS>, int v, const Pack<In, N>& S, const Pack<In, N>& T) {
+      typename Source<PLAIN>::Entry entry[N];
+      Relative r[N];
+      entries_of(source, S, T, part.offset + v, entry);
+      float largest = LOWEST;
 #pragma unroll
-    for (int i = 0; i < N; ++i) r[i] = source.finite(entry[i], frame.at), largest = fmaxf(largest, r[i].y);
-    sums.template add<HELD, PLAIN, KIND, METRICS>(r, frame.top);
-    if constexpr (!HELD) {
-      peaks.student.template next<N>(largest_student(source, S, entry), v);
-      if constexpr (METRICS) peaks.teacher.template next<N>(largest, v);
-    }
+      for (int i = 0; i < N; ++i) r[i] = source.finite(entry[i], frame.at), largest = fmaxf(largest, r[i].y);
+      add<HELD, PLAIN, KIND, METRICS>(sums, r, frame.top);
+      if constexpr (!HELD) {
+        peaks.student.template next<N>(largest_student(source, S, entry), part.offset + v);
+        if constexpr (METRICS) peaks.teacher.template next<N>(largest, part.offset + v);
+      }
+    };
+    auto with = [&](int v, const auto& S, const auto& T) { step(std::true_type(), v, S, T); };
+    auto without = [&](int v, const auto& S, const auto& T) { step(std::false_type(), v, S, T); };
+    constexpr int N = WIDTH<PLAIN, In>, AT_ONCE = DEPTH<PLAIN, In, HELD>;
+    if (metrics) vectors<N, AT_ONCE>(part, Apart(), with);  // metrics
+    else vectors<N, AT_ONCE>(part, Apart(), without);
+    singles(part, Apart(), with);
   });
   return sums;
 }
 
 template <bool HELD, bool PLAIN, class In>
-OPSD_DEVICE void far_statistics(const Source<PLAIN>& source, const WholeRow<In>& whole, const Slice<In>& slice, Exchange& x, Statistics& row) {
-  Peaks peaks;
-  walk<FAR_WIDTH<HELD>, 1>(slice, [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
-    typename Source<PLAIN>::Entry entry[N];
-    entries_of(source, S, T, slice.offset + v, entry);
-    float largest = LOWEST;
-#pragma unroll
-    for (int i = 0; i < N; ++i) largest = fmaxf(largest, source.teacher(entry[i]));
-    peaks.teacher.template next<N>(largest, slice.offset + v);
-  });
-  peaks.teacher = merge(peaks.teacher, x);
-  const auto peak = locate(source, whole, peaks.teacher, [&](const auto& entry) { return source.teacher(entry); });
-  row.max_t = peaks.teacher.value, row.argmax_t = peaks.teacher.at;
-  const Reference at = source.reference(Levels{row.max_s, row.max_t}, true);
-  FarSums sums;
+OPSD_DEVICE Sums far_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Frame& frame) {
+  Sums sums;
   walk_tiles<FAR_WIDTH<HELD>, 1>(slice, [&]<int N>(int64_t v, const Pack<In, N>& S, const Pack<In, N>& T) {
     typename Source<PLAIN>::Entry entry[N];
     entries_of(source, S, T, v, entry);
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const Relative r = source.relative(entry[i], at);
-      const float e = exp2_approx(r.x), p = exp2_approx(r.y);
-      sums.e += e, sums.eo += guard<true>(e, e * r.o), sums.es += guard<true>(e, e * r.x);
-      sums.r += p, sums.ro += guard<true>(p, p * r.o), sums.rt += guard<true>(p, p * r.y);
-    }
+    for (int i = 0; i < N; ++i) add_far(sums, source.relative(entry[i], frame.at));
   });
-  sums = merge(sums, x);
-  const Levels zero = source.levels(at);
-  const float log_e = log2f(sums.e), log_r = log2f(sums.r);
-  const float gap = sums.r > 0 && sums.e > 0 ? log_r - log_e : NAN;  // a side may have no distribution
-  const double lse_s = double{row.max_s} + row.logsum_s, lse_t = zero.teacher + log_r * LN_2;  // student: as in near rows
-  row.gap = gap == gap ? static_cast<float>(lse_t - lse_s - (row.max_t - row.max_s)) : NAN;
-  row.reverse_kl = LN_2F * (gap - quotient(sums.eo, sums.e));
-  row.forward_kl = LN_2F * (quotient(sums.ro, sums.r) - gap);
-  row.entropy_s = LN_2F * (log_e - quotient(sums.es, sums.e));
-  row.entropy_t = LN_2F * (log_r - quotient(sums.rt, sums.r));
-  row.prob_t = quotient(exp2f(source.relative(peak, at).y), sums.r);
+  return sums;
 }
 
+// `row.far` tells which sweep the sums are from. Those of a near one may show that the row is far.
 template <bool PLAIN>
-OPSD_DEVICE Statistics near_statistics(const Source<PLAIN>& source, const Found<PLAIN>& found, const Frame& frame, const NearSums& sums, const RowArgs& a) {
-  Statistics row;
-  const Relative peak = source.finite(found.student, frame.at);
+OPSD_DEVICE void finish(Statistics& row, const Source<PLAIN>& source, const Found<PLAIN>& found, const Frame& frame, const Sums& sums, const RowArgs& a) {
+  const float e = sums.of[E], g = sums.of[G], tilt = quotient(sums.of[EM], e), log_e = log2f(e);
+  const Relative peak = source.relative(found.student, frame.at);
   const Levels zero = source.levels(frame.at);
   row.max_s = source.student(found.student), row.max_t = source.teacher(found.student);
+  if (row.far) row.max_t = source.teacher(found.teacher);
   row.argmax_s = found.peaks.student.at, row.argmax_t = found.peaks.teacher.at;
-  const float log_e = log2f(sums.e), tilt = quotient(sums.em, sums.e);
-  const float gap = tilt > GAP_LOW && tilt < GAP_HIGH ? log1pf(tilt) : logf(quotient(sums.g, sums.e));
+  float gap = !row.far && tilt > GAP_LOW && tilt < GAP_HIGH ? log1pf(tilt) : logf(quotient(g, e));
+  if (!(e > 0 && g > 0)) gap = NAN;  // a side may have no distribution
   row.logsum_s = static_cast<float>(zero.student + log_e * LN_2 - row.max_s);
   row.gap = static_cast<float>(zero.teacher - zero.student + gap - (row.max_t - row.max_s));
-  row.reverse_kl = gap - LN_2F * (quotient(sums.eo, sums.e));
-  row.forward_kl = LN_2F * (quotient(sums.go, sums.g)) - gap;
-  row.entropy_s = LN_2F * (log_e - quotient(sums.es, sums.e));
-  row.prob_s = quotient(exp2f(peak.x), sums.e);
-  const float above = sums.g * exp2f(-frame.top);  // the teacher's sum relative to near its own maximum
-  row.entropy_t = LN_2F * (log2f(above) - quotient(sums.gt, sums.g));
-  row.prob_t = quotient(exp2f(source.finite(found.teacher, frame.at).y - frame.top), above);
-  const bool finite = sums.em == sums.em && sums.g < INF;  // a maximum skips NaN, the sums keep it
+  row.reverse_kl = gap - LN_2F * quotient(sums.of[EO], e);
+  row.forward_kl = LN_2F * quotient(sums.of[GO], g) - gap;
+  row.entropy_s = LN_2F * (log_e - quotient(sums.of[ES], e));
+  row.prob_s = quotient(exp2f(peak.x), e);
+  const float above = g * exp2f(-frame.top);  // the teacher's sum relative to near its own maximum
+  row.entropy_t = LN_2F * (log2f(above) - quotient(sums.of[GT], g));
+  row.prob_t = quotient(exp2f(source.relative(found.teacher, frame.at).y - frame.top), above);
+  if (row.far) return;
+  const bool finite = sums.of[EM] == sums.of[EM] && g < INF;  // a maximum skips NaN, the sums keep it
   row.spread = finite ? LN_2F * max(sums.high - peak.o, peak.o - sums.low) : INF;
   row.far = !(row.spread <= static_cast<float>(a.spread_limit));
-  return row;
 }
 
-// Returns the row's statistics, the same in every thread. `peaks`: this thread's, of a row that is HELD in shared
-// memory, or of the row's start.
+// Returns the row's statistics, the same in every thread. `peak`: the student's, of this thread, of a row that is
+// HELD in shared memory or of its `start`.
 template <bool HELD, Kind KIND, bool PLAIN, class In>
-OPSD_DEVICE Statistics statistics(const Source<PLAIN>& source, const WholeRow<In>& whole, const Slice<In>& slice, Peaks peaks, Exchange& x,
-                                  const RowArgs& a) {
-  Found<PLAIN> found = find(source, whole, merge(peaks, x), a.metrics, [&](const auto& entry) { return source.teacher(entry); });
+OPSD_DEVICE Statistics statistics(const Source<PLAIN>& source, const WholeRow<In>& whole, const Slice<In>& slice, const Slice<In>& start, Largest peak,
+                                  Exchange& x, const RowArgs& a) {
+  Found<PLAIN> found;
   Frame frame;
-  NearSums sums;
+  Sums sums;
+  Statistics row;
+  auto of_student = [&](const auto& entry) { return PLAIN ? entry.s : source.student(entry); };
+  found.peaks.student = merge(peak, x), found.student = found.teacher = locate(source, whole, found.peaks.student, of_student);
+  row.far = false;
 #pragma unroll 1
-  for (bool again = true; again;) {
-    const Peaks before = found.peaks;
-    frame.at = source.reference(found.student);
-    frame.top = a.metrics ? source.finite(found.teacher, frame.at).y : 0;
-    peaks = Peaks();
-    if (a.metrics) sums = near_sweep<HELD, KIND, true>(source, slice, frame, peaks);  // metrics
-    else sums = near_sweep<HELD, KIND, false>(source, slice, frame, peaks);
-    sums = merge(sums, x);
-    if constexpr (HELD) break;
-    found = find(source, whole, merge(peaks, x), a.metrics, [&](const auto& entry) { return source.finite(entry, frame.at).y; });
-    const float rise = source.finite(found.student, frame.at).x, above = source.finite(found.teacher, frame.at).y - frame.top;
-    const float margin = a.metrics ? METRICS_MARGIN : MARGIN;
-    again = found.peaks.student.value > before.student.value && !(rise <= margin);
-    again |= a.metrics && above > margin;
+  for (bool far = false;; far = true) {
+    if (far || a.metrics) {
+      found.peaks.teacher = merge(teacher_peak<HELD>(source, far ? slice : start), x);
+      found.teacher = locate(source, whole, found.peaks.teacher, [&](const auto& entry) { return source.teacher(entry); });
+    }
+    if (far) {
+      frame.at = source.reference(Levels{source.student(found.student), source.teacher(found.teacher)}, true), frame.top = 0;
+      sums = merge(far_sweep<HELD>(source, slice, frame), x);
+    }
+#pragma unroll 1
+    for (bool again = !far; again;) {
+      const Peaks before = found.peaks;
+      frame.at = source.reference(found.student);
+      frame.top = a.metrics ? source.finite(found.teacher, frame.at).y : 0;
+      Peaks peaks;
+      sums = merge(near_sweep<HELD, KIND>(source, slice, frame, peaks, a.metrics), x);
+      if constexpr (HELD) break;
+      found.peaks.student = merge(peaks.student, x), found.student = locate(source, whole, found.peaks.student, of_student);
+      if (a.metrics) {
+        found.peaks.teacher = merge(peaks.teacher, x);
+        found.teacher = locate(source, whole, found.peaks.teacher, [&](const auto& entry) { return source.finite(entry, frame.at).y; });
+      }
+      const float rise = source.finite(found.student, frame.at).x, above = source.finite(found.teacher, frame.at).y - frame.top;
+      const float margin = a.metrics ? METRICS_MARGIN : MARGIN;
+      again = found.peaks.student.value > before.student.value && !(rise <= margin);
+      again |= a.metrics && above > margin;
+    }
+    finish(row, source, found, frame, sums, a);
+    if (far || !row.far) return row;
   }
-  Statistics row = near_statistics(source, found, frame, sums, a);
-  if (row.far) far_statistics<HELD>(source, whole, slice, x, row);
-  return row;
 }
 
 }  // namespace opsd::cuda
