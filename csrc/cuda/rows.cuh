@@ -26,9 +26,8 @@ OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) stats_kernel(OPSD_GRID_CONST
   const Source<PLAIN> source(a, n);
   const WholeRow<In> whole = whole_row<In>(a, n);
   const Slice<In> slice = whole_slice(whole);
-  const Slice<In> start = slice.start(2 * threads() * LANES<In>);
-  const Largest peak = student_peak(source, start, [](int, const auto&, const auto&) {});
-  const Statistics row = statistics<false, KIND>(source, whole, slice, start, peak, exchange(), a);
+  const Peaks start = find_peaks(source, slice.start(2 * threads() * LANES<In>), true, [](int, const auto&, const auto&) {});
+  const Statistics row = statistics<false, KIND>(source, whole, slice, start, exchange(), a);
   if (thread() > 0) return;
   row.write(stats_of(a, n), a);
   // A plain KL has its loss from this sweep, if the caller wants one.
@@ -80,9 +79,9 @@ OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) fused_kernel(OPSD_GRID_CONST
     *reinterpret_cast<Pack<In, N>*>(held_s + v) = S;
     *reinterpret_cast<Pack<In, N>*>(held_t + v) = T;
   };
-  const Largest peak = student_peak(source, slice, keep);
+  const Peaks peaks = find_peaks(source, slice, a.metrics, keep);
   const Slice<In> held(held_s, held_t, first, length);
-  const Statistics row = statistics<true, KIND>(source, whole, held, held, peak, exchange(), a);
+  const Statistics row = statistics<true, KIND>(source, whole, held, peaks, exchange(), a);
   const bool writes = rank == 0 && thread() == 0;
   if (writes) row.write(stats_of(a, n), a);
   const Normal normal(source, row);

@@ -109,6 +109,14 @@ OPSD_DEVICE void entries_of(const Source<PLAIN>& source, const Pack<In, N>& S, c
   for (int i = 0; i < N; ++i) to[i] = source.at(s.of[i], t.of[i], v + i);
 }
 
+template <bool PLAIN, int N>
+OPSD_DEVICE float largest_teacher(const Source<PLAIN>& source, const typename Source<PLAIN>::Entry (&entry)[N]) {
+  float largest = LOWEST;
+#pragma unroll
+  for (int i = 0; i < N; ++i) largest = fmaxf(largest, source.teacher(entry[i]));
+  return largest;
+}
+
 // Finds the entry of `largest` in its known pack and sets `at` to its index. `value` computes a side's logit.
 template <bool PLAIN, class In, class Read>
 OPSD_DEVICE typename Source<PLAIN>::Entry locate(const Source<PLAIN>& source, const WholeRow<In>& row, Largest& largest, Read value) {
@@ -136,28 +144,36 @@ OPSD_DEVICE float largest_student(const Source<PLAIN>& source, const Pack<In, N>
   return largest;
 }
 
+// step(METRICS, v, S, T) for vectors with and without metrics; the entries beside them take all.
+template <int N, int AT_ONCE, class In, class Step>
+OPSD_DEVICE void vectors_and_rest(const Slice<In>& slice, bool metrics, Step step) {
+  auto with = [&](int v, const auto& S, const auto& T) { step(std::true_type(), v, S, T); };
+  if (metrics) vectors<N, AT_ONCE>(slice, Apart(), with);  // metrics
+  else vectors<N, AT_ONCE>(slice, Apart(), [&](int v, const auto& S, const auto& T) { step(std::false_type(), v, S, T); });
+  singles(slice, Apart(), with);
+}
+
 template <bool PLAIN, class In, class Keep>
-OPSD_DEVICE Largest student_peak(const Source<PLAIN>& source, const Slice<In>& slice, Keep keep) {
-  Largest peak;
-  walk<WIDTH<PLAIN, In>, DEPTH<PLAIN, In, false>>(slice, Apart(), [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
+OPSD_DEVICE Peaks find_peaks(const Source<PLAIN>& source, const Slice<In>& slice, bool metrics, Keep keep) {
+  Peaks peaks;
+  auto step = [&]<bool METRICS, int N>(std::bool_constant<METRICS>, int v, const Pack<In, N>& S, const Pack<In, N>& T) {
     keep(v, S, T);
     typename Source<PLAIN>::Entry entry[N];
     entries_of(source, S, T, slice.offset + v, entry);
-    peak.next<N>(largest_student(source, S, entry), slice.offset + v);
-  });
-  return peak;
+    peaks.student.template next<N>(largest_student(source, S, entry), slice.offset + v);
+    if constexpr (METRICS) peaks.teacher.template next<N>(largest_teacher(source, entry), slice.offset + v);
+  };
+  vectors_and_rest<WIDTH<PLAIN, In>, DEPTH<PLAIN, In, false>>(slice, metrics, step);
+  return peaks;
 }
 
 template <bool HELD, bool PLAIN, class In>
-OPSD_DEVICE Largest teacher_peak(const Source<PLAIN>& source, const Slice<In>& slice) {
+OPSD_DEVICE Largest far_teacher_peak(const Source<PLAIN>& source, const Slice<In>& slice) {
   Largest peak;
-  walk<WIDTH<PLAIN, In>, DEPTH<PLAIN, In, HELD>>(slice, Apart(), [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
+  walk<FAR_WIDTH<HELD>, 1>(slice, Apart(), [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
     typename Source<PLAIN>::Entry entry[N];
     entries_of(source, S, T, slice.offset + v, entry);
-    float largest = LOWEST;
-#pragma unroll
-    for (int i = 0; i < N; ++i) largest = fmaxf(largest, source.teacher(entry[i]));
-    peak.next<N>(largest, slice.offset + v);
+    peak.next<N>(largest_teacher(source, entry), slice.offset + v);
   });
   return peak;
 }
@@ -188,12 +204,7 @@ OPSD_DEVICE Sums near_sweep(const Source<PLAIN>& source, const Slice<In>& slice,
         if constexpr (METRICS) peaks.teacher.template next<N>(largest, part.offset + v);
       }
     };
-    auto with = [&](int v, const auto& S, const auto& T) { step(std::true_type(), v, S, T); };
-    auto without = [&](int v, const auto& S, const auto& T) { step(std::false_type(), v, S, T); };
-    constexpr int N = WIDTH<PLAIN, In>, AT_ONCE = DEPTH<PLAIN, In, HELD>;
-    if (metrics) vectors<N, AT_ONCE>(part, Apart(), with);  // metrics
-    else vectors<N, AT_ONCE>(part, Apart(), without);
-    singles(part, Apart(), with);
+    vectors_and_rest<WIDTH<PLAIN, In>, DEPTH<PLAIN, In, HELD>>(part, metrics, step);
   });
   return sums;
 }
@@ -221,7 +232,7 @@ OPSD_DEVICE void finish(Statistics& row, const Source<PLAIN>& source, const Foun
   row.argmax_s = found.peaks.student.at, row.argmax_t = found.peaks.teacher.at;
   float gap = !row.far && tilt > GAP_LOW && tilt < GAP_HIGH ? log1pf(tilt) : logf(quotient(g, e));
   if (!(e > 0 && g > 0)) gap = NAN;  // a side may have no distribution
-  row.logsum_s = static_cast<float>(zero.student + log_e * LN_2 - row.max_s);
+  if (!row.far) row.logsum_s = static_cast<float>(zero.student + log_e * LN_2 - row.max_s);  // the teacher plays no part
   row.gap = static_cast<float>(zero.teacher - zero.student + gap - (row.max_t - row.max_s));
   row.reverse_kl = gap - LN_2F * quotient(sums.of[EO], e);
   row.forward_kl = LN_2F * quotient(sums.of[GO], g) - gap;
@@ -236,26 +247,27 @@ OPSD_DEVICE void finish(Statistics& row, const Source<PLAIN>& source, const Foun
   row.far = !(row.spread <= static_cast<float>(a.spread_limit));
 }
 
-// Returns the row's statistics, the same in every thread. `peak`: the student's, of this thread, of a row that is
-// HELD in shared memory or of its `start`.
+// Returns the row's statistics, the same in every thread. `peaks`: this thread's, of a row that is HELD in shared
+// memory, or of the row's start.
 template <bool HELD, Kind KIND, bool PLAIN, class In>
-OPSD_DEVICE Statistics statistics(const Source<PLAIN>& source, const WholeRow<In>& whole, const Slice<In>& slice, const Slice<In>& start, Largest peak,
-                                  Exchange& x, const RowArgs& a) {
+OPSD_DEVICE Statistics statistics(const Source<PLAIN>& source, const WholeRow<In>& whole, const Slice<In>& slice, Peaks peaks, Exchange& x,
+                                  const RowArgs& a) {
+  auto of_student = [&](const auto& entry) { return PLAIN ? entry.s : source.student(entry); };
   Found<PLAIN> found;
   Frame frame;
   Sums sums;
   Statistics row;
-  auto of_student = [&](const auto& entry) { return PLAIN ? entry.s : source.student(entry); };
-  found.peaks.student = merge(peak, x), found.student = found.teacher = locate(source, whole, found.peaks.student, of_student);
   row.far = false;
+  found.peaks.student = merge(peaks.student, x), found.student = found.teacher = locate(source, whole, found.peaks.student, of_student);
 #pragma unroll 1
   for (bool far = false;; far = true) {
+    if (far) peaks.teacher = far_teacher_peak<HELD>(source, slice);
     if (far || a.metrics) {
-      found.peaks.teacher = merge(teacher_peak<HELD>(source, far ? slice : start), x);
+      found.peaks.teacher = merge(peaks.teacher, x);
       found.teacher = locate(source, whole, found.peaks.teacher, [&](const auto& entry) { return source.teacher(entry); });
     }
     if (far) {
-      frame.at = source.reference(Levels{source.student(found.student), source.teacher(found.teacher)}, true), frame.top = 0;
+      frame = {source.reference(Levels{row.max_s, source.teacher(found.teacher)}, true), 0};
       sums = merge(far_sweep<HELD>(source, slice, frame), x);
     }
 #pragma unroll 1
@@ -263,7 +275,7 @@ OPSD_DEVICE Statistics statistics(const Source<PLAIN>& source, const WholeRow<In
       const Peaks before = found.peaks;
       frame.at = source.reference(found.student);
       frame.top = a.metrics ? source.finite(found.teacher, frame.at).y : 0;
-      Peaks peaks;
+      peaks = Peaks();
       sums = merge(near_sweep<HELD, KIND>(source, slice, frame, peaks, a.metrics), x);
       if constexpr (HELD) break;
       found.peaks.student = merge(peaks.student, x), found.student = locate(source, whole, found.peaks.student, of_student);
