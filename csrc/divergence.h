@@ -77,7 +77,8 @@ OPSD_FORMULA Mixture<X> mixture(const Ratio<X>& r, X beta) {
   const auto below = r.delta <= X(0);
   const X part = select(below, beta, X(1) - beta) * r.a;  // m/q - 1 where below, m/p - 1 elsewhere
   const X log = log1p(part);
-  return {select(below, log, log + r.delta), select(below, log - r.delta, log), select(below, r.decay, X(1)) * reciprocal(X(1) + part)};
+  const X inverse = reciprocal(X(1) + part);
+  return {select(below, log, log + r.delta), select(below, log - r.delta, log), select(below, r.decay * inverse, inverse)};
 }
 
 template <bool GUARDED, class X>

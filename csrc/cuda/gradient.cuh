@@ -153,16 +153,13 @@ struct Line {
 template <Kind KIND, bool PLAIN>
 OPSD_DEVICE float near_gradient(const Source<PLAIN>& source, const typename Source<PLAIN>::Entry& entry, const Normal& row, const Pull& pull,
                                 const Line& line, float beta) {
-  if constexpr (KIND == Kind::REVERSE_KL || KIND == Kind::FORWARD_KL) {
-    const Relative r = source.finite(entry, row.at);
-    float sum = line.level;
-    if constexpr (KIND == Kind::REVERSE_KL) sum = fmaf(r.o, line.of_o, sum);
-    else sum = fmaf(exp2m1(r.o, exp2_approx(r.o)), line.of_expm1, sum);
-    return exp2_approx(r.x) * sum;
-  } else {
-    const Distribution d = distribution<true>(source, entry, row);
-    return fmaf(terms<KIND, true>(d, beta).u, pull.factor, d.q * fmaf(-pull.factor, pull.A, pull.weight));
-  }
+  const Relative r = source.finite(entry, row.at);
+  const float q = exp2_approx(r.x);
+  if constexpr (KIND == Kind::REVERSE_KL) return q * fmaf(r.o, line.of_o, line.level);
+  if constexpr (KIND == Kind::FORWARD_KL) return q * fmaf(exp2m1(r.o, exp2_approx(r.o)), line.of_expm1, line.level);
+  // u is homogeneous in q and p: q times that of `factor` and `factor` * p / q
+  const float delta = r.o + row.shift, u = terms<KIND, true>({pull.factor, pull.factor * exp2_approx(delta), delta, 0}, beta).u;
+  return q * (u + fmaf(-pull.factor, pull.A, pull.weight));
 }
 
 template <Kind KIND, bool PLAIN>
