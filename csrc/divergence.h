@@ -33,7 +33,7 @@ struct ExpPair {
 
 OPSD_FORMULA float select(bool condition, float yes, float no) { return condition ? yes : no; }
 OPSD_FORMULA double select(bool condition, double yes, double no) { return condition ? yes : no; }
-OPSD_FORMULA float max(float a, float b) { return a > b ? a : b; }
+OPSD_FORMULA float max(float a, float b) { return ::fmaxf(a, b); }
 OPSD_FORMULA double max(double a, double b) { return a > b ? a : b; }
 OPSD_FORMULA float abs(float x) { return x < 0 ? -x : x; }
 OPSD_FORMULA double abs(double x) { return x < 0 ? -x : x; }

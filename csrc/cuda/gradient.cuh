@@ -29,7 +29,7 @@ struct Distribution {
 // NEAR: of finite PLAIN rows of a near teacher. Their p = q * 2^delta has the rounding errors of the sum that
 // normalises it.
 template <bool NEAR, bool PLAIN>
-OPSD_DEVICE Distribution distribution(const Source<PLAIN>& source, const typename Source<PLAIN>::Entry& entry, const Normal& row) {
+OPSD_DEVICE Distribution distribution(const Source<PLAIN>& source, const Entry& entry, const Normal& row) {
   const Relative r = NEAR ? source.finite(entry, row.at) : source.relative(entry, row.at);
   const float q = exp2_approx(r.x), delta = r.o + row.shift, power = exp2_approx(delta);
   return {q, NEAR ? q * power : exp2_approx(r.y + row.shift), delta, exp2m1(delta, power)};
@@ -50,34 +50,21 @@ struct Value {
   float loss, A, clipped;
 };
 
-template <bool HELD, Kind KIND, bool PLAIN, class In>
-OPSD_DEVICE Sums value_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, float beta) {
+// NEAR: of PLAIN rows of a near teacher, without an entry clip.
+template <bool NEAR, bool HELD, Kind KIND, bool PLAIN, class In>
+OPSD_DEVICE Sums value_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, const TermOptions<float>& options) {
   Sums sums;
-  walk_tiles<LANES<In>, DEPTH<PLAIN, In, HELD>>(slice, [&]<int N>(int64_t v, const Pack<In, N>& S, const Pack<In, N>& T) {
-    typename Source<PLAIN>::Entry entry[N];
-    entries_of(source, S, T, v, entry);
+  tiles(slice, [&](const Slice<In>& part) {
+    walk<NEAR ? LANES<In> : FAR_WIDTH<HELD>, NEAR ? DEPTH<PLAIN, In, HELD> : 1>(part, Apart(), [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
+      const auto entries = entries_of(source, S, T, part.offset + v);
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const auto term = terms<KIND, true>(distribution<true>(source, entry[i], row), beta);
-      sums.of[F] += term.f, sums.of[U] += term.u;
-    }
-  });
-  return sums;
-}
-
-// The same of far and of general rows, and with an entry clip.
-template <bool HELD, Kind KIND, bool PLAIN, class In>
-OPSD_DEVICE Sums far_value_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, const TermOptions<float>& options) {
-  Sums sums;
-  walk_tiles<FAR_WIDTH<HELD>, 1>(slice, [&]<int N>(int64_t v, const Pack<In, N>& S, const Pack<In, N>& T) {
-    typename Source<PLAIN>::Entry entry[N];
-    entries_of(source, S, T, v, entry);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const Distribution d = distribution<false>(source, entry[i], row);
-      const auto term = clip_terms<KIND>(terms<KIND, false>(d, options.beta), d.q, options.clip);
-      sums.of[F] += term.f, sums.of[U] += term.u, sums.of[TAKEN] += term.taken;
-    }
+      for (int i = 0; i < N; ++i) {
+        const Distribution d = distribution<NEAR>(source, entries.of[i], row);
+        const auto term = clip_terms<KIND>(terms<KIND, NEAR>(d, options.beta), d.q, NEAR ? INF : options.clip);
+        sums.of[F] += term.f, sums.of[U] += term.u;
+        if constexpr (!NEAR) sums.of[TAKEN] += term.taken;
+      }
+    });
   });
   return sums;
 }
@@ -96,10 +83,9 @@ OPSD_DEVICE Value value(const Source<PLAIN>& source, const Slice<In>& slice, con
   if (KIND == Kind::REVERSE_KL && !clips) return {row.reverse_kl, row.reverse_kl, 0};
   if (KIND == Kind::FORWARD_KL && !clips) return {row.forward_kl, -1, 0};
   Sums sums;
-  const bool quick = PLAIN && !KL && !normal.far && !clips;
-  if constexpr (PLAIN && !KL)
-    if (quick) sums = value_sweep<HELD, KIND>(source, slice, normal, options.beta);
-  if (!quick) sums = far_value_sweep<HELD, KIND>(source, slice, normal, options);
+  const bool far = !PLAIN || KL || normal.far || clips;
+  if (far) sums = value_sweep<false, HELD, KIND>(source, slice, normal, options);
+  else if constexpr (PLAIN && !KL) sums = value_sweep<true, HELD, KIND>(source, slice, normal, options);
   sums = merge(sums, x);
   return {sums.of[F] * normal.scale, sums.of[U] * normal.scale, quotient(sums.of[TAKEN], static_cast<float>(a.V))};
 }
@@ -138,32 +124,31 @@ struct Pull {
   }
 };
 
-// The gradient of the plain KLs over q: a line in o and 2^o - 1, which takes up what o lacks.
+// The gradient over q: `level`, and for the plain KLs multiples of o and 2^o - 1. They take up the shift that o lacks.
 struct Line {
   float level, of_o, of_expm1;
   template <Kind KIND>
   static OPSD_DEVICE Line of(const Normal& row, const Pull& pull) {
-    const float power = exp2_approx(row.shift), by_o = -LN_2F * pull.factor;
-    if constexpr (KIND == Kind::REVERSE_KL) return {fmaf(-pull.factor, pull.A, pull.weight) + by_o * row.shift, by_o, 0};
-    return {fmaf(-pull.factor, exp2m1(row.shift, power), pull.weight), 0, -pull.factor * power};
+    const float power = exp2_approx(row.shift), by_o = -LN_2F * pull.factor, level = fmaf(-pull.factor, pull.A, pull.weight);
+    if constexpr (KIND == Kind::REVERSE_KL) return {fmaf(by_o, row.shift, level), by_o, 0};
+    if constexpr (KIND == Kind::FORWARD_KL) return {fmaf(-pull.factor, exp2m1(row.shift, power), pull.weight), 0, -pull.factor * power};
+    return {level, 0, 0};
   }
 };
 
 // factor * (u - q * A) + weight * q of one entry.
 template <Kind KIND, bool PLAIN>
-OPSD_DEVICE float near_gradient(const Source<PLAIN>& source, const typename Source<PLAIN>::Entry& entry, const Normal& row, const Pull& pull,
-                                const Line& line, float beta) {
+OPSD_DEVICE float near_gradient(const Source<PLAIN>& source, const Entry& entry, const Normal& row, const Pull& pull, const Line& line, float beta) {
   const Relative r = source.finite(entry, row.at);
-  const float q = exp2_approx(r.x);
-  if constexpr (KIND == Kind::REVERSE_KL) return q * fmaf(r.o, line.of_o, line.level);
-  if constexpr (KIND == Kind::FORWARD_KL) return q * fmaf(exp2m1(r.o, exp2_approx(r.o)), line.of_expm1, line.level);
-  // u is homogeneous in q and p: q times that of `factor` and `factor` * p / q
-  const float delta = r.o + row.shift, u = terms<KIND, true>({pull.factor, pull.factor * exp2_approx(delta), delta, 0}, beta).u;
-  return q * (u + fmaf(-pull.factor, pull.A, pull.weight));
+  if constexpr (KIND == Kind::REVERSE_KL) return exp2_approx(r.x) * fmaf(r.o, line.of_o, line.level);
+  if constexpr (KIND == Kind::FORWARD_KL) return exp2_approx(r.x) * fmaf(exp2m1(r.o, exp2_approx(r.o)), line.of_expm1, line.level);
+  // u with the rounding errors that it has in A: they cancel in a near row
+  const Distribution d = distribution<true>(source, entry, row);
+  return fmaf(terms<KIND, true>(d, beta).u, pull.factor, d.q * line.level);
 }
 
 template <Kind KIND, bool PLAIN>
-OPSD_DEVICE float far_gradient(const Source<PLAIN>& source, const typename Source<PLAIN>::Entry& entry, const Normal& row, const Pull& pull,
+OPSD_DEVICE float far_gradient(const Source<PLAIN>& source, const Entry& entry, const Normal& row, const Pull& pull,
                                const TermOptions<float>& options) {
   const Distribution d = distribution<false>(source, entry, row);
   if (pull.factor == 0) return d.q * pull.weight;  // u may be infinite
@@ -175,35 +160,23 @@ OPSD_DEVICE float far_gradient(const Source<PLAIN>& source, const typename Sourc
   return fmaf(term.u, pull.factor, d.q * fmaf(-pull.factor, pull.A, pull.weight));
 }
 
-// Out: the type of G. `loaded` runs between reading and writing the same vectors: see walk.
-template <bool HELD, class Out, Kind KIND, bool PLAIN, class In, class Loaded>
-OPSD_DEVICE void gradient_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, const Pull& pull, const Output& G, float beta,
-                                Loaded loaded) {
+// NEAR: of PLAIN rows of a near teacher, with a factor and without an entry clip; Out is then the type of G. `loaded`
+// runs between reading and writing the same vectors: see walk.
+template <bool NEAR, bool HELD, class Out, Kind KIND, bool PLAIN, class In, class Loaded>
+OPSD_DEVICE void gradient_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, const Pull& pull, const Output& G,
+                                const TermOptions<float>& options, Loaded loaded) {
   const Line line = Line::of<KIND>(row, pull);
-  walk<LANES<In>, DEPTH<PLAIN, In, HELD>>(slice, loaded, [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
-    typename Source<PLAIN>::Entry entry[N];
-    entries_of(source, S, T, slice.offset + v, entry);
-    Floats<N> values;
-#pragma unroll
-    for (int i = 0; i < N; ++i) values.of[i] = near_gradient<KIND>(source, entry[i], row, pull, line, beta);
-    G.store<Out>(v, values);
-  });
-}
-
-// The same of far and of general rows, with an entry clip or without a factor.
-template <bool HELD, Kind KIND, bool PLAIN, class In, class Loaded>
-OPSD_DEVICE void far_gradient_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, const Pull& pull, const Output& G,
-                                    const TermOptions<float>& options, Loaded loaded) {
-  walk<FAR_WIDTH<HELD>, 1>(slice, loaded, [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
-    typename Source<PLAIN>::Entry entry[N];
-    entries_of(source, S, T, slice.offset + v, entry);
+  walk<NEAR ? LANES<In> : FAR_WIDTH<HELD>, NEAR ? DEPTH<PLAIN, In, HELD> : 1>(slice, loaded, [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
+    const auto entries = entries_of(source, S, T, slice.offset + v);
     Floats<N> values;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float g = far_gradient<KIND>(source, entry[i], row, pull, options);
-      values.of[i] = source.bent() ? g * source.slope(entry[i]) : g;
+      const Entry& entry = entries.of[i];
+      if constexpr (NEAR) values.of[i] = near_gradient<KIND>(source, entry, row, pull, line, options.beta);
+      else values.of[i] = far_gradient<KIND>(source, entry, row, pull, options) * source.slope(entry);
     }
-    G.store_any(v, values);
+    if constexpr (NEAR) G.store<Out>(v, values);
+    else G.store_any(v, values);
   });
 }
 
@@ -219,18 +192,17 @@ OPSD_DEVICE void gradient(const Source<PLAIN>& source, const Slice<In>& slice, c
   Floats<1> at_label{};
   if (labelled) {
     const auto entry = source.at(to_float(slice.S[label]), to_float(slice.T[label]), pull.label);
-    const float g = far_gradient<KIND>(source, entry, row, pull, options) - unscaled.weight;
-    at_label.of[0] = source.bent() ? g * source.slope(entry) : g;
+    at_label.of[0] = (far_gradient<KIND>(source, entry, row, pull, options) - unscaled.weight) * source.slope(entry);
     block_sync();
   }
   const bool same = G.dtype == a.dtype, narrow = sizeof(In) == 4 && G.itemsize() == 2;
-  const bool quick = PLAIN && !row.far && options.clip == INF && pull.factor != 0 && (same || narrow);
+  const bool far = !PLAIN || row.far || options.clip < INF || pull.factor == 0 || !(same || narrow);
+  if (far) gradient_sweep<false, HELD, In, KIND>(source, slice, row, pull, G, options, loaded);
   if constexpr (PLAIN) {
-    if (quick && same) gradient_sweep<HELD, In, KIND>(source, slice, row, pull, G, options.beta, loaded);
+    if (!far && same) gradient_sweep<true, HELD, In, KIND>(source, slice, row, pull, G, options, loaded);
     if constexpr (sizeof(In) == 4)
-      if (quick && narrow) gradient_sweep<HELD, Narrow, KIND>(source, slice, row, pull, G, options.beta, loaded);
+      if (!far && narrow) gradient_sweep<true, HELD, Narrow, KIND>(source, slice, row, pull, G, options, loaded);
   }
-  if (!quick) far_gradient_sweep<HELD, KIND>(source, slice, row, pull, G, options, loaded);
   if (!labelled) return;
   block_sync();
   if (thread() == 0) G.store_any(static_cast<int>(label), at_label);

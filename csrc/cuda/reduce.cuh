@@ -15,22 +15,6 @@ struct Exchange {
 };
 static_assert(sizeof(Exchange) == EXCHANGE_BYTES);
 
-// A Part as words: shared memory is untyped.
-template <class Part>
-OPSD_DEVICE Part part_of(const uint32_t* words) {
-  Part part;
-  memcpy(static_cast<void*>(&part), words, sizeof(Part));
-  return part;
-}
-
-// Over each `lanes` neighbours of a warp.
-template <class Part>
-OPSD_DEVICE Part over_lanes(Part part, int lanes) {
-#pragma unroll 1  // a fifth of the code
-  for (int mask = lanes / 2; mask > 0; mask /= 2) part.absorb(shuffle_xor(part, mask));
-  return part;
-}
-
 constexpr int MOST_PARTS = 8;
 static_assert(MOST_THREADS / WARP <= MOST_PARTS && MOST_BLOCKS <= MOST_PARTS);
 
@@ -43,7 +27,8 @@ OPSD_CALLED Part merge(Part part, Exchange& x) {
   const int blocks = cluster_size(), own = thread() % MOST_PARTS;
 #pragma unroll 1
   for (int lanes = WARP, level = 0;; lanes = MOST_PARTS, ++level) {
-    part = over_lanes(part, lanes);
+#pragma unroll 1  // a fifth of the code
+    for (int mask = lanes / 2; mask > 0; mask /= 2) part.absorb(shuffle_xor(part, mask));
     if (level == (blocks > 1 ? 2 : 1)) break;
     if (level == 0) {
       if (thread() % WARP == 0) memcpy(x.warps[thread() / WARP], &part, sizeof(Part));
@@ -56,7 +41,8 @@ OPSD_CALLED Part merge(Part part, Exchange& x) {
       cluster_sync();  // no block overwrites `whole`, or exits, while another one reads it
     }
     const uint32_t(*const parts)[MOST_WORDS] = level == 0 ? x.warps : x.blocks;
-    part = own < (level == 0 ? threads() / WARP : blocks) ? part_of<Part>(parts[own]) : Part();
+    part = Part();
+    if (own < (level == 0 ? threads() / WARP : blocks)) memcpy(static_cast<void*>(&part), parts[own], sizeof(Part));
   }
   block_sync();
   return part;

@@ -16,6 +16,11 @@ struct Reference {
   bool joined;
 };
 
+// Each side's y; the raw difference for the teacher where the gap is a multiple of it.
+struct Entry {
+  float s, t;
+};
+
 struct Relative {
   float x, y, o;  // s - reference, t - reference, y - x; in base 2
 };
@@ -56,10 +61,6 @@ class Source {
   bool linear_, difference_, joined_;
 
  public:
-  struct Entry {
-    float s, t;  // each side's y; the raw difference for the teacher where the gap is a multiple of it
-  };
-
   OPSD_DEVICE Source(const RowArgs& a, int64_t n)
       : s_(of_row(a.student, n), a.bias_s, 1),
         t_(of_row(a.teacher, n), a.bias_t, 1 - a.teacher_mix),
@@ -85,6 +86,7 @@ class Source {
     const float t = e.t * t_.outer, share = linear_ ? 1 : mix_;
     return share == 0 ? t : fmaf(student(e), share, t);  // -inf * 0 is NaN
   }
+  OPSD_DEVICE auto of_teacher() const { return [this](const Entry& e) { return teacher(e); }; }
   // Near rows are joined where the gap is a multiple of a difference: it keeps the digits of a near teacher.
   OPSD_DEVICE bool joined(bool far) const { return linear_ || (joined_ && !far); }
   OPSD_DEVICE Reference reference(const Entry& e) const {
@@ -127,8 +129,7 @@ class Source {
 
  public:
   // d(logit)/d(raw logit) over scale / temperature
-  OPSD_DEVICE float slope(const Entry& e) const { return s_.bent ? (1 - e.s) * (1 + e.s) : 1; }
-  OPSD_DEVICE bool bent() const { return !PLAIN && s_.bent; }
+  OPSD_DEVICE float slope(const Entry& e) const { return !PLAIN && s_.bent ? (1 - e.s) * (1 + e.s) : 1; }
 };
 
 inline bool plain(const RowArgs& a) {
@@ -240,14 +241,6 @@ OPSD_DEVICE void tiles(const Slice<In>& slice, Part part) {
     }
     part(now);
   }
-}
-
-// walk in tiles, whose step takes an entry's index in the row.
-template <int N, int AT_ONCE, class In, class Step>
-OPSD_DEVICE void walk_tiles(const Slice<In>& slice, Step step) {
-  tiles(slice, [&](const Slice<In>& part) {
-    walk<N, AT_ONCE>(part, Apart(), [&](int v, const auto& S, const auto& T) { step(part.offset + v, S, T); });
-  });
 }
 
 // Entries of a vector in loops in which speed matters, and in the others: half the code.

@@ -63,14 +63,6 @@ OPSD_DEVICE void add(Sums& sums, const Relative (&r)[N], float top) {
   }
 }
 
-// The same of a row of a far teacher, with g = 2^y; a term of probability 0 is 0.
-OPSD_DEVICE void add_far(Sums& sums, const Relative& r) {
-  float* const of = sums.of;
-  const float e = exp2_approx(r.x), g = exp2_approx(r.y);
-  of[E] += e, of[EO] += guard<true>(e, e * r.o), of[ES] += guard<true>(e, e * r.x);
-  of[G] += g, of[GO] += guard<true>(g, g * r.o), of[GT] += guard<true>(g, g * r.y);
-}
-
 // A row's columns except CLIPPED, for the later sweeps.
 struct Statistics {
   float max_s, max_t, logsum_s, gap, spread, reverse_kl, forward_kl, entropy_s, entropy_t, prob_s, prob_t;
@@ -102,24 +94,30 @@ struct WholeRow {
   int64_t V;
 };
 
-template <bool PLAIN, class In, int N>
-OPSD_DEVICE void entries_of(const Source<PLAIN>& source, const Pack<In, N>& S, const Pack<In, N>& T, int64_t v, typename Source<PLAIN>::Entry (&to)[N]) {
-  const Floats<N> s = to_floats(S), t = to_floats(T);
+template <int N>
+struct Entries {
+  Entry of[N];
+  template <class Value>
+  OPSD_DEVICE float largest(Value value) const {
+    float most = LOWEST;
 #pragma unroll
-  for (int i = 0; i < N; ++i) to[i] = source.at(s.of[i], t.of[i], v + i);
-}
+    for (int i = 0; i < N; ++i) most = fmaxf(most, value(of[i]));
+    return most;
+  }
+};
 
-template <bool PLAIN, int N>
-OPSD_DEVICE float largest_teacher(const Source<PLAIN>& source, const typename Source<PLAIN>::Entry (&entry)[N]) {
-  float largest = LOWEST;
+template <bool PLAIN, class In, int N>
+OPSD_DEVICE Entries<N> entries_of(const Source<PLAIN>& source, const Pack<In, N>& S, const Pack<In, N>& T, int64_t v) {
+  const Floats<N> s = to_floats(S), t = to_floats(T);
+  Entries<N> to;
 #pragma unroll
-  for (int i = 0; i < N; ++i) largest = fmaxf(largest, source.teacher(entry[i]));
-  return largest;
+  for (int i = 0; i < N; ++i) to.of[i] = source.at(s.of[i], t.of[i], v + i);
+  return to;
 }
 
 // Finds the entry of `largest` in its known pack and sets `at` to its index. `value` computes a side's logit.
 template <bool PLAIN, class In, class Read>
-OPSD_DEVICE typename Source<PLAIN>::Entry locate(const Source<PLAIN>& source, const WholeRow<In>& row, Largest& largest, Read value) {
+OPSD_DEVICE Entry locate(const Source<PLAIN>& source, const WholeRow<In>& row, Largest& largest, Read value) {
   const In *S = row.S + largest.at, *T = row.T + largest.at;
   const int count = min(LANES<In>, static_cast<int>(row.V) - largest.at);
   auto at = [&](int i) { return source.at(to_float(S[i]), to_float(T[i]), largest.at + i); };
@@ -136,12 +134,9 @@ OPSD_DEVICE typename Source<PLAIN>::Entry locate(const Source<PLAIN>& source, co
 
 // The student's largest logit of a pack: raw where the order is that of the raw ones.
 template <bool PLAIN, class In, int N>
-OPSD_DEVICE float largest_student(const Source<PLAIN>& source, const Pack<In, N>& S, const typename Source<PLAIN>::Entry (&entry)[N]) {
+OPSD_DEVICE float largest_student(const Source<PLAIN>& source, const Pack<In, N>& S, const Entries<N>& entries) {
   if constexpr (PLAIN) return largest_of(S);
-  float largest = LOWEST;
-#pragma unroll
-  for (int i = 0; i < N; ++i) largest = fmaxf(largest, source.student(entry[i]));
-  return largest;
+  else return entries.largest([&](const Entry& entry) { return source.student(entry); });
 }
 
 // step(METRICS, v, S, T) for vectors with and without metrics; the entries beside them take all.
@@ -158,10 +153,9 @@ OPSD_DEVICE Peaks find_peaks(const Source<PLAIN>& source, const Slice<In>& slice
   Peaks peaks;
   auto step = [&]<bool METRICS, int N>(std::bool_constant<METRICS>, int v, const Pack<In, N>& S, const Pack<In, N>& T) {
     keep(v, S, T);
-    typename Source<PLAIN>::Entry entry[N];
-    entries_of(source, S, T, slice.offset + v, entry);
-    peaks.student.template next<N>(largest_student(source, S, entry), slice.offset + v);
-    if constexpr (METRICS) peaks.teacher.template next<N>(largest_teacher(source, entry), slice.offset + v);
+    const auto entries = entries_of(source, S, T, slice.offset + v);
+    peaks.student.template next<N>(largest_student(source, S, entries), slice.offset + v);
+    if constexpr (METRICS) peaks.teacher.template next<N>(entries.largest(source.of_teacher()), slice.offset + v);
   };
   vectors_and_rest<WIDTH<PLAIN, In>, DEPTH<PLAIN, In, false>>(slice, metrics, step);
   return peaks;
@@ -171,18 +165,15 @@ template <bool HELD, bool PLAIN, class In>
 OPSD_DEVICE Largest far_teacher_peak(const Source<PLAIN>& source, const Slice<In>& slice) {
   Largest peak;
   walk<FAR_WIDTH<HELD>, 1>(slice, Apart(), [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
-    typename Source<PLAIN>::Entry entry[N];
-    entries_of(source, S, T, slice.offset + v, entry);
-    peak.next<N>(largest_teacher(source, entry), slice.offset + v);
+    peak.next<N>(entries_of(source, S, T, slice.offset + v).largest(source.of_teacher()), slice.offset + v);
   });
   return peak;
 }
 
 // A row's peaks: where they are, and what there is.
-template <bool PLAIN>
 struct Found {
   Peaks peaks;
-  typename Source<PLAIN>::Entry student, teacher;
+  Entry student, teacher;
 };
 
 // HELD: in shared memory, with known peaks. Else `peaks` takes the largest logits, with metrics the teacher's as y of
@@ -192,16 +183,14 @@ OPSD_DEVICE Sums near_sweep(const Source<PLAIN>& source, const Slice<In>& slice,
   Sums sums;
   tiles(slice, [&](const Slice<In>& part) {
     auto step = [&]<bool METRICS, int N>(std::bool_constant<METRICS>, int v, const Pack<In, N>& S, const Pack<In, N>& T) {
-      typename Source<PLAIN>::Entry entry[N];
+      const auto entries = entries_of(source, S, T, part.offset + v);
       Relative r[N];
-      entries_of(source, S, T, part.offset + v, entry);
-      float largest = LOWEST;
 #pragma unroll
-      for (int i = 0; i < N; ++i) r[i] = source.finite(entry[i], frame.at), largest = fmaxf(largest, r[i].y);
+      for (int i = 0; i < N; ++i) r[i] = source.finite(entries.of[i], frame.at);
       add<HELD, PLAIN, KIND, METRICS>(sums, r, frame.top);
       if constexpr (!HELD) {
-        peaks.student.template next<N>(largest_student(source, S, entry), part.offset + v);
-        if constexpr (METRICS) peaks.teacher.template next<N>(largest, part.offset + v);
+        peaks.student.template next<N>(largest_student(source, S, entries), part.offset + v);
+        if constexpr (METRICS) peaks.teacher.template next<N>(entries.largest([&](const Entry& entry) { return source.finite(entry, frame.at).y; }), part.offset + v);
       }
     };
     vectors_and_rest<WIDTH<PLAIN, In>, DEPTH<PLAIN, In, HELD>>(part, metrics, step);
@@ -209,21 +198,29 @@ OPSD_DEVICE Sums near_sweep(const Source<PLAIN>& source, const Slice<In>& slice,
   return sums;
 }
 
+// The same of a row of a far teacher, with g = 2^y; a term of probability 0 is 0.
 template <bool HELD, bool PLAIN, class In>
 OPSD_DEVICE Sums far_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Frame& frame) {
   Sums sums;
-  walk_tiles<FAR_WIDTH<HELD>, 1>(slice, [&]<int N>(int64_t v, const Pack<In, N>& S, const Pack<In, N>& T) {
-    typename Source<PLAIN>::Entry entry[N];
-    entries_of(source, S, T, v, entry);
+  float* const of = sums.of;
+  tiles(slice, [&](const Slice<In>& part) {
+    walk<FAR_WIDTH<HELD>, 1>(part, Apart(), [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
+      const auto entries = entries_of(source, S, T, part.offset + v);
 #pragma unroll
-    for (int i = 0; i < N; ++i) add_far(sums, source.relative(entry[i], frame.at));
+      for (int i = 0; i < N; ++i) {
+        const Relative r = source.relative(entries.of[i], frame.at);
+        const float e = exp2_approx(r.x), g = exp2_approx(r.y);
+        of[E] += e, of[EO] += guard<true>(e, e * r.o), of[ES] += guard<true>(e, e * r.x);
+        of[G] += g, of[GO] += guard<true>(g, g * r.o), of[GT] += guard<true>(g, g * r.y);
+      }
+    });
   });
   return sums;
 }
 
 // `row.far` tells which sweep the sums are from. Those of a near one may show that the row is far.
 template <bool PLAIN>
-OPSD_DEVICE void finish(Statistics& row, const Source<PLAIN>& source, const Found<PLAIN>& found, const Frame& frame, const Sums& sums, const RowArgs& a) {
+OPSD_DEVICE void finish(Statistics& row, const Source<PLAIN>& source, const Found& found, const Frame& frame, const Sums& sums, const RowArgs& a) {
   const float e = sums.of[E], g = sums.of[G], tilt = quotient(sums.of[EM], e), log_e = log2f(e);
   const Relative peak = source.relative(found.student, frame.at);
   const Levels zero = source.levels(frame.at);
@@ -253,7 +250,7 @@ template <bool HELD, Kind KIND, bool PLAIN, class In>
 OPSD_DEVICE Statistics statistics(const Source<PLAIN>& source, const WholeRow<In>& whole, const Slice<In>& slice, Peaks peaks, Exchange& x,
                                   const RowArgs& a) {
   auto of_student = [&](const auto& entry) { return PLAIN ? entry.s : source.student(entry); };
-  Found<PLAIN> found;
+  Found found;
   Frame frame;
   Sums sums;
   Statistics row;
@@ -264,7 +261,7 @@ OPSD_DEVICE Statistics statistics(const Source<PLAIN>& source, const WholeRow<In
     if (far) peaks.teacher = far_teacher_peak<HELD>(source, slice);
     if (far || a.metrics) {
       found.peaks.teacher = merge(peaks.teacher, x);
-      found.teacher = locate(source, whole, found.peaks.teacher, [&](const auto& entry) { return source.teacher(entry); });
+      found.teacher = locate(source, whole, found.peaks.teacher, source.of_teacher());
     }
     if (far) {
       frame = {source.reference(Levels{row.max_s, source.teacher(found.teacher)}, true), 0};

@@ -15,7 +15,7 @@ import triton
 
 CLASSES = ("fp32", "mufu", "convert", "integer", "memory")
 # Helpers that hold a loop, or move entries, on behalf of the sweep that calls them.
-HELPERS = ("vectors", "vectors_and_rest", "singles", "walk", "tiles", "walk_tiles", "load", "store", "store_as")
+HELPERS = ("vectors", "vectors_and_rest", "singles", "walk", "tiles", "load", "store", "store_as")
 
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P\d+\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;")
 LABEL = re.compile(r"^(\.L_\w+):")
