@@ -196,7 +196,7 @@ OPSD_DEVICE void gradient(const Source<PLAIN>& source, const Slice<In>& slice, c
     block_sync();
   }
   const bool same = G.dtype == a.dtype, narrow = sizeof(In) == 4 && G.itemsize() == 2;
-  const bool far = !PLAIN || row.far || options.clip < INF || pull.factor == 0 || !(same || narrow);
+  const bool far = !(PLAIN && !row.far && options.clip == INF && pull.factor != 0 && (same || narrow));
   if (far) gradient_sweep<false, HELD, In, KIND>(source, slice, row, pull, G, options, loaded);
   if constexpr (PLAIN) {
     if (!far && same) gradient_sweep<true, HELD, In, KIND>(source, slice, row, pull, G, options, loaded);

@@ -185,12 +185,13 @@ OPSD_DEVICE Sums near_sweep(const Source<PLAIN>& source, const Slice<In>& slice,
     auto step = [&]<bool METRICS, int N>(std::bool_constant<METRICS>, int v, const Pack<In, N>& S, const Pack<In, N>& T) {
       const auto entries = entries_of(source, S, T, part.offset + v);
       Relative r[N];
+      float largest = LOWEST;
 #pragma unroll
-      for (int i = 0; i < N; ++i) r[i] = source.finite(entries.of[i], frame.at);
+      for (int i = 0; i < N; ++i) r[i] = source.finite(entries.of[i], frame.at), largest = fmaxf(largest, r[i].y);
       add<HELD, PLAIN, KIND, METRICS>(sums, r, frame.top);
       if constexpr (!HELD) {
         peaks.student.template next<N>(largest_student(source, S, entries), part.offset + v);
-        if constexpr (METRICS) peaks.teacher.template next<N>(entries.largest([&](const Entry& entry) { return source.finite(entry, frame.at).y; }), part.offset + v);
+        if constexpr (METRICS) peaks.teacher.template next<N>(largest, part.offset + v);
       }
     };
     vectors_and_rest<WIDTH<PLAIN, In>, DEPTH<PLAIN, In, HELD>>(part, metrics, step);
