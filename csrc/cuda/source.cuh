@@ -186,17 +186,16 @@ OPSD_DEVICE void vectors(const Slice<In>& slice, Loaded loaded, Step step) {
   const int stride = threads() * N, first = thread() * N;
 #pragma unroll 1
   for (int base = slice.head + (APART ? first : 0); base < slice.whole; base += AT_ONCE * stride) {
-    const int own = base + (APART ? 0 : first);
     Pack<In, N> S[AT_ONCE], T[AT_ONCE];
 #pragma unroll
     for (int u = 0; u < AT_ONCE; ++u) {
-      const int v = own + u * stride;
+      const int v = base + u * stride + (APART ? 0 : first);
       if ((APART && u == 0) || v < slice.whole) S[u] = *reinterpret_cast<const Pack<In, N>*>(slice.S + v), T[u] = *reinterpret_cast<const Pack<In, N>*>(slice.T + v);
     }
     loaded();
 #pragma unroll
     for (int u = 0; u < AT_ONCE; ++u) {
-      const int v = own + u * stride;
+      const int v = base + u * stride + (APART ? 0 : first);
       if ((APART && u == 0) || v < slice.whole) step(v, S[u], T[u]);
     }
   }
