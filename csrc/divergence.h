@@ -33,7 +33,7 @@ struct ExpPair {
 
 OPSD_FORMULA float select(bool condition, float yes, float no) { return condition ? yes : no; }
 OPSD_FORMULA double select(bool condition, double yes, double no) { return condition ? yes : no; }
-OPSD_FORMULA float max(float a, float b) { return a > b ? a : b; }
+OPSD_FORMULA float max(float a, float b) { return ::fmaxf(a, b); }
 OPSD_FORMULA double max(double a, double b) { return a > b ? a : b; }
 OPSD_FORMULA float abs(float x) { return x < 0 ? -x : x; }
 OPSD_FORMULA double abs(double x) { return x < 0 ? -x : x; }
@@ -77,7 +77,8 @@ OPSD_FORMULA Mixture<X> mixture(const Ratio<X>& r, X beta) {
   const auto below = r.delta <= X(0);
   const X part = select(below, beta, X(1) - beta) * r.a;  // m/q - 1 where below, m/p - 1 elsewhere
   const X log = log1p(part);
-  return {select(below, log, log + r.delta), select(below, log - r.delta, log), select(below, r.decay, X(1)) * reciprocal(X(1) + part)};
+  const X inverse = reciprocal(X(1) + part);
+  return {select(below, log, log + r.delta), select(below, log - r.delta, log), select(below, r.decay * inverse, inverse)};
 }
 
 template <bool GUARDED, class X>
@@ -147,11 +148,12 @@ OPSD_FORMULA Terms<X> entry(X q, X p, const Ratio<X>& r, X beta) {
   if constexpr (KIND == Kind::MIXED_KL) return mixed_kl<GUARDED>(q, p, r.delta, beta);
 }
 
-// What u leaves out of the derivative: omitted * q. It cancels where nothing is clipped.
+// u of a clipped term, whose derivative is 0: minus the multiple of q that u leaves out (Divergence.omitted), which
+// cancels where nothing is clipped.
 template <Kind KIND, class X>
-OPSD_FORMULA X omitted(X beta) {
-  if constexpr (KIND == Kind::REVERSE_KL) return X(1);
-  if constexpr (KIND == Kind::MIXED_KL) return X(1) - X(2) * beta;
+OPSD_FORMULA X clipped_u(X q, X beta) {
+  if constexpr (KIND == Kind::REVERSE_KL) return -q;
+  if constexpr (KIND == Kind::MIXED_KL) return q * (X(2) * beta - X(1));
   return X(0);
 }
 
@@ -164,8 +166,7 @@ struct ClippedTerms {
 template <Kind KIND, class X>
 OPSD_FORMULA ClippedTerms<X> clip_terms(const Terms<X>& terms, X q, const TermOptions<X>& options) {
   const auto above = terms.f > options.clip;
-  const X u = -(q * omitted<KIND>(options.beta));
-  return {select(above, options.clip, terms.f), select(above, u, terms.u), select(above, X(1), X(0))};
+  return {select(above, options.clip, terms.f), select(above, clipped_u<KIND>(q, options.beta), terms.u), select(above, X(1), X(0))};
 }
 
 }  // namespace opsd

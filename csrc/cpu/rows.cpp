@@ -59,8 +59,7 @@ class Rows {
   const RowArgs& a_;
   const Scratch<X> w_;
   const bool clip_entries_ = a_.terms.clip < INF;
-  const bool reverse_ = a_.kind == Kind::REVERSE_KL, forward_ = a_.kind == Kind::FORWARD_KL, mixed_ = a_.kind == Kind::MIXED_KL;
-  const bool one_sweep_ = (reverse_ || forward_ || mixed_) && !clip_entries_;
+  const bool one_sweep_ = one_sweep(a_.kind) && !clip_entries_;
   // 1 where two pairs of rows and the scratch fit the cache, so that a row may prefetch the next; else 0. At
   // V = 152k a bf16 row gains 40 %, and a float32 row, which does not fit, would lose 20 %.
   const int64_t ahead_;
@@ -76,7 +75,7 @@ class Rows {
 
   RowState measure(const Source& source, const Scratch<X>& w) const {
     if (a_.metrics) return row_statistics<Mode::METRICS, X>(source, a_.V, a_.spread_limit, w);
-    if (forward_ || mixed_) return row_statistics<Mode::FORWARD, X>(source, a_.V, a_.spread_limit, w);
+    if (has_forward(a_.kind)) return row_statistics<Mode::FORWARD, X>(source, a_.V, a_.spread_limit, w);
     return row_statistics<Mode::REVERSE, X>(source, a_.V, a_.spread_limit, w);
   }
 
@@ -88,8 +87,8 @@ class Rows {
                                     row.logsum_t,
                                     row.gap,
                                     row.spread,
-                                    m || !forward_ ? row.reverse_kl : 0,
-                                    m || forward_ || mixed_ ? row.forward_kl : 0,
+                                    m || a_.kind != Kind::FORWARD_KL ? row.reverse_kl : 0,
+                                    m || has_forward(a_.kind) ? row.forward_kl : 0,
                                     m ? row.entropy_s : 0,
                                     m ? row.entropy_t : 0,
                                     m ? row.prob_s : 0,
@@ -145,8 +144,8 @@ class Rows {
     // A side has no distribution, which the guards would turn into 0.
     if (std::isnan(row.gap)) return {row.gap, row.gap};
     if (!one_sweep_) return clip_entries_ ? two_sweep_value<true>(source, row) : two_sweep_value<false>(source, row);
-    if (forward_) return {row.forward_kl, -1.0};
-    if (reverse_) return {row.reverse_kl, row.reverse_kl};
+    if (a_.kind == Kind::FORWARD_KL) return {row.forward_kl, -1.0};
+    if (a_.kind == Kind::REVERSE_KL) return {row.reverse_kl, row.reverse_kl};
     const double A = (1 - a_.terms.beta) * row.reverse_kl;
     return {a_.terms.beta * row.forward_kl + A, A};
   }
@@ -173,8 +172,8 @@ class Rows {
     if (pull.factor == 0) return policy_gradient(G, a_.V, row.inverse_z, pull, bent, w_);
     if (!one_sweep_) return combine(G, a_.V, row.inverse_z, pull, bent, w_);
     with_gap(source, row, [&](auto gap) {
-      if (reverse_) kl_row<Kind::REVERSE_KL>(gap, G, row, pull, bent);
-      else if (forward_) kl_row<Kind::FORWARD_KL>(gap, G, row, pull, bent);
+      if (a_.kind == Kind::REVERSE_KL) kl_row<Kind::REVERSE_KL>(gap, G, row, pull, bent);
+      else if (a_.kind == Kind::FORWARD_KL) kl_row<Kind::FORWARD_KL>(gap, G, row, pull, bent);
       else kl_row<Kind::MIXED_KL>(gap, G, row, pull, bent);
     });
   }

@@ -70,8 +70,7 @@ def arrange(
         else SM_COUNT,
     )
     bounds = align(sequences, chunks.rows) if chunks.weighting == "aligned" else None
-    kind = problem.spec.divergence.kind
-    backend = backends.select(problem.backend, hidden.device, chunks.logits_dtype, kind)
+    backend = backends.select(problem.backend, hidden.device, chunks.logits_dtype)
     return chunks, backend if shard is None else ShardedRows(backend, shard), rows, bounds
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import env
-from ..spec import Kind, RowSpec, check_choice, expect
+from ..spec import RowSpec, check_choice, expect
 from . import extension, torch_rows
 from .contract import SPREAD_LIMIT, RowBackend, plain_kl
 
@@ -43,7 +43,6 @@ class Backend:
     rows: Callable[[], RowBackend]
     unsupported: Callable[[str, torch.dtype | None], str | None]
     by_name: Callable[[torch.device], str | None] = lambda device: None
-    lacks: tuple[Kind, ...] = ()  # divergences that its kernels do not have
 
 
 def _no_cuda(device_type: str, dtype: torch.dtype | None) -> str | None:
@@ -156,7 +155,6 @@ BACKENDS = (
         lambda: COMPILED,
         _no_cuda,
         lambda device: extension.cuda_unchecked(device) if device.type == "cuda" else None,
-        lacks=(Kind.MIXED_KL,),
     ),
     Backend(
         "triton",
@@ -170,12 +168,9 @@ BACKENDS = (
 NAMES = tuple(backend.name for backend in BACKENDS)
 
 
-def select(
-    name: str | None, device: torch.device, dtype: torch.dtype | None = None, kind: Kind = Kind.REVERSE_KL
-) -> RowBackend:
+def select(name: str | None, device: torch.device, dtype: torch.dtype | None = None) -> RowBackend:
     """Return the backend of `name` or OPSD_BACKEND, else the first that sweeps logits of `dtype` on `device`.
 
-    `kind` is the divergence.
 
     Raises ValueError with the reason if the named backend cannot serve. Without a name, one with a reason in
     `by_name` is passed over: Triton on a CPU, and the CUDA kernels on a GPU whose architecture they have not
@@ -189,8 +184,6 @@ def select(
         if name != backend.name and (name is not None or backend.by_name(device) is not None):
             continue
         reason = backend.unsupported(device.type, dtype)
-        if reason is None and kind in backend.lacks:
-            reason = f"its kernels have no {kind.name.lower()}"
         if reason is None:
             break
         usable = f"one that is usable on {device.type}"

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from opsd_kernels import cli, doctor, linear_divergence
 from opsd_kernels._rows import backends, extension, gpu_checks
-from opsd_kernels.spec import Kind
 from opsd_kernels.testing import evaluate, hard_case
 
 CUDA = torch.device("cuda")
@@ -64,14 +63,6 @@ def test_unchecked_cuda_kernels_serve_by_name_alone(usable):
     assert served(CUDA, torch.bfloat16, name="cuda") == "CompiledRows"
     usable(triton="triton is not installed", unchecked="never ran")
     assert served(CUDA, torch.bfloat16) == "torch_rows"
-
-
-def test_a_divergence_that_a_backend_lacks(usable):
-    usable()
-    mixed = Kind.MIXED_KL
-    assert backends.select(None, CUDA, torch.bfloat16, mixed).__name__.endswith("triton_rows")
-    with pytest.raises(ValueError, match="backend: expected .*'cuda': its kernels have no mixed_kl"):
-        backends.select("cuda", CUDA, torch.bfloat16, mixed)
 
 
 SOURCES = "0123456789ab"
@@ -184,7 +175,9 @@ def test_a_backend_asked_for_by_name_serves_or_says_why_not(usable, monkeypatch,
 )
 def test_the_buffer_decides_not_the_inputs(monkeypatch, options, dtype):
     asked, select = [], backends.select
-    monkeypatch.setattr(backends, "select", lambda *asking: asked.append(asking[2]) or select(*asking))
+    monkeypatch.setattr(
+        backends, "select", lambda name, device, dtype: asked.append(dtype) or select(name, device, dtype)
+    )
     evaluate(linear_divergence, hard_case(5, 17, 8, torch.bfloat16, shared_head=True), **options)
     assert asked == [dtype]
 

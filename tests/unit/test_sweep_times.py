@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opsd_kernels._rows.sweep_times import GPUS, Cost, costs, predict
+from opsd_kernels._rows.sweep_times import GPUS, Cost, costs, kernels, predict
 from opsd_kernels.spec import Divergence, Kind
 
 H100, H200, B200 = GPUS
@@ -63,3 +63,21 @@ def test_fused_sweeps_come_near_the_copy_bandwidth(backend, kind, least):
     """Shares that are the goals of both backends, in bf16 on an H200."""
     *_, whole = predict(backend, kind, torch.bfloat16, 8192, WIDE_V, H200)
     assert whole.share >= least
+
+
+@pytest.mark.parametrize(
+    "kernel, instructions, code",
+    [
+        ("stats reverse_kl", 26, 2900),
+        ("grad reverse_kl", 19, 1000),
+        ("fused reverse_kl", 45, 2625),
+        ("fused forward_kl", 45, 2625),
+        ("fused jsd", 110, 3300),
+    ],
+)
+def test_cuda_kernels_stay_lean(kernel, instructions, code):
+    """Goals of the CUDA kernels in bf16 on sm_90a: instructions per entry, and of the whole kernel."""
+    lines = kernels()["cuda", f"{kernel} plain", "bf16", "90"]
+    sweeps = [row for row in lines if not (kernel.startswith("stats") and row["sweep"] == "find_peaks")]
+    assert 0 < sum(float(row["each"]) for row in sweeps) <= instructions
+    assert all(int(row["code"]) <= code for row in lines)
