@@ -52,7 +52,7 @@ COMMENTS: dict[str, dict[str, str]] = {
     "objective": {
         "objective": "the whole distribution, or the sampled token alone",
         "divergence": "",
-        "beta": "the mixture's weight, of jsd and the skew divergences",
+        "beta": "the teacher's weight, of jsd, the skew divergences and mixed_kl",
         "distill_temperature": "of both sides' logits in the loss",
         "teacher_temperature": "null: the same",
         "topk": "null: the whole vocabulary",
