@@ -8,30 +8,40 @@ from unittest import mock
 
 import pytest
 import torch
-from trl_trainers import CHATS, PROMPTS, STEPS, V, fused, load, ragged, tokenizer
+from trl_trainers import CHATS, PROMPTS, STEPS, V, load, ragged, tokenizer
 
 trl = pytest.importorskip("trl", minversion="1.14.1", reason="trl is not installed")
 transformers, datasets = (pytest.importorskip(name) for name in ("transformers", "datasets"))
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # "You are importing from 'trl.experimental'"
     from trl.experimental import gkd, gold, sdft, server_distillation
+
+    from opsd_kernels.integrations.trl import server_distillation as fused_server
+
+try:
     from trl.experimental.async_distillation import async_distillation_trainer as asynchronous
+
+    from opsd_kernels.integrations.trl import async_distillation as fused_async
+except ModuleNotFoundError:  # aiohttp, before TRL 1.16
+    asynchronous = fused_async = None
 
 THEIRS = {
     "GKDTrainer": gkd.GKDTrainer,
     "GOLDTrainer": gold.GOLDTrainer,
     "SDFTTrainer": sdft.SDFTTrainer,
     "ServerDistillationTrainer": server_distillation.ServerDistillationTrainer,
-    "AsyncDistillationTrainer": asynchronous.AsyncDistillationTrainer,
+    "AsyncDistillationTrainer": getattr(asynchronous, "AsyncDistillationTrainer", None),
 }
 CONFIGS = {
     "GKDTrainer": gkd.GKDConfig,
     "GOLDTrainer": gold.GOLDConfig,
     "SDFTTrainer": sdft.SDFTConfig,
     "ServerDistillationTrainer": server_distillation.ServerDistillationConfig,
-    "AsyncDistillationTrainer": asynchronous.AsyncDistillationConfig,
+    "AsyncDistillationTrainer": getattr(asynchronous, "AsyncDistillationConfig", None),
 }
-SERVED = ("ServerDistillationTrainer", "AsyncDistillationTrainer")
+# Trainers with a teacher's list, and the module that calls the op.
+SERVED = {"ServerDistillationTrainer": fused_server, "AsyncDistillationTrainer": fused_async}
+needs_async = pytest.mark.skipif(asynchronous is None, reason="aiohttp is not installed")
 K = 6
 COMMON = {
     "per_device_train_batch_size": 4, "max_steps": STEPS, "learning_rate": 1e-3, "logging_steps": 1,
@@ -61,6 +71,8 @@ TABLE = (2.0 * torch.randn(V, V, generator=torch.Generator().manual_seed(8))).lo
 class Client:
     """Stand in for TRL's VLLMClient: a teacher whose distribution depends on the last token."""
 
+    table = TABLE
+
     def __init__(self, *args, **kwargs):
         self.temperatures = []
 
@@ -68,7 +80,7 @@ class Client:
         self.temperatures.append(temperature)
         result = {"logprobs": [], "logprob_token_ids": [], "actual_logprobs": []}
         for sequence, start in zip(sequences, prompt_lengths, strict=True):
-            rows = TABLE[sequence[start - 1 : -1]]
+            rows = self.table[sequence[start - 1 : -1]]
             best = rows.topk(top_logprobs)
             own = rows.gather(-1, torch.tensor(sequence[start:]).view(-1, 1))
             for name, values in zip(result, (best.values, best.indices, own), strict=True):
@@ -115,9 +127,10 @@ def batch_for(name):
     """Make four sequences of unequal length, one without a valid token; for async one packed row."""
     gen = torch.Generator().manual_seed(1)
     prompt, longer, completion = (
-        ragged(lengths, width, left)
-        for lengths, width, left in (((2, 5, 3, 4), 5, True), ((9, 6, 7, 9), 9, True), ((6, 4, 1, 0), 6, False))
-    )  # fmt: skip
+        ragged((2, 5, 3, 4), 5, True),
+        ragged((9, 6, 7, 9), 9, True),
+        ragged((6, 4, 1, 0), 6, False),
+    )
     p_ids, t_ids, c_ids = (
         torch.randint(5, V, mask.shape, generator=gen) * mask for mask in (prompt, longer, completion)
     )
@@ -173,7 +186,3 @@ def packed(tokens, attended, completion):
     count = float(completion.sum())
     numbers = {"global_n_tokens": count, "global_n_forward_tokens": 2 * count, "mean_seq_len": 5.0}
     return batch | {key: torch.tensor([value]) for key, value in numbers.items()}
-
-
-def theirs_and_ours(name):
-    return THEIRS[name], getattr(fused, name)

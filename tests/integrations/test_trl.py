@@ -6,6 +6,7 @@ import pytest
 import torch
 from trl_trainers import (
     FULL,
+    GPU_ONLY,
     JSD,
     NAMES,
     SAMPLED,
@@ -43,6 +44,8 @@ def test_twenty_steps(name, home, monkeypatch):
 
     It is TRL's loss, or the reference's where TRL's is fp32 only.
     """
+    if name in GPU_ONLY:
+        pytest.skip("the loss of this version of TRL needs a GPU")
     theirs, batches, logged = after_training(THEIRS[name], name, home)
     mine, sampled, also = after_training(getattr(fused, name), name, home)
     assert logged == also and len(mine["evaluation"])

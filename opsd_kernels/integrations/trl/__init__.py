@@ -5,15 +5,23 @@
 compute a loss from logits are overridden. The constructor raises ValueError for settings that the fused loss
 does not support. docs/integrations-trl.md shows how to use them, how they differ from TRL's, and which
 defects are not copied.
+
+A trainer is imported where it is first named: in TRL before 1.16 that of `AsyncDistillationTrainer` needs
+aiohttp.
 """
 
 from __future__ import annotations
 
-from .base import FusedLoss
-from .distillation import DistillationTrainer, GKDTrainer, GOLDTrainer
-from .iw_opd import IWOPDTrainer
-from .self_distillation import SDFTTrainer, SDPOTrainer
-from .served import AsyncDistillationTrainer, ServerDistillationTrainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .async_distillation import AsyncDistillationTrainer
+    from .base import FusedLoss
+    from .distillation import DistillationTrainer, GKDTrainer, GOLDTrainer
+    from .iw_opd import IWOPDTrainer
+    from .self_distillation import SDFTTrainer, SDPOTrainer
+    from .server_distillation import ServerDistillationTrainer
 
 __all__ = [
     "AsyncDistillationTrainer",
@@ -26,3 +34,17 @@ __all__ = [
     "SDPOTrainer",
     "ServerDistillationTrainer",
 ]
+_HOMES = {
+    "AsyncDistillationTrainer": "async_distillation",
+    "FusedLoss": "base",
+    "IWOPDTrainer": "iw_opd",
+    "ServerDistillationTrainer": "server_distillation",
+    **dict.fromkeys(("DistillationTrainer", "GKDTrainer", "GOLDTrainer"), "distillation"),
+    **dict.fromkeys(("SDFTTrainer", "SDPOTrainer"), "self_distillation"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -50,7 +50,7 @@ class FusedLoss:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # checked first: TRL's constructor waits for the server
-        server = any(getattr(value, "use_teacher_server", False) for value in (*args, *kwargs.values()))
+        server = any(getattr(x, "use_teacher_server", None) is True for x in (*args, *kwargs.values()))
         expect(not server, "use_teacher_server", "False: the loss reads the teacher's hidden states", server)
         super().__init__(*args, **kwargs)
         self._redirect = _ForwardRedirection()
