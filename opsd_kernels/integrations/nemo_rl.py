@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..divergence import linear_divergence
-from ..spec import check_choice, check_number, expect
+from ..spec import check_choice, check_number, check_tensor, expect
 from ..topk import linear_topk_divergence
 
 KL_TYPES = ("forward", "reverse", "mixed")
@@ -86,7 +86,6 @@ class DistillationLossFn:
             if teacher_hidden is None:
                 part = self._of_list(student, data, given)
             else:
-                assert teacher_weight is not None
                 part = _of_teachers(student, teacher_hidden, teacher_weight, data, given)
             loss = loss + share * part
         return loss, {"loss": loss.detach(), "num_valid_samples": len(data["input_ids"])}
@@ -107,13 +106,15 @@ class DistillationLossFn:
 def _of_teachers(
     student: tuple[Tensor, Tensor],
     hidden: Tensor | Sequence[Tensor],
-    weight: Tensor | Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor] | None,
     data: Mapping[str, Any],
     options: Any,
 ) -> Any:
     """Return the loss of one teacher, or of several, each on its own rows."""
     if isinstance(hidden, Tensor):
-        return linear_divergence(*student, hidden[:, :-1], weight, **options)
+        check_tensor("teacher_weight", weight)
+        whole: Any = weight
+        return linear_divergence(*student, hidden[:, :-1], whole, **options)
     expect(
         len(hidden) == len(weight), "teacher_weight", f"{len(hidden)} heads, as hidden states", len(weight)
     )
@@ -123,10 +124,10 @@ def _of_teachers(
     expect(known, "teacher_index", f"numbers below {len(hidden)}", index[mask].tolist()[:8])
     count = options["normalizer"]
     count = mask.sum() if count is None else count
-    parts = [
+    parts: list[Any] = [
         linear_divergence(
             *student, states[:, :-1], head, **{**options, "mask": mask & (index == k), "normalizer": count}
         )
-        for k, (states, head) in enumerate(zip(hidden, weight, strict=True))
+        for k, (states, head) in enumerate(zip(hidden, heads, strict=True))
     ]
     return torch.stack(parts).sum()

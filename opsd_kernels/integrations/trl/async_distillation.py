@@ -63,12 +63,14 @@ class AsyncDistillationTrainer(FusedLoss, async_distillation.AsyncDistillationTr
         with self.accelerator.autocast():
             loss, stats = linear_topk_divergence(hidden, weight, *listed, **options, return_stats=True)
         entropies = _entropies(listed[1], tail)
-        sums = [x.sum() for x in (stats.divergence, stats.student_entropy, entropies)]
+        divergence, entropy, of_teacher = (
+            x.sum() for x in (stats.divergence, stats.student_entropy, entropies)
+        )
         parts = torch.zeros(teachers, 3, device=hidden.device)
         if teacher_index is not None:
             each = torch.stack([torch.ones_like(entropies), stats.divergence, entropies], -1)
             parts.index_add_(0, teacher_index, each.to(parts.dtype))
-        return loss, *sums, parts.flatten()
+        return loss, divergence, entropy, of_teacher, parts.flatten()
 
 
 def _entropies(logprobs: Tensor, tail: bool) -> Tensor:
