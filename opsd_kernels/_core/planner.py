@@ -389,7 +389,7 @@ def plan(
     * `weights_scope`: scope of the token weights. With "sequence", chunks end at sequence boundaries if a
       chunk holds `longest_sequence` rows (four passes); otherwise a statistics pass goes first (six).
     * `policy`, `topk`: True if a term of `objectives` is mixed in; the number of entries of a support.
-    * `one_sweep`: True for the plain KLs without an entry clip, see RowSpec.
+    * `one_sweep`: True for KLs without a mixture and an entry clip, see RowSpec.
     * `factor`, `softcap`: the larger logit scale / temperature of both sides; True if logits have a softcap.
     * `device_type`, `sm_count`: on CUDA the rows of a chunk make whole waves of GEMM tiles on `sm_count`
       multiprocessors (waves.py). `threads`: of a CPU, with which scratch grows. Default: those of torch.

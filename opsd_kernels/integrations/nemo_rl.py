@@ -72,29 +72,20 @@ class DistillationLossFn:
         options: further arguments of linear_divergence or, for a list, of linear_topk_divergence.
 
         Without masks all rows but the last of each sequence count. `global_valid_seqs` is not read, as in
-        NeMo-RL for a loss of tokens. Passes over the heads: those of the op, twice for a mixed KL.
+        NeMo-RL for a loss of tokens. With several teachers each takes the passes of the op over its own rows.
         """
         mask = torch.ones(student_hidden.shape[:2], device=student_hidden.device)
         if "token_mask" in data and "sample_mask" in data:
             mask = data["token_mask"] * data["sample_mask"][:, None]
         mask = mask[:, 1:] != 0
         options |= {"mask": mask, "normalizer": global_valid_toks}
+        options |= {"divergence": "mixed_kl", "beta": self.mixed_kl_weight}
         student = student_hidden[:, :-1], student_weight
-        loss = student_hidden.new_zeros((), dtype=torch.float32)
-        for share, divergence in self._parts():
-            given = {**options, "divergence": divergence}
-            if teacher_hidden is None:
-                part = self._of_list(student, data, given)
-            else:
-                part = _of_teachers(student, teacher_hidden, teacher_weight, data, given)
-            loss = loss + share * part
+        if teacher_hidden is None:
+            loss = self._of_list(student, data, options)
+        else:
+            loss = _of_teachers(student, teacher_hidden, teacher_weight, data, options)
         return loss, {"loss": loss.detach(), "num_valid_samples": len(data["input_ids"])}
-
-    def _parts(self) -> list[tuple[float, str]]:
-        """Return the divergences that make up the loss, with their weights."""
-        weight = self.mixed_kl_weight
-        pairs = [(weight, "forward_kl"), (1 - weight, "reverse_kl")]
-        return [pair for pair in pairs if pair[0]]
 
     def _of_list(self, student: tuple[Tensor, Tensor], data: Mapping[str, Any], options: Any) -> Any:
         logits, ids = data["teacher_topk_logits"][:, :-1], data["teacher_topk_indices"][:, :-1]
@@ -115,9 +106,8 @@ def _of_teachers(
         check_tensor("teacher_weight", weight)
         whole: Any = weight
         return linear_divergence(*student, hidden[:, :-1], whole, **options)
-    expect(
-        len(hidden) == len(weight), "teacher_weight", f"{len(hidden)} heads, as hidden states", len(weight)
-    )
+    heads = () if weight is None else tuple(weight)
+    expect(len(hidden) == len(heads), "teacher_weight", f"{len(hidden)} heads, as hidden states", len(heads))
     index, mask = data["teacher_index"], options["mask"]
     index = (index[:, None].expand(-1, student[0].shape[1] + 1) if index.dim() == 1 else index)[:, :-1]
     known = bool(((index >= 0) & (index < len(hidden)) | ~mask).all())
