@@ -89,15 +89,14 @@ CONFIGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("count", [None, 17, torch.tensor(23.0)])
-@pytest.mark.parametrize("whole", [0, 1, 2])
+@pytest.mark.parametrize("whole, count", [(0, None), (0, 17), (1, torch.tensor(23.0)), (2, None), (2, 17)])
 @pytest.mark.parametrize("cfg", CONFIGS, ids=lambda cfg: "-".join(map(str, cfg.values())))
 def test_the_formula(cfg, whole, count):
     """Lists, one whole teacher, and two by teacher_index; values and gradients of hidden states and head."""
     truth, plain = (outcome(dense, dtype, cfg, count, whole) for dtype in (torch.float64, torch.float32))
     assert all(value.abs().max() > 0 for _, value in truth.named())
-    for each in (cfg, SimpleNamespace(**cfg)):
-        assert_no_worse(outcome(shim, torch.float32, each, count, whole), plain, truth)
+    given = SimpleNamespace(**cfg) if whole else cfg  # NeMo-RL's config has attributes, older ones entries
+    assert_no_worse(outcome(shim, torch.float32, given, count, whole), plain, truth)
 
 
 @pytest.mark.parametrize("whole", [0, 2])
