@@ -132,3 +132,72 @@ def test_the_async_head_is_that_of_the_model(home):
         losses[label] = one_step(trainer, batch_for(name)).loss
     assert (losses["theirs"] - losses["known"]).abs() > 1e-2
     assert_one_rounding(losses["ours"], losses["known"], torch.float32, magnitude=5.0)
+
+
+def test_tool_outputs_are_left_out(trios):
+    """TRL reads no `tool_mask` here: our losses of complementary masks add up to its loss."""
+    name = "ServerDistillationTrainer"
+    theirs, mine, _ = trios(name)
+    batch, settings = batch_for(name), {"beta": 0.0, "loss_top_k": 6, "loss_add_tail": True}
+    mask = batch["completion_mask"]
+    tools = (torch.arange(mask.numel()) % 3 > 0).long().view_as(mask)
+    total = 0.0
+    for kept in (tools, 1 - tools):
+        total += one_step(mine, {**batch, "tool_mask": kept}, **settings).loss * (mask * kept).sum()
+        with_tools = one_step(theirs, {**batch, "tool_mask": kept}, **settings).loss
+    assert_one_rounding(total / mask.sum(), with_tools.double(), torch.float32, magnitude=5.0)
+
+
+def sized(vocabulary, dtype=torch.float32):
+    """Make a teacher with a vocabulary of its own."""
+    import transformers
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        config = transformers.LlamaConfig(hidden_size=32, **{**SHAPE, "vocab_size": vocabulary})
+        return transformers.LlamaForCausalLM(config).to(dtype)
+
+
+def test_gold_cuts_a_padded_teacher(home):
+    """A head with more rows is cut to the student's, as by TRL; one with fewer is refused."""
+    outcomes = []
+    for cls, dtype in (
+        (THEIRS["GOLDTrainer"], torch.float32),
+        (fused.GOLDTrainer, torch.float32),
+        (THEIRS["GOLDTrainer"], torch.float64),
+    ):
+        trainer = build(cls, "GOLDTrainer", home, dtype, teacher=sized(72, dtype))
+        outcomes.append(one_step(trainer, batch_for("GOLDTrainer"), dtype))
+    plain, actual, truth = outcomes
+    assert_no_worse(actual, plain, truth)
+    match = "teacher_model: expected a teacher with the student's vocabulary, of 64 entries or more, got 60"
+    with pytest.raises(ValueError, match=match):
+        build(fused.GOLDTrainer, "GOLDTrainer", home, teacher=sized(60))
+
+
+def test_refused_settings(home):
+    with pytest.raises(ValueError, match="^use_uld_loss: expected False"):
+        build(
+            fused.GOLDTrainer,
+            "GOLDTrainer",
+            home,
+            use_uld_loss=True,
+            teacher_tokenizer_name_or_path=home.teacher,
+        )
+    with pytest.raises(ValueError, match="^distillation_topk: expected a number"):
+        build(
+            fused.SDFTTrainer,
+            "SDFTTrainer",
+            home,
+            distillation_mode="topk_logits",
+            distillation_topk=None,
+        )
+
+
+def test_nothing_to_learn_from(trios):
+    """Without a token that has a teacher the loss is 0 and still has a graph."""
+    name = "ServerDistillationTrainer"
+    batch = batch_for(name)
+    batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
+    outcome = one_step(trios(name)[1], batch, beta=0.0, loss_top_k=6)
+    assert outcome.loss == 0 and outcome.student_hidden.abs().max() == 0
