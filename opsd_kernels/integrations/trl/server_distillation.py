@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -69,5 +68,5 @@ class ServerDistillationTrainer(FusedLoss, server_distillation.ServerDistillatio
             expect(missing == 0, "teacher server", expected, f"{missing} without")
         if self.beta == 1:
             return own_ids, own
-        again = own_ids == top_ids
-        return torch.cat([top_ids, own_ids], -1), torch.cat([tops, own.masked_fill(again, -math.inf)], -1)
+        # An id that comes again counts once.
+        return torch.cat([top_ids, own_ids], -1), torch.cat([tops, own], -1)
