@@ -43,6 +43,9 @@ class DivergenceOptions(TypedDict, total=False):
       A positive number, or a tensor that broadcasts to (...), for example (B, 1) for one per sequence.
       Detached. The loss is not multiplied by temperature**2.
     * `student_bias` (V_s,), `teacher_bias` (V_t,): an entry of -inf removes a token from the distribution.
+    * `student_lora`, `teacher_lora`: a low-rank adapter of the head, (A, B, scaling) with A (r, H) and B (V,
+      r). The head is `weight + scaling * B @ A`, which is never formed. Gradients flow to the student's A and
+      B. They may have another floating-point dtype than the head, as peft's do.
     * `student_logit_scale`, `teacher_logit_scale`, `student_softcap`, `teacher_softcap`: a factor, and the c
       above.
     * `vocab_size`: columns from this one on have probability zero on both sides. Required if the two heads
@@ -91,6 +94,8 @@ class DivergenceOptions(TypedDict, total=False):
     teacher_temperature: float | None
     student_bias: Tensor | None
     teacher_bias: Tensor | None
+    student_lora: tuple[Tensor, Tensor, float] | None
+    teacher_lora: tuple[Tensor, Tensor, float] | None
     student_logit_scale: float
     teacher_logit_scale: float
     student_softcap: float | None
@@ -129,6 +134,8 @@ def linear_divergence(
     teacher_temperature: float | None = None,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    student_lora: tuple[Tensor, Tensor, float] | None = None,
+    teacher_lora: tuple[Tensor, Tensor, float] | None = None,
     student_logit_scale: float = 1.0,
     teacher_logit_scale: float = 1.0,
     student_softcap: float | None = None,
@@ -158,10 +165,10 @@ def linear_divergence(
 
     The result is that of projecting both sides, taking two softmaxes and comparing the distributions token by
     token, but the op never holds more than `workspace_bytes` of logits. Gradients flow to `student_hidden`,
-    `student_weight` and `student_bias`, never to the teacher. Hidden states and weights share one dtype
-    (float64, float32, bfloat16 or float16; a bias may have any floating-point dtype) and one device. 16-bit
-    hidden states under fp32 weights are cast to fp32; autocast casts both, float64 aside. Each option is
-    explained in `opsd_kernels.divergence.DivergenceOptions`.
+    `student_weight`, `student_bias` and the student's adapter, never to the teacher. Hidden states and
+    weights share one dtype (float64, float32, bfloat16 or float16; a bias may have any floating-point dtype)
+    and one device. 16-bit hidden states under fp32 weights are cast to fp32; autocast casts both, float64
+    aside. Each option is explained in `opsd_kernels.divergence.DivergenceOptions`.
 
     Returns the loss in fp32 (fp64 for fp64 inputs): 0-dim, or (...) with zeros at invalid tokens for
     reduction "none". With `return_stats` returns (loss, TokenStats). Without a valid token the loss is 0,
@@ -173,7 +180,8 @@ def linear_divergence(
     """
     options = dict(  # noqa: C408 - a literal would name each option twice
         divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
-        student_bias=student_bias, teacher_bias=teacher_bias, student_logit_scale=student_logit_scale,
+        student_bias=student_bias, teacher_bias=teacher_bias, student_lora=student_lora,
+        teacher_lora=teacher_lora, student_logit_scale=student_logit_scale,
         teacher_logit_scale=teacher_logit_scale, student_softcap=student_softcap,
         teacher_softcap=teacher_softcap, vocab_size=vocab_size, labels=labels, ignore_index=ignore_index,
         mask=mask, token_weights=token_weights, teacher_mix=teacher_mix, entry_clip=entry_clip,
@@ -224,8 +232,8 @@ def prepare(
     """
     problem = Problem.of(
         row_spec(options),
-        Side(*student, options["student_bias"]),
-        None if teacher is None else Side(*teacher, options["teacher_bias"]),
+        Side(*student, options["student_bias"], options["student_lora"]),
+        None if teacher is None else Side(*teacher, options["teacher_bias"], options["teacher_lora"]),
         labels=options["labels"],
         ignore_index=options["ignore_index"],
         mask=options["mask"],

@@ -7,8 +7,9 @@ the projections and sweeps of a chunk into parts, which share the teacher's buff
 
 A sweep has one of four forms, chosen before the loop. `fused` reads the logits once and overwrites them with
 the gradient. `two_pass` sweeps for statistics first, where row factors depend on them. `replay` computes
-gradients from the statistics of an earlier run. `top_k` works on a support. Each writes losses and statistics
-of its rows into the outputs, and the logit gradient over S. It returns None if that holds the row factors.
+gradients from the statistics of an earlier run. `topk_support.top_k` works on a support. Each writes losses
+and statistics of its rows into the outputs, and the logit gradient over S. It returns None if that holds the
+row factors.
 Only `fused` may return them, (C,), and `_accumulate` applies them to dh, dW and dbias.
 """
 
@@ -18,7 +19,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,9 +56,12 @@ def run(
     padded_vocab = problem.student.weight.shape[0]
     problem = problem.for_gemms()
     out = _allocate(problem, plan, padded_vocab, saved)
-    buffers = Buffers(problem, plan)
+    adapters = None if rows.adapters is None else rows.adapters(problem, plan, out)
+    buffers = Buffers(problem, plan, adapters)
     wants_gradient = any(problem.wants)
-    walk = Walk(problem, backend, rows.valid, metrics, saved is not None, wants_gradient, weigher, out)
+    walk = Walk(
+        problem, backend, rows.valid, metrics, saved is not None, wants_gradient, weigher, out, adapters
+    )
     sweep, logits, G = choose(walk), None, None
     skips = wants_gradient and problem.gradient_tolerance is not None
     columns = ColumnFilter.of(problem, backend, out.dropped) if skips else None
@@ -80,7 +84,9 @@ def run(
                 G = walk.gradient(buffers.pair[: student.shape[0]])
                 scale = None if scales[0] is None else torch.cat([x for x in scales if x is not None])
                 _accumulate(walk, G, student, at, scale, columns, first=position == 0)
-    del buffers, walk, logits, G  # freed before dW is cast, which lowers the peak
+    if adapters is not None:
+        adapters.finish()
+    del buffers, walk, logits, G, adapters  # freed before dW is cast, which lowers the peak
     if out.dW is not None and out.dW.dtype != plan.gradient_dtype:
         out.dW = empty(tuple(out.dW.shape), plan.gradient_dtype, out.dW.device).copy_(out.dW)
     if out.dbias is not None:
@@ -93,7 +99,8 @@ def _allocate(
 ) -> Outputs:
     """Allocate the outputs: zeroed where some rows stay unwritten, else uninitialised."""
     hidden, weight, wide = problem.student.hidden, problem.student.weight, problem.stats_dtype
-    (N, H), (wants_hidden, wants_weight, wants_bias) = hidden.shape, problem.wants
+    (N, H), (wants_hidden, wants_weight, wants_bias, *_) = hidden.shape, problem.wants
+    lora = problem.student.lora
     rows = hidden.new_empty if plan.tokens == N else hidden.new_zeros
     dW = None
     if wants_weight:
@@ -111,6 +118,10 @@ def _allocate(
         dW=dW,
         dbias=hidden.new_zeros(padded_vocab, dtype=torch.float64) if wants_bias else None,
         dropped=hidden.new_zeros((), dtype=wide),
+        dA=lora and hidden.new_zeros(lora.A.shape, dtype=wide) if any(problem.wants[3:4]) else None,
+        dB=lora and hidden.new_zeros(padded_vocab, lora.B.shape[1], dtype=wide)
+        if any(problem.wants[4:])
+        else None,
     )
 
 
@@ -120,9 +131,9 @@ class Buffers:
     The student's hold a chunk, and become its gradient; the teacher's hold a part of one.
     """
 
-    def __init__(self, problem: Problem, plan: ChunkPlan) -> None:
+    def __init__(self, problem: Problem, plan: ChunkPlan, adapters: Any) -> None:
         hidden, V = problem.student.hidden, problem.student.weight.shape[0]
-        alone, part = problem.teacher is None, plan.part_rows
+        alone, part, self.adapters = problem.teacher is None, plan.part_rows, adapters
         stride = row_stride(V, plan.logits_dtype, hidden.device.type)
         shape = plan.rows + (0 if alone else part), stride
         self.pair = empty(shape, plan.logits_dtype, hidden.device)[:, :V]
@@ -136,7 +147,10 @@ class Buffers:
         labels = None if problem.rows.labels is None else walk.label_columns(at)
         n = pilot_columns(head.shape[0])
         pilot = self.pair.as_strided((student.shape[0], n), (n, 1))
-        project(student, head[:n], pilot)
+        if self.adapters is None:
+            project(student, head[:n], pilot)
+        else:
+            self.adapters.pilot(student, pilot)
         rounded = not subtracts_exactly(pilot)
         return Centre.of(problem, student, teacher, labels, pilot.argmax(1), rounded)
 
@@ -146,23 +160,23 @@ class Buffers:
         """Return the logits S and T (or T - S) of a part of a chunk, (C, V) each, with the biases."""
         student, head, C = student[part], problem.student.weight, part.stop - part.start
         behind = part.stop if self.behind is None else self.behind
-        S, T = self.pair[part], self.pair[behind : behind + C]
-        if teacher is None or problem.teacher is None:
-            project(student, head, S, centre.s)
-            return Rows(S, self.zeros.expand(C, -1), problem.student.bias, None, centre.at_label)
-        teacher = teacher[part]
-        if self.stack is None:
-            project(student, head, S, centre.s)
-            project(teacher, problem.teacher.weight, T, centre.t)
+        S, T, stack, other = self.pair[part], self.pair[behind : behind + C], None, problem.teacher
+        if teacher is None or other is None:
+            T = self.zeros.expand(C, -1)
         else:
-            stack = self.stack[: 2 * C]
+            teacher = teacher[part]
+            stack = None if self.stack is None else self.stack[: 2 * C]
+        if stack is not None:
             stack_difference(student, teacher, stack)
-            if self.behind is None and (centre.s is None or centre.t is not None):
-                project(stack, head, self.pair[: 2 * C], centre.stacked)
-            else:
-                project(stack[:C], head, S, centre.s)
-                project(stack[C:], head, T, centre.t)
-        return Rows(S, T, problem.student.bias, problem.teacher.bias, centre.at_label)
+        if self.adapters is not None:
+            self.adapters.fill(student, teacher, S, T, centre, part, stack)
+        elif stack is not None and self.behind is None and (centre.s is None or centre.t is not None):
+            project(stack, head, self.pair[: 2 * C], centre.stacked)
+        else:
+            project(student, head, S, centre.s)
+            if teacher is not None and other is not None:
+                project(teacher if stack is None else stack[C:], other.weight, T, centre.t)
+        return Rows(S, T, problem.student.bias, other and other.bias, centre.at_label)
 
 
 def _accumulate(
@@ -180,23 +194,27 @@ def _accumulate(
     if dW is not None and scale is not None:
         scaled = (student * scale[:, None]).to(student.dtype)
     kept = None if columns is None else columns.select(G, scale)
+    packed, in_place = None, isinstance(at, slice) and shard is None and walk.adapters is None
     if out.dh is not None:
-        in_place = isinstance(at, slice) and shard is None
-        # Partial sums of ranks are reduced in fp32 and rounded to 16 bits once.
-        dtype = out.dh.dtype if shard is None else torch.promote_types(out.dh.dtype, torch.float32)
+        # Partial sums, of ranks or of head and adapter, are in fp32 and rounded to 16 bits once.
+        whole = shard is None and walk.adapters is None
+        dtype = out.dh.dtype if whole else torch.promote_types(out.dh.dtype, torch.float32)
         packed = out.dh[at] if in_place else out.dh.new_empty(student.shape, dtype=dtype)
         if kept is None:
             project(G, walk.problem.student.weight.t(), packed)
         else:
             packed.copy_(_accumulate_kept(walk, G, scaled, kept, dW, first))
+    elif kept is not None:
+        _accumulate_kept(walk, G, scaled, kept, dW, first)
+    if walk.adapters is not None:
+        walk.adapters.accumulate(G, student, packed, scale)
+    if packed is not None and out.dh is not None:
         if shard is not None:
             shard.sum_hidden_grad(packed)
         if scale is not None:
             packed.mul_(scale[:, None])
         if not in_place:
             out.dh[at] = packed.to(out.dh.dtype)
-    elif kept is not None:
-        _accumulate_kept(walk, G, scaled, kept, dW, first)
     if dW is not None and kept is None:
         accumulate_weight_grad(G, scaled, dW, first)
     if out.dbias is not None:
@@ -313,6 +331,7 @@ class Walk:
     wants_gradient: bool
     weigher: RowWeigher | None  # where row factors depend on statistics
     out: Outputs
+    adapters: Any  # adapted.Adapters, or None
 
     def zero_invalid(self, values: Tensor, at: Positions) -> Tensor:
         """Set the (n, ...) values of masked rows to 0.
@@ -384,7 +403,7 @@ class Walk:
 def choose(walk: Walk) -> Sweep:
     """Return the sweep that all chunks of a call use."""
     if walk.problem.support is not None:
-        return top_k
+        return topk_support.top_k
     if walk.saved:
         return replay
     # Factors from statistics still allow one read of the logits, if the GEMMs apply them.
@@ -436,32 +455,6 @@ def _write_gradient(walk: Walk, chunk: Rows, at: Positions, stats: Tensor, A: Te
     labels = None if slope is None else walk.labels(at)
     spec = walk.problem.spec.at(at)
     walk.backend.row_grad_(chunk.S, chunk.T, stats, A, factor, spec, *biases, G, slope, labels)
-
-
-def top_k(walk: Walk, chunk: Rows, at: Positions) -> None:
-    """Restrict the divergence to a support. With saved statistics, compute the gradient alone."""
-    problem, spec, support = walk.problem, walk.problem.spec.at(at), walk.problem.support
-    assert support is not None
-    exact = walk.exact(chunk, at)
-    if walk.saved:
-        stats = walk.out.stats[at]
-    else:
-        stats = walk.backend.row_stats(chunk.S, chunk.T, spec, chunk.bias_s, chunk.bias_t, walk.metrics)
-    ids, logprobs = (
-        None if x is None else x[at] for x in (problem.rows.topk_ids, problem.rows.topk_logprobs)
-    )
-    if problem.shard is None:
-        every = own = topk_support.entries(chunk, stats, spec, support, ids, logprobs)
-    else:
-        every, own = problem.shard.entries(chunk, stats, spec, support, ids, logprobs)
-    result = topk_support.restricted(every, stats, spec, support.tail)
-    if not walk.saved:
-        walk.keep(at, stats, result.loss, result.A, exact)
-    if walk.wants_gradient:
-        factor, slope = walk.factors(at)
-        labels = None if slope is None else walk.label_columns(at)
-        G = walk.gradient(chunk.S)
-        topk_support.write_gradient_(walk.backend, chunk, stats, spec, own, result, factor, slope, labels, G)
 
 
 # ---------------------------------------------------------------- memory

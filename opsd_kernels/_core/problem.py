@@ -13,8 +13,10 @@ from torch import Tensor
 
 from .._rows import backends
 from ..spec import RowSpec, Support, check_choice, check_number, check_tensor, expect
-from .planner import DTYPES, resolve_logits, workspace_budget
+from .lora import Lora
+from .planner import resolve_logits, workspace_budget
 from .shard import VocabShard, local_head, shard_of
+from .sizes import DTYPES
 
 
 @dataclass(frozen=True)
@@ -24,16 +26,27 @@ class Side:
     hidden: Tensor  # (..., H) in a public call, (N, H) in a Problem
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
+    lora: Lora | None = None
+
+    @property
+    def leaves(self) -> tuple[Tensor | None, ...]:
+        """Return the tensors that may want a gradient."""
+        lora = () if self.lora is None else (self.lora.A, self.lora.B)
+        return (self.hidden, self.weight, self.bias, *lora)
+
+    def with_leaves(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *lora: Tensor) -> Side:
+        """Return the side with other leaves."""
+        return Side(hidden, weight, bias, self.lora and replace(self.lora, A=lora[0], B=lora[1]))
 
     def in_dtype_of_head(self) -> Side:
         """Return the side with 16-bit hidden states in fp32 if the weight is in fp32."""
         narrow = self.hidden.dtype in (torch.bfloat16, torch.float16) and self.weight.dtype == torch.float32
         return replace(self, hidden=self.hidden.float()) if narrow else self
 
-    def detached(self) -> Side:
+    def detach(self) -> Side:
         """Return the side outside autograd."""
-        bias = None if self.bias is None else self.bias.detach()
-        return Side(self.hidden.detach(), self.weight.detach(), bias)
+        bias, lora = (None if part is None else part.detach() for part in (self.bias, self.lora))
+        return Side(self.hidden.detach(), self.weight.detach(), bias, lora)
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,7 @@ class ComputedRows:
     count: int
     index: Tensor | None = None  # (count,) int64 positions; None: all rows
     valid: Tensor | None = None  # (N,) bool where invalid rows are computed too
+    adapters: Any = None  # adapted.Adapters where a head has one
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,7 @@ class Problem:
     gradient_tolerance: float | None  # share of a chunk's gradient that may be left out; None: nothing is
     backend: str | None
     shard: VocabShard | None  # None: whole heads
-    wants: tuple[bool, bool, bool]  # gradients of the student's hidden, weight and bias
+    wants: tuple[bool, ...]  # gradients of the student's leaves
 
     @classmethod
     def of(
@@ -111,10 +125,7 @@ class Problem:
         budget = workspace_budget(workspace_bytes)
         shard = None if group is None else shard_of(group, student.weight)
         sides = [student] if teacher is None else [student, teacher]
-        for i, (prefix, side) in enumerate(zip(prefixes, sides, strict=False)):
-            if shard is not None:
-                sides[i] = Side(side.hidden, *local_head(prefix, side.weight, side.bias, shard))
-            check_types(prefix, sides[i])
+        sides = [checked(prefix, side, shard) for prefix, side in zip(prefixes, sides, strict=False)]
         # While torch.compile traces, tensors have no storage: only one and the same object counts as shared.
         compiling, heads = torch.compiler.is_compiling(), [side.weight for side in sides]
         shared = len(heads) == 2 and (heads[0] is heads[1] or (not compiling and same_storage(*heads)))
@@ -139,14 +150,12 @@ class Problem:
             support = Support(ids.shape[1], None, listed[2])
         transforms, exact = (spec.student, spec.teacher), spec.kinked or exact_logprobs
         buffer, difference = resolve_logits(hidden.dtype, logits_dtype, shared, exact, transforms)
-        flat = [
-            Side(side.hidden.reshape(-1, side.hidden.shape[-1]), side.weight, side.bias) for side in sides
-        ]
-        leaves, grad = (flat[0].hidden, flat[0].weight, flat[0].bias), torch.is_grad_enabled()
-        wants = [grad and leaf is not None and leaf.requires_grad for leaf in leaves]
+        flat = [replace(side, hidden=side.hidden.reshape(-1, side.hidden.shape[-1])) for side in sides]
+        grad = torch.is_grad_enabled()
+        wants = [grad and leaf is not None and leaf.requires_grad for leaf in flat[0].leaves]
         return cls(
             student=flat[0],
-            teacher=flat[1].detached() if len(flat) == 2 else None,
+            teacher=flat[1].detach() if len(flat) == 2 else None,
             rows=RowSelection(valid, labels, ids, logprobs),
             spec=replace(spec.of_tokens(hidden, valid), difference=difference),
             support=support,
@@ -157,7 +166,7 @@ class Problem:
             gradient_tolerance=None if gradient_tolerance is None else check_tolerance(gradient_tolerance),
             backend=backend,
             shard=None if shard is None else shard.cut(vocab),
-            wants=(wants[0], wants[1], wants[2]),
+            wants=tuple(wants),
         )
 
     @property
@@ -166,8 +175,8 @@ class Problem:
 
     @property
     def trainable(self) -> bool:
-        """Return True if the head gets a gradient."""
-        return self.wants[1] or self.wants[2]
+        """Return True if the head, its bias or its adapter gets a gradient."""
+        return any(self.wants[1:])
 
     @property
     def stats_dtype(self) -> torch.dtype:
@@ -197,7 +206,8 @@ class Problem:
             for x in (side.hidden, side.weight)
         )
         bias = None if side.bias is None else side.bias[:columns].to(self.stats_dtype).contiguous()
-        return Side(hidden, weight[:columns], bias)
+        lora = side.lora and replace(side.lora, B=side.lora.B[:columns])
+        return Side(hidden, weight[:columns], bias, lora)
 
 
 @dataclass
@@ -212,6 +222,8 @@ class Outputs:
     dW: Tensor | None  # (rows of the student's whole head, H_s)
     dbias: Tensor | None  # (rows of that head,) float64 during the loop, then of the dtype of the statistics
     dropped: Tensor  # 0-dim: the largest share of a chunk's gradient that was left out
+    dA: Tensor | None = None  # (r, H_s), in the dtype of the statistics
+    dB: Tensor | None = None  # (rows of that head, r), the same
 
 
 def _autocast(sides: list[Side], shared: bool) -> list[Side]:
@@ -221,7 +233,7 @@ def _autocast(sides: list[Side], shared: bool) -> list[Side]:
     def cast(x: Tensor) -> Tensor:
         return x if x.dtype == torch.float64 else x.to(dtype)
 
-    done = [Side(cast(side.hidden), cast(side.weight), side.bias) for side in sides]
+    done = [replace(side, hidden=cast(side.hidden), weight=cast(side.weight)) for side in sides]
     return [done[0], replace(done[1], weight=done[0].weight)] if shared else done
 
 
@@ -243,11 +255,16 @@ def check_tolerance(value: object) -> float:
     return tolerance
 
 
-def check_types(prefix: str, side: Side) -> None:
-    """Raise TypeError for an argument that is no dense tensor, ValueError for a DTensor head without a group.
+def checked(prefix: str, side: Side, shard: VocabShard | None) -> Side:
+    """Return the side with the head of this rank, and with its adapter as a Lora.
 
+    Raises TypeError for an argument that is no dense tensor, ValueError for a DTensor head without a group.
     `prefix` ("student_") starts its name.
     """
+    if shard is not None or side.lora is not None:
+        head = side.weight, side.bias
+        head = head if shard is None else local_head(prefix, *head, shard)
+        side = Side(side.hidden, *head, Lora.parse(f"{prefix}lora", side.lora))
     plain = "a plain tensor, or a DTensor with `group`, whose rows are a shard"
     for name, tensor in (("weight", side.weight), ("bias", side.bias)):
         expect(not hasattr(tensor, "placements"), prefix + name, plain, "a DTensor")
@@ -255,6 +272,7 @@ def check_types(prefix: str, side: Side) -> None:
     check_tensor(prefix + "weight", side.weight)
     if side.bias is not None:
         check_tensor(prefix + "bias", side.bias, "a tensor or None")
+    return side
 
 
 def check_side(prefix: str, side: Side, first: Tensor, name: str) -> None:
@@ -269,6 +287,8 @@ def check_side(prefix: str, side: Side, first: Tensor, name: str) -> None:
         expect(
             bias.shape == weight.shape[:1], f"{prefix}bias", f"shape ({weight.shape[0]},)", tuple(bias.shape)
         )
+    if side.lora is not None:
+        side.lora.check(f"{prefix}lora", weight)
     expect(first.dtype in DTYPES, name, "float64, float32, bfloat16 or float16", first.dtype, TypeError)
     for part, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None:

@@ -7,7 +7,7 @@ without a label.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -219,3 +219,28 @@ def write_gradient_(
         rows.S, rows.T, stats, nothing, nothing, spec, rows.bias_s, rows.bias_t, G, multiple_of_q, nowhere
     )
     G.scatter_(1, columns, values.to(G.dtype))
+
+
+def top_k(walk: Any, chunk: Rows, at: slice | Tensor) -> None:
+    """Sweep a chunk on a support: the sweep of a loop.Walk. With saved statistics, only the gradient."""
+    problem, spec, support = walk.problem, walk.problem.spec.at(at), walk.problem.support
+    exact = walk.exact(chunk, at)
+    if walk.saved:
+        stats = walk.out.stats[at]
+    else:
+        stats = walk.backend.row_stats(chunk.S, chunk.T, spec, chunk.bias_s, chunk.bias_t, walk.metrics)
+    ids, logprobs = (
+        None if x is None else x[at] for x in (problem.rows.topk_ids, problem.rows.topk_logprobs)
+    )
+    if problem.shard is None:
+        every = own = entries(chunk, stats, spec, support, ids, logprobs)
+    else:
+        every, own = problem.shard.entries(chunk, stats, spec, support, ids, logprobs)
+    result = restricted(every, stats, spec, support.tail)
+    if not walk.saved:
+        walk.keep(at, stats, result.loss, result.A, exact)
+    if walk.wants_gradient:
+        factor, slope = walk.factors(at)
+        labels = None if slope is None else walk.label_columns(at)
+        G = walk.gradient(chunk.S)
+        write_gradient_(walk.backend, chunk, stats, spec, own, result, factor, slope, labels, G)
