@@ -50,11 +50,14 @@ def _same(one: Lora | None, other: Lora | None) -> bool:
 
 
 class Adapters:
-    """Own the buffers of the adapters of a call. `out` receives the gradients of the student's."""
+    """Own the buffers of the adapters of a call. `out` receives the gradients of the student's.
 
-    def __init__(self, problem: Problem, plan: ChunkPlan, out: Outputs) -> None:
+    `height` counts the rows of its whole head.
+    """
+
+    def __init__(self, problem: Problem, plan: ChunkPlan, out: Outputs, height: int) -> None:
         student, teacher = problem.student, problem.teacher
-        self.problem, self.out = problem, out
+        self.problem, self.out, self.height = problem, out, height
         self.student, self.teacher = student.lora, None if teacher is None else teacher.lora
         # A GEMM of 16-bit rows takes a 16-bit matrix.
         self.dtype, self.wide = student.hidden.dtype, problem.stats_dtype
@@ -69,9 +72,11 @@ class Adapters:
         if self.student is not None and any(problem.wants):
             V, r = self.student.B.shape
             self.u, self.back = new(plan.rows, r, dtype=self.wide), self._backward_factor(self.student.B)
-            if out.dB is not None:
-                # The products of both addends of a u in 16 bits
-                self.dB = new(V, 2 * r, dtype=self.wide).zero_() if self.dtype.itemsize == 2 else out.dB[:V]
+            if problem.wants[3]:
+                out.dA = torch.zeros_like(self.student.A, dtype=self.wide)
+            if problem.wants[4]:
+                # For 16-bit rows the products of both addends of u
+                self.dB = new(V, r * (2 if self.dtype.itemsize == 2 else 1), dtype=self.wide).zero_()
 
     def _factor(self, lora: Lora | None) -> Tensor | None:
         if lora is None:
@@ -181,8 +186,10 @@ class Adapters:
 
     def finish(self) -> None:
         """Complete dB, and sum dA over the ranks of a vocabulary-parallel head."""
-        if self.dB is not None and self.out.dB is not None and self.dtype.itemsize == 2:
-            V, r = self.dB.shape[0], self.dB.shape[1] // 2
-            torch.add(self.dB[:, :r], self.dB[:, r:], out=self.out.dB[:V])
+        if self.dB is not None and self.student is not None:
+            (V, width), r = self.dB.shape, self.student.B.shape[1]
+            dB = self.dB if width == r else self.dB[:, :r] + self.dB[:, r:]
+            # Padded rows of the head have no gradient
+            self.out.dB = dB if V == self.height else torch.cat([dB, dB.new_zeros(self.height - V, r)])
         if self.out.dA is not None and self.problem.shard is not None:
             self.problem.shard.sum_hidden_grad(self.out.dA)

@@ -56,7 +56,7 @@ def run(
     padded_vocab = problem.student.weight.shape[0]
     problem = problem.for_gemms()
     out = _allocate(problem, plan, padded_vocab, saved)
-    adapters = None if rows.adapters is None else rows.adapters(problem, plan, out)
+    adapters = None if rows.adapters is None else rows.adapters(problem, plan, out, padded_vocab)
     buffers = Buffers(problem, plan, adapters)
     wants_gradient = any(problem.wants)
     walk = Walk(
@@ -84,13 +84,13 @@ def run(
                 G = walk.gradient(buffers.pair[: student.shape[0]])
                 scale = None if scales[0] is None else torch.cat([x for x in scales if x is not None])
                 _accumulate(walk, G, student, at, scale, columns, first=position == 0)
-    if adapters is not None:
-        adapters.finish()
-    del buffers, walk, logits, G, adapters  # freed before dW is cast, which lowers the peak
+    del buffers, walk, logits, G  # freed before dW is cast, which lowers the peak
     if out.dW is not None and out.dW.dtype != plan.gradient_dtype:
         out.dW = empty(tuple(out.dW.shape), plan.gradient_dtype, out.dW.device).copy_(out.dW)
     if out.dbias is not None:
         out.dbias = out.dbias.to(problem.stats_dtype)
+    if adapters is not None:
+        adapters.finish()
     return out
 
 
@@ -100,7 +100,6 @@ def _allocate(
     """Allocate the outputs: zeroed where some rows stay unwritten, else uninitialised."""
     hidden, weight, wide = problem.student.hidden, problem.student.weight, problem.stats_dtype
     (N, H), (wants_hidden, wants_weight, wants_bias, *_) = hidden.shape, problem.wants
-    lora = problem.student.lora
     rows = hidden.new_empty if plan.tokens == N else hidden.new_zeros
     dW = None
     if wants_weight:
@@ -118,10 +117,6 @@ def _allocate(
         dW=dW,
         dbias=hidden.new_zeros(padded_vocab, dtype=torch.float64) if wants_bias else None,
         dropped=hidden.new_zeros((), dtype=wide),
-        dA=lora and hidden.new_zeros(lora.A.shape, dtype=wide) if any(problem.wants[3:4]) else None,
-        dB=lora and hidden.new_zeros(padded_vocab, lora.B.shape[1], dtype=wide)
-        if any(problem.wants[4:])
-        else None,
     )
 
 

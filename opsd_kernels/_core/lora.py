@@ -109,7 +109,7 @@ class AdapterPlan:
         trained, both = ranks[0] * grad, sum(ranks)
         scratch = (ADAPTED_BYTES[device_type] * (buffer.itemsize == 2) + COPY_BYTES) * narrow
         # dA, and dB with the products of both addends
-        entries = trained * (H_student + V * (3 if narrow else 1))
+        entries = trained * (H_student + V * (2 if narrow else 1))
         return cls(
             per_row=wide * (H_student * (trained > 0) + 3 * trained + 2 * both),
             scratch=scratch + narrow * wide * V * both,

@@ -24,7 +24,7 @@ SUPPORT_BYTES = 96  # per entry of a support: a dozen numbers, each in its own t
 SLICE_BYTES = 8 << 20  # fp32 copies in one product of fp16 matrices, or where the CPU has no units for bf16
 # fp32 slices of 16-bit logits to which an adapter's part is added, on a CPU and on CUDA.
 ADAPTED_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
-COPY_BYTES = 4 << 20  # an fp32 copy of rows of 16-bit hidden states
+COPY_BYTES = 1 << 20  # an fp32 copy of rows of 16-bit hidden states
 SELECT_BYTES = 48  # per column: its norm, share, group and index
 KEPT_BYTES = 16 << 20  # a slice of the kept columns: of the gradient, of the head and of dW
 QUEUE_BYTES = 16  # per column and thread while torch.topk runs

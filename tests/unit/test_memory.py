@@ -120,6 +120,46 @@ def make(N, V, H, dialect, budget):
 """
 
 
+ADAPTED = """
+def make(N, V, H, rank, name, shared, budget):
+    import torch
+    from opsd_kernels import linear_divergence
+
+    def prepared(N, V):
+        dtype = getattr(torch, name)
+        head = torch.randn(V, H).to(dtype)
+        other = head if shared else torch.randn(V, H).to(dtype)
+        A, B = torch.randn(rank, H).to(dtype), torch.randn(V, rank).to(dtype)
+        leaves = [x.requires_grad_() for x in (torch.randn(N, H).to(dtype), A, B)]
+        return leaves, head, torch.randn(N, H).to(dtype), other
+
+    def call(leaves, head, teacher, other, budget):
+        h, A, B = leaves
+        options = {"student_lora": (A, B, 2.0), "workspace_bytes": budget, "backend": "cpp"}
+        loss = linear_divergence(h, head, teacher, other, **options)
+        return loss, torch.autograd.grad(loss, leaves)
+
+    call(*prepared(64, 999), 1 << 20)
+    ready = prepared(N, V)
+    return lambda: call(*ready, budget)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [True, False], ids=["shared head", "two heads"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_frozen_head_with_an_adapter_is_as_planned(cpp, dtype, shared):
+    N, hidden, rank = 2048, 256, 16
+    told = {"dtype": dtype, "shared_head": shared, "trainable_head": False, "student_rank": rank}
+    expected = plan(N, V, hidden, workspace_bytes=BUDGET, threads=2, **told)
+    name = str(dtype).removeprefix("torch.")
+    peak = peak_bytes(ADAPTED, N, V, hidden, rank, name, shared, BUDGET)
+    off = expected.peak_bytes / peak - 1
+    assert -0.05 <= off <= 0.05, (
+        f"planned {expected.peak_bytes / 2**20:.1f} MiB, measured {peak / 2**20:.1f} MiB ({off:+.1%})"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["row", "sequence", "top-k", "teacher's top-k", "clip", "jsd", "policy"])
 def test_dialects_stay_in_the_budget(cpp, dialect):

@@ -67,6 +67,10 @@ class Head:
             )
         return cls(weight, bias, scale, softcap, lora)
 
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """Return weight, bias, and A and B of an adapter."""
+        return (self.weight, self.bias, *(self.lora or ())[:2])
+
     def options(self, side: str = "") -> dict[str, Any]:
         """Return the keyword arguments of linear_divergence for `side`, "student" or "teacher".
 
