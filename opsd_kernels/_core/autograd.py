@@ -222,7 +222,7 @@ def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
     tensors, count = ctx.saved_tensors, len(ctx.constants)
     pairs = zip(tensors[:count], ctx.constants, strict=True)
     flat = [constant if tensor is None else tensor for tensor, constant in pairs]
-    return library.nested(flat), list(tensors[count:])
+    return list(library.nested(flat)), list(tensors[count:])
 
 
 def _to_leaves(ctx: Any, gradients: Iterable[Tensor], scale: Tensor) -> tuple[Tensor | None, ...]:

@@ -235,19 +235,19 @@ def pack(problem: Problem) -> tuple[Any, ...]:
 
 def _pack_adapters(problem: Problem) -> tuple[list[float], list[Tensor | None]]:
     """Return scalings and matrices of the adapters of both sides."""
-    adapters = [side and side.lora for side in (problem.student, problem.teacher)]
+    adapters = problem.student.lora, None if problem.teacher is None else problem.teacher.lora
     matrices = [part for lora in adapters for part in ((None, None) if lora is None else (lora.A, lora.B))]
     return [0.0 if lora is None else lora.scaling for lora in adapters], matrices
 
 
 def _unpack_adapters(problem: Problem, numbers: Sequence[float], more: Sequence[Tensor | None]) -> Problem:
     """Return a problem with the adapters of `_pack_adapters`."""
-    sides = []
-    for i, side in enumerate((problem.student, problem.teacher)):
-        A, B = more[2 * i : 2 * i + 2]
-        with_lora = side is not None and A is not None and B is not None
-        sides.append(replace(side, lora=Lora(A, B, numbers[i])) if with_lora else side)
-    return replace(problem, student=sides[0], teacher=sides[1])
+    adapters = [
+        None if A is None or B is None else Lora(A, B, scaling)
+        for A, B, scaling in zip(more[::2], more[1::2], numbers, strict=True)
+    ]
+    teacher = problem.teacher and replace(problem.teacher, lora=adapters[1])
+    return replace(problem, student=replace(problem.student, lora=adapters[0]), teacher=teacher)
 
 
 def unpack(flat: Sequence[Any]) -> Problem:

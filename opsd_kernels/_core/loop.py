@@ -156,13 +156,13 @@ class Buffers:
         student, head, C = student[part], problem.student.weight, part.stop - part.start
         behind = part.stop if self.behind is None else self.behind
         S, T, stack, other = self.pair[part], self.pair[behind : behind + C], None, problem.teacher
-        if teacher is None or other is None:
+        if teacher is None:
             T = self.zeros.expand(C, -1)
         else:
             teacher = teacher[part]
-            stack = None if self.stack is None else self.stack[: 2 * C]
-        if stack is not None:
-            stack_difference(student, teacher, stack)
+            if self.stack is not None:
+                stack = self.stack[: 2 * C]
+                stack_difference(student, teacher, stack)
         if self.adapters is not None:
             self.adapters.fill(student, teacher, S, T, centre, part, stack)
         elif stack is not None and self.behind is None and (centre.s is None or centre.t is not None):
@@ -171,7 +171,7 @@ class Buffers:
             project(student, head, S, centre.s)
             if teacher is not None and other is not None:
                 project(teacher if stack is None else stack[C:], other.weight, T, centre.t)
-        return Rows(S, T, problem.student.bias, other and other.bias, centre.at_label)
+        return Rows(S, T, problem.student.bias, None if other is None else other.bias, centre.at_label)
 
 
 def _accumulate(

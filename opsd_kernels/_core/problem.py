@@ -26,7 +26,8 @@ class Side:
     hidden: Tensor  # (..., H) in a public call, (N, H) in a Problem
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
-    lora: Lora | None = None
+    # An argument until `checked` makes it a Lora
+    lora: Any = None
 
     @property
     def leaves(self) -> tuple[Tensor | None, ...]:
@@ -45,8 +46,8 @@ class Side:
 
     def detach(self) -> Side:
         """Return the side outside autograd."""
-        bias, lora = (None if part is None else part.detach() for part in (self.bias, self.lora))
-        return Side(self.hidden.detach(), self.weight.detach(), bias, lora)
+        bias = None if self.bias is None else self.bias.detach()
+        return Side(self.hidden.detach(), self.weight.detach(), bias, self.lora and self.lora.detach())
 
 
 @dataclass(frozen=True)
