@@ -42,13 +42,6 @@ def _addends(x: Tensor, narrow: torch.dtype) -> Tensor:
     return torch.cat([high, (x - high).to(narrow)], 1)
 
 
-def _same(one: Lora | None, other: Lora | None) -> bool:
-    """Return True if both sides have one adapter."""
-    if one is None or other is None or one.scaling != other.scaling:
-        return False
-    return same_storage(one.A, other.A) and same_storage(one.B, other.B)
-
-
 class Adapters:
     """Own the buffers of the adapters of a call. `out` receives the gradients of the student's.
 
@@ -62,7 +55,10 @@ class Adapters:
         # A GEMM of 16-bit rows takes a 16-bit matrix.
         self.dtype, self.wide = student.hidden.dtype, problem.stats_dtype
         self.matrices = [self._factor(lora) for lora in (self.student, self.teacher)]
-        self.same = _same(self.student, self.teacher)
+        one, other = self.student, self.teacher
+        self.same = one is not None and other is not None and one.scaling == other.scaling
+        if one is not None and other is not None and self.same:
+            self.same = same_storage(one.A, other.A) and same_storage(one.B, other.B)
         if self.same:
             self.matrices[1] = self.matrices[0]
         narrow = plan.logits_dtype.itemsize == 2
@@ -70,8 +66,11 @@ class Adapters:
         self.scratch = new(size if narrow else 0, dtype=torch.float32)
         self.u = self.back = self.dB = None
         if self.student is not None and any(problem.wants):
-            V, r = self.student.B.shape
-            self.u, self.back = new(plan.rows, r, dtype=self.wide), self._backward_factor(self.student.B)
+            B, (V, r) = self.student.B, self.student.B.shape
+            self.u = new(plan.rows, r, dtype=self.wide)
+            # In the dtype of the logits' gradient: B itself, or two 16-bit addends of it
+            split = self.dtype.itemsize == 2 and B.dtype != self.dtype
+            self.back = _addends(B.to(self.wide), self.dtype) if split else B.to(self.dtype)
             if problem.wants[3]:
                 out.dA = torch.zeros_like(self.student.A, dtype=self.wide)
             if problem.wants[4]:
@@ -83,11 +82,6 @@ class Adapters:
             return None
         narrow = lora.B.dtype.itemsize == 2 and lora.B.dtype == self.dtype
         return torch.cat([lora.B, lora.B], 1) if narrow else lora.B.to(self.wide)
-
-    def _backward_factor(self, B: Tensor) -> Tensor:
-        """Return B in the dtype of the logits' gradient: itself, or two 16-bit addends of it."""
-        narrow = self.dtype.itemsize == 2 and B.dtype != self.dtype
-        return _addends(B.to(self.wide), self.dtype) if narrow else B.to(self.dtype)
 
     def _term(self, lora: Lora | None, rows: Tensor, sign: float = 1.0) -> list[Term]:
         matrix = self.matrices[0 if lora is self.student else 1]

@@ -209,7 +209,8 @@ def _save(ctx: Any, problem: Problem, *results: Tensor) -> None:
     Autograd saves no tensors of inference mode. They need no gradient, and are kept like constants;
     torch.compile cannot tell them from others.
     """
-    flat, compiling = library.flatten(library.pack(problem)), torch.compiler.is_compiling()
+    (*fixed, more), compiling = library.pack(problem), torch.compiler.is_compiling()
+    flat = [*fixed, *more]  # no tensor inside a list
     saved = [x if isinstance(x, Tensor) and (compiling or not x.is_inference()) else None for x in flat]
     ctx.constants = [x if kept is None else None for x, kept in zip(flat, saved, strict=True)]
     ctx.save_for_backward(*saved, *results)
@@ -222,7 +223,7 @@ def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
     tensors, count = ctx.saved_tensors, len(ctx.constants)
     pairs = zip(tensors[:count], ctx.constants, strict=True)
     flat = [constant if tensor is None else tensor for tensor, constant in pairs]
-    return list(library.nested(flat)), list(tensors[count:])
+    return [*flat[: library.MORE], flat[library.MORE :]], list(tensors[count:])
 
 
 def _to_leaves(ctx: Any, gradients: Iterable[Tensor], scale: Tensor) -> tuple[Tensor | None, ...]:

@@ -153,8 +153,11 @@ def exact_argmax(
 
 def logits_of(side: Side, hidden: Tensor, columns: Tensor) -> Tensor:
     """Return `logits_at` under the head of a side, its adapter included."""
-    logits = logits_at(hidden, side.weight, columns)
-    return logits if side.lora is None else logits + side.lora.at(side.lora.coefficients(hidden), columns)
+    logits, lora = logits_at(hidden, side.weight, columns), side.lora
+    if lora is None:
+        return logits
+    entries = lora.B[columns].to(logits.dtype)  # (C, K, r)
+    return logits + torch.matmul(entries, lora.coefficients(hidden)[:, :, None])[:, :, 0]
 
 
 def logits_at(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:

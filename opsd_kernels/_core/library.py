@@ -177,7 +177,7 @@ _PROBLEM = (
     "int[] shard, str? group, bool[] wants, float[] more_numbers, Tensor?[] more"
 )
 _NAMES = [argument.split()[1] for argument in _PROBLEM.split(", ")]
-_FACTOR, _LABELS, _LOGITS, _WANTS, _MORE = (
+_FACTOR, _LABELS, _LOGITS, _WANTS, MORE = (
     _NAMES.index(name) for name in ("factor", "labels", "logits_dtype", "wants", "more")
 )
 _GRADIENTS = "Tensor dh, Tensor dW, Tensor dbias, Tensor dA, Tensor dB"  # empty where none is wanted
@@ -273,17 +273,6 @@ def unpack(flat: Sequence[Any]) -> Problem:
     return _unpack_adapters(problem, numbers, more) if more else problem
 
 
-def flatten(flat: Sequence[Any]) -> tuple[Any, ...]:
-    """Return a packed problem with no tensor inside a list, for autograd to save."""
-    *fixed, more = flat
-    return (*fixed, *more)
-
-
-def nested(flat: Sequence[Any]) -> tuple[Any, ...]:
-    """Undo `flatten`."""
-    return (*flat[:_MORE], list(flat[_MORE:]))
-
-
 def with_factors(flat: Sequence[Any], factor: Tensor, policy_slope: Tensor | None) -> tuple[Any, ...]:
     """Replace the row factors of a packed problem."""
     return (*flat[:_FACTOR], factor, policy_slope, *flat[_FACTOR + 2 :])
@@ -337,7 +326,7 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 def _fake_gradients(flat: Sequence[Any], wants: Sequence[bool]) -> tuple[Tensor, ...]:
     hidden, held = flat[0], held_dtype(flat[0].dtype, flat[_LOGITS])
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    leaves, dtypes = [*flat[:3], *(flat[_MORE][:2] or (None, None))], (held, held, wide, wide, wide)
+    leaves, dtypes = [*flat[:3], *(flat[MORE][:2] or (None, None))], (held, held, wide, wide, wide)
     wants = [*wants, False, False][: len(leaves)]
     return tuple(
         hidden.new_empty(leaf.shape, dtype=dtype) if want else hidden.new_empty(0)

@@ -71,11 +71,6 @@ class Lora:
             torch.mm(hidden[rows].to(wide), columns, out=out[rows])
         return out.mul_(self.scaling)
 
-    def at(self, coefficients: Tensor, columns: Tensor) -> Tensor:
-        """Return the adapter's part of the logits at some columns, (C, r), (C, K) -> (C, K)."""
-        entries = self.B[columns].to(coefficients.dtype)  # (C, K, r)
-        return torch.matmul(entries, coefficients[:, :, None])[:, :, 0]
-
 
 def row_slices(x: Tensor) -> Sequence[slice]:
     """Return slices of rows whose copies in fp32 have at most COPY_BYTES."""
