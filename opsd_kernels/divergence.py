@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -14,6 +15,7 @@ from ._core.problem import Problem, Side
 from ._core.problem import repeated as repeated
 from ._core.reductions import RowWeigher, reads_logprobs, row_scale
 from ._core.reductions import TokenStats as TokenStats
+from ._core.teachers import OPTIONS, options_of, several
 from .spec import CLIPS, Divergence, LogitTransform, RowSpec, Support, check_number, expect
 from .weights import TokenWeighting
 
@@ -50,6 +52,13 @@ class DivergenceOptions(TypedDict, total=False):
       above.
     * `vocab_size`: columns from this one on have probability zero on both sides. Required if the two heads
       differ in rows.
+
+    Several teachers (docs/reference/linear-divergence.md):
+
+    * `teacher_index` (...) int64 in [0, K): the teacher of each token. `teacher_hidden` and `teacher_weight`
+      are then sequences of K tensors, of any widths; `teacher_bias`, `teacher_logit_scale` and
+      `teacher_softcap` may be. `teacher_hidden[k]` is (..., H_k), of which only the rows of its own tokens
+      are read, or (n_k, H_k): these rows packed, in the order of the tokens.
 
     The tokens and the reduction:
 
@@ -93,13 +102,14 @@ class DivergenceOptions(TypedDict, total=False):
     temperature: float
     teacher_temperature: float | None
     student_bias: Tensor | None
-    teacher_bias: Tensor | None
+    teacher_bias: Tensor | Sequence[Tensor | None] | None
     student_lora: tuple[Tensor, Tensor, float] | None
     teacher_lora: tuple[Tensor, Tensor, float] | None
     student_logit_scale: float
-    teacher_logit_scale: float
+    teacher_logit_scale: float | Sequence[float]
     student_softcap: float | None
-    teacher_softcap: float | None
+    teacher_softcap: float | Sequence[float | None] | None
+    teacher_index: Tensor | None
     vocab_size: int | None
     labels: Tensor | None
     ignore_index: int
@@ -125,21 +135,22 @@ class DivergenceOptions(TypedDict, total=False):
 def linear_divergence(
     student_hidden: Tensor,  # (..., H_s)
     student_weight: Tensor,  # (V_s, H_s)
-    teacher_hidden: Tensor,  # (..., H_t)
-    teacher_weight: Tensor,  # (V_t, H_t)
+    teacher_hidden: Tensor | Sequence[Tensor],  # (..., H_t)
+    teacher_weight: Tensor | Sequence[Tensor],  # (V_t, H_t)
     *,
     divergence: str = "reverse_kl",
     beta: float = 0.5,
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    teacher_bias: Tensor | Sequence[Tensor | None] | None = None,
     student_lora: tuple[Tensor, Tensor, float] | None = None,
     teacher_lora: tuple[Tensor, Tensor, float] | None = None,
     student_logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
+    teacher_logit_scale: float | Sequence[float] = 1.0,
     student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
+    teacher_softcap: float | Sequence[float | None] | None = None,
+    teacher_index: Tensor | None = None,
     vocab_size: int | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -100,
@@ -183,8 +194,8 @@ def linear_divergence(
         student_bias=student_bias, teacher_bias=teacher_bias, student_lora=student_lora,
         teacher_lora=teacher_lora, student_logit_scale=student_logit_scale,
         teacher_logit_scale=teacher_logit_scale, student_softcap=student_softcap,
-        teacher_softcap=teacher_softcap, vocab_size=vocab_size, labels=labels, ignore_index=ignore_index,
-        mask=mask, token_weights=token_weights, teacher_mix=teacher_mix, entry_clip=entry_clip,
+        teacher_softcap=teacher_softcap, teacher_index=teacher_index, vocab_size=vocab_size,
+        labels=labels, ignore_index=ignore_index, mask=mask, token_weights=token_weights, teacher_mix=teacher_mix, entry_clip=entry_clip,
         token_clip=token_clip, reduction=reduction, normalizer=normalizer, topk=topk,
         topk_support=topk_support, topk_tail=topk_tail, logits_dtype=logits_dtype,
         gradient_tolerance=gradient_tolerance, workspace_bytes=workspace_bytes, backend=backend, group=group,
@@ -213,13 +224,15 @@ def with_defaults(options: DivergenceOptions) -> dict[str, Any]:
 def check_options(options: DivergenceOptions) -> None:
     """Raise ValueError or TypeError for an unknown option, and for a bad one that needs no tensors."""
     given = with_defaults(options)
-    row_spec(given)
+    counts = {len(given[name]) for name in OPTIONS if isinstance(given[name], (tuple, list))} or {1}
+    for k in range(max(counts)):
+        row_spec(options_of(given, k, max(counts)))
     row_scale(given["reduction"], given["normalizer"], torch.empty(1, 1, 1), None)
 
 
 def prepare(
     student: tuple[Tensor, Tensor],  # hidden states and weight
-    teacher: tuple[Tensor, Tensor] | None,
+    teacher: tuple[Any, Any] | None,
     options: dict[str, Any],
     *,
     listed: tuple[object, object, str] | None = None,
@@ -230,6 +243,11 @@ def prepare(
 
     `listed` is (ids, log-probs, tail) of a teacher of which only the top-k is known.
     """
+    if teacher is not None and (
+        options["teacher_index"] is not None or isinstance(teacher[0], (tuple, list))
+    ):
+        further = {"listed": listed, "policy": policy, "policy_weight": policy_weight}
+        return several(prepare, student, teacher, options, **further)
     problem = Problem.of(
         row_spec(options),
         Side(*student, options["student_bias"], options["student_lora"]),

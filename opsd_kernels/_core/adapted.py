@@ -91,6 +91,7 @@ class Adapters:
 
     def fill(
         self,
+        problem: Problem,
         student: Tensor,
         teacher: Tensor | None,
         S: Tensor,
@@ -104,7 +105,6 @@ class Adapters:
         `part` are the rows' places in the chunk. `stack` holds [student ; teacher - student] where T is to
         hold a difference of logits.
         """
-        problem = self.problem
         terms = self._term(self.student, student)
         if self.u is not None:
             self.u[part] = terms[0].coefficients

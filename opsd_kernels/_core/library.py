@@ -23,9 +23,10 @@ from .loop import on_host
 from .lora import Lora
 from .merged_rows import ShardedRows
 from .planner import SM_COUNT, ChunkPlan, held_dtype, plan
-from .problem import ComputedRows, Outputs, Problem, RowSelection, Side
+from .problem import ComputedRows, Outputs, Problem, RowSelection, Side, Teachers
 from .reductions import RowWeigher
 from .shard import VocabShard
+from .teachers import in_segments
 
 NO_GRADIENTS = (False,) * 5
 
@@ -44,13 +45,15 @@ def arrange(
     scope = "index" if weigher is None else weigher.scope
     sequences = [] if weigher is None or scope != "sequence" else weigher.lengths(packs(problem))
     rows = _computed_rows(problem, sum(sequences) if scope == "sequence" else None)
-    on_cuda = hidden.device.type == "cuda"
+    on_cuda, sides = hidden.device.type == "cuda", [teacher]
+    if problem.teachers is not None:
+        sides = list(problem.teachers.sides)
     chunks = plan(
         rows.count,
         # The widest shard on every rank: all ranks use the same chunk boundaries.
         problem.vocab if shard is None else shard.widest,
         hidden.shape[1],
-        0 if teacher is None else teacher.hidden.shape[1],
+        0 if teacher is None else max(side.hidden.shape[1] for side in sides),
         hidden.dtype,
         shared_head=problem.shared_head,
         trainable_head=problem.wants[1],
@@ -76,6 +79,8 @@ def arrange(
     if not (problem.student.lora is None and (teacher is None or teacher.lora is None)):
         rows = replace(rows, adapters=Adapters)
     bounds = align(sequences, chunks.rows) if chunks.weighting == "aligned" else None
+    if problem.teachers is not None:
+        rows = in_segments(problem, rows, chunks, bounds)
     backend = backends.select(problem.backend, hidden.device, chunks.logits_dtype)
     return chunks, backend if shard is None else ShardedRows(backend, shard), rows, bounds
 
@@ -127,6 +132,9 @@ def _computed_rows(problem: Problem, count: int | None = None) -> ComputedRows:
     rows, N = problem.rows, problem.student.hidden.shape[0]
     if rows.labels is not None:
         _check_entries("labels", "or ignore_index", rows.labels, rows.valid, problem.vocab)
+    if problem.teachers is not None:
+        known = len(problem.teachers.sides)
+        _check_entries("teacher_index", "at valid tokens", problem.teachers.index, rows.valid, known)
     if rows.topk_ids is not None:
         listed = "wherever teacher_topk_logprobs is above -inf"  # elsewhere ids are 0
         _check_entries("teacher_topk_ids", listed, rows.topk_ids, None, problem.vocab)
@@ -204,7 +212,7 @@ def pack(problem: Problem) -> tuple[Any, ...]:
         teacher = (problem.teacher.hidden, problem.teacher.weight, problem.teacher.bias)
     shard, group = ([], None) if problem.shard is None else problem.shard.pack()
     plain = problem.student.lora is None and (problem.teacher is None or problem.teacher.lora is None)
-    numbers, more = ([], []) if plain else _pack_adapters(problem)
+    numbers, more = ([], []) if plain and problem.teachers is None else _pack_heads(problem)
     return (
         problem.student.hidden,
         problem.student.weight,
@@ -233,21 +241,34 @@ def pack(problem: Problem) -> tuple[Any, ...]:
     )
 
 
-def _pack_adapters(problem: Problem) -> tuple[list[float], list[Tensor | None]]:
-    """Return scalings and matrices of the adapters of both sides."""
+def _pack_heads(problem: Problem) -> tuple[list[float], list[Tensor | None]]:
+    """Return numbers and tensors of the adapters of both sides, and of several teachers."""
     adapters = problem.student.lora, None if problem.teacher is None else problem.teacher.lora
-    matrices = [part for lora in adapters for part in ((None, None) if lora is None else (lora.A, lora.B))]
-    return [0.0 if lora is None else lora.scaling for lora in adapters], matrices
+    numbers = [0.0 if lora is None else lora.scaling for lora in adapters]
+    more = [part for lora in adapters for part in ((None, None) if lora is None else (lora.A, lora.B))]
+    if (teachers := problem.teachers) is not None:
+        numbers += [*teachers.scales, *(softcap or 0.0 for softcap in teachers.softcaps)]
+        more.append(teachers.index)
+        # The first one is the problem's teacher.
+        more += [part for side in teachers.sides[1:] for part in (side.hidden, side.weight, side.bias)]
+    return numbers, more
 
 
-def _unpack_adapters(problem: Problem, numbers: Sequence[float], more: Sequence[Tensor | None]) -> Problem:
-    """Return a problem with the adapters of `_pack_adapters`."""
+def _unpack_heads(problem: Problem, numbers: Sequence[float], more: Sequence[Any]) -> Problem:
+    """Return a problem with the adapters and teachers of `_pack_heads`."""
     adapters = [
-        None if A is None or B is None else Lora(A, B, scaling)
-        for A, B, scaling in zip(more[::2], more[1::2], numbers, strict=True)
+        None if A is None else Lora(A, B, scaling)
+        for A, B, scaling in zip(more[:4:2], more[1:4:2], numbers[:2], strict=True)
     ]
     teacher = problem.teacher and replace(problem.teacher, lora=adapters[1])
-    return replace(problem, student=replace(problem.student, lora=adapters[0]), teacher=teacher)
+    problem = replace(problem, student=replace(problem.student, lora=adapters[0]), teacher=teacher)
+    if len(more) == 4 or teacher is None:
+        return problem
+    others = (Side(*more[at : at + 3]) for at in range(5, len(more), 3))
+    count = len(numbers) // 2 - 1
+    softcaps = tuple(softcap or None for softcap in numbers[2 + count :])
+    teachers = Teachers(more[4], (teacher, *others), tuple(numbers[2 : 2 + count]), softcaps)
+    return replace(problem, teachers=teachers)
 
 
 def unpack(flat: Sequence[Any]) -> Problem:
@@ -270,7 +291,7 @@ def unpack(flat: Sequence[Any]) -> Problem:
         shard=None if group is None else VocabShard.unpack(shard, group),
         wants=tuple(wants),
     )
-    return _unpack_adapters(problem, numbers, more) if more else problem
+    return _unpack_heads(problem, numbers, more) if more else problem
 
 
 def with_factors(flat: Sequence[Any], factor: Tensor, policy_slope: Tensor | None) -> tuple[Any, ...]:

@@ -32,6 +32,7 @@ from .columns import ColumnFilter, Kept
 from .planner import ChunkPlan, row_stride
 from .problem import ComputedRows, Outputs, Problem
 from .reductions import RowWeigher
+from .teachers import walks_of
 from .topk_support import Rows
 
 FEW_ROWS = 32  # below, dW of `gemm_fp32_` takes up to 1.2 times as long as that of torch.mm
@@ -62,6 +63,7 @@ def run(
     walk = Walk(
         problem, backend, rows.valid, metrics, saved is not None, wants_gradient, weigher, out, adapters
     )
+    several = None if rows.segments is None else walks_of(walk, rows)
     sweep, logits, G = choose(walk), None, None
     skips = wants_gradient and problem.gradient_tolerance is not None
     columns = ColumnFilter.of(problem, backend, out.dropped) if skips else None
@@ -70,16 +72,22 @@ def run(
             at = whole if rows.index is None else rows.index[whole]
             # Zeroed: inf or NaN in an invalid row times its zero gradient would put NaN into dW.
             student = walk.zero_invalid(problem.student.hidden[at], at)
-            teacher = None if problem.teacher is None else walk.zero_invalid(problem.teacher.hidden[at], at)
-            centre, scales = NO_CENTRE, []
-            if plan.centred:
-                centre = buffers.centre(walk, at, student, teacher)
-            for start in range(whole.start, whole.stop, plan.part_rows):
-                part = slice(start, min(start + plan.part_rows, whole.stop))
-                inside = slice(start - whole.start, part.stop - whole.start)
-                held = centre if plan.part_rows == plan.rows else centre.part(inside)
-                logits = buffers.fill(problem, student, teacher, held, inside)
-                scales.append(sweep(walk, logits, part if rows.index is None else rows.index[part]))
+            scales = []
+            for own, segment in [(walk, whole)] if several is None else several(position, whole):
+                theirs, inner = own.problem.teacher, segment.start - whole.start
+                its = segment if rows.index is None else rows.index[segment]
+                teacher, mine = None, student[inner : segment.stop - whole.start]
+                if theirs is not None:
+                    places = its if theirs.rows is None else theirs.rows[its]
+                    teacher = own.zero_invalid(theirs.hidden[places], its)
+                centre = buffers.centre(own, its, mine, teacher, inner) if plan.centred else NO_CENTRE
+                for start in range(segment.start, segment.stop, plan.part_rows):
+                    part = slice(start, min(start + plan.part_rows, segment.stop))
+                    inside = slice(start - segment.start, part.stop - segment.start)
+                    held = centre if plan.part_rows >= len(mine) else centre.part(inside)
+                    other = None if teacher is None else teacher[inside]
+                    logits = buffers.fill(own.problem, mine[inside], other, held, start - whole.start)
+                    scales.append(sweep(own, logits, part if rows.index is None else rows.index[part]))
             if wants_gradient:
                 G = walk.gradient(buffers.pair[: student.shape[0]])
                 scale = None if scales[0] is None else torch.cat([x for x in scales if x is not None])
@@ -136,12 +144,14 @@ class Buffers:
         self.zeros = self.pair.new_zeros(1, V if alone else 0)
         self.stack = hidden.new_empty(2 * part, hidden.shape[1]) if problem.spec.difference else None
 
-    def centre(self, walk: Walk, at: Positions, student: Tensor, teacher: Tensor | None) -> Centre:
-        """Return the constants of a chunk's rows, with the logits of a few columns in the buffer."""
+    def centre(
+        self, walk: Walk, at: Positions, student: Tensor, teacher: Tensor | None, start: int
+    ) -> Centre:
+        """Return the constants of rows from `start` of a chunk on, with a few logits in their buffer."""
         problem, head = walk.problem, walk.problem.student.weight
         labels = None if problem.rows.labels is None else walk.label_columns(at)
         n = pilot_columns(head.shape[0])
-        pilot = self.pair.as_strided((student.shape[0], n), (n, 1))
+        pilot = self.pair[start:].as_strided((student.shape[0], n), (n, 1))
         if self.adapters is None:
             project(student, head[:n], pilot)
         else:
@@ -150,23 +160,22 @@ class Buffers:
         return Centre.of(problem, student, teacher, labels, pilot.argmax(1), rounded)
 
     def fill(
-        self, problem: Problem, student: Tensor, teacher: Tensor | None, centre: Centre, part: slice
+        self, problem: Problem, student: Tensor, teacher: Tensor | None, centre: Centre, start: int
     ) -> Rows:
-        """Return the logits S and T (or T - S) of a part of a chunk, (C, V) each, with the biases."""
-        student, head, C = student[part], problem.student.weight, part.stop - part.start
+        """Return the logits S and T (or T - S) of rows from `start` of a chunk on, (C, V), with biases."""
+        head, C = problem.student.weight, student.shape[0]
+        part = slice(start, start + C)
         behind = part.stop if self.behind is None else self.behind
         S, T, stack, other = self.pair[part], self.pair[behind : behind + C], None, problem.teacher
         if teacher is None:
             T = self.zeros.expand(C, -1)
-        else:
-            teacher = teacher[part]
-            if self.stack is not None:
-                stack = self.stack[: 2 * C]
-                stack_difference(student, teacher, stack)
+        elif self.stack is not None:
+            stack = self.stack[: 2 * C]
+            stack_difference(student, teacher, stack)
         if self.adapters is not None:
-            self.adapters.fill(student, teacher, S, T, centre, part, stack)
+            self.adapters.fill(problem, student, teacher, S, T, centre, part, stack)
         elif stack is not None and self.behind is None and (centre.s is None or centre.t is not None):
-            project(stack, head, self.pair[: 2 * C], centre.stacked)
+            project(stack, head, self.pair[start : start + 2 * C], centre.stacked)
         else:
             project(student, head, S, centre.s)
             if teacher is not None and other is not None:
@@ -377,9 +386,9 @@ class Walk:
         """Store the results of a chunk."""
         out, problem = self.out, self.problem
         if exact.likely is not None and problem.teacher is not None:
-            student, teacher = (
-                self.zero_invalid(x.hidden[at], at) for x in (problem.student, problem.teacher)
-            )
+            places = at if problem.teacher.rows is None else problem.teacher.rows[at]
+            student = self.zero_invalid(problem.student.hidden[at], at)
+            teacher = self.zero_invalid(problem.teacher.hidden[places], at)
             argmax = stats[:, Column.STUDENT_ARGMAX : Column.CLIPPED]
             argmax.copy_(exact_argmax(problem, problem.spec.at(at), student, teacher, exact.likely, argmax))
         out.stats[at], out.loss[at], out.A[at] = (self.zero_invalid(x, at) for x in (stats, loss, A))

@@ -28,6 +28,7 @@ class Side:
     bias: Tensor | None  # (V,)
     # An argument until `checked` makes it a Lora
     lora: Any = None
+    rows: Tensor | None = None  # (N,) int64: each token's row of a packed `hidden`; None: its own position
 
     @property
     def leaves(self) -> tuple[Tensor | None, ...]:
@@ -51,6 +52,16 @@ class Side:
 
 
 @dataclass(frozen=True)
+class Teachers:
+    """Hold several teachers of which each token has one (teachers.py)."""
+
+    index: Tensor  # (N,) int64; of valid tokens in [0, K)
+    sides: tuple[Side, ...]  # of hidden states (N, H_k), or packed (n_k, H_k)
+    scales: tuple[float, ...]
+    softcaps: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
 class RowSelection:
     """Hold the valid rows, and the per-row inputs known before the loop."""
 
@@ -70,6 +81,10 @@ class ComputedRows:
     index: Tensor | None = None  # (count,) int64 positions; None: all rows
     valid: Tensor | None = None  # (N,) bool where invalid rows are computed too
     adapters: Any = None  # adapted.Adapters where a head has one
+    # With several teachers the places (N,) of the tokens' rows in their hidden states, None where these are
+    # not packed, and for each chunk its segments: (teacher, rows). The rows of a segment are neighbours.
+    places: tuple[Tensor | None, ...] = ()
+    segments: list[list[tuple[int, int]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +107,7 @@ class Problem:
     backend: str | None
     shard: VocabShard | None  # None: whole heads
     wants: tuple[bool, ...]  # gradients of the student's leaves
+    teachers: Teachers | None = None  # several by index; `teacher` is then the first
 
     @classmethod
     def of(
@@ -192,23 +208,26 @@ class Problem:
         student = self._operands(self.student)
         if self.teacher is None:
             return replace(self, student=student)
-        teacher = self._operands(self.teacher)
-        if self.shared_head:
-            teacher = replace(teacher, weight=student.weight)
-        if self.student.bias is not None and same_storage(self.student.bias, self.teacher.bias):
-            # One object: the sweeps take a common bias for a linear difference.
-            teacher = replace(teacher, bias=student.bias)
-        return replace(self, student=student, teacher=teacher)
+        done = replace(self, student=student, teacher=self._operands(self.teacher, student))
+        if self.teachers is None:
+            return done
+        sides = tuple(self._operands(side, student) for side in self.teachers.sides)
+        return replace(done, teachers=replace(self.teachers, sides=sides))
 
-    def _operands(self, side: Side) -> Side:
+    def _operands(self, side: Side, student: Side | None = None) -> Side:
+        """Return the operands of a side; `student` are those of the student, for a teacher's."""
         columns = self.vocab if self.shard is None else self.shard.stop - self.shard.start
         hidden, weight = (
             x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
             for x in (side.hidden, side.weight)
         )
+        weight = weight[:columns] if student is None or not self.shared_head else student.weight
         bias = None if side.bias is None else side.bias[:columns].to(self.stats_dtype).contiguous()
+        if student is not None and bias is not None and same_storage(side.bias, self.student.bias):
+            # One object: the sweeps take a common bias for a linear difference.
+            bias = student.bias
         lora = side.lora and replace(side.lora, B=side.lora.B[:columns])
-        return Side(hidden, weight[:columns], bias, lora)
+        return Side(hidden, weight, bias, lora, side.rows)
 
 
 @dataclass
