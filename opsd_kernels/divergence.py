@@ -190,15 +190,16 @@ def linear_divergence(
     is an asynchronous device-side assert.
     """
     options = dict(  # noqa: C408 - a literal would name each option twice
-        divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
-        student_bias=student_bias, teacher_bias=teacher_bias, student_lora=student_lora,
-        teacher_lora=teacher_lora, student_logit_scale=student_logit_scale,
+        divergence=divergence, beta=beta, temperature=temperature,
+        teacher_temperature=teacher_temperature, student_bias=student_bias, teacher_bias=teacher_bias,
+        student_lora=student_lora, teacher_lora=teacher_lora, student_logit_scale=student_logit_scale,
         teacher_logit_scale=teacher_logit_scale, student_softcap=student_softcap,
         teacher_softcap=teacher_softcap, teacher_index=teacher_index, vocab_size=vocab_size,
-        labels=labels, ignore_index=ignore_index, mask=mask, token_weights=token_weights, teacher_mix=teacher_mix, entry_clip=entry_clip,
-        token_clip=token_clip, reduction=reduction, normalizer=normalizer, topk=topk,
-        topk_support=topk_support, topk_tail=topk_tail, logits_dtype=logits_dtype,
-        gradient_tolerance=gradient_tolerance, workspace_bytes=workspace_bytes, backend=backend, group=group,
+        labels=labels, ignore_index=ignore_index, mask=mask, token_weights=token_weights,
+        teacher_mix=teacher_mix, entry_clip=entry_clip, token_clip=token_clip, reduction=reduction,
+        normalizer=normalizer, topk=topk, topk_support=topk_support, topk_tail=topk_tail,
+        logits_dtype=logits_dtype, gradient_tolerance=gradient_tolerance, workspace_bytes=workspace_bytes,
+        backend=backend, group=group,
     )  # fmt: skip
     problem, weigher = prepare((student_hidden, student_weight), (teacher_hidden, teacher_weight), options)
     return evaluate(problem, weigher, backward, return_stats)

@@ -64,7 +64,8 @@ def arrange(
         workspace_bytes=problem.workspace_bytes,
         device_type=hidden.device.type,
         weights_scope=scope,
-        longest_sequence=max(sequences, default=0),
+        # Rows sorted by teacher are not those of sequences.
+        longest_sequence=max(sequences, default=0) if problem.teachers is None else None,
         policy=weigher is not None and weigher.policy is not None,
         topk=0 if problem.support is None else problem.support.k,
         one_sweep=problem.spec.one_sweep,
@@ -80,7 +81,7 @@ def arrange(
         rows = replace(rows, adapters=Adapters)
     bounds = align(sequences, chunks.rows) if chunks.weighting == "aligned" else None
     if problem.teachers is not None:
-        rows = in_segments(problem, rows, chunks, bounds)
+        rows = in_segments(problem, rows, chunks)
     backend = backends.select(problem.backend, hidden.device, chunks.logits_dtype)
     return chunks, backend if shard is None else ShardedRows(backend, shard), rows, bounds
 

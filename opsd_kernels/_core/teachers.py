@@ -59,8 +59,9 @@ def several(
         options = {**options, "group": shard_of(options["group"], student[1])}
     parts: list[tuple[Problem, Any]] = []
     for k in range(count):
+        told = options_of(options, k, count)
         with _numbered(k):
-            own, told = check_tensor("teacher_hidden", hidden[k]), options_of(options, k, count)
+            own = check_tensor("teacher_hidden", hidden[k])
             packed = own.dim() == 2 and own.shape[:-1] != leading
             # In place of packed rows a view without memory, whose shape is that of all tokens
             whole = own.new_zeros(1, own.shape[-1]).expand(*leading, own.shape[-1]) if packed else own
@@ -100,7 +101,10 @@ def _combined(parts: list[Problem], index: Tensor) -> Problem:
     sides = tuple(
         replace(_teacher(part), weight=head) if part.shared_head else _teacher(part) for part in parts
     )
-    transforms = [part.spec.teacher for part in parts]
+    transforms, dtype = [part.spec.teacher for part in parts], first.logits_dtype
+    for part in parts:
+        # As wide as the teacher with the widest needs it
+        dtype = part.logits_dtype if part.logits_dtype.itemsize > dtype.itemsize else dtype
     return replace(
         first,
         teacher=sides[0],
@@ -111,8 +115,7 @@ def _combined(parts: list[Problem], index: Tensor) -> Problem:
             tuple(transform.softcap for transform in transforms),
         ),
         shared_head=shared,
-        # As wide as the teacher with the widest needs it
-        logits_dtype=max((part.logits_dtype for part in parts), key=lambda dtype: dtype.itemsize),
+        logits_dtype=dtype,
         spec=replace(first.spec, difference=all(part.spec.difference for part in parts)),
     )
 
@@ -129,23 +132,16 @@ def one_of(problem: Problem, k: int, place: Tensor | None) -> Problem:
     return replace(problem, teacher=side, spec=replace(problem.spec, teacher=transform), teachers=None)
 
 
-def in_segments(
-    problem: Problem, rows: ComputedRows, plan: ChunkPlan, bounds: list[slice] | None
-) -> ComputedRows:
-    """Sort the rows of a call by teacher, those of each chunk alone where `bounds` are those of sequences.
-
-    Counts the segments on the host, which syncs with a GPU.
-    """
+def in_segments(problem: Problem, rows: ComputedRows, plan: ChunkPlan) -> ComputedRows:
+    """Sort the rows of a call by teacher. Counts the segments on the host, which syncs with a GPU."""
     teachers, N = problem.teachers, problem.tokens
     assert teachers is not None
     count, index = len(teachers.sides), teachers.index
     positions = torch.arange(N, device=index.device) if rows.index is None else rows.index
     own = index[positions].clamp(0, count - 1)  # an invalid row may hold any number
-    chunks = plan.bounds() if bounds is None else bounds
-    lengths = torch.tensor([chunk.stop - chunk.start for chunk in chunks], device=index.device)
-    of_chunk = torch.arange(len(chunks), device=index.device).repeat_interleave(lengths)
-    order = own.argsort(stable=True) if bounds is None else (of_chunk * count + own).argsort(stable=True)
-    sizes = (of_chunk * count + own[order]).bincount(minlength=len(chunks) * count).view(-1, count).tolist()
+    order = own.argsort(stable=True)
+    chunk = torch.arange(len(own), device=index.device).div(plan.rows, rounding_mode="floor")
+    sizes = (chunk * count + own[order]).bincount(minlength=plan.chunks * count).view(-1, count).tolist()
     places: list[Tensor | None] = []
     for k, side in enumerate(teachers.sides):
         packed = side.hidden.shape[0] != N
