@@ -56,18 +56,51 @@ def adapter(N: int, H: int, V: int, dtype: torch.dtype, rank: int, rounds: int) 
         print(f"rank {rank}, {dtype}, {name}: {ratio:.3f}x of {1e3 * found['frozen']:.0f} ms", flush=True)
 
 
+def teachers(N: int, H: int, V: int, dtype: torch.dtype, count: int, rounds: int) -> None:
+    """Compare `count` teachers by index, with heads of their own, with one teacher."""
+    torch.manual_seed(0)
+    hidden = torch.randn(N, H).to(dtype).requires_grad_()
+    head = (torch.randn(V, H) / H**0.5).to(dtype).requires_grad_()
+    states = [torch.randn(N, H).to(dtype) for _ in range(count)]
+    heads = [(torch.randn(V, H) / H**0.5).to(dtype) for _ in range(count)]
+    index = torch.randint(count, (N,))
+
+    def one() -> torch.Tensor:
+        return linear_divergence(hidden, head, states[0], heads[0])
+
+    def several() -> torch.Tensor:
+        return linear_divergence(hidden, head, states, heads, teacher_index=index)
+
+    with torch.no_grad():
+        parts = (
+            linear_divergence(hidden, head, states[k], heads[k], mask=index == k, reduction="sum")
+            for k in range(count)
+        )
+        expected, found = sum(parts) / N, several()
+    assert abs(found / expected - 1) < 1e-3, (found, expected)
+    calls = {
+        "one": lambda: torch.autograd.grad(one(), (hidden, head)),
+        "several": lambda: torch.autograd.grad(several(), (hidden, head)),
+    }
+    seen = times(calls, rounds)
+    ratio = seen["several"] / seen["one"]
+    print(f"{count} teachers, {dtype}: {ratio:.3f}x of {1e3 * seen['one']:.0f} ms", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--teachers", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"])
     told = parser.parse_args()
     for name in told.dtype:
         sizes = told.tokens, told.hidden, told.vocab
         adapter(*sizes, getattr(torch, name), told.rank, told.rounds)
+        teachers(*sizes, getattr(torch, name), told.teachers, told.rounds)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ With u = scaling * h A^T, (C, r), for the rows of a chunk and the gradient G of 
     logits += u B^T,    dB += G^T u,    dh += scaling * (G B) A,    dA += scaling * (G B)^T h.
 
 Sums are in fp32 for 16-bit inputs. Where the teacher's buffer holds a difference of logits under one head, it
-gets the difference of the adapters' parts.
+gets the difference of the adapters' parts: for one adapter, and for 16-bit buffers (`Problem.of`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .centre import Centre
 from .loop import accumulate_weight_grad, project
 from .lora import Lora, row_slices
 from .planner import ChunkPlan
-from .problem import Outputs, Problem, same_storage
+from .problem import Outputs, Problem, same_adapter
 from .sizes import ADAPTED_BYTES
 
 
@@ -33,13 +33,21 @@ class Term(NamedTuple):
         """Add the product's columns to `out`, (C, n) in fp32 or fp64."""
         narrow = self.matrix.dtype
         u = _addends(self.coefficients, narrow) if narrow.itemsize == 2 else self.coefficients
-        accumulate_weight_grad(u.t(), self.matrix[columns].t(), out, first=False)
+        _add_product(u, self.matrix[columns].t(), out)
 
 
 def _addends(x: Tensor, narrow: torch.dtype) -> Tensor:
     """Return two 16-bit addends of x side by side, (n, r) -> (n, 2r): together they keep its digits."""
     high = x.to(narrow)
     return torch.cat([high, (x - high).to(narrow)], 1)
+
+
+def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Add a @ b to `out`, in fp32 for 16-bit factors. torch.mm suits thin ones better than a large GEMM."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    else:
+        accumulate_weight_grad(a.t(), b, out, first=False)
 
 
 class Adapters:
@@ -55,15 +63,13 @@ class Adapters:
         # A GEMM of 16-bit rows takes a 16-bit matrix.
         self.dtype, self.wide = student.hidden.dtype, problem.stats_dtype
         self.matrices = [self._factor(lora) for lora in (self.student, self.teacher)]
-        one, other = self.student, self.teacher
-        self.same = one is not None and other is not None and one.scaling == other.scaling
-        if one is not None and other is not None and self.same:
-            self.same = same_storage(one.A, other.A) and same_storage(one.B, other.B)
+        self.same = same_adapter(self.student, self.teacher)
         if self.same:
             self.matrices[1] = self.matrices[0]
         narrow = plan.logits_dtype.itemsize == 2
-        new, size = student.hidden.new_empty, ADAPTED_BYTES.get(student.hidden.device.type, 1 << 20) // 4
-        self.scratch = new(size if narrow else 0, dtype=torch.float32)
+        new, self.on_cpu = student.hidden.new_empty, student.hidden.device.type == "cpu"
+        self.size = ADAPTED_BYTES["cpu" if self.on_cpu else "cuda"] // 4
+        self.scratch = new(self.size if narrow else 0, dtype=torch.float32)
         self.u = self.back = self.dB = None
         if self.student is not None and any(problem.wants):
             B, (V, r) = self.student.B, self.student.B.shape
@@ -74,8 +80,8 @@ class Adapters:
             if problem.wants[3]:
                 out.dA = torch.zeros_like(self.student.A, dtype=self.wide)
             if problem.wants[4]:
-                # For 16-bit rows the products of both addends of u
-                self.dB = new(V, r * (2 if self.dtype.itemsize == 2 else 1), dtype=self.wide).zero_()
+                # Transposed, the faster product. For 16-bit rows the products of both addends of u
+                self.dB = new(r * (2 if self.dtype.itemsize == 2 else 1), V, dtype=self.wide).zero_()
 
     def _factor(self, lora: Lora | None) -> Tensor | None:
         if lora is None:
@@ -134,22 +140,26 @@ class Adapters:
 
         A 16-bit `out` is rounded once, from fp32 slices.
         """
-        V = weight.shape[0]
-        if not terms or out.dtype.itemsize > 2:
+        if not terms:
             project(rows, weight, out, centre)
-            for term in terms:
-                term.add_to(out, slice(0, V))
             return
-        step = max(1, self.scratch.numel() // max(len(rows), 1))
-        for columns in (slice(start, min(start + step, V)) for start in range(0, V, step)):
+        narrow = out.dtype.itemsize == 2
+        for columns in self._slices(len(rows), weight.shape[0], narrow):
             width = columns.stop - columns.start
-            part = self.scratch[: len(rows) * width].view(len(rows), width)
+            part = self.scratch[: len(rows) * width].view(len(rows), width) if narrow else out[:, columns]
             project(rows, weight[columns], part)
             for term in terms:
                 term.add_to(part, columns)
             if centre is not None:
                 part.sub_(centre[:, None])
-            out[:, columns].copy_(part)
+            if narrow:
+                out[:, columns].copy_(part)
+
+    def _slices(self, rows: int, V: int, narrow: bool) -> list[slice]:
+        """Return slices of the columns that fit the cache of a CPU, or the scratch of `narrow` logits."""
+        whole = not (narrow or self.on_cpu)
+        step = V if whole else max(1, self.size // max(rows, 1))
+        return [slice(start, min(start + step, V)) for start in range(0, V, step)]
 
     def accumulate(self, G: Tensor, student: Tensor, dh: Tensor | None, scale: Tensor | None) -> None:
         """Add the adapter's part to dh, (C, H) unscaled, and a chunk's part to dA and dB.
@@ -159,15 +169,17 @@ class Adapters:
         lora, out = self.student, self.out
         if lora is None or self.u is None or self.back is None:
             return
-        n, (r, _) = len(G), lora.A.shape
-        if self.dB is not None:
-            u = self.u[:n] if scale is None else self.u[:n] * scale[:, None]
-            u = u if self.dB.shape[1] == r else _addends(u, G.dtype)
-            accumulate_weight_grad(G, u, self.dB, first=False)
-        if dh is None and out.dA is None:
-            return
-        products = G.new_empty(n, self.back.shape[1], dtype=self.wide)  # G B
-        project(G, self.back.t(), products)
+        n, (r, _), V = len(G), lora.A.shape, G.shape[1]
+        u = self.u[:n] if scale is None else self.u[:n] * scale[:, None]
+        if self.dB is not None and self.dB.shape[0] > r:
+            u = _addends(u, G.dtype)
+        products = G.new_zeros(n, self.back.shape[1], dtype=self.wide)  # G B
+        for columns in self._slices(n, V, narrow=False):
+            part = G[:, columns]
+            if dh is not None or out.dA is not None:
+                _add_product(part, self.back[columns], products)
+            if self.dB is not None:
+                _add_product(u.t(), part, self.dB[:, columns])
         if products.shape[1] > r:
             products = products[:, :r] + products[:, r:]
         products.mul_(lora.scaling)
@@ -181,8 +193,8 @@ class Adapters:
     def finish(self) -> None:
         """Complete dB, and sum dA over the ranks of a vocabulary-parallel head."""
         if self.dB is not None and self.student is not None:
-            (V, width), r = self.dB.shape, self.student.B.shape[1]
-            dB = self.dB if width == r else self.dB[:, :r] + self.dB[:, r:]
+            V, r = self.student.B.shape
+            dB = (self.dB if len(self.dB) == r else self.dB[:r] + self.dB[r:]).t().contiguous()
             # Padded rows of the head have no gradient
             self.out.dB = dB if V == self.height else torch.cat([dB, dB.new_zeros(self.height - V, r)])
         if self.out.dA is not None and self.problem.shard is not None:

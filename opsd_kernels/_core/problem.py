@@ -167,6 +167,9 @@ class Problem:
             support = Support(ids.shape[1], None, listed[2])
         transforms, exact = (spec.student, spec.teacher), spec.kinked or exact_logprobs
         buffer, difference = resolve_logits(hidden.dtype, logits_dtype, shared, exact, transforms)
+        if difference and buffer.itemsize > 2 and any(side.lora is not None for side in sides):
+            # Wide buffers hold the teacher's own logits unless the adapter is the student's too.
+            difference = same_adapter(sides[0].lora, sides[1].lora)
         flat = [replace(side, hidden=side.hidden.reshape(-1, side.hidden.shape[-1])) for side in sides]
         grad = torch.is_grad_enabled()
         wants = [grad and leaf is not None and leaf.requires_grad for leaf in flat[0].leaves]
@@ -266,6 +269,20 @@ def same_storage(a: Tensor, b: Tensor | None) -> bool:
         return a is b
     layout = a.data_ptr(), a.shape, a.stride(), a.dtype, a.device
     return layout == (b.data_ptr(), b.shape, b.stride(), b.dtype, b.device)
+
+
+def same_adapter(one: Lora | None, other: Lora | None) -> bool:
+    """Return True if both sides have one adapter."""
+    if one is None or other is None or one.scaling != other.scaling:
+        return False
+    return one is other or (
+        (one.A is other.A and one.B is other.B)
+        or (
+            not torch.compiler.is_compiling()
+            and same_storage(one.A, other.A)
+            and same_storage(one.B, other.B)
+        )
+    )
 
 
 def check_tolerance(value: object) -> float:

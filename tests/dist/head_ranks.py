@@ -15,10 +15,12 @@ from launching import join, leave
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from lora_cases import WHICH, Adapted, adapted_case, outcome
+from teacher_cases import outcome as outcome_of_several
+from teacher_cases import several_case
 
 from opsd_kernels import VocabShard, linear_divergence
 from opsd_kernels.testing import assert_no_worse, assert_on_target
-from opsd_kernels.testing.heads import with_dense_heads
+from opsd_kernels.testing.heads import by_index, with_dense_heads
 from opsd_kernels.testing.reference import linear_divergence_reference
 from opsd_kernels.weights import EntropyGate
 
@@ -77,6 +79,31 @@ def check_adapters(which: str, name: str, dtype: torch.dtype, shared: bool) -> N
             assert_no_worse(value, plain[key], truth[key])
 
 
+def check_teachers(name: str, packed: bool, shared: bool) -> None:
+    several = several_case(
+        28, V, 48, torch.float32, packed=packed, shared_head=shared, largest_logit=8.0, batch=4
+    )
+    told = OPTIONS[name]
+    if "topk" in told or "token_weights" in told:
+        several = replace(several, case=replace(several.case, token_weights=None))
+    alone = {k: v for k, v in told.items() if k not in ("workspace_bytes", "backward")}
+    reference = by_index(linear_divergence_reference)
+    truth, plain = (outcome_of_several(reference, x, **alone) for x in (several.double(), several))
+    shard = VocabShard.from_vocab(V, dist.group.WORLD)
+    rows, case = slice(shard.start, shard.stop), several.case
+    head = case.student_weight[rows]
+    own = replace(case, student_weight=head, student_bias=case.student_bias[rows])
+    biases = [None if b is None else b[rows] for b in several.options.get("teacher_bias", [])]
+    options = {**several.options, **({"teacher_bias": biases} if biases else {})}
+    weights = tuple(head if shared else weight[rows] for weight in several.weight)
+    part = replace(several, case=own, weight=weights, options=options)
+    found = outcome_of_several(linear_divergence, part, group=shard, **told)
+    for key, exact in truth.items():
+        parts = everyone(found[key])
+        value = torch.cat(parts) if key in ("student_weight", "student_bias") else parts[0]
+        assert_no_worse(value, plain[key], exact)
+
+
 def check_unreduced() -> None:
     """Without reduce_hidden_grad each rank keeps its part of dA, and the parts add up."""
     adapted = adapted_case(28, V, 48, torch.float64, "student")
@@ -104,7 +131,13 @@ def checks() -> dict[str, tuple]:
         for shared in (False, True)
         if (which != "one for both" or shared) and (dtype == torch.float32 or name == "plain")
     }
-    return {**adapters, "unreduced": (check_unreduced,)}
+    teachers = {
+        f"teachers, {name}, packed: {packed}, one head: {shared}": (check_teachers, name, packed, shared)
+        for name in OPTIONS
+        for packed in (False, True)
+        for shared in (False, True)
+    }
+    return {**adapters, **teachers, "unreduced": (check_unreduced,)}
 
 
 def main(rank: str, world: str, rendezvous: str, result: str) -> None:
