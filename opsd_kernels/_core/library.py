@@ -45,7 +45,7 @@ def arrange(
     scope = "index" if weigher is None else weigher.scope
     sequences = [] if weigher is None or scope != "sequence" else weigher.lengths(packs(problem))
     rows = _computed_rows(problem, sum(sequences) if scope == "sequence" else None)
-    on_cuda, sides = hidden.device.type == "cuda", [teacher]
+    on_cuda, sides = hidden.device.type == "cuda", [] if teacher is None else [teacher]
     if problem.teachers is not None:
         sides = list(problem.teachers.sides)
     chunks = plan(
@@ -53,7 +53,7 @@ def arrange(
         # The widest shard on every rank: all ranks use the same chunk boundaries.
         problem.vocab if shard is None else shard.widest,
         hidden.shape[1],
-        0 if teacher is None else max(side.hidden.shape[1] for side in sides),
+        max((side.hidden.shape[1] for side in sides), default=0),
         hidden.dtype,
         shared_head=problem.shared_head,
         trainable_head=problem.wants[1],

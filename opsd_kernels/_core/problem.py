@@ -226,7 +226,7 @@ class Problem:
         )
         weight = weight[:columns] if student is None or not self.shared_head else student.weight
         bias = None if side.bias is None else side.bias[:columns].to(self.stats_dtype).contiguous()
-        if student is not None and bias is not None and same_storage(side.bias, self.student.bias):
+        if student is not None and side.bias is not None and same_storage(side.bias, self.student.bias):
             # One object: the sweeps take a common bias for a linear difference.
             bias = student.bias
         lora = side.lora and replace(side.lora, B=side.lora.B[:columns])
@@ -275,14 +275,9 @@ def same_adapter(one: Lora | None, other: Lora | None) -> bool:
     """Return True if both sides have one adapter."""
     if one is None or other is None or one.scaling != other.scaling:
         return False
-    return one is other or (
-        (one.A is other.A and one.B is other.B)
-        or (
-            not torch.compiler.is_compiling()
-            and same_storage(one.A, other.A)
-            and same_storage(one.B, other.B)
-        )
-    )
+    if torch.compiler.is_compiling():
+        return one.A is other.A and one.B is other.B
+    return same_storage(one.A, other.A) and same_storage(one.B, other.B)
 
 
 def check_tolerance(value: object) -> float:
