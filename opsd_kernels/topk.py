@@ -31,6 +31,7 @@ def linear_topk_divergence(
     token_weights: Tensor | TokenWeighting | None = None,
     entry_clip: float | None = None,
     token_clip: float | None = None,
+    z_loss: float | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     return_stats: bool = False,
@@ -67,9 +68,9 @@ def linear_topk_divergence(
         student_lora=student_lora,
         student_logit_scale=student_logit_scale, student_softcap=student_softcap, vocab_size=vocab_size,
         labels=labels, ignore_index=ignore_index, mask=mask, token_weights=token_weights,
-        entry_clip=entry_clip, token_clip=token_clip, reduction=reduction, normalizer=normalizer,
-        logits_dtype=logits_dtype, gradient_tolerance=gradient_tolerance, workspace_bytes=workspace_bytes,
-        backend=backend, group=group,
+        entry_clip=entry_clip, token_clip=token_clip, z_loss=z_loss, reduction=reduction,
+        normalizer=normalizer, logits_dtype=logits_dtype, gradient_tolerance=gradient_tolerance,
+        workspace_bytes=workspace_bytes, backend=backend, group=group,
         teacher_temperature=1.0,  # of logits that are all 0
     )  # fmt: skip
     student = student_hidden, student_weight

@@ -186,8 +186,8 @@ _PROBLEM = (
     "int[] shard, str? group, bool[] wants, float[] more_numbers, Tensor?[] more"
 )
 _NAMES = [argument.split()[1] for argument in _PROBLEM.split(", ")]
-_FACTOR, _LABELS, _LOGITS, _WANTS, MORE = (
-    _NAMES.index(name) for name in ("factor", "labels", "logits_dtype", "wants", "more")
+_FACTOR, _LABELS, _SPEC, _LOGITS, _WANTS, MORE = (
+    _NAMES.index(name) for name in ("factor", "labels", "spec", "logits_dtype", "wants", "more")
 )
 _GRADIENTS = "Tensor dh, Tensor dW, Tensor dbias, Tensor dA, Tensor dB"  # empty where none is wanted
 _SCHEMAS = (
@@ -226,7 +226,7 @@ def pack(problem: Problem) -> tuple[Any, ...]:
         rows.topk_ids,
         rows.topk_logprobs,
         *temperatures,
-        [float(value) for value in spec.scalars(linear=False)],
+        [float(value) for value in (*spec.scalars(linear=False), spec.z_loss)],
         [] if support is None else [support.k, _SIDES.index(support.side), TAILS.index(support.tail)],
         problem.shared_head,
         problem.vocab,
@@ -331,10 +331,11 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
-    *flat, _, recompute = args
+    *flat, metrics, recompute = args
     hidden, labels = flat[0], flat[_LABELS]
     N, wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
-    shapes = (N,), (N,), (N, len(Column)), (0 if labels is None else N, 2)
+    more = metrics or flat[_SPEC][-1] != 0  # as loop._allocate
+    shapes = (N,), (N,), (N, len(Column)), (N if more or labels is not None else 0, 4 if more else 2)
     wants = [False] * len(flat[_WANTS]) if recompute else flat[_WANTS]
     vectors = (hidden.new_empty(shape, dtype=wide) for shape in shapes)
     return *vectors, hidden.new_empty((), dtype=wide), *_fake_gradients(flat, wants)

@@ -15,7 +15,8 @@ from torch import Tensor
 from .._rows import torch_rows
 from .._rows.contract import GAP_BOUNDS, Column, RowBackend, clip_tokens
 from .._rows.torch_math import transform_slope
-from ..spec import Kind, RowSpec, Support
+from ..spec import RowSpec, Support
+from .late_gradients import pull
 
 LEAST_TAIL = 1e-7  # the mass outside the support is taken for at least this, as -log of the mass inside
 
@@ -32,6 +33,8 @@ class Rows(NamedTuple):
     bias_t: Tensor | None
     # (C, 1) fp32: S and T at the labels, without their rounding
     at_label: tuple[Tensor, Tensor] | None = None
+    # (C,) fp32: what S and T are relative to; None for 0
+    constants: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def at(self, columns: Tensor) -> Rows:
         """Return logits and biases at (n, K) columns. A bias shared by both sides stays one object."""
@@ -138,9 +141,9 @@ def restricted(at: Entries, stats: Tensor, spec: RowSpec, tail: str) -> Restrict
     f, u, clipped = torch_rows.terms(q, p, delta, spec)
     live = at.live if tail != "bucket" else torch.cat([at.live, torch.ones_like(saturated)], 1)
     f, u, clipped = torch.where(live, f, 0.0), torch.where(live, u, 0.0), clipped & live
-    if tail == "none" and spec.divergence.kind == Kind.REVERSE_KL:
-        # u = f omits a constant times q, which matters here because q does not sum to 1.
-        u = torch.where(live, u + q, 0.0)
+    if tail == "none" and spec.divergence.omitted:
+        # u omits a constant times q, which matters here because q does not sum to 1.
+        u = torch.where(live, u + spec.divergence.omitted * q, 0.0)
     if tail == "bucket":
         u[:, -1:] = torch.where(saturated, 0.0, u[:, -1:])
     missing = torch_rows.missing(stats)
@@ -240,7 +243,8 @@ def top_k(walk: Any, chunk: Rows, at: slice | Tensor) -> None:
     if not walk.saved:
         walk.keep(at, stats, result.loss, result.A, exact)
     if walk.wants_gradient:
-        factor, slope = walk.factors(at)
-        labels = None if slope is None else walk.label_columns(at)
+        factor, slope, labels = pull(walk, chunk, at, stats)
+        if labels is not None and problem.shard is not None:
+            labels = problem.shard.local(labels)
         G = walk.gradient(chunk.S)
         write_gradient_(walk.backend, chunk, stats, spec, own, result, factor, slope, labels, G)

@@ -13,7 +13,7 @@ WIDTH = 34
 COMMENTS: dict[str, dict[str, str]] = {
     "what runs, and where": {
         "env": "the problems and their verifier",
-        "model": "tiny, or the directory or name of a Hugging Face model",
+        "model": "tiny, smollm2, a .gguf file, or the directory or name of a Hugging Face model",
         "seed": "of prompts, answers and contexts",
         "device": "",
         "dtype": "of the weights",
@@ -23,7 +23,7 @@ COMMENTS: dict[str, dict[str, str]] = {
     },
     "your own prompts, env: jsonl": {
         "data": "JSONL file with a prompt per line",
-        "verifier": "exact, numeric, math or package.module:function",
+        "verifier": "exact, numeric, math, python or package.module:function",
         "chat_template": "Jinja file for a tokenizer without one",
     },
     "rollouts": {
@@ -52,7 +52,7 @@ COMMENTS: dict[str, dict[str, str]] = {
     "objective": {
         "objective": "the whole distribution, or the sampled token alone",
         "divergence": "",
-        "beta": "the mixture's weight, of jsd and the skew divergences",
+        "beta": "the teacher's weight, of jsd, the skew divergences and mixed_kl",
         "distill_temperature": "of both sides' logits in the loss",
         "teacher_temperature": "null: the same",
         "topk": "null: the whole vocabulary",
@@ -87,6 +87,7 @@ COMMENTS: dict[str, dict[str, str]] = {
         "weight_decay": "",
         "max_grad_norm": "",
         "micro_batch": "rollouts in a forward; the result does not depend on it",
+        "share_prompts": "a prompt runs once for all its answers; null: with models other than tiny",
         "gradient_checkpointing": "less memory, more time",
         "lora_rank": "0: every weight trains",
         "lora_alpha": "",
