@@ -106,8 +106,7 @@ def plan(
     workspace: Annotated[str | None, typer.Option("--workspace", help="Byte budget, such as 256MiB.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     divergence: Annotated[
-        str,
-        typer.Option("--divergence", help="All KLs need one sweep less, tvd takes fp32 logits."),
+        str, typer.Option("--divergence", help="All KLs need one sweep less, tvd takes fp32 logits.")
     ] = "reverse_kl",
     softcap: Annotated[
         bool, typer.Option("--softcap/--no-softcap", help="Whether logits have a softcap.")
@@ -118,11 +117,10 @@ def plan(
     gradient_tolerance: Annotated[
         float | None, typer.Option("--gradient-tolerance", help="Share of the gradient that may be left out.")
     ] = None,
+    student_rank: Annotated[int, typer.Option("--student-rank", min=0, help="Rank of its adapter.")] = 0,
+    teacher_rank: Annotated[int, typer.Option("--teacher-rank", min=0, help="Rank of its adapter.")] = 0,
     vocab_ranks: Annotated[
-        int,
-        typer.Option(
-            "--vocab-ranks", min=1, help="Ranks that share the rows of the head: the plan is one rank's."
-        ),
+        int, typer.Option("--vocab-ranks", min=1, help="Ranks that share the head: the plan is one rank's.")
     ] = 1,
     data_ranks: Annotated[
         int, typer.Option("--data-ranks", min=1, help="Ranks that share the tokens: the plan is one rank's.")
@@ -157,6 +155,8 @@ def plan(
             softcap=softcap,
             factor=factor,
             gradient_tolerance=gradient_tolerance,
+            student_rank=student_rank,
+            teacher_rank=teacher_rank,
         )
     fields = made.as_dict()
     if as_json:

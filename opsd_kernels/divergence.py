@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -14,6 +15,7 @@ from ._core.problem import Problem, Side
 from ._core.problem import repeated as repeated
 from ._core.reductions import RowWeigher, reads_logprobs, row_scale
 from ._core.reductions import TokenStats as TokenStats
+from ._core.teachers import OPTIONS, options_of, several
 from .spec import CLIPS, Divergence, LogitTransform, RowSpec, Support, check_number, expect
 from .weights import TokenWeighting
 
@@ -47,10 +49,20 @@ class DivergenceOptions(TypedDict, total=False):
       A positive number, or a tensor that broadcasts to (...), for example (B, 1) for one per sequence.
       Detached. The loss is not multiplied by temperature**2.
     * `student_bias` (V_s,), `teacher_bias` (V_t,): an entry of -inf removes a token from the distribution.
+    * `student_lora`, `teacher_lora`: a low-rank adapter of the head, (A, B, scaling) with A (r, H) and B (V,
+      r). The head is `weight + scaling * B @ A`, which is never formed. Gradients flow to the student's A and
+      B. They may have another floating-point dtype than the head, as peft's do.
     * `student_logit_scale`, `teacher_logit_scale`, `student_softcap`, `teacher_softcap`: a factor, and the c
       above.
     * `vocab_size`: columns from this one on have probability zero on both sides. Required if the two heads
       differ in rows.
+
+    Several teachers (docs/reference/linear-divergence.md):
+
+    * `teacher_index` (...) int64 in [0, K): the teacher of each token. `teacher_hidden` and `teacher_weight`
+      are then sequences of K tensors, of any widths; `teacher_bias`, `teacher_logit_scale` and
+      `teacher_softcap` may be. `teacher_hidden[k]` is (..., H_k), of which only the rows of its own tokens
+      are read, or (n_k, H_k): these rows packed, in the order of the tokens.
 
     The tokens and the reduction:
 
@@ -94,11 +106,14 @@ class DivergenceOptions(TypedDict, total=False):
     temperature: float
     teacher_temperature: float | None
     student_bias: Tensor | None
-    teacher_bias: Tensor | None
+    teacher_bias: Tensor | Sequence[Tensor | None] | None
+    student_lora: tuple[Tensor, Tensor, float] | None
+    teacher_lora: tuple[Tensor, Tensor, float] | None
     student_logit_scale: float
-    teacher_logit_scale: float
+    teacher_logit_scale: float | Sequence[float]
     student_softcap: float | None
-    teacher_softcap: float | None
+    teacher_softcap: float | Sequence[float | None] | None
+    teacher_index: Tensor | None
     vocab_size: int | None
     labels: Tensor | None
     ignore_index: int
@@ -125,19 +140,22 @@ class DivergenceOptions(TypedDict, total=False):
 def linear_divergence(
     student_hidden: Tensor,  # (..., H_s)
     student_weight: Tensor,  # (V_s, H_s)
-    teacher_hidden: Tensor,  # (..., H_t)
-    teacher_weight: Tensor,  # (V_t, H_t)
+    teacher_hidden: Tensor | Sequence[Tensor],  # (..., H_t)
+    teacher_weight: Tensor | Sequence[Tensor],  # (V_t, H_t)
     *,
     divergence: str = "reverse_kl",
     beta: float = 0.5,
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    teacher_bias: Tensor | Sequence[Tensor | None] | None = None,
+    student_lora: tuple[Tensor, Tensor, float] | None = None,
+    teacher_lora: tuple[Tensor, Tensor, float] | None = None,
     student_logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
+    teacher_logit_scale: float | Sequence[float] = 1.0,
     student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
+    teacher_softcap: float | Sequence[float | None] | None = None,
+    teacher_index: Tensor | None = None,
     vocab_size: int | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -100,
@@ -164,10 +182,10 @@ def linear_divergence(
 
     The result is that of projecting both sides, taking two softmaxes and comparing the distributions token by
     token, but the op never holds more than `workspace_bytes` of logits. Gradients flow to `student_hidden`,
-    `student_weight` and `student_bias`, never to the teacher. Hidden states and weights share one dtype
-    (float64, float32, bfloat16 or float16; a bias may have any floating-point dtype) and one device. 16-bit
-    hidden states under fp32 weights are cast to fp32; autocast casts both, float64 aside. Each option is
-    explained in `opsd_kernels.divergence.DivergenceOptions`.
+    `student_weight`, `student_bias` and the student's adapter, never to the teacher. Hidden states and
+    weights share one dtype (float64, float32, bfloat16 or float16; a bias may have any floating-point dtype)
+    and one device. 16-bit hidden states under fp32 weights are cast to fp32; autocast casts both, float64
+    aside. Each option is explained in `opsd_kernels.divergence.DivergenceOptions`.
 
     Returns the loss in fp32 (fp64 for fp64 inputs): 0-dim, or (...) with zeros at invalid tokens for
     reduction "none". With `return_stats` returns (loss, TokenStats). Without a valid token the loss is 0,
@@ -178,14 +196,16 @@ def linear_divergence(
     is an asynchronous device-side assert.
     """
     options = dict(  # noqa: C408 - a literal would name each option twice
-        divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
-        student_bias=student_bias, teacher_bias=teacher_bias, student_logit_scale=student_logit_scale,
+        divergence=divergence, beta=beta, temperature=temperature,
+        teacher_temperature=teacher_temperature, student_bias=student_bias, teacher_bias=teacher_bias,
+        student_lora=student_lora, teacher_lora=teacher_lora, student_logit_scale=student_logit_scale,
         teacher_logit_scale=teacher_logit_scale, student_softcap=student_softcap,
-        teacher_softcap=teacher_softcap, vocab_size=vocab_size, labels=labels, ignore_index=ignore_index,
-        mask=mask, token_weights=token_weights, teacher_mix=teacher_mix, entry_clip=entry_clip,
-        token_clip=token_clip, z_loss=z_loss, reduction=reduction, normalizer=normalizer, topk=topk,
-        topk_support=topk_support, topk_tail=topk_tail, logits_dtype=logits_dtype,
-        gradient_tolerance=gradient_tolerance, workspace_bytes=workspace_bytes, backend=backend, group=group,
+        teacher_softcap=teacher_softcap, teacher_index=teacher_index, vocab_size=vocab_size,
+        labels=labels, ignore_index=ignore_index, mask=mask, token_weights=token_weights,
+        teacher_mix=teacher_mix, entry_clip=entry_clip, token_clip=token_clip, z_loss=z_loss,
+        reduction=reduction, normalizer=normalizer, topk=topk, topk_support=topk_support, topk_tail=topk_tail,
+        logits_dtype=logits_dtype, gradient_tolerance=gradient_tolerance, workspace_bytes=workspace_bytes,
+        backend=backend, group=group,
     )  # fmt: skip
     problem, weigher = prepare((student_hidden, student_weight), (teacher_hidden, teacher_weight), options)
     return evaluate(problem, weigher, backward, return_stats)
@@ -211,13 +231,15 @@ def with_defaults(options: DivergenceOptions) -> dict[str, Any]:
 def check_options(options: DivergenceOptions) -> None:
     """Raise ValueError or TypeError for an unknown option, and for a bad one that needs no tensors."""
     given = with_defaults(options)
-    row_spec(given)
+    counts = {len(given[name]) for name in OPTIONS if isinstance(given[name], (tuple, list))} or {1}
+    for k in range(max(counts)):
+        row_spec(options_of(given, k, max(counts)))
     row_scale(given["reduction"], given["normalizer"], torch.empty(1, 1, 1), None)
 
 
 def prepare(
     student: tuple[Tensor, Tensor],  # hidden states and weight
-    teacher: tuple[Tensor, Tensor] | None,
+    teacher: tuple[Any, Any] | None,
     options: dict[str, Any],
     *,
     listed: tuple[object, object, str] | None = None,
@@ -230,10 +252,15 @@ def prepare(
     """
     both = policy is not None and options["z_loss"]
     expect(not both, "z_loss", "None beside a policy term", options["z_loss"])
+    if teacher is not None and (
+        options["teacher_index"] is not None or isinstance(teacher[0], (tuple, list))
+    ):
+        further = {"listed": listed, "policy": policy, "policy_weight": policy_weight}
+        return several(prepare, student, teacher, options, **further)
     problem = Problem.of(
         row_spec(options),
-        Side(*student, options["student_bias"]),
-        None if teacher is None else Side(*teacher, options["teacher_bias"]),
+        Side(*student, options["student_bias"], options["student_lora"]),
+        None if teacher is None else Side(*teacher, options["teacher_bias"], options["teacher_lora"]),
         labels=options["labels"],
         ignore_index=options["ignore_index"],
         mask=options["mask"],

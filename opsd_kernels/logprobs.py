@@ -17,6 +17,7 @@ def linear_logprobs(
     *,
     temperature: float = 1.0,
     bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
@@ -31,11 +32,12 @@ def linear_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute the log-probability of each label under one head, `log_softmax(logits)[label]`, in nats.
 
-    The logits are those of `linear_divergence`: `hidden @ weight.T`, with `bias`, `logit_scale`, `softcap`
-    and `temperature`; columns from `vocab_size` on have probability zero. The op never holds more than
-    `workspace_bytes` of them, in fp32 unless `logits_dtype="input"`. Gradients flow to `hidden`, `weight` and
-    `bias`, for any upstream gradient per token. With `group` the head is the slice of this rank, as in
-    `linear_divergence`, and labels are those of the whole vocabulary.
+    The logits are those of `linear_divergence`: `hidden @ weight.T`, with `bias`, `lora`, `logit_scale`,
+    `softcap` and `temperature`; columns from `vocab_size` on have probability zero. The op never holds more
+    than `workspace_bytes` of them, in fp32 unless `logits_dtype="input"`. Gradients flow to `hidden`,
+    `weight`, `bias` and the adapter `lora` (A, B, scaling), for any upstream gradient per token. With `group`
+    the head is the slice of this rank, as in `linear_divergence`, and labels are those of the whole
+    vocabulary.
 
     The forward pass takes one GEMM pass over the head, and backward takes three with a trainable head,
     because it projects the logits again. With a frozen head and no entropy, "auto" and "in_forward" compute
@@ -54,7 +56,7 @@ def linear_logprobs(
     transform = LogitTransform.parse("", logit_scale, softcap, "temperature", temperature)
     problem = Problem.of(
         RowSpec(Divergence.parse("reverse_kl"), transform, LogitTransform()),
-        Side(hidden, weight, bias),
+        Side(hidden, weight, bias, lora),
         None,
         labels=labels,
         ignore_index=ignore_index,

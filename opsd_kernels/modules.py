@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .divergence import DivergenceOptions, TokenStats, check_options, linear_divergence
+from .peft_head import base_and_adapter
 from .spec import expect
 
 
@@ -58,14 +59,16 @@ class DistillationHead(nn.Module):
         loss = head(student_hidden, teacher_hidden)                   # self-distillation: one head for both
         loss = head(student_hidden, teacher_hidden, teacher.lm_head)  # the teacher has its own head
 
-    `lm_head` is a linear layer (`weight` (V, H), `bias` (V,) or None). Its parameters receive gradients;
-    those of the teacher's head never do. The constructor raises TypeError for another module and for an
-    unknown option.
+    `lm_head` is a linear layer (`weight` (V, H), `bias` (V,) or None), alone or under peft's LoRA, whose
+    active adapter is read at each call. Its parameters receive gradients; those of the teacher's head never
+    do. For a teacher without the adapter give its layer, `lm_head.base_layer`, as the teacher's head. The
+    constructor raises TypeError for another module and for an unknown option, and a call ValueError for an
+    adapter that is no plain LoRA (peft_head.py).
     """
 
     def __init__(self, lm_head: nn.Module, **options: Unpack[DivergenceOptions]) -> None:
         super().__init__()
-        weight = getattr(lm_head, "weight", None)
+        weight = getattr(base_and_adapter(lm_head, "lm_head")[0], "weight", None)
         linear = isinstance(weight, Tensor) and weight.dim() == 2
         expect(
             linear,
@@ -87,10 +90,15 @@ class DistillationHead(nn.Module):
     ) -> Tensor | tuple[Tensor, TokenStats]:
         """Return the loss under this head; `teacher_head` is the teacher's, by default the same."""
         teacher = self.lm_head if teacher_head is None else teacher_head
-        student, other = (self._whole(head.weight, head.bias) for head in (self.lm_head, teacher))
+        layers, adapters = zip(
+            *(base_and_adapter(head, "lm_head") for head in (self.lm_head, teacher)), strict=True
+        )
+        student, other = (self._whole(layer.weight, layer.bias) for layer in layers)
         options: dict[str, Any] = {
             "student_bias": student[1],
             "teacher_bias": other[1],
+            "student_lora": adapters[0],
+            "teacher_lora": adapters[1],
             **self.options,
             **tensors,
         }

@@ -21,6 +21,7 @@ def linear_topk_divergence(
     tail: str = "bucket",
     temperature: float = 1.0,
     student_bias: Tensor | None = None,
+    student_lora: tuple[Tensor, Tensor, float] | None = None,
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     vocab_size: int | None = None,
@@ -64,6 +65,7 @@ def linear_topk_divergence(
     check_choice("tail", tail, TAILS)
     options = DEFAULTS | dict(  # noqa: C408 - a literal would name each option twice
         divergence=divergence, beta=beta, temperature=temperature, student_bias=student_bias,
+        student_lora=student_lora,
         student_logit_scale=student_logit_scale, student_softcap=student_softcap, vocab_size=vocab_size,
         labels=labels, ignore_index=ignore_index, mask=mask, token_weights=token_weights,
         entry_clip=entry_clip, token_clip=token_clip, z_loss=z_loss, reduction=reduction,

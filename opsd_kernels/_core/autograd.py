@@ -3,16 +3,16 @@
 `WeightedSum` has its row factors in the forward pass and computes the gradients there (four GEMM passes,
 three with a frozen head). `PerRow` returns a loss per row and accepts any upstream gradient per row: with a
 frozen head it scales the rows of a dh computed in forward; with a trainable one it projects again in backward
-(six passes). `LogProbs` does the same for log-probs of one side. Each takes the three leaves and the problem
-that they belong to. Backward works out of place if the graph is retained, so that it may run twice. There are
-no second derivatives: see `first_order`.
+(six passes). `LogProbs` does the same for log-probs of one side. Each takes the problem, and after it the
+leaves of its student: hidden states, weight, bias, and A and B of an adapter. Backward works out of place if
+the graph is retained, so that it may run twice. There are no second derivatives: see `first_order`.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from enum import Enum
 from typing import Any
@@ -24,7 +24,7 @@ from .._rows.contract import Column
 from ..spec import BACKWARDS, check_choice, expect
 from . import library
 from .loop import empty, on_host
-from .problem import Problem, Side
+from .problem import Problem
 from .reductions import RowWeigher, TokenStats, token_stats
 
 # For fp16 the row factors are scaled so that the largest is 64, and backward undoes it: the 1 / N of a mean
@@ -74,22 +74,22 @@ def evaluate(
         expect(labelled, "labels", f"the sampled tokens, whose log-probs {scheme} needs", None)
     route, scale = choose_route(problem, weigher, backward), weigher.scale
     metrics = return_stats or weigher.needs_metrics
-    leaves = problem.student.hidden, problem.student.weight, problem.student.bias
+    leaves = problem.student.leaves
     if route is Route.WEIGHTED_SUM:
         slope = weigher.policy_losses(None)[1] * scale if weigher.policy is not None else None
         weighted = problem.with_factors(weigher.weights(None) * scale, slope)
-        loss, D, stats, logprobs, dropped, _ = WeightedSum.apply(*leaves, weighted, metrics, None)
+        loss, D, stats, logprobs, dropped, _ = WeightedSum.apply(weighted, metrics, None, *leaves)
     elif route is Route.FACTORS_IN_LOOP:
-        loss, D, stats, logprobs, dropped, _ = _sum_with_loop_factors(*leaves, problem, metrics, weigher)
+        loss, D, stats, logprobs, dropped, _ = _sum_with_loop_factors(problem, metrics, weigher, *leaves)
     else:
         if route is Route.PER_ROW:
             recompute = problem.trainable or backward == "recompute"
             reached = weigher.weights(None) != 0 if weigher.scope == "index" else weigher.mask().reshape(-1)
             reachable = problem.with_factors(reached.to(problem.stats_dtype))
-            value, D, stats, logprobs, dropped, _ = PerRow.apply(*leaves, reachable, metrics, recompute)
+            value, D, stats, logprobs, dropped, _ = PerRow.apply(reachable, metrics, recompute, *leaves)
             D = D if problem.spec.z_loss else value
         else:
-            D, _, stats, logprobs, _, _, _, dropped = library.op(*library.pack(problem), metrics, False)
+            D, _, stats, logprobs, dropped, *_ = library.op(*library.pack(problem), metrics, False)
             value = _with_z_loss(problem, D, logprobs) if problem.spec.z_loss else D
         factor = weigher.weights(weigher.stats(D, stats, logprobs)) * scale
         losses = _times(factor, value)
@@ -216,30 +216,38 @@ def _save(ctx: Any, problem: Problem, *results: Tensor) -> None:
     Autograd saves no tensors of inference mode. They need no gradient, and are kept like constants;
     torch.compile cannot tell them from others.
     """
-    flat, compiling = library.pack(problem), torch.compiler.is_compiling()
+    (*fixed, more), compiling = library.pack(problem), torch.compiler.is_compiling()
+    flat = [*fixed, *more]  # no tensor inside a list
     saved = [x if isinstance(x, Tensor) and (compiling or not x.is_inference()) else None for x in flat]
     ctx.constants = [x if kept is None else None for x, kept in zip(flat, saved, strict=True)]
     ctx.save_for_backward(*saved, *results)
-    ctx.wants, ctx.dtypes = problem.wants, [None if x is None else x.dtype for x in flat[:3]]
+    ctx.wants = problem.wants
+    ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in problem.student.leaves]
 
 
 def _saved(ctx: Any) -> tuple[list[Any], list[Tensor]]:
     """Return the flat form of the problem and the results that `_save` stored."""
     tensors, count = ctx.saved_tensors, len(ctx.constants)
     pairs = zip(tensors[:count], ctx.constants, strict=True)
-    return [constant if tensor is None else tensor for tensor, constant in pairs], list(tensors[count:])
+    flat = [constant if tensor is None else tensor for tensor, constant in pairs]
+    return [*flat[: library.MORE], flat[library.MORE :]], list(tensors[count:])
+
+
+def _to_leaves(ctx: Any, gradients: Iterable[Tensor], scale: Tensor) -> tuple[Tensor | None, ...]:
+    """Return gradients times `scale`, in the dtype of their leaves, None where none is wanted."""
+    return tuple(
+        _scaled(grad, scale, dtype) if want else None
+        for grad, dtype, want in zip(gradients, ctx.dtypes, ctx.wants, strict=False)
+    )
 
 
 def _project_again(ctx: Any, factor: Tensor, slope: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return dh, dW and dbias of recompute mode, with row factors from the upstream gradient."""
+    """Return the leaves' gradients in recompute mode, with row factors from the upstream gradient."""
     flat, (stats, A, _) = _saved(ctx)
     factor, slope, unit = _fp16_units(ctx.dtypes[0], factor, slope)
     grads = library.op_backward(*library.with_factors(flat, factor, slope), stats, A)
     scale = factor.new_ones(()) if unit is None else unit
-    return tuple(
-        _scaled(grad, scale, dtype) if want else None
-        for grad, dtype, want in zip(grads, ctx.dtypes, ctx.wants, strict=True)
-    )
+    return _to_leaves(ctx, grads, scale)
 
 
 # ---------------------------------------------------------------- the Functions
@@ -252,24 +260,22 @@ class WeightedSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, problem, metrics, weigher):
-        problem = replace(problem, student=Side(hidden, weight, bias))
+    def forward(ctx, problem, metrics, weigher, *leaves):
+        problem = replace(problem, student=problem.student.with_leaves(*leaves))
         if weigher is None:
             factor = problem.rows.factor
-            *scaled, unit = _fp16_units(hidden.dtype, factor, problem.rows.policy_slope)
+            *scaled, unit = _fp16_units(leaves[0].dtype, factor, problem.rows.policy_slope)
             problem = problem.with_factors(*scaled)
-            loss, _, stats, logprobs, dh, dW, dbias, dropped = library.op(
-                *library.pack(problem), metrics, False
-            )
+            loss, _, stats, logprobs, dropped, *gradients = library.op(*library.pack(problem), metrics, False)
         else:
             out = library.run_weighted(problem, weigher)
             factor, unit = weigher.factor(out), weigher.unit
-            loss, stats, dh, dW, dbias, dropped = out.loss, out.stats, out.dh, out.dW, out.dbias, out.dropped
+            loss, stats, dropped = out.loss, out.stats, out.dropped
+            gradients = out.dh, out.dW, out.dbias, out.dA, out.dB
             logprobs = loss.new_empty(0) if out.logprobs is None else out.logprobs
         anchor = loss.new_empty(0)
-        ctx.save_for_backward(dh, dW, dbias, unit, anchor)
-        ctx.wants = problem.wants
-        ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in (hidden, weight, bias)]
+        ctx.save_for_backward(*gradients, unit, anchor)
+        ctx.wants, ctx.dtypes = problem.wants, [None if leaf is None else leaf.dtype for leaf in leaves]
         ctx.mark_non_differentiable(loss, stats, logprobs, dropped)
         ctx.set_materialize_grads(False)
         value = _with_z_loss(problem, loss, logprobs) if problem.spec.z_loss else loss
@@ -279,14 +285,10 @@ class WeightedSum(torch.autograd.Function):
     @first_order
     def backward(ctx, upstream, *_):
         if upstream is None:
-            return (None,) * 6
+            return (None,) * (3 + len(ctx.wants))
         *grads, unit, _ = ctx.saved_tensors
         scale = upstream if unit is None else upstream * unit
-        scaled = (
-            _scaled(grad, scale, dtype) if want else None
-            for grad, dtype, want in zip(grads, ctx.dtypes, ctx.wants, strict=True)
-        )
-        return *scaled, None, None, None
+        return None, None, None, *_to_leaves(ctx, grads, scale)
 
 
 class PerRow(torch.autograd.Function):
@@ -297,17 +299,17 @@ class PerRow(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, problem, metrics, recompute):
-        problem = replace(problem, student=Side(hidden, weight, bias))
+    def forward(ctx, problem, metrics, recompute, *leaves):
+        problem = replace(problem, student=problem.student.with_leaves(*leaves))
         factors, unit = [None], None
         if not recompute:
-            *factors, unit = _fp16_units(hidden.dtype, problem.rows.factor, problem.rows.policy_slope)
+            *factors, unit = _fp16_units(leaves[0].dtype, problem.rows.factor, problem.rows.policy_slope)
         problem = problem.with_factors(*factors)
-        loss, A, stats, logprobs, dh, _, _, dropped = library.op(*library.pack(problem), metrics, recompute)
+        loss, A, stats, logprobs, dropped, dh, *_ = library.op(*library.pack(problem), metrics, recompute)
         if recompute and problem.gradient_tolerance is not None:
             # Backward is yet to come: the bound that it keeps to.
             dropped = torch.full_like(dropped, problem.gradient_tolerance)
-        ctx.recompute, ctx.dtype = recompute, hidden.dtype
+        ctx.recompute, ctx.dtype, ctx.wants = recompute, leaves[0].dtype, problem.wants
         anchor = loss.new_empty(0)
         if recompute:
             _save(ctx, problem, stats, A, anchor)
@@ -324,12 +326,13 @@ class PerRow(torch.autograd.Function):
     @first_order
     def backward(ctx, upstream, *_):
         if upstream is None:
-            return (None,) * 6
+            return (None,) * (3 + len(ctx.wants))
         if not ctx.recompute:
             dh, unit, _ = ctx.saved_tensors
             scale = upstream if unit is None else upstream * unit
-            return _scaled(dh, scale[:, None], ctx.dtype), *(None,) * 5
-        return *_project_again(ctx, upstream.contiguous(), None), None, None, None
+            others = (None,) * (len(ctx.wants) - 1)
+            return None, None, None, _scaled(dh, scale[:, None], ctx.dtype), *others
+        return None, None, None, *_project_again(ctx, upstream.contiguous(), None)
 
 
 class LogProbs(torch.autograd.Function):
@@ -342,14 +345,14 @@ class LogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, problem, metrics):
-        problem = replace(problem, student=Side(hidden, weight, bias))
-        ctx.in_forward, ctx.dtype = problem.rows.policy_slope is not None, hidden.dtype
-        unit = None
+    def forward(ctx, problem, metrics, *leaves):
+        problem = replace(problem, student=problem.student.with_leaves(*leaves))
+        ctx.in_forward, ctx.dtype = problem.rows.policy_slope is not None, leaves[0].dtype
+        ctx.wants, unit = problem.wants, None
         if ctx.in_forward:
-            *factors, unit = _fp16_units(hidden.dtype, problem.rows.factor, problem.rows.policy_slope)
+            *factors, unit = _fp16_units(leaves[0].dtype, problem.rows.factor, problem.rows.policy_slope)
             problem = problem.with_factors(*factors)
-        _, A, stats, logprobs, dh, *_ = library.op(*library.pack(problem), metrics, not ctx.in_forward)
+        _, A, stats, logprobs, _, dh, *_ = library.op(*library.pack(problem), metrics, not ctx.in_forward)
         anchor = stats.new_empty(0)
         if ctx.in_forward:
             ctx.save_for_backward(dh, unit, anchor)
@@ -363,14 +366,15 @@ class LogProbs(torch.autograd.Function):
     def backward(ctx, of_logprob, of_entropy, _):
         if ctx.in_forward:
             dh, unit, _ = ctx.saved_tensors
+            others = (None,) * (len(ctx.wants) - 1)
             if of_logprob is None:
-                return (None,) * 5
+                return None, None, None, *others
             scale = -(of_logprob if unit is None else of_logprob * unit)
-            return _scaled(dh, scale[:, None], ctx.dtype), None, None, None, None
+            return None, None, _scaled(dh, scale[:, None], ctx.dtype), *others
         _, (_, A, _) = _saved(ctx)
         nothing = torch.zeros_like(A)
         factor, slope = (nothing if grad is None else -grad.contiguous() for grad in (of_entropy, of_logprob))
-        return *_project_again(ctx, factor, slope), None, None
+        return None, None, *_project_again(ctx, factor, slope)
 
 
 def log_probs(problem: Problem, in_forward: bool, entropy: bool) -> tuple[Tensor, Tensor]:
@@ -385,6 +389,5 @@ def log_probs(problem: Problem, in_forward: bool, entropy: bool) -> tuple[Tensor
         valid, wide, hidden = problem.rows.valid, problem.stats_dtype, problem.student.hidden
         slope = hidden.new_ones(problem.tokens, dtype=wide) if valid is None else valid.to(wide)
         problem = problem.with_factors(torch.zeros_like(slope), slope)
-    leaves = problem.student.hidden, problem.student.weight, problem.student.bias
-    logprobs, entropies, _ = LogProbs.apply(*leaves, problem, entropy)
+    logprobs, entropies, _ = LogProbs.apply(problem, entropy, *problem.student.leaves)
     return logprobs, entropies

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._rows import extension, torch_rows
 from ..spec import RowSpec
-from .problem import Problem
+from .problem import Problem, Side
 
 PILOT_COLUMNS, PILOT_SHARE = 256, 64  # at least, and of the vocabulary: see pilot_columns
 # Columns that may hold a row's largest logit, and the columns of a group, see likely_columns. Groups of 8 to
@@ -54,10 +54,10 @@ class Centre(NamedTuple):
         difference = problem.spec.difference
 
         def at(columns: Tensor) -> tuple[Tensor, Tensor]:
-            s = logits_at(student, problem.student.weight, columns)
+            s = logits_of(problem.student, student, columns)
             if teacher is None or problem.teacher is None:
                 return s, torch.zeros_like(s)
-            t = logits_at(teacher, problem.teacher.weight, columns)
+            t = logits_of(problem.teacher, teacher, columns)
             return s, t - s if difference else t
 
         label = None
@@ -139,8 +139,8 @@ def exact_argmax(
     at = columns.clamp(min=0)
 
     biases = (None if side.bias is None else side.bias[at] for side in (problem.student, other))
-    s = logits_at(student, problem.student.weight, at)
-    t = s if teacher is None else logits_at(teacher, other.weight, at)
+    s = logits_of(problem.student, student, at)
+    t = s if teacher is None else logits_of(other, teacher, at)
     values = torch.stack(torch_rows.logits(s, t, replace(spec, difference=False), *biases)[:2])
     values = torch.where(columns < 0, -torch.inf, values)  # of another rank
     largest = values.amax(2)
@@ -150,6 +150,15 @@ def exact_argmax(
         largest, beside = shard.of_largest(largest, -(column + shard.start).to(largest.dtype))
         column = -beside
     return torch.where(largest.isfinite(), column, found.t()).t()
+
+
+def logits_of(side: Side, hidden: Tensor, columns: Tensor) -> Tensor:
+    """Return `logits_at` under the head of a side, its adapter included."""
+    logits, lora = logits_at(hidden, side.weight, columns), side.lora
+    if lora is None:
+        return logits
+    entries = lora.B[columns].to(logits.dtype)  # (C, K, r)
+    return logits + torch.matmul(entries, lora.coefficients(hidden)[:, :, None])[:, :, 0]
 
 
 def logits_at(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .._rows.contract import RowBackend
-from .planner import KEPT_BYTES
 from .problem import Problem
+from .sizes import KEPT_BYTES
 
 # Rows of the head, evenly spaced. With all rows of SmolLM2's the error of dh falls by a hundredth.
 MEAN_ROWS = 2048

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .._rows import extension
-from .planner import SLICE_BYTES
+from .sizes import SLICE_BYTES
 
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112  # CBLAS
 _CBLAS_NAME = "cblas_gemm_bf16bf16f32"

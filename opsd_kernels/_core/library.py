@@ -18,14 +18,17 @@ from .._rows import backends
 from .._rows.contract import Column, RowBackend
 from ..spec import TAILS, RowSpec, Support, expect
 from . import loop
+from .adapted import Adapters
 from .loop import on_host
+from .lora import Lora
 from .merged_rows import ShardedRows
 from .planner import SM_COUNT, ChunkPlan, held_dtype, plan
-from .problem import ComputedRows, Outputs, Problem, RowSelection, Side
+from .problem import ComputedRows, Outputs, Problem, RowSelection, Side, Teachers
 from .reductions import RowWeigher
 from .shard import VocabShard
+from .teachers import in_segments
 
-NO_GRADIENTS = (False, False, False)
+NO_GRADIENTS = (False,) * 5
 
 
 def arrange(
@@ -42,13 +45,15 @@ def arrange(
     scope = "index" if weigher is None else weigher.scope
     sequences = [] if weigher is None or scope != "sequence" else weigher.lengths(packs(problem))
     rows = _computed_rows(problem, sum(sequences) if scope == "sequence" else None)
-    on_cuda = hidden.device.type == "cuda"
+    on_cuda, sides = hidden.device.type == "cuda", [] if teacher is None else [teacher]
+    if problem.teachers is not None:
+        sides = list(problem.teachers.sides)
     chunks = plan(
         rows.count,
         # The widest shard on every rank: all ranks use the same chunk boundaries.
         problem.vocab if shard is None else shard.widest,
         hidden.shape[1],
-        0 if teacher is None else teacher.hidden.shape[1],
+        max((side.hidden.shape[1] for side in sides), default=0),
         hidden.dtype,
         shared_head=problem.shared_head,
         trainable_head=problem.wants[1],
@@ -59,17 +64,24 @@ def arrange(
         workspace_bytes=problem.workspace_bytes,
         device_type=hidden.device.type,
         weights_scope=scope,
-        longest_sequence=max(sequences, default=0),
+        # Rows sorted by teacher are not those of sequences.
+        longest_sequence=max(sequences, default=0) if problem.teachers is None else None,
         policy=weigher is not None and weigher.policy is not None,
         topk=0 if problem.support is None else problem.support.k,
         one_sweep=problem.spec.one_sweep,
         gradient_tolerance=problem.gradient_tolerance,
+        student_rank=0 if problem.student.lora is None else problem.student.lora.A.shape[0],
+        teacher_rank=0 if teacher is None or teacher.lora is None else teacher.lora.A.shape[0],
         softcap=any(side.softcap is not None for side in (problem.spec.student, problem.spec.teacher)),
         sm_count=torch.cuda.get_device_properties(hidden.device).multi_processor_count
         if on_cuda
         else SM_COUNT,
     )
+    if not (problem.student.lora is None and (teacher is None or teacher.lora is None)):
+        rows = replace(rows, adapters=Adapters)
     bounds = align(sequences, chunks.rows) if chunks.weighting == "aligned" else None
+    if problem.teachers is not None:
+        rows = in_segments(problem, rows, chunks)
     backend = backends.select(problem.backend, hidden.device, chunks.logits_dtype)
     return chunks, backend if shard is None else ShardedRows(backend, shard), rows, bounds
 
@@ -118,9 +130,12 @@ def _computed_rows(problem: Problem, count: int | None = None) -> ComputedRows:
 
     Packing syncs with a GPU once, unless the `count` of valid rows is given.
     """
-    rows, N = problem.rows, problem.tokens
+    rows, N = problem.rows, problem.student.hidden.shape[0]
     if rows.labels is not None:
         _check_entries("labels", "or ignore_index", rows.labels, rows.valid, problem.vocab)
+    if problem.teachers is not None:
+        known = len(problem.teachers.sides)
+        _check_entries("teacher_index", "at valid tokens", problem.teachers.index, rows.valid, known)
     if rows.topk_ids is not None:
         listed = "wherever teacher_topk_logprobs is above -inf"  # elsewhere ids are 0
         _check_entries("teacher_topk_ids", listed, rows.topk_ids, None, problem.vocab)
@@ -168,14 +183,17 @@ _PROBLEM = (
     "float[] spec, int[] support, "
     "bool shared_head, int vocab, ScalarType logits_dtype, int workspace_bytes, float? gradient_tolerance, "
     "str? backend, "
-    "int[] shard, str? group, bool grad_hidden, bool grad_weight, bool grad_bias"
+    "int[] shard, str? group, bool[] wants, float[] more_numbers, Tensor?[] more"
 )
-_FACTOR = 6  # position of the row factors in the flat form
+_NAMES = [argument.split()[1] for argument in _PROBLEM.split(", ")]
+_FACTOR, _LABELS, _SPEC, _LOGITS, _WANTS, MORE = (
+    _NAMES.index(name) for name in ("factor", "labels", "spec", "logits_dtype", "wants", "more")
+)
+_GRADIENTS = "Tensor dh, Tensor dW, Tensor dbias, Tensor dA, Tensor dB"  # empty where none is wanted
 _SCHEMAS = (
     f"linear_divergence({_PROBLEM}, bool metrics, bool recompute)"
-    " -> (Tensor loss, Tensor A, Tensor stats, Tensor logprobs, Tensor dh, Tensor dW, Tensor dbias,"
-    " Tensor dropped)",
-    f"linear_divergence_backward({_PROBLEM}, Tensor stats, Tensor A) -> (Tensor dh, Tensor dW, Tensor dbias)",
+    f" -> (Tensor loss, Tensor A, Tensor stats, Tensor logprobs, Tensor dropped, {_GRADIENTS})",
+    f"linear_divergence_backward({_PROBLEM}, Tensor stats, Tensor A) -> ({_GRADIENTS})",
 )
 _SIDES = ("student", "teacher", None)
 
@@ -194,6 +212,8 @@ def pack(problem: Problem) -> tuple[Any, ...]:
     if problem.teacher is not None:
         teacher = (problem.teacher.hidden, problem.teacher.weight, problem.teacher.bias)
     shard, group = ([], None) if problem.shard is None else problem.shard.pack()
+    plain = problem.student.lora is None and (problem.teacher is None or problem.teacher.lora is None)
+    numbers, more = ([], []) if plain and problem.teachers is None else _pack_heads(problem)
     return (
         problem.student.hidden,
         problem.student.weight,
@@ -216,16 +236,48 @@ def pack(problem: Problem) -> tuple[Any, ...]:
         problem.backend,
         shard,
         group,
-        *problem.wants,
+        list(problem.wants),
+        numbers,
+        more,
     )
+
+
+def _pack_heads(problem: Problem) -> tuple[list[float], list[Tensor | None]]:
+    """Return numbers and tensors of the adapters of both sides, and of several teachers."""
+    adapters = problem.student.lora, None if problem.teacher is None else problem.teacher.lora
+    numbers = [0.0 if lora is None else lora.scaling for lora in adapters]
+    more = [part for lora in adapters for part in ((None, None) if lora is None else (lora.A, lora.B))]
+    if (teachers := problem.teachers) is not None:
+        numbers += [*teachers.scales, *(softcap or 0.0 for softcap in teachers.softcaps)]
+        more.append(teachers.index)
+        # The first one is the problem's teacher.
+        more += [part for side in teachers.sides[1:] for part in (side.hidden, side.weight, side.bias)]
+    return numbers, more
+
+
+def _unpack_heads(problem: Problem, numbers: Sequence[float], more: Sequence[Any]) -> Problem:
+    """Return a problem with the adapters and teachers of `_pack_heads`."""
+    adapters = [
+        None if A is None else Lora(A, B, scaling)
+        for A, B, scaling in zip(more[:4:2], more[1:4:2], numbers[:2], strict=True)
+    ]
+    teacher = problem.teacher and replace(problem.teacher, lora=adapters[1])
+    problem = replace(problem, student=replace(problem.student, lora=adapters[0]), teacher=teacher)
+    if len(more) == 4 or teacher is None:
+        return problem
+    others = (Side(*more[at : at + 3]) for at in range(5, len(more), 3))
+    count = len(numbers) // 2 - 1
+    softcaps = tuple(softcap or None for softcap in numbers[2 + count :])
+    teachers = Teachers(more[4], (teacher, *others), tuple(numbers[2 : 2 + count]), softcaps)
+    return replace(problem, teachers=teachers)
 
 
 def unpack(flat: Sequence[Any]) -> Problem:
     """Rebuild a problem from the flat form of `pack`."""
     (h_s, W_s, b_s, h_t, W_t, b_t, factor, slope, valid, labels, ids, logprobs, *rest) = flat
     (temperature_s, temperature_t, spec, support, shared_head, vocab, logits_dtype, *rest) = rest
-    workspace_bytes, tolerance, backend, shard, group, *wants = rest
-    return Problem(
+    workspace_bytes, tolerance, backend, shard, group, wants, numbers, more = rest
+    problem = Problem(
         student=Side(h_s, W_s, b_s),
         teacher=None if h_t is None else Side(h_t, W_t, b_t),
         rows=RowSelection(valid, labels, ids, logprobs, factor, slope),
@@ -238,8 +290,9 @@ def unpack(flat: Sequence[Any]) -> Problem:
         gradient_tolerance=tolerance,
         backend=backend,
         shard=None if group is None else VocabShard.unpack(shard, group),
-        wants=(wants[0], wants[1], wants[2]),
+        wants=tuple(wants),
     )
+    return _unpack_heads(problem, numbers, more) if more else problem
 
 
 def with_factors(flat: Sequence[Any], factor: Tensor, policy_slope: Tensor | None) -> tuple[Any, ...]:
@@ -259,8 +312,9 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     out = loop.run(problem, chunks, backend, rows, metrics)
     logprobs = out.stats.new_empty(0, 2) if out.logprobs is None else out.logprobs
     new = problem.student.hidden.new_empty
-    gradients = (new(0) if grad is None else grad for grad in (out.dh, out.dW, out.dbias))
-    return out.loss, out.A, out.stats, logprobs, *gradients, out.dropped
+    gradients = (out.dh, out.dW, out.dbias, out.dA, out.dB)
+    present = (new(0) if grad is None else grad for grad in gradients)
+    return out.loss, out.A, out.stats, logprobs, out.dropped, *present
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
@@ -269,7 +323,8 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
     chunks, backend, rows, _ = arrange(problem)
     out = loop.run(problem, chunks, backend, rows, metrics=False, saved=(stats, A))
     new = problem.student.hidden.new_empty
-    return tuple(new(0) if grad is None else grad for grad in (out.dh, out.dW, out.dbias))
+    gradients = (out.dh, out.dW, out.dbias, out.dA, out.dB)
+    return tuple(new(0) if grad is None else grad for grad in gradients)
 
 
 # ---------------------------------------------------------------- fakes
@@ -277,26 +332,28 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     *flat, metrics, recompute = args
-    hidden, labels = flat[0], flat[9]
+    hidden, labels = flat[0], flat[_LABELS]
     N, wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
-    more = metrics or flat[14][-1] != 0  # as loop._allocate
+    more = metrics or flat[_SPEC][-1] != 0  # as loop._allocate
     shapes = (N,), (N,), (N, len(Column)), (N if more or labels is not None else 0, 4 if more else 2)
-    wants = (False, False, False) if recompute else flat[-3:]
+    wants = [False] * len(flat[_WANTS]) if recompute else flat[_WANTS]
     vectors = (hidden.new_empty(shape, dtype=wide) for shape in shapes)
-    return *vectors, *_fake_gradients(flat, wants), hidden.new_empty((), dtype=wide)
+    return *vectors, hidden.new_empty((), dtype=wide), *_fake_gradients(flat, wants)
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     flat = args[:-2]
-    return _fake_gradients(flat, flat[-3:])
+    return _fake_gradients(flat, flat[_WANTS])
 
 
 def _fake_gradients(flat: Sequence[Any], wants: Sequence[bool]) -> tuple[Tensor, ...]:
-    hidden, held = flat[0], held_dtype(flat[0].dtype, flat[18])
-    dtypes = held, held, torch.promote_types(hidden.dtype, torch.float32)
+    hidden, held = flat[0], held_dtype(flat[0].dtype, flat[_LOGITS])
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    leaves, dtypes = [*flat[:3], *(flat[MORE][:2] or (None, None))], (held, held, wide, wide, wide)
+    wants = [*wants, False, False][: len(leaves)]
     return tuple(
         hidden.new_empty(leaf.shape, dtype=dtype) if want else hidden.new_empty(0)
-        for leaf, dtype, want in zip(flat[:3], dtypes, wants, strict=True)
+        for leaf, dtype, want in zip(leaves, dtypes, wants, strict=True)
     )
 
 
@@ -308,8 +365,8 @@ for _schema, _impl, _fake in zip(
     library.impl(_name, _impl, "CompositeExplicitAutograd")
     register_fake(f"opsd_kernels::{_name}", _fake, lib=library)
 
-# (*pack(problem), metrics, recompute) -> loss, A, stats, logprobs, dh, dW, dbias, dropped; empty
-# gradients with `recompute`.
+# (*pack(problem), metrics, recompute) -> loss, A, stats, logprobs, dropped, gradients; none with
+# `recompute`.
 op = torch.ops.opsd_kernels.linear_divergence
-# (*pack(problem), stats, A) -> dh, dW, dbias.
+# (*pack(problem), stats, A) -> gradients.
 op_backward = torch.ops.opsd_kernels.linear_divergence_backward

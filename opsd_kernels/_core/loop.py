@@ -19,7 +19,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from .columns import ColumnFilter, Kept
 from .planner import ChunkPlan, row_stride
 from .problem import ComputedRows, Outputs, Problem
 from .reductions import RowWeigher
+from .teachers import walks_of
 from .topk_support import Rows
 
 FEW_ROWS = 32  # below, dW of `gemm_fp32_` takes up to 1.2 times as long as that of torch.mm
@@ -56,9 +57,13 @@ def run(
     padded_vocab = problem.student.weight.shape[0]
     problem = problem.for_gemms()
     out = _allocate(problem, plan, padded_vocab, saved, metrics)
-    buffers = Buffers(problem, plan)
+    adapters = None if rows.adapters is None else rows.adapters(problem, plan, out, padded_vocab)
+    buffers = Buffers(problem, plan, adapters)
     wants_gradient = any(problem.wants)
-    walk = Walk(problem, backend, rows.valid, metrics, saved is not None, wants_gradient, weigher, out)
+    walk = Walk(
+        problem, backend, rows.valid, metrics, saved is not None, wants_gradient, weigher, out, adapters
+    )
+    several = None if rows.segments is None else walks_of(walk, rows)
     sweep, logits, G = choose(walk), None, None
     skips = wants_gradient and problem.gradient_tolerance is not None
     columns = ColumnFilter.of(problem, backend, out.dropped) if skips else None
@@ -67,16 +72,22 @@ def run(
             at = whole if rows.index is None else rows.index[whole]
             # Zeroed: inf or NaN in an invalid row times its zero gradient would put NaN into dW.
             student = walk.zero_invalid(problem.student.hidden[at], at)
-            teacher = None if problem.teacher is None else walk.zero_invalid(problem.teacher.hidden[at], at)
-            centre, scales = NO_CENTRE, []
-            if plan.centred:
-                centre = buffers.centre(walk, at, student, teacher)
-            for start in range(whole.start, whole.stop, plan.part_rows):
-                part = slice(start, min(start + plan.part_rows, whole.stop))
-                inside = slice(start - whole.start, part.stop - whole.start)
-                held = centre if plan.part_rows == plan.rows else centre.part(inside)
-                logits = buffers.fill(problem, student, teacher, held, inside)
-                scales.append(sweep(walk, logits, part if rows.index is None else rows.index[part]))
+            scales = []
+            for own, segment in [(walk, whole)] if several is None else several(position, whole):
+                theirs, inner = own.problem.teacher, segment.start - whole.start
+                its = segment if rows.index is None else rows.index[segment]
+                teacher, mine = None, student[inner : segment.stop - whole.start]
+                if theirs is not None:
+                    places = its if theirs.rows is None else theirs.rows[its]
+                    teacher = own.zero_invalid(theirs.hidden[places], its)
+                centre = buffers.centre(own, its, mine, teacher, inner) if plan.centred else NO_CENTRE
+                for start in range(segment.start, segment.stop, plan.part_rows):
+                    part = slice(start, min(start + plan.part_rows, segment.stop))
+                    inside = slice(start - segment.start, part.stop - segment.start)
+                    held = centre if plan.part_rows >= len(mine) else centre.part(inside)
+                    other = None if teacher is None else teacher[inside]
+                    logits = buffers.fill(own.problem, mine[inside], other, held, start - whole.start)
+                    scales.append(sweep(own, logits, part if rows.index is None else rows.index[part]))
             if wants_gradient:
                 G = walk.gradient(buffers.pair[: student.shape[0]])
                 scale = None if scales[0] is None else torch.cat([x for x in scales if x is not None])
@@ -86,6 +97,8 @@ def run(
         out.dW = empty(tuple(out.dW.shape), plan.gradient_dtype, out.dW.device).copy_(out.dW)
     if out.dbias is not None:
         out.dbias = out.dbias.to(problem.stats_dtype)
+    if adapters is not None:
+        adapters.finish()
     return out
 
 
@@ -94,7 +107,7 @@ def _allocate(
 ) -> Outputs:
     """Allocate the outputs: zeroed where some rows stay unwritten, else uninitialised."""
     hidden, weight, wide = problem.student.hidden, problem.student.weight, problem.stats_dtype
-    (N, H), (wants_hidden, wants_weight, wants_bias) = hidden.shape, problem.wants
+    (N, H), (wants_hidden, wants_weight, wants_bias, *_) = hidden.shape, problem.wants
     rows = hidden.new_empty if plan.tokens == N else hidden.new_zeros
     dW = None
     if wants_weight:
@@ -122,9 +135,9 @@ class Buffers:
     The student's hold a chunk, and become its gradient; the teacher's hold a part of one.
     """
 
-    def __init__(self, problem: Problem, plan: ChunkPlan) -> None:
+    def __init__(self, problem: Problem, plan: ChunkPlan, adapters: Any) -> None:
         hidden, V = problem.student.hidden, problem.student.weight.shape[0]
-        alone, part = problem.teacher is None, plan.part_rows
+        alone, part, self.adapters = problem.teacher is None, plan.part_rows, adapters
         stride = row_stride(V, plan.logits_dtype, hidden.device.type)
         shape = plan.rows + (0 if alone else part), stride
         self.pair = empty(shape, plan.logits_dtype, hidden.device)[:, :V]
@@ -132,40 +145,43 @@ class Buffers:
         self.zeros = self.pair.new_zeros(1, V if alone else 0)
         self.stack = hidden.new_empty(2 * part, hidden.shape[1]) if problem.spec.difference else None
 
-    def centre(self, walk: Walk, at: Positions, student: Tensor, teacher: Tensor | None) -> Centre:
-        """Return the constants of a chunk's rows, with the logits of a few columns in the buffer."""
+    def centre(
+        self, walk: Walk, at: Positions, student: Tensor, teacher: Tensor | None, start: int
+    ) -> Centre:
+        """Return the constants of rows from `start` of a chunk on, with a few logits in their buffer."""
         problem, head = walk.problem, walk.problem.student.weight
         labels = None if problem.rows.labels is None else walk.label_columns(at)
         n = pilot_columns(head.shape[0])
-        pilot = self.pair.as_strided((student.shape[0], n), (n, 1))
-        project(student, head[:n], pilot)
+        pilot = self.pair[start:].as_strided((student.shape[0], n), (n, 1))
+        if self.adapters is None:
+            project(student, head[:n], pilot)
+        else:
+            self.adapters.pilot(student, pilot)
         rounded = not subtracts_exactly(pilot)
         return Centre.of(problem, student, teacher, labels, pilot.argmax(1), rounded)
 
     def fill(
-        self, problem: Problem, student: Tensor, teacher: Tensor | None, centre: Centre, part: slice
+        self, problem: Problem, student: Tensor, teacher: Tensor | None, centre: Centre, start: int
     ) -> Rows:
-        """Return the logits S and T (or T - S) of a part of a chunk, (C, V) each, with the biases."""
-        student, head, C = student[part], problem.student.weight, part.stop - part.start
+        """Return the logits S and T (or T - S) of rows from `start` of a chunk on, (C, V), with biases."""
+        head, C = problem.student.weight, student.shape[0]
+        part = slice(start, start + C)
         behind = part.stop if self.behind is None else self.behind
-        S, T = self.pair[part], self.pair[behind : behind + C]
-        if teacher is None or problem.teacher is None:
-            project(student, head, S, centre.s)
+        S, T, stack, other = self.pair[part], self.pair[behind : behind + C], None, problem.teacher
+        if teacher is None:
             T = self.zeros.expand(C, -1)
-            return Rows(S, T, problem.student.bias, None, centre.at_label, (centre.s, centre.t))
-        teacher = teacher[part]
-        if self.stack is None:
-            project(student, head, S, centre.s)
-            project(teacher, problem.teacher.weight, T, centre.t)
-        else:
+        elif self.stack is not None:
             stack = self.stack[: 2 * C]
             stack_difference(student, teacher, stack)
-            if self.behind is None and (centre.s is None or centre.t is not None):
-                project(stack, head, self.pair[: 2 * C], centre.stacked)
-            else:
-                project(stack[:C], head, S, centre.s)
-                project(stack[C:], head, T, centre.t)
-        biases = problem.student.bias, problem.teacher.bias
+        if self.adapters is not None:
+            self.adapters.fill(problem, student, teacher, S, T, centre, part, stack)
+        elif stack is not None and self.behind is None and (centre.s is None or centre.t is not None):
+            project(stack, head, self.pair[start : start + 2 * C], centre.stacked)
+        else:
+            project(student, head, S, centre.s)
+            if teacher is not None and other is not None:
+                project(teacher if stack is None else stack[C:], other.weight, T, centre.t)
+        biases = problem.student.bias, None if other is None else other.bias
         return Rows(S, T, *biases, centre.at_label, (centre.s, centre.t))
 
 
@@ -184,23 +200,27 @@ def _accumulate(
     if dW is not None and scale is not None:
         scaled = (student * scale[:, None]).to(student.dtype)
     kept = None if columns is None else columns.select(G, scale)
+    packed, in_place = None, isinstance(at, slice) and shard is None and walk.adapters is None
     if out.dh is not None:
-        in_place = isinstance(at, slice) and shard is None
-        # Partial sums of ranks are reduced in fp32 and rounded to 16 bits once.
-        dtype = out.dh.dtype if shard is None else torch.promote_types(out.dh.dtype, torch.float32)
+        # Partial sums, of ranks or of head and adapter, are in fp32 and rounded to 16 bits once.
+        whole = shard is None and walk.adapters is None
+        dtype = out.dh.dtype if whole else torch.promote_types(out.dh.dtype, torch.float32)
         packed = out.dh[at] if in_place else out.dh.new_empty(student.shape, dtype=dtype)
         if kept is None:
             project(G, walk.problem.student.weight.t(), packed)
         else:
             packed.copy_(_accumulate_kept(walk, G, scaled, kept, dW, first))
+    elif kept is not None:
+        _accumulate_kept(walk, G, scaled, kept, dW, first)
+    if walk.adapters is not None:
+        walk.adapters.accumulate(G, student, packed, scale)
+    if packed is not None and out.dh is not None:
         if shard is not None:
             shard.sum_hidden_grad(packed)
         if scale is not None:
             packed.mul_(scale[:, None])
         if not in_place:
             out.dh[at] = packed.to(out.dh.dtype)
-    elif kept is not None:
-        _accumulate_kept(walk, G, scaled, kept, dW, first)
     if dW is not None and kept is None:
         accumulate_weight_grad(G, scaled, dW, first)
     if out.dbias is not None:
@@ -318,6 +338,7 @@ class Walk:
     wants_gradient: bool
     weigher: RowWeigher | None  # where row factors depend on statistics
     out: Outputs
+    adapters: Any  # adapted.Adapters, or None
 
     def zero_invalid(self, values: Tensor, at: Positions) -> Tensor:
         """Set the (n, ...) values of masked rows to 0.
@@ -373,11 +394,9 @@ class Walk:
         """Store the results of a chunk."""
         out, problem = self.out, self.problem
         if exact.likely is not None:
-            student, teacher = (
-                None if x is None else self.zero_invalid(x.hidden[at], at)
-                for x in (problem.student, problem.teacher)
-            )
-            assert student is not None
+            student, teacher, other = self.zero_invalid(problem.student.hidden[at], at), None, problem.teacher
+            if other is not None:
+                teacher = self.zero_invalid(other.hidden[at if other.rows is None else other.rows[at]], at)
             argmax = stats[:, Column.STUDENT_ARGMAX : Column.CLIPPED]
             argmax.copy_(exact_argmax(problem, problem.spec.at(at), student, teacher, exact.likely, argmax))
         out.stats[at], out.loss[at], out.A[at] = (self.zero_invalid(x, at) for x in (stats, loss, A))

@@ -16,45 +16,29 @@ from .. import env
 from .._rows import extension
 from .._rows.contract import Column
 from ..spec import BACKWARDS, SCOPES, LogitTransform, check_choice, expect
+from .lora import AdapterPlan
+from .sizes import (
+    ALIGNED_ROWS,
+    CPU_SCRATCH_BYTES,
+    CPU_SCRATCH_PER_THREAD,
+    CPU_SCRATCH_PER_THREAD_AMX,
+    CUDA_ROW_BYTES,
+    DEFAULT_WORKSPACE_BYTES,
+    DTYPES,
+    KEPT_BYTES,
+    LARGEST_FACTOR,
+    LEAST_PART_ROWS,
+    MOST_PARTS,
+    QUEUE_BYTES,
+    ROW_LIMITS,
+    ROW_MULTIPLE,
+    SELECT_BYTES,
+    SLICE_BYTES,
+    SUPPORT_BYTES,
+    SWEEP_BYTES,
+    WIDE_CPU_ROWS,
+)
 from .waves import CUDA_ROW_MULTIPLE, SM_COUNT, tile_share, wave_flops, whole_waves
-
-DEFAULT_WORKSPACE_BYTES = 1 << 30
-ROW_MULTIPLE = 16
-# Scratch bytes of the math library and the row sweeps on a CPU, per process and per thread. Measured on an
-# AMD EPYC at V = 151936 with H = 64 on 1, 2, 4, 8 and 16 threads: fp32 3.9, 9.7, 20, 48 and 96 MiB, bf16 6.3,
-# 8.7, 11.6, 24 and 48 MiB. oneDNN packs more of 16-bit operands for tile units (AMX): 14.8 MiB on two threads
-# under torch 2.13, 16.6 under 2.15. Scratch takes at most half of a budget, and always leaves the bytes of
-# one row.
-CPU_SCRATCH_BYTES, CPU_SCRATCH_PER_THREAD, CPU_SCRATCH_PER_THREAD_AMX = 2 << 20, 6 << 20, 9 << 20
-# Rows per chunk beyond which a call gains nothing. A trainable head reads and writes the fp32 dW once per
-# chunk. On two AVX-512 cores with bf16 inputs, 256, 512 and 1024 rows take 1.19, 1.13 and 1.05 of the time of
-# the bare GEMMs (H = 1024). fp32 inputs, whose GEMMs take four times as long, take 1.00 at 256 rows and 1.11
-# at 1024, because fresh buffers cost time as well. On CUDA dW takes 25 % of the lower bound at 1024 rows and
-# 6 % at 4096 (H = 4096).
-ROW_LIMITS = {("cpu", True): 1024, ("cpu", False): 256, ("cuda", True): 4096, ("cuda", False): 1024}
-WIDE_CPU_ROWS = 256  # the same limit for 32- and 64-bit inputs
-ALIGNED_ROWS = 1024  # limit to which a chunk may grow to hold a whole sequence
-SUPPORT_BYTES = 96  # per entry of a support: a dozen numbers, each in its own tensor
-SLICE_BYTES = 8 << 20  # fp32 copies in one product of fp16 matrices, or where the CPU has no units for bf16
-SELECT_BYTES = 48  # per column: its norm, share, group and index
-KEPT_BYTES = 16 << 20  # a slice of the kept columns: of the gradient, of the head and of dW
-QUEUE_BYTES = 16  # per column and thread while torch.topk runs
-# Per column and thread for a divergence of two sweeps, which keep four rows (csrc/cpu/rows.cpp); others keep
-# one or two.
-SWEEP_BYTES = 16
-# With a trainable head on CUDA a chunk may be projected and swept in parts. The student's buffer becomes the
-# gradient of the whole chunk, which the GEMMs of dh and dW take at once; the teacher's is free after a sweep
-# and holds one part. The same bytes then hold up to 12/7 of the rows, and dW is read and written less often:
-# 6 to 9 % of the GEMMs' time by the model (docs/design/projection.md). Shorter parts would read the head more
-# slowly than they multiply it.
-MOST_PARTS, LEAST_PART_ROWS = 6, 512
-# A row of logits takes a multiple of this: any V then has 16-byte accesses, and a GEMM its fastest leading
-# dimension.
-CUDA_ROW_BYTES = 128
-# Largest logit scale / temperature of 16-bit logits under "auto". At V = 8192 and |z| to 16, without labels,
-# the gradient is off by 1 % at 4 and by more than 2 % at 10.
-LARGEST_FACTOR = 4.0
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -248,12 +232,10 @@ def logit_bytes(
 
 
 def _when_weighted(scope: str, longest: int | None, most: int, in_loop: bool) -> tuple[str, str]:
-    """Return when token weights are computed, and why.
+    """Return when token weights that read statistics are computed, and why.
 
     `in_loop`: the gradients that need them are computed in the forward pass.
     """
-    if scope == "index":
-        return "before", "they need positions alone"
     if not in_loop:
         return "after", "the rows of the gradient are scaled then, or backward projects again"
     if scope == "row":
@@ -380,17 +362,18 @@ def plan(
     sm_count: int = SM_COUNT,
     threads: int | None = None,
     gradient_tolerance: float | None = None,
+    student_rank: int = 0,
+    teacher_rank: int = 0,
 ) -> ChunkPlan:
     """Plan `linear_divergence` for N valid tokens, a vocabulary of V and the hidden sizes of both sides.
 
-    * `H_teacher`: defaults to `H_student`; 0 means no teacher's head.
-    * `shared_head`: of both sides. `trainable_head`, `grad`, `bias_grad`: a gradient of it, any, of the bias.
-    * `backward`, `logits_dtype`, `gradient_tolerance`: as in `linear_divergence`.
+    * `H_teacher`: defaults to `H_student`; 0 means no teacher's head. `shared_head`: of both sides.
+    * `trainable_head`, `grad`, `bias_grad`: a gradient of it, any, of the bias. `student_rank`,
+      `teacher_rank`: of adapters. `backward`, `logits_dtype`, `gradient_tolerance`: as `linear_divergence`.
     * `weights_scope`: scope of the token weights. With "sequence", chunks end at sequence boundaries if a
       chunk holds `longest_sequence` rows (four passes); otherwise a statistics pass goes first (six).
-    * `policy`, `topk`: True if a term of `objectives` is mixed in; the number of entries of a support.
-    * `one_sweep`: True for KLs without a mixture and an entry clip, see RowSpec.
-    * `factor`, `softcap`: the larger logit scale / temperature of both sides; True if logits have a softcap.
+    * `policy`, `topk`: True if a term of `objectives` is mixed in; entries of a support. `factor`, `softcap`:
+      the larger logit scale / temperature of both sides; True if logits have one. `one_sweep`: see RowSpec.
     * `device_type`, `sm_count`: on CUDA the rows of a chunk make whole waves of GEMM tiles on `sm_count`
       multiprocessors (waves.py). `threads`: of a CPU, with which scratch grows. Default: those of torch.
     * `workspace_bytes`: for logits, packed rows, scratch, and half of an fp32 dW, which leaves the logits the
@@ -408,33 +391,32 @@ def plan(
     scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads) if device_type == "cpu" else 0
     scratch += (KEPT_BYTES + SELECT_BYTES * V) * selects
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
-    held, again = held_dtype(dtype, buffer), backward == "recompute" and grad
+    adapted, ranks = AdapterPlan(), (student_rank, teacher_rank)
+    if any(ranks):
+        adapted = AdapterPlan.of(V, H_student, ranks, grad, dtype, buffer, device_type)
+        per_row, scratch = per_row + adapted.per_row, scratch + adapted.scratch
+    held, again, small = held_dtype(dtype, buffer), backward == "recompute" and grad, 4 * V * bias_grad
     room = budget - min(scratch, budget // 2, max(budget - per_row, 0))
     most_rows = partial(_most_rows, N, gemms, dtype, held, device_type, longest_sequence or 0)
     most, accumulator = most_rows(room, per_row)
     expect(most >= 1, "workspace_bytes", f"at least {3 * per_row} bytes, for a row of logits pairs", budget)
-    in_loop = (gemms.trainable or policy or selects) and grad and not again
-    weighting, reason = _when_weighted(weights_scope, longest_sequence, most, in_loop)
+    weighting, reason = "before", "they need positions alone"
+    if weights_scope != "index":
+        in_loop = (gemms.trainable or policy or selects or student_rank > 0) and grad and not again
+        weighting, reason = _when_weighted(weights_scope, longest_sequence, most, in_loop)
     rows = part = max(min(N, most), 1)
     teacher_row = row_stride(V, buffer, device_type) * buffer.itemsize * (H_teacher > 0)
+    waves = (gemms, dtype.itemsize, sm_count) if device_type == "cuda" else None
     if weighting != "aligned" and N > most:
-        waves = (gemms, dtype.itemsize, sm_count) if device_type == "cuda" else None
         rows, accumulator, part = _fewest_chunks(N, waves, most_rows, room, per_row, teacher_row)
     workspace = min(rows, N) * per_row - (rows - part) * teacher_row
     return ChunkPlan(
-        tokens=N,
-        rows=rows,
-        part_rows=part,
-        logits_dtype=buffer,
-        difference=difference,
-        centred=buffer.itemsize == 2 and not softcap,
-        gradient_dtype=held,
+        tokens=N, rows=rows, part_rows=part, logits_dtype=buffer, difference=difference, gradient_dtype=held,
+        centred=buffer.itemsize == 2 and not softcap, weighting=weighting, weighting_reason=reason,
         tile_share=tile_share(gemms, N, rows, sm_count) if device_type == "cuda" else 1.0,
-        weighting=weighting,
-        weighting_reason=reason,
-        **_memory(N, gemms, dtype, held, workspace, scratch, accumulator, 4 * V * bias_grad),
-        **_work(N, rows, gemms, dtype, buffer, 2 - one_sweep, again, weighting, accumulator),
-    )
+        **_memory(N, gemms, dtype, held, workspace, scratch, accumulator, small + adapted.gradients),
+        **_work(N, rows, gemms, dtype, buffer, 2 - one_sweep, again, weighting, accumulator, adapted),
+    )  # fmt: skip
 
 
 def _memory(
@@ -445,9 +427,12 @@ def _memory(
     workspace: int,
     scratch: int,
     accumulator: int,
-    dbias: int,
+    small: int,
 ) -> dict[str, int]:
-    """Return the bytes of a call by kind, and its peak: during the loop, or while dW is cast."""
+    """Return the bytes of a call by kind, and its peak: during the loop, or while dW is cast.
+
+    `small` are the bytes of the other gradients.
+    """
     vectors = N * 4 * (len(Column) + 8)  # statistics, loss, A, weights, factors and their products
     dh = N * gemms.H_student * dtype.itemsize * gemms.grad
     dW = gemms.V * gemms.H_student * dtype.itemsize * gemms.trainable
@@ -457,9 +442,9 @@ def _memory(
         "workspace_bytes": workspace,
         "scratch_bytes": scratch,
         "accumulator_bytes": accumulator,
-        "gradient_bytes": dh + dW + dbias,
+        "gradient_bytes": dh + dW + small,
         "vector_bytes": vectors,
-        "peak_bytes": max(workspace + (accumulator or dW), accumulator + dW) + scratch + dh + dbias + vectors,
+        "peak_bytes": max(workspace + (accumulator or dW), accumulator + dW) + scratch + dh + small + vectors,
     }
 
 
@@ -473,6 +458,7 @@ def _work(
     again: bool,
     weighting: str,
     accumulator: int,
+    adapted: AdapterPlan,
 ) -> dict[str, int]:
     """Return the counts of GEMM passes, operations and bytes moved.
 
@@ -480,7 +466,8 @@ def _work(
     """
     twice = again or weighting == "own pass"
     sides, products, chunks = 1 + bool(gemms.H_teacher), gemms.grad + gemms.trainable, -(-N // rows)
-    per_pass = gemms.H_student * (1 + twice + products) + gemms.H_teacher * (1 + twice)
+    per_pass = gemms.H_student * products + adapted.backward
+    per_pass += (gemms.H_student + gemms.H_teacher + adapted.forward) * (1 + twice)
     first_pass = logit_bytes(buffer, dtype, sides, sweeps, 0) if twice else 0
     per_logit = first_pass + logit_bytes(buffer, dtype, sides, 0 if again else sweeps, products)
     return {

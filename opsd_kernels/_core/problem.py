@@ -13,8 +13,10 @@ from torch import Tensor
 
 from .._rows import backends
 from ..spec import RowSpec, Support, check_choice, check_number, check_tensor, expect
-from .planner import DTYPES, resolve_logits, workspace_budget
+from .lora import Lora
+from .planner import resolve_logits, workspace_budget
 from .shard import VocabShard, local_head, shard_of
+from .sizes import DTYPES
 
 
 @dataclass(frozen=True)
@@ -24,16 +26,39 @@ class Side:
     hidden: Tensor  # (..., H) in a public call, (N, H) in a Problem
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
+    # An argument until `checked` makes it a Lora
+    lora: Any = None
+    rows: Tensor | None = None  # (N,) int64: each token's row of a packed `hidden`; None: its own position
+
+    @property
+    def leaves(self) -> tuple[Tensor | None, ...]:
+        """Return the tensors that may want a gradient."""
+        lora = () if self.lora is None else (self.lora.A, self.lora.B)
+        return (self.hidden, self.weight, self.bias, *lora)
+
+    def with_leaves(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *lora: Tensor) -> Side:
+        """Return the side with other leaves."""
+        return Side(hidden, weight, bias, self.lora and replace(self.lora, A=lora[0], B=lora[1]))
 
     def in_dtype_of_head(self) -> Side:
         """Return the side with 16-bit hidden states in fp32 if the weight is in fp32."""
         narrow = self.hidden.dtype in (torch.bfloat16, torch.float16) and self.weight.dtype == torch.float32
         return replace(self, hidden=self.hidden.float()) if narrow else self
 
-    def detached(self) -> Side:
+    def detach(self) -> Side:
         """Return the side outside autograd."""
         bias = None if self.bias is None else self.bias.detach()
-        return Side(self.hidden.detach(), self.weight.detach(), bias)
+        return Side(self.hidden.detach(), self.weight.detach(), bias, self.lora and self.lora.detach())
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """Hold several teachers of which each token has one (teachers.py)."""
+
+    index: Tensor  # (N,) int64; of valid tokens in [0, K)
+    sides: tuple[Side, ...]  # of hidden states (N, H_k), or packed (n_k, H_k)
+    scales: tuple[float, ...]
+    softcaps: tuple[float | None, ...]
 
 
 @dataclass(frozen=True)
@@ -55,6 +80,11 @@ class ComputedRows:
     count: int
     index: Tensor | None = None  # (count,) int64 positions; None: all rows
     valid: Tensor | None = None  # (N,) bool where invalid rows are computed too
+    adapters: Any = None  # adapted.Adapters where a head has one
+    # With several teachers the places (N,) of the tokens' rows in their hidden states, None where these are
+    # not packed, and for each chunk its segments: (teacher, rows). The rows of a segment are neighbours.
+    places: tuple[Tensor | None, ...] = ()
+    segments: list[list[tuple[int, int]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +106,8 @@ class Problem:
     gradient_tolerance: float | None  # share of a chunk's gradient that may be left out; None: nothing is
     backend: str | None
     shard: VocabShard | None  # None: whole heads
-    wants: tuple[bool, bool, bool]  # gradients of the student's hidden, weight and bias
+    wants: tuple[bool, ...]  # gradients of the student's leaves
+    teachers: Teachers | None = None  # several by index; `teacher` is then the first
 
     @classmethod
     def of(
@@ -111,10 +142,7 @@ class Problem:
         budget = workspace_budget(workspace_bytes)
         shard = None if group is None else shard_of(group, student.weight)
         sides = [student] if teacher is None else [student, teacher]
-        for i, (prefix, side) in enumerate(zip(prefixes, sides, strict=False)):
-            if shard is not None:
-                sides[i] = Side(side.hidden, *local_head(prefix, side.weight, side.bias, shard))
-            check_types(prefix, sides[i])
+        sides = [checked(prefix, side, shard) for prefix, side in zip(prefixes, sides, strict=False)]
         # While torch.compile traces, tensors have no storage: only one and the same object counts as shared.
         compiling, heads = torch.compiler.is_compiling(), [side.weight for side in sides]
         shared = len(heads) == 2 and (heads[0] is heads[1] or (not compiling and same_storage(*heads)))
@@ -139,14 +167,15 @@ class Problem:
             support = Support(ids.shape[1], None, listed[2])
         transforms, exact = (spec.student, spec.teacher), spec.kinked or exact_logprobs
         buffer, difference = resolve_logits(hidden.dtype, logits_dtype, shared, exact, transforms)
-        flat = [
-            Side(side.hidden.reshape(-1, side.hidden.shape[-1]), side.weight, side.bias) for side in sides
-        ]
-        leaves, grad = (flat[0].hidden, flat[0].weight, flat[0].bias), torch.is_grad_enabled()
-        wants = [grad and leaf is not None and leaf.requires_grad for leaf in leaves]
+        if difference and buffer.itemsize > 2 and any(side.lora is not None for side in sides):
+            # Wide buffers hold the teacher's own logits unless the adapter is the student's too.
+            difference = same_adapter(sides[0].lora, sides[1].lora)
+        flat = [replace(side, hidden=side.hidden.reshape(-1, side.hidden.shape[-1])) for side in sides]
+        grad = torch.is_grad_enabled()
+        wants = [grad and leaf is not None and leaf.requires_grad for leaf in flat[0].leaves]
         return cls(
             student=flat[0],
-            teacher=flat[1].detached() if len(flat) == 2 else None,
+            teacher=flat[1].detach() if len(flat) == 2 else None,
             rows=RowSelection(valid, labels, ids, logprobs),
             spec=replace(spec.of_tokens(hidden, valid), difference=difference),
             support=support,
@@ -157,7 +186,7 @@ class Problem:
             gradient_tolerance=None if gradient_tolerance is None else check_tolerance(gradient_tolerance),
             backend=backend,
             shard=None if shard is None else shard.cut(vocab),
-            wants=(wants[0], wants[1], wants[2]),
+            wants=tuple(wants),
         )
 
     @property
@@ -166,8 +195,8 @@ class Problem:
 
     @property
     def trainable(self) -> bool:
-        """Return True if the head gets a gradient."""
-        return self.wants[1] or self.wants[2]
+        """Return True if the head, its bias or its adapter gets a gradient."""
+        return any(self.wants[1:])
 
     @property
     def stats_dtype(self) -> torch.dtype:
@@ -182,22 +211,26 @@ class Problem:
         student = self._operands(self.student)
         if self.teacher is None:
             return replace(self, student=student)
-        teacher = self._operands(self.teacher)
-        if self.shared_head:
-            teacher = replace(teacher, weight=student.weight)
-        if self.student.bias is not None and same_storage(self.student.bias, self.teacher.bias):
-            # One object: the sweeps take a common bias for a linear difference.
-            teacher = replace(teacher, bias=student.bias)
-        return replace(self, student=student, teacher=teacher)
+        done = replace(self, student=student, teacher=self._operands(self.teacher, student))
+        if self.teachers is None:
+            return done
+        sides = tuple(self._operands(side, student) for side in self.teachers.sides)
+        return replace(done, teachers=replace(self.teachers, sides=sides))
 
-    def _operands(self, side: Side) -> Side:
+    def _operands(self, side: Side, student: Side | None = None) -> Side:
+        """Return the operands of a side; `student` are those of the student, for a teacher's."""
         columns = self.vocab if self.shard is None else self.shard.stop - self.shard.start
         hidden, weight = (
             x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
             for x in (side.hidden, side.weight)
         )
+        weight = weight[:columns] if student is None or not self.shared_head else student.weight
         bias = None if side.bias is None else side.bias[:columns].to(self.stats_dtype).contiguous()
-        return Side(hidden, weight[:columns], bias)
+        if student is not None and side.bias is not None and same_storage(side.bias, self.student.bias):
+            # One object: the sweeps take a common bias for a linear difference.
+            bias = student.bias
+        lora = side.lora and replace(side.lora, B=side.lora.B[:columns])
+        return Side(hidden, weight, bias, lora, side.rows)
 
 
 @dataclass
@@ -214,6 +247,8 @@ class Outputs:
     dW: Tensor | None  # (rows of the student's whole head, H_s)
     dbias: Tensor | None  # (rows of that head,) float64 during the loop, then of the dtype of the statistics
     dropped: Tensor  # 0-dim: the largest share of a chunk's gradient that was left out
+    dA: Tensor | None = None  # (r, H_s), in the dtype of the statistics
+    dB: Tensor | None = None  # (rows of that head, r), the same
 
 
 def _autocast(sides: list[Side], shared: bool) -> list[Side]:
@@ -223,7 +258,7 @@ def _autocast(sides: list[Side], shared: bool) -> list[Side]:
     def cast(x: Tensor) -> Tensor:
         return x if x.dtype == torch.float64 else x.to(dtype)
 
-    done = [Side(cast(side.hidden), cast(side.weight), side.bias) for side in sides]
+    done = [replace(side, hidden=cast(side.hidden), weight=cast(side.weight)) for side in sides]
     return [done[0], replace(done[1], weight=done[0].weight)] if shared else done
 
 
@@ -238,6 +273,15 @@ def same_storage(a: Tensor, b: Tensor | None) -> bool:
     return layout == (b.data_ptr(), b.shape, b.stride(), b.dtype, b.device)
 
 
+def same_adapter(one: Lora | None, other: Lora | None) -> bool:
+    """Return True if both sides have one adapter."""
+    if one is None or other is None or one.scaling != other.scaling:
+        return False
+    if torch.compiler.is_compiling():
+        return one.A is other.A and one.B is other.B
+    return same_storage(one.A, other.A) and same_storage(one.B, other.B)
+
+
 def check_tolerance(value: object) -> float:
     """Return `gradient_tolerance`. Raises TypeError or ValueError unless it is a share."""
     tolerance = check_number("gradient_tolerance", value)
@@ -245,11 +289,16 @@ def check_tolerance(value: object) -> float:
     return tolerance
 
 
-def check_types(prefix: str, side: Side) -> None:
-    """Raise TypeError for an argument that is no dense tensor, ValueError for a DTensor head without a group.
+def checked(prefix: str, side: Side, shard: VocabShard | None) -> Side:
+    """Return the side with the head of this rank, and with its adapter as a Lora.
 
+    Raises TypeError for an argument that is no dense tensor, ValueError for a DTensor head without a group.
     `prefix` ("student_") starts its name.
     """
+    if shard is not None or side.lora is not None:
+        head = side.weight, side.bias
+        head = head if shard is None else local_head(prefix, *head, shard)
+        side = Side(side.hidden, *head, Lora.parse(f"{prefix}lora", side.lora))
     plain = "a plain tensor, or a DTensor with `group`, whose rows are a shard"
     for name, tensor in (("weight", side.weight), ("bias", side.bias)):
         expect(not hasattr(tensor, "placements"), prefix + name, plain, "a DTensor")
@@ -257,6 +306,7 @@ def check_types(prefix: str, side: Side) -> None:
     check_tensor(prefix + "weight", side.weight)
     if side.bias is not None:
         check_tensor(prefix + "bias", side.bias, "a tensor or None")
+    return side
 
 
 def check_side(prefix: str, side: Side, first: Tensor, name: str) -> None:
@@ -271,6 +321,8 @@ def check_side(prefix: str, side: Side, first: Tensor, name: str) -> None:
         expect(
             bias.shape == weight.shape[:1], f"{prefix}bias", f"shape ({weight.shape[0]},)", tuple(bias.shape)
         )
+    if side.lora is not None:
+        side.lora.check(f"{prefix}lora", weight)
     expect(first.dtype in DTYPES, name, "float64, float32, bfloat16 or float16", first.dtype, TypeError)
     for part, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None:

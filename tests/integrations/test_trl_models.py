@@ -246,10 +246,9 @@ def test_settings_without_a_fused_loss_are_refused(home, name, settings, match):
 
 def test_models_without_a_fused_loss_are_refused(home):
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    adapted = peft.get_peft_model(
-        load(home.student), peft.LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
-    )
-    with pytest.raises(ValueError, match="^model: expected .* a linear head that has no adapter of its own"):
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], use_dora=True, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(load(home.student), config)
+    with pytest.raises(ValueError, match="^model: expected a plain LoRA on the head"):
         build(fused.SDPOTrainer, "SDPOTrainer", home, student=adapted, teacher_model_kind="base")
     with pytest.raises(ValueError, match="^teacher_model: expected a local model"):
         fused.DistillationTrainer(

@@ -40,6 +40,68 @@ def test_head_and_hidden_states_give_the_logits(kind):
     assert model.training
 
 
+PLAIN = {"r": 2, "target_modules": ["lm_head"], "init_lora_weights": False}
+
+
+def adapted(kind="Llama", **options):
+    """Return a peft model with LoRA on its head, and the inner model. Its B is not zero."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return peft.get_peft_model(tiny(kind), peft.LoraConfig(**{**PLAIN, **options}))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Gemma2", "Cohere"])
+def test_a_head_with_lora_gives_the_logits(kind):
+    """Alone, and beside embeddings that share its weight (Qwen3)."""
+    model = adapted(kind)
+    check_head(model)
+    head, layer = Head.of(model), model.get_base_model().get_output_embeddings()
+    assert head.lora[0] is layer.lora_A["default"].weight and head.weight is layer.base_layer.weight
+    assert "student_lora" in head.options("student")
+    with model.disable_adapter():
+        assert Head.of(model).lora is None
+        check_head(model)
+
+
+def test_several_adapters_of_a_head_add_up():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = adapted()
+    model.add_adapter("other", peft.LoraConfig(**{**PLAIN, "r": 3, "lora_alpha": 1}))
+    assert Head.of(model).lora[0].shape[0] == 2
+    model.base_model.set_adapter(["default", "other"])
+    assert Head.of(model).lora[0].shape[0] == 5
+    check_head(model)
+    model.merge_adapter()
+    assert Head.of(model).lora is None
+    check_head(model)
+
+
+def test_a_head_that_peft_trains_whole():
+    model = adapted(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    trained = model.get_base_model().lm_head.modules_to_save["default"].weight
+    trained.data += 0.1
+    assert Head.of(model).weight is trained
+    check_head(model)
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"use_dora": True}, "a plain LoRA on the head, got the adapter 'default'"),
+        ({"lora_bias": True}, "an adapter without a bias"),
+        ({"lora_dropout": 0.1}, "without dropout"),
+    ],
+)
+def test_an_adapter_that_is_more_than_two_matrices_is_refused(options, match):
+    model = adapted(**options).train()
+    with pytest.raises(ValueError, match=f"^model: expected .*{match}"):
+        Head.of(model)
+    if "lora_dropout" in options:
+        assert Head.of(model.eval()).lora is not None
+
+
 def bert(**options):
     shape = {name: value for name, value in SHAPE.items() if "key_value" not in name}
     return transformers.BertLMHeadModel(transformers.BertConfig(**shape, **options)).eval()

@@ -120,6 +120,47 @@ def make(N, V, H, dialect, budget):
 """
 
 
+ADAPTED = """
+def make(N, V, H, rank, name, shared, budget):
+    import torch
+    from opsd_kernels import linear_divergence
+
+    def prepared(N, V):
+        dtype = getattr(torch, name)
+        head = torch.randn(V, H).to(dtype)
+        other = head if shared else torch.randn(V, H).to(dtype)
+        adapter = [torch.randn(rank, H).to(dtype), torch.randn(V, rank).to(dtype)] if rank else []
+        leaves = [x.requires_grad_() for x in (torch.randn(N, H).to(dtype), *adapter)]
+        return leaves, head, torch.randn(N, H).to(dtype), other
+
+    def call(leaves, head, teacher, other, budget):
+        h, *adapter = leaves
+        lora = (*adapter, 2.0) if rank else None
+        options = {"student_lora": lora, "workspace_bytes": budget, "backend": "cpp"}
+        loss = linear_divergence(h, head, teacher, other, **options)
+        return loss, torch.autograd.grad(loss, leaves)
+
+    call(*prepared(64, 999), 1 << 20)
+    ready = prepared(N, V)
+    return lambda: call(*ready, budget)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [True, False], ids=["shared head", "two heads"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_adapter_of_a_frozen_head_adds_what_is_planned(cpp, dtype, shared):
+    N, hidden, name = 2048, 256, str(dtype).removeprefix("torch.")
+    told = {"dtype": dtype, "shared_head": shared, "trainable_head": False, "workspace_bytes": BUDGET}
+    plans = [plan(N, V, hidden, threads=2, student_rank=rank, **told) for rank in (0, 16)]
+    peaks = [peak_bytes(ADAPTED, N, V, hidden, rank, name, shared, BUDGET) for rank in (0, 16)]
+    planned, measured = plans[1].peak_bytes - plans[0].peak_bytes, peaks[1] - peaks[0]
+    off = (planned - measured) / peaks[1]
+    assert abs(off) <= 0.05, (
+        f"planned {planned / 2**20:.1f} MiB, measured {measured / 2**20:.1f} MiB ({off:+.1%} of the peak)"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["row", "sequence", "top-k", "teacher's top-k", "clip", "jsd", "policy"])
 def test_dialects_stay_in_the_budget(cpp, dialect):

@@ -127,8 +127,8 @@ def test_the_op_holds_them_as_planned(monkeypatch, options, logits_dtype):
     seen = []
     made = loop.Buffers.__init__
 
-    def noted(self, problem, chunks):
-        made(self, problem, chunks)
+    def noted(self, problem, chunks, adapters):
+        made(self, problem, chunks, adapters)
         seen.append((chunks.logits_dtype, chunks.centred))
 
     monkeypatch.setattr(loop.Buffers, "__init__", noted)

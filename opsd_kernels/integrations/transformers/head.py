@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 
+from opsd_kernels.peft_head import Adapter, base_and_adapter
+
 # Config entries that multiply the logits: Cohere, Muse Glimmer, Falcon-H1.
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 # Granite divides by this one, HyperCLOVAX multiplies.
@@ -31,27 +33,29 @@ class Head:
     bias: Tensor | None  # (V,)
     logit_scale: float
     softcap: float | None
+    lora: Adapter | None = None  # (A (r, H), B (V, r), scaling) of peft's active adapter on the head
 
     @classmethod
     def of(cls, model: Module) -> Head:
-        """Read the head of a causal language model, inside a peft model too.
+        """Read the head of a causal language model, inside a peft model too, with its active LoRA adapter.
 
         A sharded (DTensor) weight is gathered, one that accelerate offloaded is loaded as in the model's own
-        forward. Raises ValueError if the output head is not a plain linear map (a head with an adapter of its
-        own or another parameter beside weight and bias, a quantised one, several heads), and for a scale or
-        softcap in the config that is no number.
+        forward. Inside `model.disable_adapter()` it is the head without the adapter. Raises ValueError if the
+        output head is not a plain linear map (another parameter beside weight, bias and LoRA, a quantised
+        head, several heads, an adapter with dropout in training mode), and for a scale or softcap in the
+        config that is no number.
         """
         inner = without_adapter(model)
-        module = output_embedding(inner)
+        module, lora = base_and_adapter(output_embedding(inner), "model")
         kind = type(inner).__name__
         scale, softcap = _logit_scale(inner), _number(inner, *SOFTCAPS)
         with _loaded(module):
             weight, bias = (_plain(kind, name, getattr(module, name, None)) for name in ("weight", "bias"))
         # ds_shape is the whole shape of a parameter that ZeRO-3 partitions.
         linear = weight is not None and len(getattr(weight, "ds_shape", weight.shape)) == 2
-        if weight is None or not linear or hasattr(module, "base_layer"):
+        if weight is None or not linear:
             raise ValueError(
-                "model: expected a causal language model with a linear head that has no adapter of its own, "
+                "model: expected a causal language model with a linear head, "
                 f"got {kind} with {type(module).__name__}"
             )
         # Dory's scale of each token starts at one: the first loss is right, and the scale gets no gradient.
@@ -61,7 +65,11 @@ class Head:
                 "model: expected a causal language model whose head has a weight and a bias alone, "
                 f"got {kind} with {type(module).__name__}, which has {', '.join(further)} too"
             )
-        return cls(weight, bias, scale, softcap)
+        return cls(weight, bias, scale, softcap, lora)
+
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """Return weight, bias, and A and B of an adapter."""
+        return (self.weight, self.bias, *(self.lora or ())[:2])
 
     def options(self, side: str = "") -> dict[str, Any]:
         """Return the keyword arguments of linear_divergence for `side`, "student" or "teacher".
@@ -69,7 +77,8 @@ class Head:
         Without a side they are those of linear_logprobs.
         """
         prefix = side and f"{side}_"
-        return {
+        adapter = {} if self.lora is None else {f"{prefix}lora": self.lora}
+        return adapter | {
             f"{prefix}bias": self.bias,
             f"{prefix}logit_scale": self.logit_scale,
             f"{prefix}softcap": self.softcap,
@@ -77,7 +86,11 @@ class Head:
 
     def logprobs(self, hidden: Tensor) -> Tensor:
         """Shape (..., V): log-probs of hidden states (..., H), for checks on a few tokens."""
-        logits = F.linear(hidden.to(self.weight.device, self.weight.dtype), self.weight, self.bias)
+        hidden = hidden.to(self.weight.device, self.weight.dtype)
+        logits = F.linear(hidden, self.weight, self.bias)
+        if self.lora is not None:
+            A, B, scaling = self.lora
+            logits = logits + scaling * F.linear(F.linear(hidden.to(A.dtype), A), B)
         logits = at_least_float(logits) * self.logit_scale
         logits = logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
         return logits.log_softmax(-1)

@@ -116,7 +116,7 @@ class FusedLoss:
             if "" not in sides or name in signature(op).parameters
         }
         with (
-            whole_head(*(part for _, head in sides.values() for part in (head.weight, head.bias))),
+            whole_head(*(part for _, head in sides.values() for part in head.parameters())),
             self.accelerator.autocast(),
         ):
             return on_heads(op, sides, *tensors, **options)

@@ -1,0 +1,201 @@
+"""Add the products of low-rank adapters to a chunk's logits and gradients (lora.py).
+
+With u = scaling * h A^T, (C, r), for the rows of a chunk and the gradient G of its logits:
+
+    logits += u B^T,    dB += G^T u,    dh += scaling * (G B) A,    dA += scaling * (G B)^T h.
+
+Sums are in fp32 for 16-bit inputs. Where the teacher's buffer holds a difference of logits under one head, it
+gets the difference of the adapters' parts: for one adapter, and for 16-bit buffers (`Problem.of`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .centre import Centre
+from .loop import accumulate_weight_grad, project
+from .lora import Lora, row_slices
+from .planner import ChunkPlan
+from .problem import Outputs, Problem, same_adapter
+from .sizes import ADAPTED_BYTES
+
+
+class Term(NamedTuple):
+    """Hold a product u B^T. Of a 16-bit B the second factor is [B, B], and u is split into two addends."""
+
+    coefficients: Tensor  # (C, r) in fp32, or fp64
+    matrix: Tensor  # (V, r), or (V, 2r) of 16 bits
+
+    def add_to(self, out: Tensor, columns: slice) -> None:
+        """Add the product's columns to `out`, (C, n) in fp32 or fp64."""
+        narrow = self.matrix.dtype
+        u = _addends(self.coefficients, narrow) if narrow.itemsize == 2 else self.coefficients
+        _add_product(u, self.matrix[columns].t(), out)
+
+
+def _addends(x: Tensor, narrow: torch.dtype) -> Tensor:
+    """Return two 16-bit addends of x side by side, (n, r) -> (n, 2r): together they keep its digits."""
+    high = x.to(narrow)
+    return torch.cat([high, (x - high).to(narrow)], 1)
+
+
+def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Add a @ b to `out`, in fp32 for 16-bit factors. torch.mm suits thin ones better than a large GEMM."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    else:
+        accumulate_weight_grad(a.t(), b, out, first=False)
+
+
+class Adapters:
+    """Own the buffers of the adapters of a call. `out` receives the gradients of the student's.
+
+    `height` counts the rows of its whole head.
+    """
+
+    def __init__(self, problem: Problem, plan: ChunkPlan, out: Outputs, height: int) -> None:
+        student, teacher = problem.student, problem.teacher
+        self.problem, self.out, self.height = problem, out, height
+        self.student, self.teacher = student.lora, None if teacher is None else teacher.lora
+        # A GEMM of 16-bit rows takes a 16-bit matrix.
+        self.dtype, self.wide = student.hidden.dtype, problem.stats_dtype
+        self.matrices = [self._factor(lora) for lora in (self.student, self.teacher)]
+        self.same = same_adapter(self.student, self.teacher)
+        if self.same:
+            self.matrices[1] = self.matrices[0]
+        narrow = plan.logits_dtype.itemsize == 2
+        new, self.on_cpu = student.hidden.new_empty, student.hidden.device.type == "cpu"
+        self.size = ADAPTED_BYTES["cpu" if self.on_cpu else "cuda"] // 4
+        self.scratch = new(self.size if narrow else 0, dtype=torch.float32)
+        self.u = self.back = self.dB = None
+        if self.student is not None and any(problem.wants):
+            B, (V, r) = self.student.B, self.student.B.shape
+            self.u = new(plan.rows, r, dtype=self.wide)
+            # In the dtype of the logits' gradient: B itself, or two 16-bit addends of it
+            split = self.dtype.itemsize == 2 and B.dtype != self.dtype
+            self.back = _addends(B.to(self.wide), self.dtype) if split else B.to(self.dtype)
+            if problem.wants[3]:
+                out.dA = torch.zeros_like(self.student.A, dtype=self.wide)
+            if problem.wants[4]:
+                # Transposed, the faster product. For 16-bit rows the products of both addends of u
+                self.dB = new(r * (2 if self.dtype.itemsize == 2 else 1), V, dtype=self.wide).zero_()
+
+    def _factor(self, lora: Lora | None) -> Tensor | None:
+        if lora is None:
+            return None
+        narrow = lora.B.dtype.itemsize == 2 and lora.B.dtype == self.dtype
+        return torch.cat([lora.B, lora.B], 1) if narrow else lora.B.to(self.wide)
+
+    def _term(self, lora: Lora | None, rows: Tensor, sign: float = 1.0) -> list[Term]:
+        matrix = self.matrices[0 if lora is self.student else 1]
+        if lora is None or matrix is None:
+            return []
+        return [Term(lora.coefficients(rows).mul_(sign), matrix)]
+
+    def fill(
+        self,
+        problem: Problem,
+        student: Tensor,
+        teacher: Tensor | None,
+        S: Tensor,
+        T: Tensor,
+        centre: Centre,
+        part: slice,
+        stack: Tensor | None,
+    ) -> None:
+        """Write the logits of both sides, (C, V), as `Buffers.fill` does without an adapter.
+
+        `part` are the rows' places in the chunk. `stack` holds [student ; teacher - student] where T is to
+        hold a difference of logits.
+        """
+        terms = self._term(self.student, student)
+        if self.u is not None:
+            self.u[part] = terms[0].coefficients
+        self._write(student, problem.student.weight, terms, S, centre.s)
+        if teacher is None or problem.teacher is None:
+            return
+        if stack is None:
+            rows, terms = teacher, self._term(self.teacher, teacher)
+        elif self.same:
+            rows = stack[student.shape[0] :]
+            terms = self._term(self.student, rows)
+        else:
+            rows = stack[student.shape[0] :]
+            terms = self._term(self.teacher, teacher) + self._term(self.student, student, -1.0)
+        self._write(rows, problem.teacher.weight, terms, T, centre.t)
+
+    def pilot(self, student: Tensor, out: Tensor) -> None:
+        """Write the logits of the first columns of the student's head, (C, n)."""
+        n = out.shape[1]
+        terms = [term._replace(matrix=term.matrix[:n]) for term in self._term(self.student, student)]
+        self._write(student, self.problem.student.weight[:n], terms, out, None)
+
+    def _write(
+        self, rows: Tensor, weight: Tensor, terms: list[Term], out: Tensor, centre: Tensor | None
+    ) -> None:
+        """Compute out = rows @ weight.T + terms - centre.
+
+        A 16-bit `out` is rounded once, from fp32 slices.
+        """
+        if not terms:
+            project(rows, weight, out, centre)
+            return
+        narrow = out.dtype.itemsize == 2
+        for columns in self._slices(len(rows), weight.shape[0], narrow):
+            width = columns.stop - columns.start
+            part = self.scratch[: len(rows) * width].view(len(rows), width) if narrow else out[:, columns]
+            project(rows, weight[columns], part)
+            for term in terms:
+                term.add_to(part, columns)
+            if centre is not None:
+                part.sub_(centre[:, None])
+            if narrow:
+                out[:, columns].copy_(part)
+
+    def _slices(self, rows: int, V: int, narrow: bool) -> list[slice]:
+        """Return slices of the columns that fit the cache of a CPU, or the scratch of `narrow` logits."""
+        whole = not (narrow or self.on_cpu)
+        step = V if whole else max(1, self.size // max(rows, 1))
+        return [slice(start, min(start + step, V)) for start in range(0, V, step)]
+
+    def accumulate(self, G: Tensor, student: Tensor, dh: Tensor | None, scale: Tensor | None) -> None:
+        """Add the adapter's part to dh, (C, H) unscaled, and a chunk's part to dA and dB.
+
+        G, (C, V), is the gradient of the chunk's logits; `scale`, (C,), multiplies its rows in dA and dB.
+        """
+        lora, out = self.student, self.out
+        if lora is None or self.u is None or self.back is None:
+            return
+        n, (r, _), V = len(G), lora.A.shape, G.shape[1]
+        u = self.u[:n] if scale is None else self.u[:n] * scale[:, None]
+        if self.dB is not None and self.dB.shape[0] > r:
+            u = _addends(u, G.dtype)
+        products = G.new_zeros(n, self.back.shape[1], dtype=self.wide)  # G B
+        for columns in self._slices(n, V, narrow=False):
+            part = G[:, columns]
+            if dh is not None or out.dA is not None:
+                _add_product(part, self.back[columns], products)
+            if self.dB is not None:
+                _add_product(u.t(), part, self.dB[:, columns])
+        if products.shape[1] > r:
+            products = products[:, :r] + products[:, r:]
+        products.mul_(lora.scaling)
+        if dh is not None:
+            dh.addmm_(products, lora.A.to(self.wide))
+        if out.dA is not None:
+            products = products if scale is None else products * scale[:, None]
+            for rows in row_slices(student):
+                out.dA.addmm_(products[rows].t(), student[rows].to(self.wide))
+
+    def finish(self) -> None:
+        """Complete dB, and sum dA over the ranks of a vocabulary-parallel head."""
+        if self.dB is not None and self.student is not None:
+            V, r = self.student.B.shape
+            dB = (self.dB if len(self.dB) == r else self.dB[:r] + self.dB[r:]).t().contiguous()
+            # Padded rows of the head have no gradient
+            self.out.dB = dB if V == self.height else torch.cat([dB, dB.new_zeros(self.height - V, r)])
+        if self.out.dA is not None and self.problem.shard is not None:
+            self.problem.shard.sum_hidden_grad(self.out.dA)

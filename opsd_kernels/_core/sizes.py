@@ -1,0 +1,48 @@
+"""Name the measured sizes that the planner and the loop share."""
+
+from __future__ import annotations
+
+import torch
+
+DEFAULT_WORKSPACE_BYTES = 1 << 30
+ROW_MULTIPLE = 16
+# Scratch bytes of the math library and the row sweeps on a CPU, per process and per thread. Measured on an
+# AMD EPYC at V = 151936 with H = 64 on 1, 2, 4, 8 and 16 threads: fp32 3.9, 9.7, 20, 48 and 96 MiB, bf16 6.3,
+# 8.7, 11.6, 24 and 48 MiB. oneDNN packs more of 16-bit operands for tile units (AMX): 14.8 MiB on two threads
+# under torch 2.13, 16.6 under 2.15. Scratch takes at most half of a budget, and always leaves the bytes of
+# one row.
+CPU_SCRATCH_BYTES, CPU_SCRATCH_PER_THREAD, CPU_SCRATCH_PER_THREAD_AMX = 2 << 20, 6 << 20, 9 << 20
+# Rows per chunk beyond which a call gains nothing. A trainable head reads and writes the fp32 dW once per
+# chunk. On two AVX-512 cores with bf16 inputs, 256, 512 and 1024 rows take 1.19, 1.13 and 1.05 of the time of
+# the bare GEMMs (H = 1024). fp32 inputs, whose GEMMs take four times as long, take 1.00 at 256 rows and 1.11
+# at 1024, because fresh buffers cost time as well. On CUDA dW takes 25 % of the lower bound at 1024 rows and
+# 6 % at 4096 (H = 4096).
+ROW_LIMITS = {("cpu", True): 1024, ("cpu", False): 256, ("cuda", True): 4096, ("cuda", False): 1024}
+WIDE_CPU_ROWS = 256  # the same limit for 32- and 64-bit inputs
+ALIGNED_ROWS = 1024  # limit to which a chunk may grow to hold a whole sequence
+SUPPORT_BYTES = 96  # per entry of a support: a dozen numbers, each in its own tensor
+SLICE_BYTES = 8 << 20  # fp32 copies in one product of fp16 matrices, or where the CPU has no units for bf16
+# Slices of fp32 logits to which an adapter's part is added while they are in the cache of a CPU. At 256 rows,
+# V = 32000 and rank 16 both products of the gradient take 17 ms of one thread in slices, and 31 without. On
+# CUDA 16-bit logits alone are made in slices.
+ADAPTED_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+COPY_BYTES = 1 << 20  # an fp32 copy of rows of 16-bit hidden states
+SELECT_BYTES = 48  # per column: its norm, share, group and index
+KEPT_BYTES = 16 << 20  # a slice of the kept columns: of the gradient, of the head and of dW
+QUEUE_BYTES = 16  # per column and thread while torch.topk runs
+# Per column and thread for a divergence of two sweeps, which keep four rows (csrc/cpu/rows.cpp); others keep
+# one or two.
+SWEEP_BYTES = 16
+# With a trainable head on CUDA a chunk may be projected and swept in parts. The student's buffer becomes the
+# gradient of the whole chunk, which the GEMMs of dh and dW take at once; the teacher's is free after a sweep
+# and holds one part. The same bytes then hold up to 12/7 of the rows, and dW is read and written less often:
+# 6 to 9 % of the GEMMs' time by the model (docs/design/projection.md). Shorter parts would read the head more
+# slowly than they multiply it.
+MOST_PARTS, LEAST_PART_ROWS = 6, 512
+# A row of logits takes a multiple of this: any V then has 16-byte accesses, and a GEMM its fastest leading
+# dimension.
+CUDA_ROW_BYTES = 128
+# Largest logit scale / temperature of 16-bit logits under "auto". At V = 8192 and |z| to 16, without labels,
+# the gradient is off by 1 % at 4 and by more than 2 % at 10.
+LARGEST_FACTOR = 4.0
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -1,0 +1,77 @@
+"""Cases of heads with low-rank adapters, and an op's values and gradients on them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from opsd_kernels.testing import Case, hard_case
+
+WHICH = ("student", "teacher", "both", "one for both")
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A case, and adapters of its heads: (A, B, scaling) or None."""
+
+    case: Case
+    student: tuple[Tensor, Tensor, float] | None
+    teacher: tuple[Tensor, Tensor, float] | None
+
+    def double(self) -> Adapted:
+        student, teacher = (
+            lora and (lora[0].double(), lora[1].double(), lora[2]) for lora in (self.student, self.teacher)
+        )
+        if self.student is not None and self.student is self.teacher:
+            teacher = student
+        return Adapted(self.case.double(), student, teacher)
+
+
+def adapted_case(
+    N: int, V: int, H: int, dtype: torch.dtype, which: str, rank: int = 3, adapter_dtype=None, **made
+) -> Adapted:
+    """Make a hard case whose adapters move logits by about as much as the heads give."""
+    case = hard_case(N, V, H, dtype, **made)
+    gen = torch.Generator().manual_seed(N + V)
+
+    def adapter(weight: Tensor, scaling: float) -> tuple[Tensor, Tensor, float]:
+        A, B = (
+            torch.randn(rank, weight.shape[1], generator=gen),
+            torch.randn(weight.shape[0], rank, generator=gen),
+        )
+        A, B = A / math.sqrt(weight.shape[1]), B / (2 * math.sqrt(rank))
+        return A.to(adapter_dtype or dtype), B.to(adapter_dtype or dtype), scaling
+
+    student = adapter(case.student_weight, 0.7) if which != "teacher" else None
+    teacher = adapter(case.teacher_weight, 1.5) if which in ("teacher", "both") else None
+    return Adapted(case, student, student if which == "one for both" else teacher)
+
+
+def outcome(op, adapted: Adapted, **options) -> dict[str, Tensor]:
+    """Return the loss, the gradients of all leaves by name, and the statistics."""
+    live, student = adapted.case.leaves(), adapted.student
+    leaves = {name: getattr(live, name) for name in live.trainable if getattr(live, name) is not None}
+    if student is not None:
+        A, B = (x.detach().requires_grad_() for x in student[:2])
+        student = A, B, student[2]
+        leaves |= {"A": A, "B": B}
+    teacher = student if adapted.teacher is adapted.student else adapted.teacher
+    adapters = {"student_lora": student, "teacher_lora": teacher}
+    result = op(*live.inputs(), **live.options(), **adapters, **options)
+    loss, stats = result if isinstance(result, tuple) else (result, {})
+    upstream = live.upstream * torch.linspace(0.25, 1.0, max(loss.numel(), 1), dtype=loss.dtype)
+    gradients = torch.autograd.grad(loss, list(leaves.values()), upstream[: loss.numel()].view(loss.shape))
+    stats = (
+        stats
+        if isinstance(stats, dict)
+        else {name: value for name, value in vars(stats).items() if value is not None}
+    )
+    return {"loss": loss.detach(), **stats, **dict(zip(leaves, gradients, strict=True))}
+
+
+def frozen(adapted: Adapted) -> Adapted:
+    """Return the case with a frozen head: hidden states and the adapter are trained."""
+    return replace(adapted, case=replace(adapted.case, trainable=("student_hidden",)))
