@@ -8,7 +8,7 @@ from ._core.planner import ChunkPlan, plan
 from ._core.reductions import TokenStats
 from ._core.shard import VocabShard
 from .divergence import linear_divergence
-from .logprobs import linear_logprobs
+from .logprobs import TopK, linear_logprobs, linear_logprobs_at, linear_topk
 from .modules import DistillationHead, LinearDivergenceLoss
 from .topk import linear_topk_divergence
 from .version import __version__ as __version__
@@ -18,9 +18,12 @@ __all__ = [
     "DistillationHead",
     "LinearDivergenceLoss",
     "TokenStats",
+    "TopK",
     "VocabShard",
     "linear_divergence",
     "linear_logprobs",
+    "linear_logprobs_at",
+    "linear_topk",
     "linear_topk_divergence",
     "objectives",
     "plan",

@@ -3,7 +3,7 @@
 `WeightedSum` has its row factors in the forward pass and computes the gradients there (four GEMM passes,
 three with a frozen head). `PerRow` returns a loss per row and accepts any upstream gradient per row: with a
 frozen head it scales the rows of a dh computed in forward; with a trainable one it projects again in backward
-(six passes). `LogProbs` does the same for log-probs of one side. Each takes the three leaves and the problem
+(six passes). `LogProbs` and `LogProbsAt` do the same for log-probs of one side. Each takes the three leaves and the problem
 that they belong to. Backward works out of place if the graph is retained, so that it may run twice. There are
 no second derivatives: see `first_order`.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .._rows.contract import Column
 from ..spec import BACKWARDS, check_choice, expect
-from . import library
+from . import library, listed
 from .loop import empty, on_host
 from .problem import Problem, Side
 from .reductions import RowWeigher, TokenStats, token_stats
@@ -361,6 +361,36 @@ class LogProbs(torch.autograd.Function):
         return *_project_again(ctx, factor, slope), None, None
 
 
+class LogProbsAt(torch.autograd.Function):
+    """Return log q at ids (N, K), in nats and differentiable. Backward projects again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, problem, ids):
+        problem = replace(problem, student=Side(hidden, weight, bias))
+        logprobs, stats = listed.op_at(*library.pack(problem), ids)
+        anchor = logprobs.new_empty(0)
+        _save(ctx, problem, ids, stats, anchor)
+        ctx.set_materialize_grads(False)
+        return logprobs, anchor
+
+    @staticmethod
+    @first_order
+    def backward(ctx, upstream, _):
+        if upstream is None:
+            return (None,) * 5
+        flat, (ids, stats, _) = _saved(ctx)
+        # A row of G is at most the sum of its upstream gradients.
+        sums, _, unit = _fp16_units(ctx.dtypes[0], upstream.abs().sum(1), None)
+        scale = sums.new_ones(()) if unit is None else unit
+        upstream = upstream.contiguous() if unit is None else upstream / unit
+        grads = listed.op_at_backward(*flat, ids, upstream, stats)
+        scaled = (
+            _scaled(grad, scale, dtype) if want else None
+            for grad, dtype, want in zip(grads, ctx.dtypes, ctx.wants, strict=True)
+        )
+        return *scaled, None, None
+
+
 def log_probs(problem: Problem, in_forward: bool, entropy: bool) -> tuple[Tensor, Tensor]:
     """Return log-probs of the labels and entropies, (N,) each in nats, by the route that the gradient needs.
 
@@ -376,3 +406,11 @@ def log_probs(problem: Problem, in_forward: bool, entropy: bool) -> tuple[Tensor
     leaves = problem.student.hidden, problem.student.weight, problem.student.bias
     logprobs, entropies, _ = LogProbs.apply(*leaves, problem, entropy)
     return logprobs, entropies
+
+
+def log_probs_at(problem: Problem, ids: Tensor) -> Tensor:
+    """Return log-probs of ids (N, K) in nats, 0 for an id of -1 and for invalid tokens."""
+    if not any(problem.wants):
+        return listed.op_at(*library.pack(problem), ids)[0]
+    leaves = problem.student.hidden, problem.student.weight, problem.student.bias
+    return LogProbsAt.apply(*leaves, problem, ids)[0]

@@ -5,7 +5,7 @@ The only module with the flat form of a problem: schemas, implementations, fakes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,11 +29,11 @@ NO_GRADIENTS = (False, False, False)
 
 
 def arrange(
-    problem: Problem, weigher: RowWeigher | None = None
+    problem: Problem, weigher: RowWeigher | None = None, listed: int = 0
 ) -> tuple[ChunkPlan, RowBackend, ComputedRows, list[slice] | None]:
     """Return the plan, the backend, the rows to compute, and the chunks where they follow sequences.
 
-    The chunks are None where those of the plan serve.
+    The chunks are None where those of the plan serve. `listed` entries are returned for each token.
 
     Forward and backward get the same plan: saved statistics need the same logits again. The backend of a
     sharded head merges statistics across ranks.
@@ -62,6 +62,7 @@ def arrange(
         longest_sequence=max(sequences, default=0),
         policy=weigher is not None and weigher.policy is not None,
         topk=0 if problem.support is None else problem.support.k,
+        listed=listed,
         one_sweep=problem.spec.one_sweep,
         gradient_tolerance=problem.gradient_tolerance,
         softcap=any(side.softcap is not None for side in (problem.spec.student, problem.spec.teacher)),
@@ -142,16 +143,16 @@ def _check_entries(name: str, otherwise: str, entries: Tensor, valid: Tensor | N
     """
     inside = (entries >= 0) & (entries < vocab)
     inside = inside if valid is None else inside | ~valid
-    _check_all(name, f"entries in [0, {vocab}) {otherwise}", entries, inside)
+    check_all(name, f"entries in [0, {vocab}) {otherwise}", entries, inside)
 
 
 def _check_temperatures(name: str, temperatures: Tensor) -> None:
     """Raise ValueError unless all temperatures are positive and finite; on CUDA as `_check_entries`."""
     good = (temperatures > 0) & (temperatures < torch.inf)
-    _check_all(name, "positive finite numbers", temperatures, good)
+    check_all(name, "positive finite numbers", temperatures, good)
 
 
-def _check_all(name: str, expected: str, values: Tensor, good: Tensor) -> None:
+def check_all(name: str, expected: str, values: Tensor, good: Tensor) -> None:
     if on_host(values.device):
         expect(bool(good.all()), name, expected, values[~good][:1].tolist())
     else:
@@ -160,7 +161,7 @@ def _check_all(name: str, expected: str, values: Tensor, good: Tensor) -> None:
 
 # ---------------------------------------------------------------- the flat form
 
-_PROBLEM = (
+PROBLEM = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
     "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? factor, Tensor? policy_slope, Tensor? valid, Tensor? labels, "
@@ -172,10 +173,10 @@ _PROBLEM = (
 )
 _FACTOR = 6  # position of the row factors in the flat form
 _SCHEMAS = (
-    f"linear_divergence({_PROBLEM}, bool metrics, bool recompute)"
+    f"linear_divergence({PROBLEM}, bool metrics, bool recompute)"
     " -> (Tensor loss, Tensor A, Tensor stats, Tensor logprobs, Tensor dh, Tensor dW, Tensor dbias,"
     " Tensor dropped)",
-    f"linear_divergence_backward({_PROBLEM}, Tensor stats, Tensor A) -> (Tensor dh, Tensor dW, Tensor dbias)",
+    f"linear_divergence_backward({PROBLEM}, Tensor stats, Tensor A) -> (Tensor dh, Tensor dW, Tensor dbias)",
 )
 _SIDES = ("student", "teacher", None)
 
@@ -282,15 +283,15 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     shapes = (N,), (N,), (N, len(Column)), (0 if labels is None else N, 2)
     wants = (False, False, False) if recompute else flat[-3:]
     vectors = (hidden.new_empty(shape, dtype=wide) for shape in shapes)
-    return *vectors, *_fake_gradients(flat, wants), hidden.new_empty((), dtype=wide)
+    return *vectors, *fake_gradients(flat, wants), hidden.new_empty((), dtype=wide)
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     flat = args[:-2]
-    return _fake_gradients(flat, flat[-3:])
+    return fake_gradients(flat, flat[-3:])
 
 
-def _fake_gradients(flat: Sequence[Any], wants: Sequence[bool]) -> tuple[Tensor, ...]:
+def fake_gradients(flat: Sequence[Any], wants: Sequence[bool]) -> tuple[Tensor, ...]:
     hidden, held = flat[0], held_dtype(flat[0].dtype, flat[18])
     dtypes = held, held, torch.promote_types(hidden.dtype, torch.float32)
     return tuple(
@@ -299,13 +300,20 @@ def _fake_gradients(flat: Sequence[Any], wants: Sequence[bool]) -> tuple[Tensor,
     )
 
 
-library = Library("opsd_kernels", "FRAGMENT")
-for _schema, _impl, _fake in zip(
-    _SCHEMAS, (_forward, _backward), (_forward_fake, _backward_fake), strict=True
-):
-    _name = library.define(_schema)
-    library.impl(_name, _impl, "CompositeExplicitAutograd")
-    register_fake(f"opsd_kernels::{_name}", _fake, lib=library)
+_LIBRARY = Library("opsd_kernels", "FRAGMENT")
+
+
+def register(
+    schemas: Sequence[str], implementations: Sequence[Callable], fakes: Sequence[Callable]
+) -> None:
+    """Register operators with their implementations and fakes."""
+    for schema, implementation, fake in zip(schemas, implementations, fakes, strict=True):
+        name = _LIBRARY.define(schema)
+        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        register_fake(f"opsd_kernels::{name}", fake, lib=_LIBRARY)
+
+
+register(_SCHEMAS, (_forward, _backward), (_forward_fake, _backward_fake))
 
 # (*pack(problem), metrics, recompute) -> loss, A, stats, logprobs, dh, dW, dbias, dropped; empty
 # gradients with `recompute`.

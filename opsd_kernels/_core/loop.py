@@ -49,6 +49,7 @@ def run(
     saved: tuple[Tensor, Tensor] | None = None,
     weigher: RowWeigher | None = None,
     bounds: list[slice] | None = None,
+    sweep: Sweep | None = None,
 ) -> Outputs:
     """Return losses, statistics and gradients. `bounds` replaces the plan's chunks by others, none longer."""
     assert bounds is None or plan.part_rows == plan.rows, "weights of a sequence need it whole, not in parts"
@@ -58,7 +59,7 @@ def run(
     buffers = Buffers(problem, plan)
     wants_gradient = any(problem.wants)
     walk = Walk(problem, backend, rows.valid, metrics, saved is not None, wants_gradient, weigher, out)
-    sweep, logits, G = choose(walk), None, None
+    sweep, logits, G = sweep or choose(walk), None, None
     skips = wants_gradient and problem.gradient_tolerance is not None
     columns = ColumnFilter.of(problem, backend, out.dropped) if skips else None
     with torch.autocast(problem.student.hidden.device.type, enabled=False):

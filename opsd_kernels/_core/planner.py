@@ -35,6 +35,8 @@ ROW_LIMITS = {("cpu", True): 1024, ("cpu", False): 256, ("cuda", True): 4096, ("
 WIDE_CPU_ROWS = 256  # the same limit for 32- and 64-bit inputs
 ALIGNED_ROWS = 1024  # limit to which a chunk may grow to hold a whole sequence
 SUPPORT_BYTES = 96  # per entry of a support: a dozen numbers, each in its own tensor
+# Of one head whose entries are listed, per thread; and per entry: a chunk's temporaries, the outputs.
+LIST_SCRATCH, LIST_BYTES, LISTED_BYTES = 1 << 20, 40, 12
 SLICE_BYTES = 8 << 20  # fp32 copies in one product of fp16 matrices, or where the CPU has no units for bf16
 SELECT_BYTES = 48  # per column: its norm, share, group and index
 KEPT_BYTES = 16 << 20  # a slice of the kept columns: of the gradient, of the head and of dW
@@ -77,7 +79,7 @@ class ChunkPlan:
     scratch_bytes: int
     accumulator_bytes: int  # fp32 dW on top of a 16-bit gradient, freed before the call returns
     gradient_bytes: int  # dh, dW, dbias
-    vector_bytes: int  # losses and statistics, N-sized
+    vector_bytes: int  # losses, statistics and lists, N-sized
     peak_bytes: int  # above the inputs, at the worst moment of forward and backward
     sweep_bytes: int  # moved to and from the logits buffers, if each sweep reads memory
     head_bytes: int  # moved to and from dW, which is read and written once per chunk
@@ -345,11 +347,11 @@ def _fewest_chunks(
     return best
 
 
-def _cpu_scratch(dtype: torch.dtype, V: int, topk: int, one_sweep: bool, threads: int | None) -> int:
+def _cpu_scratch(dtype: torch.dtype, V: int, topk: int, one: bool, threads: int | None, listed: int) -> int:
     """Scratch bytes of the math library and of the sweeps on a CPU, on top of the logits buffers."""
     tiled = dtype.itemsize == 2 and extension.has_amx()
-    per_thread = CPU_SCRATCH_PER_THREAD_AMX if tiled else CPU_SCRATCH_PER_THREAD
-    columns = QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one_sweep)
+    per_thread = CPU_SCRATCH_PER_THREAD_AMX if tiled else LIST_SCRATCH if listed else CPU_SCRATCH_PER_THREAD
+    columns = QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one)
     sliced = dtype == torch.float16 or not extension.mm_has_units(dtype)  # see cpu_gemm.py
     slices = SLICE_BYTES if sliced else 0
     return CPU_SCRATCH_BYTES + slices + (threads or torch.get_num_threads()) * (per_thread + V * columns)
@@ -374,6 +376,7 @@ def plan(
     longest_sequence: int | None = None,
     policy: bool = False,
     topk: int = 0,
+    listed: int = 0,
     one_sweep: bool = True,
     factor: float = 1.0,
     softcap: bool = False,
@@ -389,6 +392,7 @@ def plan(
     * `weights_scope`: scope of the token weights. With "sequence", chunks end at sequence boundaries if a
       chunk holds `longest_sequence` rows (four passes); otherwise a statistics pass goes first (six).
     * `policy`, `topk`: True if a term of `objectives` is mixed in; the number of entries of a support.
+    * `listed`: entries per token of `linear_topk` (`grad=False`) or `linear_logprobs_at`; `H_teacher=0`.
     * `one_sweep`: True for the plain KLs without an entry clip, see RowSpec.
     * `factor`, `softcap`: the larger logit scale / temperature of both sides; True if logits have a softcap.
     * `device_type`, `sm_count`: on CUDA the rows of a chunk make whole waves of GEMM tiles on `sm_count`
@@ -405,7 +409,8 @@ def plan(
     buffer, difference = resolve_logits(dtype, logits_dtype, shared_head, transforms=transforms)
     selects = grad and gradient_tolerance is not None
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V), device_type, selects)
-    scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads) if device_type == "cpu" else 0
+    per_row += (SUPPORT_BYTES if grad else LIST_BYTES) * listed
+    scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads, listed) if device_type == "cpu" else 0
     scratch += (KEPT_BYTES + SELECT_BYTES * V) * selects
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
     held, again = held_dtype(dtype, buffer), backward == "recompute" and grad
@@ -432,7 +437,7 @@ def plan(
         tile_share=tile_share(gemms, N, rows, sm_count) if device_type == "cuda" else 1.0,
         weighting=weighting,
         weighting_reason=reason,
-        **_memory(N, gemms, dtype, held, workspace, scratch, accumulator, 4 * V * bias_grad),
+        **_memory(N, gemms, dtype, held, workspace, scratch, accumulator, 4 * V * bias_grad, listed),
         **_work(N, rows, gemms, dtype, buffer, 2 - one_sweep, again, weighting, accumulator),
     )
 
@@ -446,9 +451,11 @@ def _memory(
     scratch: int,
     accumulator: int,
     dbias: int,
+    listed: int,
 ) -> dict[str, int]:
     """Return the bytes of a call by kind, and its peak: during the loop, or while dW is cast."""
-    vectors = N * 4 * (len(Column) + 8)  # statistics, loss, A, weights, factors and their products
+    # Statistics, loss, A, weights, factors and their products; lists.
+    vectors = N * (4 * (len(Column) + 8) + LISTED_BYTES * listed)
     dh = N * gemms.H_student * dtype.itemsize * gemms.grad
     dW = gemms.V * gemms.H_student * dtype.itemsize * gemms.trainable
     if held != dtype:
