@@ -118,6 +118,9 @@ def plan(
     gradient_tolerance: Annotated[
         float | None, typer.Option("--gradient-tolerance", help="Share of the gradient that may be left out.")
     ] = None,
+    listed: Annotated[
+        int, typer.Option("--listed", min=0, help="Plan linear_topk with that many tokens per position.")
+    ] = 0,
     vocab_ranks: Annotated[
         int,
         typer.Option(
@@ -146,28 +149,34 @@ def plan(
             tokens,
             vocab,
             hidden,
-            teacher_hidden,
+            0 if listed else teacher_hidden,
             parse_dtype(dtype),
             shared_head=shared_head,
             trainable_head=not frozen,
             workspace_bytes=budget,
             device_type=parse_device(device),
-            logits_dtype="float32" if kind.kinked else "auto",
+            logits_dtype="float32" if kind.kinked or listed else "auto",
+            grad=not listed,
+            listed=listed,
             one_sweep=kind.one_sweep,
             softcap=softcap,
             factor=factor,
             gradient_tolerance=gradient_tolerance,
         )
-    fields = made.as_dict()
     if as_json:
-        typer.echo(json.dumps(fields, indent=2))
+        typer.echo(json.dumps(made.as_dict(), indent=2))
         return
-    table = new_table("linear_divergence, predicted", "", "")
+    kernels = row_kernels(tokens, vocab, made.logits_dtype, kind) if device == "cuda" else {}
+    show_plan("linear_topk" if listed else "linear_divergence", made.as_dict(), kernels)
+
+
+def show_plan(op: str, fields: dict[str, object], kernels: dict[str, str]) -> None:
+    """Print a plan, and the texts of a GPU's row kernels, as a table."""
+    table = new_table(f"{op}, predicted", "", "")
     for name, value in fields.items():
         table.add_row(PLAN_LABELS.get(name, name.replace("_", " ")), readable(name, value))
-    if device == "cuda":
-        for name, text in row_kernels(tokens, vocab, made.logits_dtype, kind).items():
-            table.add_row(name, text)
+    for name, text in kernels.items():
+        table.add_row(name, text)
     console.print(table)
 
 

@@ -1,4 +1,4 @@
-"""Define the ops of one head: log-probs of labels or of given ids, entropies, and the k most likely tokens."""
+"""Define the ops of one head: log-probs of labels or given ids, entropies, the k most likely tokens."""
 
 from __future__ import annotations
 
@@ -167,11 +167,14 @@ def linear_logprobs_at(
     return log_probs_at(problem, ids.reshape(-1, ids.shape[-1])).reshape(ids.shape)
 
 
-def _of_one_side(
-    side: Side, transform: tuple[float, float | None, object], **arguments: Any
-) -> Problem:
+def _of_one_side(side: Side, transform: tuple[float, float | None, object], **arguments: Any) -> Problem:
     """Return the problem of one head with (logit scale, softcap, temperature), whose logits are in fp32."""
     of_side = LogitTransform.parse("", *transform[:2], "temperature", transform[2])
     spec = RowSpec(Divergence.parse("reverse_kl"), of_side, LogitTransform())
-    rest: dict[str, Any] = {"labels": None, "ignore_index": -100, "logits_dtype": "auto", "prefixes": ("", "")}
+    rest: dict[str, Any] = {
+        "labels": None,
+        "ignore_index": -100,
+        "logits_dtype": "auto",
+        "prefixes": ("", ""),
+    }
     return Problem.of(spec, side, None, **arguments, **rest)

@@ -3,9 +3,9 @@
 `WeightedSum` has its row factors in the forward pass and computes the gradients there (four GEMM passes,
 three with a frozen head). `PerRow` returns a loss per row and accepts any upstream gradient per row: with a
 frozen head it scales the rows of a dh computed in forward; with a trainable one it projects again in backward
-(six passes). `LogProbs` and `LogProbsAt` do the same for log-probs of one side. Each takes the three leaves and the problem
-that they belong to. Backward works out of place if the graph is retained, so that it may run twice. There are
-no second derivatives: see `first_order`.
+(six passes). `LogProbs` and `LogProbsAt` do the same for log-probs of one side. Each takes the three leaves
+and the problem that they belong to. Backward works out of place if the graph is retained, so that it may run
+twice. There are no second derivatives: see `first_order`.
 """
 
 from __future__ import annotations

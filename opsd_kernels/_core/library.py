@@ -303,9 +303,7 @@ def fake_gradients(flat: Sequence[Any], wants: Sequence[bool]) -> tuple[Tensor, 
 _LIBRARY = Library("opsd_kernels", "FRAGMENT")
 
 
-def register(
-    schemas: Sequence[str], implementations: Sequence[Callable], fakes: Sequence[Callable]
-) -> None:
+def register(schemas: Sequence[str], implementations: Sequence[Callable], fakes: Sequence[Callable]) -> None:
     """Register operators with their implementations and fakes."""
     for schema, implementation, fake in zip(schemas, implementations, fakes, strict=True):
         name = _LIBRARY.define(schema)

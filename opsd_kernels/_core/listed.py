@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.library import register_fake
 
 from .._rows import torch_math
 from .._rows.contract import Column
@@ -47,21 +46,21 @@ def _topk(*args: Any) -> tuple[Tensor, ...]:
 
     def sweep(walk: Walk, chunk: Rows, at: Positions) -> None:
         ids, logprobs, tail = (x[: chunk.S.shape[0]] if aside else x[at] for x in spare)
-        walk.backend.row_topk_(
-            chunk.S, walk.problem.spec.at(at).student, chunk.bias_s, ids, logprobs, tail
-        )
+        walk.backend.row_topk_(chunk.S, walk.problem.spec.at(at).student, chunk.bias_s, ids, logprobs, tail)
         _normalise_(logprobs, tail)
         if aside:
-            counts = None if walk.valid is None else walk.valid[at]
-            for x, part, nothing in zip(lists, (ids, logprobs, tail), (-1, 0, 0), strict=True):
-                x[at] = part if counts is None else part.masked_fill_(~counts.view(-1, *x[0].dim() * [1]), nothing)
+            if walk.valid is not None:
+                ids[~walk.valid[at]] = -1
+                logprobs, tail = (walk.zero_invalid(x, at) for x in (logprobs, tail))
+            for x, part in zip(lists, (ids, logprobs, tail), strict=True):
+                x[at] = part
 
     loop.run(problem, chunks, backend, rows, metrics=False, sweep=sweep)
     return lists
 
 
 def _normalise_(logits: Tensor, tail: Tensor) -> None:
-    """Turn the k largest logits (n, k), in falling order, and the tail relative to the first into log-probs."""
+    """Turn logits (n, k), in falling order, and the tail relative to the first of them into log-probs."""
     logits.sub_(logits[:, :1].clone())
     total = torch.logaddexp(logits.logsumexp(1), tail)
     logits.sub_(total[:, None])
@@ -137,9 +136,7 @@ def _at_backward(*args: Any) -> tuple[Tensor, ...]:
         G, nothing = walk.gradient(chunk.S), torch.zeros_like(total)
         nowhere = torch.full_like(columns[:, 0], -1)
         biases = chunk.bias_s, chunk.bias_t
-        walk.backend.row_grad_(
-            chunk.S, chunk.T, of_rows, nothing, nothing, spec, *biases, G, -total, nowhere
-        )
+        walk.backend.row_grad_(chunk.S, chunk.T, of_rows, nothing, nothing, spec, *biases, G, -total, nowhere)
         write_entries_(G, columns, values)
 
     saved = stats, stats[:, 0]

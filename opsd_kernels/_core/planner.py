@@ -35,8 +35,7 @@ ROW_LIMITS = {("cpu", True): 1024, ("cpu", False): 256, ("cuda", True): 4096, ("
 WIDE_CPU_ROWS = 256  # the same limit for 32- and 64-bit inputs
 ALIGNED_ROWS = 1024  # limit to which a chunk may grow to hold a whole sequence
 SUPPORT_BYTES = 96  # per entry of a support: a dozen numbers, each in its own tensor
-# Of one head whose entries are listed, per thread; and per entry: a chunk's temporaries, the outputs.
-LIST_SCRATCH, LIST_BYTES, LISTED_BYTES = 1 << 20, 40, 12
+LIST_SCRATCH, LISTED_BYTES = 1 << 20, 12  # of one head whose entries are listed: per thread; per output
 SLICE_BYTES = 8 << 20  # fp32 copies in one product of fp16 matrices, or where the CPU has no units for bf16
 SELECT_BYTES = 48  # per column: its norm, share, group and index
 KEPT_BYTES = 16 << 20  # a slice of the kept columns: of the gradient, of the head and of dW
@@ -391,9 +390,7 @@ def plan(
     * `backward`, `logits_dtype`, `gradient_tolerance`: as in `linear_divergence`.
     * `weights_scope`: scope of the token weights. With "sequence", chunks end at sequence boundaries if a
       chunk holds `longest_sequence` rows (four passes); otherwise a statistics pass goes first (six).
-    * `policy`, `topk`: True if a term of `objectives` is mixed in; the number of entries of a support.
-    * `listed`: entries per token of `linear_topk` (`grad=False`) or `linear_logprobs_at`; `H_teacher=0`.
-    * `one_sweep`: True for the plain KLs without an entry clip, see RowSpec.
+    * `topk`, `listed`, `policy`, `one_sweep`: entries of a support; of a list; an objective; a plain KL.
     * `factor`, `softcap`: the larger logit scale / temperature of both sides; True if logits have a softcap.
     * `device_type`, `sm_count`: on CUDA the rows of a chunk make whole waves of GEMM tiles on `sm_count`
       multiprocessors (waves.py). `threads`: of a CPU, with which scratch grows. Default: those of torch.
@@ -405,11 +402,10 @@ def plan(
     H_teacher = H_student if H_teacher is None else H_teacher
     _check(dtype, backward, weights_scope, N=N, V=V, H_student=H_student, H_teacher=H_teacher)
     budget = workspace_budget(workspace_bytes)
-    transforms = (LogitTransform(factor, 1.0 if softcap else None),)
-    buffer, difference = resolve_logits(dtype, logits_dtype, shared_head, transforms=transforms)
+    transform = LogitTransform(factor, 1.0 if softcap else None)
+    buffer, difference = resolve_logits(dtype, logits_dtype, shared_head, transforms=[transform])
     selects = grad and gradient_tolerance is not None
-    per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V), device_type, selects)
-    per_row += (SUPPORT_BYTES if grad else LIST_BYTES) * listed
+    per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V) + listed, device_type, selects)
     scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads, listed) if device_type == "cpu" else 0
     scratch += (KEPT_BYTES + SELECT_BYTES * V) * selects
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)

@@ -161,9 +161,7 @@ def test_a_bad_k_is_refused(k):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_log_probs_at_ids_by_dtype(backend, dtype, frozen):
     masked = "both" if dtype.itemsize > 2 else None  # of a log-prob of -inf there is no relative error
-    case = hard_case(
-        N, V, H, dtype, largest_logit=8.0, frozen_head=frozen, padding=3, masked_entry=masked
-    )
+    case = hard_case(N, V, H, dtype, largest_logit=8.0, frozen_head=frozen, padding=3, masked_entry=masked)
     ids, reference = mixed_ids(case), linear_logprobs_at_reference
     ours = evaluate(at(linear_logprobs_at, ids, backend=backend, workspace_bytes=60_000), case)
     truth = evaluate(at(reference, ids), case.double())
@@ -224,7 +222,9 @@ def test_both_compile_whole(backend):
 
     inputs = case.student_hidden.detach().nan_to_num(0, 0, 0), case.student_weight.detach()
     for mine, eager in zip(
-        torch.compile(listed_of, fullgraph=True, backend="aot_eager")(*inputs), listed_of(*inputs), strict=True
+        torch.compile(listed_of, fullgraph=True, backend="aot_eager")(*inputs),
+        listed_of(*inputs),
+        strict=True,
     ):
         assert_same_bits(mine, eager)
 
