@@ -10,6 +10,7 @@ from ._core.shard import VocabShard
 from .divergence import linear_divergence
 from .logprobs import TopK, linear_logprobs, linear_logprobs_at, linear_topk
 from .modules import DistillationHead, LinearDivergenceLoss
+from .targets import linear_divergence_to
 from .topk import linear_topk_divergence
 from .version import __version__ as __version__
 
@@ -21,6 +22,7 @@ __all__ = [
     "TopK",
     "VocabShard",
     "linear_divergence",
+    "linear_divergence_to",
     "linear_logprobs",
     "linear_logprobs_at",
     "linear_topk",

@@ -215,12 +215,14 @@ def prepare(
     options: dict[str, Any],
     *,
     listed: tuple[object, object, str] | None = None,
+    target: tuple[object, object] | None = None,
     policy: Any = None,
     policy_weight: float = 0.0,
 ) -> tuple[Problem, RowWeigher]:
     """Check all options of `linear_divergence` and a policy term; return the problem and its weigher.
 
-    `listed` is (ids, log-probs, tail) of a teacher of which only the top-k is known.
+    `listed` is (ids, log-probs, tail) of a teacher of which only the top-k is known, `target` (rows, their
+    form) of one that is given as rows.
     """
     problem = Problem.of(
         row_spec(options),
@@ -240,6 +242,8 @@ def prepare(
         exact_logprobs=reads_logprobs(options["token_weights"], policy),
     )
     hidden = student[0]
+    if target is not None:
+        problem = problem.with_target(*target, hidden.shape[:-1], options["vocab_size"] is None)
     scale = row_scale(options["reduction"], options["normalizer"], hidden, problem.rows.valid)
     weigher = RowWeigher(problem, hidden.shape[:-1], options["token_weights"], scale, policy, policy_weight)
     return problem, weigher

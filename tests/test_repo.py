@@ -26,7 +26,7 @@ LEVELS = {
     1: ["_rows.*", "weights.*", "testing.*", "tested_versions"],
     2: ["_core.*"],
     3: ["divergence", "logprobs", "vocab_parallel", "doctor"],
-    4: ["topk", "objectives", "modules"],
+    4: ["topk", "objectives", "modules", "targets"],
     5: ["__init__"],
     6: ["integrations.*"],
     7: ["train.*", "bench.*"],

@@ -24,6 +24,7 @@ from .planner import SM_COUNT, ChunkPlan, held_dtype, plan
 from .problem import ComputedRows, Outputs, Problem, RowSelection, Side
 from .reductions import RowWeigher
 from .shard import VocabShard
+from .targets import Target
 
 NO_GRADIENTS = (False, False, False)
 
@@ -39,6 +40,7 @@ def arrange(
     sharded head merges statistics across ranks.
     """
     hidden, teacher, shard = problem.student.hidden, problem.teacher, problem.shard
+    target = problem.rows.target
     scope = "index" if weigher is None else weigher.scope
     sequences = [] if weigher is None or scope != "sequence" else weigher.lengths(packs(problem))
     rows = _computed_rows(problem, sum(sequences) if scope == "sequence" else None)
@@ -63,6 +65,7 @@ def arrange(
         policy=weigher is not None and weigher.policy is not None,
         topk=0 if problem.support is None else problem.support.k,
         listed=listed,
+        target_copied=target is not None and target.copied(problem.logits_dtype, rows.index is not None),
         one_sweep=problem.spec.one_sweep,
         gradient_tolerance=problem.gradient_tolerance,
         softcap=any(side.softcap is not None for side in (problem.spec.student, problem.spec.teacher)),
@@ -165,7 +168,8 @@ PROBLEM = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
     "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? factor, Tensor? policy_slope, Tensor? valid, Tensor? labels, "
-    "Tensor? topk_ids, Tensor? topk_logprobs, Tensor? temperature, Tensor? teacher_temperature, "
+    "Tensor? topk_ids, Tensor? topk_logprobs, Tensor? target, bool target_probs, "
+    "Tensor? temperature, Tensor? teacher_temperature, "
     "float[] spec, int[] support, "
     "bool shared_head, int vocab, ScalarType logits_dtype, int workspace_bytes, float? gradient_tolerance, "
     "str? backend, "
@@ -206,6 +210,8 @@ def pack(problem: Problem) -> tuple[Any, ...]:
         rows.labels,
         rows.topk_ids,
         rows.topk_logprobs,
+        None if rows.target is None else rows.target.values,
+        rows.target is not None and rows.target.probs,
         *temperatures,
         [float(value) for value in spec.scalars(linear=False)],
         [] if support is None else [support.k, _SIDES.index(support.side), TAILS.index(support.tail)],
@@ -223,13 +229,15 @@ def pack(problem: Problem) -> tuple[Any, ...]:
 
 def unpack(flat: Sequence[Any]) -> Problem:
     """Rebuild a problem from the flat form of `pack`."""
-    (h_s, W_s, b_s, h_t, W_t, b_t, factor, slope, valid, labels, ids, logprobs, *rest) = flat
+    (h_s, W_s, b_s, h_t, W_t, b_t, factor, slope, valid, labels, ids, logprobs, values, *rest) = flat
+    (probs, *rest) = rest
+    target = None if values is None else Target(values, probs)
     (temperature_s, temperature_t, spec, support, shared_head, vocab, logits_dtype, *rest) = rest
     workspace_bytes, tolerance, backend, shard, group, *wants = rest
     return Problem(
         student=Side(h_s, W_s, b_s),
         teacher=None if h_t is None else Side(h_t, W_t, b_t),
-        rows=RowSelection(valid, labels, ids, logprobs, factor, slope),
+        rows=RowSelection(valid, labels, ids, logprobs, factor, slope, target),
         spec=RowSpec.from_scalars(spec, (temperature_s, temperature_t)),
         support=Support(support[0], _SIDES[support[1]], TAILS[support[2]]) if support else None,
         shared_head=shared_head,
@@ -292,7 +300,7 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def fake_gradients(flat: Sequence[Any], wants: Sequence[bool]) -> tuple[Tensor, ...]:
-    hidden, held = flat[0], held_dtype(flat[0].dtype, flat[18])
+    hidden, held = flat[0], held_dtype(flat[0].dtype, flat[20])
     dtypes = held, held, torch.promote_types(hidden.dtype, torch.float32)
     return tuple(
         hidden.new_empty(leaf.shape, dtype=dtype) if want else hidden.new_empty(0)

@@ -8,8 +8,7 @@ the projections and sweeps of a chunk into parts, which share the teacher's buff
 A sweep has one of four forms, chosen before the loop. `fused` reads the logits once and overwrites them with
 the gradient. `two_pass` sweeps for statistics first, where row factors depend on them. `replay` computes
 gradients from the statistics of an earlier run. `top_k` works on a support. Each writes losses and statistics
-of its rows into the outputs, and the logit gradient over S. It returns None if that holds the row factors.
-Only `fused` may return them, (C,), and `_accumulate` applies them to dh, dW and dbias.
+into the outputs, and the logit gradient over S. `fused` may return row factors that are still to be applied.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from .columns import ColumnFilter, Kept
 from .planner import ChunkPlan, row_stride
 from .problem import ComputedRows, Outputs, Problem
 from .reductions import RowWeigher
+from .targets import comparing
 from .topk_support import Rows
 
 FEW_ROWS = 32  # below, dW of `gemm_fp32_` takes up to 1.2 times as long as that of torch.mm
@@ -60,6 +60,8 @@ def run(
     wants_gradient = any(problem.wants)
     walk = Walk(problem, backend, rows.valid, metrics, saved is not None, wants_gradient, weigher, out)
     sweep, logits, G = sweep or choose(walk), None, None
+    if problem.rows.target is not None:
+        sweep = comparing(sweep, problem.rows.target, plan.target_copied)
     skips = wants_gradient and problem.gradient_tolerance is not None
     columns = ColumnFilter.of(problem, backend, out.dropped) if skips else None
     with torch.autocast(problem.student.hidden.device.type, enabled=False):
@@ -123,7 +125,7 @@ class Buffers:
 
     def __init__(self, problem: Problem, plan: ChunkPlan) -> None:
         hidden, V = problem.student.hidden, problem.student.weight.shape[0]
-        alone, part = problem.teacher is None, plan.part_rows
+        alone, part = problem.teacher is None and not plan.target_copied, plan.part_rows
         stride = row_stride(V, plan.logits_dtype, hidden.device.type)
         shape = plan.rows + (0 if alone else part), stride
         self.pair = empty(shape, plan.logits_dtype, hidden.device)[:, :V]
@@ -150,7 +152,8 @@ class Buffers:
         S, T = self.pair[part], self.pair[behind : behind + C]
         if teacher is None or problem.teacher is None:
             project(student, head, S, centre.s)
-            return Rows(S, self.zeros.expand(C, -1), problem.student.bias, None, centre.at_label)
+            T = self.zeros.expand(C, -1) if self.zeros.numel() else T
+            return Rows(S, T, problem.student.bias, None, centre.at_label)
         teacher = teacher[part]
         if self.stack is None:
             project(student, head, S, centre.s)
@@ -316,10 +319,7 @@ class Walk:
     out: Outputs
 
     def zero_invalid(self, values: Tensor, at: Positions) -> Tensor:
-        """Set the (n, ...) values of masked rows to 0.
-
-        They reach the loop only where packing is off.
-        """
+        """Set the (n, ...) values of masked rows to 0. They reach the loop only where packing is off."""
         if self.valid is None:
             return values
         return torch.where(self.valid[at].view(-1, *[1] * (values.dim() - 1)), values, 0)

@@ -89,6 +89,7 @@ class ChunkPlan:
     # with sequences, or in a statistics pass of their "own pass".
     weighting: str = "before"
     weighting_reason: str = ""
+    target_copied: bool = False  # a teacher's rows are copied into a buffer of their own
 
     def bounds(self) -> list[slice]:
         """Return the chunks, as slices of the valid rows."""
@@ -376,6 +377,7 @@ def plan(
     policy: bool = False,
     topk: int = 0,
     listed: int = 0,
+    target_copied: bool = False,
     one_sweep: bool = True,
     factor: float = 1.0,
     softcap: bool = False,
@@ -385,7 +387,7 @@ def plan(
 ) -> ChunkPlan:
     """Plan `linear_divergence` for N valid tokens, a vocabulary of V and the hidden sizes of both sides.
 
-    * `H_teacher`: defaults to `H_student`; 0 means no teacher's head.
+    * `H_teacher`: defaults to `H_student`; 0 means no teacher's head. `target_copied`: but rows to be cast.
     * `shared_head`: of both sides. `trainable_head`, `grad`, `bias_grad`: a gradient of it, any, of the bias.
     * `backward`, `logits_dtype`, `gradient_tolerance`: as in `linear_divergence`.
     * `weights_scope`: scope of the token weights. With "sequence", chunks end at sequence boundaries if a
@@ -406,6 +408,8 @@ def plan(
     buffer, difference = resolve_logits(dtype, logits_dtype, shared_head, transforms=[transform])
     selects = grad and gradient_tolerance is not None
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V) + listed, device_type, selects)
+    teacher_row = row_stride(V, buffer, device_type) * buffer.itemsize * (H_teacher > 0 or target_copied)
+    per_row += teacher_row * target_copied
     scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads, listed) if device_type == "cpu" else 0
     scratch += (KEPT_BYTES + SELECT_BYTES * V) * selects
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
@@ -417,25 +421,18 @@ def plan(
     in_loop = (gemms.trainable or policy or selects) and grad and not again
     weighting, reason = _when_weighted(weights_scope, longest_sequence, most, in_loop)
     rows = part = max(min(N, most), 1)
-    teacher_row = row_stride(V, buffer, device_type) * buffer.itemsize * (H_teacher > 0)
     if weighting != "aligned" and N > most:
         waves = (gemms, dtype.itemsize, sm_count) if device_type == "cuda" else None
         rows, accumulator, part = _fewest_chunks(N, waves, most_rows, room, per_row, teacher_row)
     workspace = min(rows, N) * per_row - (rows - part) * teacher_row
     return ChunkPlan(
-        tokens=N,
-        rows=rows,
-        part_rows=part,
-        logits_dtype=buffer,
-        difference=difference,
-        centred=buffer.itemsize == 2 and not softcap,
-        gradient_dtype=held,
+        tokens=N, rows=rows, part_rows=part, logits_dtype=buffer, difference=difference, gradient_dtype=held,
+        centred=buffer.itemsize == 2 and not softcap, weighting=weighting, weighting_reason=reason,
         tile_share=tile_share(gemms, N, rows, sm_count) if device_type == "cuda" else 1.0,
-        weighting=weighting,
-        weighting_reason=reason,
+        target_copied=target_copied,
         **_memory(N, gemms, dtype, held, workspace, scratch, accumulator, 4 * V * bias_grad, listed),
         **_work(N, rows, gemms, dtype, buffer, 2 - one_sweep, again, weighting, accumulator),
-    )
+    )  # fmt: skip
 
 
 def _memory(

@@ -61,7 +61,8 @@ def token_stats(
     def shaped(column: Tensor) -> Tensor:
         return column.detach().to(dtype).reshape(shape)
 
-    teacher, valid = problem.teacher is not None, problem.rows.valid
+    teacher = problem.teacher is not None or problem.rows.target is not None
+    valid = problem.rows.valid
     if problem.rows.labels is None:
         logprobs = None
     agreement = stats[:, Column.STUDENT_ARGMAX] == stats[:, Column.TEACHER_ARGMAX]
