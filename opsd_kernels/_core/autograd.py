@@ -23,6 +23,7 @@ from torch import Tensor
 from .._rows.contract import Column
 from ..spec import BACKWARDS, check_choice, expect
 from . import library, listed
+from .forward_cache import Parts
 from .loop import empty, on_host
 from .problem import Problem, Side
 from .reductions import RowWeigher, TokenStats, token_stats
@@ -389,6 +390,52 @@ class LogProbsAt(torch.autograd.Function):
             for grad, dtype, want in zip(grads, ctx.dtypes, ctx.wants, strict=True)
         )
         return *scaled, None, None
+
+
+class CachedForwardKL(torch.autograd.Function):
+    """Return the forward KL of each row, (N,) in nats, from a cached teacher (forward_cache.py).
+
+    The labels of the problem are the cache's tokens y. With `policy_slope` set, dh is computed in the forward
+    pass: that of -log q_y, minus factor * r, summed in fp32 before the one rounding.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, problem, parts, factor):
+        problem = replace(problem, student=replace(problem.student, hidden=hidden))
+        ctx.dtype, unit = hidden.dtype, None
+        if problem.rows.policy_slope is not None:
+            *factors, unit = _fp16_units(hidden.dtype, problem.rows.factor, problem.rows.policy_slope)
+            problem = problem.with_factors(*factors)
+        _, _, _, logprobs, dh, *_ = library.op(*library.pack(problem), False, False)
+        product = torch.bmm(hidden.to(parts.mean.dtype)[:, None], parts.mean[:, :, None])[:, 0, 0]
+        D = parts.negative_entropy - factor * (product + parts.bias) - logprobs[:, 0]
+        # A student without probability at y, where the teacher has some.
+        D = torch.where(logprobs[:, 0] == -torch.inf, torch.inf, D)
+        if dh.numel():
+            dh -= (factor if unit is None else factor / unit) * parts.mean
+        anchor = D.new_empty(0)
+        ctx.save_for_backward(dh, unit, anchor)
+        ctx.set_materialize_grads(False)
+        return D if problem.rows.valid is None else torch.where(problem.rows.valid, D, 0.0), anchor
+
+    @staticmethod
+    @first_order
+    def backward(ctx, upstream, _):
+        if upstream is None:
+            return (None,) * 4
+        dh, unit, _ = ctx.saved_tensors
+        scale = upstream if unit is None else upstream * unit
+        return _scaled(dh, scale[:, None], ctx.dtype), None, None, None
+
+
+def cached_forward_kl(problem: Problem, parts: Parts, factor: float, weigher: RowWeigher) -> Tensor:
+    """Return the reduced loss, 0-dim, or of the leading shape for a loss per token."""
+    if problem.wants[0]:
+        slope = weigher.mask().reshape(-1).to(problem.stats_dtype)
+        problem = problem.with_factors(torch.zeros_like(slope), slope)
+    D, _ = CachedForwardKL.apply(problem.student.hidden, problem, parts, factor)
+    losses = _times(weigher.weights(None) * weigher.scale, D)
+    return losses.reshape(weigher.leading) if weigher.per_token else losses.sum()
 
 
 def log_probs(problem: Problem, in_forward: bool, entropy: bool) -> tuple[Tensor, Tensor]:
