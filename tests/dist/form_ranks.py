@@ -6,14 +6,25 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from launching import join, leave
+from vocab_ranks import cut
+from vocab_ranks import whole as whole_outcome
 
-from opsd_kernels import VocabShard, linear_logprobs_at, linear_topk
-from opsd_kernels.testing import assert_no_worse, assert_same_bits, hard_case
+from opsd_kernels import (
+    VocabShard,
+    cache_forward_kl,
+    linear_cached_forward_kl,
+    linear_divergence_to,
+    linear_logprobs_at,
+    linear_topk,
+)
+from opsd_kernels.testing import assert_no_worse, assert_same_bits, evaluate, hard_case, plain_outcomes
+from opsd_kernels.testing.reference import linear_divergence_reference
 from opsd_kernels.testing.reference_lists import linear_logprobs_at_reference, linear_topk_reference
 
 V, N, H = 211, 17, 12
@@ -76,12 +87,50 @@ def check_logprobs_at(softcap: float | None) -> None:
             assert_no_worse(mine, peer, exact)
 
 
+def check_target(divergence: str, topk: int | None) -> None:
+    """Each rank holds the columns of its slice of a target, here logits in float64."""
+    case = replace(hard_case(28, V, 48, torch.float32, largest_logit=8.0), token_weights=None)
+    told = {"divergence": divergence, "topk": topk, "topk_support": "teacher"}
+    truth, plain = evaluate(linear_divergence_reference, case.double(), **told), plain_outcomes(case, **told)
+    target = case.teacher_hidden.double() @ case.teacher_weight.double().T + case.teacher_bias.double()
+
+    for shard in shards():
+
+        def run(h, W, t, Wt, *, teacher_bias=None, shard=shard, **options):
+            own = target[:, shard.start : shard.stop]
+            return linear_divergence_to(h, W, own, group=shard, workspace_bytes=20_000, **options)
+
+        assert_no_worse(whole_outcome(evaluate(run, cut(case, shard), **told)), plain, truth)
+
+
+def check_cached(frozen_bias: bool) -> None:
+    """The means of the slices add up, the gradient of the hidden states is summed over the ranks."""
+    case = hard_case(28, V, 48, torch.float32, largest_logit=8.0, frozen_head=True, bias=frozen_bias)
+    case = replace(case, token_weights=None)
+    told = {"divergence": "forward_kl"}
+    truth, plain = evaluate(linear_divergence_reference, case.double(), **told), plain_outcomes(case, **told)
+    for shard in shards():
+
+        def run(h, W, t, Wt, *, labels, mask, divergence, shard=shard, **biases):
+            mask, own = mask & (labels != -100), biases.get("student_bias")
+            shared = {"student_bias": own, "mask": mask, "group": shard, "workspace_bytes": 20_000}
+            cache = cache_forward_kl(t, Wt, W, teacher_bias=biases.get("teacher_bias"), **shared)
+            return linear_cached_forward_kl(h, W, cache, **shared)
+
+        assert_no_worse(whole_outcome(evaluate(run, cut(case, shard), **told)), plain, truth)
+
+
 def checks() -> Iterator[tuple[str, Callable[[], None]]]:
     for k in (1, 7, 40, V - 1):
         for bias in (False, True):
             yield f"list of {k}, {bias}", lambda k=k, bias=bias: check_lists(k, bias)
     for softcap in (None, 5.0):
         yield f"log-probs at ids, {softcap}", lambda softcap=softcap: check_logprobs_at(softcap)
+    for divergence, topk in (("jsd", None), ("reverse_kl", None), ("forward_kl", 5)):
+        name = f"target, {divergence}, {topk}"
+        yield name, lambda divergence=divergence, topk=topk: check_target(divergence, topk)
+    for bias in (False, True):
+        yield f"cached forward KL, {bias}", lambda bias=bias: check_cached(bias)
 
 
 def main(rank: str, world: str, rendezvous: str, result: str) -> None:
