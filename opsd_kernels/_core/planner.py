@@ -347,10 +347,15 @@ def _fewest_chunks(
     return best
 
 
-def _cpu_scratch(dtype: torch.dtype, V: int, topk: int, one: bool, threads: int | None, listed: int) -> int:
+def _cpu_scratch(
+    dtype: torch.dtype, V: int, topk: int, one: bool, threads: int | None, listed: int, alone: bool
+) -> int:
     """Scratch bytes of the math library and of the sweeps on a CPU, on top of the logits buffers."""
     tiled = dtype.itemsize == 2 and extension.has_amx()
-    per_thread = CPU_SCRATCH_PER_THREAD_AMX if tiled else LIST_SCRATCH if listed else CPU_SCRATCH_PER_THREAD
+    per_thread = CPU_SCRATCH_PER_THREAD_AMX if tiled else CPU_SCRATCH_PER_THREAD
+    # Without a second head, and with this package's GEMMs: at 8 threads 25 MiB in fp32, and 1 for a list.
+    if alone and not tiled and (extension.gemm_fp32_serves(dtype) or dtype == torch.bfloat16):
+        per_thread = LIST_SCRATCH if listed else per_thread // 2
     columns = QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one)
     sliced = dtype == torch.float16 or not extension.mm_has_units(dtype)  # see cpu_gemm.py
     slices = SLICE_BYTES if sliced else 0
@@ -410,8 +415,8 @@ def plan(
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V) + listed, device_type, selects)
     teacher_row = row_stride(V, buffer, device_type) * buffer.itemsize * (H_teacher > 0 or target_copied)
     per_row += teacher_row * target_copied
-    scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads, listed) if device_type == "cpu" else 0
-    scratch += (KEPT_BYTES + SELECT_BYTES * V) * selects
+    scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads, listed, H_teacher == 0)
+    scratch = scratch * (device_type == "cpu") + (KEPT_BYTES + SELECT_BYTES * V) * selects
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
     held, again = held_dtype(dtype, buffer), backward == "recompute" and grad
     room = budget - min(scratch, budget // 2, max(budget - per_row, 0))
