@@ -33,7 +33,7 @@ struct ExpPair {
 
 OPSD_FORMULA float select(bool condition, float yes, float no) { return condition ? yes : no; }
 OPSD_FORMULA double select(bool condition, double yes, double no) { return condition ? yes : no; }
-OPSD_FORMULA float max(float a, float b) { return a > b ? a : b; }
+OPSD_FORMULA float max(float a, float b) { return ::fmaxf(a, b); }
 OPSD_FORMULA double max(double a, double b) { return a > b ? a : b; }
 OPSD_FORMULA float abs(float x) { return x < 0 ? -x : x; }
 OPSD_FORMULA double abs(double x) { return x < 0 ? -x : x; }
@@ -77,7 +77,8 @@ OPSD_FORMULA Mixture<X> mixture(const Ratio<X>& r, X beta) {
   const auto below = r.delta <= X(0);
   const X part = select(below, beta, X(1) - beta) * r.a;  // m/q - 1 where below, m/p - 1 elsewhere
   const X log = log1p(part);
-  return {select(below, log, log + r.delta), select(below, log - r.delta, log), select(below, r.decay, X(1)) * reciprocal(X(1) + part)};
+  const X inverse = reciprocal(X(1) + part);
+  return {select(below, log, log + r.delta), select(below, log - r.delta, log), select(below, r.decay * inverse, inverse)};
 }
 
 template <bool GUARDED, class X>
@@ -124,6 +125,18 @@ OPSD_FORMULA Terms<X> tvd(X q, X p, const Ratio<X>& r) {
   return {guard<GUARDED>(larger, X(-0.5) * r.a * larger), guard<GUARDED>(q, sign_term)};
 }
 
+template <bool GUARDED, class X>
+OPSD_FORMULA Terms<X> mixed_kl(X q, X p, X delta, X beta) {
+  const X of_q = (X(1) - beta) * guard<GUARDED>(q, -(q * delta));
+  return {beta * guard<GUARDED>(p, p * delta) + of_q, beta * (q - p) + of_q};
+}
+
+// u / q of mixed KL where delta is finite, q - p without the cancellation.
+template <class X>
+OPSD_FORMULA X mixed_kl_ratio(X delta, X expm1_delta, X beta) {
+  return -(beta * expm1_delta) - (X(1) - beta) * delta;
+}
+
 template <Kind KIND, bool GUARDED, class X>
 OPSD_FORMULA Terms<X> entry(X q, X p, const Ratio<X>& r, X beta) {
   if constexpr (KIND == Kind::REVERSE_KL) return reverse_kl<GUARDED>(q, r.delta);
@@ -132,20 +145,28 @@ OPSD_FORMULA Terms<X> entry(X q, X p, const Ratio<X>& r, X beta) {
   if constexpr (KIND == Kind::SKEW_REVERSE_KL) return skew_reverse_kl<GUARDED>(q, r, beta);
   if constexpr (KIND == Kind::SKEW_FORWARD_KL) return skew_forward_kl<GUARDED>(q, p, r, beta);
   if constexpr (KIND == Kind::TVD) return tvd<GUARDED>(q, p, r);
+  if constexpr (KIND == Kind::MIXED_KL) return mixed_kl<GUARDED>(q, p, r.delta, beta);
 }
 
-// A term under the entry clip; taken: 1 where the clip holds, else 0. Reverse KL's u = f leaves out a
-// constant times q: the q that A then lacks is subtracted here.
+// u of a clipped term, whose derivative is 0: minus the multiple of q that u leaves out (Divergence.omitted), which
+// cancels where nothing is clipped.
+template <Kind KIND, class X>
+OPSD_FORMULA X clipped_u(X q, X beta) {
+  if constexpr (KIND == Kind::REVERSE_KL) return -q;
+  if constexpr (KIND == Kind::MIXED_KL) return q * (X(2) * beta - X(1));
+  return X(0);
+}
+
+// A term under the entry clip; taken: 1 where the clip holds, else 0.
 template <class X>
 struct ClippedTerms {
   X f, u, taken;
 };
 
 template <Kind KIND, class X>
-OPSD_FORMULA ClippedTerms<X> clip_terms(const Terms<X>& terms, X q, X clip) {
-  const auto above = terms.f > clip;
-  const X u = KIND == Kind::REVERSE_KL ? -q : X(0);
-  return {select(above, clip, terms.f), select(above, u, terms.u), select(above, X(1), X(0))};
+OPSD_FORMULA ClippedTerms<X> clip_terms(const Terms<X>& terms, X q, const TermOptions<X>& options) {
+  const auto above = terms.f > options.clip;
+  return {select(above, options.clip, terms.f), select(above, clipped_u<KIND>(q, options.beta), terms.u), select(above, X(1), X(0))};
 }
 
 }  // namespace opsd

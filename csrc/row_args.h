@@ -6,8 +6,15 @@
 namespace opsd {
 
 // spec.Kind
-enum class Kind : int { REVERSE_KL = 0, FORWARD_KL, JSD, SKEW_REVERSE_KL, SKEW_FORWARD_KL, TVD };
-constexpr int KINDS = 6;
+enum class Kind : int { REVERSE_KL = 0, FORWARD_KL, JSD, SKEW_REVERSE_KL, SKEW_FORWARD_KL, TVD, MIXED_KL };
+constexpr int KINDS = 7;
+
+// spec.Divergence.one_sweep: the statistics hold the value.
+constexpr bool one_sweep(Kind kind) { return kind == Kind::REVERSE_KL || kind == Kind::FORWARD_KL || kind == Kind::MIXED_KL; }
+
+// Whether the divergence has the reverse KL among its terms, and the forward KL.
+constexpr bool has_reverse(Kind kind) { return kind == Kind::REVERSE_KL || kind == Kind::MIXED_KL; }
+constexpr bool has_forward(Kind kind) { return kind == Kind::FORWARD_KL || kind == Kind::MIXED_KL; }
 
 enum class Dtype : int { FLOAT64, FLOAT32, BFLOAT16, FLOAT16 };
 

@@ -107,7 +107,7 @@ def plan(
     device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     divergence: Annotated[
         str,
-        typer.Option("--divergence", help="The plain KLs need one sweep less, tvd takes fp32 logits."),
+        typer.Option("--divergence", help="All KLs need one sweep less, tvd takes fp32 logits."),
     ] = "reverse_kl",
     softcap: Annotated[
         bool, typer.Option("--softcap/--no-softcap", help="Whether logits have a softcap.")

@@ -26,12 +26,16 @@ class DivergenceOptions(TypedDict, total=False):
     * `divergence`: "reverse_kl" KL(q || p); "forward_kl" KL(p || q);
       "jsd" beta * KL(p || m) + (1 - beta) * KL(q || m) (arXiv:2306.13649, eq. 1);
       "skew_forward_kl" KL(p || m) and "skew_reverse_kl" KL(q || m) (arXiv:2402.03898, eq. 2-3);
-      "tvd" sum |p - q| / 2. The loss of SDPO is arXiv:2601.20802, eq. 1.
-    * `beta`: the weight on the teacher, in (0, 1), for "jsd" and the skew divergences.
+      "tvd" sum |p - q| / 2; "mixed_kl" beta * KL(p || q) + (1 - beta) * KL(q || p).
+      The loss of SDPO is arXiv:2601.20802, eq. 1.
+    * `beta`: the weight on the teacher, in (0, 1), for "jsd" and the skew divergences; the weight of the
+      forward KL, in [0, 1], for "mixed_kl".
     * `teacher_mix`: a in [0, 1). Teacher logits t become (1 - a) * t + a * s, with the student's logits s
       held constant (the trust-region teacher of SDPO).
     * `entry_clip`, `token_clip`: upper bounds, of each vocabulary entry's term and of each token's
       divergence. A clipped entry or token has no gradient.
+    * `z_loss`: c >= 0 adds c * logsumexp(student logits)**2 to each token's loss, of the transformed logits
+      over the whole vocabulary. No clip acts on it. Not beside a policy term.
     * `topk`, `topk_support`, `topk_tail`: restrict the sum to the `topk` largest entries of the "student" or
       the "teacher". The mass outside becomes one more entry ("bucket"), is removed by renormalising both
       sides ("renormalize"), or is left out ("none"). The support is a constant for the gradient.
@@ -103,6 +107,7 @@ class DivergenceOptions(TypedDict, total=False):
     teacher_mix: float
     entry_clip: float | None
     token_clip: float | None
+    z_loss: float | None
     reduction: str
     normalizer: float | Tensor | None
     return_stats: bool
@@ -141,6 +146,7 @@ def linear_divergence(
     teacher_mix: float = 0.0,
     entry_clip: float | None = None,
     token_clip: float | None = None,
+    z_loss: float | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     return_stats: bool = False,
@@ -177,7 +183,7 @@ def linear_divergence(
         teacher_logit_scale=teacher_logit_scale, student_softcap=student_softcap,
         teacher_softcap=teacher_softcap, vocab_size=vocab_size, labels=labels, ignore_index=ignore_index,
         mask=mask, token_weights=token_weights, teacher_mix=teacher_mix, entry_clip=entry_clip,
-        token_clip=token_clip, reduction=reduction, normalizer=normalizer, topk=topk,
+        token_clip=token_clip, z_loss=z_loss, reduction=reduction, normalizer=normalizer, topk=topk,
         topk_support=topk_support, topk_tail=topk_tail, logits_dtype=logits_dtype,
         gradient_tolerance=gradient_tolerance, workspace_bytes=workspace_bytes, backend=backend, group=group,
     )  # fmt: skip
@@ -224,6 +230,8 @@ def prepare(
     `listed` is (ids, log-probs, tail) of a teacher of which only the top-k is known, `target` (rows, their
     form) of one that is given as rows.
     """
+    both = policy is not None and options["z_loss"]
+    expect(not both, "z_loss", "None beside a policy term", options["z_loss"])
     problem = Problem.of(
         row_spec(options),
         Side(*student, options["student_bias"]),
@@ -260,6 +268,8 @@ def row_spec(options: dict[str, Any]) -> RowSpec:
         math.inf if options[clip] is None else check_number(clip, options[clip], positive=True)
         for clip in CLIPS
     )
+    z_loss = 0.0 if options["z_loss"] is None else check_number("z_loss", options["z_loss"])
+    expect(z_loss >= 0, "z_loss", "None or a number of at least 0", z_loss)
     return RowSpec(
         Divergence.parse(options["divergence"], options["beta"]),
         LogitTransform.parse("student", *student, "temperature", options["temperature"]),
@@ -267,4 +277,5 @@ def row_spec(options: dict[str, Any]) -> RowSpec:
         teacher_mix=mix,
         entry_clip=entry_clip,
         token_clip=token_clip,
+        z_loss=z_loss,
     )

@@ -23,6 +23,7 @@ class Kind(IntEnum):
     SKEW_REVERSE_KL = 3
     SKEW_FORWARD_KL = 4
     TVD = 5
+    MIXED_KL = 6
 
 
 CLIPS = ("entry_clip", "token_clip")  # options that bound a term of the sum, and the sum
@@ -101,7 +102,10 @@ def _mixture_weight(name: str, beta: float, hints: dict[float, str]) -> float:
 
 @dataclass(frozen=True)
 class Divergence:
-    """A divergence between teacher p and student q. `beta` is the mixture's weight on the teacher."""
+    """A divergence between teacher p and student q.
+
+    `beta` is the mixture's weight on the teacher or, of the mixed KL, the weight of the forward KL.
+    """
 
     kind: Kind
     beta: float = 0.5
@@ -111,6 +115,10 @@ class Divergence:
         check_choice("divergence", name, tuple(KIND_NAMES))
         kind = KIND_NAMES[name]
         beta = check_number("beta", beta)
+        if kind == Kind.MIXED_KL:
+            expect(0 <= beta <= 1, "beta", "a number in [0, 1] for divergence='mixed_kl'", beta)
+            # At an end one KL has no part in the sum, even if it is infinite.
+            return cls(Kind.REVERSE_KL if beta == 0 else Kind.FORWARD_KL if beta == 1 else kind, beta)
         if kind == Kind.JSD:
             hints = {0.0: "; for beta=0 use divergence='forward_kl'"}
             hints[1.0] = "; for beta=1 use divergence='reverse_kl'"
@@ -136,8 +144,13 @@ class Divergence:
 
     @property
     def one_sweep(self) -> bool:
-        """True if the statistics sweep alone yields the value: for the two plain KLs."""
-        return self.kind in (Kind.REVERSE_KL, Kind.FORWARD_KL)
+        """True if the statistics sweep alone yields the value: for the two plain KLs and their sum."""
+        return self.kind in (Kind.REVERSE_KL, Kind.FORWARD_KL, Kind.MIXED_KL)
+
+    @property
+    def omitted(self) -> float:
+        """The c in the term c * q that u of a sweep leaves out of the derivative: mathematics.md, clips."""
+        return {Kind.REVERSE_KL: 1.0, Kind.MIXED_KL: 1 - 2 * self.beta}.get(self.kind, 0.0)
 
 
 def interpolation(beta: float) -> dict[str, Any]:
@@ -254,7 +267,8 @@ class RowSpec:
 
     With `difference`, the teacher buffer holds raw teacher logits minus raw student logits (mathematics.md:
     the difference GEMM). `teacher_mix` a makes the teacher's transformed logits (1 - a) * t + a * s, s held
-    constant. `entry_clip` clips each term of the sum, `token_clip` the sum; inf clips nothing.
+    constant. `entry_clip` clips each term of the sum, `token_clip` the sum; inf clips nothing. `z_loss` c
+    adds c * logsumexp(s)**2 to a row's loss; no sweep reads it.
     """
 
     divergence: Divergence
@@ -265,6 +279,7 @@ class RowSpec:
     teacher_mix: float = 0.0
     entry_clip: float = math.inf
     token_clip: float = math.inf
+    z_loss: float = 0.0
 
     @property
     def of_rows(self) -> bool:
@@ -318,11 +333,11 @@ class RowSpec:
 
     @classmethod
     def from_scalars(cls, values: Sequence[float], temperatures: Sequence[Tensor | None]) -> RowSpec:
-        """Rebuild a spec from `scalars` and each side's tensor of temperatures.
+        """Rebuild a spec from `scalars`, the z-loss and each side's tensor of temperatures.
 
         None for the teacher's, where its number is 0, stands for the student's.
         """
-        kind, beta, *transforms, difference, _, mix, entry_clip, token_clip = values
+        kind, beta, *transforms, difference, _, mix, entry_clip, token_clip, z_loss = values
         of_student, of_teacher = temperatures
         tensors = of_student, of_student if of_teacher is None else of_teacher
         student, teacher = (
@@ -332,7 +347,7 @@ class RowSpec:
             )
         )
         divergence = Divergence(Kind(int(kind)), beta)
-        return cls(divergence, student, teacher, bool(difference), mix, entry_clip, token_clip)
+        return cls(divergence, student, teacher, bool(difference), mix, entry_clip, token_clip, z_loss)
 
     @property
     def clips(self) -> bool:
@@ -341,7 +356,7 @@ class RowSpec:
 
     @property
     def one_sweep(self) -> bool:
-        """True if the statistics sweep alone yields the value: for a plain KL without an entry clip."""
+        """True if the statistics sweep alone yields the value: for KLs without an entry clip."""
         return self.divergence.one_sweep and self.entry_clip == math.inf
 
     @property

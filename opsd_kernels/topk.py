@@ -30,6 +30,7 @@ def linear_topk_divergence(
     token_weights: Tensor | TokenWeighting | None = None,
     entry_clip: float | None = None,
     token_clip: float | None = None,
+    z_loss: float | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     return_stats: bool = False,
@@ -65,9 +66,9 @@ def linear_topk_divergence(
         divergence=divergence, beta=beta, temperature=temperature, student_bias=student_bias,
         student_logit_scale=student_logit_scale, student_softcap=student_softcap, vocab_size=vocab_size,
         labels=labels, ignore_index=ignore_index, mask=mask, token_weights=token_weights,
-        entry_clip=entry_clip, token_clip=token_clip, reduction=reduction, normalizer=normalizer,
-        logits_dtype=logits_dtype, gradient_tolerance=gradient_tolerance, workspace_bytes=workspace_bytes,
-        backend=backend, group=group,
+        entry_clip=entry_clip, token_clip=token_clip, z_loss=z_loss, reduction=reduction,
+        normalizer=normalizer, logits_dtype=logits_dtype, gradient_tolerance=gradient_tolerance,
+        workspace_bytes=workspace_bytes, backend=backend, group=group,
         teacher_temperature=1.0,  # of logits that are all 0
     )  # fmt: skip
     student = student_hidden, student_weight
@@ -97,6 +98,7 @@ def linear_divergence_to(
     teacher_mix: float = 0.0,
     entry_clip: float | None = None,
     token_clip: float | None = None,
+    z_loss: float | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     return_stats: bool = False,
@@ -138,6 +140,7 @@ def linear_divergence_to(
         student_bias=student_bias, student_logit_scale=student_logit_scale, student_softcap=student_softcap,
         vocab_size=vocab_size, labels=labels, ignore_index=ignore_index, mask=mask,
         token_weights=token_weights, teacher_mix=teacher_mix, entry_clip=entry_clip, token_clip=token_clip,
+        z_loss=z_loss,
         reduction=reduction, normalizer=normalizer, topk=topk, topk_support=topk_support, topk_tail=topk_tail,
         logits_dtype=logits_dtype, gradient_tolerance=gradient_tolerance, workspace_bytes=workspace_bytes,
         backend=backend, group=group,

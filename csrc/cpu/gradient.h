@@ -32,7 +32,8 @@ struct Value {
 // f and u over a row; u replaces the teacher in the scratch.
 template <Kind KIND, bool FAR, bool CLIP, class X, class T>
 OPSD_SWEEP Value entry_sums(const GapRow<X, T> gap, int64_t V, const RowState row, const TermOptions<double> options, const Scratch<X> w) {
-  const X scale_q(row.inverse_z), scale_p(row.inverse_zt), beta(options.beta), clip(options.clip);
+  const X scale_q(row.inverse_z), scale_p(row.inverse_zt), beta(options.beta);
+  const TermOptions<X> bounds{beta, X(options.clip)};
   const RatioRow<X> ratios(w.p, row.gap);
   Total<X> loss, A, taken;
   auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
@@ -45,7 +46,7 @@ OPSD_SWEEP Value entry_sums(const GapRow<X, T> gap, int64_t V, const RowState ro
       terms = entry<KIND, false>(q, fma(q, excess, q), ratio(delta, excess), beta);
     }
     if constexpr (CLIP) {
-      const ClippedTerms<X> clipped = clip_terms<KIND>(terms, q, clip);
+      const ClippedTerms<X> clipped = clip_terms<KIND>(terms, q, bounds);
       terms = {clipped.f, clipped.u};
       taken.block = taken.block + lanes(clipped.taken, 0);
     }
@@ -101,25 +102,28 @@ OPSD_SWEEP void policy_gradient(Out* G, int64_t V, double inverse_z, const Pull 
   write_row<X>(G, V, pull, bent, w, value);
 }
 
-// The gradient of a plain KL and a policy term. FAR and reverse KL differ only in the guard, which near rows
-// tolerate.
+// The gradient of a KL, or of the sum of both, and a policy term. FAR and reverse KL differ only in the guard,
+// which near rows tolerate.
 template <Kind KIND, bool FAR, class X, class T, class Out>
-OPSD_SWEEP void kl_policy_gradient(const GapRow<X, T> gap, Out* G, int64_t V, const RowState row, const Pull pull, bool bent, const Scratch<X> w) {
-  const X scale_q(row.inverse_z), scale_p(row.inverse_zt), factor(pull.factor), weight(pull.weight), share(pull.share());
+OPSD_SWEEP void kl_policy_gradient(const GapRow<X, T> gap, Out* G, int64_t V, const RowState row, const Pull pull, double mixture, bool bent, const Scratch<X> w) {
+  const X scale_q(row.inverse_z), scale_p(row.inverse_zt), factor(pull.factor), weight(pull.weight), share(pull.share()), beta(mixture);
   const RatioRow<X> ratios(w.p, row.gap);
   auto value = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
     const X q = load(w.e + v) * scale_q;
-    if constexpr (KIND == Kind::REVERSE_KL) return fma(reverse_kl<FAR>(q, lanes(gap.delta(v, lanes.count), 0)).u, factor, q * share);
+    const X delta = KIND == Kind::FORWARD_KL ? q : lanes(gap.delta(v, lanes.count), 0);
+    if constexpr (KIND == Kind::REVERSE_KL) return fma(reverse_kl<FAR>(q, delta).u, factor, q * share);
+    else if constexpr (KIND == Kind::MIXED_KL && FAR) return fma(mixed_kl<FAR>(q, load(w.p + v) * scale_p, delta, beta).u, factor, q * share);
+    else if constexpr (KIND == Kind::MIXED_KL) return q * fma(mixed_kl_ratio(delta, ratios.at(v), beta), factor, share);
     else if constexpr (FAR) return fma(load(w.p + v) * scale_p, -factor, q * share);
     else return q * fma(ratios.at(v), -factor, weight);
   };
   write_row<X>(G, V, pull, bent, w, value);
 }
 
-// The gradient of the two plain KLs alone. Near rows fold the row's factor into q.
+// The gradient of a KL, or of the sum of both, alone. Near rows fold the row's factor into q.
 template <Kind KIND, bool FAR, class X, class T, class Out>
-OPSD_SWEEP void kl_gradient(const GapRow<X, T> gap, Out* G, int64_t V, const RowState row, double A, double factor, bool bent, const Scratch<X> w) {
-  const X scale_q(FAR ? row.inverse_z : row.inverse_z * factor), scale_p(row.inverse_zt), after(factor), dot(A);
+OPSD_SWEEP void kl_gradient(const GapRow<X, T> gap, Out* G, int64_t V, const RowState row, const Pull pull, double mixture, bool bent, const Scratch<X> w) {
+  const X scale_q(FAR ? row.inverse_z : row.inverse_z * pull.factor), scale_p(row.inverse_zt), after(pull.factor), dot(pull.A), beta(mixture);
   const RatioRow<X> ratios(w.p, row.gap);
   auto step = [&](int64_t v, auto lanes) __attribute__((always_inline)) {
     const X q = load(w.e + v) * scale_q;
@@ -128,7 +132,10 @@ OPSD_SWEEP void kl_gradient(const GapRow<X, T> gap, Out* G, int64_t V, const Row
       if constexpr (FAR) g = (q - load(w.p + v) * scale_p) * after;
       else g = forward_kl_grad(q, ratios.at(v));
     } else {
-      g = reverse_kl<FAR>(q, lanes(gap.delta(v, lanes.count), 0)).u - q * dot;
+      const X delta = lanes(gap.delta(v, lanes.count), 0);
+      if constexpr (KIND == Kind::REVERSE_KL) g = reverse_kl<FAR>(q, delta).u - q * dot;
+      else if constexpr (FAR) g = mixed_kl<FAR>(q, load(w.p + v) * scale_p, delta, beta).u - q * dot;
+      else g = q * (mixed_kl_ratio(delta, ratios.at(v), beta) - dot);
       if constexpr (FAR) g = g * after;
     }
     put(G, w, bent, v, lanes.count, g);

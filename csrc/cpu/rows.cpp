@@ -59,7 +59,7 @@ class Rows {
   const RowArgs& a_;
   const Scratch<X> w_;
   const bool clip_entries_ = a_.terms.clip < INF;
-  const bool one_sweep_ = (a_.kind == Kind::REVERSE_KL || a_.kind == Kind::FORWARD_KL) && !clip_entries_;
+  const bool one_sweep_ = one_sweep(a_.kind) && !clip_entries_;
   // 1 where two pairs of rows and the scratch fit the cache, so that a row may prefetch the next; else 0. At
   // V = 152k a bf16 row gains 40 %, and a float32 row, which does not fit, would lose 20 %.
   const int64_t ahead_;
@@ -75,7 +75,7 @@ class Rows {
 
   RowState measure(const Source& source, const Scratch<X>& w) const {
     if (a_.metrics) return row_statistics<Mode::METRICS, X>(source, a_.V, a_.spread_limit, w);
-    if (a_.kind == Kind::FORWARD_KL) return row_statistics<Mode::FORWARD, X>(source, a_.V, a_.spread_limit, w);
+    if (has_forward(a_.kind)) return row_statistics<Mode::FORWARD, X>(source, a_.V, a_.spread_limit, w);
     return row_statistics<Mode::REVERSE, X>(source, a_.V, a_.spread_limit, w);
   }
 
@@ -88,7 +88,7 @@ class Rows {
                                     row.gap,
                                     row.spread,
                                     m || a_.kind != Kind::FORWARD_KL ? row.reverse_kl : 0,
-                                    m || a_.kind == Kind::FORWARD_KL ? row.forward_kl : 0,
+                                    m || has_forward(a_.kind) ? row.forward_kl : 0,
                                     m ? row.entropy_s : 0,
                                     m ? row.entropy_t : 0,
                                     m ? row.prob_s : 0,
@@ -132,6 +132,9 @@ class Rows {
       case Kind::SKEW_REVERSE_KL: return value<Kind::SKEW_REVERSE_KL, CLIP>(source, row);
       case Kind::SKEW_FORWARD_KL: return value<Kind::SKEW_FORWARD_KL, CLIP>(source, row);
       case Kind::TVD: return value<Kind::TVD, CLIP>(source, row);
+      case Kind::MIXED_KL:
+        if constexpr (CLIP) return value<Kind::MIXED_KL, true>(source, row);
+        break;
     }
     return {0, 0};
   }
@@ -141,8 +144,10 @@ class Rows {
     // A side has no distribution, which the guards would turn into 0.
     if (std::isnan(row.gap)) return {row.gap, row.gap};
     if (!one_sweep_) return clip_entries_ ? two_sweep_value<true>(source, row) : two_sweep_value<false>(source, row);
+    if (a_.kind == Kind::FORWARD_KL) return {row.forward_kl, -1.0};
     if (a_.kind == Kind::REVERSE_KL) return {row.reverse_kl, row.reverse_kl};
-    return {row.forward_kl, -1.0};
+    const double A = (1 - a_.terms.beta) * row.reverse_kl;
+    return {a_.terms.beta * row.forward_kl + A, A};
   }
 
   // Writes loss, A and the clipped share, and returns the share. As contract.clip_tokens, the token clip
@@ -167,17 +172,23 @@ class Rows {
     if (pull.factor == 0) return policy_gradient(G, a_.V, row.inverse_z, pull, bent, w_);
     if (!one_sweep_) return combine(G, a_.V, row.inverse_z, pull, bent, w_);
     with_gap(source, row, [&](auto gap) {
-      const bool reverse = a_.kind == Kind::REVERSE_KL;
-      if (pull.weight != 0) {
-        if (reverse) return kl_policy_gradient<Kind::REVERSE_KL, true>(gap, G, a_.V, row, pull, bent, w_);
-        if (row.far) return kl_policy_gradient<Kind::FORWARD_KL, true>(gap, G, a_.V, row, pull, bent, w_);
-        return kl_policy_gradient<Kind::FORWARD_KL, false>(gap, G, a_.V, row, pull, bent, w_);
-      }
-      if (reverse && row.far) kl_gradient<Kind::REVERSE_KL, true>(gap, G, a_.V, row, pull.A, pull.factor, bent, w_);
-      else if (reverse) kl_gradient<Kind::REVERSE_KL, false>(gap, G, a_.V, row, pull.A, pull.factor, bent, w_);
-      else if (row.far) kl_gradient<Kind::FORWARD_KL, true>(gap, G, a_.V, row, pull.A, pull.factor, bent, w_);
-      else kl_gradient<Kind::FORWARD_KL, false>(gap, G, a_.V, row, pull.A, pull.factor, bent, w_);
+      if (a_.kind == Kind::REVERSE_KL) kl_row<Kind::REVERSE_KL>(gap, G, row, pull, bent);
+      else if (a_.kind == Kind::FORWARD_KL) kl_row<Kind::FORWARD_KL>(gap, G, row, pull, bent);
+      else kl_row<Kind::MIXED_KL>(gap, G, row, pull, bent);
     });
+  }
+
+  template <Kind KIND, class Gap, class Out>
+  void kl_row(const Gap& gap, Out* G, const RowState& row, const Pull& pull, bool bent) const {
+    const double beta = a_.terms.beta;
+    if (pull.weight != 0) {
+      if (KIND == Kind::REVERSE_KL || row.far) kl_policy_gradient<KIND, true>(gap, G, a_.V, row, pull, beta, bent, w_);
+      else if constexpr (KIND != Kind::REVERSE_KL) kl_policy_gradient<KIND, false>(gap, G, a_.V, row, pull, beta, bent, w_);
+    } else if (row.far) {
+      kl_gradient<KIND, true>(gap, G, a_.V, row, pull, beta, bent, w_);
+    } else {
+      kl_gradient<KIND, false>(gap, G, a_.V, row, pull, beta, bent, w_);
+    }
   }
 
   // Row i's factor and policy slope through the transform's constants, without A.

@@ -18,6 +18,7 @@
 
 #define OPSD_KERNEL __global__
 #define OPSD_DEVICE __device__ __forceinline__
+#define OPSD_CALLED __device__ __noinline__
 #define OPSD_GRID_CONSTANT const __grid_constant__
 
 namespace opsd::cuda {
@@ -34,7 +35,7 @@ OPSD_DEVICE char* shared_memory() { return reinterpret_cast<char*>(opsd_shared);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 OPSD_DEVICE int cluster_size() { return static_cast<int>(cooperative_groups::this_cluster().num_blocks()); }
 OPSD_DEVICE int cluster_rank() { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
-OPSD_DEVICE void cluster_sync() { cooperative_groups::this_cluster().sync(); }
+OPSD_DEVICE void cluster_sync() { asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 template <class T>
 OPSD_DEVICE const T* in_block(const T* shared, int rank) {
   return cooperative_groups::this_cluster().map_shared_rank(shared, rank);

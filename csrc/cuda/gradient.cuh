@@ -29,7 +29,7 @@ struct Distribution {
 // NEAR: of finite PLAIN rows of a near teacher. Their p = q * 2^delta has the rounding errors of the sum that
 // normalises it.
 template <bool NEAR, bool PLAIN>
-OPSD_DEVICE Distribution distribution(const Source<PLAIN>& source, const typename Source<PLAIN>::Entry& entry, const Normal& row) {
+OPSD_DEVICE Distribution distribution(const Source<PLAIN>& source, const Entry& entry, const Normal& row) {
   const Relative r = NEAR ? source.finite(entry, row.at) : source.relative(entry, row.at);
   const float q = exp2_approx(r.x), delta = r.o + row.shift, power = exp2_approx(delta);
   return {q, NEAR ? q * power : exp2_approx(r.y + row.shift), delta, exp2m1(delta, power)};
@@ -41,10 +41,8 @@ OPSD_DEVICE Terms<float> terms(const Distribution& d, float beta) {
   return entry<KIND, !NEAR>(d.q, d.p, Ratio<float>{LN_2F * d.delta, decay, exp2m1(below, decay)}, beta);
 }
 
-struct ValueSums {
-  float f = 0, u = 0, taken = 0;
-  OPSD_DEVICE void absorb(const ValueSums& other) { f += other.f, u += other.u, taken += other.taken; }
-};
+// Sums of f, of u, and of the terms under the entry clip.
+enum { F, U, TAKEN };
 
 // Loss and A before the token clip, and the share of the terms under the entry clip; the same in every
 // thread.
@@ -52,58 +50,51 @@ struct Value {
   float loss, A, clipped;
 };
 
-template <bool HELD, Kind KIND, bool PLAIN, class In>
-OPSD_DEVICE ValueSums value_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, float beta) {
-  ValueSums sums;
-  walk_tiles<LANES<In>, DEPTH<PLAIN, In, HELD>>(slice, [&]<int N>(int64_t v, const Pack<In, N>& S, const Pack<In, N>& T) {
-    typename Source<PLAIN>::Entry entry[N];
-    entries_of(source, S, T, v, entry);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const auto term = terms<KIND, true>(distribution<true>(source, entry[i], row), beta);
-      sums.f += term.f, sums.u += term.u;
-    }
-  });
-  return sums;
+// Of a divergence that the statistics hold.
+OPSD_DEVICE Value value_of(Kind kind, const Statistics& row, float beta) {
+  if (kind == Kind::REVERSE_KL) return {row.reverse_kl, row.reverse_kl, 0};
+  if (kind == Kind::FORWARD_KL) return {row.forward_kl, -1, 0};
+  const float A = (1 - beta) * row.reverse_kl;
+  return {fmaf(beta, row.forward_kl, A), A, 0};
 }
 
-// The same of far and of general rows, and with an entry clip.
-template <bool HELD, Kind KIND, bool PLAIN, class In>
-OPSD_DEVICE ValueSums far_value_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, const TermOptions<float>& options) {
-  ValueSums sums;
-  walk_tiles<FAR_WIDTH<HELD>, 1>(slice, [&]<int N>(int64_t v, const Pack<In, N>& S, const Pack<In, N>& T) {
-    typename Source<PLAIN>::Entry entry[N];
-    entries_of(source, S, T, v, entry);
+// NEAR: of PLAIN rows of a near teacher, without an entry clip.
+template <bool NEAR, bool HELD, Kind KIND, bool PLAIN, class In>
+OPSD_DEVICE Sums value_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, const TermOptions<float>& options) {
+  Sums sums;
+  tiles(slice, [&](const Slice<In>& part) {
+    walk<NEAR ? LANES<In> : FAR_WIDTH<HELD>, NEAR ? DEPTH<PLAIN, In, HELD> : 1>(part, Apart(), [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
+      const auto entries = entries_of(source, S, T, part.offset + v);
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const Distribution d = distribution<false>(source, entry[i], row);
-      const auto term = clip_terms<KIND>(terms<KIND, false>(d, options.beta), d.q, options.clip);
-      sums.f += term.f, sums.u += term.u, sums.taken += term.taken;
-    }
+      for (int i = 0; i < N; ++i) {
+        const Distribution d = distribution<NEAR>(source, entries.of[i], row);
+        const auto term = clip_terms<KIND>(terms<KIND, NEAR>(d, options.beta), d.q, TermOptions<float>{options.beta, NEAR ? INF : options.clip});
+        sums.of[F] += term.f, sums.of[U] += term.u;
+        if constexpr (!NEAR) sums.of[TAKEN] += term.taken;
+      }
+    });
   });
   return sums;
 }
 
 OPSD_DEVICE TermOptions<float> options_of(const RowArgs& a, const Normal& row) {
-  return {static_cast<float>(a.terms.beta), static_cast<float>(a.terms.clip) / row.scale};
+  return {static_cast<float>(a.terms.beta), quotient(static_cast<float>(a.terms.clip), row.scale)};
 }
 
 template <bool HELD, Kind KIND, bool PLAIN, class In>
 OPSD_DEVICE Value value(const Source<PLAIN>& source, const Slice<In>& slice, const Statistics& row, const Normal& normal, Exchange& x, const RowArgs& a) {
-  constexpr bool KL = KIND == Kind::REVERSE_KL || KIND == Kind::FORWARD_KL;
+  constexpr bool KL = one_sweep(KIND);
   const TermOptions<float> options = options_of(a, normal);
   const bool clips = options.clip < INF;
   // A side has no distribution, which the guards would turn into 0.
   if (row.gap != row.gap) return {row.gap, row.gap, 0};
-  if (KIND == Kind::REVERSE_KL && !clips) return {row.reverse_kl, row.reverse_kl, 0};
-  if (KIND == Kind::FORWARD_KL && !clips) return {row.forward_kl, -1, 0};
-  ValueSums sums;
-  const bool quick = PLAIN && !KL && !normal.far && !clips;
-  if constexpr (PLAIN && !KL)
-    if (quick) sums = value_sweep<HELD, KIND>(source, slice, normal, options.beta);
-  if (!quick) sums = far_value_sweep<HELD, KIND>(source, slice, normal, options);
+  if (KL && !clips) return value_of(KIND, row, options.beta);
+  Sums sums;
+  const bool far = !PLAIN || KL || normal.far || clips;
+  if (far) sums = value_sweep<false, HELD, KIND>(source, slice, normal, options);
+  else if constexpr (PLAIN && !KL) sums = value_sweep<true, HELD, KIND>(source, slice, normal, options);
   sums = merge(sums, x);
-  return {sums.f * normal.scale, sums.u * normal.scale, quotient(sums.taken, static_cast<float>(a.V))};
+  return {sums.of[F] * normal.scale, sums.of[U] * normal.scale, quotient(sums.of[TAKEN], static_cast<float>(a.V))};
 }
 
 // Writes a row's loss, A and clipped share from one thread, and returns the share in all.
@@ -140,57 +131,67 @@ struct Pull {
   }
 };
 
+// The gradient over q: `level`, and for the KLs multiples of o and 2^o - 1. They take up the shift that o lacks.
+struct Line {
+  float level, of_o, of_expm1;
+  template <Kind KIND>
+  static OPSD_DEVICE Line of(const Normal& row, const Pull& pull, float beta) {
+    const float power = exp2_approx(row.shift), by_o = -LN_2F * pull.factor, level = fmaf(-pull.factor, pull.A, pull.weight);
+    if constexpr (KIND == Kind::REVERSE_KL) return {fmaf(by_o, row.shift, level), by_o, 0};
+    if constexpr (KIND == Kind::FORWARD_KL) return {fmaf(-pull.factor, exp2m1(row.shift, power), pull.weight), 0, -pull.factor * power};
+    if constexpr (KIND == Kind::MIXED_KL) {
+      const float forward = -beta * pull.factor, reverse = (1 - beta) * by_o;
+      return {fmaf(reverse, row.shift, fmaf(forward, exp2m1(row.shift, power), level)), reverse, forward * power};
+    }
+    return {level, 0, 0};
+  }
+};
+
 // factor * (u - q * A) + weight * q of one entry.
 template <Kind KIND, bool PLAIN>
-OPSD_DEVICE float near_gradient(const Source<PLAIN>& source, const typename Source<PLAIN>::Entry& entry, const Normal& row, const Pull& pull,
-                                float beta) {
+OPSD_DEVICE float near_gradient(const Source<PLAIN>& source, const Entry& entry, const Normal& row, const Pull& pull, const Line& line, float beta) {
+  const Relative r = source.finite(entry, row.at);
+  if constexpr (KIND == Kind::REVERSE_KL) return exp2_approx(r.x) * fmaf(r.o, line.of_o, line.level);
+  if constexpr (KIND == Kind::FORWARD_KL) return exp2_approx(r.x) * fmaf(exp2m1(r.o, exp2_approx(r.o)), line.of_expm1, line.level);
+  if constexpr (KIND == Kind::MIXED_KL)
+    return exp2_approx(r.x) * fmaf(exp2m1(r.o, exp2_approx(r.o)), line.of_expm1, fmaf(r.o, line.of_o, line.level));
+  // u with the rounding errors that it has in A: they cancel in a near row
   const Distribution d = distribution<true>(source, entry, row);
-  if constexpr (KIND == Kind::REVERSE_KL) return d.q * fmaf(d.delta, -LN_2F * pull.factor, fmaf(-pull.factor, pull.A, pull.weight));
-  if constexpr (KIND == Kind::FORWARD_KL) return forward_kl_grad(d.q, fmaf(d.expm1, pull.factor, -pull.weight));
-  return fmaf(terms<KIND, true>(d, beta).u, pull.factor, d.q * fmaf(-pull.factor, pull.A, pull.weight));
+  return fmaf(terms<KIND, true>(d, beta).u, pull.factor, d.q * line.level);
 }
 
 template <Kind KIND, bool PLAIN>
-OPSD_DEVICE float far_gradient(const Source<PLAIN>& source, const typename Source<PLAIN>::Entry& entry, const Normal& row, const Pull& pull,
+OPSD_DEVICE float far_gradient(const Source<PLAIN>& source, const Entry& entry, const Normal& row, const Pull& pull,
                                const TermOptions<float>& options) {
   const Distribution d = distribution<false>(source, entry, row);
   if (pull.factor == 0) return d.q * pull.weight;  // u may be infinite
-  if (KIND == Kind::FORWARD_KL && options.clip == INF) {
+  if (has_forward(KIND) && options.clip == INF) {
     const float gap = fabsf(d.delta) < 1 ? forward_kl_grad(d.q, d.expm1) : d.q - d.p;
-    return fmaf(gap, pull.factor, d.q * pull.weight);
+    if (KIND == Kind::FORWARD_KL) return fmaf(gap, pull.factor, d.q * pull.weight);
+    const float u = fmaf(options.beta, gap, (1 - options.beta) * reverse_kl<true>(d.q, LN_2F * d.delta).u);
+    return fmaf(u, pull.factor, d.q * fmaf(-pull.factor, pull.A, pull.weight));
   }
-  const auto term = clip_terms<KIND>(terms<KIND, false>(d, options.beta), d.q, options.clip);
+  const auto term = clip_terms<KIND>(terms<KIND, false>(d, options.beta), d.q, options);
   return fmaf(term.u, pull.factor, d.q * fmaf(-pull.factor, pull.A, pull.weight));
 }
 
-// Out: the type of G. `loaded` runs between reading and writing the same vectors: see walk.
-template <bool HELD, class Out, Kind KIND, bool PLAIN, class In, class Loaded>
-OPSD_DEVICE void gradient_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, const Pull& pull, const Output& G, float beta,
-                                Loaded loaded) {
-  walk<LANES<In>, DEPTH<PLAIN, In, HELD>>(slice, loaded, [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
-    typename Source<PLAIN>::Entry entry[N];
-    entries_of(source, S, T, slice.offset + v, entry);
-    Floats<N> values;
-#pragma unroll
-    for (int i = 0; i < N; ++i) values.of[i] = near_gradient<KIND>(source, entry[i], row, pull, beta);
-    G.store<Out>(v, values);
-  });
-}
-
-// The same of far and of general rows, with an entry clip or without a factor.
-template <bool HELD, Kind KIND, bool PLAIN, class In, class Loaded>
-OPSD_DEVICE void far_gradient_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, const Pull& pull, const Output& G,
-                                    const TermOptions<float>& options, Loaded loaded) {
-  walk<FAR_WIDTH<HELD>, 1>(slice, loaded, [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
-    typename Source<PLAIN>::Entry entry[N];
-    entries_of(source, S, T, slice.offset + v, entry);
+// NEAR: of PLAIN rows of a near teacher, with a factor and without an entry clip; Out is then the type of G. `loaded`
+// runs between reading and writing the same vectors: see walk.
+template <bool NEAR, bool HELD, class Out, Kind KIND, bool PLAIN, class In, class Loaded>
+OPSD_DEVICE void gradient_sweep(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, const Pull& pull, const Output& G,
+                                const TermOptions<float>& options, Loaded loaded) {
+  const Line line = Line::of<KIND>(row, pull, options.beta);
+  walk<NEAR ? LANES<In> : FAR_WIDTH<HELD>, NEAR ? DEPTH<PLAIN, In, HELD> : 1>(slice, loaded, [&]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
+    const auto entries = entries_of(source, S, T, slice.offset + v);
     Floats<N> values;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float g = far_gradient<KIND>(source, entry[i], row, pull, options);
-      values.of[i] = source.bent() ? g * source.slope(entry[i]) : g;
+      const Entry& entry = entries.of[i];
+      if constexpr (NEAR) values.of[i] = near_gradient<KIND>(source, entry, row, pull, line, options.beta);
+      else values.of[i] = far_gradient<KIND>(source, entry, row, pull, options) * source.slope(entry);
     }
-    G.store_any(v, values);
+    if constexpr (NEAR) G.store<Out>(v, values);
+    else G.store_any(v, values);
   });
 }
 
@@ -206,18 +207,17 @@ OPSD_DEVICE void gradient(const Source<PLAIN>& source, const Slice<In>& slice, c
   Floats<1> at_label{};
   if (labelled) {
     const auto entry = source.at(to_float(slice.S[label]), to_float(slice.T[label]), pull.label);
-    const float g = far_gradient<KIND>(source, entry, row, pull, options) - unscaled.weight;
-    at_label.of[0] = source.bent() ? g * source.slope(entry) : g;
+    at_label.of[0] = (far_gradient<KIND>(source, entry, row, pull, options) - unscaled.weight) * source.slope(entry);
     block_sync();
   }
   const bool same = G.dtype == a.dtype, narrow = sizeof(In) == 4 && G.itemsize() == 2;
-  const bool quick = PLAIN && !row.far && options.clip == INF && pull.factor != 0 && (same || narrow);
+  const bool far = !(PLAIN && !row.far && options.clip == INF && pull.factor != 0 && (same || narrow));
+  if (far) gradient_sweep<false, HELD, In, KIND>(source, slice, row, pull, G, options, loaded);
   if constexpr (PLAIN) {
-    if (quick && same) gradient_sweep<HELD, In, KIND>(source, slice, row, pull, G, options.beta, loaded);
+    if (!far && same) gradient_sweep<true, HELD, In, KIND>(source, slice, row, pull, G, options, loaded);
     if constexpr (sizeof(In) == 4)
-      if (quick && narrow) gradient_sweep<HELD, Narrow, KIND>(source, slice, row, pull, G, options.beta, loaded);
+      if (!far && narrow) gradient_sweep<true, HELD, Narrow, KIND>(source, slice, row, pull, G, options, loaded);
   }
-  if (!quick) far_gradient_sweep<HELD, KIND>(source, slice, row, pull, G, options, loaded);
   if (!labelled) return;
   block_sync();
   if (thread() == 0) G.store_any(static_cast<int>(label), at_label);

@@ -26,13 +26,13 @@ OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) stats_kernel(OPSD_GRID_CONST
   const Source<PLAIN> source(a, n);
   const WholeRow<In> whole = whole_row<In>(a, n);
   const Slice<In> slice = whole_slice(whole);
-  const Peaks start = find_peaks<true>(source, slice.start(2 * threads() * LANES<In>), [](int, const auto&, const auto&) {});
+  const Peaks start = find_peaks(source, slice.start(2 * threads() * LANES<In>), true, [](int, const auto&, const auto&) {});
   const Statistics row = statistics<false, KIND>(source, whole, slice, start, exchange(), a);
   if (thread() > 0) return;
   row.write(stats_of(a, n), a);
-  // A plain KL has its loss from this sweep, if the caller wants one.
-  if (a.loss && a.kind == Kind::REVERSE_KL) write_value(a, n, {row.reverse_kl, row.reverse_kl, 0}, true);
-  if (a.loss && a.kind == Kind::FORWARD_KL) write_value(a, n, {row.forward_kl, -1, 0}, true);
+  // A KL has its loss from this sweep, if the caller wants one.
+  const Kind kind = one_sweep(KIND) ? KIND : a.kind;
+  if (a.loss && one_sweep(kind)) write_value(a, n, value_of(kind, row, a.terms.beta), true);
 }
 
 template <class In, bool PLAIN, Kind KIND>
@@ -72,14 +72,14 @@ OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) fused_kernel(OPSD_GRID_CONST
   const int length = static_cast<int>(min(per_block, a.V - first));
   const Source<PLAIN> source(a, n);
   const WholeRow<In> whole = whole_row<In>(a, n);
-  const Slice<In> slice(whole.S + first, whole.T + first, first, length);
+  const Slice<In> slice(kept(whole.S + first), kept(whole.T + first), first, length);
   In* const held_s = reinterpret_cast<In*>(shared_memory() + EXCHANGE_BYTES);
   In* const held_t = held_s + per_block;
   const auto keep = [=]<int N>(int v, const Pack<In, N>& S, const Pack<In, N>& T) {
     *reinterpret_cast<Pack<In, N>*>(held_s + v) = S;
     *reinterpret_cast<Pack<In, N>*>(held_t + v) = T;
   };
-  const Peaks peaks = a.metrics ? find_peaks<true>(source, slice, keep) : find_peaks<false>(source, slice, keep);
+  const Peaks peaks = find_peaks(source, slice, a.metrics, keep);
   const Slice<In> held(held_s, held_t, first, length);
   const Statistics row = statistics<true, KIND>(source, whole, held, peaks, exchange(), a);
   const bool writes = rank == 0 && thread() == 0;
@@ -89,7 +89,7 @@ OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) fused_kernel(OPSD_GRID_CONST
   const Pull pull(a, n, v.A, write_value(a, n, v, writes));
   const Output G(a.G, n * a.stride_g + first, a.out);
   if (pull.zero()) return zero_gradient(length, G);
-  gradient<true, KIND>(source, held.peeled(G), normal, pull, G, a, [] {});
+  gradient<true, KIND>(source, held.peeled(G), normal, pull, G, a, Apart());
 }
 
 }  // namespace opsd::cuda

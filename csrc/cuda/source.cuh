@@ -16,6 +16,11 @@ struct Reference {
   bool joined;
 };
 
+// Each side's y; the raw difference for the teacher where the gap is a multiple of it.
+struct Entry {
+  float s, t;
+};
+
 struct Relative {
   float x, y, o;  // s - reference, t - reference, y - x; in base 2
 };
@@ -56,10 +61,6 @@ class Source {
   bool linear_, difference_, joined_;
 
  public:
-  struct Entry {
-    float s, t;  // each side's y; the raw difference for the teacher where the gap is a multiple of it
-  };
-
   OPSD_DEVICE Source(const RowArgs& a, int64_t n)
       : s_(of_row(a.student, n), a.bias_s, 1),
         t_(of_row(a.teacher, n), a.bias_t, 1 - a.teacher_mix),
@@ -85,6 +86,7 @@ class Source {
     const float t = e.t * t_.outer, share = linear_ ? 1 : mix_;
     return share == 0 ? t : fmaf(student(e), share, t);  // -inf * 0 is NaN
   }
+  OPSD_DEVICE auto of_teacher() const { return [this](const Entry& e) { return teacher(e); }; }
   // Near rows are joined where the gap is a multiple of a difference: it keeps the digits of a near teacher.
   OPSD_DEVICE bool joined(bool far) const { return linear_ || (joined_ && !far); }
   OPSD_DEVICE Reference reference(const Entry& e) const {
@@ -127,8 +129,7 @@ class Source {
 
  public:
   // d(logit)/d(raw logit) over scale / temperature
-  OPSD_DEVICE float slope(const Entry& e) const { return s_.bent ? (1 - e.s) * (1 + e.s) : 1; }
-  OPSD_DEVICE bool bent() const { return !PLAIN && s_.bent; }
+  OPSD_DEVICE float slope(const Entry& e) const { return !PLAIN && s_.bent ? (1 - e.s) * (1 + e.s) : 1; }
 };
 
 inline bool plain(const RowArgs& a) {
@@ -172,27 +173,37 @@ struct Slice {
 template <class In>
 constexpr int TILE = STAGING_BYTES / 2 / sizeof(In);  // entries
 
-// Calls step(v, S, T) for each of this thread's packs of the slice: vectors of N, with AT_ONCE loads of each
-// buffer in flight, then the head and the tail, an entry per thread. `loaded` runs in all threads together,
-// after the loads of the packs and before their steps.
+// `loaded` of a walk whose threads need not wait for each other.
+struct Apart {
+  OPSD_DEVICE void operator()() const {}
+};
+
+// Calls step(v, S, T) for each of this thread's vectors of N in the slice, with AT_ONCE loads of each buffer in
+// flight. `loaded` runs in all threads together, unless it is Apart, after the loads and before their steps.
 template <int N, int AT_ONCE, class In, class Loaded, class Step>
-OPSD_DEVICE void walk(const Slice<In>& slice, Loaded loaded, Step step) {
-  const int stride = threads() * N;
+OPSD_DEVICE void vectors(const Slice<In>& slice, Loaded loaded, Step step) {
+  constexpr bool APART = std::is_same_v<Loaded, Apart>;
+  const int stride = threads() * N, first = thread() * N;
 #pragma unroll 1
-  for (int base = slice.head; base < slice.whole; base += AT_ONCE * stride) {
+  for (int base = slice.head + (APART ? first : 0); base < slice.whole; base += AT_ONCE * stride) {
     Pack<In, N> S[AT_ONCE], T[AT_ONCE];
 #pragma unroll
     for (int u = 0; u < AT_ONCE; ++u) {
-      const int v = base + u * stride + thread() * N;
-      if (v < slice.whole) S[u] = *reinterpret_cast<const Pack<In, N>*>(slice.S + v), T[u] = *reinterpret_cast<const Pack<In, N>*>(slice.T + v);
+      const int v = base + u * stride + (APART ? 0 : first);
+      if ((APART && u == 0) || v < slice.whole) S[u] = *reinterpret_cast<const Pack<In, N>*>(slice.S + v), T[u] = *reinterpret_cast<const Pack<In, N>*>(slice.T + v);
     }
     loaded();
 #pragma unroll
     for (int u = 0; u < AT_ONCE; ++u) {
-      const int v = base + u * stride + thread() * N;
-      if (v < slice.whole) step(v, S[u], T[u]);
+      const int v = base + u * stride + (APART ? 0 : first);
+      if ((APART && u == 0) || v < slice.whole) step(v, S[u], T[u]);
     }
   }
+}
+
+// The same of the entries outside `head` to `whole`, one at a time.
+template <class In, class Loaded, class Step>
+OPSD_DEVICE void singles(const Slice<In>& slice, Loaded loaded, Step step) {
   const int rest = slice.head + slice.length - slice.whole;
 #pragma unroll 1
   for (int base = 0; base < rest; base += threads()) {
@@ -204,17 +215,19 @@ OPSD_DEVICE void walk(const Slice<In>& slice, Loaded loaded, Step step) {
   }
 }
 
-template <int N, int AT_ONCE, class In, class Step>
-OPSD_DEVICE void walk(const Slice<In>& slice, Step step) {
-  walk<N, AT_ONCE>(slice, [] {}, step);
+template <int N, int AT_ONCE, class In, class Loaded, class Step>
+OPSD_DEVICE void walk(Slice<In> slice, Loaded loaded, Step step) {
+  if constexpr (N == 1) slice.head = slice.whole = 0;
+  else vectors<N, AT_ONCE>(slice, loaded, step);
+  singles(slice, loaded, step);
 }
 
-// walk for sums, whose step takes an entry's index in the row. Their bits must not depend on a row's address: each
-// thread has the same entries in the same order, of rows that are not aligned through shared memory.
-template <int N, int AT_ONCE, class In, class Step>
-OPSD_DEVICE void walk_tiles(const Slice<In>& slice, Step step) {
+// For sums: calls part(slice) for tiles of a slice. Their bits must not depend on a row's address: each thread has the same
+// entries in the same order, of rows that are not aligned through shared memory.
+template <class In, class Part>
+OPSD_DEVICE void tiles(const Slice<In>& slice, Part part) {
   const int tile = slice.staging ? TILE<In> / MOST_THREADS * threads() : slice.length;
-  Slice<In> part = slice;
+  Slice<In> now = slice;
 #pragma unroll 1
   for (int first = 0; first < slice.length; first += tile) {
     if (slice.staging) {
@@ -223,9 +236,9 @@ OPSD_DEVICE void walk_tiles(const Slice<In>& slice, Step step) {
 #pragma unroll 4
       for (int i = thread(); i < count; i += threads()) slice.staging[i] = slice.S[first + i], slice.staging[TILE<In> + i] = slice.T[first + i];
       block_sync();
-      part = Slice<In>(slice.staging, slice.staging + TILE<In>, slice.offset + first, count);
+      now = Slice<In>(slice.staging, slice.staging + TILE<In>, slice.offset + first, count);
     }
-    walk<N, AT_ONCE>(part, [&](int v, const auto& S, const auto& T) { step(part.offset + v, S, T); });
+    part(now);
   }
 }
 
@@ -235,8 +248,8 @@ constexpr int WIDTH = PLAIN ? LANES<In> : 4;
 // Vectors at once: from device memory as many as its latency takes, from shared memory 8 entries.
 template <bool PLAIN, class In, bool HELD>
 constexpr int DEPTH = !PLAIN ? 1 : (HELD ? 8 : 16) / LANES<In>;
-// Entries at once of rows of a far teacher.
+// Entries at once of rows of a far teacher, which are rare.
 template <bool HELD>
-constexpr int FAR_WIDTH = HELD ? 2 : 4;
+constexpr int FAR_WIDTH = HELD ? 1 : 4;
 
 }  // namespace opsd::cuda

@@ -87,11 +87,13 @@ def evaluate(
             recompute = problem.trainable or backward == "recompute"
             reached = weigher.weights(None) != 0 if weigher.scope == "index" else weigher.mask().reshape(-1)
             reachable = problem.with_factors(reached.to(problem.stats_dtype))
-            D, stats, logprobs, dropped, _ = PerRow.apply(*leaves, reachable, metrics, recompute)
+            value, D, stats, logprobs, dropped, _ = PerRow.apply(*leaves, reachable, metrics, recompute)
+            D = D if problem.spec.z_loss else value
         else:
             D, _, stats, logprobs, _, _, _, dropped = library.op(*library.pack(problem), metrics, False)
+            value = _with_z_loss(problem, D, logprobs) if problem.spec.z_loss else D
         factor = weigher.weights(weigher.stats(D, stats, logprobs)) * scale
-        losses = _times(factor, D)
+        losses = _times(factor, value)
         loss = losses if weigher.per_token else losses.sum()
     if weigher.policy is not None:
         loss = loss + (weigher.policy_losses(weigher.stats(D, stats, logprobs))[0] * scale).sum()
@@ -158,6 +160,11 @@ def first_order(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[
         return tuple(None if gradient is None else next(refusing) for gradient in gradients)
 
     return run
+
+
+def _with_z_loss(problem: Problem, D: Tensor, logprobs: Tensor) -> Tensor:
+    """Return the losses of the rows, (N,): D + c * logsumexp(student logits)**2."""
+    return D + problem.spec.z_loss * logprobs[:, 2].square()
 
 
 def _times(factor: Tensor, D: Tensor) -> Tensor:
@@ -240,7 +247,7 @@ def _project_again(ctx: Any, factor: Tensor, slope: Tensor | None) -> tuple[Tens
 
 
 class WeightedSum(torch.autograd.Function):
-    """Return sum_i factor_i * D_i, and detached the per-row D, statistics, log-probs and dropped share.
+    """Return the weighted sum of D_i and its z-loss; detached D_i, statistics, log-probs and dropped share.
 
     The gradient includes that of the policy term; the value does not.
     """
@@ -266,7 +273,8 @@ class WeightedSum(torch.autograd.Function):
         ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in (hidden, weight, bias)]
         ctx.mark_non_differentiable(loss, stats, logprobs, dropped)
         ctx.set_materialize_grads(False)
-        return _times(factor, loss).sum(), loss, stats, logprobs, dropped, anchor
+        value = _with_z_loss(problem, loss, logprobs) if problem.spec.z_loss else loss
+        return _times(factor, value).sum(), loss, stats, logprobs, dropped, anchor
 
     @staticmethod
     @first_order
@@ -283,8 +291,9 @@ class WeightedSum(torch.autograd.Function):
 
 
 class PerRow(torch.autograd.Function):
-    """Return D_i, (N,) and differentiable, and detached statistics and log-probs.
+    """Return D_i plus its z-loss, (N,) and differentiable, and detached statistics and log-probs.
 
+    With a z-loss the detached D_i come second, else an empty tensor.
     With a frozen head `factor` is 1 for rows that a gradient can reach, else 0.
     """
 
@@ -305,9 +314,12 @@ class PerRow(torch.autograd.Function):
             _save(ctx, problem, stats, A, anchor)
         else:
             ctx.save_for_backward(dh, unit, anchor)
-        ctx.mark_non_differentiable(stats, logprobs, dropped)
+        value, D = loss, loss.new_empty(0)
+        if problem.spec.z_loss:
+            value, D = _with_z_loss(problem, loss, logprobs), loss
+        ctx.mark_non_differentiable(D, stats, logprobs, dropped)
         ctx.set_materialize_grads(False)
-        return loss, stats, logprobs, dropped, anchor
+        return value, D, stats, logprobs, dropped, anchor
 
     @staticmethod
     @first_order

@@ -124,23 +124,23 @@ def likely_columns(S: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def exact_argmax(
-    problem: Problem, spec: RowSpec, student: Tensor, teacher: Tensor, likely: Tensor, found: Tensor
+    problem: Problem, spec: RowSpec, student: Tensor, teacher: Tensor | None, likely: Tensor, found: Tensor
 ) -> Tensor:
     """Return the columns of the largest logits of student and teacher, (C, 2), by fp32 dot products.
 
     `spec` is that of the C rows. Candidates are `likely` (C, K), columns of these heads, and `found` (C, 2),
     the argmax of both sides in the 16-bit buffers, columns of the whole vocabulary. With bf16 logits near 25
-    that argmax is another one in .4 % of the tokens. All ranks of a shard get the same columns.
+    that argmax is another one in .4 % of the tokens. All ranks of a shard get the same columns. Without a
+    teacher the second column is the first.
     """
-    shard = problem.shard
-    assert problem.teacher is not None
+    shard, other = problem.shard, problem.teacher or problem.student
     known = found.long() if shard is None else shard.local(found.long())
     columns = torch.cat([likely, known], 1)
     at = columns.clamp(min=0)
 
-    biases = (None if side.bias is None else side.bias[at] for side in (problem.student, problem.teacher))
+    biases = (None if side.bias is None else side.bias[at] for side in (problem.student, other))
     s = logits_at(student, problem.student.weight, at)
-    t = logits_at(teacher, problem.teacher.weight, at)
+    t = s if teacher is None else logits_at(teacher, other.weight, at)
     values = torch.stack(torch_rows.logits(s, t, replace(spec, difference=False), *biases)[:2])
     values = torch.where(columns < 0, -torch.inf, values)  # of another rank
     largest = values.amax(2)

@@ -213,7 +213,7 @@ def pack(problem: Problem) -> tuple[Any, ...]:
         None if rows.target is None else rows.target.values,
         rows.target is not None and rows.target.probs,
         *temperatures,
-        [float(value) for value in spec.scalars(linear=False)],
+        [float(value) for value in (*spec.scalars(linear=False), spec.z_loss)],
         [] if support is None else [support.k, _SIDES.index(support.side), TAILS.index(support.tail)],
         problem.shared_head,
         problem.vocab,
@@ -285,10 +285,11 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
-    *flat, _, recompute = args
+    *flat, metrics, recompute = args
     hidden, labels = flat[0], flat[9]
     N, wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
-    shapes = (N,), (N,), (N, len(Column)), (0 if labels is None else N, 2)
+    more = metrics or flat[14][-1] != 0  # as loop._allocate
+    shapes = (N,), (N,), (N, len(Column)), (N if more or labels is not None else 0, 4 if more else 2)
     wants = (False, False, False) if recompute else flat[-3:]
     vectors = (hidden.new_empty(shape, dtype=wide) for shape in shapes)
     return *vectors, *fake_gradients(flat, wants), hidden.new_empty((), dtype=wide)

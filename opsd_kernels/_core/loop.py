@@ -7,8 +7,9 @@ the projections and sweeps of a chunk into parts, which share the teacher's buff
 
 A sweep has one of four forms, chosen before the loop. `fused` reads the logits once and overwrites them with
 the gradient. `two_pass` sweeps for statistics first, where row factors depend on them. `replay` computes
-gradients from the statistics of an earlier run. `top_k` works on a support. Each writes losses and statistics
-into the outputs, and the logit gradient over S. `fused` may return row factors that are still to be applied.
+gradients from the statistics of an earlier run. `topk_support.top_k` works on a support. Each writes losses
+and statistics of its rows into the outputs, and the logit gradient over S. `fused` may return row factors,
+(C,), which `_accumulate` is still to apply to dh, dW and dbias.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from .._rows import extension, torch_rows
 from .._rows.contract import Column, RowBackend, narrowed
-from . import cpu_gemm, topk_support
+from . import cpu_gemm, late_gradients, topk_support
 from .centre import NO_CENTRE, Centre, exact_argmax, likely_columns, pilot_columns
 from .columns import ColumnFilter, Kept
 from .planner import ChunkPlan, row_stride
@@ -55,7 +56,7 @@ def run(
     assert bounds is None or plan.part_rows == plan.rows, "weights of a sequence need it whole, not in parts"
     padded_vocab = problem.student.weight.shape[0]
     problem = problem.for_gemms()
-    out = _allocate(problem, plan, padded_vocab, saved)
+    out = _allocate(problem, plan, padded_vocab, saved, metrics)
     buffers = Buffers(problem, plan)
     wants_gradient = any(problem.wants)
     walk = Walk(problem, backend, rows.valid, metrics, saved is not None, wants_gradient, weigher, out)
@@ -92,7 +93,7 @@ def run(
 
 
 def _allocate(
-    problem: Problem, plan: ChunkPlan, padded_vocab: int, saved: tuple[Tensor, Tensor] | None
+    problem: Problem, plan: ChunkPlan, padded_vocab: int, saved: tuple[Tensor, Tensor] | None, metrics: bool
 ) -> Outputs:
     """Allocate the outputs: zeroed where some rows stay unwritten, else uninitialised."""
     hidden, weight, wide = problem.student.hidden, problem.student.weight, problem.stats_dtype
@@ -104,12 +105,13 @@ def _allocate(
         dtype = torch.promote_types(weight.dtype, torch.float32) if plan.chunks > 1 else plan.gradient_dtype
         dW = empty((padded_vocab, H), dtype, weight.device)
         dW[weight.shape[0] if plan.tokens else 0 :].zero_()
+    logs = 4 if metrics or problem.spec.z_loss else 2 * (problem.rows.labels is not None)
     stats, A = saved or (rows((N, len(Column)), dtype=wide), rows((N,), dtype=wide))
     return Outputs(
         loss=rows((N,), dtype=wide),
         A=A,
         stats=stats,
-        logprobs=rows((N, 2), dtype=wide) if problem.rows.labels is not None and saved is None else None,
+        logprobs=rows((N, logs), dtype=wide) if logs and saved is None else None,
         dh=rows((N, H), dtype=plan.gradient_dtype) if wants_hidden else None,
         dW=dW,
         dbias=hidden.new_zeros(padded_vocab, dtype=torch.float64) if wants_bias else None,
@@ -153,7 +155,7 @@ class Buffers:
         if teacher is None or problem.teacher is None:
             project(student, head, S, centre.s)
             T = self.zeros.expand(C, -1) if self.zeros.numel() else T
-            return Rows(S, T, problem.student.bias, None, centre.at_label)
+            return Rows(S, T, problem.student.bias, None, centre.at_label, (centre.s, centre.t))
         teacher = teacher[part]
         if self.stack is None:
             project(student, head, S, centre.s)
@@ -166,7 +168,8 @@ class Buffers:
             else:
                 project(stack[:C], head, S, centre.s)
                 project(stack[C:], head, T, centre.t)
-        return Rows(S, T, problem.student.bias, problem.teacher.bias, centre.at_label)
+        biases = problem.student.bias, problem.teacher.bias
+        return Rows(S, T, *biases, centre.at_label, (centre.s, centre.t))
 
 
 def _accumulate(
@@ -303,6 +306,7 @@ class Exact(NamedTuple):
 
     label: torch_rows.Logits | None  # (n, 1): the logits at the labels
     likely: Tensor | None  # (n, K): columns with the largest of 16-bit logits, where rounding may make ties
+    constants: tuple[Tensor | None, Tensor | None]  # of the rows
 
 
 @dataclass(frozen=True)
@@ -350,31 +354,46 @@ class Walk:
         Label logits are arbitrary where another rank holds the label.
         """
         problem, label, likely = self.problem, None, None
-        if self.out.logprobs is not None and not self.saved:
+        labels = problem.rows.labels is not None
+        if labels and self.out.logprobs is not None and not self.saved:
             raw = chunk.at(self.label_columns(at)[:, None].clamp(min=0))
             S, T = chunk.at_label or (raw.S, raw.T)
             label = torch_rows.logits(S, T, problem.spec.at(at), raw.bias_s, raw.bias_t)
-        if self.metrics and problem.teacher is not None and problem.logits_dtype.itemsize == 2:
-            likely = likely_columns(chunk.S, chunk.bias_s)
-            if not problem.spec.difference:
-                likely = torch.cat([likely, likely_columns(chunk.T, chunk.bias_t)], 1)
-        return Exact(label, likely)
+        # A teacher's rows have no head for exact products.
+        listed = problem.support is not None and problem.rows.target is None
+        judged = problem.teacher is not None or listed
+        if self.metrics and judged and problem.logits_dtype.itemsize == 2:
+            found = [likely_columns(chunk.S, chunk.bias_s)]
+            if problem.teacher is not None and not problem.spec.difference:
+                found.append(likely_columns(chunk.T, chunk.bias_t))
+            if labels:
+                found.append(self.label_columns(at)[:, None])
+            likely = torch.cat(found, 1)
+        return Exact(label, likely, chunk.constants)
 
     def keep(self, at: Positions, stats: Tensor, loss: Tensor, A: Tensor, exact: Exact) -> None:
         """Store the results of a chunk."""
         out, problem = self.out, self.problem
-        if exact.likely is not None and problem.teacher is not None:
+        if exact.likely is not None:
             student, teacher = (
-                self.zero_invalid(x.hidden[at], at) for x in (problem.student, problem.teacher)
+                None if x is None else self.zero_invalid(x.hidden[at], at)
+                for x in (problem.student, problem.teacher)
             )
+            assert student is not None
             argmax = stats[:, Column.STUDENT_ARGMAX : Column.CLIPPED]
             argmax.copy_(exact_argmax(problem, problem.spec.at(at), student, teacher, exact.likely, argmax))
         out.stats[at], out.loss[at], out.A[at] = (self.zero_invalid(x, at) for x in (stats, loss, A))
-        if exact.label is not None and out.logprobs is not None:
+        if out.logprobs is None:
+            return
+        logprobs = stats.new_zeros(len(stats), 2)
+        if exact.label is not None:
             logprobs = torch_rows.label_logprobs(exact.label, stats)
-            if self.problem.shard is not None:
-                logprobs = self.problem.shard.of_owner(logprobs, self.labels(at))
-            out.logprobs[at] = self.zero_invalid(logprobs, at)
+            if problem.shard is not None:
+                logprobs = problem.shard.of_owner(logprobs, self.labels(at))
+        if out.logprobs.shape[1] > 2:
+            levels = late_gradients.logsumexps(stats, problem.spec.at(at), exact.constants)
+            logprobs = torch.cat([logprobs, levels], 1)
+        out.logprobs[at] = self.zero_invalid(logprobs, at)
 
     def gradient(self, S: Tensor) -> Tensor:
         """Return the gradient's buffer: S itself, or the front of each row for GEMMs in a narrower dtype."""
@@ -385,16 +404,15 @@ class Walk:
 def choose(walk: Walk) -> Sweep:
     """Return the sweep that all chunks of a call use."""
     if walk.problem.support is not None:
-        return top_k
+        return topk_support.top_k
     if walk.saved:
-        return replay
+        return late_gradients.replay
     # Factors from statistics still allow one read of the logits, if the GEMMs apply them.
     weigher = walk.weigher
-    if walk.wants_gradient and (
-        weigher is None or (on_host(walk.out.loss.device) and weigher.policy is None)
-    ):
-        return fused
-    return two_pass
+    given = weigher is None or (on_host(walk.out.loss.device) and weigher.policy is None)
+    return (
+        fused if walk.wants_gradient and given and not walk.problem.spec.z_loss else late_gradients.two_pass
+    )
 
 
 def fused(walk: Walk, chunk: Rows, at: Positions) -> Tensor | None:
@@ -414,55 +432,6 @@ def fused(walk: Walk, chunk: Rows, at: Positions) -> Tensor | None:
     scale, _ = walk.factors(at)
     G[scale == 0] = 0  # a row of factor zero may hold inf
     return scale
-
-
-def two_pass(walk: Walk, chunk: Rows, at: Positions) -> None:
-    """Sweep for the statistics, then for the value, then for the gradient."""
-    spec, biases = walk.problem.spec.at(at), (chunk.bias_s, chunk.bias_t)
-    stats = walk.backend.row_stats(chunk.S, chunk.T, spec, *biases, walk.metrics)
-    loss, A = walk.backend.row_dot(chunk.S, chunk.T, stats, spec, *biases)
-    walk.keep(at, stats, loss, A, walk.exact(chunk, at))
-    if walk.wants_gradient:
-        _write_gradient(walk, chunk, at, stats, A)
-
-
-def replay(walk: Walk, chunk: Rows, at: Positions) -> None:
-    """Compute the gradient from saved statistics."""
-    _write_gradient(walk, chunk, at, walk.out.stats[at], walk.out.A[at])
-
-
-def _write_gradient(walk: Walk, chunk: Rows, at: Positions, stats: Tensor, A: Tensor) -> None:
-    factor, slope = walk.factors(at)
-    G, biases = walk.gradient(chunk.S), (chunk.bias_s, chunk.bias_t)
-    labels = None if slope is None else walk.labels(at)
-    spec = walk.problem.spec.at(at)
-    walk.backend.row_grad_(chunk.S, chunk.T, stats, A, factor, spec, *biases, G, slope, labels)
-
-
-def top_k(walk: Walk, chunk: Rows, at: Positions) -> None:
-    """Restrict the divergence to a support. With saved statistics, compute the gradient alone."""
-    problem, spec, support = walk.problem, walk.problem.spec.at(at), walk.problem.support
-    assert support is not None
-    exact = walk.exact(chunk, at)
-    if walk.saved:
-        stats = walk.out.stats[at]
-    else:
-        stats = walk.backend.row_stats(chunk.S, chunk.T, spec, chunk.bias_s, chunk.bias_t, walk.metrics)
-    ids, logprobs = (
-        None if x is None else x[at] for x in (problem.rows.topk_ids, problem.rows.topk_logprobs)
-    )
-    if problem.shard is None:
-        every = own = topk_support.entries(chunk, stats, spec, support, ids, logprobs)
-    else:
-        every, own = problem.shard.entries(chunk, stats, spec, support, ids, logprobs)
-    result = topk_support.restricted(every, stats, spec, support.tail)
-    if not walk.saved:
-        walk.keep(at, stats, result.loss, result.A, exact)
-    if walk.wants_gradient:
-        factor, slope = walk.factors(at)
-        labels = None if slope is None else walk.label_columns(at)
-        G = walk.gradient(chunk.S)
-        topk_support.write_gradient_(walk.backend, chunk, stats, spec, own, result, factor, slope, labels, G)
 
 
 # ---------------------------------------------------------------- memory

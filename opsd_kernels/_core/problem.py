@@ -218,7 +218,9 @@ class Outputs:
     loss: Tensor  # (N,) nats
     A: Tensor  # (N,) sum of u over the vocabulary: docs/design/mathematics.md
     stats: Tensor  # (N, len(Column))
-    logprobs: Tensor | None  # (N, 2) nats: log-probs of the label under student and teacher
+    # (N, 2) nats: log-probs of the label under student and teacher, 0 without labels; (N, 4) with the
+    # log-sum-exps of their logits, for statistics and a z-loss
+    logprobs: Tensor | None
     dh: Tensor | None  # (N, H_s)
     dW: Tensor | None  # (rows of the student's whole head, H_s)
     dbias: Tensor | None  # (rows of that head,) float64 during the loop, then of the dtype of the statistics

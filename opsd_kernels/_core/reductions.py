@@ -26,8 +26,9 @@ class TokenStats:
     Of 16-bit logits (a shared head and `logits_dtype="auto"`, or "input") log-probs of sampled tokens are off
     by up to .02 nats at temperature 1, at temperature t by 1/t times that: good for a curve, not for the
     numerator of a ratio. Take those from `linear_logprobs`, or from a call with `logits_dtype=torch.float32`.
-    A policy term and a weighting that reads log-probs bring fp32 logits along. `top1_agreement` is decided by
-    fp32 dot products.
+    A policy term and a weighting that reads log-probs bring fp32 logits along. Log-sum-exps are off by as
+    much, and by up to .05 where labels are missing or unlikely. `top1_agreement` and `label_is_top1` are
+    decided by fp32 dot products.
     """
 
     divergence: Tensor  # unweighted, under the clips
@@ -38,6 +39,10 @@ class TokenStats:
     top1_agreement: Tensor | None = None  # 1 where student and teacher have the same most likely token
     student_logprob: Tensor | None = None  # of the label; None without labels
     teacher_logprob: Tensor | None = None
+    label_is_top1: Tensor | None = None  # 1 where the label is the student's most likely token
+    # log sum exp of the logits, the transform and the teacher mix included
+    student_logsumexp: Tensor | None = None
+    teacher_logsumexp: Tensor | None = None
     # The share of the token's terms clamped by entry_clip, 1 where token_clip clamped the token; None without
     # a clip.
     clipped_fraction: Tensor | None = None
@@ -63,8 +68,12 @@ def token_stats(
 
     teacher = problem.teacher is not None or problem.rows.target is not None
     valid = problem.rows.valid
-    if problem.rows.labels is None:
+    labels, levels = problem.rows.labels, None
+    if logprobs is not None and logprobs.shape[1] > 2:
+        levels = logprobs[:, 2], logprobs[:, 3]
+    if labels is None:
         logprobs = None
+    found = None if labels is None else stats[:, Column.STUDENT_ARGMAX] == labels
     agreement = stats[:, Column.STUDENT_ARGMAX] == stats[:, Column.TEACHER_ARGMAX]
     return TokenStats(
         divergence=shaped(D),
@@ -75,6 +84,9 @@ def token_stats(
         top1_agreement=shaped(agreement if valid is None else agreement & valid) if teacher else None,
         student_logprob=None if logprobs is None else shaped(logprobs[:, 0]),
         teacher_logprob=shaped(logprobs[:, 1]) if logprobs is not None and teacher else None,
+        label_is_top1=None if found is None else shaped(found if valid is None else found & valid),
+        student_logsumexp=None if levels is None else shaped(levels[0]),
+        teacher_logsumexp=shaped(levels[1]) if levels is not None and teacher else None,
         clipped_fraction=shaped(stats[:, Column.CLIPPED]) if problem.spec.clips else None,
         gradient_dropped=None if dropped is None else dropped.to(dtype),
     )

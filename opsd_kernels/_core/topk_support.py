@@ -7,7 +7,7 @@ without a label.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch import Tensor
 from .._rows import torch_rows
 from .._rows.contract import GAP_BOUNDS, Column, RowBackend, clip_tokens
 from .._rows.torch_math import transform_slope
-from ..spec import Kind, RowSpec, Support
+from ..spec import RowSpec, Support
+from .late_gradients import pull
 
 LEAST_TAIL = 1e-7  # the mass outside the support is taken for at least this, as -log of the mass inside
 
@@ -32,6 +33,8 @@ class Rows(NamedTuple):
     bias_t: Tensor | None
     # (C, 1) fp32: S and T at the labels, without their rounding
     at_label: tuple[Tensor, Tensor] | None = None
+    # (C,) fp32: what S and T are relative to; None for 0
+    constants: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def at(self, columns: Tensor) -> Rows:
         """Return logits and biases at (n, K) columns. A bias shared by both sides stays one object."""
@@ -138,9 +141,9 @@ def restricted(at: Entries, stats: Tensor, spec: RowSpec, tail: str) -> Restrict
     f, u, clipped = torch_rows.terms(q, p, delta, spec)
     live = at.live if tail != "bucket" else torch.cat([at.live, torch.ones_like(saturated)], 1)
     f, u, clipped = torch.where(live, f, 0.0), torch.where(live, u, 0.0), clipped & live
-    if tail == "none" and spec.divergence.kind == Kind.REVERSE_KL:
-        # u = f omits a constant times q, which matters here because q does not sum to 1.
-        u = torch.where(live, u + q, 0.0)
+    if tail == "none" and spec.divergence.omitted:
+        # u omits a constant times q, which matters here because q does not sum to 1.
+        u = torch.where(live, u + spec.divergence.omitted * q, 0.0)
     if tail == "bucket":
         u[:, -1:] = torch.where(saturated, 0.0, u[:, -1:])
     missing = torch_rows.missing(stats)
@@ -219,6 +222,32 @@ def write_gradient_(
         rows.S, rows.T, stats, nothing, nothing, spec, rows.bias_s, rows.bias_t, G, multiple_of_q, nowhere
     )
     write_entries_(G, columns, values)
+
+
+def top_k(walk: Any, chunk: Rows, at: slice | Tensor) -> None:
+    """Sweep a chunk on a support: the sweep of a loop.Walk. With saved statistics, only the gradient."""
+    problem, spec, support = walk.problem, walk.problem.spec.at(at), walk.problem.support
+    exact = walk.exact(chunk, at)
+    if walk.saved:
+        stats = walk.out.stats[at]
+    else:
+        stats = walk.backend.row_stats(chunk.S, chunk.T, spec, chunk.bias_s, chunk.bias_t, walk.metrics)
+    ids, logprobs = (
+        None if x is None else x[at] for x in (problem.rows.topk_ids, problem.rows.topk_logprobs)
+    )
+    if problem.shard is None:
+        every = own = entries(chunk, stats, spec, support, ids, logprobs)
+    else:
+        every, own = problem.shard.entries(chunk, stats, spec, support, ids, logprobs)
+    result = restricted(every, stats, spec, support.tail)
+    if not walk.saved:
+        walk.keep(at, stats, result.loss, result.A, exact)
+    if walk.wants_gradient:
+        factor, slope, labels = pull(walk, chunk, at, stats)
+        if labels is not None and problem.shard is not None:
+            labels = problem.shard.local(labels)
+        G = walk.gradient(chunk.S)
+        write_gradient_(walk.backend, chunk, stats, spec, own, result, factor, slope, labels, G)
 
 
 def write_entries_(G: Tensor, columns: Tensor, values: Tensor) -> None:

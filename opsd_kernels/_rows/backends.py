@@ -186,6 +186,7 @@ NAMES = tuple(backend.name for backend in BACKENDS)
 def select(name: str | None, device: torch.device, dtype: torch.dtype | None = None) -> RowBackend:
     """Return the backend of `name` or OPSD_BACKEND, else the first that sweeps logits of `dtype` on `device`.
 
+
     Raises ValueError with the reason if the named backend cannot serve. Without a name, one with a reason in
     `by_name` is passed over: Triton on a CPU, and the CUDA kernels on a GPU whose architecture they have not
     passed the GPU check on, since a wrong gradient costs more than a slower one. Warns once per process if no

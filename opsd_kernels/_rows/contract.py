@@ -25,15 +25,15 @@ bias_s/_t     (V,) contiguous, of the dtype of the statistics, or None. -inf in 
               probability zero (not under a softcap, which maps it to -c).
 stats         (n, len(Column)) in torch.promote_types(S.dtype, float32): float64 for float64 logits, else
               float32. Columns up to SPREAD and the
-              divergence's own value (REVERSE_KL / FORWARD_KL) are always right; the others only with
-              `metrics`, else 0.
+              divergence's own value (REVERSE_KL, FORWARD_KL, for mixed KL both) are always right; the others
+              only with `metrics`, else 0.
 loss, A       (n,) of the dtype of stats: the divergence in nats, and the row scalar A of mathematics.md. For
-              the two plain KLs without an entry clip `row_dot` reads both from stats (A = D for reverse, -1
-              for forward) and no logits.
-clips         spec.entry_clip: a term f > clip counts as the clip and its u as 0; for reverse KL, whose u = f
-              lacks a constant times q, as -q. spec.token_clip: a sum above it counts as the clip. With
-              either, `row_dot` and `row_fused_` write stats[CLIPPED]: the share of the row's V terms under
-              the entry clip, and 1 where the token clip holds. At 1 the divergence has no gradient.
+              the KLs without an entry clip `row_dot` reads both from stats (`plain_kl`) and no logits.
+clips         spec.entry_clip: a term f > clip counts as the clip and its u as 0; for reverse and mixed
+              KL, whose u lacks c * q, as -c * q (`Divergence.omitted`). spec.token_clip: a sum above it
+              counts as the clip. With either, `row_dot` and `row_fused_` write stats[CLIPPED]: the share of
+              the row's V terms under the entry clip, and 1 where the token clip holds. At 1 the divergence
+              has no gradient.
 factor        (n,) of the dtype of stats: multiplies the row's gradient.
 policy_slope  (n,) of the dtype of stats, or None for zeros: adds policy_slope * (q - onehot(label)), the
               gradient of -policy_slope * log q(label).
@@ -68,7 +68,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..spec import LogitTransform, RowSpec
+from ..spec import Kind, LogitTransform, RowSpec
 
 # Near rows have |o| up to this. They may be summed relative to the student's maximum alone: exp(-87 + 2 * 24)
 # * 152k entries stays under 1e-11.
@@ -191,11 +191,15 @@ def offset(s: Tensor, t: Tensor, d: Tensor, max_s: Tensor, max_t: Tensor, linear
 
 
 def plain_kl(stats: Tensor, spec: RowSpec) -> tuple[Tensor, Tensor]:
-    """Return (loss, A) of a plain KL, whose value is a column of the statistics."""
-    if spec.divergence.name == "reverse_kl":
+    """Return (loss, A) of a KL, or of the sum of both, whose value is in the columns of the statistics."""
+    kind, beta = spec.divergence.kind, spec.divergence.beta
+    if kind == Kind.REVERSE_KL:
         loss = A = stats[:, Column.REVERSE_KL].clone()
-    else:
+    elif kind == Kind.FORWARD_KL:
         loss, A = stats[:, Column.FORWARD_KL].clone(), torch.full_like(stats[:, 0], -1.0)
+    else:
+        A = (1 - beta) * stats[:, Column.REVERSE_KL]
+        loss = beta * stats[:, Column.FORWARD_KL] + A
     return clip_tokens(loss, stats, spec), A
 
 

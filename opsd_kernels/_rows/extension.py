@@ -18,6 +18,12 @@ from torch import Tensor
 from . import gpu_checks
 
 PACKAGE = Path(__file__).resolve().parents[1]
+# Those that csrc/registration.cpp registers. A library from before one of them is too old.
+OPERATORS = (
+    *("row_stats", "row_dot", "row_grad_", "row_fused_", "cuda_launch", "cpu_capability"),
+    *("gemm_bf16_", "gemm_fp32_", "dots_bf16_", "gemm_unavailable", "gemm_fp32_unavailable"),
+    *("column_norms", "gather_columns_"),
+)
 
 
 def _load(stem: str, what: str) -> str | None:
@@ -39,7 +45,11 @@ def _load(stem: str, what: str) -> str | None:
 @cache
 def load() -> str | None:
     """Register the C++ extension's operators, once. Return None, or the reason why they are missing."""
-    return _load("_C", "C++ extension was")
+    reason = _load("_C", "C++ extension was")
+    missing = [] if reason else [name for name in OPERATORS if not hasattr(torch.ops.opsd_kernels, name)]
+    if missing:
+        return f"the C++ extension was built from older sources, without {', '.join(missing)}"
+    return reason
 
 
 def build_command() -> str:

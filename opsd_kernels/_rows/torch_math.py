@@ -69,6 +69,11 @@ def tvd(q: Tensor, p: Tensor, delta: Tensor, beta: float) -> tuple[Tensor, Tenso
     return half_gap, _guard(q, -0.5 * q * torch.sign(delta))
 
 
+def mixed_kl(q: Tensor, p: Tensor, delta: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    of_q = (1 - beta) * _guard(q, -q * delta)
+    return beta * _guard(p, p * delta) + of_q, beta * (q - p) + of_q
+
+
 ENTRIES: dict[Kind, Entry] = {
     Kind.REVERSE_KL: reverse_kl,
     Kind.FORWARD_KL: forward_kl,
@@ -76,6 +81,7 @@ ENTRIES: dict[Kind, Entry] = {
     Kind.SKEW_REVERSE_KL: skew_reverse_kl,
     Kind.SKEW_FORWARD_KL: skew_forward_kl,
     Kind.TVD: tvd,
+    Kind.MIXED_KL: mixed_kl,
 }
 
 
@@ -87,9 +93,9 @@ def entry(divergence: Divergence, q: Tensor, p: Tensor, delta: Tensor) -> tuple[
 def clipped_u(divergence: Divergence, q: Tensor) -> Tensor:
     """Return u of a clipped term, whose derivative is 0.
 
-    u of reverse KL leaves out a term + q, which cancels where nothing is clipped, so its 0 is written -q.
+    Where u leaves out a multiple of q, which cancels where nothing is clipped, the 0 is minus that multiple.
     """
-    return -q if divergence.kind == Kind.REVERSE_KL else torch.zeros_like(q)
+    return -divergence.omitted * q
 
 
 def transform(z: Tensor, transform: LogitTransform, bias: Tensor | None) -> Tensor:

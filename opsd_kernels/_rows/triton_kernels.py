@@ -15,6 +15,7 @@ from .contract import Column
 from .triton_math import (
     FORWARD_KL,
     LOG2_E,
+    MIXED_KL,
     REVERSE_KL,
     bend_slope,
     clipped,
@@ -92,7 +93,7 @@ def _dot_tile(
     else:
         q, p, delta = _distributions(row, v, y_s, y_t, stats, MODE)
         f, u = entry(q, p, delta, beta, KIND)
-    f, u, over = clipped(q, f, u, clip, KIND, CLIP)
+    f, u, over = clipped(q, f, u, beta, clip, KIND, CLIP)
     f_sum += fold(inside(v, V, f, 0.0, WHOLE), BLOCK_V, PACK)
     u_sum += fold(inside(v, V, u, 0.0, WHOLE), BLOCK_V, PACK)
     if CLIP:
@@ -169,14 +170,14 @@ def _grad_tile(
         q, delta = _near_distributions(row, v, y_s, y_t, stats, MODE, WHOLE)
         f, u = near_entry(delta, beta, cumulants, KIND)
         if CLIP:
-            _, u, _ = clipped(q, q * f, q * u, clip, KIND, CLIP)
+            _, u, _ = clipped(q, q * f, q * u, beta, clip, KIND, CLIP)
             g = tl.fma(u, outer, q * (-outer * a)) * slope
         else:
             g = q * tl.fma(u, outer, -outer * a) * slope
     else:
         q, p, delta = _distributions(row, v, y_s, y_t, stats, MODE)
         f, u = entry(q, p, delta, beta, KIND)
-        _, u, _ = clipped(q, f, u, clip, KIND, CLIP)
+        _, u, _ = clipped(q, f, u, beta, clip, KIND, CLIP)
         g = (u - q * a) * slope * outer
         g = tl.where(factor == 0, 0.0, g)  # an ignored row may hold inf
     if HAS_POLICY:
@@ -330,6 +331,9 @@ def _row_fused_kernel(
         loss, a = columns[6], columns[6]
     elif KIND == FORWARD_KL and not CLIP:
         loss, a = columns[7], tl.full((), -1.0, ACC)
+    elif KIND == MIXED_KL and not CLIP:
+        a = (1.0 - beta) * columns[6]
+        loss = tl.fma(beta, columns[7], a)
     else:
         loss, a, share = _row_dot(row, stats, beta, clip, KIND, CLIP, MODE, CAP_S, CAP_T, BLOCK_V, PACK)
     above = loss > token_clip

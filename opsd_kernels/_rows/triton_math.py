@@ -19,6 +19,7 @@ JSD = tl.constexpr(int(Kind.JSD))
 SKEW_REVERSE_KL = tl.constexpr(int(Kind.SKEW_REVERSE_KL))
 SKEW_FORWARD_KL = tl.constexpr(int(Kind.SKEW_FORWARD_KL))
 TVD = tl.constexpr(int(Kind.TVD))
+MIXED_KL = tl.constexpr(int(Kind.MIXED_KL))
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # ln 2 in two parts. The first has zeros in its low bits: its product with a whole number below 2**15 is exact
@@ -148,6 +149,10 @@ def entry(q, p, delta, beta, KIND: tl.constexpr):
     elif KIND == FORWARD_KL:
         f = guarded(p, p * delta)
         u = -p
+    elif KIND == MIXED_KL:
+        of_q = (1.0 - beta) * guarded(q, -q * delta)
+        f = beta * guarded(p, p * delta) + of_q
+        u = beta * (q - p) + of_q
     else:
         a = expm1(-tl.abs(delta))
         below = delta <= 0
@@ -225,6 +230,11 @@ def near_entry(d, beta, cumulants, KIND: tl.constexpr):
         e = tl.exp2(d * LOG2_E)
         f = e * d
         u = -e
+    elif KIND == MIXED_KL:
+        _, m = gap_pair(d)
+        of_q = (beta - 1.0) * d
+        f = tl.fma(beta * d, m + 1.0, of_q)
+        u = tl.fma(-beta, m, of_q)
     elif KIND == TVD:
         _, m = gap_pair(d)
         f = 0.5 * tl.abs(m)
@@ -257,14 +267,19 @@ def near_entry(d, beta, cumulants, KIND: tl.constexpr):
 
 
 @triton.jit
-def clipped(q, f, u, clip, KIND: tl.constexpr, CLIP: tl.constexpr):
+def clipped(q, f, u, beta, clip, KIND: tl.constexpr, CLIP: tl.constexpr):
     """Return (f, u) under the entry clip, and where the clip holds.
 
-    A clipped term has the derivative 0. u of reverse KL leaves out a term + q, which cancels where nothing is
-    clipped, so its 0 is written -q.
+    A clipped term has the derivative 0. Where u leaves out a multiple of q, which cancels where nothing is
+    clipped, the 0 is minus that multiple: Divergence.omitted.
     """
     over = f > clip
     if CLIP:
         f = tl.where(over, clip, f)
-        u = tl.where(over, -q if KIND == REVERSE_KL else 0.0, u)
+        if KIND == REVERSE_KL:
+            u = tl.where(over, -q, u)
+        elif KIND == MIXED_KL:
+            u = tl.where(over, (2.0 * beta - 1.0) * q, u)
+        else:
+            u = tl.where(over, 0.0, u)
     return f, u, over

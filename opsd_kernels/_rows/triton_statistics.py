@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .contract import GAP_BOUNDS, SPREAD_LIMIT
 from .triton_launch import LINEAR
-from .triton_math import FORWARD_KL, REVERSE_KL, exp, exp_pair, gap_pair, guarded, log1p
+from .triton_math import FORWARD_KL, MIXED_KL, REVERSE_KL, exp, exp_pair, gap_pair, guarded, log1p
 from .triton_tiles import LOWEST, bent, first, fold, fold_max, lanes, logits, relative, unfold
 
 LIMIT = tl.constexpr(SPREAD_LIMIT)
@@ -201,8 +201,8 @@ def row_stats(
     MODE: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, BLOCK_V: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """Return the columns of the statistics up to CLIPPED, in order."""
-    REVERSE: tl.constexpr = METRICS or KIND == REVERSE_KL
-    FORWARD: tl.constexpr = METRICS or KIND == FORWARD_KL
+    REVERSE: tl.constexpr = METRICS or KIND == REVERSE_KL or KIND == MIXED_KL
+    FORWARD: tl.constexpr = METRICS or KIND == FORWARD_KL or KIND == MIXED_KL
     m, m_t, sums, more = _near_sums(row, REVERSE, FORWARD, METRICS, MODE, CAP_S, CAP_T, BLOCK_V, PACK)
     e_sum, eo, em, g_sum, go, spread = sums
     es, gt, peak_s, peak_t, at_s, at_t = more

@@ -11,6 +11,7 @@ from .cases import LEAVES, Case, Outcome, evaluate, hard_case, plain_outcomes
 from .gates import (
     FP32_ARITHMETIC,
     LOGPROB_NATS,
+    LOGSUMEXP_NATS,
     TARGETS,
     assert_invariant,
     assert_no_growth,
@@ -26,6 +27,7 @@ __all__ = [
     "FP32_ARITHMETIC",
     "LEAVES",
     "LOGPROB_NATS",
+    "LOGSUMEXP_NATS",
     "TARGETS",
     "Case",
     "Outcome",

@@ -21,6 +21,8 @@ GROWTH = 1.5
 TARGETS = {"default": 2e-2, "captured": 6e-3, "fp32_logits": 3e-3, "loss": 5e-3}
 # Largest error in nats of a label's log-prob from 16-bit logits, on the same hidden states.
 LOGPROB_NATS = 2e-2
+# Of a log-sum-exp whose row has no label, or an unlikely one. With sampled tokens it is LOGPROB_NATS.
+LOGSUMEXP_NATS = 5e-2
 
 Checkable = Tensor | Outcome
 

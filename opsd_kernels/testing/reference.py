@@ -3,15 +3,13 @@
 It imports no kernel and no formula of the kernels. In float64 it is the truth; in fp32, and for 16-bit inputs
 with fp32 logits, it is careful plain PyTorch. It holds several (N, V) tensors: for tests, not for training.
 
-A divergence is a sum of terms f over the entries of the vocabulary, or of a support of K entries. Clipped
-terms and tokens of weight zero are cut out of the graph at the log-probs: a term may be infinite, and 0 times
-its gradient would be NaN.
+A divergence is a sum of terms (reference_terms.py). Clipped terms and tokens of weight zero are cut out of
+the graph at the log-probs: a term may be infinite, and 0 times its gradient would be NaN.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -19,122 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..spec import REDUCTIONS, Divergence, Kind, LogitTransform, check_choice, check_number, expect
+from ..spec import REDUCTIONS, Divergence, LogitTransform, check_choice, check_number, expect
+from .reference_terms import TAILS, LogProbs, largest_entries, listed_entries, ratio_terms
+from .reference_terms import reference_divergence as reference_divergence
+from .reference_terms import reference_terms as reference_terms
 
-# Minus the largest log of the mass that a support may have beside its bucket (SDPO's clamp).
-SMALLEST_TAIL = 1e-7
 # Arguments that change how the op computes, not its value.
 HOW = {"backend", "backward", "logits_dtype", "workspace_bytes"}
-
-# ---------------------------------------------------------------- the terms
-
-
-def _ratio_terms(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """Return a * (log a - log b) per entry; value and gradient are 0 at a = 0, even if both logs are -inf."""
-    a = log_a.exp()
-    counts = a > 0
-    top = torch.where(counts, log_a, 0.0)
-    bottom = torch.where(counts, log_b, 0.0)
-    return torch.where(counts, a * (top - bottom), 0.0)
-
-
-def _log_mixture(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
-    """Return log(beta p + (1 - beta) q), and 0 where both are 0.
-
-    Such an entry has weight 0 in every sum, and logaddexp has no gradient there.
-    """
-    dead = (log_q == -math.inf) & (log_p == -math.inf)
-    log_q, log_p = torch.where(dead, 0.0, log_q), torch.where(dead, 0.0, log_p)
-    return torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-
-
-def _jsd_terms(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
-    log_m = _log_mixture(log_q, log_p, beta)
-    return beta * _ratio_terms(log_p, log_m) + (1 - beta) * _ratio_terms(log_q, log_m)
-
-
-TEXTBOOK: dict[Kind, Callable[[Tensor, Tensor, float], Tensor]] = {
-    Kind.REVERSE_KL: lambda log_q, log_p, beta: _ratio_terms(log_q, log_p),
-    Kind.FORWARD_KL: lambda log_q, log_p, beta: _ratio_terms(log_p, log_q),
-    Kind.JSD: _jsd_terms,
-    Kind.SKEW_REVERSE_KL: lambda log_q, log_p, beta: _ratio_terms(log_q, _log_mixture(log_q, log_p, beta)),
-    Kind.SKEW_FORWARD_KL: lambda log_q, log_p, beta: _ratio_terms(log_p, _log_mixture(log_q, log_p, beta)),
-    Kind.TVD: lambda log_q, log_p, beta: (log_p.exp() - log_q.exp()).abs() / 2,
-}
-
-
-def reference_terms(log_q: Tensor, log_p: Tensor, divergence: Divergence) -> Tensor:
-    """Return f per entry, (n, E) in nats, from log-probs; D is its sum. Differentiable in `log_q`."""
-    return TEXTBOOK[divergence.kind](log_q, log_p, divergence.beta)
-
-
-def reference_divergence(student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
-    """Return D per row, (n,) in nats, from transformed logits (n, V). Differentiable in `student`."""
-    return reference_terms(student.log_softmax(-1), teacher.log_softmax(-1), divergence).sum(-1)
-
-
-# ---------------------------------------------------------------- the entries that the sum runs over
-
-
-class _LogProbs(NamedTuple):
-    """Log-probs of both sides at the entries of the sum, (n, E) each; padding is -inf on both sides."""
-
-    log_q: Tensor
-    log_p: Tensor
-    size: Tensor  # (n,) number of entries that are no padding
-
-
-def _log_mass(log_probs: Tensor) -> Tensor:
-    """Return the log of the sum of probabilities, (n, 1); -inf, without a gradient, where all are 0."""
-    empty = (log_probs == -math.inf).all(-1, keepdim=True)
-    return torch.where(empty, -math.inf, torch.where(empty, 0.0, log_probs).logsumexp(-1, keepdim=True))
-
-
-def _with_bucket(log_probs: Tensor) -> Tensor:
-    """Append an entry that holds the remaining mass."""
-    mass = _log_mass(log_probs).clamp(max=-SMALLEST_TAIL)
-    return torch.cat([log_probs, torch.log(-torch.expm1(mass))], -1)
-
-
-def _renormalized(log_probs: Tensor) -> Tensor:
-    """Renormalise to a sum of 1. A side without mass on the support stays at probability 0."""
-    mass = _log_mass(log_probs)
-    return log_probs - torch.where(mass == -math.inf, 0.0, mass)
-
-
-TAILS: dict[str, Callable[[Tensor], Tensor]] = {
-    "bucket": _with_bucket,
-    "renormalize": _renormalized,
-    "none": lambda log_probs: log_probs,
-}
-
-
-def _on_support(log_q: Tensor, log_p: Tensor, tail: str, count: Tensor) -> _LogProbs:
-    return _LogProbs(TAILS[tail](log_q), TAILS[tail](log_p), count + (tail == "bucket"))
-
-
-def _largest_entries(student: Tensor, teacher: Tensor, topk: int | None, side: str, tail: str) -> _LogProbs:
-    """Return the whole vocabulary or, with `topk`, the entries of one side's largest transformed logits.
-
-    The choice of the entries is a constant for the gradient.
-    """
-    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
-    n, V = student.shape
-    if topk is None:
-        return _LogProbs(log_q, log_p, torch.full((n,), V, device=student.device))
-    k = min(topk, V)
-    support = (student if side == "student" else teacher).detach().topk(k, -1).indices
-    return _on_support(
-        log_q.gather(-1, support), log_p.gather(-1, support), tail, torch.full((n,), k, device=student.device)
-    )
-
-
-def _listed_entries(student: Tensor, ids: Tensor, logprobs: Tensor, tail: str) -> _LogProbs:
-    """Return the entries (n, K) of a teacher's list. A log-prob of -inf means padding, of any id."""
-    listed = logprobs > -math.inf
-    log_q = student.log_softmax(-1).gather(-1, torch.where(listed, ids, 0))
-    return _on_support(torch.where(listed, log_q, -math.inf), logprobs, tail, listed.sum(-1))
-
 
 # ---------------------------------------------------------------- the divergence under its clips
 
@@ -170,7 +59,7 @@ class _Clipped(NamedTuple):
 
 
 @torch.no_grad()
-def _clipped(entries: _LogProbs, divergence: Divergence, clips: Clips) -> _Clipped:
+def _under_clips(entries: LogProbs, divergence: Divergence, clips: Clips) -> _Clipped:
     f = reference_terms(entries.log_q, entries.log_p, divergence)
     terms = f > clips.entry
     D = torch.where(terms, clips.entry, f).sum(-1)
@@ -180,7 +69,7 @@ def _clipped(entries: _LogProbs, divergence: Divergence, clips: Clips) -> _Clipp
 
 
 def _differentiable(
-    entries: _LogProbs, divergence: Divergence, clips: Clips, clipped: _Clipped, unused: Tensor
+    entries: LogProbs, divergence: Divergence, clips: Clips, clipped: _Clipped, unused: Tensor
 ) -> Tensor:
     """Compute D per row again, with its gradient. `unused` rows (n,) have none."""
     stopped = clipped.rows | unused
@@ -226,7 +115,7 @@ def _packed_logits(
 
 
 def _entropy(log_probs: Tensor) -> Tensor:
-    return -_ratio_terms(log_probs, torch.zeros_like(log_probs)).sum(-1)
+    return -ratio_terms(log_probs, torch.zeros_like(log_probs)).sum(-1)
 
 
 def _of_labels(log_probs: Tensor, labels: Tensor) -> Tensor:
@@ -239,12 +128,15 @@ def reference_statistics(
     """Return the student's fields of TokenStats, (n,) each; with a teacher also its own and the agreement."""
     log_q = student.detach().log_softmax(-1)
     stats = {"student_entropy": _entropy(log_q), "student_max_prob": log_q.exp().amax(-1)}
+    stats["student_logsumexp"] = student.detach().logsumexp(-1)
     if labels is not None:
         stats["student_logprob"] = _of_labels(log_q, labels)
+        stats["label_is_top1"] = (log_q.argmax(-1) == labels).to(log_q.dtype)
     if teacher is None:
         return stats
     log_p = teacher.detach().log_softmax(-1)
     stats |= {"teacher_entropy": _entropy(log_p), "teacher_max_prob": log_p.exp().amax(-1)}
+    stats["teacher_logsumexp"] = teacher.detach().logsumexp(-1)
     stats["top1_agreement"] = (log_q.argmax(-1) == log_p.argmax(-1)).to(log_q.dtype)
     if labels is not None:
         stats["teacher_logprob"] = _of_labels(log_p, labels)
@@ -256,6 +148,7 @@ def reference_statistics(
 STATISTICS = (
     *("divergence", "student_entropy", "teacher_entropy", "student_max_prob", "teacher_max_prob"),
     *("top1_agreement", "student_logprob", "teacher_logprob", "clipped_fraction"),
+    *("student_logsumexp", "teacher_logsumexp", "label_is_top1"),
 )
 
 
@@ -325,17 +218,21 @@ class _Loss:
     reduction: str
     normalizer: float | Tensor | None
     return_stats: bool
+    z_loss: float
 
     def of(
-        self, entries: _LogProbs, statistics: dict[str, Tensor], tokens: _Tokens
+        self, entries: LogProbs, student: Tensor, statistics: dict[str, Tensor], tokens: _Tokens
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         check_choice("reduction", self.reduction, REDUCTIONS)
-        clipped = _clipped(entries, self.divergence, self.clips)
+        clipped = _under_clips(entries, self.divergence, self.clips)
         stats = {"divergence": clipped.divergence, **statistics}
         if self.clips:
             stats["clipped_fraction"] = clipped.clipped_fraction
         weights = tokens.weights(self.token_weights, stats)
         per_token = _differentiable(entries, self.divergence, self.clips, clipped, weights == 0)
+        per_token = (
+            per_token + self.z_loss * torch.where((weights == 0)[:, None], 0.0, student).logsumexp(-1) ** 2
+        )
         # a token of weight zero may have an infinite divergence
         weighted = torch.where(weights == 0, 0.0, per_token) * weights
         loss = _reduce(tokens.unpack(weighted), tokens.valid, self.reduction, self.normalizer)
@@ -371,6 +268,7 @@ def linear_divergence_reference(
     teacher_mix: float = 0.0,
     entry_clip: float | None = None,
     token_clip: float | None = None,
+    z_loss: float | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     return_stats: bool = False,
@@ -398,6 +296,7 @@ def linear_divergence_reference(
         reduction,
         normalizer,
         return_stats,
+        0.0 if z_loss is None else z_loss,
     )
     student = LogitTransform.parse(
         "student", student_logit_scale, student_softcap, "temperature", temperature
@@ -416,7 +315,7 @@ def linear_divergence_reference(
         )
         t = reference_mix(s, t, teacher_mix)
     statistics = reference_statistics(s, t, None if labels is None else tokens.pack(labels))
-    return loss.of(_largest_entries(s, t, topk, topk_support, topk_tail), statistics, tokens)
+    return loss.of(largest_entries(s, t, topk, topk_support, topk_tail), s, statistics, tokens)
 
 
 def linear_topk_divergence_reference(
@@ -439,6 +338,7 @@ def linear_topk_divergence_reference(
     token_weights: Any = None,
     entry_clip: float | None = None,
     token_clip: float | None = None,
+    z_loss: float | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     return_stats: bool = False,
@@ -454,6 +354,7 @@ def linear_topk_divergence_reference(
         reduction,
         normalizer,
         return_stats,
+        0.0 if z_loss is None else z_loss,
     )
     student = LogitTransform.parse(
         "student", student_logit_scale, student_softcap, "temperature", temperature
@@ -465,7 +366,7 @@ def linear_topk_divergence_reference(
     )
     logprobs = tokens.pack(teacher_topk_logprobs.detach()).to(s.dtype)
     statistics = reference_statistics(s, None, None if labels is None else tokens.pack(labels))
-    return loss.of(_listed_entries(s, tokens.pack(teacher_topk_ids), logprobs, tail), statistics, tokens)
+    return loss.of(listed_entries(s, tokens.pack(teacher_topk_ids), logprobs, tail), s, statistics, tokens)
 
 
 def linear_logprobs_reference(

@@ -26,7 +26,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opsd_kernels.train import seeds
+from opsd_kernels.train import seeds, shared_prompts
 from opsd_kernels.train import step as steps
 from opsd_kernels.train.batch import advantages, make_batch
 from opsd_kernels.train.config import ConfigError, TrainConfig
@@ -175,8 +175,12 @@ def prepare(config: TrainConfig, task: Task, out: Path, progress: Progress, rank
         make_engine(config),
         ranks,
         pretrained.context_length(model.config, teacher.model.config),
+        config.shares_prompts,
     )
     check_room(config, task, sampler)
+    if config.shares_prompts:
+        for each in (model, teacher.model, *([] if reference is None else [reference.model])):
+            shared_prompts.can_share(each)
     offset = 0
     if saved is not None:
         offset = checkpoint.restore(saved, state)

@@ -26,8 +26,8 @@ from opsd_kernels.spec import CLIPS
 from opsd_kernels.train.batch import IGNORE
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.config.weight_text import TokenData, parse_weights
-from opsd_kernels.train.models.pretrained import hidden_states
 from opsd_kernels.train.models.routers import routed_hidden_states, router_weight
+from opsd_kernels.train.shared_prompts import hidden_states
 from opsd_kernels.train.teacher import Teacher
 from opsd_kernels.train.types import Batch, Totals
 from opsd_kernels.weights import Given, ImportanceRatio
@@ -65,7 +65,8 @@ def step_loss(
     if config.policy_weight == 1:
         return _policy_alone(student, batch, ppo, config, totals, vocab)
     with torch.no_grad(), teacher.using() as model:
-        teacher_hidden, theirs = hidden_states(model, batch.teacher), Head.of(model)
+        teacher_hidden = hidden_states(model, batch.teacher, config.shares_prompts)
+        theirs = Head.of(model)
     hidden, mine, balance = _student(student, batch, config, totals)
     weights = _token_weights(batch, config, totals)
     options: dict[str, Any] = {
@@ -111,7 +112,7 @@ def step_loss(
 @torch.no_grad()
 def sampling_logprobs(student: PreTrainedModel, batch: Batch, config: TrainConfig, vocab: int) -> Tensor:
     """Shape (B, T): log-probs, in nats, of the batch's tokens under the current student."""
-    hidden, head = hidden_states(student, batch.student), Head.of(student)
+    hidden, head = hidden_states(student, batch.student, config.shares_prompts), Head.of(student)
     logprobs_BT = linear_logprobs(hidden, head.weight, batch.labels_BT, **_alone(head, config, vocab))
     assert isinstance(logprobs_BT, Tensor)
     return logprobs_BT
@@ -126,7 +127,7 @@ def _student(
     """
     weight = router_weight(student, config)
     if weight == 0:
-        return hidden_states(student, batch.student), Head.of(student), 0.0
+        return hidden_states(student, batch.student, config.shares_prompts), Head.of(student), 0.0
     hidden, router = routed_hidden_states(student, batch.student, batch.mask_BT)
     return hidden, Head.of(student), router * (weight * batch.size / totals.sequences)
 

@@ -28,7 +28,7 @@ from sass_loops import disassemble
 
 from opsd_kernels._rows import triton_launch, triton_rows
 from opsd_kernels._rows.triton_columns import COLUMN_KERNELS
-from opsd_kernels.spec import Kind
+from opsd_kernels.spec import Divergence, Kind
 
 # The cache knows a kernel by its text: its binary may have the lines and paths of another checkout.
 triton.knobs.compilation.always_compile = True
@@ -72,7 +72,7 @@ def variants() -> list[Variant]:
         for kind in range(len(Kind)):
             fused = replace(base, kind=kind)
             found += [fused, replace(fused, form="capped", metrics=True), replace(fused, kernel="grad")]
-            found += [replace(fused, kernel="stats" if kind < Kind.JSD else "dot")]
+            found += [replace(fused, kernel="stats" if Divergence(Kind(kind)).one_sweep else "dot")]
             metrics = (dtype == "fp32") == (kind % 2 == 0)
             found += [
                 replace(fused, arch=arch, form="capped" if metrics else "linear", metrics=metrics)

@@ -19,7 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "emulation"))
 from build_emulated import build_script
 
 HEADER = ("kernel", "type", "architecture", "registers", "stack", "spill", "shared")
-KINDS = ("reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl", "tvd")  # spec.Kind
+KINDS = (
+    "reverse_kl",
+    "forward_kl",
+    "jsd",
+    "skew_reverse_kl",
+    "skew_forward_kl",
+    "tvd",
+    "mixed_kl",
+)  # spec.Kind
 ENTRY = re.compile(r"(stats|dot|grad|fused)_kernelI\w*?Lb([01])(?:ELNS_4KindE(\d))?E")
 
 

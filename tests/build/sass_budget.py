@@ -37,7 +37,7 @@ ARCHITECTURES = ("90", "100")
 # Functions, and branches to calls, of rows with a teacher far away, which are not the rule.
 RARE = re.compile(r"\b_?far_|if \([\w.]*\bfar\)")
 # The sweep for the value, which fused kernels of the plain KLs need under an entry clip alone.
-VALUE, ONE_SWEEP = ("value", "value_sweep", "_row_dot"), re.compile("fused (reverse|forward)_kl")
+VALUE, ONE_SWEEP = ("value", "value_sweep", "_row_dot"), re.compile("fused (reverse|forward|mixed)_kl")
 
 
 def rows_of(

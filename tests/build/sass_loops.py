@@ -15,7 +15,7 @@ import triton
 
 CLASSES = ("fp32", "mufu", "convert", "integer", "memory")
 # Helpers that hold a loop, or move entries, on behalf of the sweep that calls them.
-HELPERS = ("walk", "walk_tiles", "load", "store", "store_as")
+HELPERS = ("vectors", "vectors_and_rest", "singles", "walk", "tiles", "load", "store", "store_as")
 
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P\d+\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;")
 LABEL = re.compile(r"^(\.L_\w+):")
@@ -23,7 +23,7 @@ SECTION = re.compile(r"^\.text\.(\w+):")
 LINE = re.compile(r'//## File "([^"]+)", line (\d+)( inlined at)?')
 TARGET = re.compile(r"`\((\.L_\w+)\)")
 DEFINES = re.compile(
-    r"^\s*(?:template\s*<.*>\s*)?OPSD_(?:DEVICE|KERNEL)\b(?:.*?__launch_bounds__\([^)]*\))?[^(=;]*?(\w+)\("
+    r"^\s*(?:template\s*<.*>\s*)?OPSD_(?:DEVICE|CALLED|KERNEL)\b(?:.*?__launch_bounds__\([^)]*\))?[^(=;]*?(\w+)\("
     r"|^def (\w+)\("
 )
 

@@ -42,8 +42,8 @@ def measured(objects) -> list[tuple[str, ...]]:
 
 
 def test_every_kernel_is_there(measured):
-    """Three sweeps of each kind in two forms. Statistics: plain for three sets of sums, general for all."""
-    kernels = 3 * len(cuda_resources.KINDS) * 2 + 3 + 1
+    """Three sweeps of each kind in two forms. Statistics: plain for four sets of sums, general for all."""
+    kernels = 3 * len(cuda_resources.KINDS) * 2 + 4 + 1
     types = {(row[1], row[2]) for row in measured}
     assert len(types) == 9 and len(measured) == len({row[:3] for row in measured}) == 9 * kernels
 

@@ -294,6 +294,23 @@ def reason_in(checkout: Path) -> str:
     return reason
 
 
+def test_a_library_of_older_sources_is_refused_by_name(built):
+    """Its operators would raise AttributeError in the first call."""
+    registered = set(re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc" / "registration.cpp").read_text()))
+    assert set(extension.OPERATORS) == registered - {"cuda_sources"}
+    code = (
+        "import torch, opsd_kernels; from opsd_kernels._rows import extension\n"
+        "extension.OPERATORS += ('gemm_of_tomorrow_',)\n"
+        "h, W = torch.ones(2, 3), torch.ones(5, 3)\n"
+        "print(extension.load()); print(opsd_kernels.linear_divergence(h, W, h, W).item())"
+    )
+    outcome = run_python(code)
+    assert outcome.returncode == 0, outcome.stderr
+    reason, value = outcome.stdout.splitlines()
+    assert reason == "the C++ extension was built from older sources, without gemm_of_tomorrow_"
+    assert float(value) == 0 and "slow" in outcome.stderr, outcome.stderr
+
+
 def test_without_a_compiler_the_package_works_and_says_why(checkout):
     said = [line for line in build(checkout, CXX="/nonexistent/c++").splitlines() if line]
     assert len(said) == 1

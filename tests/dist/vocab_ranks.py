@@ -21,6 +21,7 @@ from opsd_kernels import VocabShard, linear_divergence, linear_logprobs, linear_
 from opsd_kernels.spec import KIND_NAMES
 from opsd_kernels.testing import (
     LOGPROB_NATS,
+    LOGSUMEXP_NATS,
     Case,
     Outcome,
     assert_no_worse,
@@ -70,6 +71,13 @@ CASES |= {
     "per token": ({}, {"divergence": "forward_kl", "reduction": "none"}, {}),
     "sequences": ({"batch": 4}, {"reduction": "sequence_mean"}, {}),
     "gate": ({"batch": 4}, {"token_weights": EntropyGate("student", below=2.0)}, {}),
+    "z-loss": ({}, {"z_loss": 0.03, "token_clip": 0.6}, {}),
+    "z-loss, recompute": ({}, {"z_loss": 0.03, "divergence": "mixed_kl"}, {"backward": "recompute"}),
+    "z-loss, top 5": (
+        {"largest_logit": 8.0},
+        {"z_loss": 0.03, "topk": 5},
+        {},
+    ),
     "prefix": ({"batch": 4}, {"token_weights": MeanOne(PrefixDiscrepancy(0.5))}, {}),
     "prefix, several chunks": (
         {"batch": 4},
@@ -96,6 +104,7 @@ LISTS: dict[str, tuple[dict, dict, dict]] = {
 }  # fmt: skip
 LISTS |= {
     "clips": (SMOOTH, {"entry_clip": 0.05, "token_clip": 0.6}, {}),
+    "z-loss": (SMOOTH, {"z_loss": 0.03, "token_clip": 0.6, "divergence": "mixed_kl"}, {}),
     "recompute": (SMOOTH, {"tail": "none"}, {"backward": "recompute"}),
     "per token": (SMOOTH, {"reduction": "none"}, {}),
     "gate, padded": (
@@ -105,8 +114,9 @@ LISTS |= {
     ),
     "frozen head": ({**SMOOTH, "frozen_head": True}, {"divergence": "tvd"}, {}),
 }
-SIDES = [f"{side}_{name}" for side in ("student", "teacher") for name in ("entropy", "max_prob", "logprob")]
-STATISTICS = ("divergence", "top1_agreement", *SIDES)
+OF_A_SIDE = ("entropy", "max_prob", "logprob", "logsumexp")
+SIDES = [f"{side}_{name}" for side in ("student", "teacher") for name in OF_A_SIDE]
+STATISTICS = ("divergence", "top1_agreement", "label_is_top1", *SIDES)
 
 
 def cut(case: Case, shard: VocabShard) -> Case:
@@ -233,10 +243,12 @@ def check_16_bit_logits(dtype: torch.dtype, labelled: bool) -> None:
         truth = evaluate(linear_divergence_reference, changed.double(), **told)
         assert_on_target(whole(ours), truth, "default")
         assert torch.equal(ours.stats.top1_agreement.double(), truth.stats["top1_agreement"])
-        for name in ("student_logprob", "teacher_logprob") if labelled else ():
+        levels = "student_logsumexp", "teacher_logsumexp"
+        bound = LOGPROB_NATS if labelled else LOGSUMEXP_NATS
+        for name in (*levels, *(("student_logprob", "teacher_logprob") if labelled else ())):
             off = (getattr(ours.stats, name) - truth.stats[name])[changed.mask].abs().max()
             # At a temperature of 1/4 the rounding counts four times.
-            assert off <= LOGPROB_NATS / min(told.get("temperature", 1.0), 1.0), (at, name, off)
+            assert off <= bound / min(told.get("temperature", 1.0), 1.0), (at, name, off)
 
 
 def check_statistics(dtype: torch.dtype) -> None:

@@ -17,6 +17,7 @@
 
 #define OPSD_KERNEL
 #define OPSD_DEVICE inline
+#define OPSD_CALLED inline
 #define OPSD_GRID_CONSTANT const
 #define __launch_bounds__(threads, blocks)
 

@@ -45,7 +45,7 @@ class OnEmulator:
 class TestRowContract(OnEmulator, RowContract):
     SHAPES = [(1, 1), (3, 7), (6, 1003), (1, 2065)]
 
-    @pytest.mark.parametrize("kind", [Kind.REVERSE_KL, Kind.JSD])
+    @pytest.mark.parametrize("kind", [Kind.REVERSE_KL, Kind.JSD, Kind.MIXED_KL])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_aligned_rows(self, row_backend, dtype, kind):
         """Rows that begin on 16 bytes are read in vectors; the other tests' views never begin there."""

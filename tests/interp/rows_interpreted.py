@@ -103,7 +103,7 @@ class TestRowContract(OnInterpreter, RowContract):
         rows = rows.contiguous()
         if not rows.spec.difference:
             rows.S[3, :2100] = rows.T[3, :2100] = -math.inf
-        for kind in (Kind.REVERSE_KL, Kind.FORWARD_KL, Kind.SKEW_FORWARD_KL):
+        for kind in (Kind.REVERSE_KL, Kind.FORWARD_KL, Kind.SKEW_FORWARD_KL, Kind.MIXED_KL):
             chosen = replace(
                 rows, S=rows.S.clone(), spec=replace(rows.spec, divergence=Divergence(kind, 0.3))
             )

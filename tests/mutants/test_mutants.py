@@ -11,11 +11,12 @@ import torch
 from planting import Mutant, arguments, check, kill, result
 
 from opsd_kernels import divergence, linear_divergence
-from opsd_kernels._core import autograd, centre, loop, problem, reductions
+from opsd_kernels._core import autograd, centre, late_gradients, loop, problem, reductions
 from opsd_kernels._rows import torch_math, torch_rows
 from opsd_kernels._rows.contract import Column
-from opsd_kernels.spec import Kind
+from opsd_kernels.spec import Divergence, Kind
 from opsd_kernels.testing import (
+    LOGSUMEXP_NATS,
     assert_invariant,
     assert_no_growth,
     assert_no_worse,
@@ -73,6 +74,9 @@ def statistics_bf16():
     ours = evaluate(linear_divergence, case, return_stats=True, backend="torch").stats
     truth = evaluate(linear_divergence_reference, case.double(), return_stats=True).stats
     assert_same_bits(ours.top1_agreement.double(), truth["top1_agreement"])
+    assert_same_bits(ours.label_is_top1.double(), truth["label_is_top1"])
+    for name in ("student_logsumexp", "teacher_logsumexp"):
+        assert (getattr(ours, name) - truth[name]).abs().max() <= LOGSUMEXP_NATS, name
 
 
 def near_fp32(divergence):
@@ -225,6 +229,28 @@ MUTANTS = {
         only_u(lambda u, q, p, d, b: u / (1 - b)),
         check(against_truth, "skew_forward_kl"),
     ),
+    "mixed KL weighs the other KL": Mutant(
+        torch_rows,
+        "plain_kl",
+        lambda plain: (
+            lambda stats, spec: plain(
+                stats, replace(spec, divergence=Divergence(spec.divergence.kind, 1 - spec.divergence.beta))
+            )
+        ),
+        check(against_truth, "mixed_kl", beta=0.2),
+    ),
+    "mixed KL forgets p in u": Mutant(
+        torch_math.ENTRIES,
+        Kind.MIXED_KL,
+        only_u(lambda u, q, p, d, b: u + b * p),
+        check(against_truth, "mixed_kl"),
+    ),
+    "mixed KL clipped as reverse KL": Mutant(
+        Divergence,
+        "omitted",
+        lambda _: 1.0,
+        check(against_truth, "mixed_kl", entry_clip=0.02),
+    ),
     "TVD without its half": Mutant(
         torch_math.ENTRIES, Kind.TVD, only_f(lambda f, *_: 2 * f), check(against_truth, "tvd")
     ),
@@ -288,6 +314,36 @@ MUTANTS = {
     ),
     "argmax of 16-bit logits": Mutant(
         loop, "exact_argmax", lambda _: lambda *args: args[-1].clone(), check(statistics_bf16)
+    ),
+    "log-sum-exps relative to a constant": Mutant(
+        late_gradients,
+        "logsumexps",
+        arguments(lambda stats, spec, _: (stats, spec, (None, None))),
+        check(statistics_bf16),
+    ),
+    "the z-loss's slope without its 2": Mutant(
+        late_gradients,
+        "pull",
+        result(lambda r, *_: (r[0], r[1] / 2, r[2])),
+        check(against_truth, z_loss=0.03),
+    ),
+    "the z-loss's slope at a label": Mutant(
+        late_gradients,
+        "pull",
+        result(lambda r, *_: (r[0], r[1], r[2] + 1)),
+        check(against_truth, z_loss=0.03),
+    ),
+    "the z-loss without the weights of the tokens": Mutant(
+        late_gradients,
+        "pull",
+        result(lambda r, *_: (r[0], r[1] / r[0].clamp(min=1e-9), r[2])),
+        check(against_truth, z_loss=0.03),
+    ),
+    "the z-loss without its square": Mutant(
+        autograd,
+        "_with_z_loss",
+        lambda _: lambda problem, D, logs: D + problem.spec.z_loss * logs[:, 2],
+        check(against_truth, z_loss=0.03),
     ),
     "hidden difference in bf16 of fp32 inputs": Mutant(
         loop,

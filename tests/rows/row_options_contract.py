@@ -68,6 +68,7 @@ def terms(log_q: Tensor, log_p: Tensor, kind: Kind, beta: float) -> Tensor:
         Kind.SKEW_REVERSE_KL: q * (log_q - log_m),
         Kind.SKEW_FORWARD_KL: p * (log_p - log_m),
         Kind.TVD: (p - q).abs() / 2,
+        Kind.MIXED_KL: (beta * p - (1 - beta) * q) * (log_p - log_q),
     }[kind]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from opsd_kernels.testing import assert_no_worse
 from opsd_kernels.train.batch import IGNORE, completion_hidden, make_batch, micro_batches
-from opsd_kernels.train.models.pretrained import hidden_states
+from opsd_kernels.train.shared_prompts import hidden_states
 from opsd_kernels.train.types import Prompt, Rollout, Verdict
 
 PROMPTS = [(3, 10, 11, 4), (3, 12, 4), (3, 10, 11, 12, 13, 14, 4)]

@@ -27,6 +27,7 @@ from opsd_kernels.train.loop import train
 from opsd_kernels.train.models import pretrained
 from opsd_kernels.train.records.log import read_metrics
 from opsd_kernels.train.sampling.rollout import Request, Sampler, requests
+from opsd_kernels.train.shared_prompts import hidden_states
 from opsd_kernels.train.teacher import AdapterOff, Copy
 from opsd_kernels.train.types import Context, Prompt, Rollout, Verdict
 
@@ -267,10 +268,10 @@ def test_the_teacher_without_the_adapter_is_the_base(folder, config, vocab, batc
             parameter.data.fill_(0.1)
     teacher = AdapterOff(adapted)
     with torch.no_grad(), teacher.using() as model:
-        off = pretrained.hidden_states(model, batch.teacher)
+        off = hidden_states(model, batch.teacher)
     with torch.no_grad():
-        assert_same_bits(off, pretrained.hidden_states(base.eval(), batch.teacher))
-        assert not pretrained.hidden_states(adapted, batch.teacher).equal(off)
+        assert_same_bits(off, hidden_states(base.eval(), batch.teacher))
+        assert not hidden_states(adapted, batch.teacher).equal(off)
     assert not Head.of(adapted).weight.requires_grad
     loss, _ = objective.step_loss(adapted, teacher, batch, config, batch.totals, vocab)
     loss.backward()

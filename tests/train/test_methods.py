@@ -14,8 +14,8 @@ from opsd_kernels.train.batch import advantages, make_batch
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.config.weight_text import TokenData, parse_weights
 from opsd_kernels.train.contexts import build_contexts
-from opsd_kernels.train.models.pretrained import hidden_states
 from opsd_kernels.train.sampling.rollout import requests
+from opsd_kernels.train.shared_prompts import hidden_states
 from opsd_kernels.train.teacher import AdapterOff, Copy, Live, make_reference, make_teacher
 
 

@@ -14,9 +14,9 @@ from opsd_kernels.train import step as steps
 from opsd_kernels.train.batch import make_batch
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.contexts import build_contexts
-from opsd_kernels.train.models.pretrained import hidden_states
 from opsd_kernels.train.optimizer import masters_of
 from opsd_kernels.train.sampling.rollout import requests
+from opsd_kernels.train.shared_prompts import hidden_states
 from opsd_kernels.train.teacher import Copy
 from opsd_kernels.train.types import NonFiniteLoss
 

@@ -108,6 +108,8 @@ BAD = [
     ({"divergence": "jsd", "beta": 1.0}, ValueError, ["beta", "between 0 and 1", "reverse_kl", "1.0"]),
     ({"divergence": "jsd", "beta": -0.1}, ValueError, ["beta", "between 0 and 1", "-0.1"]),
     ({"divergence": "skew_forward_kl", "beta": 1.0}, ValueError, ["beta", "skew_forward_kl", "1.0"]),
+    ({"divergence": "mixed_kl", "beta": 1.5}, ValueError, ["beta", "[0, 1]", "mixed_kl", "1.5"]),
+    ({"divergence": "mixed_kl", "beta": -0.5}, ValueError, ["beta", "[0, 1]", "mixed_kl", "-0.5"]),
     ({"divergence": "skew_reverse_kl", "beta": 1.5}, ValueError, ["beta", "skew_reverse_kl", "1.5"]),
     ({"normalizer": -3.0}, ValueError, ["normalizer", "positive", "-3.0"]),
     ({"normalizer": torch.ones(2)}, ValueError, ["normalizer", "0-dim", "(2,)"]),

@@ -61,7 +61,7 @@ def three(case, op_options, **options):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_matches_truth(backend, divergence, situation, dtype):
     made, options = SITUATIONS[situation]
-    if made.get("masked_entry") == "teacher" and divergence == "reverse_kl":
+    if made.get("masked_entry") == "teacher" and divergence in ("reverse_kl", "mixed_kl"):
         pytest.skip("infinite: test_an_entry_that_only_the_student_has")
     case = hard_case(29, 211, 48, dtype, **made)
     budget = 2 * 211 * dtype.itemsize * 9  # rows of about eight tokens: several chunks, the last one ragged

@@ -48,6 +48,7 @@ def term(q: float, p: float, divergence: str, beta: float) -> float:
         "skew_reverse_kl": lambda: ratio(q, m),
         "skew_forward_kl": lambda: ratio(p, m),
         "tvd": lambda: abs(p - q) / 2,
+        "mixed_kl": lambda: beta * ratio(p, q) + (1 - beta) * ratio(q, p),
     }[divergence]()
 
 

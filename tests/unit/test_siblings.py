@@ -183,9 +183,11 @@ def test_a_listed_teacher_takes_three_passes(backend, passes):
 
 
 @pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("divergence", [name for name in KIND_NAMES if name != "forward_kl"])
+@pytest.mark.parametrize(
+    "divergence", [name for name in KIND_NAMES if name not in ("forward_kl", "mixed_kl")]
+)
 def test_a_student_without_mass_on_the_list(backend, tail, divergence):
-    """A bias of -inf at the only listed entry. (The forward KL is +inf there, without a gradient.)"""
+    """A bias of -inf at the only listed entry. (A forward KL is +inf there, without a gradient.)"""
     gen = torch.Generator().manual_seed(0)
     hidden = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
     weight, bias = torch.randn(7, 1, generator=gen, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from opsd_kernels._rows.sweep_times import GPUS, Cost, costs, predict
-from opsd_kernels.spec import Kind
+from opsd_kernels._rows.sweep_times import GPUS, Cost, costs, kernels, predict
+from opsd_kernels.spec import Divergence, Kind
 
 H100, H200, B200 = GPUS
 WIDE_V = 151936
@@ -39,7 +39,7 @@ def test_the_longest_of_three_times_is_the_limit(cost, limit, share):
 def test_every_fused_call_has_a_prediction(backend, kind, dtype, gpu):
     """Bytes of an entry pair: both logits once per sweep that reads device memory, the gradient once."""
     found = costs(backend, kind, dtype, WIDE_V, gpu.architecture)
-    sweeps = 2 if kind in (Kind.REVERSE_KL, Kind.FORWARD_KL) else 3
+    sweeps = 2 if Divergence(kind).one_sweep else 3
     assert sum(cost.bytes for cost in found) == dtype.itemsize * (3 if backend == "cuda" else 2 * sweeps + 1)
     assert sum(cost.bytes > 2 * dtype.itemsize or cost.bytes == dtype.itemsize for cost in found) == 1
     *parts, whole = predict(backend, kind, dtype, 8192, WIDE_V, gpu)
@@ -63,3 +63,21 @@ def test_fused_sweeps_come_near_the_copy_bandwidth(backend, kind, least):
     """Shares that are the goals of both backends, in bf16 on an H200."""
     *_, whole = predict(backend, kind, torch.bfloat16, 8192, WIDE_V, H200)
     assert whole.share >= least
+
+
+@pytest.mark.parametrize(
+    "kernel, instructions, code",
+    [
+        ("stats reverse_kl", 26, 2900),
+        ("grad reverse_kl", 19, 1000),
+        ("fused reverse_kl", 45, 2625),
+        ("fused forward_kl", 45, 2625),
+        ("fused jsd", 110, 3300),
+    ],
+)
+def test_cuda_kernels_stay_lean(kernel, instructions, code):
+    """Goals of the CUDA kernels in bf16 on sm_90a: instructions per entry, and of the whole kernel."""
+    lines = kernels()["cuda", f"{kernel} plain", "bf16", "90"]
+    sweeps = [row for row in lines if not (kernel.startswith("stats") and row["sweep"] == "find_peaks")]
+    assert 0 < sum(float(row["each"]) for row in sweeps) <= instructions
+    assert all(int(row["code"]) <= code for row in lines)

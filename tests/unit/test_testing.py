@@ -199,6 +199,7 @@ def test_textbook_values():
         "skew_reverse_kl": kl(q, m),
         "skew_forward_kl": kl(p, m),
         "tvd": 0.25,
+        "mixed_kl": 0.3 * kl(p, q) + 0.7 * kl(q, p),
     }
     for name, value in expected.items():
         assert abs(two_tokens(name, 0.3) - value) <= FP64_ARITHMETIC, name

@@ -52,7 +52,7 @@ COMMENTS: dict[str, dict[str, str]] = {
     "objective": {
         "objective": "the whole distribution, or the sampled token alone",
         "divergence": "",
-        "beta": "the mixture's weight, of jsd and the skew divergences",
+        "beta": "the teacher's weight, of jsd, the skew divergences and mixed_kl",
         "distill_temperature": "of both sides' logits in the loss",
         "teacher_temperature": "null: the same",
         "topk": "null: the whole vocabulary",
@@ -87,6 +87,7 @@ COMMENTS: dict[str, dict[str, str]] = {
         "weight_decay": "",
         "max_grad_norm": "",
         "micro_batch": "rollouts in a forward; the result does not depend on it",
+        "share_prompts": "a prompt runs once for all its answers; null: with models other than tiny",
         "gradient_checkpointing": "less memory, more time",
         "lora_rank": "0: every weight trains",
         "lora_alpha": "",

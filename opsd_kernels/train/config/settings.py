@@ -144,6 +144,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     micro_batch: int = 256
+    share_prompts: bool | None = None
     gradient_checkpointing: bool = False
     lora_rank: int = 0
     lora_alpha: float = 16.0
@@ -315,6 +316,11 @@ class TrainConfig:
         if self.ema_rate is not None:
             return self.ema_rate
         return 0.05 if self.feedback == "none" else 0.01
+
+    @property
+    def shares_prompts(self) -> bool:
+        """True if a prompt runs once for all its answers."""
+        return self.model != "tiny" if self.share_prompts is None else self.share_prompts
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

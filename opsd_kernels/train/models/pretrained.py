@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,19 +22,8 @@ from transformers import (
 
 from opsd_kernels import linear_divergence
 from opsd_kernels.integrations.transformers import check_head, without_adapter
-from opsd_kernels.train.batch import completion_hidden
 from opsd_kernels.train.config import ConfigError, TrainConfig
-from opsd_kernels.train.distributed.sharding import last_hidden
 from opsd_kernels.train.models.routers import router_weight
-from opsd_kernels.train.types import Sequences
-
-
-def hidden_states(model: PreTrainedModel, side: Sequences) -> Tensor:
-    """Shape (B, T, H): the trunk's last hidden states at the rows that predict the completion.
-
-    No logits are computed. A sharded model's head is readable afterwards.
-    """
-    return completion_hidden(last_hidden(model, side.tokens_BL)[0], side.rows_BT)
 
 
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> int:

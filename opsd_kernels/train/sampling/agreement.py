@@ -33,6 +33,7 @@ ANY, ONE_LENGTH, ALONE = "any", "one length", "alone"
 # Tokens of padding that are tried, and tokens sampled: from the second on the cache is read.
 PADDING, SAMPLED = 3, 3
 _known: WeakKeyDictionary[Module, str] = WeakKeyDictionary()
+_shares: WeakKeyDictionary[Module, bool] = WeakKeyDictionary()
 
 
 def batches(model: PreTrainedModel, pad: int) -> str:
@@ -57,9 +58,42 @@ def batches(model: PreTrainedModel, pad: int) -> str:
     return _known[inner]
 
 
+def can_share(model: PreTrainedModel, pad: int) -> bool:
+    """Return True if a prompt's cache may serve several answers (`prefill`), tried once per model."""
+    inner = without_adapter(model)
+    if inner not in _shares:
+        one, _ = probe_tokens(model)
+        _shares[inner] = _disagreement(model, pad, [one, one], shared=True) is None
+    return _shares[inner]
+
+
 @torch.no_grad()
-def _disagreement(model: PreTrainedModel, pad: int, prompts: list[Tensor]) -> str | None:
-    """Return None, or how log-probs of generate on a batch differ from those of the forward on a row."""
+def prefill(model: PreTrainedModel, rows: Tensor, attended: Tensor, places_B: Tensor) -> dict[str, Any]:
+    """Return an argument of generate on rows[places_B]: the cache of all but their last token.
+
+    Each of the `rows` (D, L) is read once. `attended` (D, L) is 0 at padding.
+    """
+    settings = GenerationConfig(max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+    generate: Any = model.generate
+    with generating_as(model, settings):
+        made = generate(rows, attention_mask=attended, generation_config=settings, synced_gpus=False)
+    # Its name until transformers 5.23.
+    name = "cache" if "cache" in made else "past_key_values"
+    cache = made[name]
+    # generate feeds at least one token. transformers 5.24 takes a number to remove alone.
+    cache.crop(rows.shape[1] - 1 - cache.get_seq_length())
+    cache.batch_select_indices(places_B)
+    return {name: cache}
+
+
+@torch.no_grad()
+def _disagreement(
+    model: PreTrainedModel, pad: int, prompts: list[Tensor], shared: bool = False
+) -> str | None:
+    """Return None, or how log-probs of generate on a batch differ from those of the forward on a row.
+
+    With `shared` the cache of the first prompt, which all have, serves every row.
+    """
     length = max(map(len, prompts))
     padding = [length - len(prompt) for prompt in prompts]
     rows = torch.stack([torch.cat([p.new_full((n,), pad), p]) for n, p in zip(padding, prompts, strict=True)])
@@ -73,8 +107,14 @@ def _disagreement(model: PreTrainedModel, pad: int, prompts: list[Tensor]) -> st
     )
     generate: Any = model.generate
     try:
+        cache = {}
+        if shared:
+            first = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+            cache = prefill(model, rows[:1], present[:1], first)
         with generating_as(model, settings):
-            made = generate(rows, attention_mask=present, generation_config=settings, synced_gpus=False)
+            made = generate(
+                rows, attention_mask=present, generation_config=settings, synced_gpus=False, **cache
+            )
         sampled = at_least_float(torch.stack(made.logits, 1)).log_softmax(-1)
         changes = []
         for row, n in enumerate(padding):

@@ -70,6 +70,7 @@ class Sampler:
     engine: Engine | None = None  # None: transformers' generate
     ranks: Ranks = ALONE
     longest: int | None = None  # tokens of prompt and answer that student and teacher can read; None: any
+    shares_prompts: bool = False  # a prompt of several requests is read once
 
     def sample(
         self, model: PreTrainedModel, task: Task, requests: Sequence[Request], *key: int
@@ -164,27 +165,29 @@ class Sampler:
         places = np.array([(request.group, request.sample) for request in requests], dtype=np.uint64)
         # (B, T)
         uniforms = seeds.uniforms(*key, ROLLOUT, places[:, :1], places[:, 1:], np.arange(self.max_new_tokens))
-        pad = self.pad_token
-        length = max(map(len, prompts))
-        # Padding is on the left here, so that the last column predicts every row's next token.
-        padded = torch.tensor([[pad] * (length - len(p)) + list(p) for p in prompts], device=model.device)
-        present = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-        stops = self.stops(model)
+        pad, stops, length = self.pad_token, self.stops(model), max(map(len, prompts))
+        different = list(dict.fromkeys(prompts))
+        rows, attended = left_padded(different, pad, model.device)
+        places_B = torch.tensor([different.index(prompt) for prompt in prompts], device=model.device)
         draw = PlacedSampler(torch.from_numpy(uniforms).to(model.device), self.temperature, self.vocab)
         # Greedy, since `draw` leaves one finite entry.
         greedy = GenerationConfig(
             max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=sorted(stops)
         )
         generate: Any = model.generate
+        cache: dict[str, Any] = {}
+        if self.shares_prompts and len(different) < len(prompts) and agreement.can_share(model, pad):
+            cache = agreement.prefill(model, rows, attended, places_B)
         with agreement.generating_as(model, greedy):
             # generate syncs the ranks under FSDP by default, but some may have fewer tokens to sample, or
             # none.
             out = generate(
-                padded,
-                attention_mask=present,
+                rows[places_B],
+                attention_mask=attended[places_B],
                 generation_config=greedy,
                 logits_processor=[draw],
                 synced_gpus=False,
+                **cache,
             )
         return [_until_stop(row, stops) for row in out[:, length:].tolist()]
 
@@ -266,6 +269,14 @@ class Engine(Protocol):
 def make_engine(config: TrainConfig) -> Engine | None:
     """Make the configured engine; None for transformers. Raises ConfigError if vLLM is not installed."""
     return VllmEngine(config) if config.rollout_engine == "vllm" else None
+
+
+def left_padded(prompts: Sequence[tuple[int, ...]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return tokens and attention mask, (B, L): the last column predicts every row's next token."""
+    length = max(map(len, prompts))
+    tokens = [[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    attended = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(tokens, device=device), torch.tensor(attended, device=device)
 
 
 def _until_stop(tokens: list[int], stops: set[int]) -> tuple[int, ...]:

@@ -1,0 +1,150 @@
+"""A prompt that runs once for all its answers gives the states, gradients and samples of separate rows."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
+
+from opsd_kernels.testing import assert_no_worse, assert_same_bits
+from opsd_kernels.train import shared_prompts
+from opsd_kernels.train.batch import align
+from opsd_kernels.train.config import TrainConfig
+from opsd_kernels.train.sampling import agreement
+from opsd_kernels.train.sampling.rollout import requests
+from opsd_kernels.train.shared_prompts import hidden_states, pack
+from opsd_kernels.train.types import Context
+
+ONE, OTHER, LONG = (3, 10, 11, 12, 13, 14, 4), (3, 12, 4, 9, 9), (3, 10, 11, 12, 13, 9, 9, 9, 4)
+# In a mixed order, with answers of one token, which has no row of its own, and of many.
+PROMPTS = [ONE, OTHER, ONE, LONG, OTHER, ONE, LONG]
+ANSWERS = [(9, 10, 1), (11, 12, 13, 14), (1,), (10, 9, 1), (12, 1), (9, 10, 11, 12, 13, 1), (1,)]
+
+
+@pytest.fixture
+def side():
+    return align(PROMPTS, ANSWERS, pad=0)
+
+
+def known(values, answers=ANSWERS):
+    return torch.cat([values[b, : len(answer)] for b, answer in enumerate(answers)])
+
+
+def forwarded(model, run):
+    """Return the number of tokens that `run` puts through the model, padding included."""
+    count, embedding = 0, model.get_input_embeddings()
+
+    def add(_, arguments):
+        nonlocal count
+        count += arguments[0].numel()
+
+    hook = embedding.register_forward_pre_hook(add)
+    run()
+    hook.remove()
+    return count
+
+
+def states_and_gradients(model, side, share):
+    model = copy.deepcopy(model)
+    states = known(hidden_states(model, side, share))
+    weights = torch.linspace(-1, 1, states.numel(), dtype=states.dtype).view_as(states)
+    (states * weights).sum().backward()
+    return [states.detach(), *(p.grad for p in model.model.parameters())]
+
+
+@pytest.mark.parametrize("longest", [1024, 12, 8])
+def test_states_and_gradients_are_those_of_separate_rows(side, model, monkeypatch, longest):
+    monkeypatch.setattr(shared_prompts, "LONGEST", longest)  # answers of a prompt in several rows
+    monkeypatch.setattr(shared_prompts, "LEAST_SAVED", -9.0)
+    exact = states_and_gradients(copy.deepcopy(model).double(), side, False)
+    packed = states_and_gradients(model, side, True)
+    for mine, peer, truth in zip(packed, states_and_gradients(model, side, False), exact, strict=True):
+        assert_no_worse(mine, peer, truth)
+    rows = pack(side)
+    assert rows.tokens_GL.shape[1] <= max(longest, 12)
+    assert len(rows.tokens_GL) == {1024: 3, 12: 4, 8: 7}[longest]
+
+
+def test_a_prompt_runs_once(side, model):
+    assert shared_prompts.can_share(model)
+    assert forwarded(model, lambda: hidden_states(model, side)) == side.tokens_BL.numel()
+    # The longest row: ONE, and the answers of 3, 1 and 6 tokens less their last ones.
+    assert forwarded(model, lambda: hidden_states(model, side, True)) == 3 * (7 + 2 + 0 + 5)
+
+
+def test_rows_that_share_too_little_stay_apart(model):
+    side = align([ONE, OTHER, LONG], ANSWERS[:3], pad=0)
+    assert pack(side) is None
+    assert_same_bits(hidden_states(model, side, True), hidden_states(model, side))
+
+
+def llama(**options):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=32, initializer_range=0.3, eos_token_id=1, pad_token_id=0, **sizes)
+    config.update(options)
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def test_a_window_narrower_than_a_row_is_kept(side):
+    wide, narrow = llama(sliding_window=side.tokens_BL.shape[1]), llama(sliding_window=5)
+    for model, shares in ((wide, True), (narrow, False)):
+        assert shared_prompts.can_share(model)
+        tokens = forwarded(model, lambda model=model: hidden_states(model, side, True))
+        assert (tokens < side.tokens_BL.numel()) == shares
+    assert_same_bits(hidden_states(narrow, side, True), hidden_states(narrow, side))
+
+
+OTHERS = {
+    "recurrent": lambda: MambaForCausalLM(
+        MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=2, initializer_range=0.3)
+    ),
+    # ALiBi: distances in the row, whatever the positions.
+    "alibi": lambda: MptForCausalLM(
+        MptConfig(vocab_size=32, d_model=16, n_layers=2, n_heads=2, initializer_range=0.3, max_seq_len=128)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_model_that_cannot_share_reads_separate_rows(kind, side):
+    torch.manual_seed(0)
+    model = OTHERS[kind]().eval()
+    assert not shared_prompts.can_share(model)
+    assert_same_bits(hidden_states(model, side, True), hidden_states(model, side))
+
+
+def test_samples_are_those_of_separate_prompts(model, sampler, task):
+    asked = requests([task.env(problem, 0).prompt() for problem in task.train[:2]], 6)
+    # A longer prompt for the second half, so that there is padding on the left.
+    asked[6:] = [dataclasses.replace(request, context=Context(("123",))) for request in asked[6:]]
+    shared = dataclasses.replace(sampler, shares_prompts=True)
+    assert agreement.batches(model, sampler.pad_token) == agreement.ANY
+    assert agreement.can_share(model, sampler.pad_token)
+    alone, together = (each.sample(model, task, asked, 0, 7) for each in (sampler, shared))
+    assert [r.tokens for r in together] == [r.tokens for r in alone]
+    assert len({r.tokens for r in alone}) > 4
+    counts = [forwarded(model, lambda s=s: s.sample(model, task, asked, 0, 7)) for s in (sampler, shared)]
+    length = max(len(r.prompt_tokens) for r in alone)
+    # Two prompts, and the last token of each of the twelve.
+    assert counts[0] - counts[1] == 12 * length - (2 * length + 12)
+
+
+def test_a_cache_that_cannot_be_cut_serves_no_sharing():
+    torch.manual_seed(0)
+    assert not agreement.can_share(OTHERS["recurrent"]().eval(), 0)
+
+
+def test_the_setting():
+    assert not TrainConfig().shares_prompts
+    assert TrainConfig(share_prompts=True).shares_prompts
+    real = TrainConfig(model="some/model", env="secret_op")
+    assert real.shares_prompts and not dataclasses.replace(real, share_prompts=False).shares_prompts
