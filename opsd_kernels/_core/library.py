@@ -175,7 +175,8 @@ PROBLEM = (
     "str? backend, "
     "int[] shard, str? group, bool grad_hidden, bool grad_weight, bool grad_bias"
 )
-_FACTOR = 6  # position of the row factors in the flat form
+_NAMES = [argument.split()[1] for argument in PROBLEM.split(", ")]
+_FACTOR, _LABELS, _SPEC, _LOGITS = map(_NAMES.index, ("factor", "labels", "spec", "logits_dtype"))
 _SCHEMAS = (
     f"linear_divergence({PROBLEM}, bool metrics, bool recompute)"
     " -> (Tensor loss, Tensor A, Tensor stats, Tensor logprobs, Tensor dh, Tensor dW, Tensor dbias,"
@@ -286,9 +287,9 @@ def _backward(*args: Any) -> tuple[Tensor, ...]:
 
 def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     *flat, metrics, recompute = args
-    hidden, labels = flat[0], flat[9]
+    hidden, labels = flat[0], flat[_LABELS]
     N, wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
-    more = metrics or flat[14][-1] != 0  # as loop._allocate
+    more = metrics or flat[_SPEC][-1] != 0  # as loop._allocate
     shapes = (N,), (N,), (N, len(Column)), (N if more or labels is not None else 0, 4 if more else 2)
     wants = (False, False, False) if recompute else flat[-3:]
     vectors = (hidden.new_empty(shape, dtype=wide) for shape in shapes)
@@ -301,7 +302,7 @@ def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def fake_gradients(flat: Sequence[Any], wants: Sequence[bool]) -> tuple[Tensor, ...]:
-    hidden, held = flat[0], held_dtype(flat[0].dtype, flat[20])
+    hidden, held = flat[0], held_dtype(flat[0].dtype, flat[_LOGITS])
     dtypes = held, held, torch.promote_types(hidden.dtype, torch.float32)
     return tuple(
         hidden.new_empty(leaf.shape, dtype=dtype) if want else hidden.new_empty(0)
