@@ -3,6 +3,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define OPSD_ANYWHERE __host__ __device__ constexpr
+#else
+#define OPSD_ANYWHERE constexpr
+#endif
+
 namespace opsd {
 
 // spec.Kind
@@ -10,11 +16,11 @@ enum class Kind : int { REVERSE_KL = 0, FORWARD_KL, JSD, SKEW_REVERSE_KL, SKEW_F
 constexpr int KINDS = 7;
 
 // spec.Divergence.one_sweep: the statistics hold the value.
-constexpr bool one_sweep(Kind kind) { return kind == Kind::REVERSE_KL || kind == Kind::FORWARD_KL || kind == Kind::MIXED_KL; }
+OPSD_ANYWHERE bool one_sweep(Kind kind) { return kind == Kind::REVERSE_KL || kind == Kind::FORWARD_KL || kind == Kind::MIXED_KL; }
 
 // Whether the divergence has the reverse KL among its terms, and the forward KL.
-constexpr bool has_reverse(Kind kind) { return kind == Kind::REVERSE_KL || kind == Kind::MIXED_KL; }
-constexpr bool has_forward(Kind kind) { return kind == Kind::FORWARD_KL || kind == Kind::MIXED_KL; }
+OPSD_ANYWHERE bool has_reverse(Kind kind) { return kind == Kind::REVERSE_KL || kind == Kind::MIXED_KL; }
+OPSD_ANYWHERE bool has_forward(Kind kind) { return kind == Kind::FORWARD_KL || kind == Kind::MIXED_KL; }
 
 enum class Dtype : int { FLOAT64, FLOAT32, BFLOAT16, FLOAT16 };
 

@@ -41,8 +41,7 @@ OPSD_DEVICE Terms<float> terms(const Distribution& d, float beta) {
   return entry<KIND, !NEAR>(d.q, d.p, Ratio<float>{LN_2F * d.delta, decay, exp2m1(below, decay)}, beta);
 }
 
-// Sums of f, of u, and of the terms under the entry clip.
-enum { F, U, TAKEN };
+enum { F, U, TAKEN };  // sums of f, of u, and of the terms under the entry clip
 
 // Loss and A before the token clip, and the share of the terms under the entry clip; the same in every
 // thread.
@@ -123,12 +122,6 @@ struct Pull {
     if (weight != 0) label = a.labels[n];
   }
   OPSD_DEVICE bool zero() const { return factor == 0 && weight == 0; }
-  // For q and p over `scale`.
-  OPSD_DEVICE Pull times(float scale) const {
-    Pull scaled = *this;
-    scaled.factor *= scale, scaled.weight *= scale;
-    return scaled;
-  }
 };
 
 // The gradient over q: `level`, and for the KLs multiples of o and 2^o - 1. They take up the shift that o lacks.
@@ -199,7 +192,8 @@ OPSD_DEVICE void gradient_sweep(const Source<PLAIN>& source, const Slice<In>& sl
 template <bool HELD, Kind KIND, bool PLAIN, class In, class Loaded>
 OPSD_DEVICE void gradient(const Source<PLAIN>& source, const Slice<In>& slice, const Normal& row, const Pull& unscaled, const Output& G, const RowArgs& a,
                           Loaded loaded) {
-  const Pull pull = unscaled.times(row.scale);
+  Pull pull = unscaled;  // for q and p over `scale`
+  pull.factor *= row.scale, pull.weight *= row.scale;
   const TermOptions<float> options = options_of(a, row);
   // The label's entry is computed before its logits are overwritten, and written last.
   const int64_t label = pull.label - slice.offset;

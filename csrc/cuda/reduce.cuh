@@ -1,8 +1,6 @@
 // Reduces a row's values over its threads. Thread numbers fix the order of additions: same bits in every run.
 #pragma once
 
-#include "cluster.cuh"
-#include "launch.h"
 #include "math.cuh"
 
 namespace opsd::cuda {

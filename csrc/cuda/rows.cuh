@@ -26,8 +26,10 @@ OPSD_KERNEL void __launch_bounds__(MOST_THREADS, 2) stats_kernel(OPSD_GRID_CONST
   const Source<PLAIN> source(a, n);
   const WholeRow<In> whole = whole_row<In>(a, n);
   const Slice<In> slice = whole_slice(whole);
-  const Peaks start = find_peaks(source, slice.start(2 * threads() * LANES<In>), true, [](int, const auto&, const auto&) {});
-  const Statistics row = statistics<false, KIND>(source, whole, slice, start, exchange(), a);
+  Slice<In> start = slice;  // two vectors of each thread
+  start.length = min(slice.length, 2 * threads() * LANES<In>), start.whole = min(slice.whole, start.length);
+  const Peaks peaks = find_peaks(source, start, true, [](int, const auto&, const auto&) {});
+  const Statistics row = statistics<false, KIND>(source, whole, slice, peaks, exchange(), a);
   if (thread() > 0) return;
   row.write(stats_of(a, n), a);
   // A KL has its loss from this sweep, if the caller wants one.

@@ -153,11 +153,6 @@ struct Slice {
     if (aligned) staging = nullptr;
     else whole = 0;
   }
-  OPSD_DEVICE Slice start(int entries) const {
-    Slice part = *this;
-    part.length = min(length, entries), part.whole = min(whole, entries);
-    return part;
-  }
   // For sweeps that write entry by entry: vectors from the first entry on that is aligned in S, T and G.
   OPSD_DEVICE Slice peeled(const Output& G) const {
     Slice part = *this;
@@ -173,8 +168,7 @@ struct Slice {
 template <class In>
 constexpr int TILE = STAGING_BYTES / 2 / sizeof(In);  // entries
 
-// `loaded` of a walk whose threads need not wait for each other.
-struct Apart {
+struct Apart {  // `loaded` of a walk whose threads need not wait for each other
   OPSD_DEVICE void operator()() const {}
 };
 

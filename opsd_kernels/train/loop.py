@@ -35,7 +35,7 @@ from opsd_kernels.train.distributed import sharding
 from opsd_kernels.train.distributed.ranks import Ranks, joined
 from opsd_kernels.train.envs import make_task
 from opsd_kernels.train.envs.base import Task
-from opsd_kernels.train.models import pretrained, warmstart
+from opsd_kernels.train.models import gguf_file, pretrained, warmstart
 from opsd_kernels.train.records import checkpoint, report, report_page
 from opsd_kernels.train.records.checkpoint import RunState
 from opsd_kernels.train.records.durable import write_file
@@ -44,7 +44,13 @@ from opsd_kernels.train.records.samples import sample_lines, samples_due
 from opsd_kernels.train.sampling import evaluate
 from opsd_kernels.train.sampling.prompts import PromptEncoder
 from opsd_kernels.train.sampling.rollout import Sampler, make_engine, requests
-from opsd_kernels.train.session import StopRequest, open_run_directory, reproducible, stop_signals
+from opsd_kernels.train.session import (
+    StopRequest,
+    open_run_directory,
+    peak_memory,
+    reproducible,
+    stop_signals,
+)
 from opsd_kernels.train.step import Rehearsal, Trainer
 from opsd_kernels.train.task import checked_task
 from opsd_kernels.train.teacher import Teacher, make_reference, make_teacher
@@ -215,9 +221,11 @@ def check_room(config: TrainConfig, task: Task, sampler: Sampler) -> None:
 
 def base_of(config: TrainConfig, task: Task, progress: Progress, saved: Path | None = None) -> str | Path:
     """Return the path or name of the base model. A checkpoint that holds a whole model needs none."""
-    if config.model != "tiny" or (saved is not None and not config.lora_rank):
+    if saved is not None and not config.lora_rank:
         return config.model
-    return warmstart.base_model(config, task, progress)
+    if config.model == "tiny":
+        return warmstart.base_model(config, task, progress)
+    return gguf_file.located(config.model, config.cache_dir)
 
 
 def external_teacher(
@@ -415,6 +423,9 @@ def finish(run: Run) -> dict[str, Any]:
     facts = run.state.facts
     after = {f"{name}_after": value for name, value in measure(run, run.config.eval_samples).items()}
     summary = {**facts, **after, "steps": run.state.step, "seconds": time.monotonic() - run.started}
+    accuracies = (summary["held_out_accuracy_before"], summary["held_out_accuracy_after"])
+    summary["held_out_gain_interval"] = list(evaluate.gain_interval(*accuracies, run.config.eval_samples))
+    summary["peak_memory_bytes"] = peak_memory()
     if not run.ranks.first:
         return summary
     # summary.json comes last: it marks a run as complete. A run killed before it repeats `finish` on resume.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -121,6 +122,16 @@ def reproducible(config: TrainConfig) -> Iterator[None]:
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def peak_memory() -> int | None:
+    """Return the largest resident memory of this process so far, in bytes; None on Windows."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class StopRequest:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scipy import stats
 
 from opsd_kernels.train import loop
 from opsd_kernels.train.config import ConfigError, TrainConfig, load_config
@@ -14,6 +16,7 @@ from opsd_kernels.train.envs import make_task
 from opsd_kernels.train.loop import train
 from opsd_kernels.train.models import warmstart
 from opsd_kernels.train.records.log import MetricsLog, read_metrics
+from opsd_kernels.train.sampling import evaluate
 from opsd_kernels.train.types import NonFiniteLoss, RunDirectoryError
 
 LEFT = [
@@ -30,6 +33,8 @@ SUMMARY = [
     for name in ("held_out_accuracy", "self_teacher_accuracy", "untrained_skill")
     for when in ("before", "after")
 ]
+MACHINE = {"seconds", "peak_memory_bytes"}
+FACTS = {"steps", "held_out_gain_interval", *MACHINE}
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +47,20 @@ def test_a_run_leaves_what_it_promises(run, config):
     out, summary = run
     assert sorted(path.name for path in out.iterdir()) == LEFT
     assert json.loads((out / "summary.json").read_text()) == summary
-    assert set(summary) == {*SUMMARY, "steps", "seconds"}
+    assert set(summary) == {*SUMMARY, *FACTS}
+    low, high = summary["held_out_gain_interval"]
+    gain = summary["held_out_accuracy_after"] - summary["held_out_accuracy_before"]
+    assert -1 <= low < gain < high <= 1 and summary["peak_memory_bytes"] > 100 << 20
     assert load_config(out / "config.json") == config
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_interval_of_a_gain_is_newcombes():
+    before, after = (stats.binomtest(count, 80).proportion_ci(method="wilson") for count in (48, 56))
+    low, high = evaluate.gain_interval(48 / 80, 56 / 80, 80)
+    assert low == pytest.approx(0.1 - math.hypot(0.7 - after.low, before.high - 0.6))
+    assert high == pytest.approx(0.1 + math.hypot(after.high - 0.7, 0.6 - before.low))
+    assert evaluate.gain_interval(0.0, 1.0, 10)[1] == pytest.approx(1.0)
 
 
 def test_metrics_have_a_line_a_step(run, config):
@@ -93,7 +109,7 @@ def test_a_directory_is_never_overwritten(run, config, tmp_path):
 
 def test_settings_of_the_process_come_back(config, tmp_path):
     torch.set_num_threads(2)
-    with pytest.raises(ConfigError, match="model: expected 'tiny' or a Hugging Face model"):
+    with pytest.raises(ConfigError, match="model: expected 'tiny', .* or a Hugging Face model"):
         train(dataclasses.replace(config, model=str(tmp_path)), tmp_path / "out")
     assert torch.get_num_threads() == 2
 
@@ -116,8 +132,8 @@ def test_a_model_from_a_directory_takes_the_same_path(run, config, task, tmp_pat
     folder = warmstart.cache_folder(config)
     summary = train(dataclasses.replace(config, model=str(folder)), tmp_path / "out")
     whole = run[1]
-    assert {k: v for k, v in summary.items() if k != "seconds"} == {
-        k: v for k, v in whole.items() if k != "seconds"
+    assert {k: v for k, v in summary.items() if k not in MACHINE} == {
+        k: v for k, v in whole.items() if k not in MACHINE
     }
 
 
@@ -162,7 +178,7 @@ def test_other_environments_run(config, tmp_path, name):
         config, **{"env": name, **PRESETS[name], "warm_accuracy": 1e-30, "steps": 1}
     )
     summary = train(settings, tmp_path / "out")
-    assert set(summary) == {*SUMMARY, "steps", "seconds"}
+    assert set(summary) == {*SUMMARY, *FACTS}
     assert read_metrics(tmp_path / "out" / "metrics.jsonl")[0]["divergence"] > 0
 
 

@@ -13,7 +13,7 @@ WIDTH = 34
 COMMENTS: dict[str, dict[str, str]] = {
     "what runs, and where": {
         "env": "the problems and their verifier",
-        "model": "tiny, or the directory or name of a Hugging Face model",
+        "model": "tiny, smollm2, a .gguf file, or the directory or name of a Hugging Face model",
         "seed": "of prompts, answers and contexts",
         "device": "",
         "dtype": "of the weights",
@@ -23,7 +23,7 @@ COMMENTS: dict[str, dict[str, str]] = {
     },
     "your own prompts, env: jsonl": {
         "data": "JSONL file with a prompt per line",
-        "verifier": "exact, numeric, math or package.module:function",
+        "verifier": "exact, numeric, math, python or package.module:function",
         "chat_template": "Jinja file for a tokenizer without one",
     },
     "rollouts": {

@@ -13,7 +13,7 @@ from typing import Any
 from opsd_kernels import env as environment
 from opsd_kernels.objectives import REWARDS
 from opsd_kernels.spec import CLIPS, KIND_NAMES
-from opsd_kernels.train.config.presets import FEEDBACK, PRESETS
+from opsd_kernels.train.config.presets import FEEDBACK, PRESETS, RUN_FEEDBACK
 from opsd_kernels.train.config.values import (
     ConfigError,
     check_key,
@@ -65,8 +65,8 @@ WHERE_NOT_WHAT = ("cache_dir", "tensorboard", "keep_checkpoints", "shard", "coll
 class TrainConfig:
     """Everything that decides the results of a run. The defaults learn on two CPU cores in minutes.
 
-    `model` is "tiny" (made by a supervised warm start, cached) or the directory or name of a Hugging Face
-    model.
+    `model` is "tiny" (made by a supervised warm start, cached), the directory or name of a Hugging Face
+    model, a `.gguf` file, or "smollm2", from an installed package.
 
     `ema_rate=None` takes SDPO's .01 with feedback and .05 without (arXiv:2601.20802). The tiny model moves
     further in a step than a large one: with .01 its teacher forgot to read the context within 200 steps
@@ -294,16 +294,26 @@ class TrainConfig:
             "at least 2 with a policy gradient, whose baseline is the group",
             self.group_size,
         )
-        if self.env == "jsonl":
-            expect(self.data is not None, "data", "a JSONL file for env=jsonl", self.data)
-            expect(
-                self.model != "tiny" and self.teacher_model != "tiny",
-                "model",
-                "a Hugging Face model for env=jsonl",
-                "tiny",
-            )
+        self._check_environment()
         if self.token_weights is not None:
             parse_weights(self.token_weights)
+
+    def _check_environment(self) -> None:
+        """Check the conditions of environments for real models."""
+        expect(self.env != "jsonl" or self.data is not None, "data", "a JSONL file for env=jsonl", self.data)
+        # A tiny model's tokenizer has the words of its own environment alone.
+        expect(
+            self.env not in ("python", "jsonl") or "tiny" not in (self.model, self.teacher_model),
+            "model",
+            f"a language model for env={self.env} (smollm2, a .gguf file or a Hugging Face model)",
+            "tiny",
+        )
+        expect(
+            self.env != "jsonl" or self.feedback not in RUN_FEEDBACK or self.verifier == "python",
+            "verifier",
+            f"python for feedback={self.feedback}, which comes from the tests",
+            self.verifier,
+        )
 
     @property
     def shows_peers(self) -> bool:

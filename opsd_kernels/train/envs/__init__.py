@@ -11,6 +11,7 @@ from opsd_kernels.train.envs.expr import Expr
 from opsd_kernels.train.envs.jsonl import Jsonl, PromptCheck
 from opsd_kernels.train.envs.mastermind import Mastermind
 from opsd_kernels.train.envs.plan import Plan
+from opsd_kernels.train.envs.python import Python
 from opsd_kernels.train.envs.secret_op import SecretOp
 
 __all__ = ["DemoTask", "Env", "Task", "make_task"]
@@ -25,10 +26,12 @@ DEMOS: dict[str, Callable[[str, bool], DemoTask]] = {
 
 
 def make_task(config: TrainConfig, check: PromptCheck | None = None) -> Task:
-    """Make the configured task. Raises ConfigError for a data file or a verifier that is wrong.
+    """Make the configured task. Raises ConfigError for a wrong data file or verifier, or no sandbox.
 
     `check` is asked about the prompts of a data file, as the model's tokenizer decides which it accepts.
     """
     if config.env == "jsonl":
         return Jsonl(config, check)
+    if config.env == "python":
+        return Python(config.feedback)
     return DEMOS[config.env](config.feedback, config.shows_peers)

@@ -5,8 +5,9 @@
      "answer": "...", "feedback": "...", "split": "held_out"}
 
 `feedback` is shown after a failure without feedback from the verifier. `split` is `train`, `held_out`,
-`untrained` or `rehearsal`; a fifth of the rows without one is held out, by their place in the file. An
-optional key may be null. The verifier receives the whole row, with any other keys.
+`untrained` or `rehearsal`; a fifth of the rows without one is held out, by their place in the file.
+`tests`, for verifier=python, are Python statements such as "assert f(3) == 24". An optional key may be null.
+The verifier receives the whole row, with any other keys.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from opsd_kernels.train.config import ConfigError, TrainConfig
+from opsd_kernels.train.config.presets import RUN_FEEDBACK
 from opsd_kernels.train.contexts import ContextTemplate
+from opsd_kernels.train.envs import python_tests
 from opsd_kernels.train.envs.base import Env, Task, held_out_fifth
 from opsd_kernels.train.envs.rows import Fault, error_of, quoted, read
 from opsd_kernels.train.envs.verifiers import MAX_FEEDBACK, READABLE, Verifier, resolve
@@ -54,6 +57,8 @@ class JsonlAttempt(Env):
             return Verdict(verdict.reward)
         if self.task.feedback == "answer":
             return Verdict(verdict.reward, f"The correct answer is {row['answer']}")
+        if self.task.feedback in RUN_FEEDBACK:
+            return verdict
         # A row's feedback is about its problem and precedes that of a built-in verifier.
         texts = (row.get("feedback"), verdict.feedback)
         first, second = texts if self.task.built_in else texts[::-1]
@@ -71,9 +76,9 @@ class Jsonl(Task):
 
     def __init__(self, config: TrainConfig, check: PromptCheck | None = None):
         self.feedback, self.built_in = config.feedback, ":" not in config.verifier
-        self.verifier: Verifier = resolve(config.verifier)
+        self.verifier: Verifier = resolve(config.verifier, config.feedback)
         self.path = Path(str(config.data))
-        needs_answer = self.built_in or config.feedback == "answer"
+        needs_answer = (self.built_in and config.verifier != "python") or config.feedback == "answer"
         values, faults = read(self.path)
         self.rows: list[dict[str, Any]] = []
         self.lines: list[int] = []
@@ -127,7 +132,8 @@ class Jsonl(Task):
 
 def _fault(row: Any, verifier: str, needs_answer: bool) -> tuple[str, str] | None:
     """Return what was expected of a row and what came, or None for a row without a fault."""
-    needed = ("prompt", "answer") if needs_answer else ("prompt",)
+    tested = verifier == "python"
+    needed = ["prompt", *["answer"] * needs_answer, *["tests"] * tested]
     if not isinstance(row, dict):
         return f"an object with {' and '.join(needed)}", quoted(row)
     missing = [key for key in needed if key not in row]
@@ -135,6 +141,8 @@ def _fault(row: Any, verifier: str, needs_answer: bool) -> tuple[str, str] | Non
         return f"an object with {' and '.join(needed)}", f"none of {', '.join(missing)}"
     if row.get("split") is not None and row["split"] not in SPLITS:
         return f"a split among {', '.join(SPLITS)}", quoted(row["split"])
+    if tested and not python_tests.readable(row["tests"]):
+        return "tests that are a list of Python statements, for verifier=python", quoted(row["tests"])
     if not isinstance(row.get("feedback"), str | None):
         return "a feedback that is a text or null", quoted(row["feedback"])
     try:

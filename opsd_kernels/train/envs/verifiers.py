@@ -1,10 +1,11 @@
-"""Verify answers to the user's own prompts: exactly, as numbers, as formulas, or by an imported function.
+"""Verify answers to the user's own prompts: exactly, as numbers, as formulas, by tests or a function.
 
-None of them executes the answer.
+`python` alone executes the answer, in the sandbox.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import unicodedata
@@ -12,7 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from opsd_kernels.train.config import ConfigError
-from opsd_kernels.train.envs import mathematics
+from opsd_kernels.train.config.presets import RUN_FEEDBACK
+from opsd_kernels.train.envs import mathematics, python_tests, sandbox
 from opsd_kernels.train.envs.numbers import last_number
 from opsd_kernels.train.types import Verdict
 
@@ -23,20 +25,25 @@ Verifier = Callable[[str, Row], Verdict]
 MAX_FEEDBACK = 4000
 
 
-def resolve(name: str) -> Verifier:
-    """Return the verifier `exact`, `numeric`, `math`, or `package.module:function`.
+def resolve(name: str, feedback: str = "text") -> Verifier:
+    """Return the verifier `exact`, `numeric`, `math`, `python`, or `package.module:function`.
 
-    Raises ConfigError for anything else, and for `math` without Math-Verify. A function takes the answer and
-    the row of the data file, and returns a Verdict, a bool, a reward in [0, 1], or a pair of a reward and a
-    feedback text.
+    `feedback` is the kind that `python` gives. Raises ConfigError for anything else, for `math` without
+    Math-Verify, and for `python` without its sandbox. A function takes the answer and the row of the data
+    file, and returns a Verdict, a bool, a reward in [0, 1], or a pair of a reward and a feedback text.
     """
     if name == "math":
         mathematics.require()
+    if name == "python":
+        sandbox.require("verifier")
+        return functools.partial(tested, kind=feedback if feedback in RUN_FEEDBACK else "test")
     if name in BUILT_IN:
         return BUILT_IN[name]
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
-        raise ConfigError(f"verifier: expected exact, numeric, math or package.module:function, got {name!r}")
+        raise ConfigError(
+            f"verifier: expected exact, numeric, math, python or package.module:function, got {name!r}"
+        )
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -84,6 +91,12 @@ def numeric(completion: str, row: Row) -> Verdict:
     if given is None:
         return Verdict(0.0, "The answer holds no number.")
     return Verdict(1.0) if given == truth else Verdict(0.0, "The final number is wrong.")
+
+
+def tested(completion: str, row: Row, kind: str) -> Verdict:
+    """Run the answer's code and the row's `tests` in the sandbox; `kind` of python_tests is the feedback."""
+    report = python_tests.judge(completion, [python_tests.parse(test) for test in row["tests"]])
+    return Verdict(1.0) if report.passed else Verdict(0.0, report.feedback(kind))
 
 
 def _plain(text: str) -> str:

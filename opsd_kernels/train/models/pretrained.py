@@ -23,6 +23,7 @@ from transformers import (
 from opsd_kernels import linear_divergence
 from opsd_kernels.integrations.transformers import check_head, without_adapter
 from opsd_kernels.train.config import ConfigError, TrainConfig
+from opsd_kernels.train.models.gguf_file import located
 from opsd_kernels.train.models.routers import router_weight
 
 
@@ -43,6 +44,7 @@ def load_pretrained(
     of the model's own log-probs (check_head).
     """
     dtype = getattr(torch, config.dtype)
+    source = located(source, config.cache_dir, name)
     with _named(source, name):
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, trust_remote_code=False
@@ -64,15 +66,16 @@ def _named(source: str | Path, name: str = "model") -> Iterator[None]:
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"{name}: expected 'tiny' or a Hugging Face model with safetensors weights, "
-            f"got {str(source)!r}: {reason}"
+            f"{name}: expected 'tiny', 'smollm2', a .gguf file or a Hugging Face model with safetensors "
+            f"weights, got {str(source)!r}: {reason}"
         ) from error
 
 
 def load_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a Hugging Face model with its chat template, without the weights."""
-    with _named(config.model):
-        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
+    source = located(config.model, config.cache_dir)
+    with _named(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     _set_template(tokenizer, config)
     return tokenizer
 
@@ -96,8 +99,9 @@ def named_context_length(config: TrainConfig) -> int | None:
     settings = []
     for key, name in names.items():
         if name is not None:
-            with _named(name, key):
-                settings.append(AutoConfig.from_pretrained(name, trust_remote_code=False))
+            source = located(name, config.cache_dir, key)
+            with _named(source, key):
+                settings.append(AutoConfig.from_pretrained(source, trust_remote_code=False))
     return context_length(*settings)
 
 

@@ -122,7 +122,7 @@ def draw_curves(path: Path, metrics: list[StepMetrics]) -> None:
 
 
 def print_table(console: Console, summary: dict[str, Any], out: Path) -> None:
-    """Print the accuracies before and after, in percent, and the paths of the run's files."""
+    """Print the accuracies, the interval of the gain, the peak memory and the paths of the run's files."""
     table = Table(title=f"{summary['steps']} steps in {summary['seconds']:.0f} s")
     for column in ("", "before", "after"):
         table.add_column(column, justify="left" if not column else "right")
@@ -131,5 +131,11 @@ def print_table(console: Console, summary: dict[str, Any], out: Path) -> None:
         if summary[f"{name}_before"] is not None:
             table.add_row(label, f"{summary[f'{name}_before']:.1%}", f"{summary[f'{name}_after']:.1%}")
     console.print(table)
+    low, high = summary["held_out_gain_interval"]
+    memory = summary["peak_memory_bytes"]
+    console.print(
+        f"held-out accuracy: {low:+.1%} to {high:+.1%} at 95 %"
+        + ("" if memory is None else f"; peak memory {memory / 2**30:.1f} GiB")
+    )
     for name in ("summary.json", "metrics.jsonl", "samples.jsonl", "curves.png", "report.html", "checkpoint"):
         console.print(f"{out / name}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -45,6 +46,27 @@ def accuracy(
     ]
     rollouts = sampler.sample(model, task, asked, seed, EVALUATION_KEY, 0)
     return sum(rollout.verdict.success for rollout in rollouts) / len(rollouts)
+
+
+def gain_interval(before: float, after: float, samples: int) -> tuple[float, float]:
+    """Return the 95 % interval of after - before, two accuracies over `samples` answers each.
+
+    Newcombe's (1998, method 10), for independent answers: those to the same problems agree more, so that the
+    interval is too wide rather than too narrow.
+    """
+    (low_1, high_1), (low_0, high_0) = (_wilson(share, samples) for share in (after, before))
+    gain = after - before
+    return (
+        gain - math.hypot(after - low_1, high_0 - before),
+        gain + math.hypot(high_1 - after, before - low_0),
+    )
+
+
+def _wilson(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return Wilson's score interval of a share of `count` answers."""
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return middle - half, middle + half
 
 
 def self_teacher_accuracy(
