@@ -61,14 +61,14 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 def jobs() -> list[tuple[str, str, list[str]]]:
     """Return (source, object name, flags) of every translation unit, the slow ones first.
 
-    rows.cpp and columns.cpp are compiled once per instruction set.
+    rows.cpp, columns.cpp and topk.cpp are compiled once per instruction set.
     """
     levels = {"baseline": ["-DOPSD_BASELINE"]}
     if X86:
         levels = {"avx512": AVX512, "avx2": AVX2, **levels}
     kernels = [
         (f"cpu/{stem}.cpp", f"{stem}_{name}", [*KERNEL_FLAGS, f"-DOPSD_CAPABILITY={name}", *flags])
-        for stem in ("rows", "columns")
+        for stem in ("rows", "columns", "topk")
         for name, flags in levels.items()
     ]
     x86 = ["-DOPSD_X86"] if X86 else []
@@ -80,6 +80,7 @@ def jobs() -> list[tuple[str, str, list[str]]]:
             "cpu/binding.cpp",
             "cpu/gemm_binding.cpp",
             "cpu/columns_binding.cpp",
+            "cpu/topk_binding.cpp",
             "cpu/dispatch.cpp",
             "registration.cpp",
         )

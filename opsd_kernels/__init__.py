@@ -7,20 +7,28 @@ from . import objectives, weights
 from ._core.planner import ChunkPlan, plan
 from ._core.reductions import TokenStats
 from ._core.shard import VocabShard
+from .cached import ForwardKLCache, cache_forward_kl, linear_cached_forward_kl
 from .divergence import linear_divergence
-from .logprobs import linear_logprobs
+from .logprobs import TopK, linear_logprobs, linear_logprobs_at, linear_topk
 from .modules import DistillationHead, LinearDivergenceLoss
-from .topk import linear_topk_divergence
+from .topk import linear_divergence_to, linear_topk_divergence
 from .version import __version__ as __version__
 
 __all__ = [
     "ChunkPlan",
     "DistillationHead",
+    "ForwardKLCache",
     "LinearDivergenceLoss",
     "TokenStats",
+    "TopK",
     "VocabShard",
+    "cache_forward_kl",
+    "linear_cached_forward_kl",
     "linear_divergence",
+    "linear_divergence_to",
     "linear_logprobs",
+    "linear_logprobs_at",
+    "linear_topk",
     "linear_topk_divergence",
     "objectives",
     "plan",

@@ -119,6 +119,9 @@ def plan(
     ] = None,
     student_rank: Annotated[int, typer.Option("--student-rank", min=0, help="Rank of its adapter.")] = 0,
     teacher_rank: Annotated[int, typer.Option("--teacher-rank", min=0, help="Rank of its adapter.")] = 0,
+    listed: Annotated[
+        int, typer.Option("--listed", min=0, help="Plan linear_topk with that many tokens per position.")
+    ] = 0,
     vocab_ranks: Annotated[
         int, typer.Option("--vocab-ranks", min=1, help="Ranks that share the head: the plan is one rank's.")
     ] = 1,
@@ -144,13 +147,15 @@ def plan(
             tokens,
             vocab,
             hidden,
-            teacher_hidden,
+            0 if listed else teacher_hidden,
             parse_dtype(dtype),
             shared_head=shared_head,
             trainable_head=not frozen,
             workspace_bytes=budget,
             device_type=parse_device(device),
-            logits_dtype="float32" if kind.kinked else "auto",
+            logits_dtype="float32" if kind.kinked or listed else "auto",
+            grad=not listed,
+            listed=listed,
             one_sweep=kind.one_sweep,
             softcap=softcap,
             factor=factor,
@@ -158,16 +163,20 @@ def plan(
             student_rank=student_rank,
             teacher_rank=teacher_rank,
         )
-    fields = made.as_dict()
     if as_json:
-        typer.echo(json.dumps(fields, indent=2))
+        typer.echo(json.dumps(made.as_dict(), indent=2))
         return
-    table = new_table("linear_divergence, predicted", "", "")
+    kernels = row_kernels(tokens, vocab, made.logits_dtype, kind) if device == "cuda" else {}
+    show_plan("linear_topk" if listed else "linear_divergence", made.as_dict(), kernels)
+
+
+def show_plan(op: str, fields: dict[str, object], kernels: dict[str, str]) -> None:
+    """Print a plan, and the texts of a GPU's row kernels, as a table."""
+    table = new_table(f"{op}, predicted", "", "")
     for name, value in fields.items():
         table.add_row(PLAN_LABELS.get(name, name.replace("_", " ")), readable(name, value))
-    if device == "cuda":
-        for name, text in row_kernels(tokens, vocab, made.logits_dtype, kind).items():
-            table.add_row(name, text)
+    for name, text in kernels.items():
+        table.add_row(name, text)
     console.print(table)
 
 
@@ -229,8 +238,8 @@ def bench(
         list[str] | None,
         typer.Option(
             "--suite",
-            help="ratios, latency, memory, accuracy, masked, weights, sparse, logprobs, sweeps, scaling, "
-            "step.",
+            help="ratios, latency, memory, accuracy, masked, weights, sparse, logprobs, forms, sweeps, "
+            "scaling, step.",
         ),
     ] = None,
     shapes: Annotated[

@@ -243,12 +243,14 @@ def prepare(
     options: dict[str, Any],
     *,
     listed: tuple[object, object, str] | None = None,
+    target: tuple[object, object] | None = None,
     policy: Any = None,
     policy_weight: float = 0.0,
 ) -> tuple[Problem, RowWeigher]:
     """Check all options of `linear_divergence` and a policy term; return the problem and its weigher.
 
-    `listed` is (ids, log-probs, tail) of a teacher of which only the top-k is known.
+    `listed` is (ids, log-probs, tail) of a teacher of which only the top-k is known, `target` (rows, their
+    form) of one that is given as rows.
     """
     both = policy is not None and options["z_loss"]
     expect(not both, "z_loss", "None beside a policy term", options["z_loss"])
@@ -275,6 +277,8 @@ def prepare(
         exact_logprobs=reads_logprobs(options["token_weights"], policy),
     )
     hidden = student[0]
+    if target is not None:
+        problem = problem.with_target(*target, hidden.shape[:-1], options["vocab_size"] is None)
     scale = row_scale(options["reduction"], options["normalizer"], hidden, problem.rows.valid)
     weigher = RowWeigher(problem, hidden.shape[:-1], options["token_weights"], scale, policy, policy_weight)
     return problem, weigher

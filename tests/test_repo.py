@@ -25,7 +25,7 @@ LEVELS = {
     0: ["env", "provenance", "report_json", "spec", "terminal", "train.types", "version"],
     1: ["_rows.*", "weights.*", "testing.*", "tested_versions"],
     2: ["_core.*"],
-    3: ["divergence", "logprobs", "peft_head", "vocab_parallel", "doctor"],
+    3: ["divergence", "logprobs", "cached", "peft_head", "vocab_parallel", "doctor"],
     4: ["topk", "objectives", "modules"],
     5: ["__init__"],
     6: ["integrations.*"],

@@ -5,6 +5,7 @@
 #include "../check.h"
 #include "columns.h"
 #include "rows.h"
+#include "topk.h"
 
 namespace opsd {
 namespace {
@@ -13,20 +14,21 @@ struct Level {
   const char* name;
   RunRows run;
   const ColumnKernels& columns;
+  RunTopk topk;
   bool (*present)();
 };
 
 // Best first. Levels are built where setup.py finds an x86 compiler.
 const Level LEVELS[] = {
 #if defined(OPSD_X86)
-    {"avx512", avx512::run_rows, avx512::COLUMN_KERNELS,
+    {"avx512", avx512::run_rows, avx512::COLUMN_KERNELS, avx512::run_topk,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
      }},
-    {"avx2", avx2::run_rows, avx2::COLUMN_KERNELS, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
+    {"avx2", avx2::run_rows, avx2::COLUMN_KERNELS, avx2::run_topk, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
 #endif
-    {"default", baseline::run_rows, baseline::COLUMN_KERNELS, [] { return true; }},
+    {"default", baseline::run_rows, baseline::COLUMN_KERNELS, baseline::run_topk, [] { return true; }},
 };
 
 const Level& choose() {
@@ -54,5 +56,6 @@ const char* cpu_capability() { return level().name; }
 // Doubles are processed one at a time with the C library's functions, so one build of them is enough.
 RunRows rows_for(Dtype dtype) { return dtype == Dtype::FLOAT64 ? baseline::run_rows : level().run; }
 const ColumnKernels& columns_for(Dtype dtype) { return dtype == Dtype::FLOAT64 ? baseline::COLUMN_KERNELS : level().columns; }
+RunTopk topk_for(Dtype dtype) { return dtype == Dtype::FLOAT64 ? baseline::run_topk : level().topk; }
 
 }  // namespace opsd

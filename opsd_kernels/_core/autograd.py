@@ -3,9 +3,10 @@
 `WeightedSum` has its row factors in the forward pass and computes the gradients there (four GEMM passes,
 three with a frozen head). `PerRow` returns a loss per row and accepts any upstream gradient per row: with a
 frozen head it scales the rows of a dh computed in forward; with a trainable one it projects again in backward
-(six passes). `LogProbs` does the same for log-probs of one side. Each takes the problem, and after it the
-leaves of its student: hidden states, weight, bias, and A and B of an adapter. Backward works out of place if
-the graph is retained, so that it may run twice. There are no second derivatives: see `first_order`.
+(six passes). `LogProbs` and `LogProbsAt` do the same for log-probs of one side. Each takes the problem, and
+after it the leaves of its student: hidden states, weight, bias, and A and B of an adapter. Backward works out
+of place if the graph is retained, so that it may run twice. There are no second derivatives: see
+`first_order`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from .._rows.contract import Column
 from ..spec import BACKWARDS, check_choice, expect
-from . import library
+from . import library, listed
+from .forward_cache import Parts
 from .loop import empty, on_host
 from .problem import Problem
 from .reductions import RowWeigher, TokenStats, token_stats
@@ -377,6 +379,77 @@ class LogProbs(torch.autograd.Function):
         return None, None, *_project_again(ctx, factor, slope)
 
 
+class LogProbsAt(torch.autograd.Function):
+    """Return log q at ids (N, K), in nats and differentiable. Backward projects again."""
+
+    @staticmethod
+    def forward(ctx, problem, ids, *leaves):
+        problem = replace(problem, student=problem.student.with_leaves(*leaves))
+        logprobs, stats = listed.op_at(*library.pack(problem), ids)
+        anchor = logprobs.new_empty(0)
+        _save(ctx, problem, ids, stats, anchor)
+        ctx.set_materialize_grads(False)
+        return logprobs, anchor
+
+    @staticmethod
+    @first_order
+    def backward(ctx, upstream, _):
+        if upstream is None:
+            return (None,) * (2 + len(ctx.wants))
+        flat, (ids, stats, _) = _saved(ctx)
+        # A row of G is at most the sum of its upstream gradients.
+        sums, _, unit = _fp16_units(ctx.dtypes[0], upstream.abs().sum(1), None)
+        scale = sums.new_ones(()) if unit is None else unit
+        upstream = upstream.contiguous() if unit is None else upstream / unit
+        return None, None, *_to_leaves(ctx, listed.op_at_backward(*flat, ids, upstream, stats), scale)
+
+
+class CachedForwardKL(torch.autograd.Function):
+    """Return the forward KL of each row, (N,) in nats, from a cached teacher (forward_cache.py).
+
+    The labels of the problem are the cache's tokens y. With `policy_slope` set, dh is computed in the forward
+    pass: that of -log q_y, minus factor * r, summed in fp32 before the one rounding.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, problem, parts, factor):
+        problem = replace(problem, student=replace(problem.student, hidden=hidden))
+        ctx.dtype, unit = hidden.dtype, None
+        if problem.rows.policy_slope is not None:
+            *factors, unit = _fp16_units(hidden.dtype, problem.rows.factor, problem.rows.policy_slope)
+            problem = problem.with_factors(*factors)
+        _, _, _, logprobs, _, dh, *_ = library.op(*library.pack(problem), False, False)
+        product = torch.bmm(hidden.to(parts.mean.dtype)[:, None], parts.mean[:, :, None])[:, 0, 0]
+        D = parts.negative_entropy - factor * (product + parts.bias) - logprobs[:, 0]
+        # A student without probability at y, where the teacher has some.
+        D = torch.where(logprobs[:, 0] == -torch.inf, torch.inf, D)
+        if dh.numel():
+            dh -= (factor if unit is None else factor / unit) * parts.mean
+        anchor = D.new_empty(0)
+        ctx.save_for_backward(dh, unit, anchor)
+        ctx.set_materialize_grads(False)
+        return D if problem.rows.valid is None else torch.where(problem.rows.valid, D, 0.0), anchor
+
+    @staticmethod
+    @first_order
+    def backward(ctx, upstream, _):
+        if upstream is None:
+            return (None,) * 4
+        dh, unit, _ = ctx.saved_tensors
+        scale = upstream if unit is None else upstream * unit
+        return _scaled(dh, scale[:, None], ctx.dtype), None, None, None
+
+
+def cached_forward_kl(problem: Problem, parts: Parts, factor: float, weigher: RowWeigher) -> Tensor:
+    """Return the reduced loss, 0-dim, or of the leading shape for a loss per token."""
+    if problem.wants[0]:
+        slope = weigher.mask().reshape(-1).to(problem.stats_dtype)
+        problem = problem.with_factors(torch.zeros_like(slope), slope)
+    D, _ = CachedForwardKL.apply(problem.student.hidden, problem, parts, factor)
+    losses = _times(weigher.weights(None) * weigher.scale, D)
+    return losses.reshape(weigher.leading) if weigher.per_token else losses.sum()
+
+
 def log_probs(problem: Problem, in_forward: bool, entropy: bool) -> tuple[Tensor, Tensor]:
     """Return log-probs of the labels and entropies, (N,) each in nats, by the route that the gradient needs.
 
@@ -391,3 +464,10 @@ def log_probs(problem: Problem, in_forward: bool, entropy: bool) -> tuple[Tensor
         problem = problem.with_factors(torch.zeros_like(slope), slope)
     logprobs, entropies, _ = LogProbs.apply(problem, entropy, *problem.student.leaves)
     return logprobs, entropies
+
+
+def log_probs_at(problem: Problem, ids: Tensor) -> Tensor:
+    """Return log-probs of ids (N, K) in nats, 0 for an id of -1 and for invalid tokens."""
+    if not any(problem.wants):
+        return listed.op_at(*library.pack(problem), ids)[0]
+    return LogProbsAt.apply(problem, ids, *problem.student.leaves)[0]

@@ -5,7 +5,7 @@ The only module with the flat form of a problem: schemas, implementations, fakes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,22 +26,24 @@ from .planner import SM_COUNT, ChunkPlan, held_dtype, plan
 from .problem import ComputedRows, Outputs, Problem, RowSelection, Side, Teachers
 from .reductions import RowWeigher
 from .shard import VocabShard
+from .targets import Target
 from .teachers import in_segments
 
 NO_GRADIENTS = (False,) * 5
 
 
 def arrange(
-    problem: Problem, weigher: RowWeigher | None = None
+    problem: Problem, weigher: RowWeigher | None = None, listed: int = 0
 ) -> tuple[ChunkPlan, RowBackend, ComputedRows, list[slice] | None]:
     """Return the plan, the backend, the rows to compute, and the chunks where they follow sequences.
 
-    The chunks are None where those of the plan serve.
+    The chunks are None where those of the plan serve. `listed` entries are returned for each token.
 
     Forward and backward get the same plan: saved statistics need the same logits again. The backend of a
     sharded head merges statistics across ranks.
     """
     hidden, teacher, shard = problem.student.hidden, problem.teacher, problem.shard
+    target = problem.rows.target
     scope = "index" if weigher is None else weigher.scope
     sequences = [] if weigher is None or scope != "sequence" else weigher.lengths(packs(problem))
     rows = _computed_rows(problem, sum(sequences) if scope == "sequence" else None)
@@ -68,6 +70,8 @@ def arrange(
         longest_sequence=max(sequences, default=0) if problem.teachers is None else None,
         policy=weigher is not None and weigher.policy is not None,
         topk=0 if problem.support is None else problem.support.k,
+        listed=listed,
+        target_copied=target is not None and target.copied(problem.logits_dtype, rows.index is not None),
         one_sweep=problem.spec.one_sweep,
         gradient_tolerance=problem.gradient_tolerance,
         student_rank=0 if problem.student.lora is None else problem.student.lora.A.shape[0],
@@ -157,16 +161,16 @@ def _check_entries(name: str, otherwise: str, entries: Tensor, valid: Tensor | N
     """
     inside = (entries >= 0) & (entries < vocab)
     inside = inside if valid is None else inside | ~valid
-    _check_all(name, f"entries in [0, {vocab}) {otherwise}", entries, inside)
+    check_all(name, f"entries in [0, {vocab}) {otherwise}", entries, inside)
 
 
 def _check_temperatures(name: str, temperatures: Tensor) -> None:
     """Raise ValueError unless all temperatures are positive and finite; on CUDA as `_check_entries`."""
     good = (temperatures > 0) & (temperatures < torch.inf)
-    _check_all(name, "positive finite numbers", temperatures, good)
+    check_all(name, "positive finite numbers", temperatures, good)
 
 
-def _check_all(name: str, expected: str, values: Tensor, good: Tensor) -> None:
+def check_all(name: str, expected: str, values: Tensor, good: Tensor) -> None:
     if on_host(values.device):
         expect(bool(good.all()), name, expected, values[~good][:1].tolist())
     else:
@@ -175,25 +179,26 @@ def _check_all(name: str, expected: str, values: Tensor, good: Tensor) -> None:
 
 # ---------------------------------------------------------------- the flat form
 
-_PROBLEM = (
+PROBLEM = (
     "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
     "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? factor, Tensor? policy_slope, Tensor? valid, Tensor? labels, "
-    "Tensor? topk_ids, Tensor? topk_logprobs, Tensor? temperature, Tensor? teacher_temperature, "
+    "Tensor? topk_ids, Tensor? topk_logprobs, Tensor? target, bool target_probs, "
+    "Tensor? temperature, Tensor? teacher_temperature, "
     "float[] spec, int[] support, "
     "bool shared_head, int vocab, ScalarType logits_dtype, int workspace_bytes, float? gradient_tolerance, "
     "str? backend, "
     "int[] shard, str? group, bool[] wants, float[] more_numbers, Tensor?[] more"
 )
-_NAMES = [argument.split()[1] for argument in _PROBLEM.split(", ")]
-_FACTOR, _LABELS, _SPEC, _LOGITS, _WANTS, MORE = (
+_NAMES = [argument.split()[1] for argument in PROBLEM.split(", ")]
+_FACTOR, _LABELS, _SPEC, _LOGITS, WANTS, MORE = (
     _NAMES.index(name) for name in ("factor", "labels", "spec", "logits_dtype", "wants", "more")
 )
 _GRADIENTS = "Tensor dh, Tensor dW, Tensor dbias, Tensor dA, Tensor dB"  # empty where none is wanted
 _SCHEMAS = (
-    f"linear_divergence({_PROBLEM}, bool metrics, bool recompute)"
+    f"linear_divergence({PROBLEM}, bool metrics, bool recompute)"
     f" -> (Tensor loss, Tensor A, Tensor stats, Tensor logprobs, Tensor dropped, {_GRADIENTS})",
-    f"linear_divergence_backward({_PROBLEM}, Tensor stats, Tensor A) -> ({_GRADIENTS})",
+    f"linear_divergence_backward({PROBLEM}, Tensor stats, Tensor A) -> ({_GRADIENTS})",
 )
 _SIDES = ("student", "teacher", None)
 
@@ -225,6 +230,8 @@ def pack(problem: Problem) -> tuple[Any, ...]:
         rows.labels,
         rows.topk_ids,
         rows.topk_logprobs,
+        None if rows.target is None else rows.target.values,
+        rows.target is not None and rows.target.probs,
         *temperatures,
         [float(value) for value in (*spec.scalars(linear=False), spec.z_loss)],
         [] if support is None else [support.k, _SIDES.index(support.side), TAILS.index(support.tail)],
@@ -274,13 +281,15 @@ def _unpack_heads(problem: Problem, numbers: Sequence[float], more: Sequence[Any
 
 def unpack(flat: Sequence[Any]) -> Problem:
     """Rebuild a problem from the flat form of `pack`."""
-    (h_s, W_s, b_s, h_t, W_t, b_t, factor, slope, valid, labels, ids, logprobs, *rest) = flat
+    (h_s, W_s, b_s, h_t, W_t, b_t, factor, slope, valid, labels, ids, logprobs, values, *rest) = flat
+    (probs, *rest) = rest
+    target = None if values is None else Target(values, probs)
     (temperature_s, temperature_t, spec, support, shared_head, vocab, logits_dtype, *rest) = rest
     workspace_bytes, tolerance, backend, shard, group, wants, numbers, more = rest
     problem = Problem(
         student=Side(h_s, W_s, b_s),
         teacher=None if h_t is None else Side(h_t, W_t, b_t),
-        rows=RowSelection(valid, labels, ids, logprobs, factor, slope),
+        rows=RowSelection(valid, labels, ids, logprobs, factor, slope, target),
         spec=RowSpec.from_scalars(spec, (temperature_s, temperature_t)),
         support=Support(support[0], _SIDES[support[1]], TAILS[support[2]]) if support else None,
         shared_head=shared_head,
@@ -336,17 +345,17 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     N, wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
     more = metrics or flat[_SPEC][-1] != 0  # as loop._allocate
     shapes = (N,), (N,), (N, len(Column)), (N if more or labels is not None else 0, 4 if more else 2)
-    wants = [False] * len(flat[_WANTS]) if recompute else flat[_WANTS]
+    wants = [False] * len(flat[WANTS]) if recompute else flat[WANTS]
     vectors = (hidden.new_empty(shape, dtype=wide) for shape in shapes)
-    return *vectors, hidden.new_empty((), dtype=wide), *_fake_gradients(flat, wants)
+    return *vectors, hidden.new_empty((), dtype=wide), *fake_gradients(flat, wants)
 
 
 def _backward_fake(*args: Any) -> tuple[Tensor, ...]:
     flat = args[:-2]
-    return _fake_gradients(flat, flat[_WANTS])
+    return fake_gradients(flat, flat[WANTS])
 
 
-def _fake_gradients(flat: Sequence[Any], wants: Sequence[bool]) -> tuple[Tensor, ...]:
+def fake_gradients(flat: Sequence[Any], wants: Sequence[bool]) -> tuple[Tensor, ...]:
     hidden, held = flat[0], held_dtype(flat[0].dtype, flat[_LOGITS])
     wide = torch.promote_types(hidden.dtype, torch.float32)
     leaves, dtypes = [*flat[:3], *(flat[MORE][:2] or (None, None))], (held, held, wide, wide, wide)
@@ -357,13 +366,18 @@ def _fake_gradients(flat: Sequence[Any], wants: Sequence[bool]) -> tuple[Tensor,
     )
 
 
-library = Library("opsd_kernels", "FRAGMENT")
-for _schema, _impl, _fake in zip(
-    _SCHEMAS, (_forward, _backward), (_forward_fake, _backward_fake), strict=True
-):
-    _name = library.define(_schema)
-    library.impl(_name, _impl, "CompositeExplicitAutograd")
-    register_fake(f"opsd_kernels::{_name}", _fake, lib=library)
+_LIBRARY = Library("opsd_kernels", "FRAGMENT")
+
+
+def register(schemas: Sequence[str], implementations: Sequence[Callable], fakes: Sequence[Callable]) -> None:
+    """Register operators with their implementations and fakes."""
+    for schema, implementation, fake in zip(schemas, implementations, fakes, strict=True):
+        name = _LIBRARY.define(schema)
+        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        register_fake(f"opsd_kernels::{name}", fake, lib=_LIBRARY)
+
+
+register(_SCHEMAS, (_forward, _backward), (_forward_fake, _backward_fake))
 
 # (*pack(problem), metrics, recompute) -> loss, A, stats, logprobs, dropped, gradients; none with
 # `recompute`.

@@ -8,9 +8,8 @@ the projections and sweeps of a chunk into parts, which share the teacher's buff
 A sweep has one of four forms, chosen before the loop. `fused` reads the logits once and overwrites them with
 the gradient. `two_pass` sweeps for statistics first, where row factors depend on them. `replay` computes
 gradients from the statistics of an earlier run. `topk_support.top_k` works on a support. Each writes losses
-and statistics of its rows into the outputs, and the logit gradient over S. It returns None if that holds the
-row factors.
-Only `fused` may return them, (C,), and `_accumulate` applies them to dh, dW and dbias.
+and statistics of its rows into the outputs, and the logit gradient over S. `fused` may return row factors,
+(C,), which `_accumulate` is still to apply to dh, dW and dbias.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from .columns import ColumnFilter, Kept
 from .planner import ChunkPlan, row_stride
 from .problem import ComputedRows, Outputs, Problem
 from .reductions import RowWeigher
+from .targets import comparing
 from .teachers import walks_of
 from .topk_support import Rows
 
@@ -51,6 +51,7 @@ def run(
     saved: tuple[Tensor, Tensor] | None = None,
     weigher: RowWeigher | None = None,
     bounds: list[slice] | None = None,
+    sweep: Sweep | None = None,
 ) -> Outputs:
     """Return losses, statistics and gradients. `bounds` replaces the plan's chunks by others, none longer."""
     assert bounds is None or plan.part_rows == plan.rows, "weights of a sequence need it whole, not in parts"
@@ -64,7 +65,9 @@ def run(
         problem, backend, rows.valid, metrics, saved is not None, wants_gradient, weigher, out, adapters
     )
     several = None if rows.segments is None else walks_of(walk, rows)
-    sweep, logits, G = choose(walk), None, None
+    sweep, logits, G = sweep or choose(walk), None, None
+    if problem.rows.target is not None:
+        sweep = comparing(sweep, problem.rows.target, plan.target_copied)
     skips = wants_gradient and problem.gradient_tolerance is not None
     columns = ColumnFilter.of(problem, backend, out.dropped) if skips else None
     with torch.autocast(problem.student.hidden.device.type, enabled=False):
@@ -137,7 +140,8 @@ class Buffers:
 
     def __init__(self, problem: Problem, plan: ChunkPlan, adapters: Any) -> None:
         hidden, V = problem.student.hidden, problem.student.weight.shape[0]
-        alone, part, self.adapters = problem.teacher is None, plan.part_rows, adapters
+        alone, part = problem.teacher is None and not plan.target_copied, plan.part_rows
+        self.adapters = adapters
         stride = row_stride(V, plan.logits_dtype, hidden.device.type)
         shape = plan.rows + (0 if alone else part), stride
         self.pair = empty(shape, plan.logits_dtype, hidden.device)[:, :V]
@@ -169,7 +173,7 @@ class Buffers:
         behind = part.stop if self.behind is None else self.behind
         S, T, stack, other = self.pair[part], self.pair[behind : behind + C], None, problem.teacher
         if teacher is None:
-            T = self.zeros.expand(C, -1)
+            T = self.zeros.expand(C, -1) if self.zeros.numel() else T
         elif self.stack is not None:
             stack = self.stack[: 2 * C]
             stack_difference(student, teacher, stack)
@@ -341,10 +345,7 @@ class Walk:
     adapters: Any  # adapted.Adapters, or None
 
     def zero_invalid(self, values: Tensor, at: Positions) -> Tensor:
-        """Set the (n, ...) values of masked rows to 0.
-
-        They reach the loop only where packing is off.
-        """
+        """Set the (n, ...) values of masked rows to 0. They reach the loop only where packing is off."""
         if self.valid is None:
             return values
         return torch.where(self.valid[at].view(-1, *[1] * (values.dim() - 1)), values, 0)
@@ -380,7 +381,9 @@ class Walk:
             raw = chunk.at(self.label_columns(at)[:, None].clamp(min=0))
             S, T = chunk.at_label or (raw.S, raw.T)
             label = torch_rows.logits(S, T, problem.spec.at(at), raw.bias_s, raw.bias_t)
-        judged = problem.teacher is not None or problem.support is not None
+        # A teacher's rows have no head for exact products.
+        listed = problem.support is not None and problem.rows.target is None
+        judged = problem.teacher is not None or listed
         if self.metrics and judged and problem.logits_dtype.itemsize == 2:
             found = [likely_columns(chunk.S, chunk.bias_s)]
             if problem.teacher is not None and not problem.spec.difference:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .._rows.contract import SPREAD_LIMIT, Column, RowBackend, clip_tokens, plain_kl
-from ..spec import RowSpec
+from .._rows.torch_topk import ranked
+from ..spec import LogitTransform, RowSpec
 from .shard import VocabShard, gather_ranks
 
 
@@ -37,6 +38,25 @@ class ShardedRows:
 
     def gather_columns_(self, G: Tensor, columns: Tensor, out: Tensor, sums: Tensor) -> None:
         self.backend.gather_columns_(G, columns, out, sums)
+
+    def row_topk_(
+        self,
+        S: Tensor,
+        of_side: LogitTransform,
+        bias: Tensor | None,
+        ids: Tensor,
+        values: Tensor,
+        tail: Tensor,
+    ) -> None:
+        """List the columns of the whole vocabulary. k may be larger than a shard."""
+        (n, k), own = ids.shape, min(ids.shape[1], S.shape[1])
+        found, logits = ids.new_empty(n, own), values.new_empty(n, own)
+        self.backend.row_topk_(S, of_side, bias, found, logits, tail)
+        sent, columns = values.new_full((n, k + 1), -torch.inf), ids.new_full((n, k), -1)
+        sent[:, :own], sent[:, k], columns[:, :own] = logits, tail, found + self.shard.start
+        _merge_lists(
+            gather_ranks(columns, self.shard.group), gather_ranks(sent, self.shard.group), ids, values, tail
+        )
 
     def row_stats(
         self, S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool
@@ -139,6 +159,22 @@ def merge(parts: Tensor, linear: bool) -> Tensor:
     merged = torch.stack(columns, dim=1)
     merged[:, Column.SPREAD + 1 :] = torch.where(invalid[:, None], torch.nan, merged[:, Column.SPREAD + 1 :])
     return merged.to(parts.dtype)
+
+
+def _merge_lists(columns: Tensor, sent: Tensor, ids: Tensor, values: Tensor, tail: Tensor) -> None:
+    """Merge the lists of R shards, `columns` (R, n, k), -1 is padding, and `sent` (R, n, k + 1).
+
+    `sent` holds the logits of the lists, and each shard's mass outside its list.
+    """
+    k = ids.shape[1]
+    every, columns = (x.transpose(0, 1).flatten(1) for x in (sent[:, :, :k], columns))
+    # In the order of the ids, so that the lower id is first among equals. An entry of -inf is no padding.
+    order = torch.where(columns < 0, -torch.inf, every.clamp(min=torch.finfo(every.dtype).min))
+    chosen = ranked(order, k)
+    ids.copy_(columns.gather(1, chosen))
+    values.copy_(every.gather(1, chosen))
+    outside = torch.cat([every.scatter(1, chosen, -torch.inf), (sent[:, :, k] + sent[:, :, 0]).t()], 1)
+    tail.copy_(torch.where(outside == -torch.inf, outside, outside - values[:, :1]).logsumexp(1))
 
 
 def _masses(column: dict[Column, Tensor], parts: Tensor, linear: bool) -> _Masses:

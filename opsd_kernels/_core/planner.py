@@ -28,6 +28,8 @@ from .sizes import (
     KEPT_BYTES,
     LARGEST_FACTOR,
     LEAST_PART_ROWS,
+    LIST_SCRATCH,
+    LISTED_BYTES,
     MOST_PARTS,
     QUEUE_BYTES,
     ROW_LIMITS,
@@ -61,7 +63,7 @@ class ChunkPlan:
     scratch_bytes: int
     accumulator_bytes: int  # fp32 dW on top of a 16-bit gradient, freed before the call returns
     gradient_bytes: int  # dh, dW, dbias
-    vector_bytes: int  # losses and statistics, N-sized
+    vector_bytes: int  # losses, statistics and lists, N-sized
     peak_bytes: int  # above the inputs, at the worst moment of forward and backward
     sweep_bytes: int  # moved to and from the logits buffers, if each sweep reads memory
     head_bytes: int  # moved to and from dW, which is read and written once per chunk
@@ -72,6 +74,7 @@ class ChunkPlan:
     # with sequences, or in a statistics pass of their "own pass".
     weighting: str = "before"
     weighting_reason: str = ""
+    target_copied: bool = False  # a teacher's rows are copied into a buffer of their own
 
     def bounds(self) -> list[slice]:
         """Return the chunks, as slices of the valid rows."""
@@ -327,11 +330,16 @@ def _fewest_chunks(
     return best
 
 
-def _cpu_scratch(dtype: torch.dtype, V: int, topk: int, one_sweep: bool, threads: int | None) -> int:
+def _cpu_scratch(
+    dtype: torch.dtype, V: int, topk: int, one: bool, threads: int | None, listed: int, alone: bool
+) -> int:
     """Scratch bytes of the math library and of the sweeps on a CPU, on top of the logits buffers."""
     tiled = dtype.itemsize == 2 and extension.has_amx()
     per_thread = CPU_SCRATCH_PER_THREAD_AMX if tiled else CPU_SCRATCH_PER_THREAD
-    columns = QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one_sweep)
+    # Without a second head, and with this package's GEMMs: at 8 threads 25 MiB in fp32, and 1 for a list.
+    if alone and not tiled and (extension.gemm_fp32_serves(dtype) or dtype == torch.bfloat16):
+        per_thread = LIST_SCRATCH if listed else per_thread // 2
+    columns = QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one)
     sliced = dtype == torch.float16 or not extension.mm_has_units(dtype)  # see cpu_gemm.py
     slices = SLICE_BYTES if sliced else 0
     return CPU_SCRATCH_BYTES + slices + (threads or torch.get_num_threads()) * (per_thread + V * columns)
@@ -356,6 +364,8 @@ def plan(
     longest_sequence: int | None = None,
     policy: bool = False,
     topk: int = 0,
+    listed: int = 0,
+    target_copied: bool = False,
     one_sweep: bool = True,
     factor: float = 1.0,
     softcap: bool = False,
@@ -367,13 +377,14 @@ def plan(
 ) -> ChunkPlan:
     """Plan `linear_divergence` for N valid tokens, a vocabulary of V and the hidden sizes of both sides.
 
-    * `H_teacher`: defaults to `H_student`; 0 means no teacher's head. `shared_head`: of both sides.
-    * `trainable_head`, `grad`, `bias_grad`: a gradient of it, any, of the bias. `student_rank`,
-      `teacher_rank`: of adapters. `backward`, `logits_dtype`, `gradient_tolerance`: as `linear_divergence`.
+    * `H_teacher`: defaults to `H_student`; 0 means no teacher's head. `target_copied`: but rows to be cast.
+    * `shared_head`: of both sides. `trainable_head`, `grad`, `bias_grad`: a gradient of it, any, of the bias.
+    * `student_rank`, `teacher_rank`: of adapters.
+    * `backward`, `logits_dtype`, `gradient_tolerance`: as in `linear_divergence`.
     * `weights_scope`: scope of the token weights. With "sequence", chunks end at sequence boundaries if a
       chunk holds `longest_sequence` rows (four passes); otherwise a statistics pass goes first (six).
-    * `policy`, `topk`: True if a term of `objectives` is mixed in; entries of a support. `factor`, `softcap`:
-      the larger logit scale / temperature of both sides; True if logits have one. `one_sweep`: see RowSpec.
+    * `topk`, `listed`, `policy`, `one_sweep`: entries of a support; of a list; an objective; a plain KL.
+    * `factor`, `softcap`: the larger logit scale / temperature of both sides; True if logits have a softcap.
     * `device_type`, `sm_count`: on CUDA the rows of a chunk make whole waves of GEMM tiles on `sm_count`
       multiprocessors (waves.py). `threads`: of a CPU, with which scratch grows. Default: those of torch.
     * `workspace_bytes`: for logits, packed rows, scratch, and half of an fp32 dW, which leaves the logits the
@@ -384,12 +395,14 @@ def plan(
     H_teacher = H_student if H_teacher is None else H_teacher
     _check(dtype, backward, weights_scope, N=N, V=V, H_student=H_student, H_teacher=H_teacher)
     budget = workspace_budget(workspace_bytes)
-    transforms = (LogitTransform(factor, 1.0 if softcap else None),)
-    buffer, difference = resolve_logits(dtype, logits_dtype, shared_head, transforms=transforms)
+    transform = LogitTransform(factor, 1.0 if softcap else None)
+    buffer, difference = resolve_logits(dtype, logits_dtype, shared_head, transforms=[transform])
     selects = grad and gradient_tolerance is not None
-    per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V), device_type, selects)
-    scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads) if device_type == "cpu" else 0
-    scratch += (KEPT_BYTES + SELECT_BYTES * V) * selects
+    per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V) + listed, device_type, selects)
+    teacher_row = row_stride(V, buffer, device_type) * buffer.itemsize * (H_teacher > 0 or target_copied)
+    per_row += teacher_row * target_copied
+    scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads, listed, H_teacher == 0)
+    scratch = scratch * (device_type == "cpu") + (KEPT_BYTES + SELECT_BYTES * V) * selects
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
     adapted, ranks = AdapterPlan(), (student_rank, teacher_rank)
     if any(ranks):
@@ -405,7 +418,6 @@ def plan(
         in_loop = (gemms.trainable or policy or selects or student_rank > 0) and grad and not again
         weighting, reason = _when_weighted(weights_scope, longest_sequence, most, in_loop)
     rows = part = max(min(N, most), 1)
-    teacher_row = row_stride(V, buffer, device_type) * buffer.itemsize * (H_teacher > 0)
     waves = (gemms, dtype.itemsize, sm_count) if device_type == "cuda" else None
     if weighting != "aligned" and N > most:
         rows, accumulator, part = _fewest_chunks(N, waves, most_rows, room, per_row, teacher_row)
@@ -414,7 +426,8 @@ def plan(
         tokens=N, rows=rows, part_rows=part, logits_dtype=buffer, difference=difference, gradient_dtype=held,
         centred=buffer.itemsize == 2 and not softcap, weighting=weighting, weighting_reason=reason,
         tile_share=tile_share(gemms, N, rows, sm_count) if device_type == "cuda" else 1.0,
-        **_memory(N, gemms, dtype, held, workspace, scratch, accumulator, small + adapted.gradients),
+        target_copied=target_copied,
+        **_memory(N, gemms, dtype, held, workspace, scratch, accumulator, small + adapted.gradients, listed),
         **_work(N, rows, gemms, dtype, buffer, 2 - one_sweep, again, weighting, accumulator, adapted),
     )  # fmt: skip
 
@@ -428,12 +441,14 @@ def _memory(
     scratch: int,
     accumulator: int,
     small: int,
+    listed: int,
 ) -> dict[str, int]:
     """Return the bytes of a call by kind, and its peak: during the loop, or while dW is cast.
 
     `small` are the bytes of the other gradients.
     """
-    vectors = N * 4 * (len(Column) + 8)  # statistics, loss, A, weights, factors and their products
+    # Statistics, loss, A, weights, factors and their products; lists.
+    vectors = N * (4 * (len(Column) + 8) + LISTED_BYTES * listed)
     dh = N * gemms.H_student * dtype.itemsize * gemms.grad
     dW = gemms.V * gemms.H_student * dtype.itemsize * gemms.trainable
     if held != dtype:

@@ -17,6 +17,7 @@ from .lora import Lora
 from .planner import resolve_logits, workspace_budget
 from .shard import VocabShard, local_head, shard_of
 from .sizes import DTYPES
+from .targets import Target, check_target
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class RowSelection:
     topk_logprobs: Tensor | None = None  # (N, K)
     factor: Tensor | None = None  # (N,) scale of the divergence's gradient
     policy_slope: Tensor | None = None  # (N,) scale of the gradient of -log q(label)
+    target: Target | None = None  # the teacher's rows, where it has no hidden states
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,15 @@ class Problem:
 
     def with_factors(self, factor: Tensor | None, policy_slope: Tensor | None = None) -> Problem:
         return replace(self, rows=replace(self.rows, factor=factor, policy_slope=policy_slope))
+
+    def with_target(self, target: object, form: object, leading: torch.Size, exact: bool) -> Problem:
+        """Return the problem with a teacher given as rows (..., V): see `check_target`."""
+        columns = self.vocab if self.shard is None else self.shard.stop - self.shard.start
+        checked = check_target(target, form, leading, columns, exact)
+        hidden = self.student.hidden
+        expected = f"a tensor on {hidden.device}, as student_hidden"
+        expect(checked.values.device == hidden.device, "target", expected, checked.values.device)
+        return replace(self, rows=replace(self.rows, target=checked))
 
     def for_gemms(self) -> Problem:
         """Cut the heads to the columns in use, make rows contiguous, cast biases to the statistics' dtype."""

@@ -66,7 +66,8 @@ def token_stats(
     def shaped(column: Tensor) -> Tensor:
         return column.detach().to(dtype).reshape(shape)
 
-    teacher, valid = problem.teacher is not None, problem.rows.valid
+    teacher = problem.teacher is not None or problem.rows.target is not None
+    valid = problem.rows.valid
     labels, levels = problem.rows.labels, None
     if logprobs is not None and logprobs.shape[1] > 2:
         levels = logprobs[:, 2], logprobs[:, 3]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .. import env
-from ..spec import RowSpec, check_choice, expect
-from . import extension, torch_rows
+from ..spec import LogitTransform, RowSpec, check_choice, expect
+from . import extension, torch_rows, torch_topk
 from .contract import SPREAD_LIMIT, RowBackend, plain_kl
 
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -81,6 +81,21 @@ class CompiledRows:
     def gather_columns_(self, G: Tensor, columns: Tensor, out: Tensor, sums: Tensor) -> None:
         gather = _columns_on_cuda().gather_columns_ if G.is_cuda else self.operators.gather_columns_
         gather(G, columns, out, sums)
+
+    def row_topk_(
+        self,
+        S: Tensor,
+        of_side: LogitTransform,
+        bias: Tensor | None,
+        ids: Tensor,
+        values: Tensor,
+        tail: Tensor,
+    ) -> None:
+        if S.is_cuda:
+            return torch_topk.row_topk_(S, of_side, bias, ids, values, tail)
+        temperature = 0.0 if isinstance(of_side.temperature, Tensor) else of_side.temperature
+        scalars = of_side.scale, of_side.softcap or 0.0, temperature
+        self.operators.row_topk_(S, bias, *scalars, of_side.of_rows, ids, values, tail)
 
     def row_stats(
         self, S: Tensor, T: Tensor, spec: RowSpec, bias_s: Tensor | None, bias_t: Tensor | None, metrics: bool

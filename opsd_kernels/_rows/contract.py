@@ -68,7 +68,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..spec import Kind, RowSpec
+from ..spec import Kind, LogitTransform, RowSpec
 
 # Near rows have |o| up to this. They may be summed relative to the student's maximum alone: exp(-87 + 2 * 24)
 # * 152k entries stays under 1e-11.
@@ -145,6 +145,23 @@ class RowBackend(Protocol):
         policy_slope: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def row_topk_(
+        self,
+        S: Tensor,
+        of_side: LogitTransform,
+        bias: Tensor | None,
+        ids: Tensor,
+        values: Tensor,
+        tail: Tensor,
+    ) -> None:
+        """Write the k largest logits of each row of S, (n, V) float32 or float64, in falling order.
+
+        `ids` (n, k) int64 and `values` (n, k), contiguous: columns and transformed logits, the lower column
+        first among equal logits; NaN counts as -inf. `tail` (n,): log of the sum of exp(x - values[:, 0])
+        over the other entries x, -inf for none, NaN if one is NaN. 1 <= k <= V.
+        """
+        ...
 
     def column_norms(self, G: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the (V,) sums over the rows of (scale * G)^2, and the (n,) row sums of G.

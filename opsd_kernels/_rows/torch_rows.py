@@ -10,6 +10,7 @@ from torch import Tensor
 from ..spec import RowSpec
 from .contract import GAP_BOUNDS, SPREAD_LIMIT, Column, clip_tokens, offset, plain_kl
 from .torch_math import clipped_u, entry, transform, transform_slope
+from .torch_topk import row_topk_ as row_topk_
 
 # Rows are swept in blocks of about this many entries, so that the dozen temporaries stay small beside the
 # chunk's buffers.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..spec import RowSpec
 from .contract import Column, clip_tokens, plain_kl
+from .torch_topk import row_topk_ as row_topk_
 from .triton_columns import COLUMN_KERNELS
 from .triton_kernels import KERNELS as ROW_KERNELS
 from .triton_launch import (

@@ -16,6 +16,7 @@ from .providers import parse_providers
 from .report.results import Report, new_report
 from .shapes import DEVICES, parse_shape
 from .suites.accuracy import accuracy
+from .suites.forms import forms
 from .suites.latency import latency, masked, ratios
 from .suites.logprobs import logprobs
 from .suites.space import memory_suite, scaling
@@ -33,6 +34,7 @@ SUITES: dict[str, Callable[[Context], list[Task]]] = {
     "weights": weights,
     "sparse": sparse,
     "logprobs": logprobs,
+    "forms": forms,
     "sweeps": sweeps,
     "scaling": scaling,
     "step": step,

@@ -57,6 +57,8 @@ ABOUT = {
     "*ratio*: time over the bare GEMMs.",
     "logprobs": "Mean of -log p(label), forward and backward, over the GEMMs that it cannot avoid: "
     "projection, hidden gradient, and the head's gradient where the head is trained.",
+    "forms": "Lists of the 64 most likely tokens, log-probs at 64 ids, teachers given as rows, and a cached "
+    "teacher, over the GEMMs that they cannot avoid.",
     "scaling": "Time over the bare GEMMs by N, each call under a memory limit: on a CPU 256 MiB (quick) or 1 "
     "GiB (full).",
     "step": "A step of a randomly initialised Qwen3 that is its own teacher. *of the step*: share of the "

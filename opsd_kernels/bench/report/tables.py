@@ -168,6 +168,10 @@ COLUMNS: dict[str, tuple[str, list[Column]]] = {
         "Log-probs of labels, against the bare GEMMs",
         [*SETTING[:2], SETTING[3], *WHO, *TIME, *ERRORS, *NOTE],
     ),
+    "forms": (
+        "Lists, teachers as rows and cached teachers, against the bare GEMMs",
+        [*SETTING[:2], SETTING[3], *WHO, variant("form"), *TIME, *ERRORS, *VERDICT, *NOTE],
+    ),
     "step": (
         "Where a training step goes",
         [variant("part"), *SETTING[:2], ("loss head by", WHO[0][1]), TIME[0], ("of the step", times), *NOTE],

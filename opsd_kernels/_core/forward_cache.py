@@ -1,0 +1,114 @@
+"""Cache what a forward KL needs of its teacher, for a frozen student head.
+
+With p the teacher and z = (h W^T + b) f the student's logits, f = logit scale / temperature, and any token y
+
+    KL(p || q) = sum p log p - f (h . r + c) - log q_y,   r = sum_v p_v W_v - W_y,   c = sum_v p_v b_v - b_y,
+
+because log q_v = log q_y + z_v - z_y. So N x (H + 3) numbers hold the teacher:
+r, c, the negative entropy and y. With y the teacher's most likely token, r and c are small where the teacher
+is sure, and the gradient over z, q - onehot(y), keeps its digits in 16 bits where the student is sure too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .._rows import torch_math
+from .._rows.contract import Column
+from ..spec import LogitTransform
+from . import library, loop
+from .loop import Positions, Walk
+from .planner import SLICE_BYTES
+from .problem import Problem
+from .topk_support import Rows
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Hold the teacher's part of the forward KL of N tokens, in the dtype of the statistics."""
+
+    mean: Tensor  # (N, H_s): r
+    bias: Tensor  # (N,): c
+    negative_entropy: Tensor  # (N,)
+    token: Tensor  # (N,) int64: y, -1 at invalid tokens
+
+
+def forward_kl_parts(problem: Problem, weight: Tensor, bias: Tensor | None) -> Parts:
+    """Walk the teacher, the problem's student, and multiply its probabilities by the student's head.
+
+    `weight` (V, H_s) and `bias` (V,) are the student's; with a shard, this rank's rows. The product is in
+    fp32 (fp64) whatever the dtype of the head: a cache is made once, and its error would be that of every
+    step. Zeros, and a token of -1, at invalid tokens.
+    """
+    problem = replace(problem, student=problem.student.detach(), wants=library.NO_GRADIENTS)
+    chunks, backend, rows, _ = library.arrange(problem)
+    N, wide, new = problem.tokens, problem.stats_dtype, problem.student.hidden.new_zeros
+    parts = Parts(
+        new((N, weight.shape[1]), dtype=wide),
+        new(N, dtype=wide),
+        new(N, dtype=wide),
+        new(N, dtype=torch.int64),
+    )
+
+    def sweep(walk: Walk, chunk: Rows, at: Positions) -> None:
+        transform = walk.problem.spec.at(at).student
+        biases = chunk.bias_s, chunk.bias_t
+        stats = walk.backend.row_stats(chunk.S, chunk.T, walk.problem.spec.at(at), *biases, True)
+        token = stats[:, Column.STUDENT_ARGMAX].long()
+        write_difference_(chunk, stats, transform, _local(walk, token))
+        mean, offset = products(chunk.S, weight, bias)
+        if walk.problem.shard is not None:
+            dist.all_reduce(mean, group=walk.problem.shard.group)
+            dist.all_reduce(offset, group=walk.problem.shard.group)
+        found = mean, offset, -stats[:, Column.STUDENT_ENTROPY], token + 1
+        for x, part in zip(vars(parts).values(), found, strict=True):
+            x[at] = walk.zero_invalid(part, at)
+
+    loop.run(problem, chunks, backend, rows, metrics=True, sweep=sweep)
+    parts.token.sub_(1)  # -1 where no sweep has written
+    return parts
+
+
+def _local(walk: Walk, token: Tensor) -> Tensor:
+    """Return tokens (n,) as columns of these heads, -1 where another rank holds the token."""
+    return token if walk.problem.shard is None else walk.problem.shard.local(token)
+
+
+def write_difference_(chunk: Rows, stats: Tensor, transform: LogitTransform, token: Tensor) -> None:
+    """Write p - onehot(token) over the logits of a chunk, a few rows at a time."""
+    n, V = chunk.S.shape
+    step = max(1, SLICE_BYTES // (8 * V))
+    for b in (slice(start, start + step) for start in range(0, n, step)):
+        logits = torch_math.transform(chunk.S[b], transform.at(b), chunk.bias_s)
+        logits = logits - stats[b, Column.STUDENT_MAX, None] - stats[b, Column.STUDENT_LOGSUM, None]
+        torch.exp(logits, out=chunk.S[b])
+    here = token >= 0
+    rows = torch.arange(n, device=token.device)
+    column = token.clamp(min=0)
+    chunk.S[rows, column] -= here.to(chunk.S.dtype)
+
+
+def products(P: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return P @ weight, (n, H), and P @ bias, (n,), in the dtype of P. Slices of the head are cast to it.
+
+    An entry of zero adds nothing, whatever the bias is.
+    """
+    (n, V), H = P.shape, weight.shape[1]
+    mean, offset = P.new_zeros(n, H), P.new_zeros(n)
+    if weight.dtype == P.dtype:
+        loop.project(P, weight[:V].t(), mean)
+    else:
+        step = max(64, SLICE_BYTES // (P.dtype.itemsize * H))
+        for part in (slice(start, min(start + step, V)) for start in range(0, V, step)):
+            mean.addmm_(P[:, part], weight[part].to(P.dtype))
+    if bias is not None:
+        finite = bias[:V].to(P.dtype)
+        offset = P @ torch.where(finite.isfinite(), finite, 0.0)
+        removed = (~finite.isfinite()).nonzero()[:, 0]
+        # p > 0 where the student has no probability makes the divergence infinite.
+        offset = offset + torch.where(P[:, removed] == 0, 0.0, P[:, removed] * finite[removed]).sum(1)
+    return mean, offset
