@@ -120,6 +120,8 @@ class PPOClip:
       such a token has no gradient.
     * `per_sequence`: use one ratio for all tokens of a sequence, their geometric mean (GSPO,
       arXiv:2507.18071, eq. 7).
+    * `dual_clip`: c > 1 bounds the loss of a negative advantage at -c * A, without a gradient beyond
+      (arXiv:1912.09729, eq. 5). None: no bound.
     """
 
     advantages: Tensor
@@ -127,6 +129,7 @@ class PPOClip:
     low: float = 0.2
     high: float = 0.2
     per_sequence: bool = False
+    dual_clip: float | None = None
     needs_metrics = False
 
     def __post_init__(self) -> None:
@@ -135,6 +138,9 @@ class PPOClip:
             check_tensor("old_logprobs", self.old_logprobs)
         for name in ("low", "high"):
             expect(check_number(name, getattr(self, name)) >= 0, name, "a number >= 0", getattr(self, name))
+        if self.dual_clip is not None:
+            above = check_number("dual_clip", self.dual_clip) > 1
+            expect(above, "dual_clip", "a number above 1, or None", self.dual_clip)
 
     @property
     def scope(self) -> str:
@@ -150,7 +156,11 @@ class PPOClip:
         ratio = gap.clamp(-LARGEST_GAP, LARGEST_GAP).exp()
         advantages = self.advantages.detach()
         bounded = ratio.clamp(1 - self.low, 1 + self.high)
-        return -torch.minimum(_times(advantages, ratio, mask), _times(advantages, bounded, mask))
+        least = torch.minimum(_times(advantages, ratio, mask), _times(advantages, bounded, mask))
+        if self.dual_clip is not None:
+            most = _times(advantages, torch.full_like(ratio, self.dual_clip), mask)
+            least = torch.where(advantages < 0, torch.maximum(least, most), least)
+        return -least
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,32 @@
 """Compare the `before` block of each section of docs/guides/migrating.md with its `after` block."""
 
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
+from opsd_kernels.bench import providers
 from opsd_kernels.testing import Outcome, assert_no_worse
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
 
 PAGE = Path(__file__).parent.parent / "docs" / "guides" / "migrating.md"
 # The package and version required by the first word of a heading
-INSTALLED = {"TRL": ("trl", "1.16"), "Liger": ("liger_kernel", None)}
+INSTALLED = {"TRL": ("trl", "1.16"), "Liger": ("liger_kernel", None), "torch": ("torch", "2.13")}
+
+
+def load_unsloth(monkeypatch):
+    """Make unsloth's file importable by its name without the package, which changes torch."""
+    if providers._unsloth_file() is None:
+        pytest.skip("unsloth_zoo is not installed")
+    module = providers._unsloth_module()
+    for name in ("unsloth_zoo", "unsloth_zoo.fused_losses"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "unsloth_zoo.fused_losses.fused_linear", module)
 
 
 def blocks(text: str) -> list[str]:
@@ -71,15 +83,35 @@ def test_every_library_has_a_section():
     titles = " ".join(SECTIONS)
     assert all(
         name in titles
-        for name in ("GKD", "DistillationTrainer", "SDPO", "IW-OPD", "Liger", "OPSD", "verl", "NeMo-RL")
+        for name in (
+            "GKD",
+            "DistillationTrainer",
+            "SDPO",
+            "IW-OPD",
+            "Liger",
+            "OPSD",
+            "verl",
+            "NeMo-RL",
+            "GOLD",
+            "SDFT",
+            "ServerDistillation",
+            "unsloth",
+            "torch",
+            "ms-swift",
+            "Automodel",
+            "fla",
+            "orda",
+        )  # fmt: skip
     ), titles
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_ours_is_theirs(section):
+def test_ours_is_theirs(section, monkeypatch):
     needed, version = INSTALLED.get(section.split()[0], (None, None))
     if needed:
         pytest.importorskip(needed, minversion=version, reason=f"{needed} is not installed")
+    if section.startswith("unsloth"):
+        load_unsloth(monkeypatch)
     before, after = SECTIONS[section]
     assert before.startswith("# before") and after.startswith("# after")
     truth, plain = (outcome(section, before, "theirs", dtype) for dtype in ("float64", "float32"))

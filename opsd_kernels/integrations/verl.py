@@ -12,9 +12,8 @@ the head, and accepts whole teachers besides lists.
 
 Different from verl, on purpose: log-probs come from fp32 logits (or a difference that 16 bits hold), where
 verl's default path takes the softmax in the logits' dtype; a list entry of -inf is padding and adds nothing,
-even under `log_prob_min_clamp`; a micro-batch without a valid token has loss 0. The metrics `overlap_count`
-and `overlap_token_advantage`, of the student's own top-k, are not computed: verl omits them with a fused
-engine too.
+even under `log_prob_min_clamp`; a micro-batch without a valid token has loss 0. The metrics of the overlap
+with the student's own top-k are computed on demand (`overlap=True`): they cost a pass over the head.
 """
 
 from __future__ import annotations
@@ -122,7 +121,12 @@ def topk_distill(
 
 
 def distillation_loss(
-    config: Any, distillation_config: Any, model_output: dict[str, Any], data: Any
+    config: Any,
+    distillation_config: Any,
+    model_output: dict[str, Any],
+    data: Any,
+    *,
+    overlap: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return (loss, metrics) of verl's `distillation_loss` with `use_policy_gradient` False.
 
@@ -136,8 +140,11 @@ def distillation_loss(
         token's loss at both ends, `log_prob_min_clamp` the log-probs of a list; a whole teacher ignores the
         latter.
 
-    Passes over the head or heads: three for a list (four with `log_prob_min_clamp`), four for a whole
-    teacher. The metrics are detached 0-dim tensors under verl's names, before `loss_max_clamp`. Raises
+    overlap: also return `overlap_ratio` and `overlap_token_advantage` of a list and the student's own K
+        likeliest tokens (arXiv:2604.13016), as verl's engines with logits do.
+
+    Passes over the head or heads: three for a list (four with `log_prob_min_clamp` or `overlap`), four for a
+    whole teacher. The metrics are detached 0-dim tensors under verl's names, before `loss_max_clamp`. Raises
     ValueError for another `loss_mode`, and for `use_policy_gradient`.
     """
     settings = distillation_config.distillation_loss
@@ -158,7 +165,11 @@ def distillation_loss(
     most = math.inf if settings.loss_max_clamp is None else settings.loss_max_clamp
     if settings.loss_mode == "forward_kl_topk":
         ids, log_probs = responses(data["teacher_ids"]), responses(data["teacher_logprobs"])
-        teacher = _listed(hidden, weight, ids, log_probs, mask, temperature, settings.log_prob_min_clamp)
+        floor, known = settings.log_prob_min_clamp, None
+        own = _own_top(hidden, weight, ids.shape[-1], mask, temperature) if overlap else None
+        if own is not None:
+            known = own[0][..., 0], own[1]
+        teacher = _listed(hidden, weight, ids, log_probs, mask, temperature, floor, known)
         clamped = _Clamped(weights, teacher.base, 0.0, most)
         options |= {"divergence": "forward_kl", "tail": "none", "token_weights": clamped}
         listed = teacher.ids, teacher.log_probs
@@ -169,6 +180,8 @@ def distillation_loss(
             for side, x in masses.items()
             if x is not None
         }
+        if own is not None:
+            metrics |= _overlap(own[0], ids, log_probs, teacher.student_log_probs, floor, mask)
     else:
         clamped = _Clamped(weights, torch.zeros_like(weights), -most, most)
         options |= {"divergence": settings.loss_mode, "beta": getattr(settings, "jsd_beta", 0.5)}
@@ -222,6 +235,7 @@ class _List(NamedTuple):
     base: Tensor  # (...), the stopped entries' part of the loss
     mass: Tensor  # (...) of the teacher
     student_mass: Tensor | None  # (...), None where it would cost a pass
+    student_log_probs: Tensor | None  # (..., K) before the floor, -inf for padding; None likewise
 
 
 @torch.no_grad()
@@ -246,7 +260,7 @@ def _listed(
     ids, log_p = torch.where(counts, ids, 0).long(), torch.where(counts, log_probs, -math.inf)
     mass = log_p.exp().sum(-1)
     if known is None and floor is None:
-        return _List(ids, log_p, torch.zeros_like(mass), mass, None)
+        return _List(ids, log_p, torch.zeros_like(mass), mass, None, None)
     if known is None:
         first: Any = linear_logprobs(hidden, weight, ids[..., 0], temperature=temperature, mask=valid)
         known = ids[..., 0], first
@@ -254,11 +268,54 @@ def _listed(
     log_q = torch.where(counts, _logprobs_at(hidden, weight, ids, label, logprob, temperature), -math.inf)
     student_mass = log_q.exp().sum(-1)
     if floor is None:
-        return _List(ids, log_p, torch.zeros_like(mass), mass, student_mass)
+        return _List(ids, log_p, torch.zeros_like(mass), mass, student_mass, log_q)
     log_p = log_p.to(log_q.dtype).clamp(min=floor)
     stopped = counts & (log_q < floor)
     base = torch.where(stopped, log_p.exp() * (log_p - floor), 0.0).sum(-1)
-    return _List(ids, torch.where(counts & ~stopped, log_p, -math.inf), base, mass, student_mass)
+    kept = torch.where(counts & ~stopped, log_p, -math.inf)
+    return _List(ids, kept, base, mass, student_mass, log_q)
+
+
+@torch.no_grad()
+def _own_top(
+    hidden: Tensor, weight: Tensor, k: int, valid: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return the student's k likeliest ids (..., k), and the log-prob (...) of the first."""
+    ids = torch.zeros(*valid.shape, k, dtype=torch.int64, device=hidden.device)
+    first = torch.zeros(
+        valid.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
+    )
+    found = []
+    for rows in hidden[valid].split(max(1, GATHERED // weight.shape[0])):
+        logits = (rows @ weight.T).to(first.dtype) / temperature
+        top = logits.topk(k)
+        found.append((top.indices, top.values[:, 0] - logits.logsumexp(-1)))
+    if found:
+        ids[valid], first[valid] = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return ids, first
+
+
+def _overlap(
+    own: Tensor,
+    ids: Tensor,
+    log_p: Tensor,
+    log_q: Tensor | None,
+    floor: float | None,
+    valid: Tensor,
+) -> dict[str, Tensor]:
+    """Return verl's metrics of the overlap of two lists (..., K): its share, and mean -p (log p - log q)."""
+    assert log_q is not None
+    shared = (ids[..., None] == own[..., None, :]).any(-1) & (log_q > -math.inf)
+    count = shared.sum(-1)
+    log_p = log_p.to(log_q.dtype)
+    if floor is not None:
+        log_p, log_q = log_p.clamp(min=floor), log_q.clamp(min=floor)
+    terms = torch.where(shared, log_p.exp() * (log_q - log_p), 0.0).sum(-1) / count.clamp(min=1)
+    some = valid & (count > 0)
+    return {
+        "distillation/overlap_ratio": (count * valid).sum() / (valid.sum().clamp(min=1) * ids.shape[-1]),
+        "distillation/overlap_token_advantage": torch.where(some, terms, 0.0).sum() / some.sum().clamp(min=1),
+    }
 
 
 def _logprobs_at(

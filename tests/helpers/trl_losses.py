@@ -50,7 +50,7 @@ B, T, V, H, K = 3, 10, 61, 12, 7
 
 @functools.cache
 def trl(path: str) -> Any:
-    pytest.importorskip("trl", minversion="1.16", reason="trl >= 1.16 is not installed")
+    pytest.importorskip("trl", minversion="1.14.1", reason="trl >= 1.16 is not installed")
     return importlib.import_module(f"trl.{path}")
 
 

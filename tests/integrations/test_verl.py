@@ -203,10 +203,41 @@ def test_metrics():
         assert_one_rounding(value, expected[name], torch.float32, magnitude=1.0, name=name)
 
 
+@pytest.mark.parametrize("floor, temperature", [(None, 1.0), (-3.0, 0.7)])
+def test_overlap_with_the_students_own_list(floor, temperature):
+    """The two metrics by definition; loss and masses are those of a call without them."""
+    made, batch = settings(log_prob_min_clamp=floor), Batch().to(torch.float64)
+    data = batch.data(temperature=temperature)
+    loss, metrics = distillation_loss(*made, batch.outputs(), data, overlap=True)
+    plain, fewer = distillation_loss(*made, batch.outputs(), data)
+    assert_one_rounding(loss, plain, torch.float32)
+    log_q = (batch.hidden @ batch.weight.T / temperature).log_softmax(-1)
+    at_list, log_p = log_q.gather(-1, batch.teacher_ids), batch.teacher_logprobs
+    if floor is not None:
+        at_list, log_p = at_list.clamp(min=floor), log_p.clamp(min=floor)
+    own = log_q.topk(K).indices
+    shared = torch.stack(
+        [torch.isin(mine, other) for mine, other in zip(batch.teacher_ids, own, strict=True)]
+    )
+    terms = [
+        (p.exp() * (q - p))[keep].mean() if keep.any() else torch.tensor(torch.nan, dtype=torch.float64)
+        for q, p, keep in zip(at_list, log_p, shared, strict=True)
+    ]
+    valid, advantage = batch.mask, responses_of(torch.stack(terms)[:, None])[..., 0]
+    expected = {
+        "distillation/overlap_ratio": responses_of(shared.double())[valid].mean(),
+        "distillation/overlap_token_advantage": advantage[valid].nanmean(),
+    }
+    assert set(metrics) == set(fewer) | set(expected) | {"distillation/student_mass"}
+    assert 0.1 < expected["distillation/overlap_ratio"] < 0.9
+    for name, value in expected.items():
+        assert_one_rounding(metrics[name], value, torch.float32, magnitude=1.0, name=name)
+
+
 def test_a_micro_batch_without_a_valid_token():
     made, batch = settings("seq-mean-token-mean"), Batch()
     batch.mask[:] = False
-    got = outcome(lambda b: distillation_loss(*made, b.outputs(), b.data())[0], batch)
+    got = outcome(lambda b: distillation_loss(*made, b.outputs(), b.data(), overlap=True)[0], batch)
     assert got.loss == 0 and (got.student_hidden == 0).all() and (got.student_weight == 0).all()
 
 
@@ -380,7 +411,7 @@ def test_is_verls(theirs, mode, counts, floor, highest, temperature):
         outcome(lambda b: distillation_loss(*made, b.outputs(), b.data(**data))[0], batch), expected, truth
     )
     ours, metrics = (
-        distillation_loss(*made, batch.outputs(), batch.data(**data))[1],
+        distillation_loss(*made, batch.outputs(), batch.data(**data), overlap=True)[1],
         loss_of_verl(theirs, batch, *made, temperature, **counts)[1],
     )
     assert ours.keys() <= metrics.keys()

@@ -82,6 +82,7 @@ WEIGHTS = (
 LOSSES = {
     "divergence": st.sampled_from(tuple(KIND_NAMES)),
     "beta": st.sampled_from((0.1, 0.5, 0.8)),
+    "z_loss": st.sampled_from((None, None, 0.03)),
     "entry_clip": st.sampled_from((None, 0.01, 0.2)),
     "token_clip": st.sampled_from((None, None, 0.5)),
     "reduction": st.sampled_from(("mean", "sum", "none", "sequence_mean")),

@@ -27,6 +27,7 @@ TERMS = {
     "reinforce": PolicyGradient(ADVANTAGES),
     "grpo, on policy": PPOClip(ADVANTAGES),
     "grpo": PPOClip(ADVANTAGES, OLD, high=0.3),
+    "dual clip": PPOClip(ADVANTAGES, OLD, dual_clip=1.4),
     "gspo, on policy": PPOClip(ADVANTAGES, per_sequence=True),
     "gspo": PPOClip(ADVANTAGES, OLD / 4 - 3, low=0.9, high=0.9, per_sequence=True),
     "k1": OnPolicyDistillation(),

@@ -30,6 +30,7 @@ B = 4  # sequences
 # The size that the limits are stated at: at smaller sizes the constant cost of a call has a larger share.
 STATED_AT = SHAPES["cpu"]
 LIMITS = {"row weights": 1.05, "aligned sequence weights": 1.10, "GRPO mix": 1.05, "top-k": 1.60}
+LIMITS |= {"mixed KL": 1.05}
 BASE = "tensor weights"
 
 
@@ -113,6 +114,8 @@ def dialects(setting: Setting) -> dict[str, Dialect]:
             for clip, bound in zip(CLIPS, (0.05, 5.0), strict=True)
         },
         "teacher_mix": Dialect(None, linear_divergence, {**plain, "teacher_mix": 0.3}),
+        "mixed_kl": Dialect("mixed KL", linear_divergence, {**plain, "divergence": "mixed_kl"}),
+        "z_loss": Dialect(None, linear_divergence, {**plain, "z_loss": 1e-3}),
         "statistics": Dialect(None, linear_divergence, {**plain, "return_stats": True}),
     }
     if made["PrefixDiscrepancy, own pass"].options["workspace_bytes"] is None:

@@ -51,7 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 5e-5,
         "lr_warmup_steps": 3,
         "micro_batch": 8,
-        "eval_samples": 164,
+        "eval_samples": 128,
         "probe_samples": 32,
         "keep_checkpoints": 1,
     },
