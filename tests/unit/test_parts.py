@@ -37,9 +37,9 @@ def force(monkeypatch):
             rows = min(ROWS, max(tokens, 1))
             return replace(made, rows=rows, chunks=-(-tokens // rows), part_rows=min(PART, rows))
 
-        def noting(self, problem, student, teacher, centre, part):
-            noted.append((part.start, part.stop - part.start))
-            return fill(self, problem, student, teacher, centre, part)
+        def noting(self, problem, student, teacher, centre, start):
+            noted.append((start, len(student)))
+            return fill(self, problem, student, teacher, centre, start)
 
         monkeypatch.setattr(library, "plan", forced)
         monkeypatch.setattr(loop.Buffers, "fill", noting)
