@@ -160,8 +160,7 @@ def plan(
             softcap=softcap,
             factor=factor,
             gradient_tolerance=gradient_tolerance,
-            student_rank=student_rank,
-            teacher_rank=teacher_rank,
+            ranks=(student_rank, teacher_rank),
         )
     if as_json:
         typer.echo(json.dumps(made.as_dict(), indent=2))

@@ -74,8 +74,10 @@ def arrange(
         target_copied=target is not None and target.copied(problem.logits_dtype, rows.index is not None),
         one_sweep=problem.spec.one_sweep,
         gradient_tolerance=problem.gradient_tolerance,
-        student_rank=0 if problem.student.lora is None else problem.student.lora.A.shape[0],
-        teacher_rank=0 if teacher is None or teacher.lora is None else teacher.lora.A.shape[0],
+        ranks=(
+            0 if problem.student.lora is None else problem.student.lora.A.shape[0],
+            0 if teacher is None or teacher.lora is None else teacher.lora.A.shape[0],
+        ),
         softcap=any(side.softcap is not None for side in (problem.spec.student, problem.spec.teacher)),
         sm_count=torch.cuda.get_device_properties(hidden.device).multi_processor_count
         if on_cuda

@@ -372,42 +372,39 @@ def plan(
     sm_count: int = SM_COUNT,
     threads: int | None = None,
     gradient_tolerance: float | None = None,
-    student_rank: int = 0,
-    teacher_rank: int = 0,
+    ranks: tuple[int, int] = (0, 0),
 ) -> ChunkPlan:
     """Plan `linear_divergence` for N valid tokens, a vocabulary of V and the hidden sizes of both sides.
 
     * `H_teacher`: defaults to `H_student`; 0 means no teacher's head. `target_copied`: but rows to be cast.
     * `shared_head`: of both sides. `trainable_head`, `grad`, `bias_grad`: a gradient of it, any, of the bias.
-    * `student_rank`, `teacher_rank`: of adapters.
     * `backward`, `logits_dtype`, `gradient_tolerance`: as in `linear_divergence`.
     * `weights_scope`: scope of the token weights. With "sequence", chunks end at sequence boundaries if a
       chunk holds `longest_sequence` rows (four passes); otherwise a statistics pass goes first (six).
     * `topk`, `listed`, `policy`, `one_sweep`: entries of a support; of a list; an objective; a plain KL.
-    * `factor`, `softcap`: the larger logit scale / temperature of both sides; True if logits have a softcap.
-    * `device_type`, `sm_count`: on CUDA the rows of a chunk make whole waves of GEMM tiles on `sm_count`
-      multiprocessors (waves.py). `threads`: of a CPU, with which scratch grows. Default: those of torch.
-    * `workspace_bytes`: for logits, packed rows, scratch, and half of an fp32 dW, which leaves the logits the
-      bytes of the 16-bit dW that replaces them. Default: OPSD_WORKSPACE_BYTES, else 1 GiB.
+    * `factor`, `softcap`, `ranks`: the larger logit scale / temperature; if there is a softcap; of adapters.
+    * `device_type`, `sm_count`: on CUDA a chunk's rows make whole waves of GEMM tiles (waves.py). `threads`:
+      of a CPU, with which scratch grows; torch's by default. `workspace_bytes`: for logits, packed rows, scratch
+      and half of an fp32 dW, whose bytes the 16-bit dW takes later; default OPSD_WORKSPACE_BYTES, else 1 GiB.
 
     Raises ValueError if the budget does not hold one row, and ValueError or TypeError for a bad argument.
     """
     H_teacher = H_student if H_teacher is None else H_teacher
     _check(dtype, backward, weights_scope, N=N, V=V, H_student=H_student, H_teacher=H_teacher)
     budget = workspace_budget(workspace_bytes)
-    transform = LogitTransform(factor, 1.0 if softcap else None)
-    buffer, difference = resolve_logits(dtype, logits_dtype, shared_head, transforms=[transform])
+    transforms = [LogitTransform(factor, 1.0 if softcap else None)]
+    buffer, difference = resolve_logits(dtype, logits_dtype, shared_head, False, transforms)
     selects = grad and gradient_tolerance is not None
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V) + listed, device_type, selects)
     teacher_row = row_stride(V, buffer, device_type) * buffer.itemsize * (H_teacher > 0 or target_copied)
-    per_row += teacher_row * target_copied
-    scratch = _cpu_scratch(dtype, V, topk, one_sweep, threads, listed, H_teacher == 0)
-    scratch = scratch * (device_type == "cpu") + (KEPT_BYTES + SELECT_BYTES * V) * selects
+    on_cpu, alone = device_type == "cpu", H_teacher == 0
+    scratch = on_cpu * _cpu_scratch(dtype, V, topk, one_sweep, threads, listed, alone)
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
-    adapted, ranks = AdapterPlan(), (student_rank, teacher_rank)
+    adapted = AdapterPlan()
     if any(ranks):
         adapted = AdapterPlan.of(V, H_student, ranks, grad, dtype, buffer, device_type)
-        per_row, scratch = per_row + adapted.per_row, scratch + adapted.scratch
+    per_row += adapted.per_row + teacher_row * target_copied
+    scratch += adapted.scratch + (KEPT_BYTES + SELECT_BYTES * V) * selects
     held, again, small = held_dtype(dtype, buffer), backward == "recompute" and grad, 4 * V * bias_grad
     room = budget - min(scratch, budget // 2, max(budget - per_row, 0))
     most_rows = partial(_most_rows, N, gemms, dtype, held, device_type, longest_sequence or 0)
@@ -415,7 +412,7 @@ def plan(
     expect(most >= 1, "workspace_bytes", f"at least {3 * per_row} bytes, for a row of logits pairs", budget)
     weighting, reason = "before", "they need positions alone"
     if weights_scope != "index":
-        in_loop = (gemms.trainable or policy or selects or student_rank > 0) and grad and not again
+        in_loop = (gemms.trainable or policy or selects or ranks[0] > 0) and grad and not again
         weighting, reason = _when_weighted(weights_scope, longest_sequence, most, in_loop)
     rows = part = max(min(N, most), 1)
     waves = (gemms, dtype.itemsize, sm_count) if device_type == "cuda" else None
@@ -424,9 +421,9 @@ def plan(
     workspace = min(rows, N) * per_row - (rows - part) * teacher_row
     return ChunkPlan(
         tokens=N, rows=rows, part_rows=part, logits_dtype=buffer, difference=difference, gradient_dtype=held,
-        centred=buffer.itemsize == 2 and not softcap, weighting=weighting, weighting_reason=reason,
+        centred=buffer.itemsize == 2 and not softcap, target_copied=target_copied,
         tile_share=tile_share(gemms, N, rows, sm_count) if device_type == "cuda" else 1.0,
-        target_copied=target_copied,
+        weighting=weighting, weighting_reason=reason,
         **_memory(N, gemms, dtype, held, workspace, scratch, accumulator, small + adapted.gradients, listed),
         **_work(N, rows, gemms, dtype, buffer, 2 - one_sweep, again, weighting, accumulator, adapted),
     )  # fmt: skip

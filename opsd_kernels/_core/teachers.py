@@ -46,10 +46,11 @@ def several(
     behind the argument's name.
     """
     hidden, weights, index = *teacher, options["teacher_index"]
-    expected = "a sequence of K tensors, one per teacher, beside teacher_index"
-    if not isinstance(hidden, (tuple, list)) or not hidden:
-        came = "no tensor" if isinstance(hidden, (tuple, list)) else type(hidden).__name__
-        raise TypeError(f"teacher_hidden: expected {expected}, got {came}")
+    listed = isinstance(hidden, (tuple, list))
+    if not listed or not all(isinstance(each, Tensor) for each in hidden) or not hidden:
+        expected = "a sequence of K tensors, one per teacher, beside teacher_index, else a tensor"
+        came = "" if not listed else " of no tensor" if not hidden else " of other things"
+        raise TypeError(f"teacher_hidden: expected {expected}, got a {type(hidden).__name__}{came}")
     count, leading = len(hidden), student[0].shape[:-1]
     expect(index is not None, "teacher_index", f"a tensor {tuple(leading)} of numbers in [0, {count})", None)
     expect(options["teacher_lora"] is None, "teacher_lora", "None with several teachers", "an adapter")

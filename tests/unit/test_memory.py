@@ -152,7 +152,7 @@ def make(N, V, H, rank, name, shared, budget):
 def test_an_adapter_of_a_frozen_head_adds_what_is_planned(cpp, dtype, shared):
     N, hidden, name = 2048, 256, str(dtype).removeprefix("torch.")
     told = {"dtype": dtype, "shared_head": shared, "trainable_head": False, "workspace_bytes": BUDGET}
-    plans = [plan(N, V, hidden, threads=2, student_rank=rank, **told) for rank in (0, 16)]
+    plans = [plan(N, V, hidden, threads=2, ranks=(rank, 0), **told) for rank in (0, 16)]
     peaks = [peak_bytes(ADAPTED, N, V, hidden, rank, name, shared, BUDGET) for rank in (0, 16)]
     planned, measured = plans[1].peak_bytes - plans[0].peak_bytes, peaks[1] - peaks[0]
     off = (planned - measured) / peaks[1]

@@ -72,15 +72,15 @@ def test_the_table_counts_what_the_loop_does(name):
     head = projection.Head(name)
     problem, made = problem_of(head), head.plan
     student, teacher = (side.hidden[: made.rows] for side in (problem.student, problem.teacher))
-    buffers = loop.Buffers(problem, made)
-    walk = loop.Walk(problem, None, None, False, False, True, None, None)
+    buffers = loop.Buffers(problem, made, None)
+    walk = loop.Walk(problem, None, None, False, False, True, None, None, None)
     with Launches((made.rows, projection.V)) as found:
-        centre = buffers.centre(walk, slice(0, made.rows), student, teacher)
+        centre = buffers.centre(walk, slice(0, made.rows), student, teacher, 0)
     part = slice(0, made.part_rows)
     if made.part_rows < made.rows:
         centre = centre.part(part)
     with Launches((made.part_rows, projection.V)) as filled:
-        buffers.fill(problem, student, teacher, centre, part)
+        buffers.fill(problem, student[part], teacher[part], centre, 0)
     cost = head.filled()
     assert made.chunks * len(found.names) + made.parts * len(filled.names) == cost.launches, found.names
     assert len(found.names) == head.find(made.rows)
