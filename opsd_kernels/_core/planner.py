@@ -384,7 +384,7 @@ def plan(
     * `topk`, `listed`, `policy`, `one_sweep`: entries of a support; of a list; an objective; a plain KL.
     * `factor`, `softcap`, `ranks`: the larger logit scale / temperature; if there is a softcap; of adapters.
     * `device_type`, `sm_count`: on CUDA a chunk's rows make whole waves of GEMM tiles (waves.py). `threads`:
-      of a CPU, with which scratch grows; torch's by default. `workspace_bytes`: for logits, packed rows, scratch
+      of a CPU, with which scratch grows; default torch's. `workspace_bytes`: for logits, packed rows, scratch
       and half of an fp32 dW, whose bytes the 16-bit dW takes later; default OPSD_WORKSPACE_BYTES, else 1 GiB.
 
     Raises ValueError if the budget does not hold one row, and ValueError or TypeError for a bad argument.
@@ -397,8 +397,7 @@ def plan(
     selects = grad and gradient_tolerance is not None
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V) + listed, device_type, selects)
     teacher_row = row_stride(V, buffer, device_type) * buffer.itemsize * (H_teacher > 0 or target_copied)
-    on_cpu, alone = device_type == "cpu", H_teacher == 0
-    scratch = on_cpu * _cpu_scratch(dtype, V, topk, one_sweep, threads, listed, alone)
+    scratch = (device_type == "cpu") * _cpu_scratch(dtype, V, topk, one_sweep, threads, listed, not H_teacher)
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
     adapted = AdapterPlan()
     if any(ranks):
@@ -421,9 +420,8 @@ def plan(
     workspace = min(rows, N) * per_row - (rows - part) * teacher_row
     return ChunkPlan(
         tokens=N, rows=rows, part_rows=part, logits_dtype=buffer, difference=difference, gradient_dtype=held,
-        centred=buffer.itemsize == 2 and not softcap, target_copied=target_copied,
-        tile_share=tile_share(gemms, N, rows, sm_count) if device_type == "cuda" else 1.0,
-        weighting=weighting, weighting_reason=reason,
+        centred=buffer.itemsize == 2 and not softcap, target_copied=target_copied, weighting=weighting,
+        tile_share=tile_share(gemms, N, rows, sm_count) if waves else 1.0, weighting_reason=reason,
         **_memory(N, gemms, dtype, held, workspace, scratch, accumulator, small + adapted.gradients, listed),
         **_work(N, rows, gemms, dtype, buffer, 2 - one_sweep, again, weighting, accumulator, adapted),
     )  # fmt: skip
