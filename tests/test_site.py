@@ -29,7 +29,7 @@ def test_the_site_builds(tmp_path):
     page = (tmp_path / "site" / "CONTRIBUTING.html").read_text()
     assert 'href="design/life-of-a-call.html"' in page
     page = (tmp_path / "site" / "tutorials" / "getting-started.html").read_text()
-    assert 'href="../README.html#two-commands"' in page
+    assert 'href="../README.html#three-commands"' in page
     assert 'id="tutorials"' in (tmp_path / "site" / "index.html").read_text()
 
 
