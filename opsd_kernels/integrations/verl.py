@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..divergence import linear_divergence, repeated
-from ..logprobs import linear_logprobs
+from ..logprobs import linear_logprobs, linear_topk
 from ..spec import KIND_NAMES, check_choice, expect
 from ..topk import linear_topk_divergence
 
@@ -166,9 +166,10 @@ def distillation_loss(
     if settings.loss_mode == "forward_kl_topk":
         ids, log_probs = responses(data["teacher_ids"]), responses(data["teacher_logprobs"])
         floor, known = settings.log_prob_min_clamp, None
-        own = _own_top(hidden, weight, ids.shape[-1], mask, temperature) if overlap else None
-        if own is not None:
-            known = own[0][..., 0], own[1]
+        own = None
+        if overlap:
+            own = linear_topk(hidden, weight, ids.shape[-1], temperature=temperature, mask=mask)
+            known = own.ids[..., 0].clamp(min=0), own.logprobs[..., 0]
         teacher = _listed(hidden, weight, ids, log_probs, mask, temperature, floor, known)
         clamped = _Clamped(weights, teacher.base, 0.0, most)
         options |= {"divergence": "forward_kl", "tail": "none", "token_weights": clamped}
@@ -181,7 +182,7 @@ def distillation_loss(
             if x is not None
         }
         if own is not None:
-            metrics |= _overlap(own[0], ids, log_probs, teacher.student_log_probs, floor, mask)
+            metrics |= _overlap(own.ids, ids, log_probs, teacher.student_log_probs, floor, mask)
     else:
         clamped = _Clamped(weights, torch.zeros_like(weights), -most, most)
         options |= {"divergence": settings.loss_mode, "beta": getattr(settings, "jsd_beta", 0.5)}
@@ -274,25 +275,6 @@ def _listed(
     base = torch.where(stopped, log_p.exp() * (log_p - floor), 0.0).sum(-1)
     kept = torch.where(counts & ~stopped, log_p, -math.inf)
     return _List(ids, kept, base, mass, student_mass, log_q)
-
-
-@torch.no_grad()
-def _own_top(
-    hidden: Tensor, weight: Tensor, k: int, valid: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Return the student's k likeliest ids (..., k), and the log-prob (...) of the first."""
-    ids = torch.zeros(*valid.shape, k, dtype=torch.int64, device=hidden.device)
-    first = torch.zeros(
-        valid.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
-    )
-    found = []
-    for rows in hidden[valid].split(max(1, GATHERED // weight.shape[0])):
-        logits = (rows @ weight.T).to(first.dtype) / temperature
-        top = logits.topk(k)
-        found.append((top.indices, top.values[:, 0] - logits.logsumexp(-1)))
-    if found:
-        ids[valid], first[valid] = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return ids, first
 
 
 def _overlap(
