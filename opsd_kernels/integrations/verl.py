@@ -165,8 +165,7 @@ def distillation_loss(
     most = math.inf if settings.loss_max_clamp is None else settings.loss_max_clamp
     if settings.loss_mode == "forward_kl_topk":
         ids, log_probs = responses(data["teacher_ids"]), responses(data["teacher_logprobs"])
-        floor, known = settings.log_prob_min_clamp, None
-        own = None
+        floor, known, own = settings.log_prob_min_clamp, None, None
         if overlap:
             own = linear_topk(hidden, weight, ids.shape[-1], temperature=temperature, mask=mask)
             known = own.ids[..., 0].clamp(min=0), own.logprobs[..., 0]
