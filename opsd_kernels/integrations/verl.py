@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..divergence import linear_divergence, repeated
-from ..logprobs import linear_logprobs, linear_topk
+from ..logprobs import linear_logprobs, linear_logprobs_at, linear_topk
 from ..spec import KIND_NAMES, check_choice, expect
 from ..topk import linear_topk_divergence
 
@@ -262,10 +262,10 @@ def _listed(
     if known is None and floor is None:
         return _List(ids, log_p, torch.zeros_like(mass), mass, None, None)
     if known is None:
-        first: Any = linear_logprobs(hidden, weight, ids[..., 0], temperature=temperature, mask=valid)
-        known = ids[..., 0], first
-    label, logprob = known
-    log_q = torch.where(counts, _logprobs_at(hidden, weight, ids, label, logprob, temperature), -math.inf)
+        log_q = linear_logprobs_at(hidden, weight, ids, temperature=temperature, mask=valid)
+    else:
+        log_q = _from_one_logprob(hidden, weight, ids, *known, temperature)
+    log_q = torch.where(counts, log_q, -math.inf)
     student_mass = log_q.exp().sum(-1)
     if floor is None:
         return _List(ids, log_p, torch.zeros_like(mass), mass, student_mass, log_q)
@@ -299,10 +299,10 @@ def _overlap(
     }
 
 
-def _logprobs_at(
+def _from_one_logprob(
     hidden: Tensor, weight: Tensor, ids: Tensor, label: Tensor, logprob: Tensor, temperature: float
 ) -> Tensor:
-    """Return log-probs (..., K) of ids, given that of one label: from K + 1 rows of the head per token."""
+    """Return log-probs (..., K) of ids, given that of one label: K + 1 rows of the head per token."""
     columns = torch.cat([label[..., None], ids], -1).flatten(0, -2)
     step = max(1, GATHERED // (columns.shape[1] * weight.shape[1]))
     pieces = zip(hidden.reshape(-1, hidden.shape[-1]).split(step), columns.split(step), strict=True)
