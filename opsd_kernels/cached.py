@@ -114,10 +114,9 @@ def cache_forward_kl(
     shaped = {
         name: getattr(parts, name).reshape(*leading, *getattr(parts, name).shape[1:]) for name in PER_TOKEN
     }
-    ranks = 1 if problem.shard is None else problem.shard.group.size()
     return ForwardKLCache(
         **shaped, sample=_sample(weight, bias), temperature=number, vocab_size=problem.vocab,
-        has_bias=bias is not None, group_size=ranks,
+        has_bias=bias is not None, group_size=_ranks(problem),
     )  # fmt: skip
 
 
@@ -220,13 +219,18 @@ def _check_cache(
     came = "none" if bias is None else "one"
     expected = "the bias that the cache was made with" if cache.has_bias else "None, as in the cache"
     expect((bias is not None) == cache.has_bias, "student_bias", expected, came)
-    ranks = 1 if problem.shard is None else problem.shard.group.size()
+    ranks = _ranks(problem)
     expect(ranks == cache.group_size, "group", f"{cache.group_size} ranks, as for the cache", ranks)
     mine = _sample(weight, bias)
     check_all("student_weight", "the head that the cache was made with", mine, mine == cache.sample)
     held, valid = cache.token.reshape(-1), problem.rows.valid
     known = held >= 0 if valid is None else (held >= 0) | ~valid
     check_all("mask", "0 at tokens that the cache was masked at", held, known)
+
+
+def _ranks(problem: Problem) -> int:
+    """Return the number of ranks over which the head is split."""
+    return 1 if problem.shard is None else problem.shard.group.size()
 
 
 def _sample(weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._core.autograd import log_probs, log_probs_at
 from ._core.listed import topk
-from ._core.problem import Problem, Side
+from ._core.problem import Problem, Side, check_list
 from .spec import BACKWARDS, Divergence, LogitTransform, RowSpec, check_choice, check_tensor, expect
 
 
@@ -155,15 +155,11 @@ def linear_logprobs_at(
     asynchronous device-side assert. ValueError or TypeError for other bad arguments, as `linear_divergence`
     does.
     """
-    check_tensor("ids", ids)
     problem = _of_one_side(
         Side(hidden, weight, bias), (logit_scale, softcap, temperature),
         mask=mask, vocab_size=vocab_size, workspace_bytes=workspace_bytes, backend=backend, group=group,
     )  # fmt: skip
-    leading = hidden.shape[:-1]
-    shaped = ids.dim() == len(leading) + 1 and ids.shape[:-1] == leading and ids.shape[-1] >= 1
-    expected = f"shape ({', '.join(map(str, leading))}, K) with K >= 1"
-    expect(shaped, "ids", expected, tuple(ids.shape))
+    check_list("ids", ids, hidden.shape[:-1])
     expect(ids.dtype == torch.int64, "ids", "dtype int64", ids.dtype, TypeError)
     expect(ids.device == hidden.device, "ids", f"a tensor on {hidden.device}, as hidden", ids.device)
     return log_probs_at(problem, ids.reshape(-1, ids.shape[-1])).reshape(ids.shape)

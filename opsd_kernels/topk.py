@@ -46,8 +46,8 @@ def linear_topk_divergence(
 
     The teacher typically runs behind a server that returns log-probs of its K most likely tokens. They are
     log-probs under the whole distribution of the teacher, in nats, at the temperature at which the student is
-    compared. An entry of -inf is padding with an arbitrary id; an id occurs at most once per token. The
-    result is in nats.
+    compared. An entry of -inf is padding with an arbitrary id; an id that comes again counts once, with its
+    first log-prob. The result is in nats.
 
     * `tail`: the treatment of the mass outside the list. "bucket" makes it one more entry on both sides,
       log(1 - sum of the listed probabilities), with a mass of at least 1e-7. "renormalize" removes it: both

@@ -22,8 +22,8 @@ from .._rows.contract import Column
 from ..spec import LogitTransform
 from . import library, loop
 from .loop import Positions, Walk
-from .planner import SLICE_BYTES
 from .problem import Problem
+from .sizes import SLICE_BYTES
 from .topk_support import Rows
 
 
@@ -59,7 +59,7 @@ def forward_kl_parts(problem: Problem, weight: Tensor, bias: Tensor | None) -> P
         biases = chunk.bias_s, chunk.bias_t
         stats = walk.backend.row_stats(chunk.S, chunk.T, walk.problem.spec.at(at), *biases, True)
         token = stats[:, Column.STUDENT_ARGMAX].long()
-        write_difference_(chunk, stats, transform, _local(walk, token))
+        write_difference_(chunk, stats, transform, walk.columns(token))
         mean, offset = products(chunk.S, weight, bias)
         if walk.problem.shard is not None:
             dist.all_reduce(mean, group=walk.problem.shard.group)
@@ -71,11 +71,6 @@ def forward_kl_parts(problem: Problem, weight: Tensor, bias: Tensor | None) -> P
     loop.run(problem, chunks, backend, rows, metrics=True, sweep=sweep)
     parts.token.sub_(1)  # -1 where no sweep has written
     return parts
-
-
-def _local(walk: Walk, token: Tensor) -> Tensor:
-    """Return tokens (n,) as columns of these heads, -1 where another rank holds the token."""
-    return token if walk.problem.shard is None else walk.problem.shard.local(token)
 
 
 def write_difference_(chunk: Rows, stats: Tensor, transform: LogitTransform, token: Tensor) -> None:

@@ -37,7 +37,8 @@ def arrange(
 ) -> tuple[ChunkPlan, RowBackend, ComputedRows, list[slice] | None]:
     """Return the plan, the backend, the rows to compute, and the chunks where they follow sequences.
 
-    The chunks are None where those of the plan serve. `listed` entries are returned for each token.
+    The chunks are None where those of the plan serve. `listed` counts the entries that are returned for each
+    token.
 
     Forward and backward get the same plan: saved statistics need the same logits again. The backend of a
     sharded head merges statistics across ranks.
@@ -50,6 +51,10 @@ def arrange(
     on_cuda, sides = hidden.device.type == "cuda", [] if teacher is None else [teacher]
     if problem.teachers is not None:
         sides = list(problem.teachers.sides)
+    ranks = (
+        0 if problem.student.lora is None else problem.student.lora.A.shape[0],
+        0 if teacher is None or teacher.lora is None else teacher.lora.A.shape[0],
+    )
     chunks = plan(
         rows.count,
         # The widest shard on every rank: all ranks use the same chunk boundaries.
@@ -74,16 +79,13 @@ def arrange(
         target_copied=target is not None and target.copied(problem.logits_dtype, rows.index is not None),
         one_sweep=problem.spec.one_sweep,
         gradient_tolerance=problem.gradient_tolerance,
-        ranks=(
-            0 if problem.student.lora is None else problem.student.lora.A.shape[0],
-            0 if teacher is None or teacher.lora is None else teacher.lora.A.shape[0],
-        ),
+        ranks=ranks,
         softcap=any(side.softcap is not None for side in (problem.spec.student, problem.spec.teacher)),
         sm_count=torch.cuda.get_device_properties(hidden.device).multi_processor_count
         if on_cuda
         else SM_COUNT,
     )
-    if not (problem.student.lora is None and (teacher is None or teacher.lora is None)):
+    if any(ranks):
         rows = replace(rows, adapters=Adapters)
     bounds = align(sequences, chunks.rows) if chunks.weighting == "aligned" else None
     if problem.teachers is not None:
@@ -156,14 +158,14 @@ def _computed_rows(problem: Problem, count: int | None = None) -> ComputedRows:
     return ComputedRows(N) if index.shape[0] == N else ComputedRows(index.shape[0], index)
 
 
-def _check_entries(name: str, otherwise: str, entries: Tensor, valid: Tensor | None, vocab: int) -> None:
-    """Raise ValueError if a valid entry lies outside the vocabulary.
+def _check_entries(name: str, otherwise: str, entries: Tensor, valid: Tensor | None, count: int) -> None:
+    """Raise ValueError if a valid entry lies outside [0, `count`): the vocabulary, or the teachers.
 
     On CUDA this is an asynchronous device-side assert: no host sync.
     """
-    inside = (entries >= 0) & (entries < vocab)
+    inside = (entries >= 0) & (entries < count)
     inside = inside if valid is None else inside | ~valid
-    check_all(name, f"entries in [0, {vocab}) {otherwise}", entries, inside)
+    check_all(name, f"entries in [0, {count}) {otherwise}", entries, inside)
 
 
 def _check_temperatures(name: str, temperatures: Tensor) -> None:

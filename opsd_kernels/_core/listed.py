@@ -76,11 +76,6 @@ def topk(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor]:
 # ---------------------------------------------------------------- log-probs at ids
 
 
-def _columns(walk: Walk, ids: Tensor) -> Tensor:
-    """Return ids (n, K) as columns of these heads, -1 for none and where another rank holds the id."""
-    return ids if walk.problem.shard is None else walk.problem.shard.local(ids)
-
-
 def _log_q(raw: Rows, stats: Tensor, transform: LogitTransform) -> Tensor:
     """Return log-probs of entries (n, K) from the statistics of their rows."""
     logits = torch_math.transform(raw.S.to(stats.dtype), transform, raw.bias_s)
@@ -101,7 +96,7 @@ def _at(*args: Any) -> tuple[Tensor, ...]:
     logprobs = problem.student.hidden.new_zeros(ids.shape, dtype=problem.stats_dtype)
 
     def sweep(walk: Walk, chunk: Rows, at: Positions) -> None:
-        spec, columns = walk.problem.spec.at(at), _columns(walk, ids[at])
+        spec, columns = walk.problem.spec.at(at), walk.columns(ids[at])
         stats = walk.backend.row_stats(chunk.S, chunk.T, spec, chunk.bias_s, chunk.bias_t, False)
         log_q = _log_q(chunk.at(columns.clamp(min=0)), stats, spec.student)
         log_q = torch.where(columns < 0, 0.0, log_q)
@@ -123,7 +118,7 @@ def _at_backward(*args: Any) -> tuple[Tensor, ...]:
     def sweep(walk: Walk, chunk: Rows, at: Positions) -> None:
         spec, of_rows, given = walk.problem.spec.at(at), walk.out.stats[at], ids[at]
         pull = walk.zero_invalid(torch.where(given < 0, 0.0, upstream[at]), at)
-        total, columns = pull.sum(1), _columns(walk, given)
+        total, columns = pull.sum(1), walk.columns(given)
         pull = torch.where(columns < 0, 0.0, pull)
         columns = columns.clamp(min=0)
         # A column that occurs twice gets the same value at both places.

@@ -5,11 +5,12 @@ tensors with a vocabulary dimension; none outlives the loop. The same loop compu
 forward pass, statistics alone and, from saved statistics, the gradients of recompute mode. A plan may split
 the projections and sweeps of a chunk into parts, which share the teacher's buffer.
 
-A sweep has one of four forms, chosen before the loop. `fused` reads the logits once and overwrites them with
-the gradient. `two_pass` sweeps for statistics first, where row factors depend on them. `replay` computes
-gradients from the statistics of an earlier run. `topk_support.top_k` works on a support. Each writes losses
-and statistics of its rows into the outputs, and the logit gradient over S. `fused` may return row factors,
-(C,), which `_accumulate` is still to apply to dh, dW and dbias.
+A sweep of a divergence has one of four forms, chosen before the loop. `fused` reads the logits once and
+overwrites them with the gradient. `late_gradients.two_pass` sweeps for statistics first, where row factors or
+a z-loss depend on them. `late_gradients.replay` computes gradients from the statistics of an earlier run.
+`topk_support.top_k` works on a support. Each writes losses and statistics of its rows into the outputs, and
+the logit gradient over S. `fused` may return row factors, (C,), which `_accumulate` is still to apply to dh,
+dW and dbias. The ops of one head pass sweeps of their own (listed.py, forward_cache.py).
 """
 
 from __future__ import annotations
@@ -367,8 +368,11 @@ class Walk:
 
     def label_columns(self, at: Positions) -> Tensor:
         """Return the (n,) columns of the labels in these heads, -1 where another rank holds the label."""
-        labels = self.labels(at)
-        return labels if self.problem.shard is None else self.problem.shard.local(labels)
+        return self.columns(self.labels(at))
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """Return ids as columns of these heads, -1 where another rank holds the id."""
+        return ids if self.problem.shard is None else self.problem.shard.local(ids)
 
     def exact(self, chunk: Rows, at: Positions) -> Exact:
         """Return what is read before the gradient overwrites S.

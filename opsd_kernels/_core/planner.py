@@ -333,7 +333,7 @@ def _fewest_chunks(
 def _cpu_scratch(
     dtype: torch.dtype, V: int, topk: int, one: bool, threads: int | None, listed: int, alone: bool
 ) -> int:
-    """Scratch bytes of the math library and of the sweeps on a CPU, on top of the logits buffers."""
+    """Return the scratch bytes of the math library and the sweeps on a CPU, on top of the logits buffers."""
     tiled = dtype.itemsize == 2 and extension.has_amx()
     per_thread = CPU_SCRATCH_PER_THREAD_AMX if tiled else CPU_SCRATCH_PER_THREAD
     # Without a second head, and with this package's GEMMs: at 8 threads 25 MiB in fp32, and 1 for a list.

@@ -372,6 +372,14 @@ def valid_tokens(
     return valid, labels
 
 
+def check_list(name: str, value: Any, leading: torch.Size) -> None:
+    """Raise TypeError or ValueError unless `value` is a tensor (..., K) of tokens (...)."""
+    check_tensor(name, value)
+    shaped = value.dim() == len(leading) + 1 and value.shape[:-1] == leading and value.shape[-1] >= 1
+    expected = f"shape ({', '.join(map(str, leading))}, K) with K >= 1"
+    expect(shaped, name, expected, tuple(value.shape))
+
+
 def listed_support(
     ids: Any, logprobs: Any, leading: torch.Size, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -381,11 +389,7 @@ def listed_support(
     list get id 0 and log-prob -inf.
     """
     for name, value in (("teacher_topk_ids", ids), ("teacher_topk_logprobs", logprobs)):
-        check_tensor(name, value)
-        shaped = value.dim() == len(leading) + 1 and value.shape[:-1] == leading and value.shape[-1] >= 1
-        if not shaped:
-            expected = f"shape ({', '.join(map(str, leading))}, K) with K >= 1"
-            expect(False, name, expected, tuple(value.shape))
+        check_list(name, value, leading)
     expect(ids.dtype == torch.int64, "teacher_topk_ids", "dtype int64", ids.dtype, TypeError)
     expect(
         logprobs.is_floating_point(),

@@ -1,4 +1,4 @@
-"""Name the measured sizes that the planner and the loop share."""
+"""Name the dtypes, and the measured sizes and limits, that the planner and the loop share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ WIDE_CPU_ROWS = 256  # the same limit for 32- and 64-bit inputs
 ALIGNED_ROWS = 1024  # limit to which a chunk may grow to hold a whole sequence
 SUPPORT_BYTES = 96  # per entry of a support: a dozen numbers, each in its own tensor
 LIST_SCRATCH, LISTED_BYTES = 1 << 20, 12  # of one head whose entries are listed: per thread; per output
-SLICE_BYTES = 8 << 20  # fp32 copies in one product of fp16 matrices, or where the CPU has no units for bf16
+# fp32 copies in one product of fp16 matrices, where the CPU has no units for bf16, or of a forward-KL cache
+SLICE_BYTES = 8 << 20
 # Slices of fp32 logits to which an adapter's part is added while they are in the cache of a CPU. At 256 rows,
 # V = 32000 and rank 16 both products of the gradient take 17 ms of one thread in slices, and 31 without. On
 # CUDA 16-bit logits alone are made in slices.

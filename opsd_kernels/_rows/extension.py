@@ -18,11 +18,11 @@ from torch import Tensor
 from . import gpu_checks
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# Those that csrc/registration.cpp registers. A library from before one of them is too old.
+# Those that csrc registers. A library from before one of them is too old.
 OPERATORS = (
     *("row_stats", "row_dot", "row_grad_", "row_fused_", "cuda_launch", "cpu_capability"),
     *("gemm_bf16_", "gemm_fp32_", "dots_bf16_", "gemm_unavailable", "gemm_fp32_unavailable"),
-    *("column_norms", "gather_columns_"),
+    *("column_norms", "gather_columns_", "row_topk_"),
 )
 
 

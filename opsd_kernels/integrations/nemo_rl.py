@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..divergence import linear_divergence
-from ..spec import check_choice, check_number, check_tensor, expect
+from ..spec import check_choice, check_number, expect
 from ..topk import linear_topk_divergence
 
 KL_TYPES = ("forward", "reverse", "mixed")
@@ -72,7 +72,7 @@ class DistillationLossFn:
         options: further arguments of linear_divergence or, for a list, of linear_topk_divergence.
 
         Without masks all rows but the last of each sequence count. `global_valid_seqs` is not read, as in
-        NeMo-RL for a loss of tokens. With several teachers each takes the passes of the op over its own rows.
+        NeMo-RL for a loss of tokens.
         """
         mask = torch.ones(student_hidden.shape[:2], device=student_hidden.device)
         if "token_mask" in data and "sample_mask" in data:
@@ -97,27 +97,14 @@ class DistillationLossFn:
 def _of_teachers(
     student: tuple[Tensor, Tensor],
     hidden: Tensor | Sequence[Tensor],
-    weight: Tensor | Sequence[Tensor] | None,
+    weight: Any,
     data: Mapping[str, Any],
     options: Any,
 ) -> Any:
-    """Return the loss of one teacher, or of several, each on its own rows."""
+    """Return the loss of one whole teacher, or of several by `teacher_index`."""
     if isinstance(hidden, Tensor):
-        check_tensor("teacher_weight", weight)
-        whole: Any = weight
-        return linear_divergence(*student, hidden[:, :-1], whole, **options)
-    heads = () if weight is None else tuple(weight)
-    expect(len(hidden) == len(heads), "teacher_weight", f"{len(hidden)} heads, as hidden states", len(heads))
-    index, mask = data["teacher_index"], options["mask"]
-    index = (index[:, None].expand(-1, student[0].shape[1] + 1) if index.dim() == 1 else index)[:, :-1]
-    known = bool(((index >= 0) & (index < len(hidden)) | ~mask).all())
-    expect(known, "teacher_index", f"numbers below {len(hidden)}", index[mask].tolist()[:8])
-    count = options["normalizer"]
-    count = mask.sum() if count is None else count
-    parts: list[Any] = [
-        linear_divergence(
-            *student, states[:, :-1], head, **{**options, "mask": mask & (index == k), "normalizer": count}
-        )
-        for k, (states, head) in enumerate(zip(hidden, heads, strict=True))
-    ]
-    return torch.stack(parts).sum()
+        return linear_divergence(*student, hidden[:, :-1], weight, **options)
+    index = data["teacher_index"]
+    index = index[:, None].expand(-1, student[0].shape[1]) if index.dim() == 1 else index[:, :-1]
+    rows = [states[:, :-1] for states in hidden]
+    return linear_divergence(*student, rows, weight, teacher_index=index, **options)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..divergence import linear_divergence, repeated
-from ..logprobs import linear_logprobs
+from ..logprobs import linear_logprobs, linear_logprobs_at, linear_topk
 from ..spec import KIND_NAMES, check_choice, expect
 from ..topk import linear_topk_divergence
 
@@ -165,10 +165,10 @@ def distillation_loss(
     most = math.inf if settings.loss_max_clamp is None else settings.loss_max_clamp
     if settings.loss_mode == "forward_kl_topk":
         ids, log_probs = responses(data["teacher_ids"]), responses(data["teacher_logprobs"])
-        floor, known = settings.log_prob_min_clamp, None
-        own = _own_top(hidden, weight, ids.shape[-1], mask, temperature) if overlap else None
-        if own is not None:
-            known = own[0][..., 0], own[1]
+        floor, known, own = settings.log_prob_min_clamp, None, None
+        if overlap:
+            own = linear_topk(hidden, weight, ids.shape[-1], temperature=temperature, mask=mask)
+            known = own.ids[..., 0].clamp(min=0), own.logprobs[..., 0]
         teacher = _listed(hidden, weight, ids, log_probs, mask, temperature, floor, known)
         clamped = _Clamped(weights, teacher.base, 0.0, most)
         options |= {"divergence": "forward_kl", "tail": "none", "token_weights": clamped}
@@ -181,7 +181,7 @@ def distillation_loss(
             if x is not None
         }
         if own is not None:
-            metrics |= _overlap(own[0], ids, log_probs, teacher.student_log_probs, floor, mask)
+            metrics |= _overlap(own.ids, ids, log_probs, teacher.student_log_probs, floor, mask)
     else:
         clamped = _Clamped(weights, torch.zeros_like(weights), -most, most)
         options |= {"divergence": settings.loss_mode, "beta": getattr(settings, "jsd_beta", 0.5)}
@@ -262,10 +262,10 @@ def _listed(
     if known is None and floor is None:
         return _List(ids, log_p, torch.zeros_like(mass), mass, None, None)
     if known is None:
-        first: Any = linear_logprobs(hidden, weight, ids[..., 0], temperature=temperature, mask=valid)
-        known = ids[..., 0], first
-    label, logprob = known
-    log_q = torch.where(counts, _logprobs_at(hidden, weight, ids, label, logprob, temperature), -math.inf)
+        log_q = linear_logprobs_at(hidden, weight, ids, temperature=temperature, mask=valid)
+    else:
+        log_q = _from_one_logprob(hidden, weight, ids, *known, temperature)
+    log_q = torch.where(counts, log_q, -math.inf)
     student_mass = log_q.exp().sum(-1)
     if floor is None:
         return _List(ids, log_p, torch.zeros_like(mass), mass, student_mass, log_q)
@@ -274,25 +274,6 @@ def _listed(
     base = torch.where(stopped, log_p.exp() * (log_p - floor), 0.0).sum(-1)
     kept = torch.where(counts & ~stopped, log_p, -math.inf)
     return _List(ids, kept, base, mass, student_mass, log_q)
-
-
-@torch.no_grad()
-def _own_top(
-    hidden: Tensor, weight: Tensor, k: int, valid: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Return the student's k likeliest ids (..., k), and the log-prob (...) of the first."""
-    ids = torch.zeros(*valid.shape, k, dtype=torch.int64, device=hidden.device)
-    first = torch.zeros(
-        valid.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
-    )
-    found = []
-    for rows in hidden[valid].split(max(1, GATHERED // weight.shape[0])):
-        logits = (rows @ weight.T).to(first.dtype) / temperature
-        top = logits.topk(k)
-        found.append((top.indices, top.values[:, 0] - logits.logsumexp(-1)))
-    if found:
-        ids[valid], first[valid] = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return ids, first
 
 
 def _overlap(
@@ -318,10 +299,10 @@ def _overlap(
     }
 
 
-def _logprobs_at(
+def _from_one_logprob(
     hidden: Tensor, weight: Tensor, ids: Tensor, label: Tensor, logprob: Tensor, temperature: float
 ) -> Tensor:
-    """Return log-probs (..., K) of ids, given that of one label: from K + 1 rows of the head per token."""
+    """Return log-probs (..., K) of ids, given that of one label: K + 1 rows of the head per token."""
     columns = torch.cat([label[..., None], ids], -1).flatten(0, -2)
     step = max(1, GATHERED // (columns.shape[1] * weight.shape[1]))
     pieces = zip(hidden.reshape(-1, hidden.shape[-1]).split(step), columns.split(step), strict=True)

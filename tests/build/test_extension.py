@@ -296,7 +296,8 @@ def reason_in(checkout: Path) -> str:
 
 def test_a_library_of_older_sources_is_refused_by_name(built):
     """Its operators would raise AttributeError in the first call."""
-    registered = set(re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc" / "registration.cpp").read_text()))
+    sources = "".join(path.read_text() for path in (ROOT / "csrc").rglob("*.cpp"))
+    registered = set(re.findall(r'm\.def\(\s*"(\w+)\(', sources))
     assert set(extension.OPERATORS) == registered - {"cuda_sources"}
     code = (
         "import torch, opsd_kernels; from opsd_kernels._rows import extension\n"

@@ -256,11 +256,18 @@ def test_errors_name_the_setting(made, match):
 
 @pytest.mark.parametrize(
     "floor, passes",
-    [(None, ["linear_topk_divergence"]), (-3.0, ["linear_logprobs", "linear_topk_divergence"])],
+    [(None, ["linear_topk_divergence"]), (-3.0, ["linear_logprobs_at", "linear_topk_divergence"])],
 )
 def test_one_op_and_one_statistics_pass_for_a_floor(monkeypatch, floor, passes):
     seen = []
-    for name in ("linear_logprobs", "linear_topk_divergence", "linear_divergence"):
+    ops = (
+        "linear_logprobs",
+        "linear_logprobs_at",
+        "linear_topk",
+        "linear_topk_divergence",
+        "linear_divergence",
+    )
+    for name in ops:
         op = getattr(verl, name)
         monkeypatch.setattr(verl, name, lambda *a, name=name, op=op, **k: (seen.append(name), op(*a, **k))[1])
     distillation_loss(*settings(log_prob_min_clamp=floor), Batch().outputs(), Batch().data())

@@ -128,7 +128,7 @@ def test_samples_are_those_of_separate_prompts(model, sampler, task):
     asked[6:] = [dataclasses.replace(request, context=Context(("123",))) for request in asked[6:]]
     shared = dataclasses.replace(sampler, shares_prompts=True)
     assert agreement.batches(model, sampler.pad_token) == agreement.ANY
-    assert agreement.can_share(model, sampler.pad_token)
+    assert agreement.can_share_cache(model, sampler.pad_token)
     alone, together = (each.sample(model, task, asked, 0, 7) for each in (sampler, shared))
     assert [r.tokens for r in together] == [r.tokens for r in alone]
     assert len({r.tokens for r in alone}) > 4
@@ -140,7 +140,7 @@ def test_samples_are_those_of_separate_prompts(model, sampler, task):
 
 def test_a_cache_that_cannot_be_cut_serves_no_sharing():
     torch.manual_seed(0)
-    assert not agreement.can_share(OTHERS["recurrent"]().eval(), 0)
+    assert not agreement.can_share_cache(OTHERS["recurrent"]().eval(), 0)
 
 
 def test_the_setting():

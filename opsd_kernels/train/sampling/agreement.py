@@ -58,7 +58,7 @@ def batches(model: PreTrainedModel, pad: int) -> str:
     return _known[inner]
 
 
-def can_share(model: PreTrainedModel, pad: int) -> bool:
+def can_share_cache(model: PreTrainedModel, pad: int) -> bool:
     """Return True if a prompt's cache may serve several answers (`prefill`), tried once per model."""
     inner = without_adapter(model)
     if inner not in _shares:

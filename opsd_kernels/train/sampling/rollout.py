@@ -176,7 +176,7 @@ class Sampler:
         )
         generate: Any = model.generate
         cache: dict[str, Any] = {}
-        if self.shares_prompts and len(different) < len(prompts) and agreement.can_share(model, pad):
+        if self.shares_prompts and len(different) < len(prompts) and agreement.can_share_cache(model, pad):
             cache = agreement.prefill(model, rows, attended, places_B)
         with agreement.generating_as(model, greedy):
             # generate syncs the ranks under FSDP by default, but some may have fewer tokens to sample, or
