@@ -162,8 +162,9 @@ def linear_logprobs_at(
     )  # fmt: skip
     leading = hidden.shape[:-1]
     shaped = ids.dim() == len(leading) + 1 and ids.shape[:-1] == leading and ids.shape[-1] >= 1
-    expected = f"shape ({', '.join(map(str, leading))}, K) with K >= 1"
-    expect(shaped, "ids", expected, tuple(ids.shape))
+    if not shaped:  # torch.compile does not trace the text
+        expected = f"shape ({', '.join(map(str, leading))}, K) with K >= 1"
+        expect(False, "ids", expected, tuple(ids.shape))
     expect(ids.dtype == torch.int64, "ids", "dtype int64", ids.dtype, TypeError)
     expect(ids.device == hidden.device, "ids", f"a tensor on {hidden.device}, as hidden", ids.device)
     return log_probs_at(problem, ids.reshape(-1, ids.shape[-1])).reshape(ids.shape)

@@ -312,3 +312,5 @@ def test_a_distillation_head(backend, bias):
     assert sum(p.numel() for p in head.parameters()) == sum(p.numel() for p in own.parameters())
     with pytest.raises(TypeError, match="lm_head: expected a linear layer"):
         DistillationHead(torch.nn.ReLU())
+    with pytest.raises(TypeError, match="teacher_head: expected a module .*, got list"):
+        head(h, [same, wide], [own, other], teacher_index=torch.zeros(2, 5, dtype=torch.int64))
