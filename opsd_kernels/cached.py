@@ -65,7 +65,7 @@ class ForwardKLCache:
         with open(path, "rb") as file:
             archive = zipfile.is_zipfile(file)
         try:
-            held = torch.load(path, map_location=device, weights_only=True) if archive else None
+            held: Any = torch.load(path, map_location=device, weights_only=True) if archive else None
         except pickle.UnpicklingError:  # objects of other classes
             held = None
         names = {field.name for field in fields(cls)}
