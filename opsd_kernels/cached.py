@@ -6,6 +6,8 @@ The formula is at the top of `_core/forward_cache.py`.
 from __future__ import annotations
 
 import os
+import pickle
+import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -43,8 +45,10 @@ class ForwardKLCache:
 
     def __getitem__(self, rows: Any) -> ForwardKLCache:
         """Return the cache of some of the tokens, by any index of the leading dimensions."""
-        parts = {name: getattr(self, name)[rows] for name in PER_TOKEN}
-        return replace(self, **parts)
+        parts = {name: getattr(self, name)[rows] for name in PER_TOKEN[1:]}
+        each = rows if isinstance(rows, tuple) else (rows,)
+        ends = any(index is Ellipsis for index in each)  # the hidden dimension follows what it stands for
+        return replace(self, mean=self.mean[(*each, slice(None)) if ends else rows], **parts)
 
     def to(self, device: torch.device | str) -> ForwardKLCache:
         """Return the cache with its tensors on `device`."""
@@ -58,7 +62,12 @@ class ForwardKLCache:
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> ForwardKLCache:
         """Read a cache that `save` wrote. Raises ValueError for a file of something else."""
-        held = torch.load(path, map_location=device, weights_only=True)
+        with open(path, "rb") as file:
+            archive = zipfile.is_zipfile(file)
+        try:
+            held: Any = torch.load(path, map_location=device, weights_only=True) if archive else None
+        except pickle.UnpicklingError:  # objects of other classes
+            held = None
         names = {field.name for field in fields(cls)}
         good = isinstance(held, dict) and set(held) == names
         expect(good, "path", "a file that ForwardKLCache.save wrote", f"another one, {os.fspath(path)}")
@@ -189,8 +198,14 @@ def _frozen_head(
     good = weight.dim() == 2 and (weight.shape[0] >= columns if vocab_size else weight.shape[0] == rows)
     expected = f"shape ({columns} or more, H)" if vocab_size else f"shape ({rows}, H), or vocab_size"
     expect(good, "student_weight", expected, tuple(weight.shape))
+    heads = {"student_weight": weight}
     if bias is not None:
-        check_tensor("student_bias", bias, "a tensor or None")
+        heads["student_bias"] = check_tensor("student_bias", bias, "a tensor or None")
+    device = problem.student.hidden.device
+    for name, value in heads.items():
+        expect(value.is_floating_point(), name, "a floating-point tensor", value.dtype, TypeError)
+        expect(value.device == device, name, f"a tensor on {device}, as teacher_hidden", value.device)
+    if bias is not None:
         expect(
             bias.shape == weight.shape[:1], "student_bias", f"shape ({weight.shape[0]},)", tuple(bias.shape)
         )

@@ -90,6 +90,8 @@ class DistillationHead(nn.Module):
     ) -> Tensor | tuple[Tensor, TokenStats]:
         """Return the loss under this head; `teacher_head` is the teacher's, by default the same."""
         teacher = self.lm_head if teacher_head is None else teacher_head
+        expected = "a module (for heads of several teachers call linear_divergence)"
+        expect(isinstance(teacher, nn.Module), "teacher_head", expected, type(teacher).__name__, TypeError)
         layers, adapters = zip(
             *(base_and_adapter(head, "lm_head") for head in (self.lm_head, teacher)), strict=True
         )

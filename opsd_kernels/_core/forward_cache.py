@@ -37,6 +37,7 @@ class Parts:
     token: Tensor  # (N,) int64: y, -1 at invalid tokens
 
 
+@torch.compiler.disable
 def forward_kl_parts(problem: Problem, weight: Tensor, bias: Tensor | None) -> Parts:
     """Walk the teacher, the problem's student, and multiply its probabilities by the student's head.
 

@@ -160,18 +160,19 @@ class VocabShard:
         candidates = order.new_full((4, n, k), -torch.inf)
         # Clamped, so that an entry of -inf is chosen before the padding of a narrow shard.
         clamped = order.clamp(min=torch.finfo(order.dtype).min)
-        candidates[:, :, : order.shape[1]] = torch.stack([clamped, found.q, found.p, found.delta])
+        candidates[:, :, : order.shape[1]] = torch.stack([clamped, found.p, found.delta, found.log_q])
         every = gather_ranks(candidates, self.group).permute(1, 2, 0, 3).reshape(4, n, -1)
         # A stable sort, so that all ranks break ties alike.
         chosen = every[0].argsort(dim=-1, descending=True, stable=True)
         chosen = chosen[:, : min(restriction.k, self.vocab_size)]
-        q, p, delta = (part.gather(1, chosen) for part in every[1:])
+        p, delta, log_q = (part.gather(1, chosen) for part in every[1:])
+        q = log_q.exp()
         mine = torch.div(chosen, k, rounding_mode="floor") == self.rank
         # An entry of another rank repeats the first one of this rank, if there is any.
         at = torch.where(mine, chosen % k, 0)
         at = torch.where(mine, at, at.gather(1, mine.to(torch.int8).argmax(1, keepdim=True)))
         columns, own_q = found.columns.gather(1, at), found.whole_q.gather(1, at)
-        whole = Entries(columns, torch.ones_like(mine), rows.at(columns), q, q, p, delta)
+        whole = Entries(columns, torch.ones_like(mine), rows.at(columns), q, q, p, delta, log_q)
         return whole, whole._replace(live=mine, whole_q=own_q)
 
     def _listed(
@@ -186,10 +187,12 @@ class VocabShard:
         own = topk_support.entries(
             rows, stats, spec, restriction, local.clamp(min=0), torch.where(local >= 0, logprobs, -torch.inf)
         )
-        summed = torch.stack([own.q, own.p, own.delta])  # non-zero on one rank alone: an exact sum
+        summed = torch.stack([own.p, own.delta, own.log_q])  # non-zero on one rank alone: an exact sum
         dist.all_reduce(summed, group=self.group)
-        q, p, delta = summed
-        return own._replace(live=logprobs > -torch.inf, q=q, p=p, delta=delta), own
+        p, delta, log_q = summed
+        live = logprobs > -torch.inf
+        q = torch.where(live, log_q.exp(), 0.0)
+        return own._replace(live=live, q=q, p=p, delta=delta, log_q=log_q), own
 
 
 def shard_of(group: object, weight: Tensor) -> VocabShard:

@@ -57,9 +57,9 @@ def check_target(target: Any, form: object, leading: torch.Size, columns: int, e
     expect(target.is_floating_point(), "target", "a floating-point tensor", target.dtype, TypeError)
     width = target.shape[-1] if target.dim() == len(leading) + 1 else 0
     good = target.shape[:-1] == leading and (width == columns if exact else width >= columns)
-    shape = f"({', '.join([*map(str, leading), str(columns)])})"
-    more = ", or with vocab_size more columns" if exact else " or more columns"
-    expect(good, "target", f"shape {shape}{more}", tuple(target.shape))
+    if not good:  # torch.compile does not trace the text
+        more = ", or with vocab_size more columns" if exact else " or more columns"
+        expect(False, "target", f"shape {(*leading, columns)}{more}", tuple(target.shape))
     return Target(target.detach().reshape(-1, target.shape[-1]), form == "probs")
 
 

@@ -54,14 +54,18 @@ def several(
     count, leading = len(hidden), student[0].shape[:-1]
     expect(index is not None, "teacher_index", f"a tensor {tuple(leading)} of numbers in [0, {count})", None)
     expect(options["teacher_lora"] is None, "teacher_lora", "None with several teachers", "an adapter")
-    weights = weights if isinstance(weights, (tuple, list)) else [weights] * count
+    of_each = ["teacher_hidden", *(name for name in OPTIONS if isinstance(options[name], (tuple, list)))]
+    if isinstance(weights, (tuple, list)):
+        of_each.append("teacher_weight")
+    else:
+        weights = [weights] * count
     expect(len(weights) == count, "teacher_weight", f"{count} tensors, one per teacher_hidden", len(weights))
     if options["group"] is not None:
         options = {**options, "group": shard_of(options["group"], student[1])}
     parts: list[tuple[Problem, Any]] = []
     for k in range(count):
         told = options_of(options, k, count)
-        with _numbered(k):
+        with _numbered(k, of_each):
             own = check_tensor("teacher_hidden", hidden[k])
             packed = own.dim() == 2 and own.shape[:-1] != leading
             # In place of packed rows a view without memory, whose shape is that of all tokens
@@ -80,12 +84,12 @@ def several(
 
 
 @contextmanager
-def _numbered(k: int) -> Iterator[None]:
-    """Name teacher k in errors: "teacher_weight[1]: expected ..."."""
+def _numbered(k: int, of_each: list[str]) -> Iterator[None]:
+    """Name teacher k in errors of the arguments that it has alone: "teacher_weight[1]: expected ..."."""
     try:
         yield
     except (TypeError, ValueError) as error:
-        text = re.sub(r"^(teacher_\w+)", rf"\1[{k}]", str(error))
+        text = re.sub(rf"^({'|'.join(of_each)}):", rf"\1[{k}]:", str(error))
         raise type(error)(text) from None
 
 

@@ -48,7 +48,7 @@ class Rows(NamedTuple):
 class Entries(NamedTuple):
     """Hold the support of n rows: its columns, raw logits and probabilities under the whole vocabulary.
 
-    q, p and delta are 0 where an entry is not live.
+    q, p, delta and log_q are 0 where an entry is not live.
     """
 
     columns: Tensor  # (n, K) int64
@@ -58,6 +58,7 @@ class Entries(NamedTuple):
     q: Tensor  # (n, K) student
     p: Tensor  # (n, K) teacher
     delta: Tensor  # (n, K) log p - log q
+    log_q: Tensor  # (n, K), which keeps its digits where q underflows
 
 
 class Restricted(NamedTuple):
@@ -88,10 +89,10 @@ def entries(
     raw = rows.at(columns)
     logits = torch_rows.logits(raw.S, raw.T, spec, raw.bias_s, raw.bias_t)
     q, p, delta = torch_rows.distributions(logits, stats)
+    log_q = logits.s - stats[:, Column.STUDENT_MAX, None] - stats[:, Column.STUDENT_LOGSUM, None]
     if logprobs is not None:
-        log_q = logits.s - stats[:, Column.STUDENT_MAX, None] - stats[:, Column.STUDENT_LOGSUM, None]
         p, delta = logprobs.to(q.dtype).exp(), logprobs.to(q.dtype) - log_q
-    return Entries(columns, live, raw, q, *(torch.where(live, x, 0.0) for x in (q, p, delta)))
+    return Entries(columns, live, raw, q, *(torch.where(live, x, 0.0) for x in (q, p, delta, log_q)))
 
 
 def _largest(rows: Rows, spec: RowSpec, support: Support) -> Tensor:
@@ -122,16 +123,35 @@ def _tail(mass: Tensor) -> Tensor:
     return -torch.expm1(mass.log().clamp(max=-LEAST_TAIL))
 
 
+def _renormalised(at: Entries, mass_q: Tensor, mass_p: Tensor, excess: Tensor) -> tuple[Tensor, ...]:
+    """Return q, p and delta of the support alone."""
+    # A side without mass on the support has q = 0 (p = 0) at all of it, and delta stays infinite.
+    no_q, no_p = mass_q == 0, mass_p == 0
+    ratio = torch.where(no_q | no_p, 0.0, _log_ratio(excess, mass_p, mass_q))
+    plain = torch.where(no_q, 0.0, at.q / mass_q), torch.where(no_p, 0.0, at.p / mass_p), at.delta - ratio
+    # A mass that underflows, or has lost digits by it, is taken from the log-probs.
+    float_info = torch.finfo(mass_q.dtype)
+    rare = torch.minimum(mass_q, mass_p) < float_info.tiny / float_info.eps
+    log_q = torch.where(at.live, at.log_q, -torch.inf)
+    log_p = torch.where(at.delta.isfinite(), log_q + at.delta, at.p.log())
+    of_q, of_p = log_q.logsumexp(1, keepdim=True), log_p.logsumexp(1, keepdim=True)
+    ratio = torch.where(of_q.isfinite() & of_p.isfinite(), of_p - of_q, 0.0)
+    logs = _share(log_q, of_q), _share(log_p, of_p), at.delta - ratio
+    return tuple(torch.where(rare, of_logs, found) for of_logs, found in zip(logs, plain, strict=True))
+
+
+def _share(log_probs: Tensor, log_mass: Tensor) -> Tensor:
+    """Return probabilities (n, K) over the mass exp(log_mass), 0 where that is 0."""
+    return torch.where(log_mass == -torch.inf, 0.0, torch.exp(log_probs - log_mass))
+
+
 def restricted(at: Entries, stats: Tensor, spec: RowSpec, tail: str) -> Restricted:
     """Compute value and gradient on the support. Writes stats[CLIPPED]."""
     q, p, delta = at.q, at.p, at.delta
     mass_q, mass_p = q.sum(1, keepdim=True), p.sum(1, keepdim=True)
     excess = torch.where(q > 0, q * torch.expm1(delta), p).sum(1, keepdim=True)
     if tail == "renormalize":
-        # A side without mass on the support has q = 0 (p = 0) at all of it, and delta stays infinite.
-        no_q, no_p = mass_q == 0, mass_p == 0
-        ratio = torch.where(no_q | no_p, 0.0, _log_ratio(excess, mass_p, mass_q))
-        q, p, delta = torch.where(no_q, 0.0, q / mass_q), torch.where(no_p, 0.0, p / mass_p), delta - ratio
+        q, p, delta = _renormalised(at, mass_q, mass_p, excess)
     saturated = mass_q.log() > -LEAST_TAIL
     if tail == "bucket":
         tail_q, tail_p = _tail(mass_q), _tail(mass_p)

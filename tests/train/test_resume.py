@@ -11,7 +11,7 @@ import pytest
 
 import opsd_kernels
 
-CLOCK = {"seconds", "tokens_per_second"}
+CLOCK = {"seconds", "tokens_per_second", "peak_memory_bytes"}
 WORKER = Path(__file__).with_name("kill_and_resume.py")
 
 pytestmark = pytest.mark.slow

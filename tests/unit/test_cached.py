@@ -121,8 +121,29 @@ def test_a_file_holds_the_same_and_rows_are_indexed(backend, tmp_path):
     some = linear_cached_forward_kl(h[order], W, cache[order], mask=mask[order], **told)
     assert_no_worse(some, whole[order], whole[order].double())
     torch.save({"mean": t}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="path: expected a file that ForwardKLCache.save wrote"):
-        ForwardKLCache.load(tmp_path / "other.pt")
+    torch.save(pytest.approx(1), tmp_path / "object.pt")
+    (tmp_path / "text.pt").write_text("hi")
+    for other in ("other.pt", "object.pt", "text.pt"):
+        with pytest.raises(ValueError, match=f"path: expected a file that ForwardKLCache.save.*{other}"):
+            ForwardKLCache.load(tmp_path / other)
+    with pytest.raises(FileNotFoundError):
+        ForwardKLCache.load(tmp_path / "none.pt")
+
+
+def test_an_index_takes_tokens_alone():
+    cache = cache_forward_kl(torch.randn(2, 3, H), torch.randn(V, H), torch.randn(V, H))
+    for taken, same in (
+        ((..., 0), (slice(None), 0)),
+        (..., slice(None)),
+        ((1, ...), 1),
+        ((1, 2, ...), (1, 2)),
+    ):
+        mine, other = cache[taken], cache[same]
+        for name in ("mean", "bias", "negative_entropy", "token"):
+            assert_same_bits(getattr(mine, name), getattr(other, name))
+        assert mine.mean.shape == (*mine.token.shape, H)
+    with pytest.raises(IndexError):
+        cache[0, 0, 0]
 
 
 def test_what_it_refuses(backend):
@@ -156,6 +177,12 @@ def test_what_it_refuses(backend):
     for name, change in (("student_weight", torch.randn(V + 1, H)), ("student_weight", torch.randn(V))):
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             cache_forward_kl(t, W, change)
+    with pytest.raises(ValueError, match="^student_weight: expected a tensor on cpu, as teacher_hidden, got"):
+        cache_forward_kl(t, W, W.to("meta"))
+    whole_numbers = {"student_weight": W.long()}, {"student_weight": W, "student_bias": torch.zeros(V).long()}
+    for change in whole_numbers:
+        with pytest.raises(TypeError, match=f"^{list(change)[-1]}: expected a floating-point tensor"):
+            cache_forward_kl(t, W, **change)
     biased = cache_forward_kl(t, W, W, student_bias=bias, mask=mask, backend=backend)
     with pytest.raises(ValueError, match="^student_bias: expected the bias"):
         linear_cached_forward_kl(**{**given, "cache": biased})
@@ -173,3 +200,10 @@ def test_it_compiles(backend):
     assert_same_bits(loss.detach(), eager.detach())
     for mine, other in zip(torch.autograd.grad(loss, h), torch.autograd.grad(eager, h), strict=True):
         assert_no_worse(mine, other, other.double())
+
+    def make(t):
+        return cache_forward_kl(t, W, W, backend=backend).mean
+
+    compiled = torch.compile(make, backend="aot_eager")
+    for tokens in (9, 7, 5):  # the second one makes their number symbolic
+        assert_same_bits(compiled(t[:tokens]), make(t[:tokens]))

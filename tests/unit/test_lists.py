@@ -229,6 +229,18 @@ def test_both_compile_whole(backend):
         assert_same_bits(mine, eager)
 
 
+def test_other_token_counts_compile_whole(backend):
+    torch._dynamo.reset()
+
+    def run(h, W, ids):
+        return linear_logprobs_at(h, W, ids, backend=backend)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for tokens in (9, 7, 5):  # the second one makes their number symbolic
+        inputs = torch.randn(tokens, H), torch.randn(V, H), torch.randint(V, (tokens, 3))
+        assert_same_bits(compiled(*inputs), run(*inputs))
+
+
 def test_operators_pass_opcheck(monkeypatch, backend):
     """The flat arguments of real calls, through torch's own checks of schemas and fakes."""
     calls = []

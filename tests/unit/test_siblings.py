@@ -201,6 +201,33 @@ def test_a_student_without_mass_on_the_list(backend, tail, divergence):
     assert_no_worse(slopes[0], slopes[1], slopes[1])
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "mixed_kl"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_renormalised_where_the_student_has_less_than_the_least_number(backend, k, divergence):
+    """The student's log-probs on the list are below -87 nats, where fp32 has no probabilities left."""
+    torch.manual_seed(0)
+    weight = torch.randn(31, H)
+    weight[0] = 0
+    weight[0, 0] = 100.0
+    hidden = torch.randn(6, H)
+    hidden[:, 0] = torch.tensor([0.8, 0.9, 1.0, 1.05, 1.5, 3.0])
+    listed = (torch.randint(30, (6, 1)) + torch.arange(k)) % 30 + 1
+    teacher = torch.randn(6, k).log_softmax(-1) - 0.1
+    told = {"divergence": divergence, "tail": "renormalize", "reduction": "none"}
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    losses = (
+        linear_topk_divergence(*inputs, listed, teacher, **told, backend=backend),
+        linear_topk_divergence_reference(*inputs, listed, teacher, **told),
+        linear_topk_divergence_reference(*wide, listed, teacher.double(), **told),
+    )
+    assert_no_worse(*losses)
+    sources = inputs, inputs, wide
+    slopes = [torch.autograd.grad(value.sum(), x) for value, x in zip(losses, sources, strict=True)]
+    for each in zip(*slopes, strict=True):
+        assert_no_worse(*each)
+
+
 def test_the_whole_vocabulary_listed_is_the_divergence(backend):
     """A list of all of V, in any order, equals the whole teacher."""
     case = hard_case(N, V, H, torch.float64, largest_logit=8.0)
@@ -312,3 +339,5 @@ def test_a_distillation_head(backend, bias):
     assert sum(p.numel() for p in head.parameters()) == sum(p.numel() for p in own.parameters())
     with pytest.raises(TypeError, match="lm_head: expected a linear layer"):
         DistillationHead(torch.nn.ReLU())
+    with pytest.raises(TypeError, match="teacher_head: expected a module .*, got list"):
+        head(h, [same, wide], [own, other], teacher_index=torch.zeros(2, 5, dtype=torch.int64))

@@ -170,6 +170,18 @@ def test_it_compiles_whole(backend):
     assert_same_bits(evaluate(compiled, case).loss, evaluate(run, case).loss)
 
 
+def test_other_token_counts_compile_whole(backend):
+    torch._dynamo.reset()
+
+    def run(h, W, target):
+        return linear_divergence_to(h, W, target, backend=backend)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for tokens in (9, 7, 5):  # the second one makes their number symbolic
+        inputs = torch.randn(tokens, H), torch.randn(V, H), torch.randn(tokens, V)
+        assert_same_bits(compiled(*inputs), run(*inputs))
+
+
 @pytest.mark.parametrize(
     "change, error, says",
     [

@@ -221,6 +221,10 @@ ADAPTER = (torch.ones(2, 8), torch.ones(67, 2), 1.0)
             "teacher_logit_scale[1]: expected a number",
         ),
         ([H, H], W, {"teacher_lora": ADAPTER}, ValueError, "teacher_lora: expected None with several"),
+        # What all teachers share has no number.
+        ([H, H], W, {"teacher_temperature": [1.0, 2.0]}, TypeError, "teacher_temperature: expected a number"),
+        ([H, H], W[0], {}, ValueError, "teacher_weight: expected shape (V, H)"),
+        ([H, H], [W, W[0]], {}, ValueError, "teacher_weight[1]: expected shape (V, H)"),
     ],
 )
 def test_errors(hidden, weight, told, error, match):
