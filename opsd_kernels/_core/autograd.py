@@ -12,7 +12,6 @@ of place if the graph is retained, so that it may run twice. There are no second
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from enum import Enum
@@ -82,7 +81,9 @@ def evaluate(
         weighted = problem.with_factors(weigher.weights(None) * scale, slope)
         loss, D, stats, logprobs, dropped, _ = WeightedSum.apply(weighted, metrics, None, *leaves)
     elif route is Route.FACTORS_IN_LOOP:
-        loss, D, stats, logprobs, dropped, _ = _sum_with_loop_factors(problem, metrics, weigher, *leaves)
+        loss, D, stats, logprobs, dropped, _ = library.eagerly(
+            _apply_weighted_sum, problem, metrics, weigher, *leaves
+        )
     else:
         if route is Route.PER_ROW:
             recompute = problem.trainable or backward == "recompute"
@@ -105,17 +106,8 @@ def evaluate(
     return loss, token_stats(problem, D, stats, logprobs, weigher.leading, dropped=share)
 
 
-def _sum_with_loop_factors(*args: Any) -> tuple[Tensor, ...]:
-    """Apply `WeightedSum` outside torch.compile, because an operator's schema cannot hold a weigher.
-
-    The compiler is not imported for this if it is not loaded already.
-    """
-    compiling = "torch._dynamo" in sys.modules
-    run = torch.compiler.disable(_apply_weighted_sum) if compiling else _apply_weighted_sum
-    return run(*args)
-
-
 def _apply_weighted_sum(*args: Any) -> tuple[Tensor, ...]:
+    """Apply `WeightedSum` with a weigher, which an operator's schema cannot hold."""
     return WeightedSum.apply(*args)
 
 

@@ -37,8 +37,12 @@ class Parts:
     token: Tensor  # (N,) int64: y, -1 at invalid tokens
 
 
-@torch.compiler.disable
 def forward_kl_parts(problem: Problem, weight: Tensor, bias: Tensor | None) -> Parts:
+    """Return `_parts`, outside torch.compile."""
+    return library.eagerly(_parts, problem, weight, bias)
+
+
+def _parts(problem: Problem, weight: Tensor, bias: Tensor | None) -> Parts:
     """Walk the teacher, the problem's student, and multiply its probabilities by the student's head.
 
     `weight` (V, H_s) and `bias` (V,) are the student's; with a shard, this rank's rows. The product is in

@@ -5,6 +5,7 @@ The only module with the flat form of a problem: schemas, implementations, fakes
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -120,6 +121,12 @@ def run_weighted(problem: Problem, weigher: RowWeigher) -> Outputs:
             problem = problem.with_factors(*weigher(known, slice(None)))
         return loop.run(problem, chunks, backend, rows, metrics=True)
     return loop.run(problem, chunks, backend, rows, metrics=True, weigher=weigher, bounds=bounds)
+
+
+def eagerly(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function outside torch.compile. The compiler is not imported for this if it is not loaded."""
+    compiling = "torch._dynamo" in sys.modules
+    return (torch.compiler.disable(function) if compiling else function)(*args)
 
 
 def packs(problem: Problem) -> bool:
