@@ -157,8 +157,8 @@ def test_the_peak_with_an_adapter_is_as_planned(cpp, dtype, shared):
     peaks = [peak_bytes(ADAPTED, N, V, hidden, rank, name, shared, BUDGET) for rank in (0, 16)]
     without, off = (planned / peak - 1 for planned, peak in zip(plans, peaks, strict=True))
     assert -0.05 <= off <= 0.05 + max(without, 0), (
-        f"planned {plans[1] / 2**20:.1f} MiB, measured {peaks[1] / 2**20:.1f} MiB ({off:+.1%}; {without:+.1%} "
-        "without an adapter)"
+        f"planned {plans[1] / 2**20:.1f} MiB, measured {peaks[1] / 2**20:.1f} MiB ({off:+.1%}; "
+        f"{without:+.1%} without an adapter)"
     )
 
 
