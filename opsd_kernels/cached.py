@@ -17,9 +17,9 @@ from torch import Tensor
 from ._core.autograd import cached_forward_kl
 from ._core.forward_cache import Parts, forward_kl_parts
 from ._core.library import check_all
-from ._core.problem import Problem, Side
+from ._core.problem import Problem, Side, of_one_side
 from ._core.reductions import RowWeigher, reads_logprobs, row_scale
-from .spec import Divergence, LogitTransform, RowSpec, check_number, check_tensor, expect
+from .spec import LogitTransform, check_number, check_tensor, expect
 from .weights import TokenWeighting
 
 SAMPLE = 1024  # entries of the head by which another one is recognised
@@ -111,10 +111,8 @@ def cache_forward_kl(
     given = temperature if teacher_temperature is None else teacher_temperature
     number = check_number("temperature", temperature, positive=True)
     transform = LogitTransform.parse("teacher", teacher_logit_scale, teacher_softcap, name, given)
-    problem = Problem.of(
-        RowSpec(Divergence.parse("reverse_kl"), transform, LogitTransform()),
-        Side(teacher_hidden, teacher_weight, teacher_bias), None,
-        labels=None, ignore_index=-100, mask=mask, vocab_size=vocab_size, logits_dtype="float32",
+    problem = of_one_side(
+        Side(teacher_hidden, teacher_weight, teacher_bias), transform, mask=mask, vocab_size=vocab_size,
         workspace_bytes=workspace_bytes, backend=backend, group=group, prefixes=("teacher_", ""),
     )  # fmt: skip
     weight, bias = _frozen_head(problem, student_weight, student_bias, vocab_size)
@@ -168,11 +166,10 @@ def linear_cached_forward_kl(
         same = check_number("temperature", temperature) == cache.temperature
         expect(same, "temperature", f"{cache.temperature}, that of the cache", temperature)
     transform = LogitTransform.parse("student", student_logit_scale, None, "temperature", cache.temperature)
-    problem = Problem.of(
-        RowSpec(Divergence.parse("reverse_kl"), transform, LogitTransform()),
-        Side(student_hidden, student_weight, student_bias), None,
-        labels=None, ignore_index=-100, mask=mask, vocab_size=vocab_size or cache.vocab_size,
-        logits_dtype="float32", workspace_bytes=workspace_bytes, backend=backend, group=group,
+    problem = of_one_side(
+        Side(student_hidden, student_weight, student_bias), transform, mask=mask,
+        vocab_size=cache.vocab_size if vocab_size is None else vocab_size,
+        workspace_bytes=workspace_bytes, backend=backend, group=group, prefixes=("student_", ""),
     )  # fmt: skip
     leading = student_hidden.shape[:-1]
     _check_cache(problem, cache, leading, student_weight, student_bias)

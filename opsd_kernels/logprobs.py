@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._core.autograd import log_probs, log_probs_at
 from ._core.listed import topk
-from ._core.problem import Problem, Side, check_list
-from .spec import BACKWARDS, Divergence, LogitTransform, RowSpec, check_choice, check_tensor, expect
+from ._core.problem import Side, check_list, of_one_side
+from .spec import BACKWARDS, LogitTransform, check_choice, check_tensor, expect
 
 
 def linear_logprobs(
@@ -57,20 +57,11 @@ def linear_logprobs(
     check_choice("backward", backward, BACKWARDS)
     check_tensor("labels", labels)
     transform = LogitTransform.parse("", logit_scale, softcap, "temperature", temperature)
-    problem = Problem.of(
-        RowSpec(Divergence.parse("reverse_kl"), transform, LogitTransform()),
-        Side(hidden, weight, bias, lora),
-        None,
-        labels=labels,
-        ignore_index=ignore_index,
-        mask=mask,
-        vocab_size=vocab_size,
-        logits_dtype=logits_dtype,
-        workspace_bytes=workspace_bytes,
-        backend=backend,
+    problem = of_one_side(
+        Side(hidden, weight, bias, lora), transform, labels=labels, ignore_index=ignore_index, mask=mask,
+        vocab_size=vocab_size, logits_dtype=logits_dtype, workspace_bytes=workspace_bytes, backend=backend,
         group=group,
-        prefixes=("", ""),
-    )
+    )  # fmt: skip
     possible = problem.wants[0] and not (problem.trainable or return_entropy)
     late = "'auto' or 'recompute' for a trainable head or an entropy: forward lacks the upstream gradient"
     expect(possible or backward != "in_forward", "backward", late, repr(backward))
@@ -118,8 +109,9 @@ def linear_topk(
     `linear_divergence` does.
     """
     expect(isinstance(k, int) and not isinstance(k, bool), "k", "an int", type(k).__name__, TypeError)
-    problem = _of_one_side(
-        Side(hidden, weight, bias), (logit_scale, softcap, temperature),
+    transform = LogitTransform.parse("", logit_scale, softcap, "temperature", temperature)
+    problem = of_one_side(
+        Side(hidden, weight, bias), transform,
         mask=mask, vocab_size=vocab_size, workspace_bytes=workspace_bytes, backend=backend, group=group,
     )  # fmt: skip
     expect(1 <= k <= problem.vocab, "k", f"at least 1 and at most {problem.vocab}, the vocabulary", k)
@@ -155,24 +147,12 @@ def linear_logprobs_at(
     asynchronous device-side assert. ValueError or TypeError for other bad arguments, as `linear_divergence`
     does.
     """
-    problem = _of_one_side(
-        Side(hidden, weight, bias), (logit_scale, softcap, temperature),
+    transform = LogitTransform.parse("", logit_scale, softcap, "temperature", temperature)
+    problem = of_one_side(
+        Side(hidden, weight, bias), transform,
         mask=mask, vocab_size=vocab_size, workspace_bytes=workspace_bytes, backend=backend, group=group,
     )  # fmt: skip
     check_list("ids", ids, hidden.shape[:-1])
     expect(ids.dtype == torch.int64, "ids", "dtype int64", ids.dtype, TypeError)
     expect(ids.device == hidden.device, "ids", f"a tensor on {hidden.device}, as hidden", ids.device)
     return log_probs_at(problem, ids.reshape(-1, ids.shape[-1])).reshape(ids.shape)
-
-
-def _of_one_side(side: Side, transform: tuple[float, float | None, object], **arguments: Any) -> Problem:
-    """Return the problem of one head with (logit scale, softcap, temperature), whose logits are in fp32."""
-    of_side = LogitTransform.parse("", *transform[:2], "temperature", transform[2])
-    spec = RowSpec(Divergence.parse("reverse_kl"), of_side, LogitTransform())
-    rest: dict[str, Any] = {
-        "labels": None,
-        "ignore_index": -100,
-        "logits_dtype": "auto",
-        "prefixes": ("", ""),
-    }
-    return Problem.of(spec, side, None, **arguments, **rest)

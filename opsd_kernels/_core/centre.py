@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._rows import extension, torch_rows
+from .._rows.torch_topk import rows_at_once
 from ..spec import RowSpec
 from .problem import Problem, Side
 
@@ -22,9 +23,6 @@ PILOT_COLUMNS, PILOT_SHARE = 256, 64  # at least, and of the vocabulary: see pil
 # Columns that may hold a row's largest logit, and the columns of a group, see likely_columns. Groups of 8 to
 # 32 take 1.0 ns per logit on a CPU, groups of 128 take 2.8, torch.topk 3.9.
 LIKELY, GROUP = 4, 32
-# Of the copies made at once: of hidden rows and rows of a head, and of the maxima of groups of columns.
-# On a GPU 8 MiB.
-ENTRIES = {"cpu": 1 << 17, "cuda": 1 << 22}
 
 
 class Centre(NamedTuple):
@@ -106,7 +104,7 @@ def likely_columns(S: Tensor, bias: Tensor | None) -> Tensor:
     """
     (C, V), device = S.shape, S.device
     groups = V // GROUP
-    step = _rows_at_once(V if bias is not None else max(groups, 1), device)
+    step = rows_at_once(V if bias is not None else max(groups, 1), device)
     rest, members = (
         torch.arange(groups * GROUP, V, device=device),
         groups * torch.arange(GROUP, device=device),
@@ -175,7 +173,7 @@ def logits_at(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
     out = torch.empty((C, K), dtype=torch.float32, device=hidden.device)
     if not on_cpu:
         return _products_at(hidden, weight, columns, out)
-    step = _rows_at_once(H, hidden.device)
+    step = rows_at_once(H, hidden.device)
     for i in range(0, C, step):
         rows = hidden[i : i + step].float()
         for k in range(K):
@@ -189,13 +187,8 @@ def _products_at(hidden: Tensor, weight: Tensor, columns: Tensor, out: Tensor) -
     A launch for each step of a sum in fp32, over slices of 4 MiB, took 168 of the 190 launches of a chunk of
     1664 rows with labels (H = 4096): 4 % of its GEMMs' time at 3 us each. These take 30.
     """
-    step = _rows_at_once(columns.shape[1] * hidden.shape[1], hidden.device)
+    step = rows_at_once(columns.shape[1] * hidden.shape[1], hidden.device)
     for i in range(0, hidden.shape[0], step):
         rows = weight[columns[i : i + step]].mT  # (n, H, K)
         torch.bmm(hidden[i : i + step, None], rows, out_dtype=out.dtype, out=out[i : i + step, None])
     return out
-
-
-def _rows_at_once(width: int, device: torch.device) -> int:
-    """Return how many rows of `width` entries are copied at once."""
-    return max(1, ENTRIES["cpu" if device.type == "cpu" else "cuda"] // width)

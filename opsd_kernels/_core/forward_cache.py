@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._rows import torch_math
+from .._rows import torch_math, torch_rows
 from .._rows.contract import Column
 from ..spec import LogitTransform
 from . import library, loop
@@ -84,8 +84,7 @@ def write_difference_(chunk: Rows, stats: Tensor, transform: LogitTransform, tok
     step = max(1, SLICE_BYTES // (8 * V))
     for b in (slice(start, start + step) for start in range(0, n, step)):
         logits = torch_math.transform(chunk.S[b], transform.at(b), chunk.bias_s)
-        logits = logits - stats[b, Column.STUDENT_MAX, None] - stats[b, Column.STUDENT_LOGSUM, None]
-        torch.exp(logits, out=chunk.S[b])
+        torch.exp(torch_rows.student_logprobs(logits, stats[b]), out=chunk.S[b])
     here = token >= 0
     rows = torch.arange(n, device=token.device)
     column = token.clamp(min=0)

@@ -147,13 +147,13 @@ def _computed_rows(problem: Problem, count: int | None = None) -> ComputedRows:
     """
     rows, N = problem.rows, problem.student.hidden.shape[0]
     if rows.labels is not None:
-        _check_entries("labels", "or ignore_index", rows.labels, rows.valid, problem.vocab)
+        check_entries("labels", " or ignore_index", rows.labels, rows.valid, problem.vocab)
     if problem.teachers is not None:
         known = len(problem.teachers.sides)
-        _check_entries("teacher_index", "at valid tokens", problem.teachers.index, rows.valid, known)
+        check_entries("teacher_index", " at valid tokens", problem.teachers.index, rows.valid, known)
     if rows.topk_ids is not None:
-        listed = "wherever teacher_topk_logprobs is above -inf"  # elsewhere ids are 0
-        _check_entries("teacher_topk_ids", listed, rows.topk_ids, None, problem.vocab)
+        listed = " wherever teacher_topk_logprobs is above -inf"  # elsewhere ids are 0
+        check_entries("teacher_topk_ids", listed, rows.topk_ids, None, problem.vocab)
     student, teacher = problem.spec.student.of_rows, problem.spec.teacher.of_rows
     if student is not None:
         _check_temperatures("temperature", student)
@@ -165,18 +165,20 @@ def _computed_rows(problem: Problem, count: int | None = None) -> ComputedRows:
     return ComputedRows(N) if index.shape[0] == N else ComputedRows(index.shape[0], index)
 
 
-def _check_entries(name: str, otherwise: str, entries: Tensor, valid: Tensor | None, count: int) -> None:
-    """Raise ValueError if a valid entry lies outside [0, `count`): the vocabulary, or the teachers.
+def check_entries(
+    name: str, otherwise: str, entries: Tensor, valid: Tensor | None, stop: int, least: int = 0
+) -> None:
+    """Raise ValueError if a valid entry lies outside [least, stop): the vocabulary, or the teachers.
 
     On CUDA this is an asynchronous device-side assert: no host sync.
     """
-    inside = (entries >= 0) & (entries < count)
+    inside = (entries >= least) & (entries < stop)
     inside = inside if valid is None else inside | ~valid
-    check_all(name, f"entries in [0, {count}) {otherwise}", entries, inside)
+    check_all(name, f"entries in [0, {stop}){otherwise}", entries, inside)
 
 
 def _check_temperatures(name: str, temperatures: Tensor) -> None:
-    """Raise ValueError unless all temperatures are positive and finite; on CUDA as `_check_entries`."""
+    """Raise ValueError unless all temperatures are positive and finite; on CUDA as `check_entries`."""
     good = (temperatures > 0) & (temperatures < torch.inf)
     check_all(name, "positive finite numbers", temperatures, good)
 

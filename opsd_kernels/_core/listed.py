@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._rows import torch_math
+from .._rows import torch_math, torch_rows
 from .._rows.contract import Column
 from ..spec import LogitTransform
 from . import library, loop
@@ -79,20 +79,16 @@ def topk(problem: Problem, k: int) -> tuple[Tensor, Tensor, Tensor]:
 def _log_q(raw: Rows, stats: Tensor, transform: LogitTransform) -> Tensor:
     """Return log-probs of entries (n, K) from the statistics of their rows."""
     logits = torch_math.transform(raw.S.to(stats.dtype), transform, raw.bias_s)
-    return logits - stats[:, Column.STUDENT_MAX, None] - stats[:, Column.STUDENT_LOGSUM, None]
+    return torch_rows.student_logprobs(logits, stats)
 
 
 def _at(*args: Any) -> tuple[Tensor, ...]:
     *flat, ids = args
     problem = library.unpack(flat)
     chunks, backend, rows, _ = library.arrange(problem, listed=ids.shape[1])
-    valid, vocab = problem.rows.valid, problem.vocab
-    library.check_all(
-        "ids",
-        f"entries in [0, {vocab}), or -1 for none",
-        ids,
-        ((ids >= -1) & (ids < vocab)) if valid is None else ((ids >= -1) & (ids < vocab)) | ~valid[:, None],
-    )
+    valid = problem.rows.valid
+    valid = None if valid is None else valid[:, None]
+    library.check_entries("ids", ", or -1 for none", ids, valid, problem.vocab, least=-1)
     logprobs = problem.student.hidden.new_zeros(ids.shape, dtype=problem.stats_dtype)
 
     def sweep(walk: Walk, chunk: Rows, at: Positions) -> None:

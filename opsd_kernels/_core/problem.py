@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from .._rows import backends
-from ..spec import RowSpec, Support, check_choice, check_number, check_tensor, expect
+from ..spec import (
+    Divergence,
+    LogitTransform,
+    RowSpec,
+    Support,
+    check_choice,
+    check_number,
+    check_tensor,
+    expect,
+)
 from .lora import Lora
 from .planner import resolve_logits, workspace_budget
 from .shard import VocabShard, local_head, shard_of
@@ -282,6 +291,13 @@ def same_storage(a: Tensor, b: Tensor | None) -> bool:
         return a is b
     layout = a.data_ptr(), a.shape, a.stride(), a.dtype, a.device
     return layout == (b.data_ptr(), b.shape, b.stride(), b.dtype, b.device)
+
+
+def of_one_side(side: Side, transform: LogitTransform, **arguments: Any) -> Problem:
+    """Return the problem of one head: KL(side || uniform), with the options of `Problem.of`."""
+    defaults = {"labels": None, "ignore_index": -100, "logits_dtype": "auto", "prefixes": ("", "")}
+    spec = RowSpec(Divergence.parse("reverse_kl"), transform, LogitTransform())
+    return Problem.of(spec, side, None, **{**defaults, **arguments})
 
 
 def same_adapter(one: Lora | None, other: Lora | None) -> bool:

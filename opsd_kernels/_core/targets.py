@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._rows.torch_topk import ENTRIES
+from .._rows.torch_topk import rows_at_once
 from ..spec import check_choice, check_tensor, expect
 
 FORMS = ("logits", "logprobs", "probs")
@@ -37,7 +37,7 @@ class Target:
         (C, V), x = S.shape, self.values
         if buffer is None:
             return x[at, :V]
-        T, step = buffer[:C], max(1, ENTRIES["cpu" if x.device.type == "cpu" else "cuda"] // V)
+        T, step = buffer[:C], rows_at_once(V, x.device)
         wide = torch.promote_types(T.dtype, torch.float32)
         for start in range(0, C, step):
             part = slice(start, min(start + step, C))

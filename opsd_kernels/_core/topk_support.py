@@ -89,7 +89,7 @@ def entries(
     raw = rows.at(columns)
     logits = torch_rows.logits(raw.S, raw.T, spec, raw.bias_s, raw.bias_t)
     q, p, delta = torch_rows.distributions(logits, stats)
-    log_q = logits.s - stats[:, Column.STUDENT_MAX, None] - stats[:, Column.STUDENT_LOGSUM, None]
+    log_q = torch_rows.student_logprobs(logits.s, stats)
     if logprobs is not None:
         p, delta = logprobs.to(q.dtype).exp(), logprobs.to(q.dtype) - log_q
     return Entries(columns, live, raw, q, *(torch.where(live, x, 0.0) for x in (q, p, delta, log_q)))

@@ -66,7 +66,7 @@ def distributions(logits: Logits, stats: Tensor) -> tuple[Tensor, Tensor, Tensor
     """Return q, p and delta of entries. Near rows take p = q * exp(delta): p - q keeps delta's digits."""
     column = {c: stats[:, c, None] for c in Column}
     references = column[Column.STUDENT_MAX], column[Column.TEACHER_MAX]
-    q = torch.exp(logits.s - references[0] - column[Column.STUDENT_LOGSUM])
+    q = torch.exp(student_logprobs(logits.s, stats))
     delta = logits.offset(*references) - column[Column.GAP]
     far_p = torch.exp(logits.teacher_above(*references) - column[Column.TEACHER_LOGSUM])
     # delta is NaN where neither side has the entry
@@ -74,11 +74,16 @@ def distributions(logits: Logits, stats: Tensor) -> tuple[Tensor, Tensor, Tensor
     return q, torch.where(column[Column.SPREAD] <= SPREAD_LIMIT, near_p, far_p), delta
 
 
+def student_logprobs(s: Tensor, stats: Tensor) -> Tensor:
+    """Return log q of transformed student logits (n, K), in nats."""
+    return s - stats[:, Column.STUDENT_MAX, None] - stats[:, Column.STUDENT_LOGSUM, None]
+
+
 def label_logprobs(label: Logits, stats: Tensor) -> Tensor:
     """Return (n, 2): log q and log p of the label, in nats."""
     column = stats[:, :, None]
     references = column[:, Column.STUDENT_MAX], column[:, Column.TEACHER_MAX]
-    student = label.s - references[0] - column[:, Column.STUDENT_LOGSUM]
+    student = student_logprobs(label.s, stats)
     return torch.cat([student, label.teacher_above(*references) - column[:, Column.TEACHER_LOGSUM]], dim=1)
 
 

@@ -11,15 +11,20 @@ from .torch_math import transform
 # Columns of a group. Of the largest maxima of groups one takes k groups, so that a list costs one read of the
 # row, a selection among V / GROUP maxima, and one among k * GROUP entries.
 GROUP = 32
-# Entries of the rows that are listed at once: their transformed copy, and one without the list, stay small.
+# Of the copies made at once: of rows of logits, of hidden rows and rows of a head. On a GPU 8 MiB.
 ENTRIES = {"cpu": 1 << 17, "cuda": 1 << 22}
+
+
+def rows_at_once(width: int, device: torch.device) -> int:
+    """Return how many rows of `width` entries are copied at once."""
+    return max(1, ENTRIES["cpu" if device.type == "cpu" else "cuda"] // width)
 
 
 def row_topk_(
     S: Tensor, of_side: LogitTransform, bias: Tensor | None, ids: Tensor, values: Tensor, tail: Tensor
 ) -> None:
     n, V = S.shape
-    step = max(1, ENTRIES["cpu" if S.device.type == "cpu" else "cuda"] // V)
+    step = rows_at_once(V, S.device)
     for b in (slice(start, start + step) for start in range(0, n, step)):
         x = transform(S[b].to(values.dtype), of_side.at(b), bias)
         ids[b] = largest(torch.where(x.isnan(), -torch.inf, x), ids.shape[1])

@@ -104,7 +104,8 @@ def _of_teachers(
     """Return the loss of one whole teacher, or of several by `teacher_index`."""
     if isinstance(hidden, Tensor):
         return linear_divergence(*student, hidden[:, :-1], weight, **options)
-    index = data["teacher_index"]
-    index = index[:, None].expand(-1, student[0].shape[1]) if index.dim() == 1 else index[:, :-1]
+    index = data.get("teacher_index")  # missing, it is an error of linear_divergence
+    if index is not None:
+        index = index[:, None].expand(-1, student[0].shape[1]) if index.dim() == 1 else index[:, :-1]
     rows = [states[:, :-1] for states in hidden]
     return linear_divergence(*student, rows, weight, teacher_index=index, **options)

@@ -5,18 +5,15 @@ DistillationHead under FSDP2 and DDP is compared with one process that holds all
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from launching import join, leave
+from launching import join, run_checks
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -238,15 +235,8 @@ def main(rank: str, world: str, rendezvous: str, result: str, task: str = "check
     if task == "die":
         die(int(rank), int(world))
         return
-    outcomes = {}
-    for function in (check_fsdp, check_fsdp_gathers_the_head_once, check_ddp, check_tokens_over_ranks):
-        try:
-            function(int(rank), int(world))
-            outcomes[function.__name__] = None
-        except Exception:  # reported by name; the other checks still run
-            outcomes[function.__name__] = traceback.format_exc()[-2000:]
-    Path(result).write_text(json.dumps(outcomes))
-    leave()
+    functions = check_fsdp, check_fsdp_gathers_the_head_once, check_ddp, check_tokens_over_ranks
+    run_checks(world, result, {each.__name__: (each, int(rank), int(world)) for each in functions})
 
 
 if __name__ == "__main__":

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from launching import join, leave
+from launching import join, run_checks
 from vocab_ranks import cut
 from vocab_ranks import whole as whole_outcome
 
@@ -135,15 +132,7 @@ def checks() -> Iterator[tuple[str, Callable[[], None]]]:
 
 def main(rank: str, world: str, rendezvous: str, result: str) -> None:
     join(rank, world, rendezvous)
-    outcomes: dict[str, str | None] = {}
-    for name, check in checks():
-        try:
-            check()
-            outcomes[name] = None
-        except Exception:
-            outcomes[name] = traceback.format_exc()
-    Path(result).write_text(json.dumps(outcomes))
-    leave()
+    run_checks(world, result, {name: (check,) for name, check in checks()})
 
 
 if __name__ == "__main__":

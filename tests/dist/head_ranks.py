@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import traceback
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from launching import join, leave
+from launching import join, run_checks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
@@ -142,17 +140,7 @@ def checks() -> dict[str, tuple]:
 
 def main(rank: str, world: str, rendezvous: str, result: str) -> None:
     join(rank, world, rendezvous)
-    outcomes = {}
-    for name, (function, *arguments) in checks().items():
-        try:
-            function(*arguments)
-            outcomes[name] = None
-        except Exception:  # reported by name; the other cases still run
-            outcomes[name] = traceback.format_exc()[-1500:]
-        failed = [None] * int(world)
-        dist.all_gather_object(failed, outcomes[name] is not None)  # also syncs the ranks after a failure
-    Path(result).write_text(json.dumps(outcomes))
-    leave()
+    run_checks(world, result, checks())
 
 
 if __name__ == "__main__":

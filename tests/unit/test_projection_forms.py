@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from opsd_kernels._core import centre, loop
 from opsd_kernels._core.problem import Problem, RowSelection, Side
+from opsd_kernels._rows import torch_topk
 from opsd_kernels.bench.pages import projection, write
 from opsd_kernels.spec import Divergence, RowSpec
 from opsd_kernels.testing import assert_one_rounding
@@ -116,7 +117,7 @@ def test_products_at_columns_are_those_of_the_sums(monkeypatch, n, H, K, dtype):
         return out.copy_(a.to(out_dtype) @ b.to(out_dtype))
 
     monkeypatch.setattr(torch, "bmm", bmm)
-    monkeypatch.setitem(centre.ENTRIES, "cpu", 5 * H * K)  # slices of five rows
+    monkeypatch.setitem(torch_topk.ENTRIES, "cpu", 5 * H * K)  # slices of five rows
     gen = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(size, H, generator=gen).to(dtype) for size in (n, 50))
     columns = torch.randint(50, (n, K), generator=gen)

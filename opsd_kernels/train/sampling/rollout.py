@@ -166,9 +166,9 @@ class Sampler:
         # (B, T)
         uniforms = seeds.uniforms(*key, ROLLOUT, places[:, :1], places[:, 1:], np.arange(self.max_new_tokens))
         pad, stops, length = self.pad_token, self.stops(model), max(map(len, prompts))
-        different = list(dict.fromkeys(prompts))
-        rows, attended = left_padded(different, pad, model.device)
-        places_B = torch.tensor([different.index(prompt) for prompt in prompts], device=model.device)
+        different = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+        rows, attended = left_padded(list(different), pad, model.device)
+        places_B = torch.tensor([different[prompt] for prompt in prompts], device=model.device)
         draw = PlacedSampler(torch.from_numpy(uniforms).to(model.device), self.temperature, self.vocab)
         # Greedy, since `draw` leaves one finite entry.
         greedy = GenerationConfig(
