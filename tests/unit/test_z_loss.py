@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.library import opcheck
 
 from opsd_kernels import (
     LinearDivergenceLoss,
@@ -12,7 +13,7 @@ from opsd_kernels import (
     linear_topk_divergence,
     weights,
 )
-from opsd_kernels._core import loop
+from opsd_kernels._core import library, loop
 from opsd_kernels.objectives import OnPolicyDistillation, linear_policy_divergence
 from opsd_kernels.testing import (
     LOGSUMEXP_NATS,
@@ -158,8 +159,21 @@ def test_beside_a_policy_term_it_is_refused():
         linear_policy_divergence(*case.inputs(), **told)
 
 
-def test_opcheck(backend):
-    """The flat form of a call with a z-loss, and its fake."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_opcheck(monkeypatch, backend, dtype, labelled):
+    """The flat form of a call with a z-loss, and the shapes of its fake."""
+    op, calls = library.op, []
+    monkeypatch.setattr(library, "op", lambda *args: calls.append(args) or op(*args))
+    h, t, W = (torch.randn(*shape).to(dtype) for shape in ((5, H), (5, H), (V, H)))
+    labels = torch.randint(V, (5,)) if labelled else None
+    linear_divergence(h.requires_grad_(), W, t, W, z_loss=C, labels=labels, backend=backend)
+    (args,) = calls
+    plain = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in args)
+    opcheck(op.default, plain, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compiled_as_one_graph(backend):
     h, t = torch.randn(5, H, requires_grad=True), torch.randn(5, H)
     W = torch.randn(V, H, requires_grad=True)
 
