@@ -42,7 +42,8 @@ class Form:
 
 
 def _rows(case: Case, dtype: torch.dtype, probs: bool = False) -> Tensor:
-    logits = case.teacher_hidden.float() @ case.teacher_weight.float().T
+    """Return the teacher's rows, rounded once: those of an fp32 product round like plain PyTorch's student."""
+    logits = case.teacher_hidden.double() @ case.teacher_weight.double().T
     return (logits.softmax(-1) if probs else logits).to(dtype)
 
 
