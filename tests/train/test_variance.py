@@ -5,7 +5,7 @@ import pytest
 
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.studies import command
-from opsd_kernels.train.studies.compare import Design
+from opsd_kernels.train.studies.compare import Trained
 from opsd_kernels.train.studies.papers import mopd, variance
 from opsd_kernels.train.studies.papers.variance import GAIN, Grid
 from opsd_kernels.train.studies.statistics import NOT_REPRODUCED, REPRODUCED
@@ -14,27 +14,26 @@ from opsd_kernels.train.studies.study import load
 RATES = (1e-3, 2e-3)
 
 
-def made_up(between, within, bases=40, runs=2, low_rate=-0.1):
-    """Make runs around .5 and .2, the two arms; the first rate adds `low_rate`."""
+def made_up(between, within, bases=40, runs=2):
+    """Make runs around .5 and .2, the two arms."""
     rng = np.random.default_rng(0)
-    means = {arm.name: mean for arm, mean in zip(variance.ARMS, (0.5, 0.2), strict=True)}
 
     def run(value):
         before = {f"{name}_before": 0.3 for name in ("held_out_accuracy", "self_teacher_accuracy")}
         return {**before, "untrained_skill_before": 0.9, "held_out_accuracy_after": value}
 
-    by_arm = {}
-    for name, mean in means.items():
-        of_base = mean + between * rng.standard_normal(bases)
-        by_arm[name] = {
-            rate: [
-                [run(value + shift + within * rng.standard_normal()) for _ in range(runs)]
-                for value in of_base
-            ]
-            for rate, shift in zip(RATES, (low_rate, 0.0), strict=True)
-        }
+    arms, by_arm = {}, {}
+    for arm, mean in zip(variance.ARMS, (0.5, 0.2), strict=True):
+        values = (
+            mean + between * rng.standard_normal((bases, 1)) + within * rng.standard_normal((bases, runs))
+        )
+        by_arm[arm.name] = [[run(value) for value in row] for row in values]
+        tried = {RATES[0]: [0.4, 0.3], RATES[1]: [0.3, 0.45]}
+        arms[arm.name] = Trained(
+            arm, RATES[1], [row[0] for row in by_arm[arm.name]], list(range(bases)), tried
+        )
     moved = {what: [run(0.4), run(0.1)] for what in ("made", "trained")}
-    return Grid(Design(bases=bases, seeds=runs, rates=RATES), by_arm, [moved])
+    return Grid(arms, by_arm, [moved])
 
 
 def test_tables_hold_the_components_of_the_runs():
@@ -61,13 +60,9 @@ def test_claims_compare_the_two_levels():
     assert variance.claim(made_up(0.0, 0.1, bases=300), mopd.TWO).grade == NOT_REPRODUCED
 
 
-def test_three_runs_choose_a_rate_more_surely_than_one():
-    grid = made_up(0.0, 0.1, bases=9)
-    right = [
-        np.mean([rate == RATES[1] for rate in variance.choices(grid, mopd.TWO, count)]) for count in (1, 3, 9)
-    ]
-    assert 0.5 < right[0] < right[1] <= right[2] == 1
-    assert len(variance.choices(grid, mopd.TWO, 3)) == 84
+def test_rates_of_single_runs_and_of_their_mean():
+    for row in variance.rates_table(made_up(0.1, 0.02)).rows:
+        assert row[1:] == ["0.400, 0.300", "0.300, 0.450", "0.001, 0.002", "0.002"]
 
 
 @pytest.mark.slow
@@ -76,6 +71,6 @@ def test_the_study_runs(tmp_path, monkeypatch):
     made = command.reproduce("variance", tmp_path, True, 0, ["reproduce", "variance", "--quick"])
     assert load(tmp_path / "variance.json") == made
     arithmetic = made.tables[-1].rows
-    assert [row[0] for row in arithmetic] == ["0"] * 3 + ["1"] * 3
+    assert [row[0] for row in arithmetic] == ["0"] * 3
     again = command.reproduce("variance", tmp_path, True, 0, [], against=tmp_path / "variance.json")
     assert again.claims == made.claims
