@@ -11,8 +11,10 @@ from opsd_kernels.train.studies.lab import Cell, Lab
 from opsd_kernels.train.studies.study import load
 
 ROOT = Path(__file__).resolve().parents[2]
-IMPORTS = "from opsd_kernels.train.records import log\nfrom ..divergence import f\n"
 SOURCE = '''"""A module."""
+
+from opsd_kernels.train.records import log
+from ..divergence import f
 
 
 def half(x):
@@ -38,7 +40,7 @@ def package(tmp_path, monkeypatch):
     write("train/envs/__init__.py", "from . import secret_op, plan\n")
     write("train/envs/secret_op.py", "A = 1\n")
     write("train/envs/plan.py", "A = 1\n")
-    write("train/step.py", IMPORTS + SOURCE)
+    write("train/step.py", SOURCE)
     write("train/records/log.py", "A = 1\n")
     write("divergence.py", "A = 1\n")
     write(
@@ -75,7 +77,7 @@ def test_modules_are_those_that_decide_numbers(package):
 def test_a_digest_is_of_the_code_alone(package, old, new, same):
     before = found()
     assert old in SOURCE
-    package("train/step.py", IMPORTS + SOURCE.replace(old, new))
+    package("train/step.py", SOURCE.replace(old, new))
     assert digest.changed(before) == ([] if same else ["opsd_kernels.train.step"])
 
 

@@ -37,6 +37,8 @@ def reproduce(
     first = load(Path(against)) if against is not None else None
     lab = Lab(Path(out) / "cells", workers, quick, master, Progress())
     module = f"opsd_kernels.train.studies.papers.{paper}"
+    # Before the cells run, since a file may be edited in the meantime.
+    own = digest.modules([module], [])
     try:
         study = importlib.import_module(module).study(lab)
     finally:
@@ -51,7 +53,7 @@ def reproduce(
         "workers": workers,
         "quick": quick,
         "master": master,
-        "modules": dict(sorted({**lab.modules, **digest.modules([module], [])}.items())),
+        "modules": dict(sorted({**lab.modules, **own}.items())),
         "defaults": digest.defaults(),
     }
     pages.write(study, Path(out))

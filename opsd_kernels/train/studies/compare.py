@@ -40,7 +40,7 @@ class Design:
 
     bases: int = 6
     seeds: int = 1
-    tuning: int = 3
+    tuning: int = 2
     rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3)
 
     def quick(self) -> Design:

@@ -44,8 +44,7 @@ WEIGHTS = {
 EXTERNAL, SELF = "external", "self"
 SAMPLED, FULL = "sampled_token", "full"
 MARGIN = 0.05
-# Three times the arms of the other studies: fewer runs choose a rate.
-DESIGN = Design(tuning=2)
+DESIGN = Design()
 TEACHER_WORDS = {EXTERNAL: "another model", SELF: "the privileged self"}
 OBJECTIVE_WORDS = {SAMPLED: "sampled tokens", FULL: "full vocabulary"}
 

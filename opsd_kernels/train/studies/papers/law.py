@@ -35,6 +35,7 @@ from opsd_kernels.train.studies.statistics import (
     Estimate,
     graded_ahead,
     graded_equal,
+    percentiles,
     replication_of,
     resamples,
 )
@@ -218,8 +219,8 @@ def sentences(quick: bool) -> list[str]:
         "with a seed that no run has. Plain gap: teacher less student.",
         f"Improvement: held-out accuracy after less before, {base.eval_samples} answers each, the mean over "
         "the runs. One point per context.",
-        "Intervals of R^2, slopes, intercepts, errors and rank correlations draw contexts as well as base "
-        "models: they are of a rerun with other contexts of this kind, too.",
+        "Intervals of R^2, slopes, intercepts, errors and rank correlations also span a bootstrap over "
+        "contexts.",
     ]
 
 
@@ -229,23 +230,25 @@ def over_contexts(
     within: tuple[float, float] = (-np.inf, np.inf),
     of_drawn: bool = True,
 ) -> Estimate:
-    """Estimate a statistic of gaps and improvements, with an interval over base models and contexts.
+    """Estimate a statistic of gaps and improvements over contexts.
 
-    `statistic` gets the gaps and improvements (R, C) of each size of model. With `of_drawn` it is evaluated
-    on the drawn contexts and returns (R,); else it returns a value for each context, (R, C), whose mean over
-    the drawn contexts is taken.
+    The interval spans that of a rerun with other base models, and the percentile interval of samples of
+    contexts. `statistic` gets the gaps and improvements (R, C) of each size of model. With `of_drawn` it is
+    evaluated on the drawn contexts and returns (R,); else it returns a value for each context, (R, C), whose
+    mean is taken.
     """
-    count = len(sizes[0].trained)
-    places = np.random.default_rng(1).integers(count, size=(SAMPLES, count))
+    count, bases = len(sizes[0].trained), min(len(set(one.bases)) for one in sizes)
     points = [array[None] for one in sizes for array in coordinates(one.points())]
-    drawn = [array for one in sizes for array in one.drawn(SAMPLES)]
+    rerun = statistic(*(array for one in sizes for array in one.drawn(SAMPLES)))
+    places = np.random.default_rng(1).integers(count, size=(SAMPLES, count))
     if of_drawn:
-        value = statistic(*points)
-        values = statistic(*(np.take_along_axis(array, places, 1) for array in drawn))
+        value, drawn = statistic(*points), statistic(*(array[0][places] for array in points))
     else:
-        value = statistic(*points).mean(1)
-        values = np.take_along_axis(statistic(*drawn), places, 1).mean(1)
-    return replication_of(float(value[0]), values, count, min(len(set(one.bases)) for one in sizes), within)
+        each = statistic(*points)
+        value, rerun, drawn = each.mean(1), rerun.mean(1), each[0][places].mean(1)
+    found = replication_of(float(value[0]), rerun, count, bases, within)
+    low, high = percentiles(drawn)
+    return replace(found, low=min(found.low, float(low)), high=max(found.high, float(high)))
 
 
 def error_saved(gaps_RC: np.ndarray, gains_RC: np.ndarray) -> np.ndarray:

@@ -8,14 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from opsd_kernels.train.config import TrainConfig
-from opsd_kernels.train.studies.compare import Design, run_seeds
+from opsd_kernels.train.studies.compare import Design, Trained, compare, run_seeds
 from opsd_kernels.train.studies.lab import Cell, Lab, Result
 from opsd_kernels.train.studies.papers import mopd
 from opsd_kernels.train.studies.statistics import (
@@ -28,13 +27,12 @@ from opsd_kernels.train.studies.study import Claim, Panel, Series, Study, Table
 
 ARMS = tuple(arm for arm in mopd.ARMS if arm.name in (mopd.TWO, mopd.SHUFFLED))
 GAIN = f"`{mopd.TWO}` less `{mopd.SHUFFLED}`"
-DESIGN = replace(mopd.DESIGN, seeds=2)
-# torch's kernels for narrower vectors add in another order. The first base models, made and trained so.
-CAPABILITY, ELSEWHERE = "avx2", 2
+RUNS = 2
+# torch's kernels for narrower vectors add in another order. Base models that are made and trained so.
+CAPABILITY, ELSEWHERE = "avx2", 1
 # Base models and runs from each, of which the table gives the standard errors: the former design had 5 runs
 # on 3 base models.
 DESIGNS = ((3, 1), (3, 2), (3, 5), (5, 1), (6, 1), (8, 1), (12, 1))
-CHOOSERS = (1, 3)
 BOOTSTRAPS = 2000
 
 
@@ -67,22 +65,19 @@ def components(values_BM: np.ndarray, sampling: float = 0.0) -> Components:
 
 @dataclass(frozen=True)
 class Grid:
-    """The runs of two arms at all rates, and those of the same seeds in another arithmetic."""
+    """Some runs from each base model of each arm, and those of the same seeds in another arithmetic."""
 
-    design: Design
-    runs: dict[str, dict[float, list[list[Result]]]]  # by arm and rate; of each base model, its runs
+    arms: dict[str, Trained]  # one run from each base model, and the runs that chose the rate
+    runs: dict[str, list[list[Result]]]  # by arm: of each base model, its runs
     elsewhere: list[dict[str, list[Result]]]  # by base model: the arms; made anew, and trained anew alone
 
-    def after(self, arm: str, rate: float) -> np.ndarray:
+    def after(self, arm: str) -> np.ndarray:
         """Shape (B, M): held-out accuracy after training."""
-        return np.array([[run[AFTER] for run in runs] for runs in self.runs[arm][rate]])
-
-    def best(self, arm: str) -> float:
-        return max(self.design.rates, key=lambda rate: float(self.after(arm, rate).mean()))
+        return np.array([[run[AFTER] for run in runs] for runs in self.runs[arm]])
 
     def quantities(self) -> dict[str, np.ndarray]:
-        """Return accuracies (B, M) of the arms at their best rates on average, and their difference."""
-        two, shuffled = (self.after(arm.name, self.best(arm.name)) for arm in ARMS)
+        """Return the accuracies (B, M) of the arms, and their difference."""
+        two, shuffled = (self.after(arm.name) for arm in ARMS)
         return {mopd.TWO: two, mopd.SHUFFLED: shuffled, GAIN: two - shuffled}
 
 
@@ -90,7 +85,7 @@ AFTER = "held_out_accuracy_after"
 
 
 def study(lab: Lab) -> Study:
-    design = replace(DESIGN.quick(), bases=2, seeds=2, rates=DESIGN.rates) if lab.quick else DESIGN
+    design = replace(mopd.DESIGN, bases=2) if lab.quick else mopd.DESIGN
     base = TrainConfig(**{**mopd.BASE, **(mopd.QUICK if lab.quick else {})})
     grid = measure(lab, base, design)
     return Study(
@@ -119,7 +114,11 @@ NOTES = [
     "The warm start stops at an accuracy on a steep rise, so that base models differ in how well they read a "
     "context (their self-teacher's accuracy before) more than in what they know without one.",
     "A rounding error grows over the hundreds of steps of a warm start until the base model is another one: "
-    "another processor counts as other base models. A change of the code does the same.",
+    "another processor counts as other base models.",
+    "Not the code: at the commit of the first page of `mopd` (8f6b423) and at that of this page, eleven "
+    "steps of the warm start from seed 0 (hidden size 96) give the same weights to the last bit, and four "
+    "steps of a run from one base model the same rewards and divergences to six digits. With torch's kernels "
+    "for AVX2 the weights differ after one step of the warm start. Measured aside.",
     "A standard deviation of six base models is itself known to a third either way.",
 ]
 
@@ -127,40 +126,32 @@ NOTES = [
 def sentences(base: TrainConfig, design: Design) -> list[str]:
     return [
         f"Two arms of `mopd`, `{mopd.TWO}` and `{mopd.SHUFFLED}`, with its settings: {base.steps} steps, "
-        f"hidden size {base.tiny_hidden}. {design.bases} base models, {design.seeds} runs from each, at the "
-        f"rates {' and '.join(f'{rate:g}' for rate in design.rates)}: a balanced design.",
-        "Components: one-way analysis of variance with base models as a random effect, at each arm's best "
-        f"rate on average. Of answers: the part of the runs' variance that {base.eval_samples} answers per "
-        "accuracy explain.",
-        f"Arithmetic: the first {ELSEWHERE} base models with the same seeds and torch's kernels for "
+        f"hidden size {base.tiny_hidden}. {design.bases} base models, {RUNS} runs from each, at the rate "
+        f"that {design.tuning} runs choose: a balanced design.",
+        "Components: one-way analysis of variance with base models as a random effect. Of answers: the part "
+        f"of the runs' variance that {base.eval_samples} answers per accuracy explain.",
+        "Arithmetic: the first base model with the same seeds and torch's kernels for "
         f"{CAPABILITY} (`ATEN_CPU_CAPABILITY`), once from the warm start on, once in the run alone.",
     ]
 
 
 def measure(lab: Lab, base: TrainConfig, design: Design) -> Grid:
-    def config(settings: dict[str, Any], rate: float, place: int, run: int) -> TrainConfig:
-        return replace(base, learning_rate=rate, **run_seeds(lab.master, place, run), **settings)
+    arms = compare(lab, base, ARMS, design)
 
-    cells = [
-        (arm, rate, place, run)
-        for place in range(design.bases)
-        for run in range(design.seeds)
-        for rate in design.rates
-        for arm in ARMS
-    ]
-    results = lab.train("runs", [config(arm.settings, rate, place, run) for arm, rate, place, run in cells])
-    runs: dict[str, dict[float, list[list[Result]]]] = {
-        arm.name: {rate: [[] for _ in range(design.bases)] for rate in design.rates} for arm in ARMS
-    }
-    for (arm, rate, place, _), result in zip(cells, results, strict=True):
-        runs[arm.name][rate][place].append(result)
-    found = Grid(design, runs, [])
-    rates = {arm.name: found.best(arm.name) for arm in ARMS}
+    def config(arm: Trained, place: int, run: int) -> TrainConfig:
+        seeds = run_seeds(lab.master, place, run)
+        return replace(base, learning_rate=arm.rate, **seeds, **arm.arm.settings)
+
+    cells = [(name, place, run) for name in arms for place in range(design.bases) for run in range(1, RUNS)]
+    results = lab.train("more runs", [config(arms[name], *rest) for name, *rest in cells])
+    runs = {name: [[first] for first in arm.runs] for name, arm in arms.items()}
+    for (name, place, _), result in zip(cells, results, strict=True):
+        runs[name][place].append(result)
     others = [
         Cell(
             f"{__name__}:elsewhere",
             {
-                "configs": [asdict(config(arm.settings, rates[arm.name], place, 0)) for arm in ARMS],
+                "configs": [asdict(config(arm, place, 0)) for arm in arms.values()],
                 "capability": CAPABILITY,
                 "warm_too": warm_too,
             },
@@ -170,7 +161,7 @@ def measure(lab: Lab, base: TrainConfig, design: Design) -> Grid:
     ]
     moved = [result["runs"] for result in lab.run("other arithmetic", others)]
     pairs = zip(moved[::2], moved[1::2], strict=True)
-    return replace(found, elsewhere=[{"made": made, "trained": trained} for made, trained in pairs])
+    return Grid(arms, runs, [{"made": made, "trained": trained} for made, trained in pairs])
 
 
 CHILD = (
@@ -228,7 +219,7 @@ def drawn(values_BM: np.ndarray, statistic: Callable[[np.ndarray], float]) -> np
 def sampling_variance(grid: Grid, base: TrainConfig, name: str) -> float:
     """Return the mean binomial variance of a quantity's accuracies."""
     arms = [arm.name for arm in ARMS] if name == GAIN else [name]
-    values = [grid.after(arm, grid.best(arm)) for arm in arms]
+    values = [grid.after(arm) for arm in arms]
     return sum(float(np.mean(value * (1 - value))) for value in values) / base.eval_samples
 
 
@@ -256,8 +247,7 @@ def bases_table(grid: Grid) -> Table:
     """Make a table of the base models: before training, and the mean after."""
     rows = []
     quantities = grid.quantities()
-    rate = grid.best(mopd.TWO)
-    for place, runs in enumerate(grid.runs[mopd.TWO][rate]):
+    for place, runs in enumerate(grid.runs[mopd.TWO]):
         before = [
             f"{np.mean([run[f'{name}_before'] for run in runs]):.3f}"
             for name in ("held_out_accuracy", "self_teacher_accuracy", "untrained_skill")
@@ -288,38 +278,23 @@ def errors_table(grid: Grid) -> Table:
 
 
 def rates_table(grid: Grid) -> Table:
-    """Make a table of how the choice of a rate by few runs moves an arm's mean."""
+    """Make a table of the accuracies of the runs that chose a rate, and of what each alone would choose."""
     rows = []
-    for arm in ARMS:
-        means = {rate: float(grid.after(arm.name, rate).mean()) for rate in grid.design.rates}
-        row = [arm.name, *(f"{mean:.3f}" for mean in means.values())]
-        for count in CHOOSERS:
-            chosen = choices(grid, arm.name, count)
-            spread = float(np.std([means[rate] for rate in chosen]))
-            row.append(f"{np.mean([rate == grid.best(arm.name) for rate in chosen]):.0%}, {spread:.3f}")
-        rows.append(row)
-    columns = ["arm", *(f"mean at {rate:g}" for rate in grid.design.rates)]
-    return Table(
-        "Rates: how often one run or three choose the best, and the spread of the mean that this adds",
-        [*columns, *(f"chosen by {count}" for count in CHOOSERS)],
-        rows,
-    )
-
-
-def choices(grid: Grid, arm: str, count: int) -> list[float]:
-    """Return the rates that all sets of `count` base models choose, each by its last run."""
-    scores = {rate: grid.after(arm, rate)[:, -1] for rate in grid.design.rates}
-    count = min(count, grid.design.bases)
-    return [
-        max(grid.design.rates, key=lambda rate: float(scores[rate][list(places)].mean()))
-        for places in combinations(range(grid.design.bases), count)
-    ]
+    for name, arm in grid.arms.items():
+        tried = [", ".join(f"{value:.3f}" for value in values) for values in arm.tried.values()]
+        alone = [
+            max(arm.tried, key=lambda rate: arm.tried[rate][run]) for run in range(len(arm.tried[arm.rate]))
+        ]
+        rows.append([name, *tried, ", ".join(f"{rate:g}" for rate in alone), f"{arm.rate:g}"])
+    rates = next(iter(grid.arms.values())).tried
+    columns = ["arm", *(f"runs at {rate:g}" for rate in rates), "each alone chooses", "their mean chooses"]
+    return Table("Rates: held-out accuracy after, of the runs that choose", columns, rows)
 
 
 def arithmetic_table(grid: Grid) -> Table:
     rows = []
     for place, moved in enumerate(grid.elsewhere):
-        here = [grid.runs[arm.name][grid.best(arm.name)][place][0] for arm in ARMS]
+        here = [grid.runs[arm.name][place][0] for arm in ARMS]
         for name, runs in (("as run", here), ("the run alone", moved["trained"]), ("both", moved["made"])):
             before = [
                 f"{runs[0][f'{what}_before']:.3f}" for what in ("held_out_accuracy", "self_teacher_accuracy")
