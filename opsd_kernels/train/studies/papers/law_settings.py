@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from opsd_kernels.train.config import TrainConfig
@@ -60,6 +60,18 @@ QUICK: dict[str, Any] = {
     "warm_max_steps": 200,
 }  # fmt: skip
 
+# `other` misleads as `corrupted` does, and is left out for time.
+SECRET_OP = Setting(
+    BASE,
+    (
+        *told("answer", "first", "first_two", "last", "marks", "wrong", "corrupted"),
+        *told_beside_siblings(),
+    ),
+    Design(6, 1, 0, RATES),
+    1000,
+    QUICK,
+    ("answer", "wrong", "corrupted", "siblings"),
+)
 # The environment that no measure was chosen on. Half the prompts, since its answers are three times as long.
 PLAN = Setting(
     {"env": "plan", **PRESETS["plan"], **BASE, "prompts_per_step": 16},
@@ -71,4 +83,13 @@ PLAN = Setting(
     1000,
     {**QUICK, "max_new_tokens": 10, "warm_accuracy": 1e-9, "warm_max_steps": 25},
     ("where", "plan", "answer", "siblings"),
+)
+# A language model. One base model, so that its runs differ in their seeds alone.
+PYTHON = Setting(
+    {"env": "python", **PRESETS["python"], "prompts_per_step": 4, "group_size": 4, **UNWATCHED},
+    (*told("answer", "error", "test", "wrong"), *told_beside_siblings("answer", "error", "test")),
+    Design(3, 1, 0, (PRESETS["python"]["learning_rate"],)),
+    256,
+    {"steps": 1, "prompts_per_step": 1, "group_size": 2, "max_new_tokens": 4, "eval_samples": 2},
+    ("answer", "wrong", "siblings"),
 )
