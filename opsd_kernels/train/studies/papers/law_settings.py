@@ -80,7 +80,7 @@ PLAN = Setting(
         *told_beside_siblings("where", "plan", "answer", "wrong"),
     ),
     Design(3, 1, 0, RATES),
-    1000,
+    512,
     {**QUICK, "max_new_tokens": 10, "warm_accuracy": 1e-9, "warm_max_steps": 25},
     ("where", "plan", "answer", "siblings"),
 )
