@@ -14,6 +14,7 @@ from opsd_kernels.train.studies.probe import MEASURES, Law, coordinates, fit, li
 from opsd_kernels.train.studies.study import Panel, Series, Table
 
 if TYPE_CHECKING:
+    from opsd_kernels.train.studies.compare import Trained
     from opsd_kernels.train.studies.papers.law_measured import Measured
 
 # An accuracy, one answer of those that measure it, and steps.
@@ -79,6 +80,47 @@ def measures_table(found: Sequence[Measured], not_run: bool) -> Table:
     if not_run:
         rows.append(["`python`, SmolLM2-135M", "both", "**not run**: `opsd reproduce law_python`", *[""] * 5])
     return Table("Two measures", ["environment", "measure", *FITTED], rows)
+
+
+def prefixes_table(elsewhere: Measured, first: dict[str, Trained]) -> Table:
+    """Compare training on all tokens of `plan` and on the first alone, which decides the plan."""
+    points = {point.context: point for point in elsewhere.points("consensus_gap")}
+    rows = []
+    for name, runs in first.items():
+        everything = elsewhere.trained[name]
+        gain = everything.estimate(np.subtract(runs.gains(), everything.gains()).tolist())
+        rows.append(
+            [
+                f"`{name}`",
+                f"{points[name].gap:.3f}",
+                str(everything.estimate(everything.gains())),
+                str(runs.estimate(runs.gains())),
+                str(gain),
+            ]
+        )
+    columns = ["context", "consensus gap", "improvement, all tokens", "first token alone", "difference"]
+    return Table(f"Explanation: wrong beginnings, {elsewhere.name}", columns, rows)
+
+
+def ceilings_table(*found: Measured) -> Table:
+    """Compare R^2 with the largest that the scatter of the runs allows."""
+    rows = []
+    for one in found:
+        spread = [float(np.std(runs.gains(), ddof=1)) for runs in one.trained.values() if len(runs.runs) > 1]
+        fits = [fit(one.points(measure)).r2 for measure in MEASURES]
+        rows.append(
+            [
+                one.name,
+                f"{np.sqrt(np.mean(np.square(spread))) if spread else np.nan:.3f}",
+                f"{max(spread, default=np.nan):.3f}",
+                f"{one.ceiling:.3f}",
+                *(f"{r2:.3f}" for r2 in fits),
+            ]
+        )
+    columns = ["environment", "scatter of a context's runs", "largest", "R^2 of an exact measure"]
+    return Table(
+        "Explanation: chance", [*columns, *(f"R^2 of the {m.replace('_', ' ')}" for m in MEASURES)], rows
+    )
 
 
 def gaps_table(one: Measured) -> Table:

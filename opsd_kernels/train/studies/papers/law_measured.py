@@ -43,6 +43,17 @@ class Measured:
             for name, runs in self.trained.items()
         ]
 
+    @property
+    def ceiling(self) -> float:
+        """Return the R^2 that an exact measure of contexts could expect, given the scatter of their runs.
+
+        One less the share of the runs' variance in that of the means (ANOVA), not below 0; NaN for one run.
+        """
+        gains_CR = np.array([runs.gains() for runs in self.trained.values()])
+        within = gains_CR.var(1, ddof=1).mean() if gains_CR.shape[1] > 1 else np.nan
+        between = gains_CR.shape[1] * gains_CR.mean(1).var(ddof=1)
+        return float(np.maximum(0.0, 1 - within / between)) if between > 0 else 0.0
+
     def runs(self, gap: str = "gap") -> list[Point]:
         return [
             Point(name, *pair)

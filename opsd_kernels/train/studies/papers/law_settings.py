@@ -84,6 +84,12 @@ PLAN = Setting(
     {**QUICK, "max_new_tokens": 10, "warm_accuracy": 1e-9, "warm_max_steps": 25},
     ("where", "plan", "answer", "siblings"),
 )
+# To test whether wrong beginnings do the harm: the first of ten tokens alone is taught, which names the plan.
+FIRST_TOKEN = tuple(
+    Arm(arm.name, {**arm.settings, "token_weights": "FirstFraction(0.1)"})
+    for arm in PLAN.contexts
+    if arm.name in ("answer", "siblings")
+)
 # A language model. One base model, so that its runs differ in their seeds alone.
 PYTHON = Setting(
     {"env": "python", **PRESETS["python"], "prompts_per_step": 4, "group_size": 4, **UNWATCHED},
