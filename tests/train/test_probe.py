@@ -335,7 +335,9 @@ def test_fit_then_predict_from_the_command_line(small, config, tmp_path):
     for one in load_laws(law):
         predicted = one.predict(record["probes"][0][one.measure]["value"])
         assert record["predictions"][0][one.measure] == pytest.approx(dataclasses.asdict(predicted))
-    assert "improvement by consensus gap" in " ".join(done.output.split())
+    for title in ("gap before training", "consensus gap before training"):
+        assert title in done.output
+    assert done.output.count("predicted") == 2
 
 
 @pytest.mark.parametrize(

@@ -386,39 +386,42 @@ def probe_command(
             "kind": "probes",
             "probes": [asdict(probe) for probe in probes],
             "predictions": [
-                {law.measure: asdict(one) for law in laws if (one := predicted(law, probe)) is not None}
+                {
+                    law.measure: asdict(law.predict(value))
+                    for law in laws
+                    if (value := probe.measured(law.measure)) is not None
+                }
                 for probe in probes
             ],
         }
         write_file(out, report_json.dumps(record))
 
 
-def predicted(law: Law, probe: Probe) -> Estimate | None:
-    value = probe.measured(law.measure)
-    return None if value is None else law.predict(value)
-
-
 def show_probes(console: Console, probes: Sequence[Probe], laws: Sequence[Law]) -> None:
-    table = Table(title="accuracy before training [95 % over problems]")
-    names = ("student", "teacher", "second_try", "gap", "consensus", "consensus_gap")
-    titles = {"teacher": "self-teacher"}
-    table.add_column("context")
-    for name in names:
-        table.add_column(titles.get(name, name.replace("_", " ")))
-    for law in laws:
-        table.add_column(f"improvement by {law.measure.replace('_', ' ')} [95 %]")
-    beyond = False
-    for probe in probes:
-        cells = [str(getattr(probe, name) or "") for name in names]
-        for law in laws:
-            value, found = probe.measured(law.measure), predicted(law, probe)
-            outside = value is not None and not law.inside(value)
-            cells.append(("" if found is None else str(found)) + (" *" if outside else ""))
-            beyond |= outside
-        table.add_row(probe.context, *cells)
-    console.print(table)
+    """Print a table for each measure, so that a terminal of 80 columns has room."""
+    shown = {"gap": ("student", "teacher", "second_try"), "consensus_gap": ("consensus",)}
+    by_measure, beyond = {law.measure: law for law in laws}, False
+    for measure, accuracies in shown.items():
+        law, names = by_measure.get(measure), (*accuracies, measure)
+        table = Table(title=f"{spoken(measure)} before training [95 % over problems]")
+        for column in ("context", *map(spoken, names), *(["predicted improvement [95 %]"] if law else [])):
+            table.add_column(column)
+        for probe in probes:
+            cells = [str(getattr(probe, name) or "not measured") for name in names]
+            value = probe.measured(measure)
+            if law is not None and value is not None:
+                outside = not law.inside(value)
+                cells.append(f"{law.predict(value)}{' *' if outside else ''}")
+                beyond |= outside
+            table.add_row(probe.context, *cells)
+        console.print(table)
     if beyond:
         console.print("* beyond the gaps that the law was fitted on", markup=False)
+
+
+def spoken(name: str) -> str:
+    """Write a field of Probe in words."""
+    return "self-teacher" if name == "teacher" else name.replace("_", " ")
 
 
 def fit_command(folders: Sequence[Path], samples: int | None, out: Path | None) -> None:
@@ -426,7 +429,7 @@ def fit_command(folders: Sequence[Path], samples: int | None, out: Path | None) 
     progress = Progress()
     laws = fit_runs(folders, samples, progress)
     for law in laws:
-        measure = law.measure.replace("_", " ")
+        measure = spoken(law.measure)
         table = Table(title=f"the law by the {measure}, by context")
         for column in ("context", "runs", measure, "improvement", "as predicted by the others"):
             table.add_column(column)
