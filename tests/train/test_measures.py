@@ -2,6 +2,7 @@
 
 import dataclasses
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from opsd_kernels.train.sampling import agreement
 from opsd_kernels.train.sampling.rollout import requests
 from opsd_kernels.train.studies import measures
 from opsd_kernels.train.studies.measures import Views, consensus, consensus_answers, measure_consensus
-from opsd_kernels.train.types import Context
+from opsd_kernels.train.types import Context, Verdict
 
 EXACT = 1e-12
 
@@ -126,7 +127,7 @@ def test_a_group_is_never_split_and_a_batch_never_larger(config, task, sampler, 
     prompt = task.env(task.held_out[0], 0).prompt()
     many = [Views(prompt, {(5, place): 1 / 4 for place in range(4)})] * 3
     with counted(monkeypatch) as rows:
-        consensus_answers(dataclasses.replace(sampler, batch=9), model, many, 1, config, 0)
+        consensus_answers(dataclasses.replace(sampler, batch=11), model, many, 1, config, 0)
     assert rows == [8, 4]
     with counted(monkeypatch) as rows:
         consensus_answers(dataclasses.replace(sampler, batch=3), model, many, 1, config, 0)
@@ -144,11 +145,29 @@ class Fixed:
         yield self.model
 
 
-def test_the_gap_is_that_of_its_accuracies(config, sampler, model):
+class Lenient:
+    """A task that takes every answer of an odd number of words."""
+
+    def __init__(self, task):
+        self.held_out, self.made = task.held_out, task.env
+
+    def env(self, problem, key):
+        def verify(text):
+            return Verdict(1.0) if len(text.split()) % 2 else Verdict(0.0, "wrong")
+
+        return SimpleNamespace(prompt=self.made(problem, key).prompt, verify=verify)
+
+
+def test_the_gap_is_that_of_its_accuracies(config, sampler, model, monkeypatch):
+    """Three of four answers are right; the student's are now and then."""
+    drawn = [row[:-1] for row in sampler.encoder.answer(["123", "123", "321", "12"])]
+    monkeypatch.setattr(measures, "consensus_answers", lambda s, m, asked, *more: [drawn] * len(asked))
     config = dataclasses.replace(config, feedback="wrong", siblings=False)
-    found = measure_consensus(sampler, model, Fixed(model), make_task(config), config, 10 * measures.ATTEMPTS)
-    assert found.gap.value == pytest.approx(found.accuracy.value - found.student.value)
-    assert found.gap.count == 10 and 0 < found.taught <= 1
+    task = Lenient(make_task(config))
+    found = measure_consensus(sampler, model, Fixed(model), task, config, 10 * measures.ATTEMPTS)
+    assert found.taught == 1 and 0.05 < found.student.value < 0.7
+    assert found.accuracy.value == 0.75
+    assert found.gap.value == pytest.approx(0.75 - found.student.value) and found.gap.count == 10
 
 
 def test_without_a_context_nothing_is_taught(config, sampler, model):
@@ -160,7 +179,7 @@ def test_without_a_context_nothing_is_taught(config, sampler, model):
 
 def test_contexts_are_those_of_training(config, sampler, model, monkeypatch):
     """Every context that build_contexts makes has its share, and equal ones are asked once."""
-    config = dataclasses.replace(config, feedback="last", siblings=False, group_size=3)
+    config = dataclasses.replace(config, feedback="corrupted", siblings=False, group_size=3)
     task, seen = make_task(config), []
 
     def recorded(sampler, model, asked, answers, config, *key):
@@ -184,7 +203,7 @@ def test_contexts_are_those_of_training(config, sampler, model, monkeypatch):
             ]
         assert one.shares == pytest.approx({view: views.count(view) / len(views) for view in views})
         assert sum(one.shares.values()) == pytest.approx(1)
-    assert len(seen) == 2
+    assert len(seen) == 2 and all(len(set(one.shares.values())) > 1 for one in seen)
 
 
 def test_a_model_that_cannot_read_padding_is_not_measured(config, task, sampler, model, monkeypatch):
