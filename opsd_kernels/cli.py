@@ -165,8 +165,12 @@ def plan(
     if as_json:
         typer.echo(json.dumps(made.as_dict(), indent=2))
         return
-    kernels = row_kernels(tokens, vocab, made.logits_dtype, kind) if device == "cuda" else {}
-    show_plan("linear_topk" if listed else "linear_divergence", made.as_dict(), kernels)
+    fields, kernels = made.as_dict(), {}
+    if not tokens:
+        del fields["tile_share"]  # of no products
+    elif device == "cuda":
+        kernels = row_kernels(tokens, vocab, made.logits_dtype, kind)
+    show_plan("linear_topk" if listed else "linear_divergence", fields, kernels)
 
 
 def show_plan(op: str, fields: dict[str, object], kernels: dict[str, str]) -> None:
