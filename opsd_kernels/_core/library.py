@@ -28,6 +28,7 @@ from .planner import SM_COUNT, ChunkPlan, held_dtype, plan
 from .problem import ComputedRows, Outputs, Problem, RowSelection, Side, Teachers
 from .reductions import RowWeigher
 from .shard import VocabShard
+from .sliced_head import HEADS
 from .targets import Target
 from .teachers import in_segments
 
@@ -53,6 +54,12 @@ def arrange(
     on_cuda, sides = hidden.device.type == "cuda", [] if teacher is None else [teacher]
     if problem.teachers is not None:
         sides = list(problem.teachers.sides)
+    plain = all(
+        side.quantised is None
+        and side.weight.dtype == side.hidden.dtype == hidden.dtype
+        and side.weight.device == hidden.device
+        for side in (problem.student, *sides)
+    )
     ranks = (
         0 if problem.student.lora is None else problem.student.lora.A.shape[0],
         0 if teacher is None or teacher.lora is None else teacher.lora.A.shape[0],
@@ -82,6 +89,7 @@ def arrange(
         one_sweep=problem.spec.one_sweep,
         gradient_tolerance=problem.gradient_tolerance,
         ranks=ranks,
+        **({} if plain else _forms(problem, sides)),
         softcap=any(side.softcap is not None for side in (problem.spec.student, problem.spec.teacher)),
         sm_count=torch.cuda.get_device_properties(hidden.device).multi_processor_count
         if on_cuda
@@ -94,6 +102,21 @@ def arrange(
         rows = in_segments(problem, rows, chunks)
     backend = backends.select(problem.backend, hidden.device, chunks.logits_dtype)
     return chunks, backend if shard is None else ShardedRows(backend, shard), rows, bounds
+
+
+def _forms(problem: Problem, teachers: Sequence[Side]) -> dict[str, Any]:
+    """Return the arguments of a plan whose heads are read by slices, or whose sides differ in dtype.
+
+    Of several teachers the widest dtype and the costliest form.
+    """
+    hidden, forms, widest = problem.student.hidden, [0, 0], problem.student.hidden.dtype
+    for k, side in enumerate((problem.student, *teachers)):
+        dtype = problem.gemm_dtype(side, k > 0)
+        whole = (side.weight.dtype, side.weight.device) == (dtype, hidden.device)
+        form = 2 if side.quantised is not None else 0 if whole else 1
+        forms[k > 0] = max(forms[k > 0], form)
+        widest = dtype if k > 0 and (k == 1 or dtype.itemsize > widest.itemsize) else widest
+    return {"heads": tuple(HEADS[form] for form in forms), "teacher_dtype": widest}
 
 
 def align(lengths: list[int], rows: int) -> list[slice]:
