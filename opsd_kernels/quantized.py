@@ -25,7 +25,7 @@ class QuantizedHead:
     * `values`: (V, H) float8_e4m3fn, float8_e5m2 or int8. Values of fewer bits lie in an int8 each.
     * `scales`: one per row, (V,) or (V, 1), or one per block of (b, c) entries, (ceil(V / b), ceil(H / c)),
       which a value is multiplied by: the `weight_scale_inv` of DeepSeek-V3's checkpoints and transformers.
-    * `zero_points`: subtracted from the values before, in the shape of `scales`; None for 0.
+    * `zero_points`: subtracted from int8 values before, in the shape of `scales`; None for 0.
     * `block_size`: (b, c). None takes it from the shapes, which must then divide without a remainder.
 
     It stands for a weight where the ops take a teacher's or a frozen student's head. The same object on both
@@ -58,6 +58,8 @@ class QuantizedHead:
         grid = (-(-V // rows), -(-H // columns))
         expected = f"shape {grid}, blocks of {(rows, columns)} in {(V, H)}"
         expect(shape == grid, "scales", expected, tuple(scales.shape))
+        none = zeros is None or values.dtype == torch.int8
+        expect(none, "zero_points", "None beside float8 values", f"those of {values.dtype}")
         for name, tensor in (("scales", scales), ("zero_points", zeros)):
             if tensor is not None:
                 same = tensor.shape == scales.shape
