@@ -1,6 +1,6 @@
 """What a quantised frozen head costs: in error near the teacher, and in time on this CPU.
 
-    python benchmarks/quantised_heads.py errors       # captured rows of SmolLM2-135M, `make test-all` has its head
+    python benchmarks/quantised_heads.py errors      # on SmolLM2-135M, whose head `make test-all` installs
     python benchmarks/quantised_heads.py times [float32 bfloat16]
 
 Errors are those of the quantisation: of the op on the quantised head against float64 on the head itself.
