@@ -18,13 +18,13 @@ from .. import env
 from .._rows import backends
 from .._rows.contract import Column, RowBackend
 from ..spec import TAILS, RowSpec, Support, expect
-from . import loop
+from . import loop, student_vocab
 from .adapted import Adapters
 from .loop import on_host
 from .lora import Lora
 from .merged_rows import ShardedRows
 from .planner import SM_COUNT, ChunkPlan, held_dtype, plan
-from .problem import ComputedRows, Outputs, Problem, RowSelection, Side, Teachers
+from .problem import ComputedRows, Outputs, Problem, RowSelection, Side, Teachers, repeated
 from .reductions import RowWeigher
 from .shard import VocabShard
 from .targets import Target
@@ -146,8 +146,11 @@ def _computed_rows(problem: Problem, count: int | None = None) -> ComputedRows:
     Packing syncs with a GPU once, unless the `count` of valid rows is given.
     """
     rows, N = problem.rows, problem.student.hidden.shape[0]
+    vocab = problem.vocab
+    if problem.vocab_ids is not None:
+        vocab = _check_vocab_ids(problem.vocab_ids, problem.teacher_rows) or vocab
     if rows.labels is not None:
-        check_entries("labels", " or ignore_index", rows.labels, rows.valid, problem.vocab)
+        check_entries("labels", " or ignore_index", rows.labels, rows.valid, vocab)
     if problem.teachers is not None:
         known = len(problem.teachers.sides)
         check_entries("teacher_index", " at valid tokens", problem.teachers.index, rows.valid, known)
@@ -175,6 +178,17 @@ def check_entries(
     inside = (entries >= least) & (entries < stop)
     inside = inside if valid is None else inside | ~valid
     check_all(name, f"entries in [0, {stop}){otherwise}", entries, inside)
+
+
+def _check_vocab_ids(ids: Tensor, teacher_rows: int | None) -> int | None:
+    """Raise ValueError unless the ids are distinct ones of the teacher's vocabulary; return its size."""
+    if teacher_rows is None:
+        check_all(student_vocab.NAME, "ids of at least 0", ids, ids >= 0)
+    else:
+        check_entries(student_vocab.NAME, "", ids, None, teacher_rows)
+    distinct = "distinct ids (of offsets such as EAGLE-3's d2t: d2t + arange)"
+    check_all(student_vocab.NAME, distinct, ids, ~repeated(ids[None])[0])
+    return teacher_rows
 
 
 def _check_temperatures(name: str, temperatures: Tensor) -> None:
@@ -231,7 +245,8 @@ def pack(problem: Problem) -> tuple[Any, ...]:
         teacher = (problem.teacher.hidden, problem.teacher.weight, problem.teacher.bias)
     shard, group = ([], None) if problem.shard is None else problem.shard.pack()
     plain = problem.student.lora is None and (problem.teacher is None or problem.teacher.lora is None)
-    numbers, more = ([], []) if plain and problem.teachers is None else _pack_heads(problem)
+    plain = plain and problem.teachers is None and problem.vocab_ids is None
+    numbers, more = ([], []) if plain else _pack_heads(problem)
     return (
         problem.student.hidden,
         problem.student.weight,
@@ -263,10 +278,11 @@ def pack(problem: Problem) -> tuple[Any, ...]:
 
 
 def _pack_heads(problem: Problem) -> tuple[list[float], list[Tensor | None]]:
-    """Return numbers and tensors of the adapters of both sides, and of several teachers."""
+    """Return numbers and tensors of the adapters of both sides, the student's ids, and several teachers."""
     adapters = problem.student.lora, None if problem.teacher is None else problem.teacher.lora
     numbers = [0.0 if lora is None else lora.scaling for lora in adapters]
     more = [part for lora in adapters for part in ((None, None) if lora is None else (lora.A, lora.B))]
+    more.append(problem.vocab_ids)
     if (teachers := problem.teachers) is not None:
         numbers += [*teachers.scales, *(softcap or 0.0 for softcap in teachers.softcaps)]
         more.append(teachers.index)
@@ -276,19 +292,22 @@ def _pack_heads(problem: Problem) -> tuple[list[float], list[Tensor | None]]:
 
 
 def _unpack_heads(problem: Problem, numbers: Sequence[float], more: Sequence[Any]) -> Problem:
-    """Return a problem with the adapters and teachers of `_pack_heads`."""
+    """Return a problem with the adapters, ids and teachers of `_pack_heads`."""
     adapters = [
         None if A is None else Lora(A, B, scaling)
         for A, B, scaling in zip(more[:4:2], more[1:4:2], numbers[:2], strict=True)
     ]
-    teacher = problem.teacher and replace(problem.teacher, lora=adapters[1])
-    problem = replace(problem, student=replace(problem.student, lora=adapters[0]), teacher=teacher)
-    if len(more) == 4 or teacher is None:
+    teacher, ids, rows = problem.teacher and replace(problem.teacher, lora=adapters[1]), more[4], problem.rows
+    if rows.target is not None:
+        rows = replace(rows, target=replace(rows.target, ids=ids))
+    student = replace(problem.student, lora=adapters[0])
+    problem = replace(problem, student=student, teacher=teacher, rows=rows, vocab_ids=ids)
+    if len(more) == 5 or teacher is None:
         return problem
-    others = (Side(*more[at : at + 3]) for at in range(5, len(more), 3))
+    others = (Side(*more[at : at + 3]) for at in range(6, len(more), 3))
     count = len(numbers) // 2 - 1
     softcaps = tuple(softcap or None for softcap in numbers[2 + count :])
-    teachers = Teachers(more[4], (teacher, *others), tuple(numbers[2 : 2 + count]), softcaps)
+    teachers = Teachers(more[5], (teacher, *others), tuple(numbers[2 : 2 + count]), softcaps)
     return replace(problem, teachers=teachers)
 
 

@@ -26,6 +26,7 @@ from .lora import Lora
 from .planner import resolve_logits, workspace_budget
 from .shard import VocabShard, local_head, shard_of
 from .sizes import DTYPES
+from .student_vocab import NAME, ONE_HEAD, check_ids, own_entries, own_labels
 from .targets import Target, check_target
 
 
@@ -119,6 +120,7 @@ class Problem:
     shard: VocabShard | None  # None: whole heads
     wants: tuple[bool, ...]  # gradients of the student's leaves
     teachers: Teachers | None = None  # several by index; `teacher` is then the first
+    vocab_ids: Tensor | None = None  # (V_s,) the columns in the teacher's vocabulary: student_vocab.py
 
     @classmethod
     def of(
@@ -140,6 +142,7 @@ class Problem:
         listed: tuple[object, object, str] | None = None,
         exact_logprobs: bool = False,
         prefixes: tuple[str, str] = ("student_", "teacher_"),
+        vocab_ids: object = None,
     ) -> Problem:
         """Check the arguments of a public function, and flatten (..., H) to (N, H).
 
@@ -171,11 +174,20 @@ class Problem:
             expect(leading == other, "teacher_hidden", expected, tuple(other))
         valid, labels = valid_tokens(hidden, labels, ignore_index, mask)
         heights = [side.weight.shape[0] if shard is None else shard.vocab_size for side in sides]
-        vocab = vocabulary(heights[0], heights[1] if len(heights) == 2 else None, vocab_size)
+        teacher_rows = heights[1] if len(heights) == 2 else None
+        own = None
+        if vocab_ids is not None:
+            own = check_ids(vocab_ids, heights[0], hidden.device, vocab_size, group)
+            expect(not shared, NAME, ONE_HEAD, "ids")
+            if labels is not None:
+                valid, labels = own_labels(own, labels, valid, teacher_rows)
+        vocab = vocabulary(heights[0], teacher_rows if own is None else None, vocab_size)
         ids = logprobs = None
         if listed is not None:
             ids, logprobs = listed_support(*listed[:2], hidden.shape[:-1], valid)
             support = Support(ids.shape[1], None, listed[2])
+            if own is not None:
+                ids, logprobs = own_entries(own, ids, logprobs)
         transforms, exact = (spec.student, spec.teacher), spec.kinked or exact_logprobs
         buffer, difference = resolve_logits(hidden.dtype, logits_dtype, shared, exact, transforms)
         if difference and buffer.itemsize > 2 and any(side.lora is not None for side in sides):
@@ -198,6 +210,7 @@ class Problem:
             backend=backend,
             shard=None if shard is None else shard.cut(vocab),
             wants=tuple(wants),
+            vocab_ids=own,
         )
 
     @property
@@ -214,13 +227,23 @@ class Problem:
         """Return the dtype of statistics, losses and factors: fp32, or fp64 for fp64 inputs."""
         return torch.promote_types(self.student.hidden.dtype, torch.float32)
 
+    @property
+    def teacher_rows(self) -> int | None:
+        """Return the size of the teacher's vocabulary, the least of several teachers'; None for a list."""
+        if self.rows.target is not None:
+            return self.rows.target.values.shape[1]
+        sides = [self.teacher] if self.teachers is None else self.teachers.sides
+        return min((side.weight.shape[0] for side in sides if side is not None), default=None)
+
     def with_factors(self, factor: Tensor | None, policy_slope: Tensor | None = None) -> Problem:
         return replace(self, rows=replace(self.rows, factor=factor, policy_slope=policy_slope))
 
     def with_target(self, target: object, form: object, leading: torch.Size, exact: bool) -> Problem:
         """Return the problem with a teacher given as rows (..., V): see `check_target`."""
         columns = self.vocab if self.shard is None else self.shard.stop - self.shard.start
-        checked = check_target(target, form, leading, columns, exact)
+        checked = check_target(
+            target, form, leading, columns, exact and self.vocab_ids is None, self.vocab_ids
+        )
         hidden = self.student.hidden
         expected = f"a tensor on {hidden.device}, as student_hidden"
         expect(checked.values.device == hidden.device, "target", expected, checked.values.device)
@@ -244,12 +267,14 @@ class Problem:
             x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
             for x in (side.hidden, side.weight)
         )
-        weight = weight[:columns] if student is None or not self.shared_head else student.weight
-        bias = None if side.bias is None else side.bias[:columns].to(self.stats_dtype).contiguous()
-        if student is not None and side.bias is not None and same_storage(side.bias, self.student.bias):
+        used: Any = slice(columns) if student is None or self.vocab_ids is None else self.vocab_ids
+        weight = weight[used] if student is None or not self.shared_head else student.weight
+        bias = None if side.bias is None else side.bias[used].to(self.stats_dtype).contiguous()
+        one = student is not None and side.bias is not None and same_storage(side.bias, self.student.bias)
+        if one and self.vocab_ids is None:
             # One object: the sweeps take a common bias for a linear difference.
             bias = student.bias
-        lora = side.lora and replace(side.lora, B=side.lora.B[:columns])
+        lora = side.lora and replace(side.lora, B=side.lora.B[used])
         return Side(hidden, weight, bias, lora, side.rows)
 
 
