@@ -26,7 +26,7 @@ from .lora import Lora
 from .planner import resolve_logits, workspace_budget
 from .shard import VocabShard, local_head, shard_of
 from .sizes import DTYPES
-from .student_vocab import NAME, ONE_HEAD, check_ids, own_entries, own_labels
+from .student_vocab import NAME, ONE_HEAD, check_alone, check_ids, own_entries, own_labels
 from .targets import Target, check_target
 
 
@@ -153,6 +153,8 @@ class Problem:
         """
         if backend is not None:
             check_choice("backend", backend, backends.NAMES)
+        if vocab_ids is not None:
+            check_alone(vocab_size, group)
         budget = workspace_budget(workspace_bytes)
         shard = None if group is None else shard_of(group, student.weight)
         sides = [student] if teacher is None else [student, teacher]
@@ -177,7 +179,7 @@ class Problem:
         teacher_rows = heights[1] if len(heights) == 2 else None
         own = None
         if vocab_ids is not None:
-            own = check_ids(vocab_ids, heights[0], hidden.device, vocab_size, group)
+            own = check_ids(vocab_ids, heights[0], hidden.device)
             expect(not shared, NAME, ONE_HEAD, "ids")
             if labels is not None:
                 valid, labels = own_labels(own, labels, valid, teacher_rows)

@@ -18,18 +18,22 @@ NAME = "student_vocab_ids"
 ONE_HEAD = "None where student_weight is teacher_weight (give the student teacher_weight[ids])"
 
 
-def check_ids(ids: Any, rows: int, device: torch.device, vocab_size: object, group: object) -> Tensor:
+def check_alone(vocab_size: object, group: object) -> None:
+    """Raise ValueError for an option that cannot stand beside the ids."""
+    expect(vocab_size is None, "vocab_size", f"None beside {NAME}, which name the columns in use", vocab_size)
+    whole = f"None beside {NAME}: a rank lacks rows of the teacher's head; gather teacher_weight[ids] first"
+    expect(group is None, "group", whole, type(group).__name__)
+
+
+def check_ids(ids: Any, rows: int, device: torch.device) -> Tensor:
     """Return the ids (V_s,) of the `rows` of a student's head. Their values are checked before the loop.
 
-    Raises ValueError or TypeError for anything else, and beside an option that says the same otherwise.
+    Raises ValueError or TypeError for anything else.
     """
     check_tensor(NAME, ids, "a tensor or None")
     expect(ids.dtype == torch.int64, NAME, "dtype int64, the ids of tokens", ids.dtype, TypeError)
     expect(ids.shape == (rows,), NAME, f"shape ({rows},), the rows of student_weight", tuple(ids.shape))
     expect(ids.device == device, NAME, f"a tensor on {device}, as student_hidden", ids.device)
-    expect(vocab_size is None, "vocab_size", f"None beside {NAME}, which name the columns in use", vocab_size)
-    whole = f"None beside {NAME}: a rank lacks rows of the teacher's head; gather teacher_weight[ids] first"
-    expect(group is None, "group", whole, type(group).__name__)
     return ids.detach()
 
 
