@@ -54,6 +54,8 @@ def linear_topk_divergence(
       log(1 - sum of the listed probabilities), with a mass of at least 1e-7. "renormalize" removes it: both
       sides are normalised over the listed entries. "none" sums the terms of true log-probs over the listed
       entries alone; with "forward_kl" this is verl's top-k loss before its clamps.
+    * `student_vocab_ids`: as in `linear_divergence`; the listed ids are the teacher's, and an entry that the
+      student lacks is padding, whose mass is in the tail.
     * `group`: as in `linear_divergence`; the ids are those of the whole vocabulary.
 
     The other arguments, the reductions, the returned loss and its gradients are those of `linear_divergence`.
@@ -130,6 +132,8 @@ def linear_divergence_to(
       log-probs and probabilities, which are taken as they are. Another t makes them p^(1/t), normalised.
     * `vocab_size`: columns of `target` from this one on are ignored. Required where `target` has another
       number of columns than `student_weight` has rows.
+    * `student_vocab_ids`: as in `linear_divergence`; `target` holds the columns of the teacher's vocabulary,
+      of which a chunk's are gathered.
     * `group`: as in `linear_divergence`; `target` holds the columns of this rank's slice.
 
     The other arguments, the reductions, statistics, the returned loss and its gradients are those of
