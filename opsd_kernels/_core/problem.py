@@ -5,6 +5,7 @@ Every error names the argument, the expected value and the actual one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from .lora import Lora
 from .planner import resolve_logits, workspace_budget
 from .shard import VocabShard, local_head, shard_of
 from .sizes import DTYPES
-from .student_vocab import NAME, ONE_HEAD, check_alone, check_ids, own_entries, own_labels
+from .student_vocab import check_alone, check_ids, own_entries, own_labels
 from .targets import Target, check_target
 
 
@@ -170,26 +171,14 @@ class Problem:
         for prefix, side in zip(prefixes, sides, strict=False):
             check_side(prefix, side, sides[0].hidden, prefixes[0] + "hidden")
         hidden = sides[0].hidden
-        if len(sides) == 2:
-            leading, other = hidden.shape[:-1], sides[1].hidden.shape[:-1]
-            expected = f"leading shape {tuple(leading)}, as student_hidden"
-            expect(leading == other, "teacher_hidden", expected, tuple(other))
-        valid, labels = valid_tokens(hidden, labels, ignore_index, mask)
         heights = [side.weight.shape[0] if shard is None else shard.vocab_size for side in sides]
-        teacher_rows = heights[1] if len(heights) == 2 else None
-        own = None
-        if vocab_ids is not None:
-            own = check_ids(vocab_ids, heights[0], hidden.device)
-            expect(not shared, NAME, ONE_HEAD, "ids")
-            if labels is not None:
-                valid, labels = own_labels(own, labels, valid, teacher_rows)
-        vocab = vocabulary(heights[0], teacher_rows if own is None else None, vocab_size)
+        own = None if vocab_ids is None else check_ids(vocab_ids, heights[0], hidden.device, shared)
+        valid, labels = valid_tokens(hidden, labels, ignore_index, mask, own, heights)
+        vocab = vocabulary(heights[0], heights[1] if len(heights) == 2 and own is None else None, vocab_size)
         ids = logprobs = None
         if listed is not None:
-            ids, logprobs = listed_support(*listed[:2], hidden.shape[:-1], valid)
+            ids, logprobs = listed_support(*listed[:2], hidden.shape[:-1], valid, own)
             support = Support(ids.shape[1], None, listed[2])
-            if own is not None:
-                ids, logprobs = own_entries(own, ids, logprobs)
         transforms, exact = (spec.student, spec.teacher), spec.kinked or exact_logprobs
         buffer, difference = resolve_logits(hidden.dtype, logits_dtype, shared, exact, transforms)
         if difference and buffer.itemsize > 2 and any(side.lora is not None for side in sides):
@@ -364,13 +353,16 @@ def checked(prefix: str, side: Side, shard: VocabShard | None) -> Side:
 
 
 def check_side(prefix: str, side: Side, first: Tensor, name: str) -> None:
-    """Check shapes, and dtype and device against the hidden states `first`, the argument `name`."""
+    """Check shapes, and dtype, device and leading shape against hidden states `first`, argument `name`."""
     hidden, weight, bias = side.hidden, side.weight, side.bias
     expect(hidden.dim() >= 1, f"{prefix}hidden", "shape (..., H)", tuple(hidden.shape))
     good = weight.dim() == 2 and min(weight.shape) >= 1
     expect(good, f"{prefix}weight", "shape (V, H) with V, H >= 1", tuple(weight.shape))
     expected = f"(..., {weight.shape[1]}), the hidden size of {prefix}weight"
     expect(hidden.shape[-1] == weight.shape[1], f"{prefix}hidden", expected, tuple(hidden.shape))
+    leading, other = first.shape[:-1], hidden.shape[:-1]
+    expected = f"leading shape {tuple(leading)}, as {name}"
+    expect(leading == other, f"{prefix}hidden", expected, tuple(other))
     if bias is not None:
         expect(
             bias.shape == weight.shape[:1], f"{prefix}bias", f"shape ({weight.shape[0]},)", tuple(bias.shape)
@@ -400,15 +392,25 @@ def per_token(name: str, value: Any, leading: torch.Size, device: torch.device) 
 
 
 def valid_tokens(
-    hidden: Tensor, labels: Tensor | None, ignore_index: int, mask: Tensor | None
+    hidden: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    mask: Tensor | None,
+    ids: Tensor | None,
+    heights: Sequence[int],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return valid, (N,) bool or None for all, and labels, (N,) or None, for hidden states (..., H)."""
+    """Return valid, (N,) bool or None for all, and labels, (N,) or None, for hidden states (..., H).
+
+    `ids` are those of the student's head, in a teacher's vocabulary of `heights[1]` tokens where it is known.
+    """
     expect(isinstance(ignore_index, int), "ignore_index", "an int", type(ignore_index).__name__, TypeError)
     valid = None
     if labels is not None:
         labels = per_token("labels", labels, hidden.shape[:-1], hidden.device)
         expect(labels.dtype == torch.int64, "labels", "dtype int64", labels.dtype, TypeError)
         valid = labels != ignore_index
+        if ids is not None:
+            valid, labels = own_labels(ids, labels, valid, heights[1] if len(heights) == 2 else None)
     if mask is not None:
         mask = per_token("mask", mask, hidden.shape[:-1], hidden.device).bool()
         valid = mask if valid is None else valid & mask
@@ -425,9 +427,9 @@ def check_list(name: str, value: Any, leading: torch.Size) -> None:
 
 
 def listed_support(
-    ids: Any, logprobs: Any, leading: torch.Size, valid: Tensor | None
+    ids: Any, logprobs: Any, leading: torch.Size, valid: Tensor | None, own: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return ids and log-probs of a teacher's top-k entries, (N, K) each.
+    """Return ids and log-probs of a teacher's top-k entries, (N, K) each; as columns of the `own` ids.
 
     Padding, which has log-prob -inf, all entries of invalid tokens, and an id that occurred before in its
     list get id 0 and log-prob -inf.
@@ -451,7 +453,8 @@ def listed_support(
     ids, logprobs = ids.detach().reshape(-1, ids.shape[-1]), logprobs.detach().reshape(-1, ids.shape[-1])
     counted = (logprobs > -torch.inf) if valid is None else (logprobs > -torch.inf) & valid[:, None]
     counted &= ~repeated(torch.where(counted, ids, -1))
-    return torch.where(counted, ids, 0), torch.where(counted, logprobs, -torch.inf)
+    ids, logprobs = torch.where(counted, ids, 0), torch.where(counted, logprobs, -torch.inf)
+    return (ids, logprobs) if own is None else own_entries(own, ids, logprobs)
 
 
 def repeated(ids: Tensor) -> Tensor:

@@ -15,25 +15,27 @@ from torch import Tensor
 from ..spec import check_tensor, expect
 
 NAME = "student_vocab_ids"
-ONE_HEAD = "None where student_weight is teacher_weight (give the student teacher_weight[ids])"
 
 
 def check_alone(vocab_size: object, group: object) -> None:
     """Raise ValueError for an option that cannot stand beside the ids."""
-    expect(vocab_size is None, "vocab_size", f"None beside {NAME}, which name the columns in use", vocab_size)
-    whole = f"None beside {NAME}: a rank lacks rows of the teacher's head; gather teacher_weight[ids] first"
+    columns = f"None beside {NAME}, which name the columns in use"
+    expect(vocab_size is None, "vocab_size", columns, vocab_size)
+    whole = f"None beside {NAME}: a rank lacks rows of teacher_weight; give it those of its own ids"
     expect(group is None, "group", whole, type(group).__name__)
 
 
-def check_ids(ids: Any, rows: int, device: torch.device) -> Tensor:
+def check_ids(ids: Any, rows: int, device: torch.device, shared: bool) -> Tensor:
     """Return the ids (V_s,) of the `rows` of a student's head. Their values are checked before the loop.
 
-    Raises ValueError or TypeError for anything else.
+    Raises ValueError or TypeError for anything else, and where the head is `shared`.
     """
     check_tensor(NAME, ids, "a tensor or None")
     expect(ids.dtype == torch.int64, NAME, "dtype int64, the ids of tokens", ids.dtype, TypeError)
     expect(ids.shape == (rows,), NAME, f"shape ({rows},), the rows of student_weight", tuple(ids.shape))
     expect(ids.device == device, NAME, f"a tensor on {device}, as student_hidden", ids.device)
+    one = "None where student_weight is teacher_weight (a student of teacher_weight[ids] has its own)"
+    expect(not shared, NAME, one, "ids")
     return ids.detach()
 
 
@@ -44,9 +46,7 @@ def columns_of(ids: Tensor, tokens: Tensor) -> Tensor:
     return torch.where(in_order[place] == tokens, order[place], -1)
 
 
-def own_labels(
-    ids: Tensor, labels: Tensor, valid: Tensor | None, teacher_rows: int | None
-) -> tuple[Tensor | None, Tensor]:
+def own_labels(ids: Tensor, labels: Tensor, valid: Tensor, teacher_rows: int | None) -> tuple[Tensor, Tensor]:
     """Return valid (N,) without the tokens whose labels are none of the ids, and labels (N,) as columns.
 
     A label that is no token of the teacher either stays valid, and what it is: it is reported before the
@@ -56,7 +56,7 @@ def own_labels(
     known = (columns >= 0) | (labels < 0)
     if teacher_rows is not None:
         known |= labels >= teacher_rows
-    return known if valid is None else valid & known, torch.where(columns < 0, labels, columns)
+    return valid & known, torch.where(columns < 0, labels, columns)
 
 
 def own_entries(ids: Tensor, listed: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:

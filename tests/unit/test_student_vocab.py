@@ -401,7 +401,7 @@ ALONE_IN_A_GROUP = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
         (
             {"group": VocabShard((0, 5), ALONE_IN_A_GROUP)},
             ValueError,
-            f"group: expected None beside {NAME}: a rank lacks",
+            f"group: expected None beside {NAME}: a rank lacks rows of teacher_weight",
         ),
     ],
 )
