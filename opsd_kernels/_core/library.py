@@ -17,6 +17,7 @@ from torch.library import Library, register_fake
 from .. import env
 from .._rows import backends
 from .._rows.contract import Column, RowBackend
+from ..quantized import QuantizedHead
 from ..spec import TAILS, RowSpec, Support, expect
 from . import loop, student_vocab
 from .adapted import Adapters
@@ -244,7 +245,8 @@ def pack(problem: Problem) -> tuple[Any, ...]:
     if problem.teacher is not None:
         teacher = (problem.teacher.hidden, problem.teacher.weight, problem.teacher.bias)
     shard, group = ([], None) if problem.shard is None else problem.shard.pack()
-    plain = problem.student.lora is None and (problem.teacher is None or problem.teacher.lora is None)
+    sides = [side for side in (problem.student, problem.teacher) if side is not None]
+    plain = all(side.lora is None and side.quantised is None for side in sides)
     plain = plain and problem.teachers is None and problem.vocab_ids is None
     numbers, more = ([], []) if plain else _pack_heads(problem)
     return (
@@ -278,36 +280,60 @@ def pack(problem: Problem) -> tuple[Any, ...]:
 
 
 def _pack_heads(problem: Problem) -> tuple[list[float], list[Tensor | None]]:
-    """Return numbers and tensors of the adapters of both sides, the student's ids, and several teachers."""
-    adapters = problem.student.lora, None if problem.teacher is None else problem.teacher.lora
+    """Return numbers and tensors of adapters, quantised heads, the student's ids, and several teachers."""
+    sides = problem.student, problem.teacher
+    adapters = [None if side is None else side.lora for side in sides]
     numbers = [0.0 if lora is None else lora.scaling for lora in adapters]
     more = [part for lora in adapters for part in ((None, None) if lora is None else (lora.A, lora.B))]
+    for side in sides:
+        _pack_quantised(side, numbers, more)
     more.append(problem.vocab_ids)
     if (teachers := problem.teachers) is not None:
         numbers += [*teachers.scales, *(softcap or 0.0 for softcap in teachers.softcaps)]
         more.append(teachers.index)
         # The first one is the problem's teacher.
-        more += [part for side in teachers.sides[1:] for part in (side.hidden, side.weight, side.bias)]
+        for side in teachers.sides[1:]:
+            more += [side.hidden, side.weight, side.bias]
+            _pack_quantised(side, numbers, more)
     return numbers, more
 
 
+def _pack_quantised(side: Side | None, numbers: list[float], more: list[Tensor | None]) -> None:
+    """Append the block size of a quantised head to `numbers`, its scales and zero points to `more`."""
+    head = None if side is None else side.quantised
+    numbers += (0.0, 0.0) if head is None else head.block
+    more += (None, None) if head is None else (head.scales, head.zero_points)
+
+
+def _unpack_quantised(side: Side, block: Sequence[float], parts: Sequence[Any]) -> Side:
+    if parts[0] is None:
+        return side
+    head = QuantizedHead(side.weight, parts[0], parts[1], (int(block[0]), int(block[1])))
+    return replace(side, quantised=head)
+
+
 def _unpack_heads(problem: Problem, numbers: Sequence[float], more: Sequence[Any]) -> Problem:
-    """Return a problem with the adapters, ids and teachers of `_pack_heads`."""
-    adapters = [
-        None if A is None else Lora(A, B, scaling)
-        for A, B, scaling in zip(more[:4:2], more[1:4:2], numbers[:2], strict=True)
-    ]
-    teacher, ids, rows = problem.teacher and replace(problem.teacher, lora=adapters[1]), more[4], problem.rows
+    """Return a problem with the adapters, quantised heads, ids and teachers of `_pack_heads`."""
+    sides: list[Any] = [problem.student, problem.teacher]
+    for k, side in enumerate(sides):
+        if side is not None:
+            A, B = more[2 * k : 2 * k + 2]
+            side = replace(side, lora=None if A is None else Lora(A, B, numbers[k]))
+            sides[k] = _unpack_quantised(side, numbers[2 + 2 * k :], more[4 + 2 * k : 6 + 2 * k])
+    (student, teacher), ids, rows = sides, more[8], problem.rows
     if rows.target is not None:
         rows = replace(rows, target=replace(rows.target, ids=ids))
-    student = replace(problem.student, lora=adapters[0])
     problem = replace(problem, student=student, teacher=teacher, rows=rows, vocab_ids=ids)
-    if len(more) == 5 or teacher is None:
+    if len(more) == 9 or teacher is None:
         return problem
-    others = (Side(*more[at : at + 3]) for at in range(6, len(more), 3))
-    count = len(numbers) // 2 - 1
-    softcaps = tuple(softcap or None for softcap in numbers[2 + count :])
-    teachers = Teachers(more[5], (teacher, *others), tuple(numbers[2 : 2 + count]), softcaps)
+    count = (len(more) - 10) // 5 + 1
+    of_each, blocks = numbers[6 : 6 + 2 * count], numbers[6 + 2 * count :]
+    others = (
+        _unpack_quantised(Side(*more[at : at + 3]), blocks[2 * k :], more[at + 3 : at + 5])
+        for k, at in enumerate(range(10, len(more), 5))
+    )
+    softcaps = tuple(softcap or None for softcap in of_each[count:])
+    teachers = Teachers(more[9], (teacher, *others), tuple(of_each[:count]), softcaps)
     return replace(problem, teachers=teachers)
 
 

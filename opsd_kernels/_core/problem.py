@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._rows import backends
+from ..quantized import QuantizedHead, stored_head
 from ..spec import (
     Divergence,
     LogitTransform,
@@ -26,7 +27,9 @@ from ..spec import (
 from .lora import Lora
 from .planner import resolve_logits, workspace_budget
 from .shard import VocabShard, local_head, shard_of
+from .sides import autocast, mixed, same_head, same_storage
 from .sizes import DTYPES
+from .sliced_head import MovedRows, SlicedHead
 from .student_vocab import check_alone, check_ids, own_entries, own_labels
 from .targets import Target, check_target
 
@@ -41,6 +44,7 @@ class Side:
     # An argument until `checked` makes it a Lora
     lora: Any = None
     rows: Tensor | None = None  # (N,) int64: each token's row of a packed `hidden`; None: its own position
+    quantised: QuantizedHead | None = None  # whose values are `weight`
 
     @property
     def leaves(self) -> tuple[Tensor | None, ...]:
@@ -50,17 +54,19 @@ class Side:
 
     def with_leaves(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *lora: Tensor) -> Side:
         """Return the side with other leaves."""
-        return Side(hidden, weight, bias, self.lora and replace(self.lora, A=lora[0], B=lora[1]))
+        adapter = self.lora and replace(self.lora, A=lora[0], B=lora[1])
+        return replace(self, hidden=hidden, weight=weight, bias=bias, lora=adapter)
 
-    def in_dtype_of_head(self) -> Side:
-        """Return the side with 16-bit hidden states in fp32 if the weight is in fp32."""
-        narrow = self.hidden.dtype in (torch.bfloat16, torch.float16) and self.weight.dtype == torch.float32
-        return replace(self, hidden=self.hidden.float()) if narrow else self
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the side's GEMMs: the wider one of hidden states and weight."""
+        wide = self.hidden.dtype
+        return wide if self.quantised is not None else torch.promote_types(wide, self.weight.dtype)
 
     def detach(self) -> Side:
         """Return the side outside autograd."""
-        bias = None if self.bias is None else self.bias.detach()
-        return Side(self.hidden.detach(), self.weight.detach(), bias, self.lora and self.lora.detach())
+        bias, lora = None if self.bias is None else self.bias.detach(), self.lora and self.lora.detach()
+        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias, lora=lora)
 
 
 @dataclass(frozen=True)
@@ -160,16 +166,19 @@ class Problem:
         shard = None if group is None else shard_of(group, student.weight)
         sides = [student] if teacher is None else [student, teacher]
         sides = [checked(prefix, side, shard) for prefix, side in zip(prefixes, sides, strict=False)]
+        compiling = torch.compiler.is_compiling()
         # While torch.compile traces, tensors have no storage: only one and the same object counts as shared.
-        compiling, heads = torch.compiler.is_compiling(), [side.weight for side in sides]
-        shared = len(heads) == 2 and (heads[0] is heads[1] or (not compiling and same_storage(*heads)))
+        shared = teacher is not None and (
+            student.weight is teacher.weight or (not compiling and same_head(*sides))
+        )
         device = sides[0].hidden.device.type  # torch 2.10 cannot trace `is_autocast_available`
         if (compiling or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device):
-            sides = _autocast(sides, shared)
-        # A head in fp32 over a 16-bit trunk: the rows are cast, never the head.
-        sides = [s if s.hidden.dtype == s.weight.dtype else s.in_dtype_of_head() for s in sides]
+            sides = autocast(sides, shared)
         for prefix, side in zip(prefixes, sides, strict=False):
             check_side(prefix, side, sides[0].hidden, prefixes[0] + "hidden")
+        widest = sides[0].hidden.dtype
+        if any(x.dtype != widest for side in sides for x in (side.hidden, side.weight)):
+            sides, widest = mixed(sides, shared)
         hidden = sides[0].hidden
         heights = [side.weight.shape[0] if shard is None else shard.vocab_size for side in sides]
         own = None if vocab_ids is None else check_ids(vocab_ids, heights[0], hidden.device, shared)
@@ -180,7 +189,7 @@ class Problem:
             ids, logprobs = listed_support(*listed[:2], hidden.shape[:-1], valid, own)
             support = Support(ids.shape[1], None, listed[2])
         transforms, exact = (spec.student, spec.teacher), spec.kinked or exact_logprobs
-        buffer, difference = resolve_logits(hidden.dtype, logits_dtype, shared, exact, transforms)
+        buffer, difference = resolve_logits(widest, logits_dtype, shared, exact, transforms)
         if difference and buffer.itemsize > 2 and any(side.lora is not None for side in sides):
             # Wide buffers hold the teacher's own logits unless the adapter is the student's too.
             difference = same_adapter(sides[0].lora, sides[1].lora)
@@ -254,19 +263,31 @@ class Problem:
     def _operands(self, side: Side, student: Side | None = None) -> Side:
         """Return the operands of a side; `student` are those of the student, for a teacher's."""
         columns = self.vocab if self.shard is None else self.shard.stop - self.shard.start
-        hidden, weight = (
-            x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
-            for x in (side.hidden, side.weight)
-        )
-        used: Any = slice(columns) if student is None or self.vocab_ids is None else self.vocab_ids
-        weight = weight[used] if student is None or not self.shared_head else student.weight
-        bias = None if side.bias is None else side.bias[used].to(self.stats_dtype).contiguous()
-        one = student is not None and side.bias is not None and same_storage(side.bias, self.student.bias)
-        if one and self.vocab_ids is None:
+        dtype, device = self.student.hidden.dtype, self.student.hidden.device
+        if student is not None and not self.shared_head and self.logits_dtype != torch.float64:
+            dtype = side.dtype
+        ids = None if student is None else self.vocab_ids
+        used: Any = slice(columns) if ids is None else ids
+        sliced = side.quantised is not None or ids is not None
+        sliced = sliced or (side.weight.dtype, side.weight.device) != (dtype, device)
+        hidden, weight = side.hidden, side.weight
+        lies = [x.stride(1) == 1 and x.stride(0) >= x.shape[1] for x in (hidden, weight)]
+        rows: Any = hidden if lies[0] else hidden.contiguous()
+        if (rows.dtype, rows.device) != (dtype, device):
+            moved = MovedRows(rows, dtype, device)
+            rows = moved if len(moved) else moved[:]
+        head: Any = SlicedHead(weight, side.quantised, 0, columns, dtype, device, ids)
+        if student is not None and self.shared_head:
+            head = student.weight
+        elif not sliced:
+            head = (weight if lies[1] else weight.contiguous())[:columns]
+        bias = None if side.bias is None else side.bias.to(device)[used].to(self.stats_dtype).contiguous()
+        twin = None if student is None or ids is not None else student.bias
+        if twin is not None and side.bias is not None and same_storage(side.bias, self.student.bias):
             # One object: the sweeps take a common bias for a linear difference.
-            bias = student.bias
+            bias = twin
         lora = side.lora and replace(side.lora, B=side.lora.B[used])
-        return Side(hidden, weight, bias, lora, side.rows)
+        return Side(rows, head, bias, lora, side.rows)
 
 
 @dataclass
@@ -287,26 +308,7 @@ class Outputs:
     dB: Tensor | None = None  # (rows of that head, r), the same
 
 
-def _autocast(sides: list[Side], shared: bool) -> list[Side]:
-    """Cast hidden states and weights to the autocast dtype. A shared head is cast once and stays shared."""
-    dtype = torch.get_autocast_dtype(sides[0].hidden.device.type)
-
-    def cast(x: Tensor) -> Tensor:
-        return x if x.dtype == torch.float64 else x.to(dtype)
-
-    done = [replace(side, hidden=cast(side.hidden), weight=cast(side.weight)) for side in sides]
-    return [done[0], replace(done[1], weight=done[0].weight)] if shared else done
-
-
 # ---------------------------------------------------------------- checks
-
-
-def same_storage(a: Tensor, b: Tensor | None) -> bool:
-    """Return True if two tensors are the same view of the same memory."""
-    if b is None or a is b:
-        return a is b
-    layout = a.data_ptr(), a.shape, a.stride(), a.dtype, a.device
-    return layout == (b.data_ptr(), b.shape, b.stride(), b.dtype, b.device)
 
 
 def of_one_side(side: Side, transform: LogitTransform, **arguments: Any) -> Problem:
@@ -338,10 +340,14 @@ def checked(prefix: str, side: Side, shard: VocabShard | None) -> Side:
     Raises TypeError for an argument that is no dense tensor, ValueError for a DTensor head without a group.
     `prefix` ("student_") starts its name.
     """
+    if type(side.weight) is not Tensor:
+        held = stored_head(f"{prefix}weight", side.weight)
+        if isinstance(held, QuantizedHead):
+            side = replace(side, weight=held.values, quantised=held)
     if shard is not None or side.lora is not None:
         head = side.weight, side.bias
-        head = head if shard is None else local_head(prefix, *head, shard)
-        side = Side(side.hidden, *head, Lora.parse(f"{prefix}lora", side.lora))
+        weight, bias = head if shard is None else local_head(prefix, *head, shard)
+        side = replace(side, weight=weight, bias=bias, lora=Lora.parse(f"{prefix}lora", side.lora))
     plain = "a plain tensor, or a DTensor with `group`, whose rows are a shard"
     for name, tensor in (("weight", side.weight), ("bias", side.bias)):
         expect(not hasattr(tensor, "placements"), prefix + name, plain, "a DTensor")
@@ -367,20 +373,20 @@ def check_side(prefix: str, side: Side, first: Tensor, name: str) -> None:
         expect(
             bias.shape == weight.shape[:1], f"{prefix}bias", f"shape ({weight.shape[0]},)", tuple(bias.shape)
         )
-    if side.lora is not None:
-        side.lora.check(f"{prefix}lora", weight)
-    expect(first.dtype in DTYPES, name, "float64, float32, bfloat16 or float16", first.dtype, TypeError)
+    floats = "float64, float32, bfloat16 or float16"
     for part, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            argument = prefix + part
-            expect(
-                tensor.device == first.device,
-                argument,
-                f"a tensor on {first.device}, as {name}",
-                tensor.device,
-            )
-            same = tensor.dtype == first.dtype or (part == "bias" and tensor.is_floating_point())
-            expect(same, argument, f"dtype {first.dtype}, as {name}", tensor.dtype, TypeError)
+        if tensor is None or (part == "weight" and side.quantised is not None):
+            continue
+        argument = prefix + part
+        known = tensor.dtype in DTYPES
+        also = ", or a QuantizedHead" if part == "weight" else ""
+        expect(known, argument, f"dtype {floats}{also}", tensor.dtype, TypeError)
+        # Of a frozen head and of a teacher slices and rows are moved.
+        here = tensor.device == first.device or prefix == "teacher_"
+        here = here or (part == "weight" and not tensor.requires_grad)
+        expect(here, argument, f"a tensor on {first.device}, as {name}", tensor.device)
+    if side.lora is not None:
+        side.lora.check(f"{prefix}lora", weight.shape, first.device)
 
 
 def per_token(name: str, value: Any, leading: torch.Size, device: torch.device) -> Tensor:

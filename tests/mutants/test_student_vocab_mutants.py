@@ -8,7 +8,7 @@ from draft_cases import draft_case
 from planting import Mutant, arguments, check, kill, result
 
 from opsd_kernels import linear_divergence, linear_divergence_to, linear_topk_divergence
-from opsd_kernels._core import problem, student_vocab, targets
+from opsd_kernels._core import problem, sliced_head, student_vocab, targets
 from opsd_kernels.testing import assert_no_worse, evaluate
 from opsd_kernels.testing.heads import with_student_vocab
 from opsd_kernels.testing.reference import linear_divergence_reference, linear_topk_divergence_reference
@@ -63,6 +63,18 @@ def first_bias(side, call, own, student=None):
 
 
 MUTANTS = {
+    "each slice has the rows of the first": Mutant(
+        sliced_head.SlicedHead,
+        "write",
+        arguments(
+            lambda head, at, out: (
+                head,
+                slice(0, len(out)) if isinstance(at, slice) and at.start else at,
+                out,
+            )
+        ),
+        check(restricted),
+    ),
     "the teacher's rows in rising order": Mutant(
         problem.Problem, "for_gemms", arguments(in_order), check(restricted, bias=False)
     ),
@@ -85,12 +97,6 @@ MUTANTS = {
         result(lambda found, *_: found.clamp(min=0)),
         check(restricted),
     ),
-    "the mask forgets what it held": Mutant(
-        problem,
-        "own_labels",
-        result(lambda found, ids, labels, valid, rows: (torch.isin(labels, ids), found[1])),
-        check(restricted),
-    ),
     "a listed token that the student lacks stays": Mutant(
         problem,
         "own_entries",
@@ -104,6 +110,13 @@ MUTANTS = {
         check(rows_given),
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def slices(monkeypatch):
+    """Read the teacher's head in several slices."""
+    monkeypatch.setattr(sliced_head, "SLICE_BYTES", 0)
+    monkeypatch.setattr(sliced_head, "LEAST_ROWS", 16)
 
 
 @pytest.mark.parametrize("name", MUTANTS)

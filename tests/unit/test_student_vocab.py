@@ -17,7 +17,7 @@ from opsd_kernels import (
     linear_divergence_to,
     linear_topk_divergence,
 )
-from opsd_kernels._core import library
+from opsd_kernels._core import library, sliced_head
 from opsd_kernels.objectives import PPOClip, linear_policy_divergence
 from opsd_kernels.spec import KIND_NAMES, TAILS
 from opsd_kernels.testing import (
@@ -38,6 +38,13 @@ from opsd_kernels.weights import EntropyGate, FirstFraction, PrefixDiscrepancy
 dense = with_student_vocab(linear_divergence_reference)
 ALONE = ("workspace_bytes", "backward", "gradient_tolerance", "backend", "logits_dtype")
 N, V_S, V_T, H = 29, 101, 173, 16
+
+
+@pytest.fixture(autouse=True)
+def slices(monkeypatch):
+    """Read the teacher's head in several slices."""
+    monkeypatch.setattr(sliced_head, "SLICE_BYTES", 0)
+    monkeypatch.setattr(sliced_head, "LEAST_ROWS", 40)
 
 
 def check(draft: Draft, op=linear_divergence, reference=dense, target: str | None = None, **options):
