@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from draft_cases import Draft, draft_case
+from shapes_made import ShapesMade
 from torch.library import opcheck
 
 from opsd_kernels import (
@@ -364,6 +365,27 @@ def test_meta_tensors_give_shapes():
     loss = linear_divergence(h, W, t, Wt, student_vocab_ids=ids, labels=labels)
     assert loss.is_meta and loss.shape == ()
     assert [grad.shape for grad in torch.autograd.grad(loss, (h, W))] == [h.shape, W.shape]
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_rows_of_the_teacher_are_never_gathered_whole(dtype):
+    """A slice of the ids at a time: no tensor has the size of teacher_weight[ids], nor of whole logits."""
+    rows, size, width = 503, 701, 44
+    h, W, t, Wt = (
+        torch.randn(shape).to(dtype) for shape in ((13, 24), (rows, 24), (13, width), (size, width))
+    )
+    ids = torch.randperm(size)[:rows]
+    for options in ({}, {"logits_dtype": "input", "labels": torch.arange(13)}, {"backward": "recompute"}):
+        with ShapesMade(Wt) as seen:
+            leaf = h.clone().requires_grad_()
+            linear_divergence(leaf, W, t, Wt, student_vocab_ids=ids, **options).backward()
+        assert (40, width) in seen.shapes, "a slice"
+        assert any(shape[-1:] == (rows,) and len(shape) > 1 for shape in seen.shapes), "the logits"
+        assert not any(shape[-1:] == (width,) and shape[0] > 40 for shape in seen.shapes), seen.shapes
+        assert not any(size in shape for shape in seen.shapes), seen.shapes
 
 
 # ---------------------------------------------------------------- errors
