@@ -357,6 +357,19 @@ def test_registered_and_compiled(monkeypatch, backward):
         opcheck(op.default, tuple(map(plain, args)), test_utils=tests)
 
 
+def test_other_token_counts_compile_whole():
+    torch._dynamo.reset()
+    ids, head, other = torch.randperm(83)[:67], torch.randn(67, 8), torch.randn(83, 8)
+
+    def run(h, t, labels):
+        return linear_divergence(h, head, t, other, student_vocab_ids=ids, labels=labels)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for tokens in (9, 7, 5):  # the second one makes their number symbolic
+        inputs = torch.randn(tokens, 8), torch.randn(tokens, 8), torch.randint(83, (tokens,))
+        assert_same_bits(compiled(*inputs), run(*inputs))
+
+
 def test_meta_tensors_give_shapes():
     h, W, t, Wt = (torch.empty(shape, device="meta") for shape in ((3, 8), (5, 8), (3, 8), (11, 8)))
     ids, labels = (torch.empty(size, dtype=torch.int64, device="meta") for size in (5, 3))
