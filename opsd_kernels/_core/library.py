@@ -28,6 +28,7 @@ from .planner import SM_COUNT, ChunkPlan, held_dtype, plan
 from .problem import ComputedRows, Outputs, Problem, RowSelection, Side, Teachers, repeated
 from .reductions import RowWeigher
 from .shard import VocabShard
+from .sliced_head import HEADS
 from .targets import Target
 from .teachers import in_segments
 
@@ -53,6 +54,12 @@ def arrange(
     on_cuda, sides = hidden.device.type == "cuda", [] if teacher is None else [teacher]
     if problem.teachers is not None:
         sides = list(problem.teachers.sides)
+    plain = problem.vocab_ids is None and all(
+        side.quantised is None
+        and side.weight.dtype == side.hidden.dtype == hidden.dtype
+        and side.weight.device == hidden.device
+        for side in (problem.student, *sides)
+    )
     ranks = (
         0 if problem.student.lora is None else problem.student.lora.A.shape[0],
         0 if teacher is None or teacher.lora is None else teacher.lora.A.shape[0],
@@ -82,6 +89,7 @@ def arrange(
         one_sweep=problem.spec.one_sweep,
         gradient_tolerance=problem.gradient_tolerance,
         ranks=ranks,
+        **({} if plain else _forms(problem, sides)),
         softcap=any(side.softcap is not None for side in (problem.spec.student, problem.spec.teacher)),
         sm_count=torch.cuda.get_device_properties(hidden.device).multi_processor_count
         if on_cuda
@@ -94,6 +102,22 @@ def arrange(
         rows = in_segments(problem, rows, chunks)
     backend = backends.select(problem.backend, hidden.device, chunks.logits_dtype)
     return chunks, backend if shard is None else ShardedRows(backend, shard), rows, bounds
+
+
+def _forms(problem: Problem, teachers: Sequence[Side]) -> dict[str, Any]:
+    """Return the arguments of a plan whose heads are read by slices, or whose sides differ in dtype.
+
+    Of several teachers the widest dtype and the costliest form.
+    """
+    hidden, forms, widest = problem.student.hidden, [0, 0], problem.student.hidden.dtype
+    for k, side in enumerate((problem.student, *teachers)):
+        dtype = problem.gemm_dtype(side, k > 0)
+        whole = (side.weight.dtype, side.weight.device) == (dtype, hidden.device)
+        whole = whole and (k == 0 or problem.vocab_ids is None)
+        form = 2 if side.quantised is not None else 0 if whole else 1
+        forms[k > 0] = max(forms[k > 0], form)
+        widest = dtype if k > 0 and (k == 1 or dtype.itemsize > widest.itemsize) else widest
+    return {"heads": tuple(HEADS[form] for form in forms), "teacher_dtype": widest}
 
 
 def align(lengths: list[int], rows: int) -> list[slice]:
@@ -149,7 +173,7 @@ def _computed_rows(problem: Problem, count: int | None = None) -> ComputedRows:
     rows, N = problem.rows, problem.student.hidden.shape[0]
     vocab = problem.vocab
     if problem.vocab_ids is not None:
-        vocab = _check_vocab_ids(problem.vocab_ids, problem.teacher_rows) or vocab
+        vocab = _check_vocab_ids(problem, problem.vocab_ids) or vocab
     if rows.labels is not None:
         check_entries("labels", " or ignore_index", rows.labels, rows.valid, vocab)
     if problem.teachers is not None:
@@ -181,15 +205,22 @@ def check_entries(
     check_all(name, f"entries in [0, {stop}){otherwise}", entries, inside)
 
 
-def _check_vocab_ids(ids: Tensor, teacher_rows: int | None) -> int | None:
-    """Raise ValueError unless the ids are distinct ones of the teacher's vocabulary; return its size."""
-    if teacher_rows is None:
-        check_all(student_vocab.NAME, "ids of at least 0", ids, ids >= 0)
+def _check_vocab_ids(problem: Problem, ids: Tensor) -> int | None:
+    """Raise ValueError unless the ids are distinct ones of the teacher's vocabulary; return its size.
+
+    That is the least of several teachers', and not known where the teacher is a list.
+    """
+    sides = [problem.teacher] if problem.teachers is None else problem.teachers.sides
+    sizes = [side.weight.shape[0] for side in sides if side is not None]
+    if problem.rows.target is not None:
+        sizes.append(problem.rows.target.values.shape[1])
+    if sizes:
+        check_entries(student_vocab.NAME, "", ids, None, min(sizes))
     else:
-        check_entries(student_vocab.NAME, "", ids, None, teacher_rows)
+        check_all(student_vocab.NAME, "ids of at least 0", ids, ids >= 0)
     distinct = "distinct ids (of offsets such as EAGLE-3's d2t: d2t + arange)"
     check_all(student_vocab.NAME, distinct, ids, ~repeated(ids[None])[0])
-    return teacher_rows
+    return min(sizes, default=None)
 
 
 def _check_temperatures(name: str, temperatures: Tensor) -> None:

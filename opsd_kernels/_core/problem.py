@@ -168,9 +168,8 @@ class Problem:
         sides = [checked(prefix, side, shard) for prefix, side in zip(prefixes, sides, strict=False)]
         compiling = torch.compiler.is_compiling()
         # While torch.compile traces, tensors have no storage: only one and the same object counts as shared.
-        shared = teacher is not None and (
-            student.weight is teacher.weight or (not compiling and same_head(*sides))
-        )
+        one = teacher is not None and student.weight is teacher.weight
+        shared = one or (len(sides) == 2 and not compiling and same_head(*sides))
         device = sides[0].hidden.device.type  # torch 2.10 cannot trace `is_autocast_available`
         if (compiling or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device):
             sides = autocast(sides, shared)
@@ -227,13 +226,10 @@ class Problem:
         """Return the dtype of statistics, losses and factors: fp32, or fp64 for fp64 inputs."""
         return torch.promote_types(self.student.hidden.dtype, torch.float32)
 
-    @property
-    def teacher_rows(self) -> int | None:
-        """Return the size of the teacher's vocabulary, the least of several teachers'; None for a list."""
-        if self.rows.target is not None:
-            return self.rows.target.values.shape[1]
-        sides = [self.teacher] if self.teachers is None else self.teachers.sides
-        return min((side.weight.shape[0] for side in sides if side is not None), default=None)
+    def gemm_dtype(self, side: Side, teacher: bool) -> torch.dtype:
+        """Return the dtype of a side's GEMMs; `sides.mixed` says which."""
+        own = not teacher or self.shared_head or self.logits_dtype == torch.float64
+        return self.student.hidden.dtype if own else side.dtype
 
     def with_factors(self, factor: Tensor | None, policy_slope: Tensor | None = None) -> Problem:
         return replace(self, rows=replace(self.rows, factor=factor, policy_slope=policy_slope))
@@ -264,8 +260,8 @@ class Problem:
         """Return the operands of a side; `student` are those of the student, for a teacher's."""
         columns = self.vocab if self.shard is None else self.shard.stop - self.shard.start
         dtype, device = self.student.hidden.dtype, self.student.hidden.device
-        if student is not None and not self.shared_head and self.logits_dtype != torch.float64:
-            dtype = side.dtype
+        if student is not None and not self.shared_head:
+            dtype = self.gemm_dtype(side, True)
         ids = None if student is None else self.vocab_ids
         used: Any = slice(columns) if ids is None else ids
         sliced = side.quantised is not None or ids is not None
@@ -381,9 +377,9 @@ def check_side(prefix: str, side: Side, first: Tensor, name: str) -> None:
         known = tensor.dtype in DTYPES
         also = ", or a QuantizedHead" if part == "weight" else ""
         expect(known, argument, f"dtype {floats}{also}", tensor.dtype, TypeError)
-        # Of a frozen head and of a teacher slices and rows are moved.
-        here = tensor.device == first.device or prefix == "teacher_"
-        here = here or (part == "weight" and not tensor.requires_grad)
+        # Slices of a frozen head and rows of a teacher are moved.
+        moved = prefix == "teacher_" or (part == "weight" and not tensor.requires_grad)
+        here = tensor.device == first.device or (moved and not tensor.is_meta)
         expect(here, argument, f"a tensor on {first.device}, as {name}", tensor.device)
     if side.lora is not None:
         side.lora.check(f"{prefix}lora", weight.shape, first.device)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..quantized import QuantizedHead
-from .sizes import COPY_BYTES, SLICE_BYTES
+from ..spec import check_choice
+from .sizes import COPIED_BYTES, SLICED_BYTES
 
 LEAST_ROWS = 64  # of a slice
 
@@ -44,7 +45,8 @@ class SlicedHead:
     @property
     def step(self) -> int:
         """Return the number of rows of a slice."""
-        return min(max(slice_rows(self.values.shape[1], self.dtype), LEAST_ROWS), self.shape[0])
+        rows = SLICED_BYTES[device_kind(self.device.type)] // (self.values.shape[1] * self.dtype.itemsize)
+        return min(max(rows, LEAST_ROWS), self.shape[0])
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -80,29 +82,36 @@ class SlicedHead:
         if self.ids is not None:
             at = self.ids[at if isinstance(at, slice) else at.to(self.ids.device)]
         head, wide = self.quantised, torch.promote_types(self.dtype, torch.float32)
-        # A few rows at a time: they are in the cache of a CPU when they are multiplied.
-        whole = head is None or self.device.type != "cpu"
-        step = len(out) if whole else COPY_BYTES // (wide.itemsize * out.shape[1])
-        step = max(step, 1)
-        for start in range(0, len(out), step):
-            rows = out[start : start + step]
+        here = (self.values.dtype, self.values.device) == (self.dtype, self.device)
+        if head is None and here and isinstance(at, Tensor):
+            torch.index_select(self.values, 0, at, out=out)
+            return
+        for start in range(0, len(out), self._few(wide)):
+            rows = out[start : start + self._few(wide)]
             some = _part(at, start, len(rows))
-            here = (self.values.dtype, self.values.device) == (self.dtype, self.device)
-            if head is None and here and isinstance(some, Tensor):
-                torch.index_select(self.values, 0, some, out=rows)
-                continue
             values = self.values[some if isinstance(some, slice) else some.to(self.values.device)]
             values = values.to(self.device)
             if head is None:
                 rows.copy_(values)
                 continue
-            product = rows if self.dtype == wide else self._buffer("wide", len(rows), wide)
-            product.copy_(values)
+            product, missing = rows if self.dtype == wide else self._buffer("wide", len(rows), wide), 1.0
+            if self.device.type == "cpu" and values.dtype != torch.int8:
+                halves = [self._buffer(name, len(rows), torch.int16) for name in ("bits", "sign", "nan")]
+                missing = _float8_to(product, values, *halves)
+            else:
+                product.copy_(values)
             if head.zero_points is not None:
                 _by_blocks(product, self._blocks(head.zero_points, some, wide), Tensor.sub_)
-            _by_blocks(product, self._blocks(head.scales, some, wide), Tensor.mul_)
+            scales, width = self._blocks(head.scales, some, wide)
+            _by_blocks(product, (scales * missing, width), Tensor.mul_)
             if product is not rows:
                 rows.copy_(product)
+
+    def _few(self, wide: torch.dtype) -> int:
+        """Return how many rows are written at a time: on a CPU so few that they stay in its cache."""
+        if self.quantised is None and self.ids is None:
+            return self.shape[0]
+        return max(COPIED_BYTES[device_kind(self.device.type)] // (wide.itemsize * self.values.shape[1]), 1)
 
     def _blocks(self, grid: Tensor, at: slice | Tensor, wide: torch.dtype) -> tuple[Tensor, int]:
         """Return the entries of a grid for rows of the values, (n, ceil(H / c)), and the width c."""
@@ -138,9 +147,66 @@ def _by_blocks(rows: Tensor, blocks: tuple[Tensor, int], write: Callable[..., An
         write(rows[:, whole * width :], entries[:, whole:])
 
 
-def slice_rows(hidden: int, dtype: torch.dtype) -> int:
-    """Return the number of rows of a slice whose buffer has SLICE_BYTES."""
-    return SLICE_BYTES // (hidden * dtype.itemsize)
+def _float8_to(out: Tensor, values: Tensor, bits: Tensor, sign: Tensor, nan: Tensor) -> float:
+    """Write float8 values (n, H) times a power of two into `out`; return the factor that undoes it.
+
+    By their bits: torch converts float8_e4m3fn one by one on a CPU, which takes as long as a GEMM of a chunk.
+    The last three are scratch, int16.
+    """
+    bits.copy_(values.view(torch.int8))
+    if values.dtype == torch.float8_e5m2:  # the upper half of an fp16 number
+        out.copy_(bits.bitwise_left_shift_(8).view(torch.float16))
+        return 1.0
+    torch.bitwise_and(bits, -0x8000, out=sign)
+    bits.bitwise_and_(0x7F)
+    # All ones are the one NaN of float8_e4m3fn: there the exponent of the fp16 number becomes all ones.
+    torch.add(bits, 1, out=nan).bitwise_and_(0x80).mul_(0xF8)
+    bits.bitwise_left_shift_(7).bitwise_or_(sign).bitwise_or_(nan)
+    out.copy_(bits.view(torch.float16))  # the exponents' biases are 7 and 15
+    return 256.0
+
+
+def device_kind(device_type: str) -> str:
+    return "cpu" if device_type == "cpu" else "cuda"
+
+
+HEADS = ("whole", "sliced", "quantised")  # forms of a head in a plan
+
+
+@dataclass(frozen=True)
+class SlicePlan:
+    """Hold the dtypes of a call whose sides differ, and the bytes that heads read by slices add to it."""
+
+    dtype: torch.dtype  # of the student's GEMMs
+    widest: torch.dtype  # of both sides
+    per_row: int  # of a chunk
+    scratch: int
+
+    @classmethod
+    def of(
+        cls,
+        V: int,
+        widths: tuple[int, int],
+        heads: tuple[str, str],
+        dtypes: tuple[torch.dtype, torch.dtype],
+        shared: bool,
+        device_type: str,
+    ) -> SlicePlan:
+        """Count what the SlicedHeads of both sides allocate. Raises ValueError for an unknown form."""
+        for head in heads:
+            check_choice("heads", head, HEADS)
+        widest = torch.promote_types(*dtypes)
+        both = (widest, widest) if shared or widest == torch.float64 else dtypes
+        kind, scratch = device_kind(device_type), 0
+        for H, head, dtype in zip(widths, heads, both, strict=True):
+            if head != "whole" and H:
+                rows = min(V, max(SLICED_BYTES[kind] // (H * dtype.itemsize), LEAST_ROWS))
+                scratch += rows * H * dtype.itemsize + 2 * COPIED_BYTES[kind] * (head == "quantised")
+                if shared:
+                    break
+        # Sums of dh over slices are in fp32; packed rows of the teacher
+        sums = 4 * widths[0] * (heads[0] != "whole" and both[0].itemsize == 2)
+        return cls(both[0], widest, sums + widths[1] * (both[1].itemsize - both[0].itemsize), scratch)
 
 
 @dataclass(frozen=True)

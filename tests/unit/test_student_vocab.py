@@ -44,7 +44,7 @@ N, V_S, V_T, H = 29, 101, 173, 16
 @pytest.fixture(autouse=True)
 def slices(monkeypatch):
     """Read the teacher's head in several slices."""
-    monkeypatch.setattr(sliced_head, "SLICE_BYTES", 0)
+    monkeypatch.setitem(sliced_head.SLICED_BYTES, "cpu", 0)
     monkeypatch.setattr(sliced_head, "LEAST_ROWS", 40)
 
 
