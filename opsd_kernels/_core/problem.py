@@ -193,8 +193,7 @@ class Problem:
             # Wide buffers hold the teacher's own logits unless the adapter is the student's too.
             difference = same_adapter(sides[0].lora, sides[1].lora)
         flat = [replace(side, hidden=side.hidden.reshape(-1, side.hidden.shape[-1])) for side in sides]
-        grad = torch.is_grad_enabled()
-        wants = [grad and leaf is not None and leaf.requires_grad for leaf in flat[0].leaves]
+        leaves = flat[0].leaves if torch.is_grad_enabled() else [None] * len(flat[0].leaves)
         return cls(
             student=flat[0],
             teacher=flat[1].detach() if len(flat) == 2 else None,
@@ -208,7 +207,7 @@ class Problem:
             gradient_tolerance=None if gradient_tolerance is None else check_tolerance(gradient_tolerance),
             backend=backend,
             shard=None if shard is None else shard.cut(vocab),
-            wants=tuple(wants),
+            wants=tuple(leaf is not None and leaf.requires_grad for leaf in leaves),
             vocab_ids=own,
         )
 
