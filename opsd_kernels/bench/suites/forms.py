@@ -42,7 +42,7 @@ class Form:
 
 
 def _rows(case: Case, dtype: torch.dtype, probs: bool = False) -> Tensor:
-    """Return the teacher's rows, rounded once: those of an fp32 product round like plain PyTorch's student."""
+    """Return the teacher's rows, rounded once: rows of an fp32 product round like plain PyTorch's."""
     logits = case.teacher_hidden.double() @ case.teacher_weight.double().T
     return (logits.softmax(-1) if probs else logits).to(dtype)
 
