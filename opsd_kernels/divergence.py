@@ -56,7 +56,11 @@ class DivergenceOptions(TypedDict, total=False):
     * `student_logit_scale`, `teacher_logit_scale`, `student_softcap`, `teacher_softcap`: a factor, and the c
       above.
     * `vocab_size`: columns from this one on have probability zero on both sides. Required if the two heads
-      differ in rows.
+      differ in rows, unless the next option says which tokens they are.
+    * `student_vocab_ids` (V_s,) int64: distinct ids of the teacher's vocabulary. Row j of the student's head
+      is the teacher's token `student_vocab_ids[j]`, as in a draft head for a part of the vocabulary. The
+      teacher's distribution is restricted to these tokens and normalised, as EAGLE-3 drafts are trained
+      (arXiv:2503.01840; SpecForge's `t2d` and `d2t`). Statistics are those of the restricted sides.
 
     Several teachers (docs/reference/linear-divergence.md):
 
@@ -67,7 +71,9 @@ class DivergenceOptions(TypedDict, total=False):
 
     The tokens and the reduction:
 
-    * `labels` (...) int64: the sampled tokens, for log-prob statistics and for weights that read them.
+    * `labels` (...) int64: the sampled tokens, for log-prob statistics and for weights that read them. With
+      `student_vocab_ids` they are ids of the teacher's vocabulary, and a token whose label is none of these
+      ids is not valid.
     * `ignore_index`, `mask` (...): a token with `labels == ignore_index` or `mask == 0` is not valid. It adds
       nothing to loss, gradients and statistics, and its hidden states may hold inf or NaN.
     * `token_weights`: a tensor (...), or a scheme of `opsd_kernels.weights`, which the op evaluates on its
@@ -116,6 +122,7 @@ class DivergenceOptions(TypedDict, total=False):
     teacher_softcap: float | Sequence[float | None] | None
     teacher_index: Tensor | None
     vocab_size: int | None
+    student_vocab_ids: Tensor | None
     labels: Tensor | None
     ignore_index: int
     mask: Tensor | None
@@ -158,6 +165,7 @@ def linear_divergence(
     teacher_softcap: float | Sequence[float | None] | None = None,
     teacher_index: Tensor | None = None,
     vocab_size: int | None = None,
+    student_vocab_ids: Tensor | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     mask: Tensor | None = None,
@@ -203,9 +211,10 @@ def linear_divergence(
         student_lora=student_lora, teacher_lora=teacher_lora, student_logit_scale=student_logit_scale,
         teacher_logit_scale=teacher_logit_scale, student_softcap=student_softcap,
         teacher_softcap=teacher_softcap, teacher_index=teacher_index, vocab_size=vocab_size,
-        labels=labels, ignore_index=ignore_index, mask=mask, token_weights=token_weights,
-        teacher_mix=teacher_mix, entry_clip=entry_clip, token_clip=token_clip, z_loss=z_loss,
-        reduction=reduction, normalizer=normalizer, topk=topk, topk_support=topk_support, topk_tail=topk_tail,
+        student_vocab_ids=student_vocab_ids, labels=labels, ignore_index=ignore_index, mask=mask,
+        token_weights=token_weights, teacher_mix=teacher_mix, entry_clip=entry_clip,
+        token_clip=token_clip, z_loss=z_loss, reduction=reduction, normalizer=normalizer, topk=topk,
+        topk_support=topk_support, topk_tail=topk_tail,
         logits_dtype=logits_dtype, gradient_tolerance=gradient_tolerance, workspace_bytes=workspace_bytes,
         backend=backend, group=group,
     )  # fmt: skip
@@ -269,6 +278,7 @@ def prepare(
         ignore_index=options["ignore_index"],
         mask=options["mask"],
         vocab_size=options["vocab_size"],
+        vocab_ids=options["student_vocab_ids"],
         logits_dtype=options["logits_dtype"],
         workspace_bytes=options["workspace_bytes"],
         backend=options["backend"],

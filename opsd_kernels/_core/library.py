@@ -19,13 +19,13 @@ from .._rows import backends
 from .._rows.contract import Column, RowBackend
 from ..quantized import QuantizedHead
 from ..spec import TAILS, RowSpec, Support, expect
-from . import loop
+from . import loop, student_vocab
 from .adapted import Adapters
 from .loop import on_host
 from .lora import Lora
 from .merged_rows import ShardedRows
 from .planner import SM_COUNT, ChunkPlan, held_dtype, plan
-from .problem import ComputedRows, Outputs, Problem, RowSelection, Side, Teachers
+from .problem import ComputedRows, Outputs, Problem, RowSelection, Side, Teachers, repeated
 from .reductions import RowWeigher
 from .shard import VocabShard
 from .sliced_head import HEADS
@@ -54,7 +54,7 @@ def arrange(
     on_cuda, sides = hidden.device.type == "cuda", [] if teacher is None else [teacher]
     if problem.teachers is not None:
         sides = list(problem.teachers.sides)
-    plain = all(
+    plain = problem.vocab_ids is None and all(
         side.quantised is None
         and side.weight.dtype == side.hidden.dtype == hidden.dtype
         and side.weight.device == hidden.device
@@ -113,6 +113,7 @@ def _forms(problem: Problem, teachers: Sequence[Side]) -> dict[str, Any]:
     for k, side in enumerate((problem.student, *teachers)):
         dtype = problem.gemm_dtype(side, k > 0)
         whole = (side.weight.dtype, side.weight.device) == (dtype, hidden.device)
+        whole = whole and (k == 0 or problem.vocab_ids is None)
         form = 2 if side.quantised is not None else 0 if whole else 1
         forms[k > 0] = max(forms[k > 0], form)
         widest = dtype if k > 0 and (k == 1 or dtype.itemsize > widest.itemsize) else widest
@@ -170,8 +171,11 @@ def _computed_rows(problem: Problem, count: int | None = None) -> ComputedRows:
     Packing syncs with a GPU once, unless the `count` of valid rows is given.
     """
     rows, N = problem.rows, problem.student.hidden.shape[0]
+    vocab = problem.vocab
+    if problem.vocab_ids is not None:
+        vocab = _check_vocab_ids(problem, problem.vocab_ids) or vocab
     if rows.labels is not None:
-        check_entries("labels", " or ignore_index", rows.labels, rows.valid, problem.vocab)
+        check_entries("labels", " or ignore_index", rows.labels, rows.valid, vocab)
     if problem.teachers is not None:
         known = len(problem.teachers.sides)
         check_entries("teacher_index", " at valid tokens", problem.teachers.index, rows.valid, known)
@@ -199,6 +203,24 @@ def check_entries(
     inside = (entries >= least) & (entries < stop)
     inside = inside if valid is None else inside | ~valid
     check_all(name, f"entries in [0, {stop}){otherwise}", entries, inside)
+
+
+def _check_vocab_ids(problem: Problem, ids: Tensor) -> int | None:
+    """Raise ValueError unless the ids are distinct ones of the teacher's vocabulary; return its size.
+
+    That is the least of several teachers', and not known where the teacher is a list.
+    """
+    sides = [problem.teacher] if problem.teachers is None else problem.teachers.sides
+    sizes = [side.weight.shape[0] for side in sides if side is not None]
+    if problem.rows.target is not None:
+        sizes.append(problem.rows.target.values.shape[1])
+    if sizes:
+        check_entries(student_vocab.NAME, "", ids, None, min(sizes))
+    else:
+        check_all(student_vocab.NAME, "ids of at least 0", ids, ids >= 0)
+    distinct = "distinct ids (of offsets such as EAGLE-3's d2t: d2t + arange)"
+    check_all(student_vocab.NAME, distinct, ids, ~repeated(ids[None])[0])
+    return min(sizes, default=None)
 
 
 def _check_temperatures(name: str, temperatures: Tensor) -> None:
@@ -256,7 +278,8 @@ def pack(problem: Problem) -> tuple[Any, ...]:
     shard, group = ([], None) if problem.shard is None else problem.shard.pack()
     sides = [side for side in (problem.student, problem.teacher) if side is not None]
     plain = all(side.lora is None and side.quantised is None for side in sides)
-    numbers, more = ([], []) if plain and problem.teachers is None else _pack_heads(problem)
+    plain = plain and problem.teachers is None and problem.vocab_ids is None
+    numbers, more = ([], []) if plain else _pack_heads(problem)
     return (
         problem.student.hidden,
         problem.student.weight,
@@ -288,13 +311,14 @@ def pack(problem: Problem) -> tuple[Any, ...]:
 
 
 def _pack_heads(problem: Problem) -> tuple[list[float], list[Tensor | None]]:
-    """Return numbers and tensors of adapters, of quantised heads, and of several teachers."""
+    """Return numbers and tensors of adapters, quantised heads, the student's ids, and several teachers."""
     sides = problem.student, problem.teacher
     adapters = [None if side is None else side.lora for side in sides]
     numbers = [0.0 if lora is None else lora.scaling for lora in adapters]
     more = [part for lora in adapters for part in ((None, None) if lora is None else (lora.A, lora.B))]
     for side in sides:
         _pack_quantised(side, numbers, more)
+    more.append(problem.vocab_ids)
     if (teachers := problem.teachers) is not None:
         numbers += [*teachers.scales, *(softcap or 0.0 for softcap in teachers.softcaps)]
         more.append(teachers.index)
@@ -320,25 +344,27 @@ def _unpack_quantised(side: Side, block: Sequence[float], parts: Sequence[Any]) 
 
 
 def _unpack_heads(problem: Problem, numbers: Sequence[float], more: Sequence[Any]) -> Problem:
-    """Return a problem with the adapters, quantised heads and teachers of `_pack_heads`."""
+    """Return a problem with the adapters, quantised heads, ids and teachers of `_pack_heads`."""
     sides: list[Any] = [problem.student, problem.teacher]
     for k, side in enumerate(sides):
         if side is not None:
             A, B = more[2 * k : 2 * k + 2]
             side = replace(side, lora=None if A is None else Lora(A, B, numbers[k]))
             sides[k] = _unpack_quantised(side, numbers[2 + 2 * k :], more[4 + 2 * k : 6 + 2 * k])
-    student, teacher = sides
-    problem = replace(problem, student=student, teacher=teacher)
-    if len(more) == 8 or teacher is None:
+    (student, teacher), ids, rows = sides, more[8], problem.rows
+    if rows.target is not None:
+        rows = replace(rows, target=replace(rows.target, ids=ids))
+    problem = replace(problem, student=student, teacher=teacher, rows=rows, vocab_ids=ids)
+    if len(more) == 9 or teacher is None:
         return problem
-    count = (len(more) - 9) // 5 + 1
+    count = (len(more) - 10) // 5 + 1
     of_each, blocks = numbers[6 : 6 + 2 * count], numbers[6 + 2 * count :]
     others = (
         _unpack_quantised(Side(*more[at : at + 3]), blocks[2 * k :], more[at + 3 : at + 5])
-        for k, at in enumerate(range(9, len(more), 5))
+        for k, at in enumerate(range(10, len(more), 5))
     )
     softcaps = tuple(softcap or None for softcap in of_each[count:])
-    teachers = Teachers(more[8], (teacher, *others), tuple(of_each[:count]), softcaps)
+    teachers = Teachers(more[9], (teacher, *others), tuple(of_each[:count]), softcaps)
     return replace(problem, teachers=teachers)
 
 

@@ -320,8 +320,9 @@ def plan(
       chunk holds `longest_sequence` rows (four passes); otherwise a statistics pass goes first (six).
     * `topk`, `listed`, `policy`, `one_sweep`: entries of a support; of a list; an objective; a plain KL.
     * `factor`, `softcap`, `ranks`: the larger logit scale / temperature; if there is a softcap; of adapters.
-    * `heads` of student and teacher: "whole"; "sliced", of another dtype than its GEMM or on another device;
-      or "quantised". `dtype` and `teacher_dtype` are those of the GEMMs, the teacher's by default `dtype`.
+    * `heads` of student and teacher: "whole"; "sliced", of another dtype than its GEMM, on another device, or
+      read by `student_vocab_ids` (`V` of them); or "quantised". `dtype` and `teacher_dtype` are those of the
+      GEMMs, the teacher's by default `dtype`.
     * `device_type`, `sm_count`: on CUDA a chunk's rows make whole waves of GEMM tiles (waves.py). `threads`:
       of a CPU, with which scratch grows; default torch's. `workspace_bytes`: for logits, packed rows, scratch
       and half of an fp32 dW, whose bytes the 16-bit dW takes later; default OPSD_WORKSPACE_BYTES, else 1 GiB.

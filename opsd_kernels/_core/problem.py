@@ -5,6 +5,7 @@ Every error names the argument, the expected value and the actual one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from .shard import VocabShard, local_head, shard_of
 from .sides import autocast, mixed, same_head, same_storage
 from .sizes import DTYPES
 from .sliced_head import MovedRows, SlicedHead
+from .student_vocab import check_alone, check_ids, own_entries, own_labels
 from .targets import Target, check_target
 
 
@@ -125,6 +127,7 @@ class Problem:
     shard: VocabShard | None  # None: whole heads
     wants: tuple[bool, ...]  # gradients of the student's leaves
     teachers: Teachers | None = None  # several by index; `teacher` is then the first
+    vocab_ids: Tensor | None = None  # (V_s,) the columns in the teacher's vocabulary: student_vocab.py
 
     @classmethod
     def of(
@@ -146,6 +149,7 @@ class Problem:
         listed: tuple[object, object, str] | None = None,
         exact_logprobs: bool = False,
         prefixes: tuple[str, str] = ("student_", "teacher_"),
+        vocab_ids: object = None,
     ) -> Problem:
         """Check the arguments of a public function, and flatten (..., H) to (N, H).
 
@@ -156,6 +160,8 @@ class Problem:
         """
         if backend is not None:
             check_choice("backend", backend, backends.NAMES)
+        if vocab_ids is not None:
+            check_alone(vocab_size, group)
         budget = workspace_budget(workspace_bytes)
         shard = None if group is None else shard_of(group, student.weight)
         sides = [student] if teacher is None else [student, teacher]
@@ -173,16 +179,13 @@ class Problem:
         if any(x.dtype != widest for side in sides for x in (side.hidden, side.weight)):
             sides, widest = mixed(sides, shared)
         hidden = sides[0].hidden
-        if len(sides) == 2:
-            leading, other = hidden.shape[:-1], sides[1].hidden.shape[:-1]
-            expected = f"leading shape {tuple(leading)}, as student_hidden"
-            expect(leading == other, "teacher_hidden", expected, tuple(other))
-        valid, labels = valid_tokens(hidden, labels, ignore_index, mask)
         heights = [side.weight.shape[0] if shard is None else shard.vocab_size for side in sides]
-        vocab = vocabulary(heights[0], heights[1] if len(heights) == 2 else None, vocab_size)
+        own = None if vocab_ids is None else check_ids(vocab_ids, heights[0], hidden.device, shared)
+        valid, labels = valid_tokens(hidden, labels, ignore_index, mask, own, heights)
+        vocab = vocabulary(heights[0], heights[1] if len(heights) == 2 and own is None else None, vocab_size)
         ids = logprobs = None
         if listed is not None:
-            ids, logprobs = listed_support(*listed[:2], hidden.shape[:-1], valid)
+            ids, logprobs = listed_support(*listed[:2], hidden.shape[:-1], valid, own)
             support = Support(ids.shape[1], None, listed[2])
         transforms, exact = (spec.student, spec.teacher), spec.kinked or exact_logprobs
         buffer, difference = resolve_logits(widest, logits_dtype, shared, exact, transforms)
@@ -190,8 +193,7 @@ class Problem:
             # Wide buffers hold the teacher's own logits unless the adapter is the student's too.
             difference = same_adapter(sides[0].lora, sides[1].lora)
         flat = [replace(side, hidden=side.hidden.reshape(-1, side.hidden.shape[-1])) for side in sides]
-        grad = torch.is_grad_enabled()
-        wants = [grad and leaf is not None and leaf.requires_grad for leaf in flat[0].leaves]
+        leaves = flat[0].leaves if torch.is_grad_enabled() else [None] * len(flat[0].leaves)
         return cls(
             student=flat[0],
             teacher=flat[1].detach() if len(flat) == 2 else None,
@@ -205,7 +207,8 @@ class Problem:
             gradient_tolerance=None if gradient_tolerance is None else check_tolerance(gradient_tolerance),
             backend=backend,
             shard=None if shard is None else shard.cut(vocab),
-            wants=tuple(wants),
+            wants=tuple(leaf is not None and leaf.requires_grad for leaf in leaves),
+            vocab_ids=own,
         )
 
     @property
@@ -233,7 +236,9 @@ class Problem:
     def with_target(self, target: object, form: object, leading: torch.Size, exact: bool) -> Problem:
         """Return the problem with a teacher given as rows (..., V): see `check_target`."""
         columns = self.vocab if self.shard is None else self.shard.stop - self.shard.start
-        checked = check_target(target, form, leading, columns, exact)
+        checked = check_target(
+            target, form, leading, columns, exact and self.vocab_ids is None, self.vocab_ids
+        )
         hidden = self.student.hidden
         expected = f"a tensor on {hidden.device}, as student_hidden"
         expect(checked.values.device == hidden.device, "target", expected, checked.values.device)
@@ -256,23 +261,27 @@ class Problem:
         dtype, device = self.student.hidden.dtype, self.student.hidden.device
         if student is not None and not self.shared_head:
             dtype = self.gemm_dtype(side, True)
-        sliced = side.quantised is not None or (side.weight.dtype, side.weight.device) != (dtype, device)
+        ids = None if student is None else self.vocab_ids
+        used: Any = slice(columns) if ids is None else ids
+        sliced = side.quantised is not None or ids is not None
+        sliced = sliced or (side.weight.dtype, side.weight.device) != (dtype, device)
         hidden, weight = side.hidden, side.weight
         lies = [x.stride(1) == 1 and x.stride(0) >= x.shape[1] for x in (hidden, weight)]
         rows: Any = hidden if lies[0] else hidden.contiguous()
         if (rows.dtype, rows.device) != (dtype, device):
             moved = MovedRows(rows, dtype, device)
             rows = moved if len(moved) else moved[:]
-        head: Any = SlicedHead(weight, side.quantised, 0, columns, dtype, device)
+        head: Any = SlicedHead(weight, side.quantised, 0, columns, dtype, device, ids)
         if student is not None and self.shared_head:
             head = student.weight
         elif not sliced:
             head = (weight if lies[1] else weight.contiguous())[:columns]
-        bias = None if side.bias is None else side.bias[:columns].to(device, self.stats_dtype).contiguous()
-        if student is not None and side.bias is not None and same_storage(side.bias, self.student.bias):
+        bias = None if side.bias is None else side.bias.to(device)[used].to(self.stats_dtype).contiguous()
+        twin = None if student is None or ids is not None else student.bias
+        if twin is not None and side.bias is not None and same_storage(side.bias, self.student.bias):
             # One object: the sweeps take a common bias for a linear difference.
-            bias = student.bias
-        lora = side.lora and replace(side.lora, B=side.lora.B[:columns])
+            bias = twin
+        lora = side.lora and replace(side.lora, B=side.lora.B[used])
         return Side(rows, head, bias, lora, side.rows)
 
 
@@ -345,13 +354,16 @@ def checked(prefix: str, side: Side, shard: VocabShard | None) -> Side:
 
 
 def check_side(prefix: str, side: Side, first: Tensor, name: str) -> None:
-    """Check shapes, and dtype and device against the hidden states `first`, the argument `name`."""
+    """Check shapes, and dtype, device and leading shape against hidden states `first`, argument `name`."""
     hidden, weight, bias = side.hidden, side.weight, side.bias
     expect(hidden.dim() >= 1, f"{prefix}hidden", "shape (..., H)", tuple(hidden.shape))
     good = weight.dim() == 2 and min(weight.shape) >= 1
     expect(good, f"{prefix}weight", "shape (V, H) with V, H >= 1", tuple(weight.shape))
     expected = f"(..., {weight.shape[1]}), the hidden size of {prefix}weight"
     expect(hidden.shape[-1] == weight.shape[1], f"{prefix}hidden", expected, tuple(hidden.shape))
+    leading, other = first.shape[:-1], hidden.shape[:-1]
+    expected = f"leading shape {tuple(leading)}, as {name}"
+    expect(leading == other, f"{prefix}hidden", expected, tuple(other))
     if bias is not None:
         expect(
             bias.shape == weight.shape[:1], f"{prefix}bias", f"shape ({weight.shape[0]},)", tuple(bias.shape)
@@ -381,15 +393,25 @@ def per_token(name: str, value: Any, leading: torch.Size, device: torch.device) 
 
 
 def valid_tokens(
-    hidden: Tensor, labels: Tensor | None, ignore_index: int, mask: Tensor | None
+    hidden: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    mask: Tensor | None,
+    ids: Tensor | None,
+    heights: Sequence[int],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return valid, (N,) bool or None for all, and labels, (N,) or None, for hidden states (..., H)."""
+    """Return valid, (N,) bool or None for all, and labels, (N,) or None, for hidden states (..., H).
+
+    `ids` are those of the student's head, in a teacher's vocabulary of `heights[1]` tokens where it is known.
+    """
     expect(isinstance(ignore_index, int), "ignore_index", "an int", type(ignore_index).__name__, TypeError)
     valid = None
     if labels is not None:
         labels = per_token("labels", labels, hidden.shape[:-1], hidden.device)
         expect(labels.dtype == torch.int64, "labels", "dtype int64", labels.dtype, TypeError)
         valid = labels != ignore_index
+        if ids is not None:
+            valid, labels = own_labels(ids, labels, valid, heights[1] if len(heights) == 2 else None)
     if mask is not None:
         mask = per_token("mask", mask, hidden.shape[:-1], hidden.device).bool()
         valid = mask if valid is None else valid & mask
@@ -406,9 +428,9 @@ def check_list(name: str, value: Any, leading: torch.Size) -> None:
 
 
 def listed_support(
-    ids: Any, logprobs: Any, leading: torch.Size, valid: Tensor | None
+    ids: Any, logprobs: Any, leading: torch.Size, valid: Tensor | None, own: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return ids and log-probs of a teacher's top-k entries, (N, K) each.
+    """Return ids and log-probs of a teacher's top-k entries, (N, K) each; as columns of the `own` ids.
 
     Padding, which has log-prob -inf, all entries of invalid tokens, and an id that occurred before in its
     list get id 0 and log-prob -inf.
@@ -432,7 +454,8 @@ def listed_support(
     ids, logprobs = ids.detach().reshape(-1, ids.shape[-1]), logprobs.detach().reshape(-1, ids.shape[-1])
     counted = (logprobs > -torch.inf) if valid is None else (logprobs > -torch.inf) & valid[:, None]
     counted &= ~repeated(torch.where(counted, ids, -1))
-    return torch.where(counted, ids, 0), torch.where(counted, logprobs, -torch.inf)
+    ids, logprobs = torch.where(counted, ids, 0), torch.where(counted, logprobs, -torch.inf)
+    return (ids, logprobs) if own is None else own_entries(own, ids, logprobs)
 
 
 def repeated(ids: Tensor) -> Tensor:

@@ -82,6 +82,10 @@ class SlicedHead:
         if self.ids is not None:
             at = self.ids[at if isinstance(at, slice) else at.to(self.ids.device)]
         head, wide = self.quantised, torch.promote_types(self.dtype, torch.float32)
+        here = (self.values.dtype, self.values.device) == (self.dtype, self.device)
+        if head is None and here and isinstance(at, Tensor):
+            torch.index_select(self.values, 0, at, out=out)
+            return
         for start in range(0, len(out), self._few(wide)):
             rows = out[start : start + self._few(wide)]
             some = _part(at, start, len(rows))
