@@ -108,12 +108,8 @@ def plan(
     divergence: Annotated[
         str, typer.Option("--divergence", help="All KLs need one sweep less, tvd takes fp32 logits.")
     ] = "reverse_kl",
-    softcap: Annotated[
-        bool, typer.Option("--softcap/--no-softcap", help="Whether logits have a softcap.")
-    ] = False,
-    factor: Annotated[
-        float, typer.Option("--factor", help="Logit scale / temperature, the larger of both sides.")
-    ] = 1.0,
+    softcap: Annotated[bool, typer.Option("--softcap/--no-softcap", help="Logits have a softcap.")] = False,
+    factor: Annotated[float, typer.Option("--factor", help="The larger logit scale / temperature.")] = 1.0,
     gradient_tolerance: Annotated[
         float | None, typer.Option("--gradient-tolerance", help="Share of the gradient that may be left out.")
     ] = None,
@@ -154,7 +150,10 @@ def plan(
             0 if listed else teacher_hidden,
             parse_dtype(dtype),
             shared_head=shared_head and teacher_vocab is None,
-            heads=(student_head, teacher_form(teacher_head, teacher_vocab, vocab, vocab_ranks > 1 or listed > 0)),
+            heads=(
+                student_head,
+                teacher_form(teacher_head, teacher_vocab, vocab, vocab_ranks > 1 or listed > 0),
+            ),
             teacher_dtype=None if teacher_dtype is None else parse_dtype(teacher_dtype, "--teacher-dtype"),
             trainable_head=not frozen,
             workspace_bytes=budget,
