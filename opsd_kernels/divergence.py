@@ -16,6 +16,7 @@ from ._core.problem import repeated as repeated
 from ._core.reductions import RowWeigher, reads_logprobs, row_scale
 from ._core.reductions import TokenStats as TokenStats
 from ._core.teachers import OPTIONS, options_of, several
+from .quantized import QuantizedHead
 from .spec import CLIPS, Divergence, LogitTransform, RowSpec, Support, check_number, expect
 from .weights import TokenWeighting
 
@@ -146,9 +147,9 @@ class DivergenceOptions(TypedDict, total=False):
 
 def linear_divergence(
     student_hidden: Tensor,  # (..., H_s)
-    student_weight: Tensor,  # (V_s, H_s)
+    student_weight: Tensor | QuantizedHead,  # (V_s, H_s)
     teacher_hidden: Tensor | Sequence[Tensor],  # (..., H_t)
-    teacher_weight: Tensor | Sequence[Tensor],  # (V_t, H_t)
+    teacher_weight: Tensor | QuantizedHead | Sequence[Tensor | QuantizedHead],  # (V_t, H_t)
     *,
     divergence: str = "reverse_kl",
     beta: float = 0.5,
@@ -190,10 +191,11 @@ def linear_divergence(
 
     The result is that of projecting both sides, taking two softmaxes and comparing the distributions token by
     token, but the op never holds more than `workspace_bytes` of logits. Gradients flow to `student_hidden`,
-    `student_weight`, `student_bias` and the student's adapter, never to the teacher. Hidden states and
-    weights share one dtype (float64, float32, bfloat16 or float16; a bias may have any floating-point dtype)
-    and one device. 16-bit hidden states under fp32 weights are cast to fp32; autocast casts both, float64
-    aside. Each option is explained in `opsd_kernels.divergence.DivergenceOptions`.
+    `student_weight`, `student_bias` and the student's adapter, never to the teacher. Each tensor may have its
+    own dtype of float64, float32, bfloat16 and float16: a side computes in the wider one of its hidden states
+    and its weight. A teacher, and a frozen weight, may be on another device than `student_hidden`, and a
+    frozen weight may be a `QuantizedHead`. Autocast casts hidden states and weights, float64 aside. Each
+    option is explained in `opsd_kernels.divergence.DivergenceOptions`.
 
     Returns the loss in fp32 (fp64 for fp64 inputs): 0-dim, or (...) with zeros at invalid tokens for
     reduction "none". With `return_stats` returns (loss, TokenStats). Without a valid token the loss is 0,
@@ -247,7 +249,7 @@ def check_options(options: DivergenceOptions) -> None:
 
 
 def prepare(
-    student: tuple[Tensor, Tensor],  # hidden states and weight
+    student: tuple[Tensor, Any],  # hidden states and weight
     teacher: tuple[Any, Any] | None,
     options: dict[str, Any],
     *,

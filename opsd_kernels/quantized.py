@@ -118,3 +118,22 @@ def stored_head(name: str, weight: Any) -> Any:
     grid = tuple(-(-size // b) for size, b in zip(weight.shape, block, strict=True))
     zeros = None if zeros is None else zeros.reshape(grid)
     return QuantizedHead(parts[0], parts[1].reshape(grid), zeros, tuple(block))
+
+
+# Of a float8 linear layer: what its weight is multiplied by, for blocks in the first, else for rows or all.
+LAYER_SCALES = ("weight_scale_inv", "weight_scale")
+
+
+def head_of_layer(layer: Any) -> Any:
+    """Return the weight of a linear layer, as a QuantizedHead if the layer holds scales beside float8 values.
+
+    So do the FP8 layers of transformers, whose blocks are of `layer.block_size`. Their own forward quantises
+    its inputs too, which the ops do not.
+    """
+    weight = layer.weight
+    scales = next((x for name in LAYER_SCALES if (x := getattr(layer, name, None)) is not None), None)
+    if scales is None or weight.dtype not in VALUES:
+        return weight
+    by_rows = scales.dim() < 2 or scales.shape[1] == 1
+    block = None if by_rows else getattr(layer, "block_size", None)
+    return QuantizedHead(weight, scales.reshape(1, 1) if scales.dim() == 0 else scales, None, block)

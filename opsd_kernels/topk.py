@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from .divergence import DEFAULTS, TokenStats, evaluate, prepare
+from .quantized import QuantizedHead
 from .spec import TAILS, check_choice
 from .weights import TokenWeighting
 
 
 def linear_topk_divergence(
     student_hidden: Tensor,  # (..., H)
-    student_weight: Tensor,  # (V, H)
+    student_weight: Tensor | QuantizedHead,  # (V, H)
     teacher_topk_ids: Tensor,  # (..., K) int64
     teacher_topk_logprobs: Tensor,  # (..., K), nats
     *,
@@ -85,7 +86,7 @@ def linear_topk_divergence(
 
 def linear_divergence_to(
     student_hidden: Tensor,  # (..., H)
-    student_weight: Tensor,  # (V, H)
+    student_weight: Tensor | QuantizedHead,  # (V, H)
     target: Tensor,  # (..., V), floating point
     *,
     target_is: str = "logits",

@@ -39,7 +39,7 @@ class Side:
     """Hold hidden states and LM head of the student or of the teacher."""
 
     hidden: Tensor  # (..., H) in a public call, (N, H) in a Problem
-    weight: Tensor  # (V, H)
+    weight: Any  # (V, H): a tensor, but an argument until `checked`, and in the loop perhaps a SlicedHead
     bias: Tensor | None  # (V,)
     # An argument until `checked` makes it a Lora
     lora: Any = None
