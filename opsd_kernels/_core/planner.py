@@ -16,6 +16,7 @@ from .. import env
 from .._rows import extension
 from .._rows.contract import Column
 from ..spec import BACKWARDS, SCOPES, LogitTransform, check_choice, expect
+from . import cpu_gemm
 from .lora import AdapterPlan
 from .sizes import (
     ALIGNED_ROWS,
@@ -29,6 +30,7 @@ from .sizes import (
     LARGEST_FACTOR,
     LIST_SCRATCH,
     LISTED_BYTES,
+    NARROWING_BYTES,
     QUEUE_BYTES,
     ROW_LIMITS,
     SELECT_BYTES,
@@ -287,18 +289,25 @@ def _most_rows(
 
 
 def _cpu_scratch(
-    dtype: torch.dtype, V: int, topk: int, one: bool, threads: int | None, listed: int, alone: bool
-) -> int:
-    """Return the scratch bytes of the math library and the sweeps on a CPU, on top of the logits buffers."""
+    dtype: torch.dtype, V: int, topk: int, listed: int, one: bool, alone: bool, grad: bool, wide: bool, n: int
+) -> int:  # fmt: skip
+    """Return the scratch bytes of the math library and the sweeps on a CPU, on top of the logits buffers.
+
+    `alone`: without a second head. `wide`: of 16-bit inputs the buffers are in fp32. `n`: threads.
+    """
     tiled = dtype.itemsize == 2 and extension.has_amx()
     per_thread = CPU_SCRATCH_PER_THREAD_AMX if tiled else CPU_SCRATCH_PER_THREAD
-    # Without a second head, and with this package's GEMMs: at 8 threads 25 MiB in fp32, and 1 for a list.
-    if alone and not tiled and (extension.gemm_fp32_serves(dtype) or dtype == torch.bfloat16):
-        per_thread = LIST_SCRATCH if listed else per_thread // 2
+    sliced = dtype.itemsize == 2 and (not extension.mm_has_units(dtype) or cpu_gemm.slices(dtype))
+    own = dtype.itemsize == 2 or extension.gemm_fp32_serves(dtype)
     columns = QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one)
-    sliced = dtype == torch.float16 or not extension.mm_has_units(dtype)  # see cpu_gemm.py
-    slices = SLICE_BYTES if sliced else 0
-    return CPU_SCRATCH_BYTES + slices + (threads or torch.get_num_threads()) * (per_thread + V * columns)
+    slices = SLICE_BYTES * sliced
+    if alone and not tiled:
+        # With this package's GEMMs. With gradients the heap keeps a second slice.
+        if own and not (sliced and grad):
+            per_thread = LIST_SCRATCH if listed or (wide and grad) else per_thread // 2
+        columns += NARROWING_BYTES * (wide and grad)
+        slices *= 1 + grad
+    return CPU_SCRATCH_BYTES + slices + n * (per_thread + V * columns)
 
 
 def plan(
@@ -344,7 +353,8 @@ def plan(
     selects = grad and gradient_tolerance is not None
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V) + listed, device_type, selects)
     teacher_row = row_stride(V, buffer, device_type) * buffer.itemsize * (H_teacher > 0 or target_copied)
-    scratch = (device_type == "cpu") * _cpu_scratch(dtype, V, topk, one_sweep, threads, listed, not H_teacher)
+    of_call, count = (not H_teacher, grad, buffer != dtype), threads or torch.get_num_threads()
+    scratch = _cpu_scratch(dtype, V, topk, listed, one_sweep, *of_call, count) if device_type == "cpu" else 0
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
     adapted = AdapterPlan()
     if any(ranks):

@@ -21,7 +21,8 @@ ROW_LIMITS = {("cpu", True): 1024, ("cpu", False): 256, ("cuda", True): 4096, ("
 WIDE_CPU_ROWS = 256  # the same limit for 32- and 64-bit inputs
 ALIGNED_ROWS = 1024  # limit to which a chunk may grow to hold a whole sequence
 SUPPORT_BYTES = 96  # per entry of a support: a dozen numbers, each in its own tensor
-LIST_SCRATCH, LISTED_BYTES = 1 << 20, 12  # of one head whose entries are listed: per thread; per output
+# Of one head whose entries are listed: per thread (on 8 in fp32 1 MiB, where others take 25); per output
+LIST_SCRATCH, LISTED_BYTES = 1 << 20, 12
 # fp32 copies in one product of fp16 matrices, where the CPU has no units for bf16, or of a forward-KL cache
 SLICE_BYTES = 8 << 20
 # Slices of fp32 logits to which an adapter's part is added while they are in the cache of a CPU. At 256 rows,
@@ -39,6 +40,10 @@ QUEUE_BYTES = 16  # per column and thread while torch.topk runs
 # Per column and thread for a divergence of two sweeps, which keep four rows (csrc/cpu/rows.cpp); others keep
 # one or two.
 SWEEP_BYTES = 16
+# The same for a gradient that is narrowed to 16 bits in the buffer of fp32 logits: a copy of the row, for
+# which the heap grows a few times. Without a second head 4.7, 9.2 and 18 MiB on 1, 2 and 4 threads at
+# V = 151936.
+NARROWING_BYTES = 32
 # With a trainable head on CUDA a chunk may be projected and swept in parts. The student's buffer becomes the
 # gradient of the whole chunk, which the GEMMs of dh and dW take at once; the teacher's is free after a sweep
 # and holds one part. The same bytes then hold up to 12/7 of the rows, and dW is read and written less often:
