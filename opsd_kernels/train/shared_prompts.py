@@ -79,7 +79,8 @@ def _packed_hidden(model: PreTrainedModel, packed: Packed) -> Tensor:
 
 def pack(side: Sequences) -> Packed | None:
     """Pack the rows that begin with the same prompt; None if that saves too little."""
-    tokens, places = side.tokens_BL.tolist(), side.rows_BT.tolist()
+    host = side.host or side
+    tokens, places = host.tokens_BL.tolist(), host.rows_BT.tolist()
     prompts = [tuple(row[: place[0] + 1]) for row, place in zip(tokens, places, strict=True)]
     # The last token predicts nothing.
     answers = [row[place[0] + 1 : max(place) + 1] for row, place in zip(tokens, places, strict=True)]
@@ -105,7 +106,7 @@ def pack(side: Sequences) -> Packed | None:
             index_BT[b, 1 : 1 + stop - start] = g * length + torch.arange(start, stop)
             start = stop
     device = side.tokens_BL.device
-    return Packed(*(x.to(device) for x in (packed, positions, segments, index_BT)))
+    return Packed(*(x.to(device, non_blocking=True) for x in (packed, positions, segments, index_BT)))
 
 
 def _rows_of(prompts: Sequence[tuple[int, ...]], answers: Sequence[Sequence[int]]) -> list[list[int]]:

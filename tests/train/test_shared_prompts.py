@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 from transformers import (
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -19,6 +20,7 @@ from opsd_kernels.train import shared_prompts
 from opsd_kernels.train.batch import align
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.sampling import agreement
+from opsd_kernels.train.sampling.decoding import SEGMENT, RowProcessor, decode
 from opsd_kernels.train.sampling.rollout import requests
 from opsd_kernels.train.shared_prompts import hidden_states, pack
 from opsd_kernels.train.types import Context
@@ -126,16 +128,53 @@ def test_samples_are_those_of_separate_prompts(model, sampler, task):
     asked = requests([task.env(problem, 0).prompt() for problem in task.train[:2]], 6)
     # A longer prompt for the second half, so that there is padding on the left.
     asked[6:] = [dataclasses.replace(request, context=Context(("123",))) for request in asked[6:]]
-    shared = dataclasses.replace(sampler, shares_prompts=True)
+    apart = dataclasses.replace(sampler, max_new_tokens=20)
+    shared = dataclasses.replace(apart, shares_prompts=True)
     assert agreement.batches(model, sampler.pad_token) == agreement.ANY
     assert agreement.can_share_cache(model, sampler.pad_token)
-    alone, together = (each.sample(model, task, asked, 0, 7) for each in (sampler, shared))
+    alone, together = (each.sample(model, task, asked, 0, 7) for each in (apart, shared))
     assert [r.tokens for r in together] == [r.tokens for r in alone]
     assert len({r.tokens for r in alone}) > 4
-    counts = [forwarded(model, lambda s=s: s.sample(model, task, asked, 0, 7)) for s in (sampler, shared)]
-    length = max(len(r.prompt_tokens) for r in alone)
-    # Two prompts, and the last token of each of the twelve.
-    assert counts[0] - counts[1] == 12 * length - (2 * length + 12)
+    answers, length = [len(r.tokens) for r in alone], max(len(r.prompt_tokens) for r in alone)
+    assert min(answers) <= SEGMENT and max(answers) == 20, "some leave the batch, some stay to the end"
+    counts = [forwarded(model, lambda s=s: s.sample(model, task, asked, 0, 7)) for s in (apart, shared)]
+    # The last token of an answer predicts nothing.
+    assert counts[0] == 12 * (length + 20 - 1)
+    # A prompt less its last token once, and in each part the answers that had not ended before it.
+    going = [sum(answer > done for answer in answers) for done in range(0, 20, SEGMENT)]
+    assert counts[1] == 2 * (length - 1) + 8 * going[0] + 8 * going[1] + 4 * going[2]
+
+
+@pytest.mark.parametrize("segment", [1, 3])
+def test_answers_that_end_leave_the_batch(model, segment):
+    """Greedy answers with many stops: those of separate prompts, up to their ends, whatever the part."""
+    torch.manual_seed(1)
+    rows, places = torch.randint(9, 29, (3, 5)), torch.tensor([0, 2, 1, 0])
+    attended = torch.ones_like(rows)
+    attended[1, :2] = 0
+    settings = GenerationConfig(max_new_tokens=7, do_sample=False, pad_token_id=0, eos_token_id=[11, 13, 20])
+
+    class Kept(RowProcessor):
+        rows = torch.arange(4)
+
+        def __call__(self, input_ids, scores):
+            # Rows of one prompt differ.
+            return scores + torch.linspace(0, 9, 29) * (self.rows == 3)[:, None]
+
+        def keep(self, rows):
+            self.rows = self.rows[rows]
+
+    sampled = decode(model, rows, attended, places, settings, Kept(), segment)
+    for b, place in enumerate(places):
+        prompt = rows[place][attended[place] == 1][None]
+        one = Kept()
+        one.rows = torch.tensor([b])
+        alone = model.generate(prompt, generation_config=settings, logits_processor=[one])[
+            0, prompt.shape[1] :
+        ]
+        assert sampled[b].tolist() == alone.tolist() + [0] * (7 - len(alone))
+    lengths = (sampled != 0).sum(1)
+    assert lengths.min() < lengths.max()
 
 
 def test_a_cache_that_cannot_be_cut_serves_no_sharing():
