@@ -53,7 +53,10 @@ class Update:
 def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.Optimizer:
     """Return AdamW over the trainable parameters, with fp32 masters of those in 16 bits."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return MasterAdamW(trained, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    options = {"lr": config.learning_rate, "betas": (0.9, 0.98), "weight_decay": config.weight_decay}
+    # A sixth of the time of 55 M parameters, rounded otherwise: recorded runs of the tiny model would change.
+    fused = config.device == "cpu" and config.shard == "none" and config.model != "tiny"
+    return MasterAdamW(trained, **options, fused=True if fused else None)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -62,28 +62,27 @@ def states_and_gradients(model, side, share):
     return [states.detach(), *(p.grad for p in model.model.parameters())]
 
 
-@pytest.mark.parametrize("longest", [1024, 12, 8])
-def test_states_and_gradients_are_those_of_separate_rows(side, model, monkeypatch, longest):
+@pytest.mark.parametrize("longest, shape", [(1024, (1, 26)), (8, (3, 12))])
+def test_states_and_gradients_are_those_of_separate_rows(side, model, monkeypatch, longest, shape):
     monkeypatch.setattr(shared_prompts, "LONGEST", longest)  # answers of a prompt in several rows
     monkeypatch.setattr(shared_prompts, "LEAST_SAVED", -9.0)
     exact = states_and_gradients(copy.deepcopy(model).double(), side, False)
     packed = states_and_gradients(model, side, True)
     for mine, peer, truth in zip(packed, states_and_gradients(model, side, False), exact, strict=True):
         assert_no_worse(mine, peer, truth)
-    rows = pack(side)
-    assert rows.tokens_GL.shape[1] <= max(longest, 12)
-    assert len(rows.tokens_GL) == {1024: 3, 12: 4, 8: 7}[longest]
+    assert pack(side).tokens_GL.shape == shape
 
 
-def test_a_prompt_runs_once(side, model):
+def test_a_beginning_runs_once(side, model):
+    """The tree of all rows: 3, then OTHER and LONG beside ONE, which parts from LONG after five tokens."""
     assert shared_prompts.can_share(model)
     assert forwarded(model, lambda: hidden_states(model, side)) == side.tokens_BL.numel()
-    # The longest row: ONE, and the answers of 3, 1 and 6 tokens less their last ones.
-    assert forwarded(model, lambda: hidden_states(model, side, True)) == 3 * (7 + 2 + 0 + 5)
+    trees = {"OTHER": 5 + 3 + 1, "ONE": 6 + 5, "LONG": 4 + 2}
+    assert forwarded(model, lambda: hidden_states(model, side, True)) == sum(trees.values())
 
 
 def test_rows_that_share_too_little_stay_apart(model):
-    side = align([ONE, OTHER, LONG], ANSWERS[:3], pad=0)
+    side = align([(5, *ONE[1:]), OTHER, (6, *LONG[1:])], ANSWERS[:3], pad=0)
     assert pack(side) is None
     assert_same_bits(hidden_states(model, side, True), hidden_states(model, side))
 
