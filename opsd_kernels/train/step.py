@@ -96,7 +96,7 @@ def update_on(
     if ratio and objective.is_random(trainer.student):
         batch = replace(batch, old_logprobs_BT=_sampling_logprobs(trainer, batch, config))
     updates: list[Update] = []
-    known = {} if knows_teacher(trainer, config) else None
+    known: dict[int, Tensor] | None = {} if knows_teacher(trainer, config) else None
     try:
         while len(updates) < config.updates_per_batch:
             updates.append(optimisation_step(trainer, batch, config, step, rehearsal, known))

@@ -20,7 +20,7 @@ WORKER = Path(__file__).with_name("kill_and_resume.py")
 SETTINGS = {
     **PRESETS["python"],
     "env": "python", "threads": 1, "dtype": "float32", "teacher": "ema", "tensorboard": False,
-    "steps": 3, "prompts_per_step": 2, "group_size": 2, "max_new_tokens": 6, "eval_samples": 1,
+    "steps": 3, "prompts_per_step": 1, "group_size": 2, "max_new_tokens": 6, "eval_samples": 1,
     "probe_samples": 2, "checkpoint_every": 1, "samples_every": 1,
 }  # fmt: skip
 
@@ -42,7 +42,7 @@ def ended(tmp_path_factory):
         [sys.executable, str(WORKER), json.dumps(settings), str(root), "short"],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,
         env={**os.environ, "PYTHONPATH": str(Path(opsd_kernels.__file__).parents[1])},
     )
     assert done.returncode == 0, done.stderr
