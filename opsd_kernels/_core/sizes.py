@@ -29,6 +29,10 @@ SLICE_BYTES = 8 << 20
 # V = 32000 and rank 16 both products of the gradient take 17 ms of one thread in slices, and 31 without. On
 # CUDA 16-bit logits alone are made in slices.
 ADAPTED_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+# A slice of a head that is read by slices, as its GEMM takes it, and the wide copy of the few of its rows
+# that are multiplied by their scales at a time.
+SLICED_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
+COPIED_BYTES = {"cpu": 1 << 20, "cuda": 16 << 20}
 COPY_BYTES = 1 << 20  # an fp32 copy of rows of 16-bit hidden states
 SELECT_BYTES = 48  # per column: its norm, share, group and index
 KEPT_BYTES = 16 << 20  # a slice of the kept columns: of the gradient, of the head and of dW
