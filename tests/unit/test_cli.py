@@ -286,5 +286,5 @@ def test_settings_come_from_file_then_overrides_and_on_resume_from_the_run(monke
 
 
 def test_a_plan_of_no_tokens_has_no_shares():
-    shown = CliRunner().invoke(cli.app, ["plan", "-N", "0", "--device", "cuda"])
+    shown = opsd("plan", "-N", 0, "--device", "cuda")
     assert shown.exit_code == 0 and "%" not in shown.stdout
