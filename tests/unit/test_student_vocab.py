@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from draft_cases import Draft, draft_case
+from quantised_cases import QUANTISED
 from shapes_made import ShapesMade
 from torch.library import opcheck
 
@@ -282,6 +283,23 @@ def test_several_teachers(backend):
             evaluate(run, first, backend=backend, by_hand=by_hand, **how) for by_hand in (False, True)
         )
         assert_no_worse(ours, expected, expected)
+
+
+@pytest.mark.parametrize("form", ["int4 in int8, groups, zero points", "float8_e4m3fn, blocks", "bf16"])
+def test_a_teacher_s_head_in_another_form(backend, form):
+    """The rows of the ids have their own scales."""
+    draft = draft_case(N, V_S, V_T, H, torch.float32)
+    head = draft.case.teacher_weight
+    head = head.bfloat16() if form == "bf16" else QUANTISED[form](head)
+    whole = head.float() if form == "bf16" else head.dequantize()
+    told = {"divergence": "jsd", "backend": backend}
+
+    def run(h, W, t, Wt, **options):
+        return linear_divergence(h, W, t, head, **options)
+
+    ours = evaluate(run, draft.case, student_vocab_ids=draft.ids, **told)
+    expected = evaluate(linear_divergence, replace(draft.restricted, teacher_weight=whole[draft.ids]), **told)
+    assert_no_worse(ours, expected, expected)
 
 
 def test_adapters_of_both_heads():
