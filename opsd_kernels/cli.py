@@ -110,9 +110,7 @@ def plan(
     ] = "reverse_kl",
     softcap: Annotated[bool, typer.Option("--softcap/--no-softcap", help="Logits have a softcap.")] = False,
     factor: Annotated[float, typer.Option("--factor", help="The larger logit scale / temperature.")] = 1.0,
-    gradient_tolerance: Annotated[
-        float | None, typer.Option("--gradient-tolerance", help="Share of the gradient that may be left out.")
-    ] = None,
+    gradient_tolerance: Annotated[float | None, typer.Option(help="Share that may be left out.")] = None,
     student_rank: Annotated[int, typer.Option("--student-rank", min=0, help="Rank of its adapter.")] = 0,
     teacher_rank: Annotated[int, typer.Option("--teacher-rank", min=0, help="Rank of its adapter.")] = 0,
     teacher_vocab: Annotated[int | None, typer.Option(help="Its head's rows, if --vocab are ids.")] = None,
@@ -143,6 +141,7 @@ def plan(
         budget = None if workspace is None else parse_bytes(workspace)
         kind = Divergence.parse(divergence)
         tokens, vocab = -(-tokens // data_ranks), -(-vocab // vocab_ranks)  # the largest share of a rank
+        form = teacher_form(teacher_head, teacher_vocab, vocab, vocab_ranks > 1 or listed > 0)
         made = make_plan(
             tokens,
             vocab,
@@ -150,10 +149,7 @@ def plan(
             0 if listed else teacher_hidden,
             parse_dtype(dtype),
             shared_head=shared_head and teacher_vocab is None,
-            heads=(
-                student_head,
-                teacher_form(teacher_head, teacher_vocab, vocab, vocab_ranks > 1 or listed > 0),
-            ),
+            heads=(student_head, form),
             teacher_dtype=None if teacher_dtype is None else parse_dtype(teacher_dtype, "--teacher-dtype"),
             trainable_head=not frozen,
             workspace_bytes=budget,
