@@ -8,11 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .spec import expect
-
-Adapter = tuple[Tensor, Tensor, float]
+from .spec import Adapter, expect
 
 
 def base_and_adapter(head: nn.Module, name: str) -> tuple[Any, Adapter | None]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .divergence import DEFAULTS, TokenStats, evaluate, prepare
-from .spec import TAILS, check_choice
+from .spec import TAILS, Adapter, check_choice
 from .weights import TokenWeighting
 
 
@@ -21,7 +21,7 @@ def linear_topk_divergence(
     tail: str = "bucket",
     temperature: float = 1.0,
     student_bias: Tensor | None = None,
-    student_lora: tuple[Tensor, Tensor, float] | None = None,
+    student_lora: Adapter | None = None,
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     vocab_size: int | None = None,
@@ -90,6 +90,7 @@ def linear_divergence_to(
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     student_bias: Tensor | None = None,
+    student_lora: Adapter | None = None,
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     vocab_size: int | None = None,
@@ -139,10 +140,10 @@ def linear_divergence_to(
         teacher_temperature = 1.0
     options = DEFAULTS | dict(  # noqa: C408 - a literal would name each option twice
         divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
-        student_bias=student_bias, student_logit_scale=student_logit_scale, student_softcap=student_softcap,
-        vocab_size=vocab_size, labels=labels, ignore_index=ignore_index, mask=mask,
-        token_weights=token_weights, teacher_mix=teacher_mix, entry_clip=entry_clip, token_clip=token_clip,
-        z_loss=z_loss,
+        student_bias=student_bias, student_lora=student_lora, student_logit_scale=student_logit_scale,
+        student_softcap=student_softcap, vocab_size=vocab_size, labels=labels, ignore_index=ignore_index,
+        mask=mask, token_weights=token_weights, teacher_mix=teacher_mix, entry_clip=entry_clip,
+        token_clip=token_clip, z_loss=z_loss,
         reduction=reduction, normalizer=normalizer, topk=topk, topk_support=topk_support, topk_tail=topk_tail,
         logits_dtype=logits_dtype, gradient_tolerance=gradient_tolerance, workspace_bytes=workspace_bytes,
         backend=backend, group=group,

@@ -19,6 +19,11 @@ namespace opsd::avx512 {
 // rows and columns of a micro-kernel call: within 5 % of 32 and 128 in every role
 constexpr int64_t TILE = 64;
 constexpr int64_t LANES = 16;  // 32-bit elements of a register
+constexpr int64_t DEPTH = 1024;  // of a packed tile of b: 128 KiB in bf16, 256 in fp32
+constexpr int64_t SHORT = 128;   // a last step of at most as much joins the one before
+
+// The depth of the step that starts at k.
+inline int64_t depth_at(int64_t k, int64_t K) { return K - k <= DEPTH + SHORT ? K - k : DEPTH; }
 
 struct Free {
   void operator()(void* p) const { std::free(p); }

@@ -52,10 +52,7 @@ def arrange(
     on_cuda, sides = hidden.device.type == "cuda", [] if teacher is None else [teacher]
     if problem.teachers is not None:
         sides = list(problem.teachers.sides)
-    ranks = (
-        0 if problem.student.lora is None else problem.student.lora.A.shape[0],
-        0 if teacher is None or teacher.lora is None else teacher.lora.A.shape[0],
-    )
+    ranks = [0 if side.lora is None else side.lora.A.shape[0] for side in (problem.student, *sides)]
     chunks = plan(
         rows.count,
         # The widest shard on every rank: all ranks use the same chunk boundaries.
@@ -264,32 +261,40 @@ def pack(problem: Problem) -> tuple[Any, ...]:
 
 def _pack_heads(problem: Problem) -> tuple[list[float], list[Tensor | None]]:
     """Return numbers and tensors of the adapters of both sides, and of several teachers."""
-    adapters = problem.student.lora, None if problem.teacher is None else problem.teacher.lora
+    teachers, sides = problem.teachers, [problem.student, problem.teacher]
+    if teachers is not None:
+        sides = [problem.student, *teachers.sides]  # the first of them is the problem's teacher
+    adapters = [None if side is None else side.lora for side in sides]
     numbers = [0.0 if lora is None else lora.scaling for lora in adapters]
     more = [part for lora in adapters for part in ((None, None) if lora is None else (lora.A, lora.B))]
-    if (teachers := problem.teachers) is not None:
+    if teachers is not None:
         numbers += [*teachers.scales, *(softcap or 0.0 for softcap in teachers.softcaps)]
         more.append(teachers.index)
-        # The first one is the problem's teacher.
         more += [part for side in teachers.sides[1:] for part in (side.hidden, side.weight, side.bias)]
     return numbers, more
 
 
 def _unpack_heads(problem: Problem, numbers: Sequence[float], more: Sequence[Any]) -> Problem:
     """Return a problem with the adapters and teachers of `_pack_heads`."""
+    several = len(more) > 4
+    count = len(numbers) // 3 if several else 1
     adapters = [
         None if A is None else Lora(A, B, scaling)
-        for A, B, scaling in zip(more[:4:2], more[1:4:2], numbers[:2], strict=True)
+        for A, B, scaling in zip(
+            more[: 2 * count + 2 : 2], more[1 : 2 * count + 2 : 2], numbers[: count + 1], strict=True
+        )
     ]
     teacher = problem.teacher and replace(problem.teacher, lora=adapters[1])
     problem = replace(problem, student=replace(problem.student, lora=adapters[0]), teacher=teacher)
-    if len(more) == 4 or teacher is None:
+    if not several or teacher is None:
         return problem
-    others = (Side(*more[at : at + 3]) for at in range(5, len(more), 3))
-    count = len(numbers) // 2 - 1
-    softcaps = tuple(softcap or None for softcap in numbers[2 + count :])
-    teachers = Teachers(more[4], (teacher, *others), tuple(numbers[2 : 2 + count]), softcaps)
-    return replace(problem, teachers=teachers)
+    index, *parts = more[2 * count + 2 :]
+    others = (
+        Side(parts[3 * k], parts[3 * k + 1], parts[3 * k + 2], lora) for k, lora in enumerate(adapters[2:])
+    )
+    scales, softcaps = numbers[count + 1 : 2 * count + 1], numbers[2 * count + 1 :]
+    caps = tuple(softcap or None for softcap in softcaps)
+    return replace(problem, teachers=Teachers(index, (teacher, *others), tuple(scales), caps))
 
 
 def unpack(flat: Sequence[Any]) -> Problem:

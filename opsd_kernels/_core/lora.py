@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .._rows import extension
 from ..spec import check_number, check_tensor, expect
 from .sizes import ADAPTED_BYTES, COPY_BYTES
 
@@ -78,6 +79,29 @@ def row_slices(x: Tensor) -> Sequence[slice]:
     return [slice(start, start + step) for start in range(0, x.shape[0], step)]
 
 
+def copies_of(adapter: torch.dtype, rows: torch.dtype) -> int:
+    """Return how often B, or a 16-bit addend of it, stands in the second factor of an adapter's term.
+
+    Beside 16-bit rows u has two addends. bf16 has the range of fp32: there a B of another dtype has two, too.
+    """
+    if rows.itemsize > 2:
+        return 1
+    return 2 if adapter == rows else 3 if rows == torch.bfloat16 else 1
+
+
+def joins(hidden: Tensor) -> bool:
+    """Return True if one GEMM of the extension multiplies rows like these by a head and by B."""
+    if hidden.device.type != "cpu":
+        return False
+    return joined(hidden.dtype, hidden.shape[1])
+
+
+def joined(dtype: torch.dtype, H: int) -> bool:
+    """Return `joins` of rows (n, H) on a CPU."""
+    narrow = dtype == torch.bfloat16 and H % 2 == 0 and extension.gemm_unavailable() is None
+    return narrow or extension.gemm_fp32_serves(dtype)
+
+
 @dataclass(frozen=True)
 class AdapterPlan:
     """Hold the bytes and operations that adapters add to a call."""
@@ -93,21 +117,30 @@ class AdapterPlan:
         cls,
         V: int,
         H_student: int,
-        ranks: tuple[int, int],
+        H_teacher: int,
+        ranks: Sequence[int],
         grad: bool,
         dtype: torch.dtype,
         buffer: torch.dtype,
         device_type: str,
     ) -> AdapterPlan:
-        """Count what adapted.Adapters allocates for matrices of the head's dtype, of these `ranks`."""
+        """Count what adapted.Adapters allocates for matrices of the head's dtype.
+
+        `ranks` are those of the student and of each teacher.
+        """
         narrow, wide = dtype.itemsize == 2, torch.promote_types(dtype, torch.float32).itemsize
-        trained, both = ranks[0] * grad, sum(ranks)
-        scratch = (ADAPTED_BYTES[device_type] * (buffer.itemsize == 2) + COPY_BYTES) * narrow
+        trained, theirs = ranks[0] * grad, max(ranks[1:], default=0)
+        both, one = ranks[0] + theirs, device_type == "cpu" and joined(dtype, H_student)
+        copies = copies_of(dtype, dtype)
+        scratch = (ADAPTED_BYTES[device_type] * (buffer.itemsize == 2 and not one) + COPY_BYTES) * narrow
+        factors = sum(ranks) + both * (theirs > 0 < ranks[0])  # the last for a difference of two adapters
+        # The rows beside their factors
+        left = (max(H_student, H_teacher) + copies * both) * dtype.itemsize * one
         # dA, and dB with the products of both addends
-        entries = trained * (H_student + V * (2 if narrow else 1))
+        entries = trained * (H_student + V * copies)
         return cls(
-            per_row=wide * (H_student * (trained > 0) + 3 * trained + 2 * both),
-            scratch=scratch + narrow * wide * V * both,
+            per_row=wide * (H_student * (trained > 0) + 3 * trained + 2 * both) + left,
+            scratch=scratch + narrow * copies * dtype.itemsize * V * factors,
             gradients=wide * entries,
             forward=both,
             backward=2 * trained,

@@ -372,7 +372,7 @@ def plan(
     sm_count: int = SM_COUNT,
     threads: int | None = None,
     gradient_tolerance: float | None = None,
-    ranks: tuple[int, int] = (0, 0),
+    ranks: Sequence[int] = (0, 0),
 ) -> ChunkPlan:
     """Plan `linear_divergence` for N valid tokens, a vocabulary of V and the hidden sizes of both sides.
 
@@ -382,7 +382,8 @@ def plan(
     * `weights_scope`: scope of the token weights. With "sequence", chunks end at sequence boundaries if a
       chunk holds `longest_sequence` rows (four passes); otherwise a statistics pass goes first (six).
     * `topk`, `listed`, `policy`, `one_sweep`: entries of a support; of a list; an objective; a plain KL.
-    * `factor`, `softcap`, `ranks`: the larger logit scale / temperature; if there is a softcap; of adapters.
+    * `factor`, `softcap`: the larger logit scale / temperature; if there is a softcap.
+    * `ranks`: of the adapters of the student and of each teacher; 0: none.
     * `device_type`, `sm_count`: on CUDA a chunk's rows make whole waves of GEMM tiles (waves.py). `threads`:
       of a CPU, with which scratch grows; default torch's. `workspace_bytes`: for logits, packed rows, scratch
       and half of an fp32 dW, whose bytes the 16-bit dW takes later; default OPSD_WORKSPACE_BYTES, else 1 GiB.
@@ -401,7 +402,7 @@ def plan(
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
     adapted = AdapterPlan()
     if any(ranks):
-        adapted = AdapterPlan.of(V, H_student, ranks, grad, dtype, buffer, device_type)
+        adapted = AdapterPlan.of(V, H_student, H_teacher, ranks, grad, dtype, buffer, device_type)
     per_row += adapted.per_row + teacher_row * target_copied
     scratch += adapted.scratch + (KEPT_BYTES + SELECT_BYTES * V) * selects
     held, again, small = held_dtype(dtype, buffer), backward == "recompute" and grad, 4 * V * bias_grad
