@@ -17,7 +17,7 @@ namespace cpu {
 
 void sweep(const RowArgs& a, Sweep which, int32_t device);
 std::string capability();
-// out (+)= a @ [b ; tail] in fp32, of bf16 matrices with one stride of 1 each.
+// out (+)= a @ [b ; tail] in fp32, the tail's rows as often as a has columns for them, of bf16 matrices with one stride of 1 each.
 void gemm_bf16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate, const std::optional<Tensor>& shift,
                 const std::optional<Tensor>& tail);
 // out (+)= a @ [b ; tail] of fp32 matrices with one stride of 1 each.

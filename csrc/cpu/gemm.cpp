@@ -47,15 +47,12 @@ class ColumnPanel {
   const Buffer<uint32_t> packed_ = allocate<uint32_t>(group_ * TILE * depth_ / 2);
   const Buffer<uint16_t> padded_ = allocate<uint16_t>(TILE * (DEPTH + SHORT + 2));
 
-  static void pack_rows(const GemmOperand& b, int64_t k, int64_t depth, int64_t n, int64_t width, uint32_t* to) {
-    if (b.transposed) transpose_pairs(b.data + n * b.stride + k, b.stride, width, depth, to, TILE);
-    else interleave(b.data + k * b.stride + n, b.stride, depth, width, to, TILE);
-  }
-
   void pack(int64_t k, int64_t depth, int64_t n, int64_t width, uint32_t* to) const {
-    const int64_t rows = g_.K - g_.tail.count, inside = std::clamp<int64_t>(rows - k, 0, depth);
-    if (inside) pack_rows(g_.b, k, inside, n, width, to);
-    if (depth > inside) pack_rows(g_.tail.rows, k + inside - rows, depth - inside, n, width, to + inside / 2 * TILE);
+    pack_pieces(g_, k, depth, [&](const GemmOperand& b, int64_t first, int64_t rows, int64_t done) {
+      uint32_t* place = to + done / 2 * TILE;
+      if (b.transposed) transpose_pairs(b.data + n * b.stride + first, b.stride, width, rows, place, TILE);
+      else interleave(b.data + first * b.stride + n, b.stride, rows, width, place, TILE);
+    });
   }
 
   // Rows of a; with an odd depth, a copy with a zero after each row.

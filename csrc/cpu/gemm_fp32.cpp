@@ -79,14 +79,13 @@ void pack(const Operand<float>& b, int64_t k, int64_t depth, int64_t n, int64_t 
 
 // Columns [n0, n1) of c for rows [m0, m1), with b packed tile by tile. Read in place it costs a third more.
 void column_panel(const FloatGemmArgs& g, float* packed, int64_t n0, int64_t n1, int64_t m0, int64_t m1) {
-  const int64_t of_b = g.K - g.tail.count;
   for (int64_t k = 0, depth; k < g.K; k += depth) {
     depth = depth_at(k, g.K);
-    const int64_t inside = std::clamp<int64_t>(of_b - k, 0, depth);
     for (int64_t n = n0; n < n1; n += TILE) {
       const int64_t width = std::min(TILE, n1 - n);
-      if (inside) pack(g.b, k, inside, n, width, packed);
-      if (depth > inside) pack(g.tail.rows, k + inside - of_b, depth - inside, n, width, packed + inside * TILE);
+      pack_pieces(g, k, depth, [&](const Operand<float>& b, int64_t first, int64_t rows, int64_t done) {
+        pack(b, first, rows, n, width, packed + done * TILE);
+      });
       Step s = step(depth, width, g.accumulate || k > 0);
       s.stride_a = g.a.stride, s.step_a = 1, s.stride_b = TILE, s.stride_c = g.stride_c;
       multiply_rows(s, m1 - m0, g.a.data + m0 * g.a.stride + k, packed, g.c + m0 * g.stride_c + n);

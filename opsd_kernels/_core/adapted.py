@@ -20,30 +20,41 @@ from torch import Tensor
 from .._rows import extension
 from .centre import Centre
 from .loop import accumulate_weight_grad, project
-from .lora import Lora, copies_of, joins, row_slices
+from .lora import Lora, joins, row_slices
 from .planner import ChunkPlan
 from .problem import Outputs, Problem, Side, same_adapter
 from .sizes import ADAPTED_BYTES
 
 
 class Term(NamedTuple):
-    """Hold a product u B^T.
+    """Hold a product u B^T of a side's rows.
 
-    Of 16-bit factors the second one is [B, B], or [high, high, low] of the addends of a wider B, and u is
-    split into addends likewise.
+    The matrix is B in fp32 or fp64, B of 16 bits, or the two 16-bit addends of a wider B. Beside 16 bits
+    u is split into addends as well; the products of both low ones are left out.
     """
 
     coefficients: Tensor  # (C, r) in fp32, or fp64
-    matrix: Tensor  # (V, r) in the same dtype, or (V, 2r) or (V, 3r) of 16 bits
+    matrix: Tensor  # (V, r), or (V, 2r): the high addend, and the low one
 
     @property
     def factor(self) -> Tensor:
-        """Return the first factor, (C, r), (C, 2r) or (C, 3r) in the dtype of the matrix."""
+        """Return u, (C, r); [high, low], (C, 2r); or [high, high, low], (C, 3r), as wide as the matrix."""
         u, narrow = self.coefficients, self.matrix.dtype
         if narrow.itemsize > 2:
             return u
-        parts = _addends(u, narrow)
-        return torch.cat([parts, parts[:, : u.shape[1]]], 1)[:, : self.matrix.shape[1]]
+        parts, r = _addends(u, narrow), u.shape[1]
+        return parts if self.matrix.shape[1] == r else torch.cat([parts[:, :r], parts], 1)
+
+    def below(self, above: list[Term]) -> Term:
+        """Return the term of stacked rows: those of `above` with its matrix, else zeros, then its own."""
+        own = self.coefficients
+        top = [term.coefficients for term in above if term.matrix is self.matrix]
+        return Term(torch.cat([*(top or [torch.zeros_like(own)]), own]), self.matrix)
+
+    def repeated(self, columns: slice, width: int) -> Tensor:
+        """Return rows of the second factor, (n, width): those of the matrix, and its first columns again."""
+        matrix = self.matrix[columns]
+        return matrix if matrix.shape[1] == width else torch.cat([matrix, matrix], 1)[:, :width]
 
 
 def _addends(x: Tensor, narrow: torch.dtype) -> Tensor:
@@ -99,15 +110,12 @@ class Adapters:
                 self.dB = new(V, r * (2 if self.dtype.itemsize == 2 else 1), dtype=self.wide).zero_()
 
     def _factor(self, lora: Lora) -> Tensor:
-        """Return the second factor of the adapter's terms: see `Term`."""
-        copies, B = copies_of(lora.B.dtype, self.dtype), lora.B
-        if copies == 1:
-            return B.to(self.wide)
-        if copies == 2:
-            return torch.cat([B, B], 1)
-        parts = _addends(B.to(self.wide), self.dtype)
-        high = parts[:, : B.shape[1]]
-        return torch.cat([high, parts], 1)
+        """Return the matrix of the adapter's terms: see `Term`."""
+        B = lora.B
+        if self.dtype.itemsize == 2 and B.dtype == self.dtype:
+            return B
+        # fp16 lacks the range of a wider B.
+        return _addends(B.to(self.wide), self.dtype) if self.dtype == torch.bfloat16 else B.to(self.wide)
 
     def _term(self, lora: Lora | None, rows: Tensor, sign: float = 1.0) -> list[Term]:
         return [] if lora is None else [Term(lora.coefficients(rows).mul_(sign), self.factors[id(lora)])]
@@ -122,17 +130,18 @@ class Adapters:
         centre: Centre,
         part: slice,
         stack: Tensor | None,
+        both: Tensor | None,
     ) -> None:
         """Write the logits of both sides, (C, V), as `Buffers.fill` does without an adapter.
 
         `part` are the rows' places in the chunk. `stack` holds [student ; teacher - student] where T is to
-        hold a difference of logits.
+        hold a difference of logits, and `both` is (2C, V), S and T, if they lie side by side.
         """
-        terms = self._term(self.student, student)
+        head, mine = problem.student.weight, self._term(self.student, student)
         if self.u is not None:
-            self.u[part] = terms[0].coefficients
-        self._write(student, problem.student.weight, terms, S, centre.s)
+            self.u[part] = mine[0].coefficients
         if teacher is None or problem.teacher is None:
+            self._write(student, head, mine, S, centre.s)
             return
         theirs, rows = problem.teacher.lora, teacher
         if stack is None:
@@ -143,6 +152,10 @@ class Adapters:
                 terms = self._term(self.student, rows)
             else:
                 terms = self._term(theirs, teacher) + self._term(self.student, student, -1.0)
+        if stack is not None and both is not None:
+            self._write(stack, head, [term.below(mine) for term in terms], both, centre.stacked)
+            return
+        self._write(student, head, mine, S, centre.s)
         self._write(rows, problem.teacher.weight, terms, T, centre.t)
 
     def pilot(self, student: Tensor, out: Tensor) -> None:
@@ -161,22 +174,26 @@ class Adapters:
         if not terms:
             project(rows, weight, out, centre)
             return
+        factors = [term.factor for term in terms]
+        widths = [factor.shape[1] for factor in factors]
         if joins(rows):
-            left = torch.cat([rows, *(term.factor for term in terms)], 1)
-            matrices = [term.matrix for term in terms]
-            tail = (matrices[0] if len(terms) == 1 else torch.cat(matrices, 1)).t()
+            tail, left = terms[0].matrix, torch.cat([rows, *factors], 1)
+            # The GEMM repeats the rows of one matrix, if there are pairs of them.
+            if len(terms) > 1 or (widths[0] > tail.shape[1] and tail.shape[1] % 2):
+                each = zip(terms, widths, strict=True)
+                tail = torch.cat([term.repeated(slice(None), width) for term, width in each], 1)
             if rows.dtype == torch.bfloat16:
-                torch.ops.opsd_kernels.gemm_bf16_(left, weight.t(), out, False, centre, tail)
+                torch.ops.opsd_kernels.gemm_bf16_(left, weight.t(), out, False, centre, tail.t())
             else:
-                torch.ops.opsd_kernels.gemm_fp32_(left, weight.t(), out, False, tail)
+                torch.ops.opsd_kernels.gemm_fp32_(left, weight.t(), out, False, tail.t())
             return
         narrow = out.dtype.itemsize == 2
         for columns in self._slices(len(rows), weight.shape[0], narrow):
-            width = columns.stop - columns.start
-            part = self.scratch[: len(rows) * width].view(len(rows), width) if narrow else out[:, columns]
+            n = columns.stop - columns.start
+            part = self.scratch[: len(rows) * n].view(len(rows), n) if narrow else out[:, columns]
             project(rows, weight[columns], part)
-            for term in terms:
-                _add_product(term.factor, term.matrix[columns].t(), part)
+            for term, factor, width in zip(terms, factors, widths, strict=True):
+                _add_product(factor, term.repeated(columns, width).t(), part)
             if centre is not None:
                 part.sub_(centre[:, None])
             if narrow:

@@ -79,16 +79,6 @@ def row_slices(x: Tensor) -> Sequence[slice]:
     return [slice(start, start + step) for start in range(0, x.shape[0], step)]
 
 
-def copies_of(adapter: torch.dtype, rows: torch.dtype) -> int:
-    """Return how often B, or a 16-bit addend of it, stands in the second factor of an adapter's term.
-
-    Beside 16-bit rows u has two addends. bf16 has the range of fp32: there a B of another dtype has two, too.
-    """
-    if rows.itemsize > 2:
-        return 1
-    return 2 if adapter == rows else 3 if rows == torch.bfloat16 else 1
-
-
 def joins(hidden: Tensor) -> bool:
     """Return True if one GEMM of the extension multiplies rows like these by a head and by B."""
     if hidden.device.type != "cpu":
@@ -123,6 +113,7 @@ class AdapterPlan:
         dtype: torch.dtype,
         buffer: torch.dtype,
         device_type: str,
+        difference: bool,
     ) -> AdapterPlan:
         """Count what adapted.Adapters allocates for matrices of the head's dtype.
 
@@ -131,16 +122,17 @@ class AdapterPlan:
         narrow, wide = dtype.itemsize == 2, torch.promote_types(dtype, torch.float32).itemsize
         trained, theirs = ranks[0] * grad, max(ranks[1:], default=0)
         both, one = ranks[0] + theirs, device_type == "cpu" and joined(dtype, H_student)
-        copies = copies_of(dtype, dtype)
+        addends = 2 if narrow else 1
         scratch = (ADAPTED_BYTES[device_type] * (buffer.itemsize == 2 and not one) + COPY_BYTES) * narrow
-        factors = sum(ranks) + both * (theirs > 0 < ranks[0])  # the last for a difference of two adapters
-        # The rows beside their factors
-        left = (max(H_student, H_teacher) + copies * both) * dtype.itemsize * one
+        # A matrix for the difference of two adapters, or for an odd number of rows to be repeated
+        copied = narrow * one * both * (theirs > 0 < ranks[0] or any(rank % 2 for rank in ranks))
+        # The rows beside their factors: of one side, or of the stacked rows
+        left = (max(H_student, H_teacher) + addends * both) * dtype.itemsize * one * (1 + difference)
         # dA, and dB with the products of both addends
-        entries = trained * (H_student + V * copies)
+        entries = trained * (H_student + V * addends)
         return cls(
             per_row=wide * (H_student * (trained > 0) + 3 * trained + 2 * both) + left,
-            scratch=scratch + narrow * copies * dtype.itemsize * V * factors,
+            scratch=scratch + addends * dtype.itemsize * V * copied,
             gradients=wide * entries,
             forward=both,
             backward=2 * trained,

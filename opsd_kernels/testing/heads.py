@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..spec import Adapter
 
-def dense_head(weight: Tensor, lora: tuple[Tensor, Tensor, float] | None) -> Tensor:
+
+def dense_head(weight: Tensor, lora: Adapter | None) -> Tensor:
     """Return W + scaling * B @ A, (V, H), in fp32 or fp64. Differentiable."""
     if lora is None:
         return weight
@@ -48,6 +50,8 @@ def by_index(reference: Callable[..., Any]) -> Callable[..., Any]:
         teacher_index: Tensor,
         teacher_bias: Sequence[Tensor | None] | None = None,
         teacher_logit_scale: Sequence[float] | float = 1.0,
+        student_lora: Adapter | None = None,
+        teacher_lora: Sequence[Adapter | None] | None = None,
         **options: Any,
     ) -> Any:
         count, flat = len(teacher_hidden), teacher_index.reshape(-1)
@@ -61,6 +65,7 @@ def by_index(reference: Callable[..., Any]) -> Callable[..., Any]:
         rows: list[Tensor] = []
         for k, (states, head) in enumerate(zip(teacher_hidden, teacher_weight, strict=True)):
             own = flat == k
+            head = dense_head(head, None if teacher_lora is None else teacher_lora[k])
             packed = states.dim() == 2 and states.shape[:-1] != teacher_index.shape
             mine = states if packed else states.reshape(-1, states.shape[-1])[own]
             block = hidden.new_zeros(flat.numel(), head.shape[1] + 1, dtype=wide)
@@ -70,6 +75,6 @@ def by_index(reference: Callable[..., Any]) -> Callable[..., Any]:
             rows.append(block)
             columns.append(torch.cat([head.to(wide), unit.to(wide)], 1))
         merged = torch.cat(rows, 1).reshape(*teacher_index.shape, -1)
-        return reference(hidden, weight, merged, torch.cat(columns, 1), **options)
+        return reference(hidden, dense_head(weight, student_lora), merged, torch.cat(columns, 1), **options)
 
     return run
