@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,29 +106,28 @@ class AdapterPlan:
     @classmethod
     def of(
         cls,
-        V: int,
-        H_student: int,
-        H_teacher: int,
+        gemms: Any,
         ranks: Sequence[int],
-        grad: bool,
         dtype: torch.dtype,
         buffer: torch.dtype,
         device_type: str,
-        difference: bool,
     ) -> AdapterPlan:
         """Count what adapted.Adapters allocates for matrices of the head's dtype.
 
-        `ranks` are those of the student and of each teacher.
+        `gemms` are the planner's Products, `ranks` those of the student and of each teacher.
         """
+        V, H_student = gemms.V, gemms.H_student
         narrow, wide = dtype.itemsize == 2, torch.promote_types(dtype, torch.float32).itemsize
-        trained, theirs = ranks[0] * grad, max(ranks[1:], default=0)
+        trained, theirs = ranks[0] * gemms.grad, max(ranks[1:], default=0)
         both, one = ranks[0] + theirs, device_type == "cpu" and joined(dtype, H_student)
         addends = 2 if narrow else 1
         scratch = (ADAPTED_BYTES[device_type] * (buffer.itemsize == 2 and not one) + COPY_BYTES) * narrow
         # A matrix for the difference of two adapters, or for an odd number of rows to be repeated
         copied = narrow * one * both * (theirs > 0 < ranks[0] or any(rank % 2 for rank in ranks))
         # The rows beside their factors: of one side, or of the stacked rows
-        left = (max(H_student, H_teacher) + addends * both) * dtype.itemsize * one * (1 + difference)
+        left = (
+            (max(H_student, gemms.H_teacher) + addends * both) * dtype.itemsize * one * (1 + gemms.difference)
+        )
         # dA, and dB with the products of both addends
         entries = trained * (H_student + V * addends)
         return cls(

@@ -402,8 +402,7 @@ def plan(
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
     adapted = AdapterPlan()
     if any(ranks):
-        sides = V, H_student, H_teacher, ranks
-        adapted = AdapterPlan.of(*sides, grad, dtype, buffer, device_type, difference)
+        adapted = AdapterPlan.of(gemms, ranks, dtype, buffer, device_type)
     per_row += adapted.per_row + teacher_row * target_copied
     scratch += adapted.scratch + (KEPT_BYTES + SELECT_BYTES * V) * selects
     held, again, small = held_dtype(dtype, buffer), backward == "recompute" and grad, 4 * V * bias_grad
