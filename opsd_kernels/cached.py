@@ -20,6 +20,7 @@ from ._core.library import check_all
 from ._core.lora import Lora
 from ._core.problem import Problem, Side, of_one_side
 from ._core.reductions import RowWeigher, reads_logprobs, row_scale
+from .quantized import QuantizedHead
 from .spec import Adapter, LogitTransform, check_number, check_tensor, expect
 from .weights import TokenWeighting
 
@@ -80,7 +81,7 @@ PER_TOKEN = ("mean", "bias", "negative_entropy", "token")
 
 def cache_forward_kl(
     teacher_hidden: Tensor,  # (..., H_t)
-    teacher_weight: Tensor,  # (V_t, H_t)
+    teacher_weight: Tensor | QuantizedHead,  # (V_t, H_t)
     student_weight: Tensor,  # (V_s, H_s), frozen
     *,
     temperature: float = 1.0,
@@ -212,12 +213,13 @@ def _frozen_head(problem: Problem, side: Side, vocab_size: int | None) -> Side:
             bias.shape == weight.shape[:1], "student_bias", f"shape ({weight.shape[0]},)", tuple(bias.shape)
         )
     if lora is not None:
-        lora.check("student_lora", weight)
+        lora.check("student_lora", weight.shape, weight.device)
     return replace(side, lora=lora).detach()
 
 
 def _check_cache(problem: Problem, cache: ForwardKLCache, leading: torch.Size, head: Side) -> None:
     """Raise ValueError for a call that the cache does not belong to. `head` is the student's, as given."""
+    check_tensor("student_weight", head.weight)
     weight, bias, lora = head.weight, head.bias, head.lora
     same = cache.token.shape == leading
     expect(same, "cache", f"tokens of shape {tuple(leading)}, as student_hidden", tuple(cache.token.shape))

@@ -119,6 +119,7 @@ def plan(
     ] = None,
     student_rank: Annotated[int, typer.Option("--student-rank", min=0, help="Rank of its adapter.")] = 0,
     teacher_rank: Annotated[int, typer.Option("--teacher-rank", min=0, help="Rank of its adapter.")] = 0,
+    teacher_vocab: Annotated[int | None, typer.Option(help="Its head's rows, if --vocab are ids.")] = None,
     listed: Annotated[
         int, typer.Option("--listed", min=0, help="Plan linear_topk with that many tokens per position.")
     ] = 0,
@@ -149,7 +150,8 @@ def plan(
             hidden,
             0 if listed else teacher_hidden,
             parse_dtype(dtype),
-            shared_head=shared_head,
+            shared_head=shared_head and teacher_vocab is None,
+            heads=("whole", teacher_form(teacher_vocab, vocab, vocab_ranks > 1 or listed > 0)),
             trainable_head=not frozen,
             workspace_bytes=budget,
             device_type=parse_device(device),
@@ -167,6 +169,20 @@ def plan(
         return
     kernels = row_kernels(tokens, vocab, made.logits_dtype, kind) if device == "cuda" else {}
     show_plan("linear_topk" if listed else "linear_divergence", made.as_dict(), kernels)
+
+
+def teacher_form(rows: int | None, vocab: int, other: bool) -> str:
+    """Return how a call reads a teacher's head of `rows`, None for as many as the student's `vocab`.
+
+    `other` options have no ids.
+    """
+    from .spec import expect
+
+    if rows is None:
+        return "whole"
+    expect(not other, "--teacher-vocab", "no --vocab-ranks and no --listed", "one of them")
+    expect(rows >= vocab, "--teacher-vocab", f"at least --vocab, {vocab}", rows)
+    return "sliced"
 
 
 def show_plan(op: str, fields: dict[str, object], kernels: dict[str, str]) -> None:

@@ -12,14 +12,15 @@ for one adapter, and for 16-bit buffers (`Problem.of`).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._rows import extension
+from .accumulate import accumulate_weight_grad
 from .centre import Centre
-from .loop import accumulate_weight_grad, project
+from .loop import project
 from .lora import Lora, joins, row_slices
 from .planner import ChunkPlan
 from .problem import Outputs, Problem, Side, same_adapter
@@ -44,12 +45,6 @@ class Term(NamedTuple):
             return u
         parts, r = _addends(u, narrow), u.shape[1]
         return parts if self.matrix.shape[1] == r else torch.cat([parts[:, :r], parts], 1)
-
-    def below(self, above: list[Term]) -> Term:
-        """Return the term of stacked rows: those of `above` with its matrix, else zeros, then its own."""
-        own = self.coefficients
-        top = [term.coefficients for term in above if term.matrix is self.matrix]
-        return Term(torch.cat([*(top or [torch.zeros_like(own)]), own]), self.matrix)
 
     def repeated(self, columns: slice, width: int) -> Tensor:
         """Return rows of the second factor, (n, width): those of the matrix, and its first columns again."""
@@ -87,14 +82,21 @@ class Adapters:
         new, self.on_cpu = student.hidden.new_empty, student.hidden.device.type == "cpu"
         self.factors: dict[int, Tensor] = {}
         if self.student is not None:
-            self.factors[id(self.student)] = self._factor(self.student)
-        for side in _teachers(problem):
+            self.factors[id(self.student)] = _matrix(self.student, self.dtype)
+        teachers: tuple[Side, ...] = () if problem.teacher is None else (problem.teacher,)
+        if problem.teachers is not None:
+            teachers = problem.teachers.sides
+        for side in teachers:
             if side.lora is not None:
                 same = self.student is not None and same_adapter(self.student, side.lora)
-                known = self.factors[id(self.student)] if same else self._factor(side.lora)
+                alike = same and side.hidden.dtype == self.dtype
+                known = self.factors[id(self.student)] if alike else _matrix(side.lora, side.hidden.dtype)
                 self.factors[id(side.lora)] = known
         self.size = ADAPTED_BYTES["cpu" if self.on_cpu else "cuda"] // 4
-        sliced = plan.logits_dtype.itemsize == 2 and not joins(student.hidden)
+        whole = all(isinstance(side.weight, Tensor) for side in (student, *teachers))
+        sliced = plan.logits_dtype.itemsize == 2 and not (
+            whole and joins(student.hidden.device.type, self.dtype, student.hidden.shape[1])
+        )
         self.scratch = new(self.size if sliced else 0, dtype=torch.float32)
         self.u = self.back = self.dB = None
         if self.student is not None and any(problem.wants):
@@ -108,14 +110,6 @@ class Adapters:
             if problem.wants[4]:
                 # For 16-bit rows the products of both addends of u
                 self.dB = new(V, r * (2 if self.dtype.itemsize == 2 else 1), dtype=self.wide).zero_()
-
-    def _factor(self, lora: Lora) -> Tensor:
-        """Return the matrix of the adapter's terms: see `Term`."""
-        B = lora.B
-        if self.dtype.itemsize == 2 and B.dtype == self.dtype:
-            return B
-        # fp16 lacks the range of a wider B.
-        return _addends(B.to(self.wide), self.dtype) if self.dtype == torch.bfloat16 else B.to(self.wide)
 
     def _term(self, lora: Lora | None, rows: Tensor, sign: float = 1.0) -> list[Term]:
         return [] if lora is None else [Term(lora.coefficients(rows).mul_(sign), self.factors[id(lora)])]
@@ -153,7 +147,11 @@ class Adapters:
             else:
                 terms = self._term(theirs, teacher) + self._term(self.student, student, -1.0)
         if stack is not None and both is not None:
-            self._write(stack, head, [term.below(mine) for term in terms], both, centre.stacked)
+            # The student's rows have the student's adapter, the rows below them any.
+            for k, (own, matrix) in enumerate(terms):
+                above = [u for u, other in mine if other is matrix] or [torch.zeros_like(own)]
+                terms[k] = Term(torch.cat([*above, own]), matrix)
+            self._write(stack, head, terms, both, centre.stacked)
             return
         self._write(student, head, mine, S, centre.s)
         self._write(rows, problem.teacher.weight, terms, T, centre.t)
@@ -165,7 +163,7 @@ class Adapters:
         self._write(student, self.problem.student.weight[:n], terms, out, None)
 
     def _write(
-        self, rows: Tensor, weight: Tensor, terms: list[Term], out: Tensor, centre: Tensor | None
+        self, rows: Tensor, weight: Any, terms: list[Term], out: Tensor, centre: Tensor | None
     ) -> None:
         """Compute out = rows @ weight.T + terms - centre.
 
@@ -176,7 +174,8 @@ class Adapters:
             return
         factors = [term.factor for term in terms]
         widths = [factor.shape[1] for factor in factors]
-        if joins(rows):
+        served = isinstance(weight, Tensor) and out.dtype in (rows.dtype, torch.float32)
+        if served and joins(rows.device.type, rows.dtype, rows.shape[1]):
             tail, left = terms[0].matrix, torch.cat([rows, *factors], 1)
             # The GEMM repeats the rows of one matrix, if there are pairs of them.
             if len(terms) > 1 or (widths[0] > tail.shape[1] and tail.shape[1] % 2):
@@ -245,7 +244,10 @@ class Adapters:
             self.problem.shard.sum_hidden_grad(self.out.dA)
 
 
-def _teachers(problem: Problem) -> tuple[Side, ...]:
-    if problem.teachers is not None:
-        return problem.teachers.sides
-    return () if problem.teacher is None else (problem.teacher,)
+def _matrix(lora: Lora, rows: torch.dtype) -> Tensor:
+    """Return the matrix of the adapter's terms beside rows of this dtype: see `Term`."""
+    B, wide = lora.B, torch.promote_types(rows, torch.float32)
+    if rows.itemsize == 2 and B.dtype == rows:
+        return B
+    # fp16 lacks the range of a wider B.
+    return _addends(B.to(wide), rows) if rows == torch.bfloat16 else B.to(wide)

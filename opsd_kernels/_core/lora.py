@@ -47,9 +47,9 @@ class Lora:
             )
         return cls(A, B, check_number(f"{name} scaling", scaling))
 
-    def check(self, name: str, weight: Tensor) -> None:
-        """Raise ValueError unless the adapter fits the head `weight` (V, H) of its rank."""
-        (V, H), device = weight.shape, weight.device
+    def check(self, name: str, shape: torch.Size, device: torch.device) -> None:
+        """Raise ValueError unless the adapter is on the device, and fits a head of this rank's (V, H)."""
+        V, H = shape
         rank = self.A.shape[0] if self.A.dim() else 0
         expect(
             rank >= 1 and self.A.shape == (rank, H),
@@ -80,17 +80,13 @@ def row_slices(x: Tensor) -> Sequence[slice]:
     return [slice(start, start + step) for start in range(0, x.shape[0], step)]
 
 
-def joins(hidden: Tensor) -> bool:
-    """Return True if one GEMM of the extension multiplies rows like these by a head and by B."""
-    if hidden.device.type != "cpu":
+def joins(device_type: str, dtype: torch.dtype, H: int) -> bool:
+    """Return True if one GEMM of the extension multiplies rows (n, H) by a head and by B."""
+    if device_type != "cpu":
         return False
-    return joined(hidden.dtype, hidden.shape[1])
-
-
-def joined(dtype: torch.dtype, H: int) -> bool:
-    """Return `joins` of rows (n, H) on a CPU."""
-    narrow = dtype == torch.bfloat16 and H % 2 == 0 and extension.gemm_unavailable() is None
-    return narrow or extension.gemm_fp32_serves(dtype)
+    if dtype == torch.bfloat16:  # whose entries it reads in pairs
+        return H % 2 == 0 and extension.gemm_unavailable() is None
+    return extension.gemm_fp32_serves(dtype)
 
 
 @dataclass(frozen=True)
@@ -111,15 +107,17 @@ class AdapterPlan:
         dtype: torch.dtype,
         buffer: torch.dtype,
         device_type: str,
+        whole: bool,
     ) -> AdapterPlan:
         """Count what adapted.Adapters allocates for matrices of the head's dtype.
 
-        `gemms` are the planner's Products, `ranks` those of the student and of each teacher.
+        `gemms` are the planner's Products, `ranks` those of the student and of each teacher. `whole`: no head
+        is read by slices.
         """
         V, H_student = gemms.V, gemms.H_student
         narrow, wide = dtype.itemsize == 2, torch.promote_types(dtype, torch.float32).itemsize
         trained, theirs = ranks[0] * gemms.grad, max(ranks[1:], default=0)
-        both, one = ranks[0] + theirs, device_type == "cpu" and joined(dtype, H_student)
+        both, one = ranks[0] + theirs, whole and joins(device_type, dtype, H_student)
         addends = 2 if narrow else 1
         scratch = (ADAPTED_BYTES[device_type] * (buffer.itemsize == 2 and not one) + COPY_BYTES) * narrow
         # A matrix for the difference of two adapters, or for an odd number of rows to be repeated

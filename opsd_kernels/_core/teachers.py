@@ -42,7 +42,7 @@ def options_of(options: dict[str, Any], k: int, count: int) -> dict[str, Any]:
 
 def several(
     prepare: Callable[..., tuple[Problem, Any]],
-    student: tuple[Tensor, Tensor],
+    student: tuple[Tensor, Any],
     teacher: tuple[Any, Any],
     options: dict[str, Any],
     **further: Any,

@@ -78,3 +78,41 @@ def by_index(reference: Callable[..., Any]) -> Callable[..., Any]:
         return reference(hidden, dense_head(weight, student_lora), merged, torch.cat(columns, 1), **options)
 
     return run
+
+
+def with_student_vocab(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a reference of an op so that it takes `student_vocab_ids`.
+
+    The teacher is a pair of hidden states and head, a list of ids and log-probs, or a target alone. Its
+    columns, and those of the labels, are found by comparing each token with all ids.
+    """
+
+    def run(
+        hidden: Tensor,
+        weight: Tensor,
+        *teacher: Tensor,
+        student_vocab_ids: Tensor,
+        teacher_bias: Tensor | None = None,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        ignore_index: int = -100,
+        **options: Any,
+    ) -> Any:
+        ids = student_vocab_ids
+        if len(teacher) == 1:
+            teacher = (teacher[0][..., ids],)
+        elif teacher[0].is_floating_point():
+            teacher = (teacher[0], teacher[1][ids])
+        else:
+            same = teacher[0][..., None] == ids
+            column, known = same.to(torch.int8).argmax(-1), same.any(-1)
+            teacher = (column, torch.where(known, teacher[1], -torch.inf))
+        if teacher_bias is not None:
+            options["teacher_bias"] = teacher_bias[ids]
+        if labels is not None:
+            same = labels[..., None] == ids
+            known = same.any(-1) & (labels != ignore_index)
+            labels = torch.where(known, same.to(torch.int8).argmax(-1), -100)
+        return reference(hidden, weight, *teacher, labels=labels, mask=mask, **options)
+
+    return run

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lora_cases import Adapted, adapted_case, check, frozen, outcome
 from lora_siblings import SIBLINGS, rows_of_ids, through_cache
-from made_shapes import Made
+from shapes_made import ShapesMade
 from torch.library import opcheck
 
 from opsd_kernels import (
@@ -204,7 +204,7 @@ def test_no_second_head_is_made(dtype):
     h, W = torch.randn(N, H).to(dtype).requires_grad_(), torch.randn(V, H).to(dtype)
     A, B = (x.to(dtype).requires_grad_() for x in (torch.randn(4, H), torch.randn(V, 4)))
     target, lora = torch.randn(N, V), (A, B, 2.0)
-    with Made(W) as seen:
+    with ShapesMade(W) as seen:
         linear_topk(h, W, 5, lora=lora)
         linear_logprobs_at(h, W, rows_of_ids(N, V), lora=lora).sum().backward()
         linear_divergence_to(h, W, target, student_lora=lora).backward()

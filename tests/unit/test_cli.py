@@ -114,6 +114,21 @@ def test_plan_prints_the_planners_numbers():
     assert str(expected["rows"]) in table and cli.readable("peak_bytes", expected["peak_bytes"]) in table
 
 
+def test_plan_of_a_part_of_the_vocabulary():
+    sizes = ["-N", 1024, "-V", 8000, "--hidden", 512, "--json"]
+    fields = json.loads(opsd("plan", *sizes, "--teacher-vocab", 32000).stdout)
+    told = {"shared_head": False, "heads": ("whole", "sliced")}
+    assert fields == planner.plan(1024, 8000, 512, **told).as_dict()
+    whole = json.loads(opsd("plan", *sizes, "--two-heads").stdout)
+    assert fields["scratch_bytes"] == whole["scratch_bytes"] + 8000 * 512 * 2
+    for wrong, says in (
+        (["--teacher-vocab", 7999], "at least --vocab, 8000"),
+        (["--vocab-ranks", 2], "no --v"),
+    ):
+        result = opsd("plan", *sizes, "--teacher-vocab", 32000, *wrong)
+        assert result.exit_code != 0 and says in " ".join(result.output.split())
+
+
 def test_plan_predicts_the_time_of_the_row_kernels():
     printed = " ".join(opsd("plan", "--device", "cuda", "--divergence", "jsd").stdout.split())
     assert "triton row kernels, H200" in printed and "of the copy bandwidth, bound by" in printed

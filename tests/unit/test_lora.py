@@ -6,7 +6,7 @@ import pytest
 import torch
 from lora_cases import WHICH, Adapted, adapted_case, frozen, outcome
 from lora_cases import check as check_op
-from made_shapes import Made
+from shapes_made import ShapesMade
 from torch.library import opcheck
 
 from opsd_kernels import DistillationHead, linear_divergence, linear_logprobs, linear_topk_divergence
@@ -33,8 +33,8 @@ def check(adapted: Adapted, op=linear_divergence, reference=dense, target: str |
 def joined(request, monkeypatch):
     """Run with the GEMM of head and adapter, where the machine has one, and with products of slices."""
     if not request.param:
-        monkeypatch.setattr(adapted_module, "joins", lambda hidden: False)
-        monkeypatch.setattr(lora_module, "joined", lambda dtype, H: False)
+        for module in (adapted_module, lora_module):
+            monkeypatch.setattr(module, "joins", lambda device_type, dtype, H: False)
 
 
 def target_of(dtype: torch.dtype, shared: bool) -> str | None:
@@ -179,7 +179,7 @@ def test_the_head_is_never_formed(dtype):
     h, t, W = torch.randn(N, H), torch.randn(N, H), torch.randn(V, H)
     h, t, W = (x.to(dtype) for x in (h, t, W))
     A, B = (x.to(dtype).requires_grad_() for x in (torch.randn(4, H), torch.randn(V, 4)))
-    with Made(W) as seen:
+    with ShapesMade(W) as seen:
         h.requires_grad_()
         linear_divergence(h, W, t, W, student_lora=(A, B, 2.0)).backward()
     assert (V, H) not in seen.shapes and (H, V) not in seen.shapes and len(seen.shapes) > 3

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from made_shapes import Made
+from shapes_made import ShapesMade
 from teacher_cases import Several, outcome, several_case, with_adapters
 from torch.library import opcheck
 
@@ -126,7 +126,7 @@ def test_no_second_head_is_made_for_the_adapters(dtype):
     N, V, H = 13, 503, 40
     h, W = torch.randn(N, H).to(dtype).requires_grad_(), torch.randn(V, H).to(dtype)
     adapters = [(torch.randn(4, H).to(dtype), torch.randn(V, 4).to(dtype), 1.0 + k) for k in range(3)]
-    with Made(W) as seen:
+    with ShapesMade(W) as seen:
         states, index = [torch.randn(N, H).to(dtype) for _ in range(3)], torch.arange(N) % 3
         linear_divergence(h, W, states, W, teacher_index=index, teacher_lora=adapters).backward()
     assert (V, H) not in seen.shapes and (H, V) not in seen.shapes and len(seen.shapes) > 3
