@@ -124,7 +124,7 @@ def cache_forward_kl(
     parts = forward_kl_parts(problem, head)
     leading = teacher_hidden.shape[:-1]
     shaped = {
-        name: getattr(parts, name).reshape(*leading, *getattr(parts, name).shape[1:]) for name in PER_TOKEN
+        name: getattr(parts, name).reshape((*leading, *getattr(parts, name).shape[1:])) for name in PER_TOKEN
     }
     return ForwardKLCache(
         **shaped, sample=_sample(head), temperature=number, vocab_size=problem.vocab,

@@ -177,7 +177,7 @@ def of_tokens(name: str, kind: str, given: Tensor, hidden: Tensor, dtype: torch.
         expect(False, name, expected, f"shape {tuple(given.shape)} on {given.device}")
     # A copy from the host needs no sync.
     moved = given.detach().to(device, dtype, non_blocking=given.device.type == "cpu")
-    return moved.expand(leading).reshape(-1)
+    return moved.expand(leading).reshape(-1).contiguous()  # of a 0-dim one all rows are one entry
 
 
 @dataclass(frozen=True)

@@ -373,7 +373,8 @@ def plan(
     expect(most >= 1, "workspace_bytes", f"at least {3 * per_row} bytes, for a row of logits pairs", budget)
     weighting, reason = "before", "they need positions alone"
     if weights_scope != "index":
-        in_loop = (gemms.trainable or policy or selects or ranks[0] > 0) and grad and not again
+        weighed = gemms.trainable or bias_grad or policy or selects or ranks[0] > 0
+        in_loop = weighed and grad and not again
         weighting, reason = _when_weighted(weights_scope, longest_sequence, most, in_loop)
     rows = part = max(min(N, most), 1)
     waves = (gemms, dtype.itemsize, sm_count) if device_type == "cuda" else None

@@ -385,11 +385,11 @@ def check_side(prefix: str, side: Side, first: Tensor, name: str) -> None:
 
 
 def per_token(name: str, value: Any, leading: torch.Size, device: torch.device) -> Tensor:
-    """Return a tensor of one entry per token, flat and detached."""
+    """Return a tensor of one entry per token, flat, contiguous and detached."""
     check_tensor(name, value, "a tensor or None")
     expect(value.shape == leading, name, f"shape {tuple(leading)}, one entry per token", tuple(value.shape))
     expect(value.device == device, name, f"a tensor on {device}, as the hidden states", value.device)
-    return value.detach().reshape(-1)
+    return value.detach().reshape(-1).contiguous()
 
 
 def valid_tokens(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,56 +26,12 @@ def with_dense_heads(reference: Callable[..., Any]) -> Callable[..., Any]:
     def run(hidden: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Any:
         own = options.pop("student_lora", None) or options.pop("lora", None)
         teacher = options.pop("teacher_lora", None)
-        if teacher is not None:
+        if teacher is not None and isinstance(rest[1], (tuple, list)):
+            heads = [dense_head(head, lora) for head, lora in zip(rest[1], teacher, strict=True)]
+            rest = (rest[0], heads, *rest[2:])
+        elif teacher is not None:
             rest = (rest[0], dense_head(rest[1], teacher), *rest[2:])
         return reference(hidden, dense_head(weight, own), *rest, **options)
-
-    return run
-
-
-def by_index(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the reference of `linear_divergence` so that each token has the teacher of `teacher_index`.
-
-    All teachers become one head over their hidden states side by side, in which a token has zeros but for its
-    own teacher's, and one more unit that holds the bias. Hidden states are (..., H_k) or packed. A softcap is
-    that of all teachers.
-    """
-
-    def run(
-        hidden: Tensor,
-        weight: Tensor,
-        teacher_hidden: Sequence[Tensor],
-        teacher_weight: Sequence[Tensor],
-        *,
-        teacher_index: Tensor,
-        teacher_bias: Sequence[Tensor | None] | None = None,
-        teacher_logit_scale: Sequence[float] | float = 1.0,
-        student_lora: Adapter | None = None,
-        teacher_lora: Sequence[Adapter | None] | None = None,
-        **options: Any,
-    ) -> Any:
-        count, flat = len(teacher_hidden), teacher_index.reshape(-1)
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        scales = (
-            teacher_logit_scale
-            if isinstance(teacher_logit_scale, Sequence)
-            else [teacher_logit_scale] * count
-        )
-        columns: list[Tensor] = []
-        rows: list[Tensor] = []
-        for k, (states, head) in enumerate(zip(teacher_hidden, teacher_weight, strict=True)):
-            own = flat == k
-            head = dense_head(head, None if teacher_lora is None else teacher_lora[k])
-            packed = states.dim() == 2 and states.shape[:-1] != teacher_index.shape
-            mine = states if packed else states.reshape(-1, states.shape[-1])[own]
-            block = hidden.new_zeros(flat.numel(), head.shape[1] + 1, dtype=wide)
-            block[own] = scales[k] * torch.cat([mine.to(wide), mine.new_ones(len(mine), 1, dtype=wide)], 1)
-            bias = None if teacher_bias is None else teacher_bias[k]
-            unit = head.new_zeros(head.shape[0], 1) if bias is None else bias[:, None]
-            rows.append(block)
-            columns.append(torch.cat([head.to(wide), unit.to(wide)], 1))
-        merged = torch.cat(rows, 1).reshape(*teacher_index.shape, -1)
-        return reference(hidden, dense_head(weight, student_lora), merged, torch.cat(columns, 1), **options)
 
     return run
 
