@@ -309,7 +309,8 @@ def pack(problem: Problem) -> tuple[Any, ...]:
 
 def _pack_heads(problem: Problem) -> tuple[list[float], list[Tensor | None]]:
     """Return numbers and tensors of adapters, quantised heads, the student's ids, and several teachers."""
-    numbers, more = list[float](), list[Tensor | None]()
+    numbers: list[float] = []
+    more: list[Tensor | None] = []
     for side in (problem.student, problem.teacher):
         _pack_head(side, numbers, more)
     more.append(problem.vocab_ids)
