@@ -32,7 +32,7 @@ def package(tmp_path, monkeypatch):
         file = tmp_path / "opsd_kernels" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-        digest.module_hash.cache_clear()
+        forget()
         return file
 
     monkeypatch.setattr(digest, "ROOT", tmp_path / "opsd_kernels")
@@ -48,7 +48,12 @@ def package(tmp_path, monkeypatch):
     )
     write("train/apart.py", "A = 1\n")
     yield write
+    forget()
+
+
+def forget():
     digest.module_hash.cache_clear()
+    digest._imports.cache_clear()
 
 
 def found():
