@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from opsd_kernels.train.config import TrainConfig
-from opsd_kernels.train.studies.compare import Arm, Design, Trained, compare
+from opsd_kernels.train.studies.compare import Arm, Design, compare
 from opsd_kernels.train.studies.lab import Cell, Lab, Result
 from opsd_kernels.train.studies.papers.law_exhibits import (
     bent_table,
@@ -22,9 +22,9 @@ from opsd_kernels.train.studies.papers.law_exhibits import (
     rank_correlation,
     sizes_table,
 )
+from opsd_kernels.train.studies.papers.law_measured import Measured
 from opsd_kernels.train.studies.probe import (
     Law,
-    Point,
     common_settings,
     coordinates,
     fit,
@@ -37,7 +37,6 @@ from opsd_kernels.train.studies.statistics import (
     graded_equal,
     percentiles,
     replication_of,
-    resamples,
 )
 from opsd_kernels.train.studies.study import Claim, Study
 
@@ -65,43 +64,6 @@ PROBE_SEED, PROBE_SAMPLES = 1_000_000, 1000
 LEAST_R2, MARGIN = 0.9, 0.05
 # Bootstrap samples of base models and contexts.
 SAMPLES = 10_000
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One size of model: the runs by context, and each context's probe (JSON) for each run's base model."""
-
-    hidden: int
-    trained: dict[str, Trained]
-    probes: dict[str, list[Result]]
-
-    def points(self, gap: str = "gap") -> list[Point]:
-        """Return a point per context, the mean over its runs."""
-        return [
-            Point(name, float(np.mean(self.probed(name, gap))), float(np.mean(runs.gains())), len(runs.runs))
-            for name, runs in self.trained.items()
-        ]
-
-    def runs(self) -> list[Point]:
-        return [
-            Point(name, *pair)
-            for name, runs in self.trained.items()
-            for pair in zip(self.probed(name, "gap"), runs.gains(), strict=True)
-        ]
-
-    def probed(self, name: str, value: str) -> list[float]:
-        return [probe[value]["value"] for probe in self.probes[name]]
-
-    @property
-    def bases(self) -> list[int]:
-        return next(iter(self.trained.values())).bases
-
-    def drawn(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return gaps and improvements by context, each (count, C), in bootstrap samples of base models."""
-        weights = resamples(self.bases, count)
-        gaps = np.transpose([self.probed(name, "gap") for name in self.trained])
-        gains = np.transpose([runs.gains() for runs in self.trained.values()])
-        return weights @ gaps, weights @ gains
 
 
 def study(lab: Lab) -> Study:
