@@ -165,7 +165,7 @@ def test_the_papers_are_all_committed():
 
 
 def test_a_stale_study_is_found(tmp_path):
-    fresh = load(ROOT / pages.FOLDER / "mopd.json")
+    fresh = load(ROOT / pages.FOLDER / "variance.json")
     modules = dict(fresh.facts["modules"])
     name = next(iter(modules))
     modules[name] = "0" * 12

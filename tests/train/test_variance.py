@@ -59,7 +59,16 @@ def test_tables_hold_the_components_of_the_runs():
 
 def test_claims_compare_the_two_levels():
     assert variance.claim(made_up(0.1, 0.02), mopd.TWO).grade == REPRODUCED
-    assert variance.claim(made_up(0.0, 0.1, bases=300), mopd.TWO).grade == NOT_REPRODUCED
+    assert variance.claim(made_up(0.0, 0.1), mopd.TWO).grade == NOT_REPRODUCED
+
+
+def test_the_interval_of_a_share_holds_it():
+    rng, held = np.random.default_rng(1), []
+    for _ in range(2000):
+        values = 0.1 * rng.standard_normal((6, 1)) + 0.05 * rng.standard_normal((6, 2))
+        found = variance.share(values)
+        held.append(found.low <= 0.8 <= found.high)
+    assert 0.94 < np.mean(held) < 0.96
 
 
 def test_rates_of_single_runs_and_of_their_mean():
