@@ -128,6 +128,9 @@ def test_the_studies_count_their_own_environment_and_statistics():
     names = {name.removeprefix("opsd_kernels.train.") for name in cell.modules}
     assert {"loop", "step", "objective", "envs.plan", "envs.chain", "models.warmstart"} <= names
     assert not {"envs.secret_op", "envs.python", "records.log", "sampling.vllm_engine"} & names
+    # In a process of its own, too.
+    apart = Cell("opsd_kernels.train.studies.papers.variance_cells:elsewhere", {"configs": [{"env": "plan"}]})
+    assert {f"opsd_kernels.train.{name}" for name in ("loop", "envs.plan")} <= set(apart.modules)
     paper = digest.modules(["opsd_kernels.train.studies.papers.law"], [])
     assert {f"opsd_kernels.train.studies.{name}" for name in ("statistics", "compare", "papers.law")} <= set(
         paper

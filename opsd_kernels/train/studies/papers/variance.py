@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -159,7 +158,7 @@ def claim(grid: Grid, name: str) -> Claim:
     found = share(values)
     return Claim(
         f"Base models differ more than the runs from one of them: {name}",
-        "share of base models in the variance, with its 95 % confidence interval by the F distribution; graded "
+        "share of base models in the variance, its 95 % confidence interval by the F distribution; graded "
         f"against {LEAST_SHARE:g}",
         found,
         graded_ahead(found, LEAST_SHARE),

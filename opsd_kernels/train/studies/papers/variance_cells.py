@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# Imported by the child process; here too, so that its modules count in the digest of the cells.
+from opsd_kernels.train.studies import cells
 from opsd_kernels.train.studies.lab import Result
 
 CHILD = (
-    "import json, sys; from pathlib import Path; from opsd_kernels.train.studies import cells; "
-    "found = [cells.train(config, Path(folder)) for config, folder in json.loads(sys.stdin.read())]; "
+    f"import json, sys; from pathlib import Path; from {cells.__name__} import train; "
+    "found = [train(config, Path(folder)) for config, folder in json.loads(sys.stdin.read())]; "
     "Path(sys.argv[1]).write_text(json.dumps(found))"
 )
 
