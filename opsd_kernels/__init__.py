@@ -11,6 +11,7 @@ from .cached import ForwardKLCache, cache_forward_kl, linear_cached_forward_kl
 from .divergence import linear_divergence
 from .logprobs import TopK, linear_logprobs, linear_logprobs_at, linear_topk
 from .modules import DistillationHead, LinearDivergenceLoss
+from .quantized import QuantizedHead
 from .topk import linear_divergence_to, linear_topk_divergence
 from .version import __version__ as __version__
 
@@ -19,6 +20,7 @@ __all__ = [
     "DistillationHead",
     "ForwardKLCache",
     "LinearDivergenceLoss",
+    "QuantizedHead",
     "TokenStats",
     "TopK",
     "VocabShard",

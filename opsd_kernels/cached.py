@@ -19,6 +19,7 @@ from ._core.forward_cache import Parts, forward_kl_parts
 from ._core.library import check_all
 from ._core.problem import Problem, Side, of_one_side
 from ._core.reductions import RowWeigher, reads_logprobs, row_scale
+from .quantized import QuantizedHead
 from .spec import LogitTransform, check_number, check_tensor, expect
 from .weights import TokenWeighting
 
@@ -79,7 +80,7 @@ PER_TOKEN = ("mean", "bias", "negative_entropy", "token")
 
 def cache_forward_kl(
     teacher_hidden: Tensor,  # (..., H_t)
-    teacher_weight: Tensor,  # (V_t, H_t)
+    teacher_weight: Tensor | QuantizedHead,  # (V_t, H_t)
     student_weight: Tensor,  # (V_s, H_s), frozen
     *,
     temperature: float = 1.0,
@@ -119,7 +120,7 @@ def cache_forward_kl(
     parts = forward_kl_parts(problem, weight, bias)
     leading = teacher_hidden.shape[:-1]
     shaped = {
-        name: getattr(parts, name).reshape(*leading, *getattr(parts, name).shape[1:]) for name in PER_TOKEN
+        name: getattr(parts, name).reshape((*leading, *getattr(parts, name).shape[1:])) for name in PER_TOKEN
     }
     return ForwardKLCache(
         **shaped, sample=_sample(weight, bias), temperature=number, vocab_size=problem.vocab,
@@ -213,6 +214,7 @@ def _check_cache(
     problem: Problem, cache: ForwardKLCache, leading: torch.Size, weight: Tensor, bias: Tensor | None
 ) -> None:
     """Raise ValueError for a call that the cache does not belong to."""
+    check_tensor("student_weight", weight)
     same = cache.token.shape == leading
     expect(same, "cache", f"tokens of shape {tuple(leading)}, as student_hidden", tuple(cache.token.shape))
     device = problem.student.hidden.device

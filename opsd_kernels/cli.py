@@ -108,17 +108,15 @@ def plan(
     divergence: Annotated[
         str, typer.Option("--divergence", help="All KLs need one sweep less, tvd takes fp32 logits.")
     ] = "reverse_kl",
-    softcap: Annotated[
-        bool, typer.Option("--softcap/--no-softcap", help="Whether logits have a softcap.")
-    ] = False,
-    factor: Annotated[
-        float, typer.Option("--factor", help="Logit scale / temperature, the larger of both sides.")
-    ] = 1.0,
-    gradient_tolerance: Annotated[
-        float | None, typer.Option("--gradient-tolerance", help="Share of the gradient that may be left out.")
-    ] = None,
+    softcap: Annotated[bool, typer.Option("--softcap/--no-softcap", help="Logits have a softcap.")] = False,
+    factor: Annotated[float, typer.Option("--factor", help="The larger logit scale / temperature.")] = 1.0,
+    gradient_tolerance: Annotated[float | None, typer.Option(help="Share that may be left out.")] = None,
     student_rank: Annotated[int, typer.Option("--student-rank", min=0, help="Rank of its adapter.")] = 0,
     teacher_rank: Annotated[int, typer.Option("--teacher-rank", min=0, help="Rank of its adapter.")] = 0,
+    teacher_vocab: Annotated[int | None, typer.Option(help="Its head's rows, if --vocab are ids.")] = None,
+    student_head: Annotated[str, typer.Option(help="whole, sliced (of another dtype), quantised.")] = "whole",
+    teacher_head: Annotated[str, typer.Option(help="The same, of the teacher's.")] = "whole",
+    teacher_dtype: Annotated[str | None, typer.Option(help="Of the teacher's products, if another.")] = None,
     listed: Annotated[
         int, typer.Option("--listed", min=0, help="Plan linear_topk with that many tokens per position.")
     ] = 0,
@@ -143,13 +141,16 @@ def plan(
         budget = None if workspace is None else parse_bytes(workspace)
         kind = Divergence.parse(divergence)
         tokens, vocab = -(-tokens // data_ranks), -(-vocab // vocab_ranks)  # the largest share of a rank
+        form = teacher_form(teacher_head, teacher_vocab, vocab, vocab_ranks > 1 or listed > 0)
         made = make_plan(
             tokens,
             vocab,
             hidden,
             0 if listed else teacher_hidden,
             parse_dtype(dtype),
-            shared_head=shared_head,
+            shared_head=shared_head and teacher_vocab is None,
+            heads=(student_head, form),
+            teacher_dtype=None if teacher_dtype is None else parse_dtype(teacher_dtype, "--teacher-dtype"),
             trainable_head=not frozen,
             workspace_bytes=budget,
             device_type=parse_device(device),
@@ -167,6 +168,20 @@ def plan(
         return
     kernels = row_kernels(tokens, vocab, made.logits_dtype, kind) if device == "cuda" else {}
     show_plan("linear_topk" if listed else "linear_divergence", made.as_dict(), kernels)
+
+
+def teacher_form(form: str, rows: int | None, vocab: int, other: bool) -> str:
+    """Return how a call reads a teacher's head of `rows`, None for as many as the student's `vocab`.
+
+    `other` options have no ids.
+    """
+    from .spec import expect
+
+    if rows is None:
+        return form
+    expect(not other, "--teacher-vocab", "no --vocab-ranks and no --listed", "one of them")
+    expect(rows >= vocab, "--teacher-vocab", f"at least --vocab, {vocab}", rows)
+    return "sliced" if form == "whole" else form
 
 
 def show_plan(op: str, fields: dict[str, object], kernels: dict[str, str]) -> None:
@@ -189,14 +204,14 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * BYTE_UNITS[match[2]])
 
 
-def parse_dtype(text: str) -> Any:
+def parse_dtype(text: str, option: str = "--dtype") -> Any:
     """Return the torch dtype of a name."""
     import torch
 
     names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
     name = names.get(text, text)
     if name not in names.values():
-        raise ValueError(f"--dtype: expected one of {', '.join(names.values())}, got {text!r}")
+        raise ValueError(f"{option}: expected one of {', '.join(names.values())}, got {text!r}")
     return getattr(torch, name)
 
 

@@ -16,6 +16,7 @@ from ._core.problem import repeated as repeated
 from ._core.reductions import RowWeigher, reads_logprobs, row_scale
 from ._core.reductions import TokenStats as TokenStats
 from ._core.teachers import OPTIONS, options_of, several
+from .quantized import QuantizedHead
 from .spec import CLIPS, Divergence, LogitTransform, RowSpec, Support, check_number, expect
 from .weights import TokenWeighting
 
@@ -55,7 +56,11 @@ class DivergenceOptions(TypedDict, total=False):
     * `student_logit_scale`, `teacher_logit_scale`, `student_softcap`, `teacher_softcap`: a factor, and the c
       above.
     * `vocab_size`: columns from this one on have probability zero on both sides. Required if the two heads
-      differ in rows.
+      differ in rows, unless the next option says which tokens they are.
+    * `student_vocab_ids` (V_s,) int64: distinct ids of the teacher's vocabulary. Row j of the student's head
+      is the teacher's token `student_vocab_ids[j]`, as in a draft head for a part of the vocabulary. The
+      teacher's distribution is restricted to these tokens and normalised, as EAGLE-3 drafts are trained
+      (arXiv:2503.01840; SpecForge's `t2d` and `d2t`). Statistics are those of the restricted sides.
 
     Several teachers (docs/reference/linear-divergence.md):
 
@@ -66,7 +71,9 @@ class DivergenceOptions(TypedDict, total=False):
 
     The tokens and the reduction:
 
-    * `labels` (...) int64: the sampled tokens, for log-prob statistics and for weights that read them.
+    * `labels` (...) int64: the sampled tokens, for log-prob statistics and for weights that read them. With
+      `student_vocab_ids` they are ids of the teacher's vocabulary, and a token whose label is none of these
+      ids is not valid.
     * `ignore_index`, `mask` (...): a token with `labels == ignore_index` or `mask == 0` is not valid. It adds
       nothing to loss, gradients and statistics, and its hidden states may hold inf or NaN.
     * `token_weights`: a tensor (...), or a scheme of `opsd_kernels.weights`, which the op evaluates on its
@@ -115,6 +122,7 @@ class DivergenceOptions(TypedDict, total=False):
     teacher_softcap: float | Sequence[float | None] | None
     teacher_index: Tensor | None
     vocab_size: int | None
+    student_vocab_ids: Tensor | None
     labels: Tensor | None
     ignore_index: int
     mask: Tensor | None
@@ -139,9 +147,9 @@ class DivergenceOptions(TypedDict, total=False):
 
 def linear_divergence(
     student_hidden: Tensor,  # (..., H_s)
-    student_weight: Tensor,  # (V_s, H_s)
+    student_weight: Tensor | QuantizedHead,  # (V_s, H_s)
     teacher_hidden: Tensor | Sequence[Tensor],  # (..., H_t)
-    teacher_weight: Tensor | Sequence[Tensor],  # (V_t, H_t)
+    teacher_weight: Tensor | QuantizedHead | Sequence[Tensor | QuantizedHead],  # (V_t, H_t)
     *,
     divergence: str = "reverse_kl",
     beta: float = 0.5,
@@ -157,6 +165,7 @@ def linear_divergence(
     teacher_softcap: float | Sequence[float | None] | None = None,
     teacher_index: Tensor | None = None,
     vocab_size: int | None = None,
+    student_vocab_ids: Tensor | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     mask: Tensor | None = None,
@@ -182,10 +191,11 @@ def linear_divergence(
 
     The result is that of projecting both sides, taking two softmaxes and comparing the distributions token by
     token, but the op never holds more than `workspace_bytes` of logits. Gradients flow to `student_hidden`,
-    `student_weight`, `student_bias` and the student's adapter, never to the teacher. Hidden states and
-    weights share one dtype (float64, float32, bfloat16 or float16; a bias may have any floating-point dtype)
-    and one device. 16-bit hidden states under fp32 weights are cast to fp32; autocast casts both, float64
-    aside. Each option is explained in `opsd_kernels.divergence.DivergenceOptions`.
+    `student_weight`, `student_bias` and the student's adapter, never to the teacher. Each tensor may have its
+    own dtype of float64, float32, bfloat16 and float16: a side computes in the wider one of its hidden states
+    and its weight. A teacher, and a frozen weight, may be on another device than `student_hidden`, and a
+    frozen weight may be a `QuantizedHead`. Autocast casts hidden states and weights, float64 aside. Each
+    option is explained in `opsd_kernels.divergence.DivergenceOptions`.
 
     Returns the loss in fp32 (fp64 for fp64 inputs): 0-dim, or (...) with zeros at invalid tokens for
     reduction "none". With `return_stats` returns (loss, TokenStats). Without a valid token the loss is 0,
@@ -201,9 +211,10 @@ def linear_divergence(
         student_lora=student_lora, teacher_lora=teacher_lora, student_logit_scale=student_logit_scale,
         teacher_logit_scale=teacher_logit_scale, student_softcap=student_softcap,
         teacher_softcap=teacher_softcap, teacher_index=teacher_index, vocab_size=vocab_size,
-        labels=labels, ignore_index=ignore_index, mask=mask, token_weights=token_weights,
-        teacher_mix=teacher_mix, entry_clip=entry_clip, token_clip=token_clip, z_loss=z_loss,
-        reduction=reduction, normalizer=normalizer, topk=topk, topk_support=topk_support, topk_tail=topk_tail,
+        student_vocab_ids=student_vocab_ids, labels=labels, ignore_index=ignore_index, mask=mask,
+        token_weights=token_weights, teacher_mix=teacher_mix, entry_clip=entry_clip,
+        token_clip=token_clip, z_loss=z_loss, reduction=reduction, normalizer=normalizer, topk=topk,
+        topk_support=topk_support, topk_tail=topk_tail,
         logits_dtype=logits_dtype, gradient_tolerance=gradient_tolerance, workspace_bytes=workspace_bytes,
         backend=backend, group=group,
     )  # fmt: skip
@@ -238,7 +249,7 @@ def check_options(options: DivergenceOptions) -> None:
 
 
 def prepare(
-    student: tuple[Tensor, Tensor],  # hidden states and weight
+    student: tuple[Tensor, Any],  # hidden states and weight
     teacher: tuple[Any, Any] | None,
     options: dict[str, Any],
     *,
@@ -267,6 +278,7 @@ def prepare(
         ignore_index=options["ignore_index"],
         mask=options["mask"],
         vocab_size=options["vocab_size"],
+        vocab_ids=options["student_vocab_ids"],
         logits_dtype=options["logits_dtype"],
         workspace_bytes=options["workspace_bytes"],
         backend=options["backend"],

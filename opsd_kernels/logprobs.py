@@ -10,12 +10,13 @@ from torch import Tensor
 from ._core.autograd import log_probs, log_probs_at
 from ._core.listed import topk
 from ._core.problem import Side, check_list, of_one_side
+from .quantized import QuantizedHead
 from .spec import BACKWARDS, LogitTransform, check_choice, check_tensor, expect
 
 
 def linear_logprobs(
     hidden: Tensor,  # (..., H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | QuantizedHead,  # (V, H)
     labels: Tensor,  # (...) int64
     *,
     temperature: float = 1.0,
@@ -80,7 +81,7 @@ class TopK(NamedTuple):
 
 def linear_topk(
     hidden: Tensor,  # (..., H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | QuantizedHead,  # (V, H)
     k: int,
     *,
     temperature: float = 1.0,
@@ -122,7 +123,7 @@ def linear_topk(
 
 def linear_logprobs_at(
     hidden: Tensor,  # (..., H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor | QuantizedHead,  # (V, H)
     ids: Tensor,  # (..., K) int64
     *,
     temperature: float = 1.0,

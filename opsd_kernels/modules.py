@@ -9,6 +9,7 @@ from typing_extensions import Unpack
 
 from .divergence import DivergenceOptions, TokenStats, check_options, linear_divergence
 from .peft_head import base_and_adapter
+from .quantized import QuantizedHead, head_of_layer
 from .spec import expect
 
 
@@ -35,9 +36,9 @@ class LinearDivergenceLoss(nn.Module):
     def forward(
         self,
         student_hidden: Tensor,
-        student_weight: Tensor,
+        student_weight: Tensor | QuantizedHead,
         teacher_hidden: Tensor,
-        teacher_weight: Tensor,
+        teacher_weight: Tensor | QuantizedHead,
         **tensors: Unpack[DivergenceOptions],
     ) -> Tensor | tuple[Tensor, TokenStats]:
         """Return the loss, as `linear_divergence` does.
@@ -61,9 +62,10 @@ class DistillationHead(nn.Module):
 
     `lm_head` is a linear layer (`weight` (V, H), `bias` (V,) or None), alone or under peft's LoRA, whose
     active adapter is read at each call. Its parameters receive gradients; those of the teacher's head never
-    do. For a teacher without the adapter give its layer, `lm_head.base_layer`, as the teacher's head. The
-    constructor raises TypeError for another module and for an unknown option, and a call ValueError for an
-    adapter that is no plain LoRA (peft_head.py).
+    do. A frozen layer may be quantised: by torchao, or to float8 with `weight_scale_inv` or `weight_scale`
+    beside the weight. For a teacher without the adapter give its layer, `lm_head.base_layer`, as the
+    teacher's head. The constructor raises TypeError for another module and for an unknown option, and a call
+    ValueError for an adapter that is no plain LoRA (peft_head.py).
     """
 
     def __init__(self, lm_head: nn.Module, **options: Unpack[DivergenceOptions]) -> None:
@@ -95,7 +97,10 @@ class DistillationHead(nn.Module):
         layers, adapters = zip(
             *(base_and_adapter(head, "lm_head") for head in (self.lm_head, teacher)), strict=True
         )
-        student, other = (self._whole(layer.weight, layer.bias) for layer in layers)
+        student = self._whole(head_of_layer(layers[0]), layers[0].bias)
+        # One object for one layer: so a shared head is known as such under torch.compile too.
+        one = layers[0] is layers[1]
+        other = student if one else self._whole(head_of_layer(layers[1]), layers[1].bias)
         options: dict[str, Any] = {
             "student_bias": student[1],
             "teacher_bias": other[1],

@@ -28,6 +28,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .divergence import DivergenceOptions, TokenStats, evaluate, prepare, with_defaults
+from .quantized import QuantizedHead
 from .spec import SCOPES, check_number, check_tensor, expect
 from .weights import TokenWeighting
 
@@ -280,9 +281,9 @@ class OnPolicyDistillation:
 
 def linear_policy_divergence(
     student_hidden: Tensor,  # (..., H_s)
-    student_weight: Tensor,  # (V_s, H_s)
+    student_weight: Tensor | QuantizedHead,  # (V_s, H_s)
     teacher_hidden: Tensor,  # (..., H_t)
-    teacher_weight: Tensor,  # (V_t, H_t)
+    teacher_weight: Tensor | QuantizedHead,  # (V_t, H_t)
     *,
     policy: PolicyTerm,
     policy_weight: float = 0.5,

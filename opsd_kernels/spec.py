@@ -205,7 +205,7 @@ class LogitTransform:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         # A copy from the host needs no sync.
         moved = given.detach().to(hidden.device, wide, non_blocking=given.device.type == "cpu")
-        flat = moved.expand(leading).reshape(-1, 1)
+        flat = moved.expand(leading).reshape(-1, 1).contiguous()  # of a 0-dim one all rows are one entry
         return replace(self, temperature=flat if valid is None else torch.where(valid[:, None], flat, 1.0))
 
     def at(self, rows: slice | Tensor) -> LogitTransform:

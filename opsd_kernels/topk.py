@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from .divergence import DEFAULTS, TokenStats, evaluate, prepare
+from .quantized import QuantizedHead
 from .spec import TAILS, check_choice
 from .weights import TokenWeighting
 
 
 def linear_topk_divergence(
     student_hidden: Tensor,  # (..., H)
-    student_weight: Tensor,  # (V, H)
+    student_weight: Tensor | QuantizedHead,  # (V, H)
     teacher_topk_ids: Tensor,  # (..., K) int64
     teacher_topk_logprobs: Tensor,  # (..., K), nats
     *,
@@ -25,6 +26,7 @@ def linear_topk_divergence(
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     vocab_size: int | None = None,
+    student_vocab_ids: Tensor | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     mask: Tensor | None = None,
@@ -53,6 +55,8 @@ def linear_topk_divergence(
       log(1 - sum of the listed probabilities), with a mass of at least 1e-7. "renormalize" removes it: both
       sides are normalised over the listed entries. "none" sums the terms of true log-probs over the listed
       entries alone; with "forward_kl" this is verl's top-k loss before its clamps.
+    * `student_vocab_ids`: as in `linear_divergence`; the listed ids are the teacher's, and an entry that the
+      student lacks is padding, whose mass is in the tail.
     * `group`: as in `linear_divergence`; the ids are those of the whole vocabulary.
 
     The other arguments, the reductions, the returned loss and its gradients are those of `linear_divergence`.
@@ -67,6 +71,7 @@ def linear_topk_divergence(
         divergence=divergence, beta=beta, temperature=temperature, student_bias=student_bias,
         student_lora=student_lora,
         student_logit_scale=student_logit_scale, student_softcap=student_softcap, vocab_size=vocab_size,
+        student_vocab_ids=student_vocab_ids,
         labels=labels, ignore_index=ignore_index, mask=mask, token_weights=token_weights,
         entry_clip=entry_clip, token_clip=token_clip, z_loss=z_loss, reduction=reduction,
         normalizer=normalizer, logits_dtype=logits_dtype, gradient_tolerance=gradient_tolerance,
@@ -81,7 +86,7 @@ def linear_topk_divergence(
 
 def linear_divergence_to(
     student_hidden: Tensor,  # (..., H)
-    student_weight: Tensor,  # (V, H)
+    student_weight: Tensor | QuantizedHead,  # (V, H)
     target: Tensor,  # (..., V), floating point
     *,
     target_is: str = "logits",
@@ -93,6 +98,7 @@ def linear_divergence_to(
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     vocab_size: int | None = None,
+    student_vocab_ids: Tensor | None = None,
     labels: Tensor | None = None,
     ignore_index: int = -100,
     mask: Tensor | None = None,
@@ -127,6 +133,8 @@ def linear_divergence_to(
       log-probs and probabilities, which are taken as they are. Another t makes them p^(1/t), normalised.
     * `vocab_size`: columns of `target` from this one on are ignored. Required where `target` has another
       number of columns than `student_weight` has rows.
+    * `student_vocab_ids`: as in `linear_divergence`; `target` holds the columns of the teacher's vocabulary,
+      of which a chunk's are gathered.
     * `group`: as in `linear_divergence`; `target` holds the columns of this rank's slice.
 
     The other arguments, the reductions, statistics, the returned loss and its gradients are those of
@@ -140,9 +148,9 @@ def linear_divergence_to(
     options = DEFAULTS | dict(  # noqa: C408 - a literal would name each option twice
         divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
         student_bias=student_bias, student_logit_scale=student_logit_scale, student_softcap=student_softcap,
-        vocab_size=vocab_size, labels=labels, ignore_index=ignore_index, mask=mask,
-        token_weights=token_weights, teacher_mix=teacher_mix, entry_clip=entry_clip, token_clip=token_clip,
-        z_loss=z_loss,
+        vocab_size=vocab_size, student_vocab_ids=student_vocab_ids, labels=labels, ignore_index=ignore_index,
+        mask=mask, token_weights=token_weights, teacher_mix=teacher_mix, entry_clip=entry_clip,
+        token_clip=token_clip, z_loss=z_loss,
         reduction=reduction, normalizer=normalizer, topk=topk, topk_support=topk_support, topk_tail=topk_tail,
         logits_dtype=logits_dtype, gradient_tolerance=gradient_tolerance, workspace_bytes=workspace_bytes,
         backend=backend, group=group,

@@ -101,6 +101,7 @@ def test_every_library_has_a_section():
             "Automodel",
             "fla",
             "orda",
+            "SpecForge",
         )  # fmt: skip
     ), titles
 

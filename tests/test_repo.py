@@ -23,7 +23,7 @@ MAX_FILE, MAX_FUNCTION = 500, 80
 # users stand above it, and what it re-exports below.
 LEVELS = {
     0: ["env", "provenance", "report_json", "spec", "terminal", "train.types", "version"],
-    1: ["_rows.*", "weights.*", "testing.*", "tested_versions"],
+    1: ["_rows.*", "quantized", "weights.*", "testing.*", "tested_versions"],
     2: ["_core.*"],
     3: ["divergence", "logprobs", "cached", "peft_head", "vocab_parallel", "doctor"],
     4: ["topk", "objectives", "modules"],

@@ -9,7 +9,7 @@ gradient's error falls from 3.1 % to .4 % (docs/design/numerics.md).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -159,13 +159,13 @@ def logits_of(side: Side, hidden: Tensor, columns: Tensor) -> Tensor:
     return logits + torch.matmul(entries, lora.coefficients(hidden)[:, :, None])[:, :, 0]
 
 
-def logits_at(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
+def logits_at(hidden: Tensor, weight: Any, columns: Tensor) -> Tensor:
     """Return hidden[i] . weight[columns[i, k]] in fp32, (C, H), (V, H), (C, K) -> (C, K), of 16-bit inputs.
 
-    The rows of `weight` are contiguous.
+    `weight` is a tensor of contiguous rows, or a SlicedHead.
     """
-    on_cpu = hidden.device.type == "cpu"
-    if on_cpu and hidden.dtype == torch.bfloat16 and extension.gemm_unavailable() is None:
+    on_cpu, dense = hidden.device.type == "cpu", isinstance(weight, Tensor)
+    if on_cpu and dense and hidden.dtype == torch.bfloat16 and extension.gemm_unavailable() is None:
         out = torch.empty(columns.shape, dtype=torch.float32, device=hidden.device)
         torch.ops.opsd_kernels.dots_bf16_(hidden.contiguous(), weight, columns.contiguous(), out)
         return out
@@ -181,7 +181,7 @@ def logits_at(hidden: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
     return out
 
 
-def _products_at(hidden: Tensor, weight: Tensor, columns: Tensor, out: Tensor) -> Tensor:
+def _products_at(hidden: Tensor, weight: Any, columns: Tensor, out: Tensor) -> Tensor:
     """Write `logits_at` into `out` by a gather and a batched product for each slice of rows.
 
     A launch for each step of a sum in fp32, over slices of 4 MiB, took 168 of the 190 launches of a chunk of

@@ -15,11 +15,13 @@ head have in common is most of the error of dh. Measurements: docs/results/log.m
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._rows.contract import RowBackend
+from .accumulate import accumulate_weight_grad
 from .problem import Problem
 from .sizes import KEPT_BYTES
 
@@ -42,14 +44,14 @@ class Kept:
     mean: Tensor  # (H,), by which the sums are multiplied
     scratch: list[Tensor]  # of the call: see `buffers`
 
-    def buffers(self, G: Tensor, weight: Tensor, wide: torch.dtype) -> list[Tensor]:
+    def buffers(self, G: Tensor, H: int, wide: torch.dtype) -> list[Tensor]:
         """Return buffers for a slice of kept columns of G, of as many rows of the head, and of their dW.
 
         They are made once a call: fresh ones in each chunk left holes of 19 MiB in the heap of a CPU.
         """
         if not self.scratch or len(self.scratch[0]) < len(G):
-            length = slice_length(len(G), weight.shape[1], G.dtype)
-            rows = weight.new_empty(length, weight.shape[1])
+            length = slice_length(len(G), H, G.dtype)
+            rows = G.new_empty(length, H)
             self.scratch[:] = G.new_empty(len(G), length), rows, torch.empty_like(rows, dtype=wide)
         return self.scratch
 
@@ -75,7 +77,8 @@ class ColumnFilter:
         capturing = weight.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if capturing or not any(problem.wants[:2]):
             return None
-        rows = weight[:: -(-weight.shape[0] // MEAN_ROWS)]
+        at = torch.arange(0, weight.shape[0], -(-weight.shape[0] // MEAN_ROWS), device=weight.device)
+        rows = weight[at]
         return cls(tolerance, backend, rows.to(dropped.dtype).mean(0), dropped)
 
     def select(self, G: Tensor, scale: Tensor | None) -> Kept | None:
@@ -107,3 +110,28 @@ def slice_length(rows: int, hidden: int, dtype: torch.dtype) -> int:
     """Return the number of kept columns that are gathered at a time."""
     wide = torch.promote_types(dtype, torch.float32).itemsize
     return max(KEPT_BYTES // (rows * dtype.itemsize + hidden * (dtype.itemsize + wide)), 64)
+
+
+def accumulate_kept(
+    walk: Any, G: Tensor, scaled: Tensor, kept: Kept, dW: Tensor | None, first: bool
+) -> Tensor:
+    """Add the products of the kept columns of G, (C, V), to dW, (V, H). Return dh, (C, H), unscaled."""
+    weight = walk.problem.student.weight
+    dh = kept.mean.new_zeros(G.shape[0], weight.shape[1])
+    if dW is not None and first:
+        dW.zero_()
+    gathered, rows, update = kept.buffers(G, weight.shape[1], dh.dtype)
+    for columns in kept.columns.split(len(rows)):
+        n = columns.numel()
+        part = gathered[: len(G), :n]
+        walk.backend.gather_columns_(G, columns, part, kept.sums)
+        if walk.out.dh is not None:
+            if isinstance(weight, Tensor):
+                torch.index_select(weight, 0, columns, out=rows[:n])
+            else:
+                weight.write(columns, rows[:n])
+            accumulate_weight_grad(part.t(), rows[:n], dh, first=False)
+        if dW is not None:
+            accumulate_weight_grad(part, scaled, update[:n], first=True)
+            dW.index_add_(0, columns, update[:n].to(dW.dtype))
+    return dh.addr_(kept.sums, kept.mean)

@@ -121,9 +121,14 @@ def _widened(x: Tensor, buffer: Tensor) -> Tensor:
 
 def cpu_gemm_name(dtype: torch.dtype) -> str:
     """Return the name of the GEMM of 16-bit matrices with an fp32 result on this CPU."""
-    if dtype == torch.bfloat16 and extension.gemm_unavailable() is None:
-        return "oneDNN's micro-kernel"
-    return _CBLAS_NAME if dtype == torch.bfloat16 and cblas_gemm() else "fp32 GEMMs over slices"
+    if slices(dtype):
+        return "fp32 GEMMs over slices"
+    return "oneDNN's micro-kernel" if extension.gemm_unavailable() is None else _CBLAS_NAME
+
+
+def slices(dtype: torch.dtype) -> bool:
+    """Return True if `widening_mm` runs fp32 GEMMs over slices of 16-bit matrices."""
+    return dtype != torch.bfloat16 or (extension.gemm_unavailable() is not None and cblas_gemm() is None)
 
 
 def widening_mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .._rows import torch_math, torch_rows
 from .._rows.contract import Column
+from .._rows.torch_topk import rows_at_once
 from ..spec import LogitTransform
 from . import library, loop
 from .loop import Positions, Walk
@@ -81,7 +82,7 @@ def _parts(problem: Problem, weight: Tensor, bias: Tensor | None) -> Parts:
 def write_difference_(chunk: Rows, stats: Tensor, transform: LogitTransform, token: Tensor) -> None:
     """Write p - onehot(token) over the logits of a chunk, a few rows at a time."""
     n, V = chunk.S.shape
-    step = max(1, SLICE_BYTES // (8 * V))
+    step = rows_at_once(V, chunk.S.device)
     for b in (slice(start, start + step) for start in range(0, n, step)):
         logits = torch_math.transform(chunk.S[b], transform.at(b), chunk.bias_s)
         torch.exp(torch_rows.student_logprobs(logits, stats[b]), out=chunk.S[b])

@@ -17,16 +17,18 @@ from torch.library import Library, register_fake
 from .. import env
 from .._rows import backends
 from .._rows.contract import Column, RowBackend
+from ..quantized import QuantizedHead
 from ..spec import TAILS, RowSpec, Support, expect
-from . import loop
+from . import loop, student_vocab
 from .adapted import Adapters
 from .loop import on_host
 from .lora import Lora
 from .merged_rows import ShardedRows
 from .planner import SM_COUNT, ChunkPlan, held_dtype, plan
-from .problem import ComputedRows, Outputs, Problem, RowSelection, Side, Teachers
+from .problem import ComputedRows, Outputs, Problem, RowSelection, Side, Teachers, repeated
 from .reductions import RowWeigher
 from .shard import VocabShard
+from .sliced_head import HEADS
 from .targets import Target
 from .teachers import in_segments
 
@@ -52,6 +54,12 @@ def arrange(
     on_cuda, sides = hidden.device.type == "cuda", [] if teacher is None else [teacher]
     if problem.teachers is not None:
         sides = list(problem.teachers.sides)
+    plain = problem.vocab_ids is None and all(
+        side.quantised is None
+        and side.weight.dtype == side.hidden.dtype == hidden.dtype
+        and side.weight.device == hidden.device
+        for side in (problem.student, *sides)
+    )
     ranks = (
         0 if problem.student.lora is None else problem.student.lora.A.shape[0],
         0 if teacher is None or teacher.lora is None else teacher.lora.A.shape[0],
@@ -81,6 +89,7 @@ def arrange(
         one_sweep=problem.spec.one_sweep,
         gradient_tolerance=problem.gradient_tolerance,
         ranks=ranks,
+        **({} if plain else _forms(problem, sides)),
         softcap=any(side.softcap is not None for side in (problem.spec.student, problem.spec.teacher)),
         sm_count=torch.cuda.get_device_properties(hidden.device).multi_processor_count
         if on_cuda
@@ -93,6 +102,22 @@ def arrange(
         rows = in_segments(problem, rows, chunks)
     backend = backends.select(problem.backend, hidden.device, chunks.logits_dtype)
     return chunks, backend if shard is None else ShardedRows(backend, shard), rows, bounds
+
+
+def _forms(problem: Problem, teachers: Sequence[Side]) -> dict[str, Any]:
+    """Return the arguments of a plan whose heads are read by slices, or whose sides differ in dtype.
+
+    Of several teachers the widest dtype and the costliest form.
+    """
+    hidden, forms, widest = problem.student.hidden, [0, 0], problem.student.hidden.dtype
+    for k, side in enumerate((problem.student, *teachers)):
+        dtype = problem.gemm_dtype(side, k > 0)
+        whole = (side.weight.dtype, side.weight.device) == (dtype, hidden.device)
+        whole = whole and (k == 0 or problem.vocab_ids is None)
+        form = 2 if side.quantised is not None else 0 if whole else 1
+        forms[k > 0] = max(forms[k > 0], form)
+        widest = dtype if k > 0 and (k == 1 or dtype.itemsize > widest.itemsize) else widest
+    return {"heads": tuple(HEADS[form] for form in forms), "teacher_dtype": widest}
 
 
 def align(lengths: list[int], rows: int) -> list[slice]:
@@ -146,8 +171,11 @@ def _computed_rows(problem: Problem, count: int | None = None) -> ComputedRows:
     Packing syncs with a GPU once, unless the `count` of valid rows is given.
     """
     rows, N = problem.rows, problem.student.hidden.shape[0]
+    vocab = problem.vocab
+    if problem.vocab_ids is not None:
+        vocab = _check_vocab_ids(problem, problem.vocab_ids) or vocab
     if rows.labels is not None:
-        check_entries("labels", " or ignore_index", rows.labels, rows.valid, problem.vocab)
+        check_entries("labels", " or ignore_index", rows.labels, rows.valid, vocab)
     if problem.teachers is not None:
         known = len(problem.teachers.sides)
         check_entries("teacher_index", " at valid tokens", problem.teachers.index, rows.valid, known)
@@ -175,6 +203,24 @@ def check_entries(
     inside = (entries >= least) & (entries < stop)
     inside = inside if valid is None else inside | ~valid
     check_all(name, f"entries in [0, {stop}){otherwise}", entries, inside)
+
+
+def _check_vocab_ids(problem: Problem, ids: Tensor) -> int | None:
+    """Raise ValueError unless the ids are distinct ones of the teacher's vocabulary; return its size.
+
+    That is the least of several teachers', and not known where the teacher is a list.
+    """
+    sides = [problem.teacher] if problem.teachers is None else problem.teachers.sides
+    sizes = [side.weight.shape[0] for side in sides if side is not None]
+    if problem.rows.target is not None:
+        sizes.append(problem.rows.target.values.shape[1])
+    if sizes:
+        check_entries(student_vocab.NAME, "", ids, None, min(sizes))
+    else:
+        check_all(student_vocab.NAME, "ids of at least 0", ids, ids >= 0)
+    distinct = "distinct ids (of offsets such as EAGLE-3's d2t: d2t + arange)"
+    check_all(student_vocab.NAME, distinct, ids, ~repeated(ids[None])[0])
+    return min(sizes, default=None)
 
 
 def _check_temperatures(name: str, temperatures: Tensor) -> None:
@@ -230,8 +276,10 @@ def pack(problem: Problem) -> tuple[Any, ...]:
     if problem.teacher is not None:
         teacher = (problem.teacher.hidden, problem.teacher.weight, problem.teacher.bias)
     shard, group = ([], None) if problem.shard is None else problem.shard.pack()
-    plain = problem.student.lora is None and (problem.teacher is None or problem.teacher.lora is None)
-    numbers, more = ([], []) if plain and problem.teachers is None else _pack_heads(problem)
+    sides = [side for side in (problem.student, problem.teacher) if side is not None]
+    plain = all(side.lora is None and side.quantised is None for side in sides)
+    plain = plain and problem.teachers is None and problem.vocab_ids is None
+    numbers, more = ([], []) if plain else _pack_heads(problem)
     return (
         problem.student.hidden,
         problem.student.weight,
@@ -263,32 +311,60 @@ def pack(problem: Problem) -> tuple[Any, ...]:
 
 
 def _pack_heads(problem: Problem) -> tuple[list[float], list[Tensor | None]]:
-    """Return numbers and tensors of the adapters of both sides, and of several teachers."""
-    adapters = problem.student.lora, None if problem.teacher is None else problem.teacher.lora
+    """Return numbers and tensors of adapters, quantised heads, the student's ids, and several teachers."""
+    sides = problem.student, problem.teacher
+    adapters = [None if side is None else side.lora for side in sides]
     numbers = [0.0 if lora is None else lora.scaling for lora in adapters]
     more = [part for lora in adapters for part in ((None, None) if lora is None else (lora.A, lora.B))]
+    for side in sides:
+        _pack_quantised(side, numbers, more)
+    more.append(problem.vocab_ids)
     if (teachers := problem.teachers) is not None:
         numbers += [*teachers.scales, *(softcap or 0.0 for softcap in teachers.softcaps)]
         more.append(teachers.index)
         # The first one is the problem's teacher.
-        more += [part for side in teachers.sides[1:] for part in (side.hidden, side.weight, side.bias)]
+        for side in teachers.sides[1:]:
+            more += [side.hidden, side.weight, side.bias]
+            _pack_quantised(side, numbers, more)
     return numbers, more
 
 
+def _pack_quantised(side: Side | None, numbers: list[float], more: list[Tensor | None]) -> None:
+    """Append the block size of a quantised head to `numbers`, its scales and zero points to `more`."""
+    head = None if side is None else side.quantised
+    numbers += (0.0, 0.0) if head is None else head.block
+    more += (None, None) if head is None else (head.scales, head.zero_points)
+
+
+def _unpack_quantised(side: Side, block: Sequence[float], parts: Sequence[Any]) -> Side:
+    if parts[0] is None:
+        return side
+    head = QuantizedHead(side.weight, parts[0], parts[1], (int(block[0]), int(block[1])))
+    return replace(side, quantised=head)
+
+
 def _unpack_heads(problem: Problem, numbers: Sequence[float], more: Sequence[Any]) -> Problem:
-    """Return a problem with the adapters and teachers of `_pack_heads`."""
-    adapters = [
-        None if A is None else Lora(A, B, scaling)
-        for A, B, scaling in zip(more[:4:2], more[1:4:2], numbers[:2], strict=True)
-    ]
-    teacher = problem.teacher and replace(problem.teacher, lora=adapters[1])
-    problem = replace(problem, student=replace(problem.student, lora=adapters[0]), teacher=teacher)
-    if len(more) == 4 or teacher is None:
+    """Return a problem with the adapters, quantised heads, ids and teachers of `_pack_heads`."""
+    sides: list[Any] = [problem.student, problem.teacher]
+    for k, side in enumerate(sides):
+        if side is not None:
+            A, B = more[2 * k : 2 * k + 2]
+            side = replace(side, lora=None if A is None else Lora(A, B, numbers[k]))
+            sides[k] = _unpack_quantised(side, numbers[2 + 2 * k :], more[4 + 2 * k : 6 + 2 * k])
+    (student, teacher), ids, rows = sides, more[8], problem.rows
+    if rows.target is not None:
+        rows = replace(rows, target=replace(rows.target, ids=ids))
+    problem = replace(problem, student=student, teacher=teacher, rows=rows, vocab_ids=ids)
+    if len(more) == 9 or teacher is None:
         return problem
-    others = (Side(*more[at : at + 3]) for at in range(5, len(more), 3))
-    count = len(numbers) // 2 - 1
-    softcaps = tuple(softcap or None for softcap in numbers[2 + count :])
-    teachers = Teachers(more[4], (teacher, *others), tuple(numbers[2 : 2 + count]), softcaps)
+    count = (len(more) - 10) // 5 + 1
+    of_each, blocks = numbers[6 : 6 + 2 * count], numbers[6 + 2 * count :]
+    others = (
+        _unpack_quantised(Side(*more[at : at + 3]), blocks[2 * k :], more[at + 3 : at + 5])
+        for k, at in enumerate(range(10, len(more), 5))
+    )
+    softcaps = tuple(softcap or None for softcap in of_each[count:])
+    teachers = Teachers(more[9], (teacher, *others), tuple(of_each[:count]), softcaps)
     return replace(problem, teachers=teachers)
 
 

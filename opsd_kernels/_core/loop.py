@@ -27,8 +27,9 @@ from torch import Tensor
 from .._rows import extension, torch_rows
 from .._rows.contract import Column, RowBackend, narrowed
 from . import cpu_gemm, late_gradients, topk_support
+from .accumulate import accumulate_weight_grad, sum_over_slices
 from .centre import NO_CENTRE, Centre, exact_argmax, likely_columns, pilot_columns
-from .columns import ColumnFilter, Kept
+from .columns import ColumnFilter, accumulate_kept
 from .planner import ChunkPlan, row_stride
 from .problem import ComputedRows, Outputs, Problem
 from .reductions import RowWeigher
@@ -36,7 +37,6 @@ from .targets import comparing
 from .teachers import walks_of
 from .topk_support import Rows
 
-FEW_ROWS = 32  # below, dW of `gemm_fp32_` takes up to 1.2 times as long as that of torch.mm
 _HUGE_PAGES, _PAGE = 14, 1 << 21  # MADV_HUGEPAGE and its page
 Positions = slice | Tensor  # of a chunk's rows among all rows
 Sweep = Callable[["Walk", Rows, Positions], Tensor | None]
@@ -205,18 +205,21 @@ def _accumulate(
     if dW is not None and scale is not None:
         scaled = (student * scale[:, None]).to(student.dtype)
     kept = None if columns is None else columns.select(G, scale)
-    packed, in_place = None, isinstance(at, slice) and shard is None and walk.adapters is None
+    head, packed = walk.problem.student.weight, None
+    # Partial sums, of ranks, of head and adapter or of slices, are in fp32 and rounded to 16 bits once.
+    whole = shard is None and walk.adapters is None and isinstance(head, Tensor)
+    in_place = isinstance(at, slice) and whole
     if out.dh is not None:
-        # Partial sums, of ranks or of head and adapter, are in fp32 and rounded to 16 bits once.
-        whole = shard is None and walk.adapters is None
         dtype = out.dh.dtype if whole else torch.promote_types(out.dh.dtype, torch.float32)
         packed = out.dh[at] if in_place else out.dh.new_empty(student.shape, dtype=dtype)
-        if kept is None:
-            project(G, walk.problem.student.weight.t(), packed)
+        if kept is not None:
+            packed.copy_(accumulate_kept(walk, G, scaled, kept, dW, first))
+        elif isinstance(head, Tensor):
+            project(G, head.t(), packed)
         else:
-            packed.copy_(_accumulate_kept(walk, G, scaled, kept, dW, first))
+            sum_over_slices(G, head, packed)
     elif kept is not None:
-        _accumulate_kept(walk, G, scaled, kept, dW, first)
+        accumulate_kept(walk, G, scaled, kept, dW, first)
     if walk.adapters is not None:
         walk.adapters.accumulate(G, student, packed, scale)
     if packed is not None and out.dh is not None:
@@ -233,36 +236,19 @@ def _accumulate(
         out.dbias[:V] += G.sum(0, dtype=wide) if scale is None else torch_rows.weighted_sum(G, scale)
 
 
-def _accumulate_kept(
-    walk: Walk, G: Tensor, scaled: Tensor, kept: Kept, dW: Tensor | None, first: bool
-) -> Tensor:
-    """Add the products of the kept columns of G, (C, V), to dW, (V, H). Return dh, (C, H), unscaled."""
-    weight = walk.problem.student.weight
-    dh = kept.mean.new_zeros(G.shape[0], weight.shape[1])
-    if dW is not None and first:
-        dW.zero_()
-    gathered, rows, update = kept.buffers(G, weight, dh.dtype)
-    for columns in kept.columns.split(len(rows)):
-        n = columns.numel()
-        part = gathered[: len(G), :n]
-        walk.backend.gather_columns_(G, columns, part, kept.sums)
-        if walk.out.dh is not None:
-            torch.index_select(weight, 0, columns, out=rows[:n])
-            accumulate_weight_grad(part.t(), rows[:n], dh, first=False)
-        if dW is not None:
-            accumulate_weight_grad(part, scaled, update[:n], first=True)
-            dW.index_add_(0, columns, update[:n].to(dW.dtype))
-    return dh.addr_(kept.sums, kept.mean)
-
-
 # ---------------------------------------------------------------- GEMMs
 
 
-def project(hidden: Tensor, weight: Tensor, out: Tensor, centre: Tensor | None = None) -> None:
+def project(hidden: Tensor, weight: Any, out: Tensor, centre: Tensor | None = None) -> None:
     """Compute out = hidden @ weight.T, (C, H), (V, H) -> (C, V). `out` may be fp32 for 16-bit inputs.
 
-    `centre`, (C,) fp32 beside a 16-bit `out`, is subtracted from the rows before their one rounding.
+    `weight` is a tensor or a SlicedHead. `centre`, (C,) fp32 beside a 16-bit `out`, is subtracted from the
+    rows before their one rounding.
     """
+    if not isinstance(weight, Tensor):
+        for part, rows in weight.slices():
+            project(hidden, rows, out[:, part], centre)
+        return
     columns, on_cpu = weight.t(), out.device.type == "cpu"
     if out.dtype != hidden.dtype and on_cpu:
         cpu_gemm.widening_mm(hidden, columns, out, accumulate=False)
@@ -286,28 +272,6 @@ def subtracts_exactly(out: Tensor) -> bool:
     if not on_host(out.device) or not extension.mm_has_units(out.dtype):
         return on_host(out.device)
     return out.dtype == torch.bfloat16 and extension.gemm_unavailable() is None
-
-
-def accumulate_weight_grad(G: Tensor, hidden: Tensor, dW: Tensor, first: bool) -> None:
-    """Add G.T @ hidden to dW, (C, V), (C, H) -> (V, H), fp32 for 16-bit inputs too. `first`: overwrite dW."""
-    Gt = G.t()
-    if dW.dtype == G.dtype:
-        on_cpu = dW.device.type == "cpu"
-        if on_cpu and first and not extension.mm_has_units(dW.dtype):
-            cpu_gemm.sliced_mm_(Gt, hidden, dW)
-        elif on_cpu and extension.gemm_fp32_serves(dW.dtype) and len(G) >= FEW_ROWS:
-            torch.ops.opsd_kernels.gemm_fp32_(Gt, hidden, dW, not first)
-        elif first:
-            torch.mm(Gt, hidden, out=dW)
-        else:
-            dW.addmm_(Gt, hidden)
-    elif dW.device.type == "cpu":
-        cpu_gemm.widening_mm(Gt, hidden, dW, accumulate=not first)
-    elif first:
-        torch.mm(Gt, hidden, out_dtype=dW.dtype, out=dW)
-    else:
-        # From torch 2.10 on `self` may have the output's dtype; as it is also `out`, there is no copy.
-        torch.addmm(dW, Gt, hidden, out_dtype=dW.dtype, out=dW)
 
 
 def stack_difference(student: Tensor, teacher: Tensor, out: Tensor) -> None:

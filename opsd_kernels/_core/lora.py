@@ -45,9 +45,9 @@ class Lora:
             )
         return cls(A, B, check_number(f"{name} scaling", scaling))
 
-    def check(self, name: str, weight: Tensor) -> None:
-        """Raise ValueError unless the adapter fits the head `weight` (V, H) of its rank."""
-        (V, H), device = weight.shape, weight.device
+    def check(self, name: str, shape: torch.Size, device: torch.device) -> None:
+        """Raise ValueError unless the adapter is on the device, and fits a head of this rank's (V, H)."""
+        V, H = shape
         rank = self.A.shape[0] if self.A.dim() else 0
         expect(
             rank >= 1 and self.A.shape == (rank, H),

@@ -5,7 +5,7 @@ Pure arithmetic. The op follows the plan, and `opsd plan` prints it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -16,6 +16,7 @@ from .. import env
 from .._rows import extension
 from .._rows.contract import Column
 from ..spec import BACKWARDS, SCOPES, LogitTransform, check_choice, expect
+from . import cpu_gemm
 from .lora import AdapterPlan
 from .sizes import (
     ALIGNED_ROWS,
@@ -27,20 +28,19 @@ from .sizes import (
     DTYPES,
     KEPT_BYTES,
     LARGEST_FACTOR,
-    LEAST_PART_ROWS,
     LIST_SCRATCH,
     LISTED_BYTES,
-    MOST_PARTS,
+    NARROWING_BYTES,
     QUEUE_BYTES,
     ROW_LIMITS,
-    ROW_MULTIPLE,
     SELECT_BYTES,
     SLICE_BYTES,
     SUPPORT_BYTES,
     SWEEP_BYTES,
     WIDE_CPU_ROWS,
 )
-from .waves import CUDA_ROW_MULTIPLE, SM_COUNT, tile_share, wave_flops, whole_waves
+from .sliced_head import SlicePlan
+from .waves import SM_COUNT, fewest_chunks, round_up, tile_share, wave_flops
 
 
 @dataclass(frozen=True)
@@ -137,22 +137,9 @@ def held_dtype(dtype: torch.dtype, buffer: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else buffer
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-def _balanced_rows(tokens: int, most: int) -> int:
-    """Return the rows per chunk of equal chunks, none above `most`."""
-    if tokens <= most:
-        return max(tokens, 1)
-    even = -(-tokens // -(-tokens // most))
-    rounded = _round_up(even, ROW_MULTIPLE)
-    return rounded if rounded <= most else even
-
-
 def row_stride(V: int, buffer: torch.dtype, device_type: str) -> int:
     """Return the row stride of a logits buffer, in entries."""
-    return _round_up(V, CUDA_ROW_BYTES // buffer.itemsize) if device_type == "cuda" else V
+    return round_up(V, CUDA_ROW_BYTES // buffer.itemsize) if device_type == "cuda" else V
 
 
 def row_bytes(
@@ -275,6 +262,7 @@ def _most_rows(
     held: torch.dtype,
     device_type: str,
     longest_sequence: int,
+    sliced: bool,
     budget: int,
     per_row: int,
     spare: int = 0,
@@ -285,8 +273,9 @@ def _most_rows(
     rows' share are left.
     """
     on_cuda = device_type == "cuda"
-    limit = ROW_LIMITS["cuda" if on_cuda else "cpu", gemms.trainable]
-    if not on_cuda and dtype.itemsize > 2:
+    # A chunk reads the slices of a head anew, which costs as dW does.
+    limit = ROW_LIMITS["cuda" if on_cuda else "cpu", gemms.trainable or sliced]
+    if not on_cuda and dtype.itemsize > 2 and not sliced:
         limit = min(limit, WIDE_CPU_ROWS)
     if longest_sequence <= ALIGNED_ROWS:
         limit = max(limit, longest_sequence)
@@ -299,81 +288,38 @@ def _most_rows(
     return most, accumulator
 
 
-def _fewest_chunks(
-    tokens: int,
-    waves: tuple[Products, int, int] | None,
-    most_rows: Callable[..., tuple[int, int]],
-    budget: int,
-    per_row: int,
-    teacher_row: int,
-) -> tuple[int, int, int]:
-    """Return rows per chunk, bytes of an fp32 accumulator, rows per part: the fewest chunks, then parts.
-
-    `waves` are the GEMMs, bytes of a number of dW and multiprocessors of a GPU, None on a CPU, which has no
-    parts. `most_rows(budget, per_row, spare)` is `_most_rows`, `teacher_row` the bytes of a teacher's row.
-    """
-    if waves is None:
-        most, accumulator = most_rows(budget, per_row)
-        rows = _balanced_rows(tokens, most)
-        return rows, accumulator, rows
-    (gemms, itemsize, sm_count), best = waves, (tokens, 0, 0)
-    # Longer chunks save traffic of dW, and nothing with a frozen head.
-    for parts in range(1, MOST_PARTS + 1 if gemms.trainable else 2):
-        # A part may be longer than its share by less than CUDA_ROW_MULTIPLE.
-        spare = CUDA_ROW_MULTIPLE * teacher_row * (parts > 1)
-        most, accumulator = most_rows(budget, per_row - teacher_row + -(-teacher_row // parts), spare)
-        dW_itemsize = 4 if accumulator else itemsize
-        rows = tokens if tokens <= most else whole_waves(tokens, most, gemms, dW_itemsize, sm_count)
-        part = rows if parts == 1 else min(rows, _round_up(-(-rows // parts), CUDA_ROW_MULTIPLE))
-        if parts == 1 or (part >= LEAST_PART_ROWS and -(-tokens // rows) < -(-tokens // best[0])):
-            best = rows, accumulator, part
-    return best
-
-
 def _cpu_scratch(
-    dtype: torch.dtype, V: int, topk: int, one: bool, threads: int | None, listed: int, alone: bool
-) -> int:
-    """Return the scratch bytes of the math library and the sweeps on a CPU, on top of the logits buffers."""
+    dtype: torch.dtype, V: int, topk: int, listed: int, one: bool, alone: bool, grad: bool, wide: bool, n: int
+) -> int:  # fmt: skip
+    """Return the scratch bytes of the math library and the sweeps on a CPU, on top of the logits buffers.
+
+    `alone`: without a second head. `wide`: of 16-bit inputs the buffers are in fp32. `n`: threads.
+    """
     tiled = dtype.itemsize == 2 and extension.has_amx()
     per_thread = CPU_SCRATCH_PER_THREAD_AMX if tiled else CPU_SCRATCH_PER_THREAD
-    # Without a second head, and with this package's GEMMs: at 8 threads 25 MiB in fp32, and 1 for a list.
-    if alone and not tiled and (extension.gemm_fp32_serves(dtype) or dtype == torch.bfloat16):
-        per_thread = LIST_SCRATCH if listed else per_thread // 2
+    sliced = dtype.itemsize == 2 and (not extension.mm_has_units(dtype) or cpu_gemm.slices(dtype))
+    own = dtype.itemsize == 2 or extension.gemm_fp32_serves(dtype)
     columns = QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one)
-    sliced = dtype == torch.float16 or not extension.mm_has_units(dtype)  # see cpu_gemm.py
-    slices = SLICE_BYTES if sliced else 0
-    return CPU_SCRATCH_BYTES + slices + (threads or torch.get_num_threads()) * (per_thread + V * columns)
+    slices = SLICE_BYTES * sliced
+    if alone and not tiled:
+        # With this package's GEMMs. With gradients the heap keeps a second slice.
+        if own and not (sliced and grad):
+            per_thread = LIST_SCRATCH if listed or (wide and grad) else per_thread // 2
+        columns += NARROWING_BYTES * (wide and grad)
+        slices *= 1 + grad
+    return CPU_SCRATCH_BYTES + slices + n * (per_thread + V * columns)
 
 
 def plan(
-    N: int,
-    V: int,
-    H_student: int,
-    H_teacher: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    shared_head: bool = True,
-    trainable_head: bool = True,
-    grad: bool = True,
-    backward: str = "in_forward",
-    logits_dtype: str | torch.dtype = "auto",
-    bias_grad: bool = False,
-    workspace_bytes: int | None = None,
-    device_type: str = "cpu",
-    weights_scope: str = "index",
-    longest_sequence: int | None = None,
-    policy: bool = False,
-    topk: int = 0,
-    listed: int = 0,
-    target_copied: bool = False,
-    one_sweep: bool = True,
-    factor: float = 1.0,
-    softcap: bool = False,
-    sm_count: int = SM_COUNT,
-    threads: int | None = None,
-    gradient_tolerance: float | None = None,
-    ranks: tuple[int, int] = (0, 0),
-) -> ChunkPlan:
+    N: int, V: int, H_student: int, H_teacher: int | None = None, dtype: torch.dtype = torch.bfloat16, *,
+    shared_head: bool = True, trainable_head: bool = True, grad: bool = True, backward: str = "in_forward",
+    logits_dtype: str | torch.dtype = "auto", bias_grad: bool = False, workspace_bytes: int | None = None,
+    device_type: str = "cpu", weights_scope: str = "index", longest_sequence: int | None = None,
+    policy: bool = False, topk: int = 0, listed: int = 0, target_copied: bool = False, one_sweep: bool = True,
+    factor: float = 1.0, softcap: bool = False, sm_count: int = SM_COUNT, threads: int | None = None,
+    gradient_tolerance: float | None = None, ranks: tuple[int, int] = (0, 0),
+    heads: tuple[str, str] = ("whole", "whole"), teacher_dtype: torch.dtype | None = None,
+) -> ChunkPlan:  # fmt: skip
     """Plan `linear_divergence` for N valid tokens, a vocabulary of V and the hidden sizes of both sides.
 
     * `H_teacher`: defaults to `H_student`; 0 means no teacher's head. `target_copied`: but rows to be cast.
@@ -383,6 +329,9 @@ def plan(
       chunk holds `longest_sequence` rows (four passes); otherwise a statistics pass goes first (six).
     * `topk`, `listed`, `policy`, `one_sweep`: entries of a support; of a list; an objective; a plain KL.
     * `factor`, `softcap`, `ranks`: the larger logit scale / temperature; if there is a softcap; of adapters.
+    * `heads` of student and teacher: "whole"; "sliced", of another dtype than its GEMM, on another device, or
+      read by `student_vocab_ids` (`V` of them); or "quantised". `dtype` and `teacher_dtype` are those of the
+      GEMMs, the teacher's by default `dtype`.
     * `device_type`, `sm_count`: on CUDA a chunk's rows make whole waves of GEMM tiles (waves.py). `threads`:
       of a CPU, with which scratch grows; default torch's. `workspace_bytes`: for logits, packed rows, scratch
       and half of an fp32 dW, whose bytes the 16-bit dW takes later; default OPSD_WORKSPACE_BYTES, else 1 GiB.
@@ -393,36 +342,52 @@ def plan(
     _check(dtype, backward, weights_scope, N=N, V=V, H_student=H_student, H_teacher=H_teacher)
     budget = workspace_budget(workspace_bytes)
     transforms = [LogitTransform(factor, 1.0 if softcap else None)]
-    buffer, difference = resolve_logits(dtype, logits_dtype, shared_head, False, transforms)
+    sliced = None
+    if heads != ("whole", "whole") or teacher_dtype not in (None, dtype):
+        sliced = SlicePlan.of(
+            V, (H_student, H_teacher), heads, (dtype, teacher_dtype or dtype), shared_head, device_type
+        )
+        dtype = sliced.dtype
+    widest = dtype if sliced is None else sliced.widest
+    buffer, difference = resolve_logits(widest, logits_dtype, shared_head, False, transforms)
     selects = grad and gradient_tolerance is not None
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V) + listed, device_type, selects)
     teacher_row = row_stride(V, buffer, device_type) * buffer.itemsize * (H_teacher > 0 or target_copied)
-    scratch = (device_type == "cpu") * _cpu_scratch(dtype, V, topk, one_sweep, threads, listed, not H_teacher)
+    of_call, count = (not H_teacher, grad, buffer != dtype), threads or torch.get_num_threads()
+    scratch = _cpu_scratch(dtype, V, topk, listed, one_sweep, *of_call, count) if device_type == "cpu" else 0
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
     adapted = AdapterPlan()
     if any(ranks):
         adapted = AdapterPlan.of(V, H_student, ranks, grad, dtype, buffer, device_type)
     per_row += adapted.per_row + teacher_row * target_copied
     scratch += adapted.scratch + (KEPT_BYTES + SELECT_BYTES * V) * selects
+    if sliced is not None:
+        per_row += sliced.per_row
+        scratch += sliced.scratch
     held, again, small = held_dtype(dtype, buffer), backward == "recompute" and grad, 4 * V * bias_grad
     room = budget - min(scratch, budget // 2, max(budget - per_row, 0))
-    most_rows = partial(_most_rows, N, gemms, dtype, held, device_type, longest_sequence or 0)
+    by_slices, longest = sliced is not None and sliced.scratch > 0, longest_sequence or 0
+    most_rows = partial(_most_rows, N, gemms, dtype, held, device_type, longest, by_slices)
     most, accumulator = most_rows(room, per_row)
     expect(most >= 1, "workspace_bytes", f"at least {3 * per_row} bytes, for a row of logits pairs", budget)
     weighting, reason = "before", "they need positions alone"
     if weights_scope != "index":
-        in_loop = (gemms.trainable or policy or selects or ranks[0] > 0) and grad and not again
+        weighed = gemms.trainable or bias_grad or policy or selects or ranks[0] > 0
+        in_loop = weighed and grad and not again
         weighting, reason = _when_weighted(weights_scope, longest_sequence, most, in_loop)
     rows = part = max(min(N, most), 1)
     waves = (gemms, dtype.itemsize, sm_count) if device_type == "cuda" else None
     if weighting != "aligned" and N > most:
-        rows, accumulator, part = _fewest_chunks(N, waves, most_rows, room, per_row, teacher_row)
+        rows, accumulator, part = fewest_chunks(N, waves, most_rows, room, per_row, teacher_row)
     workspace = min(rows, N) * per_row - (rows - part) * teacher_row
     return ChunkPlan(
         tokens=N, rows=rows, part_rows=part, logits_dtype=buffer, difference=difference, gradient_dtype=held,
         centred=buffer.itemsize == 2 and not softcap, target_copied=target_copied, weighting=weighting,
         tile_share=tile_share(gemms, N, rows, sm_count) if waves else 1.0, weighting_reason=reason,
-        **_memory(N, gemms, dtype, held, workspace, scratch, accumulator, small + adapted.gradients, listed),
+        **_memory(
+            N, gemms, dtype, held, workspace, scratch, accumulator, small + adapted.gradients, listed,
+            heads[0] == "sliced",
+        ),
         **_work(N, rows, gemms, dtype, buffer, 2 - one_sweep, again, weighting, accumulator, adapted),
     )  # fmt: skip
 
@@ -437,15 +402,18 @@ def _memory(
     accumulator: int,
     small: int,
     listed: int,
+    cast: bool,
 ) -> dict[str, int]:
     """Return the bytes of a call by kind, and its peak: during the loop, or while dW is cast.
 
-    `small` are the bytes of the other gradients.
+    `small` are the bytes of the other gradients. `cast`: the head is stored in half the width of its GEMMs.
     """
     # Statistics, loss, A, weights, factors and their products; lists.
     vectors = N * (4 * (len(Column) + 8) + LISTED_BYTES * listed)
     dh = N * gemms.H_student * dtype.itemsize * gemms.grad
     dW = gemms.V * gemms.H_student * dtype.itemsize * gemms.trainable
+    if cast:
+        dW, accumulator = dW // 2, dW
     if held != dtype:
         dh *= 3  # the fp32 one and the 16-bit one
     return {

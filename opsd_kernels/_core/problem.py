@@ -5,6 +5,7 @@ Every error names the argument, the expected value and the actual one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._rows import backends
+from ..quantized import QuantizedHead, stored_head
 from ..spec import (
     Divergence,
     LogitTransform,
@@ -25,7 +27,10 @@ from ..spec import (
 from .lora import Lora
 from .planner import resolve_logits, workspace_budget
 from .shard import VocabShard, local_head, shard_of
+from .sides import autocast, mixed, same_head, same_storage
 from .sizes import DTYPES
+from .sliced_head import MovedRows, SlicedHead
+from .student_vocab import check_alone, check_ids, own_entries, own_labels
 from .targets import Target, check_target
 
 
@@ -34,11 +39,12 @@ class Side:
     """Hold hidden states and LM head of the student or of the teacher."""
 
     hidden: Tensor  # (..., H) in a public call, (N, H) in a Problem
-    weight: Tensor  # (V, H)
+    weight: Any  # (V, H): a tensor, but an argument until `checked`, and in the loop perhaps a SlicedHead
     bias: Tensor | None  # (V,)
     # An argument until `checked` makes it a Lora
     lora: Any = None
     rows: Tensor | None = None  # (N,) int64: each token's row of a packed `hidden`; None: its own position
+    quantised: QuantizedHead | None = None  # whose values are `weight`
 
     @property
     def leaves(self) -> tuple[Tensor | None, ...]:
@@ -48,17 +54,19 @@ class Side:
 
     def with_leaves(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *lora: Tensor) -> Side:
         """Return the side with other leaves."""
-        return Side(hidden, weight, bias, self.lora and replace(self.lora, A=lora[0], B=lora[1]))
+        adapter = self.lora and replace(self.lora, A=lora[0], B=lora[1])
+        return replace(self, hidden=hidden, weight=weight, bias=bias, lora=adapter)
 
-    def in_dtype_of_head(self) -> Side:
-        """Return the side with 16-bit hidden states in fp32 if the weight is in fp32."""
-        narrow = self.hidden.dtype in (torch.bfloat16, torch.float16) and self.weight.dtype == torch.float32
-        return replace(self, hidden=self.hidden.float()) if narrow else self
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the side's GEMMs: the wider one of hidden states and weight."""
+        wide = self.hidden.dtype
+        return wide if self.quantised is not None else torch.promote_types(wide, self.weight.dtype)
 
     def detach(self) -> Side:
         """Return the side outside autograd."""
-        bias = None if self.bias is None else self.bias.detach()
-        return Side(self.hidden.detach(), self.weight.detach(), bias, self.lora and self.lora.detach())
+        bias, lora = None if self.bias is None else self.bias.detach(), self.lora and self.lora.detach()
+        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias, lora=lora)
 
 
 @dataclass(frozen=True)
@@ -119,6 +127,7 @@ class Problem:
     shard: VocabShard | None  # None: whole heads
     wants: tuple[bool, ...]  # gradients of the student's leaves
     teachers: Teachers | None = None  # several by index; `teacher` is then the first
+    vocab_ids: Tensor | None = None  # (V_s,) the columns in the teacher's vocabulary: student_vocab.py
 
     @classmethod
     def of(
@@ -140,6 +149,7 @@ class Problem:
         listed: tuple[object, object, str] | None = None,
         exact_logprobs: bool = False,
         prefixes: tuple[str, str] = ("student_", "teacher_"),
+        vocab_ids: object = None,
     ) -> Problem:
         """Check the arguments of a public function, and flatten (..., H) to (N, H).
 
@@ -150,40 +160,40 @@ class Problem:
         """
         if backend is not None:
             check_choice("backend", backend, backends.NAMES)
+        if vocab_ids is not None:
+            check_alone(vocab_size, group)
         budget = workspace_budget(workspace_bytes)
         shard = None if group is None else shard_of(group, student.weight)
         sides = [student] if teacher is None else [student, teacher]
         sides = [checked(prefix, side, shard) for prefix, side in zip(prefixes, sides, strict=False)]
+        compiling = torch.compiler.is_compiling()
         # While torch.compile traces, tensors have no storage: only one and the same object counts as shared.
-        compiling, heads = torch.compiler.is_compiling(), [side.weight for side in sides]
-        shared = len(heads) == 2 and (heads[0] is heads[1] or (not compiling and same_storage(*heads)))
+        one = teacher is not None and student.weight is teacher.weight
+        shared = one or (len(sides) == 2 and not compiling and same_head(*sides))
         device = sides[0].hidden.device.type  # torch 2.10 cannot trace `is_autocast_available`
         if (compiling or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device):
-            sides = _autocast(sides, shared)
-        # A head in fp32 over a 16-bit trunk: the rows are cast, never the head.
-        sides = [s if s.hidden.dtype == s.weight.dtype else s.in_dtype_of_head() for s in sides]
+            sides = autocast(sides, shared)
         for prefix, side in zip(prefixes, sides, strict=False):
             check_side(prefix, side, sides[0].hidden, prefixes[0] + "hidden")
+        widest = sides[0].hidden.dtype
+        if any(x.dtype != widest for side in sides for x in (side.hidden, side.weight)):
+            sides, widest = mixed(sides, shared)
         hidden = sides[0].hidden
-        if len(sides) == 2:
-            leading, other = hidden.shape[:-1], sides[1].hidden.shape[:-1]
-            expected = f"leading shape {tuple(leading)}, as student_hidden"
-            expect(leading == other, "teacher_hidden", expected, tuple(other))
-        valid, labels = valid_tokens(hidden, labels, ignore_index, mask)
         heights = [side.weight.shape[0] if shard is None else shard.vocab_size for side in sides]
-        vocab = vocabulary(heights[0], heights[1] if len(heights) == 2 else None, vocab_size)
+        own = None if vocab_ids is None else check_ids(vocab_ids, heights[0], hidden.device, shared)
+        valid, labels = valid_tokens(hidden, labels, ignore_index, mask, own, heights)
+        vocab = vocabulary(heights[0], heights[1] if len(heights) == 2 and own is None else None, vocab_size)
         ids = logprobs = None
         if listed is not None:
-            ids, logprobs = listed_support(*listed[:2], hidden.shape[:-1], valid)
+            ids, logprobs = listed_support(*listed[:2], hidden.shape[:-1], valid, own)
             support = Support(ids.shape[1], None, listed[2])
         transforms, exact = (spec.student, spec.teacher), spec.kinked or exact_logprobs
-        buffer, difference = resolve_logits(hidden.dtype, logits_dtype, shared, exact, transforms)
+        buffer, difference = resolve_logits(widest, logits_dtype, shared, exact, transforms)
         if difference and buffer.itemsize > 2 and any(side.lora is not None for side in sides):
             # Wide buffers hold the teacher's own logits unless the adapter is the student's too.
             difference = same_adapter(sides[0].lora, sides[1].lora)
         flat = [replace(side, hidden=side.hidden.reshape(-1, side.hidden.shape[-1])) for side in sides]
-        grad = torch.is_grad_enabled()
-        wants = [grad and leaf is not None and leaf.requires_grad for leaf in flat[0].leaves]
+        leaves = flat[0].leaves if torch.is_grad_enabled() else [None] * len(flat[0].leaves)
         return cls(
             student=flat[0],
             teacher=flat[1].detach() if len(flat) == 2 else None,
@@ -197,7 +207,8 @@ class Problem:
             gradient_tolerance=None if gradient_tolerance is None else check_tolerance(gradient_tolerance),
             backend=backend,
             shard=None if shard is None else shard.cut(vocab),
-            wants=tuple(wants),
+            wants=tuple(leaf is not None and leaf.requires_grad for leaf in leaves),
+            vocab_ids=own,
         )
 
     @property
@@ -214,13 +225,20 @@ class Problem:
         """Return the dtype of statistics, losses and factors: fp32, or fp64 for fp64 inputs."""
         return torch.promote_types(self.student.hidden.dtype, torch.float32)
 
+    def gemm_dtype(self, side: Side, teacher: bool) -> torch.dtype:
+        """Return the dtype of a side's GEMMs; `sides.mixed` says which."""
+        own = not teacher or self.shared_head or self.logits_dtype == torch.float64
+        return self.student.hidden.dtype if own else side.dtype
+
     def with_factors(self, factor: Tensor | None, policy_slope: Tensor | None = None) -> Problem:
         return replace(self, rows=replace(self.rows, factor=factor, policy_slope=policy_slope))
 
     def with_target(self, target: object, form: object, leading: torch.Size, exact: bool) -> Problem:
         """Return the problem with a teacher given as rows (..., V): see `check_target`."""
         columns = self.vocab if self.shard is None else self.shard.stop - self.shard.start
-        checked = check_target(target, form, leading, columns, exact)
+        checked = check_target(
+            target, form, leading, columns, exact and self.vocab_ids is None, self.vocab_ids
+        )
         hidden = self.student.hidden
         expected = f"a tensor on {hidden.device}, as student_hidden"
         expect(checked.values.device == hidden.device, "target", expected, checked.values.device)
@@ -240,17 +258,31 @@ class Problem:
     def _operands(self, side: Side, student: Side | None = None) -> Side:
         """Return the operands of a side; `student` are those of the student, for a teacher's."""
         columns = self.vocab if self.shard is None else self.shard.stop - self.shard.start
-        hidden, weight = (
-            x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
-            for x in (side.hidden, side.weight)
-        )
-        weight = weight[:columns] if student is None or not self.shared_head else student.weight
-        bias = None if side.bias is None else side.bias[:columns].to(self.stats_dtype).contiguous()
-        if student is not None and side.bias is not None and same_storage(side.bias, self.student.bias):
+        dtype, device = self.student.hidden.dtype, self.student.hidden.device
+        if student is not None and not self.shared_head:
+            dtype = self.gemm_dtype(side, True)
+        ids = None if student is None else self.vocab_ids
+        used: Any = slice(columns) if ids is None else ids
+        sliced = side.quantised is not None or ids is not None
+        sliced = sliced or (side.weight.dtype, side.weight.device) != (dtype, device)
+        hidden, weight = side.hidden, side.weight
+        lies = [x.stride(1) == 1 and x.stride(0) >= x.shape[1] for x in (hidden, weight)]
+        rows: Any = hidden if lies[0] else hidden.contiguous()
+        if (rows.dtype, rows.device) != (dtype, device):
+            moved = MovedRows(rows, dtype, device)
+            rows = moved if len(moved) else moved[:]
+        head: Any = SlicedHead(weight, side.quantised, 0, columns, dtype, device, ids)
+        if student is not None and self.shared_head:
+            head = student.weight
+        elif not sliced:
+            head = (weight if lies[1] else weight.contiguous())[:columns]
+        bias = None if side.bias is None else side.bias.to(device)[used].to(self.stats_dtype).contiguous()
+        twin = None if student is None or ids is not None else student.bias
+        if twin is not None and side.bias is not None and same_storage(side.bias, self.student.bias):
             # One object: the sweeps take a common bias for a linear difference.
-            bias = student.bias
-        lora = side.lora and replace(side.lora, B=side.lora.B[:columns])
-        return Side(hidden, weight, bias, lora, side.rows)
+            bias = twin
+        lora = side.lora and replace(side.lora, B=side.lora.B[used])
+        return Side(rows, head, bias, lora, side.rows)
 
 
 @dataclass
@@ -271,26 +303,7 @@ class Outputs:
     dB: Tensor | None = None  # (rows of that head, r), the same
 
 
-def _autocast(sides: list[Side], shared: bool) -> list[Side]:
-    """Cast hidden states and weights to the autocast dtype. A shared head is cast once and stays shared."""
-    dtype = torch.get_autocast_dtype(sides[0].hidden.device.type)
-
-    def cast(x: Tensor) -> Tensor:
-        return x if x.dtype == torch.float64 else x.to(dtype)
-
-    done = [replace(side, hidden=cast(side.hidden), weight=cast(side.weight)) for side in sides]
-    return [done[0], replace(done[1], weight=done[0].weight)] if shared else done
-
-
 # ---------------------------------------------------------------- checks
-
-
-def same_storage(a: Tensor, b: Tensor | None) -> bool:
-    """Return True if two tensors are the same view of the same memory."""
-    if b is None or a is b:
-        return a is b
-    layout = a.data_ptr(), a.shape, a.stride(), a.dtype, a.device
-    return layout == (b.data_ptr(), b.shape, b.stride(), b.dtype, b.device)
 
 
 def of_one_side(side: Side, transform: LogitTransform, **arguments: Any) -> Problem:
@@ -322,10 +335,14 @@ def checked(prefix: str, side: Side, shard: VocabShard | None) -> Side:
     Raises TypeError for an argument that is no dense tensor, ValueError for a DTensor head without a group.
     `prefix` ("student_") starts its name.
     """
+    if type(side.weight) is not Tensor:
+        held = stored_head(f"{prefix}weight", side.weight)
+        if isinstance(held, QuantizedHead):
+            side = replace(side, weight=held.values, quantised=held)
     if shard is not None or side.lora is not None:
         head = side.weight, side.bias
-        head = head if shard is None else local_head(prefix, *head, shard)
-        side = Side(side.hidden, *head, Lora.parse(f"{prefix}lora", side.lora))
+        weight, bias = head if shard is None else local_head(prefix, *head, shard)
+        side = replace(side, weight=weight, bias=bias, lora=Lora.parse(f"{prefix}lora", side.lora))
     plain = "a plain tensor, or a DTensor with `group`, whose rows are a shard"
     for name, tensor in (("weight", side.weight), ("bias", side.bias)):
         expect(not hasattr(tensor, "placements"), prefix + name, plain, "a DTensor")
@@ -337,51 +354,64 @@ def checked(prefix: str, side: Side, shard: VocabShard | None) -> Side:
 
 
 def check_side(prefix: str, side: Side, first: Tensor, name: str) -> None:
-    """Check shapes, and dtype and device against the hidden states `first`, the argument `name`."""
+    """Check shapes, and dtype, device and leading shape against hidden states `first`, argument `name`."""
     hidden, weight, bias = side.hidden, side.weight, side.bias
     expect(hidden.dim() >= 1, f"{prefix}hidden", "shape (..., H)", tuple(hidden.shape))
     good = weight.dim() == 2 and min(weight.shape) >= 1
     expect(good, f"{prefix}weight", "shape (V, H) with V, H >= 1", tuple(weight.shape))
     expected = f"(..., {weight.shape[1]}), the hidden size of {prefix}weight"
     expect(hidden.shape[-1] == weight.shape[1], f"{prefix}hidden", expected, tuple(hidden.shape))
+    leading, other = first.shape[:-1], hidden.shape[:-1]
+    expected = f"leading shape {tuple(leading)}, as {name}"
+    expect(leading == other, f"{prefix}hidden", expected, tuple(other))
     if bias is not None:
         expect(
             bias.shape == weight.shape[:1], f"{prefix}bias", f"shape ({weight.shape[0]},)", tuple(bias.shape)
         )
-    if side.lora is not None:
-        side.lora.check(f"{prefix}lora", weight)
-    expect(first.dtype in DTYPES, name, "float64, float32, bfloat16 or float16", first.dtype, TypeError)
+    floats = "float64, float32, bfloat16 or float16"
     for part, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            argument = prefix + part
-            expect(
-                tensor.device == first.device,
-                argument,
-                f"a tensor on {first.device}, as {name}",
-                tensor.device,
-            )
-            same = tensor.dtype == first.dtype or (part == "bias" and tensor.is_floating_point())
-            expect(same, argument, f"dtype {first.dtype}, as {name}", tensor.dtype, TypeError)
+        if tensor is None or (part == "weight" and side.quantised is not None):
+            continue
+        argument = prefix + part
+        known = tensor.dtype in DTYPES
+        also = ", or a QuantizedHead" if part == "weight" else ""
+        expect(known, argument, f"dtype {floats}{also}", tensor.dtype, TypeError)
+        # Slices of a frozen head and rows of a teacher are moved.
+        moved = prefix == "teacher_" or (part == "weight" and not tensor.requires_grad)
+        here = tensor.device == first.device or (moved and not tensor.is_meta)
+        expect(here, argument, f"a tensor on {first.device}, as {name}", tensor.device)
+    if side.lora is not None:
+        side.lora.check(f"{prefix}lora", weight.shape, first.device)
 
 
 def per_token(name: str, value: Any, leading: torch.Size, device: torch.device) -> Tensor:
-    """Return a tensor of one entry per token, flat and detached."""
+    """Return a tensor of one entry per token, flat, contiguous and detached."""
     check_tensor(name, value, "a tensor or None")
     expect(value.shape == leading, name, f"shape {tuple(leading)}, one entry per token", tuple(value.shape))
     expect(value.device == device, name, f"a tensor on {device}, as the hidden states", value.device)
-    return value.detach().reshape(-1)
+    return value.detach().reshape(-1).contiguous()
 
 
 def valid_tokens(
-    hidden: Tensor, labels: Tensor | None, ignore_index: int, mask: Tensor | None
+    hidden: Tensor,
+    labels: Tensor | None,
+    ignore_index: int,
+    mask: Tensor | None,
+    ids: Tensor | None,
+    heights: Sequence[int],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return valid, (N,) bool or None for all, and labels, (N,) or None, for hidden states (..., H)."""
+    """Return valid, (N,) bool or None for all, and labels, (N,) or None, for hidden states (..., H).
+
+    `ids` are those of the student's head, in a teacher's vocabulary of `heights[1]` tokens where it is known.
+    """
     expect(isinstance(ignore_index, int), "ignore_index", "an int", type(ignore_index).__name__, TypeError)
     valid = None
     if labels is not None:
         labels = per_token("labels", labels, hidden.shape[:-1], hidden.device)
         expect(labels.dtype == torch.int64, "labels", "dtype int64", labels.dtype, TypeError)
         valid = labels != ignore_index
+        if ids is not None:
+            valid, labels = own_labels(ids, labels, valid, heights[1] if len(heights) == 2 else None)
     if mask is not None:
         mask = per_token("mask", mask, hidden.shape[:-1], hidden.device).bool()
         valid = mask if valid is None else valid & mask
@@ -398,9 +428,9 @@ def check_list(name: str, value: Any, leading: torch.Size) -> None:
 
 
 def listed_support(
-    ids: Any, logprobs: Any, leading: torch.Size, valid: Tensor | None
+    ids: Any, logprobs: Any, leading: torch.Size, valid: Tensor | None, own: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return ids and log-probs of a teacher's top-k entries, (N, K) each.
+    """Return ids and log-probs of a teacher's top-k entries, (N, K) each; as columns of the `own` ids.
 
     Padding, which has log-prob -inf, all entries of invalid tokens, and an id that occurred before in its
     list get id 0 and log-prob -inf.
@@ -424,7 +454,8 @@ def listed_support(
     ids, logprobs = ids.detach().reshape(-1, ids.shape[-1]), logprobs.detach().reshape(-1, ids.shape[-1])
     counted = (logprobs > -torch.inf) if valid is None else (logprobs > -torch.inf) & valid[:, None]
     counted &= ~repeated(torch.where(counted, ids, -1))
-    return torch.where(counted, ids, 0), torch.where(counted, logprobs, -torch.inf)
+    ids, logprobs = torch.where(counted, ids, 0), torch.where(counted, logprobs, -torch.inf)
+    return (ids, logprobs) if own is None else own_entries(own, ids, logprobs)
 
 
 def repeated(ids: Tensor) -> Tensor:

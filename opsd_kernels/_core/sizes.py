@@ -21,13 +21,18 @@ ROW_LIMITS = {("cpu", True): 1024, ("cpu", False): 256, ("cuda", True): 4096, ("
 WIDE_CPU_ROWS = 256  # the same limit for 32- and 64-bit inputs
 ALIGNED_ROWS = 1024  # limit to which a chunk may grow to hold a whole sequence
 SUPPORT_BYTES = 96  # per entry of a support: a dozen numbers, each in its own tensor
-LIST_SCRATCH, LISTED_BYTES = 1 << 20, 12  # of one head whose entries are listed: per thread; per output
+# Of one head whose entries are listed: per thread (on 8 in fp32 1 MiB, where others take 25); per output
+LIST_SCRATCH, LISTED_BYTES = 1 << 20, 12
 # fp32 copies in one product of fp16 matrices, where the CPU has no units for bf16, or of a forward-KL cache
 SLICE_BYTES = 8 << 20
 # Slices of fp32 logits to which an adapter's part is added while they are in the cache of a CPU. At 256 rows,
 # V = 32000 and rank 16 both products of the gradient take 17 ms of one thread in slices, and 31 without. On
 # CUDA 16-bit logits alone are made in slices.
 ADAPTED_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+# A slice of a head that is read by slices, as its GEMM takes it, and the wide copy of the few of its rows
+# that are multiplied by their scales at a time.
+SLICED_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
+COPIED_BYTES = {"cpu": 1 << 20, "cuda": 16 << 20}
 COPY_BYTES = 1 << 20  # an fp32 copy of rows of 16-bit hidden states
 SELECT_BYTES = 48  # per column: its norm, share, group and index
 KEPT_BYTES = 16 << 20  # a slice of the kept columns: of the gradient, of the head and of dW
@@ -35,6 +40,10 @@ QUEUE_BYTES = 16  # per column and thread while torch.topk runs
 # Per column and thread for a divergence of two sweeps, which keep four rows (csrc/cpu/rows.cpp); others keep
 # one or two.
 SWEEP_BYTES = 16
+# The same for a gradient that is narrowed to 16 bits in the buffer of fp32 logits: a copy of the row, for
+# which the heap grows a few times. Without a second head 4.7, 9.2 and 18 MiB on 1, 2 and 4 threads at
+# V = 151936.
+NARROWING_BYTES = 32
 # With a trainable head on CUDA a chunk may be projected and swept in parts. The student's buffer becomes the
 # gradient of the whole chunk, which the GEMMs of dh and dW take at once; the teacher's is free after a sweep
 # and holds one part. The same bytes then hold up to 12/7 of the rows, and dW is read and written less often:

@@ -25,12 +25,13 @@ class Target:
 
     values: Tensor  # (N, columns of these heads, or more)
     probs: bool
+    ids: Tensor | None = None  # (V,) the columns to take: student_vocab.py
 
     def copied(self, logits_dtype: torch.dtype, packed: bool) -> bool:
-        """Return True if rows must be copied: into another dtype, out of a gap, or through a logarithm."""
+        """Return True if rows must be copied: as some columns, in another dtype, through a logarithm."""
         x = self.values
         lies = x.stride(1) == 1 and (x.stride(0) >= x.shape[1] or x.shape[0] == 1)
-        return self.probs or packed or not lies or x.dtype != logits_dtype
+        return self.probs or packed or not lies or x.dtype != logits_dtype or self.ids is not None
 
     def rows(self, at: slice | Tensor, S: Tensor, buffer: Tensor | None) -> Tensor:
         """Return T for the logits S, (C, V), of the positions `at`; in `buffer` where it is given."""
@@ -42,13 +43,20 @@ class Target:
         for start in range(0, C, step):
             part = slice(start, min(start + step, C))
             # A slice of a slice is a view; an index gathers a few rows at a time.
-            rows = x[at][part, :V] if isinstance(at, slice) else x[at[part], :V]
+            if self.ids is not None:
+                rows = x[at][part, self.ids] if isinstance(at, slice) else x[at[part][:, None], self.ids]
+            else:
+                rows = x[at][part, :V] if isinstance(at, slice) else x[at[part], :V]
             T[part].copy_(rows.to(wide).log() if self.probs else rows)
         return T
 
 
-def check_target(target: Any, form: object, leading: torch.Size, columns: int, exact: bool) -> Target:
+def check_target(
+    target: Any, form: object, leading: torch.Size, columns: int, exact: bool, ids: Tensor | None
+) -> Target:
     """Return the target (..., V) of tokens (...) as rows. `exact`: `columns` is their number, else the least.
+
+    `ids` are the columns to take, None for the first ones.
 
     Raises ValueError or TypeError for a bad argument.
     """
@@ -60,7 +68,7 @@ def check_target(target: Any, form: object, leading: torch.Size, columns: int, e
     if not good:  # torch.compile does not trace the text
         more = ", or with vocab_size more columns" if exact else " or more columns"
         expect(False, "target", f"shape {(*leading, columns)}{more}", tuple(target.shape))
-    return Target(target.detach().reshape(-1, target.shape[-1]), form == "probs")
+    return Target(target.detach().reshape(-1, target.shape[-1]), form == "probs", ids)
 
 
 def comparing(sweep: Callable[..., Any], target: Target, copied: bool) -> Callable[..., Any]:

@@ -35,7 +35,7 @@ def options_of(options: dict[str, Any], k: int, count: int) -> dict[str, Any]:
 
 def several(
     prepare: Callable[..., tuple[Problem, Any]],
-    student: tuple[Tensor, Tensor],
+    student: tuple[Tensor, Any],
     teacher: tuple[Any, Any],
     options: dict[str, Any],
     **further: Any,
@@ -69,7 +69,7 @@ def several(
             own = check_tensor("teacher_hidden", hidden[k])
             packed = own.dim() == 2 and own.shape[:-1] != leading
             # In place of packed rows a view without memory, whose shape is that of all tokens
-            whole = own.new_zeros(1, own.shape[-1]).expand(*leading, own.shape[-1]) if packed else own
+            whole = own.new_zeros(own.shape[-1]).expand(*leading, own.shape[-1]) if packed else own
             parts.append(prepare(student, (whole, weights[k]), told, **further))
             if packed:
                 rows = own.detach().to(_teacher(parts[k][0]).hidden.dtype)

@@ -161,9 +161,11 @@ def restricted(at: Entries, stats: Tensor, spec: RowSpec, tail: str) -> Restrict
     f, u, clipped = torch_rows.terms(q, p, delta, spec)
     live = at.live if tail != "bucket" else torch.cat([at.live, torch.ones_like(saturated)], 1)
     f, u, clipped = torch.where(live, f, 0.0), torch.where(live, u, 0.0), clipped & live
-    if tail == "none" and spec.divergence.omitted:
-        # u omits a constant times q, which matters here because q does not sum to 1.
-        u = torch.where(live, u + spec.divergence.omitted * q, 0.0)
+    if tail != "renormalize" and spec.divergence.omitted:
+        # u omits a constant times q, which matters where the q that have a gradient do not sum to 1: without
+        # a tail, or with one at its bound.
+        short = live if tail == "none" else live & saturated
+        u = torch.where(short, u + spec.divergence.omitted * q, u)
     if tail == "bucket":
         u[:, -1:] = torch.where(saturated, 0.0, u[:, -1:])
     missing = torch_rows.missing(stats)

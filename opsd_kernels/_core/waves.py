@@ -1,6 +1,6 @@
-"""The model of a GPU that the planner chooses rows by: GEMMs in whole waves of tiles.
+"""Choose the rows of a chunk; on a GPU by a model of its GEMMs, in whole waves of tiles.
 
-Its numbers are assumptions, to be replaced by measured ones: the output tile that cuBLAS gives one
+The model's numbers are assumptions, to be replaced by measured ones: the output tile that cuBLAS gives one
 multiprocessor of an H100 in a large 16-bit GEMM; the most splits of long sums (of dh) where tiles are few;
 the multiprocessors of an H100 SXM or H200; 730 TFLOP/s of such GEMMs at 2.85 TB/s of memory. By the last, dW
 costs 25 % of four passes at 1024 rows and 6 % at 4096.
@@ -8,8 +8,11 @@ costs 25 % of four passes at 1024 rows and 6 % at 4096.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Protocol
+
+from .sizes import LEAST_PART_ROWS, MOST_PARTS, ROW_MULTIPLE
 
 TILE = (128, 256)
 MOST_SPLITS, SPLIT_LENGTH = 8, 4096
@@ -21,9 +24,56 @@ CUDA_ROW_MULTIPLE = 128
 class Gemms(Protocol):
     """The GEMMs of a call: `planner.Products`."""
 
+    @property
+    def trainable(self) -> bool: ...
     def of_chunk(self, rows: int) -> list[tuple[int, int, int]]: ...
     def wave_flops(self, tokens: int, rows: int, sm_count: int = ...) -> int: ...
     def head_bytes(self, chunks: int, itemsize: int) -> int: ...
+    def __hash__(self) -> int: ...
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def balanced_rows(tokens: int, most: int) -> int:
+    """Return the rows per chunk of equal chunks, none above `most`."""
+    if tokens <= most:
+        return max(tokens, 1)
+    even = -(-tokens // -(-tokens // most))
+    rounded = round_up(even, ROW_MULTIPLE)
+    return rounded if rounded <= most else even
+
+
+def fewest_chunks(
+    tokens: int,
+    waves: tuple[Gemms, int, int] | None,
+    most_rows: Callable[..., tuple[int, int]],
+    budget: int,
+    per_row: int,
+    teacher_row: int,
+) -> tuple[int, int, int]:
+    """Return rows per chunk, bytes of an fp32 accumulator, rows per part: the fewest chunks, then parts.
+
+    `waves` are the GEMMs, bytes of a number of dW and multiprocessors of a GPU, None on a CPU, which has no
+    parts. `most_rows(budget, per_row, spare)` is `_most_rows`, `teacher_row` the bytes of a teacher's row.
+    """
+    if waves is None:
+        most, accumulator = most_rows(budget, per_row)
+        rows = balanced_rows(tokens, most)
+        return rows, accumulator, rows
+    (gemms, itemsize, sm_count), best = waves, (tokens, 0, 0)
+    # Longer chunks save traffic of dW, and nothing with a frozen head.
+    for parts in range(1, MOST_PARTS + 1 if gemms.trainable else 2):
+        # A part may be longer than its share by less than CUDA_ROW_MULTIPLE.
+        spare = CUDA_ROW_MULTIPLE * teacher_row * (parts > 1)
+        most, accumulator = most_rows(budget, per_row - teacher_row + -(-teacher_row // parts), spare)
+        dW_itemsize = 4 if accumulator else itemsize
+        rows = tokens if tokens <= most else whole_waves(tokens, most, gemms, dW_itemsize, sm_count)
+        part = rows if parts == 1 else min(rows, round_up(-(-rows // parts), CUDA_ROW_MULTIPLE))
+        if parts == 1 or (part >= LEAST_PART_ROWS and -(-tokens // rows) < -(-tokens // best[0])):
+            best = rows, accumulator, part
+    return best
 
 
 def wave_flops(rows: int, columns: int, length: int, sm_count: int = SM_COUNT) -> int:

@@ -100,16 +100,19 @@ def _wide(hidden: Tensor) -> torch.dtype:
 
 def _packed_logits(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     rows: Tensor,
     vocab_size: int | None,
     transform: LogitTransform,
     wide: torch.dtype,
 ) -> Tensor:
-    """Return the transformed logits of the valid rows, (n, vocab_size). The others never enter the graph."""
+    """Return the transformed logits of the valid rows, (n, vocab_size). The others never enter the graph.
+
+    Without a weight `hidden` holds the logits.
+    """
     packed = hidden.reshape(-1, hidden.shape[-1])[rows].to(wide)
-    raw = packed @ weight[:vocab_size].to(wide).T
+    raw = packed[:, :vocab_size] if weight is None else packed @ weight[:vocab_size].to(wide).T
     transform = transform.of_tokens("temperature", hidden).at(rows)
     return reference_logits(raw, transform, None if bias is None else bias[:vocab_size].to(wide))
 
@@ -198,7 +201,8 @@ def _reduce(values: Tensor, valid: Tensor, reduction: str, normalizer: float | T
     if reduction == "sum":
         return values.sum()
     if reduction == "mean":
-        return values.sum() / (valid.sum().clamp(min=1) if normalizer is None else normalizer)
+        count = valid.sum().clamp(min=1) if normalizer is None else torch.as_tensor(normalizer)
+        return torch.where(count == 0, 0.0, values.sum() / torch.where(count == 0, 1, count))
     counts = valid.sum(-1)
     return (values.sum(-1) / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
 
@@ -248,7 +252,7 @@ def linear_divergence_reference(
     student_hidden: Tensor,  # (..., H_s)
     student_weight: Tensor,  # (V_s, H_s)
     teacher_hidden: Tensor,  # (..., H_t)
-    teacher_weight: Tensor,  # (V_t, H_t)
+    teacher_weight: Tensor | None,  # (V_t, H_t); None: `teacher_hidden` holds logits (..., V)
     *,
     divergence: str = "reverse_kl",
     beta: float = 0.5,

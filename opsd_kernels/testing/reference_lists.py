@@ -60,4 +60,5 @@ def linear_logprobs_at_reference(
     log_q = logits.log_softmax(-1)
     packed = tokens.pack(ids)
     found = torch.where(packed < 0, 0.0, log_q.gather(-1, packed.clamp(min=0)))
-    return found.new_zeros(ids.shape).flatten(0, -2).index_put((tokens.rows,), found).view(ids.shape)
+    every = found.new_zeros(tokens.valid.numel(), ids.shape[-1])
+    return every.index_put((tokens.rows,), found).view(ids.shape)

@@ -124,4 +124,5 @@ def _padded(rows: Sequence[tuple[int, ...]], fill: int) -> Tensor:
 
 
 def _slice(side: Sequences, part: slice) -> Sequences:
-    return Sequences(side.tokens_BL[part], side.rows_BT[part])
+    host = None if side.host is None else _slice(side.host, part)
+    return Sequences(side.tokens_BL[part], side.rows_BT[part], host)

@@ -4,7 +4,8 @@ Read this file from top to bottom; `one_step` is the method. Deliberate simplifi
 
 - `updates_per_batch` repeats the whole batch instead of cutting it into parts.
 - The learning rate is constant after its warm-up.
-- The teacher's forward runs in the same micro-batches as the student's, again for every update.
+- The teacher's forward runs in the same micro-batches as the student's, again for every update of a teacher
+  that moves.
 - Mixed precision is bf16 weights with fp32 masters; there is no autocast.
 """
 

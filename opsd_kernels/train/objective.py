@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsd_kernels import TokenStats, linear_divergence, linear_logprobs
-from opsd_kernels.integrations.transformers import Head
+from opsd_kernels.integrations.transformers import Head, without_adapter
 from opsd_kernels.objectives import Mix, OnPolicyDistillation, PPOClip, linear_policy_divergence
 from opsd_kernels.spec import CLIPS
 from opsd_kernels.train.batch import IGNORE
@@ -36,6 +36,15 @@ from opsd_kernels.weights import Given, ImportanceRatio
 def needs_old_logprobs(config: TrainConfig) -> bool:
     """True if the loss reads a ratio to the policy that sampled. It differs from 1 after the first update."""
     return config.updates_per_batch > 1 or "ImportanceRatio" in (config.token_weights or "")
+
+
+def is_random(model: PreTrainedModel) -> bool:
+    """True if a forward for training draws random numbers, such as dropout's, by the model's config."""
+    settings = without_adapter(model).config.get_text_config().to_dict()
+    return any(
+        isinstance(value, float) and value > 0 and ("drop" in name or "jitter" in name)
+        for name, value in settings.items()
+    )
 
 
 @functools.cache
@@ -54,18 +63,33 @@ def plain(config: TrainConfig) -> TrainConfig:
     )
 
 
+@torch.no_grad()
+def teacher_states(teacher: Teacher, batch: Batch, config: TrainConfig) -> Tensor:
+    """Shape (B, T, H): the teacher's hidden states at the rows that predict the completion."""
+    with teacher.using() as model:
+        return hidden_states(model, batch.teacher, config.shares_prompts)
+
+
 def step_loss(
-    student: PreTrainedModel, teacher: Teacher, batch: Batch, config: TrainConfig, totals: Totals, vocab: int
+    student: PreTrainedModel,
+    teacher: Teacher,
+    batch: Batch,
+    config: TrainConfig,
+    totals: Totals,
+    vocab: int,
+    teacher_hidden: Tensor | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """Return this micro-batch's part of the step's loss, in nats, and the statistics of its tokens.
 
     `totals` count the whole optimisation step, so that the parts add up to the loss of one large batch.
+    `teacher_hidden` are `teacher_states`, if they are known.
     """
     ppo = PPOClip(batch.advantages_B[:, None], batch.old_logprobs_BT, config.clip_low, config.clip_high)
     if config.policy_weight == 1:
         return _policy_alone(student, batch, ppo, config, totals, vocab)
+    if teacher_hidden is None:
+        teacher_hidden = teacher_states(teacher, batch, config)
     with torch.no_grad(), teacher.using() as model:
-        teacher_hidden = hidden_states(model, batch.teacher, config.shares_prompts)
         theirs = Head.of(model)
     hidden, mine, balance = _student(student, batch, config, totals)
     weights = _token_weights(batch, config, totals)

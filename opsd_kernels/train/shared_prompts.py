@@ -1,15 +1,16 @@
-"""Run a prompt through the trunk once for all answers to it.
+"""Run a beginning that several rows share through the trunk once.
 
-The answers of a group share their prompt, and often the teacher's too. A packed row holds the prompt and,
-behind it, several answers. An answer sees the prompt and itself, at the positions that it has alone, so that
-hidden states and gradients are those of separate rows up to rounding. 16 answers of 48 tokens to two prompts
-of 100 make rows of 952 tokens in place of 2352.
+The answers of a group share their prompt; the teacher's prompts share the question, the answers their first
+tokens. A packed row is the tree of the rows' tokens in depth-first order. A token sees those on its way to
+the root, at the positions that its own row has alone, so that hidden states and gradients are those of
+separate rows up to rounding. 16 answers of 48 tokens to two prompts of 100 make at most 952 tokens in place
+of 2352.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,28 +31,28 @@ from opsd_kernels.train.batch import completion_hidden
 from opsd_kernels.train.distributed.sharding import last_hidden, whole
 from opsd_kernels.train.types import Sequences
 
-# A packed row grows to this many tokens, since attention takes the square of them, or to one longer answer.
+# A packed row grows to this many tokens, or to one longer row: attention takes the square of them.
 LONGEST = 1024
-# Packing must save this share of the tokens.
+# A row of so many tokens costs about as much in attention as in the linear layers of a small model.
+EVEN = 4096
+# Packing must save this share of the cost.
 LEAST_SAVED = 0.2
 _serves: WeakKeyDictionary[Module, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Prompts with their answers, padded on the right, and where the rows of the answers went."""
+    """Trees of tokens, padded on the right, and where the rows went."""
 
     tokens_GL: Tensor  # int64
     positions_GL: Tensor  # int64
-    segments_GL: Tensor  # int64: 0 for the prompt and the padding, else the number of the answer in its row
+    ends_GL: Tensor  # int64: a token is seen by those from its own place to the one before this
     index_BT: Tensor  # int64: places in the flattened packed rows; 0 where masked
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """Shape (G, 1, L, L): 0 where the token of a line sees that of a column, else the lowest number."""
-        L = self.tokens_GL.shape[1]
-        lines, columns = self.segments_GL[:, :, None], self.segments_GL[:, None, :]
-        sees = (columns == 0) | (columns == lines)
-        sees &= torch.ones(L, L, dtype=torch.bool, device=sees.device).tril()
+        place = torch.arange(self.tokens_GL.shape[1], device=self.tokens_GL.device)
+        sees = (place <= place[:, None]) & (place[:, None] < self.ends_GL[:, None, :])
         return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(
             ~sees, torch.finfo(dtype).min
         )[:, None]
@@ -60,7 +61,7 @@ class Packed:
 def hidden_states(model: PreTrainedModel, side: Sequences, share: bool = False) -> Tensor:
     """Shape (B, T, H): the trunk's last hidden states at the rows that predict the completion.
 
-    With `share`, a prompt of several rows runs once, if the model can. No logits are computed. A sharded
+    With `share`, what several rows begin with runs once, if the model can. No logits are computed. A sharded
     model's head is readable afterwards.
     """
     packed = pack(side) if share and can_share(model) and _reaches(model, side) else None
@@ -78,48 +79,69 @@ def _packed_hidden(model: PreTrainedModel, packed: Packed) -> Tensor:
 
 
 def pack(side: Sequences) -> Packed | None:
-    """Pack the rows that begin with the same prompt; None if that saves too little."""
-    tokens, places = side.tokens_BL.tolist(), side.rows_BT.tolist()
-    prompts = [tuple(row[: place[0] + 1]) for row, place in zip(tokens, places, strict=True)]
+    """Pack the rows of a batch; None if that saves too little."""
+    host = side.host or side
+    places = host.rows_BT.tolist()
     # The last token predicts nothing.
-    answers = [row[place[0] + 1 : max(place) + 1] for row, place in zip(tokens, places, strict=True)]
-    rows = _rows_of(prompts, answers)
-    length = max(len(prompts[row[0]]) + sum(len(answers[b]) for b in row) for row in rows)
-    if len(rows) * length > (1 - LEAST_SAVED) * side.tokens_BL.numel():
+    rows = [row[: max(place) + 1] for row, place in zip(host.tokens_BL.tolist(), places, strict=True)]
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    shared = [0, *(_common(rows[a], rows[b]) for a, b in pairwise(order))]
+    trees, length = _trees([len(rows[b]) for b in order], shared)
+    if _cost(len(trees), length) > (1 - LEAST_SAVED) * _cost(*side.tokens_BL.shape):
         return None
-    shape = len(rows), length
-    packed, positions, segments = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
+    shape = len(trees), length
+    tokens, positions = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+    # Padding sees itself.
+    ends = torch.arange(1, length + 1).repeat(len(trees), 1)
     index_BT = torch.zeros(side.rows_BT.shape, dtype=torch.int64)
-    for g, row in enumerate(rows):
-        prompt = prompts[row[0]]
-        packed[g, : len(prompt)] = torch.tensor(prompt)
-        positions[g, : len(prompt)] = torch.arange(len(prompt))
-        start = len(prompt)
-        for number, b in enumerate(row, 1):
-            stop = start + len(answers[b])
-            packed[g, start:stop] = torch.tensor(answers[b], dtype=torch.int64)
-            positions[g, start:stop] = torch.arange(len(prompt), len(prompt) + stop - start)
-            segments[g, start:stop] = number
-            # The prompt's last token predicts the answer's first.
-            index_BT[b, 0] = g * length + len(prompt) - 1
-            index_BT[b, 1 : 1 + stop - start] = g * length + torch.arange(start, stop)
-            start = stop
+    for g, tree in enumerate(trees):
+        path: list[int] = []
+        size = 0
+        for number in tree:
+            b, common = order[number], 0 if number == tree[0] else shared[number]
+            ends[g, path[common:]] = size
+            new = slice(size, size + len(rows[b]) - common)
+            tokens[g, new] = torch.tensor(rows[b][common:], dtype=torch.int64)
+            positions[g, new] = torch.arange(common, len(rows[b]))
+            path[common:] = range(new.start, new.stop)
+            size = new.stop
+            predicting = path[places[b][0] :]
+            index_BT[b, : len(predicting)] = g * length + torch.tensor(predicting)
+        ends[g, path] = size
     device = side.tokens_BL.device
-    return Packed(*(x.to(device) for x in (packed, positions, segments, index_BT)))
+    return Packed(*(x.to(device, non_blocking=True) for x in (tokens, positions, ends, index_BT)))
 
 
-def _rows_of(prompts: Sequence[tuple[int, ...]], answers: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Return the answers of each packed row: of one prompt, in their order."""
-    open_rows: dict[tuple[int, ...], list[int]] = {}
-    lengths: dict[tuple[int, ...], int] = {}
-    rows: list[list[int]] = []
-    for b, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        if prompt not in open_rows or lengths[prompt] + len(answer) > LONGEST:
-            open_rows[prompt], lengths[prompt] = [], len(prompt)
-            rows.append(open_rows[prompt])
-        open_rows[prompt].append(b)
-        lengths[prompt] += len(answer)
-    return rows
+def _common(one: list[int], other: list[int]) -> int:
+    """Return the number of first tokens that two rows share."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _trees(lengths: list[int], shared: list[int]) -> tuple[list[list[int]], int]:
+    """Divide sorted rows into trees at the least cost; return the rows of each and the largest size.
+
+    `shared` counts the first tokens that a row has in common with the one before it.
+    """
+    tried = []
+    for capacity in sorted({max(*lengths, LONGEST * part // 8) for part in range(1, 9)}):
+        trees: list[list[int]] = []
+        sizes: list[int] = []
+        for number, (length, common) in enumerate(zip(lengths, shared, strict=True)):
+            if not trees or sizes[-1] + length - common > capacity:
+                trees.append([])
+                sizes.append(0)
+                common = 0
+            trees[-1].append(number)
+            sizes[-1] += length - common
+        tried.append((_cost(len(trees), max(sizes)), max(sizes), trees))
+    _, size, trees = min(tried, key=lambda each: each[0])
+    return trees, size
+
+
+def _cost(rows: int, length: int) -> float:
+    """Return the cost of rows of this length, in tokens of short rows."""
+    return rows * length * (1 + length / EVEN)
 
 
 # ---------------------------------------------------------------- which models can

@@ -27,6 +27,8 @@ class Teacher:
     """
 
     mix = 0.0
+    # True if it scores alike before and after an update of the student.
+    fixed = False
     model: PreTrainedModel
 
     @contextmanager
@@ -62,7 +64,7 @@ class Copy(Teacher):
     ):
         trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
         self.model = placed(copy.deepcopy(student).requires_grad_(False).eval())
-        self.rate, self.mix = rate, mix
+        self.rate, self.mix, self.fixed = rate, mix, rate == 0
         # `float()` returns fp32 parameters themselves, without a copy. A frozen copy has nothing to average.
         self.average = {
             name: parameter.float() if rate else parameter
@@ -110,6 +112,8 @@ class Live(Teacher):
 class AdapterOff(Live):
     """The student without its LoRA adapter: the base model as a frozen teacher that takes no memory."""
 
+    fixed = True
+
     @contextmanager
     def using(self) -> Iterator[PreTrainedModel]:
         with super().using() as model, cast(Any, model).disable_adapter():
@@ -118,6 +122,8 @@ class AdapterOff(Live):
 
 class External(Teacher):
     """Another model, frozen."""
+
+    fixed = True
 
     def __init__(self, model: PreTrainedModel):
         self.model = model.requires_grad_(False).eval()

@@ -70,9 +70,11 @@ class Sequences:
 
     tokens_BL: Tensor  # int64
     rows_BT: Tensor  # int64: position whose hidden state predicts completion token t; 0 where masked
+    # The same on the host, for tensors on a device: reading those would wait for it.
+    host: Sequences | None = None
 
     def to(self, device: torch.device | str) -> Sequences:
-        return Sequences(self.tokens_BL.to(device), self.rows_BT.to(device))
+        return Sequences(self.tokens_BL.to(device), self.rows_BT.to(device), self.host or self)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Batch:
     advantages_B: Tensor
     # bool: a segment starts here.
     boundaries_BT: Tensor
-    # Of the policy that sampled, if the loss needs a ratio to it.
+    # Of the policy that sampled, if the loss needs a ratio to it; None while that is the student itself.
     old_logprobs_BT: Tensor | None = None
 
     @property

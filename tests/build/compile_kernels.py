@@ -64,7 +64,8 @@ class Variant:
 def variants() -> list[Variant]:
     """Return every kernel, kind and 16- or 32-bit type on sm_90, and elsewhere the fused kernels.
 
-    Rare options are compiled into the fused kernels alone, which hold all the others.
+    Rare options are compiled into the fused kernels alone, which hold all the others: `options` has those of
+    sm_80.
     """
     found = []
     for dtype in ("bf16", "fp32"):
@@ -73,12 +74,7 @@ def variants() -> list[Variant]:
             fused = replace(base, kind=kind)
             found += [fused, replace(fused, form="capped", metrics=True), replace(fused, kernel="grad")]
             found += [replace(fused, kernel="stats" if Divergence(Kind(kind)).one_sweep else "dot")]
-            metrics = (dtype == "fp32") == (kind % 2 == 0)
-            found += [
-                replace(fused, arch=arch, form="capped" if metrics else "linear", metrics=metrics)
-                for arch in (80, 100)
-            ]
-            found += [replace(fused, arch=100)] if metrics else []
+            found += [replace(fused, arch=100)]
         jsd = replace(base, kind=int(Kind.JSD))
         found += [
             replace(jsd, kernel="stats"),

@@ -44,8 +44,11 @@ def measured(objects) -> list[tuple[str, ...]]:
 def test_every_kernel_is_there(measured):
     """Three sweeps of each kind in two forms. Statistics: plain for four sets of sums, general for all."""
     kernels = 3 * len(cuda_resources.KINDS) * 2 + 4 + 1
-    types = {(row[1], row[2]) for row in measured}
-    assert len(types) == 9 and len(measured) == len({row[:3] for row in measured}) == 9 * kernels
+    script = cuda_resources.build_script()
+    types, architectures = ({row[column] for row in measured} for column in (1, 2))
+    assert types == set(script.CUDA_TYPES) and architectures == set(script.CUDA_ARCHITECTURES)
+    pairs = len(cuda_resources.COMPILED)
+    assert len(measured) == len({row[:3] for row in measured}) == pairs * kernels
 
 
 def test_no_kernel_spills(measured):

@@ -9,13 +9,16 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from launching import join, run_checks
+from quantised_cases import quantised_case
 from vocab_ranks import cut
 from vocab_ranks import whole as whole_outcome
 
 from opsd_kernels import (
+    QuantizedHead,
     VocabShard,
     cache_forward_kl,
     linear_cached_forward_kl,
+    linear_divergence,
     linear_divergence_to,
     linear_logprobs_at,
     linear_topk,
@@ -117,6 +120,21 @@ def check_cached(frozen_bias: bool) -> None:
         assert_no_worse(whole_outcome(evaluate(run, cut(case, shard), **told)), plain, truth)
 
 
+def check_quantised(role: str) -> None:
+    """Each rank holds the values and scales of its rows."""
+    case, _, head = quantised_case("int4 in int8, groups, zero points", role, torch.float32, V=V, N=28)
+    truth, plain = evaluate(linear_divergence_reference, case.double()), plain_outcomes(case)
+    for shard in shards():
+        rows = slice(shard.start, shard.stop)
+        own = QuantizedHead(head.values[rows], head.scales[rows], head.zero_points[rows], head.block_size)
+
+        def run(h, W, t, Wt, *, shard=shard, own=own, **options):
+            W, Wt = own if role != "teacher" else W, own if role != "student" else Wt
+            return linear_divergence(h, W, t, Wt, group=shard, workspace_bytes=20_000, **options)
+
+        assert_no_worse(whole_outcome(evaluate(run, cut(case, shard))), plain, truth)
+
+
 def checks() -> Iterator[tuple[str, Callable[[], None]]]:
     for k in (1, 7, 40, V - 1):
         for bias in (False, True):
@@ -126,6 +144,8 @@ def checks() -> Iterator[tuple[str, Callable[[], None]]]:
     for divergence, topk in (("jsd", None), ("reverse_kl", None), ("forward_kl", 5)):
         name = f"target, {divergence}, {topk}"
         yield name, lambda divergence=divergence, topk=topk: check_target(divergence, topk)
+    for role in ("teacher", "student", "shared"):
+        yield f"quantised, {role}", lambda role=role: check_quantised(role)
     for bias in (False, True):
         yield f"cached forward KL, {bias}", lambda bias=bias: check_cached(bias)
 

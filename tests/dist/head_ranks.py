@@ -18,8 +18,9 @@ from teacher_cases import several_case
 
 from opsd_kernels import VocabShard, linear_divergence
 from opsd_kernels.testing import assert_no_worse, assert_on_target
-from opsd_kernels.testing.heads import by_index, with_dense_heads
+from opsd_kernels.testing.heads import with_dense_heads
 from opsd_kernels.testing.reference import linear_divergence_reference
+from opsd_kernels.testing.reference_rows import linear_divergence_by_index_reference
 from opsd_kernels.weights import EntropyGate
 
 V = 211
@@ -85,7 +86,7 @@ def check_teachers(name: str, packed: bool, shared: bool) -> None:
     if "topk" in told or "token_weights" in told:
         several = replace(several, case=replace(several.case, token_weights=None))
     alone = {k: v for k, v in told.items() if k not in ("workspace_bytes", "backward")}
-    reference = by_index(linear_divergence_reference)
+    reference = linear_divergence_by_index_reference
     truth, plain = (outcome_of_several(reference, x, **alone) for x in (several.double(), several))
     shard = VocabShard.from_vocab(V, dist.group.WORLD)
     rows, case = slice(shard.start, shard.stop), several.case

@@ -20,7 +20,8 @@ def launch(
     script: str, world: int, folder: Path, *arguments: str, timeout_s: float = TIMEOUT_S
 ) -> list[dict]:
     """What each rank wrote as its result. Fails with the output of a rank that failed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
+    paths = os.pathsep.join((str(HERE.parents[1]), str(HERE.parent / "helpers")))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     places = [(folder / f"rank{rank}.json", folder / f"rank{rank}.log") for rank in range(world)]
     processes = []
     for rank, (result, log) in enumerate(places):

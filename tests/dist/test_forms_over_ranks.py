@@ -1,4 +1,4 @@
-"""Lists, log-probs at ids, targets and cached teachers, heads over two and three ranks against float64."""
+"""Lists, log-probs at ids, targets, quantised heads and cached teachers over two and three ranks."""
 
 import pytest
 
@@ -7,5 +7,5 @@ import pytest
 @pytest.mark.parametrize("world", [2, 3])
 def test_shards_equal_the_whole(launching, world, tmp_path):
     results = launching.launch("form_ranks.py", world, tmp_path)
-    assert len(results) == world and len(results[0]) == 15
+    assert len(results) == world and len(results[0]) == 18
     launching.assert_none_failed(results)

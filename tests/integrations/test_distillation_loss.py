@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from opsd_kernels import DistillationHead, QuantizedHead
 from opsd_kernels.integrations.transformers import Head, check_head, distillation_loss, hidden_states
 from opsd_kernels.testing import assert_no_worse, assert_same_bits, relative_error
 
@@ -169,14 +170,46 @@ def quantised(how):
     return model
 
 
-@pytest.mark.parametrize("how, told", [
-    ("torchao", "Int8Tensor|AffineQuantizedTensor"), ("subclass", "Packed"), ("float8", "float8"),
-    ("int8", "int8"),
-])  # fmt: skip
+@pytest.mark.parametrize("how, told", [("subclass", "Packed"), ("float8", "float8"), ("int8", "int8")])
 def test_a_quantised_head_is_refused(how, told):
     model = quantised(how)
     with pytest.raises(ValueError, match=f"^teacher: expected a head that is not quantised.*Llama.*({told})"):
         check_head(model, "teacher")
+
+
+def scaled_float8(model, name, blocks):
+    """Quantise the head as the FP8 layers of transformers hold it."""
+    head, (rows, columns) = model.lm_head, (16, 8) if blocks else (1, model.lm_head.in_features)
+    V, H = head.weight.shape
+    largest = head.weight.abs().float().view(V // rows, rows, H // columns, columns).amax((1, 3))
+    scales = largest / 448
+    entries = scales.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    head.weight = torch.nn.Parameter((head.weight / entries).to(torch.float8_e4m3fn), requires_grad=False)
+    setattr(head, name, torch.nn.Parameter(scales, requires_grad=False))
+    head.block_size = (rows, columns) if blocks else None
+    return model
+
+
+@pytest.mark.parametrize("name, blocks", [("weight_scale_inv", True), ("weight_scale", False)])
+def test_a_float8_head_with_scales_is_read(name, blocks):
+    teacher, dense = (llama(1).requires_grad_(False) for _ in range(2))
+    head = Head.of(scaled_float8(teacher, name, blocks))
+    assert isinstance(head.weight, QuantizedHead)
+    dense.lm_head.weight = torch.nn.Parameter(head.weight.dequantize(), requires_grad=False)
+    student, ids = llama(2), tokens(2, 6)
+    losses = [distillation_loss(student, model, *same(ids)) for model in (teacher, dense)]
+    assert relative_error(losses[0], losses[1]) < RIGHT
+    own = DistillationHead(teacher.lm_head)
+    h, t = torch.randn(5, head.weight.shape[1], requires_grad=True), torch.randn(5, head.weight.shape[1])
+    loss, other = own(h, t), DistillationHead(dense.lm_head)(h, t)
+    assert relative_error(loss, other) < RIGHT
+
+
+def test_a_head_of_torchao_is_read():
+    pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    model = quantised("torchao")
+    check_head(model)
+    assert isinstance(Head.of(model).weight, QuantizedHead)
 
 
 def mixtral(seed=0, **options):

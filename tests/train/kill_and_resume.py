@@ -1,40 +1,58 @@
 """Run trainers in forked processes and end them with a signal.
 
-    python kill_and_resume.py SETTINGS_JSON FOLDER [SEED]
+    python kill_and_resume.py SETTINGS_JSON FOLDER [SEED | short]
 
 Without a seed signals come at given moments; with one, a run in FOLDER/hurt is killed at random moments until
-it completes. Forking after the imports saves a second of start-up per attempt. Prints JSON: an object of
-moments that hit and exit codes, or the list of exit codes.
+it completes. `short` is for a large model: three steps, one event of each kind, a full disk among them.
+Forking after the imports saves a second of start-up per attempt. Prints JSON: an object of moments that hit
+and exit codes, or the list of exit codes.
 """
 
+import dataclasses
+import errno
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from opsd_kernels.train import loop
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.loop import train
-from opsd_kernels.train.types import TrainingInterrupted
+from opsd_kernels.train.types import CheckpointError, TrainingInterrupted
 
-KILL, CTRL_C = signal.SIGKILL, signal.SIGINT
+KILL, CTRL_C, TERM = signal.SIGKILL, signal.SIGINT, signal.SIGTERM
+# A limit on the size of a file stands for a full disk: logs fit, weights do not.
+ROOM = 1 << 20
 
 
-def attempt(config: TrainConfig, out: Path, moment: Callable[[], bool] | None, number: int = KILL) -> int:
+def attempt(
+    config: TrainConfig,
+    out: Path,
+    moment: Callable[[], bool] | None,
+    number: int = KILL,
+    full_disk: bool = False,
+) -> int:
     """Train in a child process and send it a signal once `moment()` is true.
 
-    Returns its exit code, negative for a signal; 130 is TrainingInterrupted.
+    Returns its exit code, negative for a signal; 130 is TrainingInterrupted, ENOSPC CheckpointError.
     """
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if full_disk:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # EFBIG instead of a signal, like ENOSPC
+            resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, resource.RLIM_INFINITY))
         try:
             train(config, out, resume=out.exists())
         except TrainingInterrupted:
             os._exit(130)
+        except CheckpointError:
+            os._exit(errno.ENOSPC)
         os._exit(0)
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -46,25 +64,27 @@ def attempt(config: TrainConfig, out: Path, moment: Callable[[], bool] | None, n
         time.sleep(0.0005)
 
 
+def pending(folder: Path, name: str) -> Callable[[], bool]:
+    return lambda: any(folder.glob(f".pending-{name}*"))
+
+
+def later(condition: Callable[[], bool], seconds: float) -> Callable[[], bool]:
+    since: list[float] = []
+
+    def holds() -> bool:
+        if not since and condition():
+            since.append(time.monotonic())
+        return bool(since) and time.monotonic() - since[0] >= seconds
+
+    return holds
+
+
 def moments(out: Path, cache: Path) -> dict[str, tuple[Callable[[], bool], int]]:
     """Return the moments at which a run is interrupted, in their order."""
     log, folder = out / "metrics.jsonl", out / "checkpoint"
 
     def lines(count: int) -> Callable[[], bool]:
         return lambda: log.exists() and log.read_bytes().count(b"\n") >= count
-
-    def pending(folder: Path, name: str) -> Callable[[], bool]:
-        return lambda: any(folder.glob(f".pending-{name}*"))
-
-    def later(condition: Callable[[], bool], seconds: float) -> Callable[[], bool]:
-        since: list[float] = []
-
-        def holds() -> bool:
-            if not since and condition():
-                since.append(time.monotonic())
-            return bool(since) and time.monotonic() - since[0] >= seconds
-
-        return holds
 
     return {
         "warm start": (later((out / "config.json").exists, 0.3), KILL),
@@ -78,6 +98,34 @@ def moments(out: Path, cache: Path) -> dict[str, tuple[Callable[[], bool], int]]
         "Ctrl-C": (lines(5), CTRL_C),
         "after the last step": (lines(8), KILL),
     }
+
+
+def short(config: TrainConfig, root: Path) -> dict[str, tuple[int, str]]:
+    """Make an undisturbed run of three steps, and one with an event of each kind.
+
+    Returns by event the exit code and the newest checkpoint.
+    """
+    out, begun = root / "hurt", root / "begun"
+    folder, plain, found = out / "checkpoint", loop.one_step, {}
+    begun.mkdir()
+
+    def one_step(run: loop.Run) -> loop.StepMetrics:
+        (begun / str(run.state.step + 1)).touch()
+        return plain(run)
+
+    attempt(dataclasses.replace(config, checkpoint_every=3), root / "whole", None)
+    loop.one_step = one_step
+    for name, moment, number in (
+        ("in a step", later((begun / "1").exists, 0.1), KILL),
+        ("writing a checkpoint", pending(folder, "step_000001"), KILL),
+        ("between two steps", (folder / "step_000001").exists, KILL),
+        ("SIGTERM in a step", later((begun / "2").exists, 0.1), TERM),
+        ("full disk", None, KILL),
+        ("last", None, KILL),
+    ):
+        code = attempt(config, out, moment, number, full_disk=name == "full disk")
+        found[name] = code, max(path.name for path in folder.glob("step_*"))
+    return found
 
 
 def random_kills(config: TrainConfig, out: Path, seed: int) -> list[int]:
@@ -95,6 +143,9 @@ def random_kills(config: TrainConfig, out: Path, seed: int) -> list[int]:
 
 def main(settings: str, folder: str, seed: str | None = None) -> None:
     values, root = json.loads(settings), Path(folder)
+    if seed == "short":
+        print(json.dumps(short(TrainConfig(**values), root)))
+        return
     if seed is not None:
         print(json.dumps(random_kills(TrainConfig(**values), root / "hurt", int(seed))))
         return

@@ -110,5 +110,5 @@ def test_the_largest_share_counts(monkeypatch):
     monkeypatch.setattr(steps, "optimisation_step", lambda *_: replace(made, gradient_dropped=next(updates)))
     monkeypatch.setattr(steps.objective, "needs_old_logprobs", lambda _: False)
     trainer = SimpleNamespace(student=None, ranks=Ranks())
-    update = steps.update_on(trainer, None, SimpleNamespace(updates_per_batch=3), 1)
+    update = steps.update_on(trainer, None, SimpleNamespace(updates_per_batch=3, policy_weight=1.0), 1)
     assert update == replace(made, gradient_dropped=0.25)

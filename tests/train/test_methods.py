@@ -287,23 +287,72 @@ def test_accumulation_does_not_change_the_update(model, other, batch, changes):
         assert_no_worse(four, one, truth)
 
 
-def test_several_updates_know_the_policy_that_sampled(model, other, batch, monkeypatch):
-    seen = []
-    original = objective.step_loss
+def watched_updates(model, other, batch, monkeypatch, rate=0.0, **changes):
+    """Return (old log-probs given, log-probs of the student at that time) of each update, and the trunks."""
+    seen, trunks = [], []
+    original, hidden = objective.step_loss, objective.hidden_states
+    own = objective.sampling_logprobs
 
     def watched(student, teacher, micro, *rest):
-        seen.append((micro.old_logprobs_BT, objective.sampling_logprobs(student, micro, *rest[::2])))
+        with monkeypatch.context() as patch:
+            patch.setattr(objective, "hidden_states", hidden)
+            seen.append((micro.old_logprobs_BT, own(student, micro, *rest[::2])))
         return original(student, teacher, micro, *rest)
 
+    def counted(model, *rest):
+        trunks.append(model)
+        return hidden(model, *rest)
+
     monkeypatch.setattr(objective, "step_loss", watched)
-    config = settings(updates_per_batch=3, learning_rate=1e-2, lr_warmup_steps=0)
-    trainer = steps.Trainer(model, Copy(other, 0.0), steps.make_optimizer(model, config), model.vocab_size)
+    monkeypatch.setattr(objective, "hidden_states", counted)
+    config = settings(learning_rate=1e-2, lr_warmup_steps=0, **changes)
+    trainer = steps.Trainer(model, Copy(other, rate), steps.make_optimizer(model, config), model.vocab_size)
     steps.update_on(trainer, batch, config, 1)
-    assert len(seen) == 3
-    (old, first), (same, second), (also, third) = seen
-    assert_same_bits(old, first)
-    assert old is same is also or (old.equal(same) and old.equal(also))
+    return seen, [each is model for each in trunks]
+
+
+@pytest.mark.parametrize("weights", [None, "ImportanceRatio(1.5)"])
+def test_several_updates_know_the_policy_that_sampled(model, other, batch, monkeypatch, weights):
+    exact = objective.sampling_logprobs(copy.deepcopy(model).double(), batch, settings(), model.vocab_size)
+    seen, students = watched_updates(
+        model, other, batch, monkeypatch, updates_per_batch=3, token_weights=weights
+    )
+    (none, first), (old, second), (same, third) = seen
+    assert none is None and old.equal(same)
+    assert_no_worse(*(values[batch.mask_BT] for values in (old, first, exact)))
     assert not second.equal(old) and not third.equal(second)
+    assert sum(students) == 3, "no forward beside those of the updates"
+
+
+@pytest.mark.parametrize("rate, forwards", [(0.0, 2), (0.01, 6)])
+def test_a_fixed_teacher_reads_a_batch_once(model, other, batch, monkeypatch, rate, forwards):
+    """In two micro-batches and three updates, with the gradient of a teacher that reads it each time."""
+    again = copy.deepcopy(model)
+    changes = {"updates_per_batch": 3, "micro_batch": -(-batch.size // 2)}
+    _, students = watched_updates(model, other, batch, monkeypatch, rate, **changes)
+    assert (sum(students), len(students) - sum(students)) == (6, forwards)
+    monkeypatch.setattr(steps, "knows_teacher", lambda *_: False)
+    _, students = watched_updates(again, other, batch, monkeypatch, rate, **changes)
+    assert len(students) == 12
+    for one, two in zip(model.parameters(), again.parameters(), strict=True):
+        assert_same_bits(one, two)
+
+
+def test_a_student_with_dropout_is_read_without_it(model, other, batch, monkeypatch):
+    assert not objective.is_random(model)
+    model.config.attention_dropout = 0.1
+    assert objective.is_random(model)
+    seen, students = watched_updates(model, other, batch, monkeypatch, updates_per_batch=2)
+    model.config.attention_dropout = 0.0
+    assert_same_bits(seen[0][0], seen[0][1])
+    assert seen[1][0].equal(seen[0][0]) and sum(students) == 3
+
+
+def test_a_ratio_of_a_policy_to_itself_is_one():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    for text, value in {"ImportanceRatio(1.5)": 1.0, "ImportanceRatio(clip=0.5)": 0.5}.items():
+        weighting = parse_weights(text)(TokenData(None, None))
+        assert weighting(None, mask).unique().tolist() == [value]
 
 
 def test_teachers(model, other):

@@ -116,6 +116,20 @@ def test_the_untrained_skill_is_a_sum():
     assert not task.env(python.SUMS + 47, 0).verify("It is 12").success
 
 
+def test_round_is_that_of_cpython():
+    values = [k / 1000 for k in range(-1005, 1006, 10)] + [2.5, 1e300, 5e-324, -0.001, 7, True]
+    calls = [f"round({value!r}, {digits})" for value in values for digits in (0, 1, 2, 3, 300)]
+    calls += ["round(2.5)", "round(-3.5)", "round(1250, -2)", "round(2.675, ndigits=2)", "round(2.675, None)"]
+    _, found = sandbox.SHARED.run("", [f"[{', '.join(calls)}]"])
+    assert found.value == [eval(call) for call in calls]
+
+
+def test_an_error_of_round_is_that_of_the_answers_line():
+    for wrong in ('round("a", 2)', "round(1.5, 'a')", 'round(float("nan"))'):
+        _, result = sandbox.SHARED.run(f"def f(x):\n    y = 1\n    return {wrong}", ["f(1)"])
+        assert result.error is not None and result.line == 3
+
+
 # Tests and verdicts
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 from transformers import (
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -19,6 +20,7 @@ from opsd_kernels.train import shared_prompts
 from opsd_kernels.train.batch import align
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.sampling import agreement
+from opsd_kernels.train.sampling.decoding import SEGMENT, RowProcessor, decode
 from opsd_kernels.train.sampling.rollout import requests
 from opsd_kernels.train.shared_prompts import hidden_states, pack
 from opsd_kernels.train.types import Context
@@ -60,28 +62,27 @@ def states_and_gradients(model, side, share):
     return [states.detach(), *(p.grad for p in model.model.parameters())]
 
 
-@pytest.mark.parametrize("longest", [1024, 12, 8])
-def test_states_and_gradients_are_those_of_separate_rows(side, model, monkeypatch, longest):
+@pytest.mark.parametrize("longest, shape", [(1024, (1, 26)), (8, (3, 12))])
+def test_states_and_gradients_are_those_of_separate_rows(side, model, monkeypatch, longest, shape):
     monkeypatch.setattr(shared_prompts, "LONGEST", longest)  # answers of a prompt in several rows
     monkeypatch.setattr(shared_prompts, "LEAST_SAVED", -9.0)
     exact = states_and_gradients(copy.deepcopy(model).double(), side, False)
     packed = states_and_gradients(model, side, True)
     for mine, peer, truth in zip(packed, states_and_gradients(model, side, False), exact, strict=True):
         assert_no_worse(mine, peer, truth)
-    rows = pack(side)
-    assert rows.tokens_GL.shape[1] <= max(longest, 12)
-    assert len(rows.tokens_GL) == {1024: 3, 12: 4, 8: 7}[longest]
+    assert pack(side).tokens_GL.shape == shape
 
 
-def test_a_prompt_runs_once(side, model):
+def test_a_beginning_runs_once(side, model):
+    """The tree of all rows: 3, then OTHER and LONG beside ONE, which parts from LONG after five tokens."""
     assert shared_prompts.can_share(model)
     assert forwarded(model, lambda: hidden_states(model, side)) == side.tokens_BL.numel()
-    # The longest row: ONE, and the answers of 3, 1 and 6 tokens less their last ones.
-    assert forwarded(model, lambda: hidden_states(model, side, True)) == 3 * (7 + 2 + 0 + 5)
+    trees = {"OTHER": 5 + 3 + 1, "ONE": 6 + 5, "LONG": 4 + 2}
+    assert forwarded(model, lambda: hidden_states(model, side, True)) == sum(trees.values())
 
 
 def test_rows_that_share_too_little_stay_apart(model):
-    side = align([ONE, OTHER, LONG], ANSWERS[:3], pad=0)
+    side = align([(5, *ONE[1:]), OTHER, (6, *LONG[1:])], ANSWERS[:3], pad=0)
     assert pack(side) is None
     assert_same_bits(hidden_states(model, side, True), hidden_states(model, side))
 
@@ -126,16 +127,53 @@ def test_samples_are_those_of_separate_prompts(model, sampler, task):
     asked = requests([task.env(problem, 0).prompt() for problem in task.train[:2]], 6)
     # A longer prompt for the second half, so that there is padding on the left.
     asked[6:] = [dataclasses.replace(request, context=Context(("123",))) for request in asked[6:]]
-    shared = dataclasses.replace(sampler, shares_prompts=True)
+    apart = dataclasses.replace(sampler, max_new_tokens=20)
+    shared = dataclasses.replace(apart, shares_prompts=True)
     assert agreement.batches(model, sampler.pad_token) == agreement.ANY
     assert agreement.can_share_cache(model, sampler.pad_token)
-    alone, together = (each.sample(model, task, asked, 0, 7) for each in (sampler, shared))
+    alone, together = (each.sample(model, task, asked, 0, 7) for each in (apart, shared))
     assert [r.tokens for r in together] == [r.tokens for r in alone]
     assert len({r.tokens for r in alone}) > 4
-    counts = [forwarded(model, lambda s=s: s.sample(model, task, asked, 0, 7)) for s in (sampler, shared)]
-    length = max(len(r.prompt_tokens) for r in alone)
-    # Two prompts, and the last token of each of the twelve.
-    assert counts[0] - counts[1] == 12 * length - (2 * length + 12)
+    answers, length = [len(r.tokens) for r in alone], max(len(r.prompt_tokens) for r in alone)
+    assert min(answers) <= SEGMENT and max(answers) == 20, "some leave the batch, some stay to the end"
+    counts = [forwarded(model, lambda s=s: s.sample(model, task, asked, 0, 7)) for s in (apart, shared)]
+    # The last token of an answer predicts nothing.
+    assert counts[0] == 12 * (length + 20 - 1)
+    # A prompt less its last token once, and in each part the answers that had not ended before it.
+    going = [sum(answer > done for answer in answers) for done in range(0, 20, SEGMENT)]
+    assert counts[1] == 2 * (length - 1) + 8 * going[0] + 8 * going[1] + 4 * going[2]
+
+
+@pytest.mark.parametrize("segment", [1, 3])
+def test_answers_that_end_leave_the_batch(model, segment):
+    """Greedy answers with many stops: those of separate prompts, up to their ends, whatever the part."""
+    torch.manual_seed(1)
+    rows, places = torch.randint(9, 29, (3, 5)), torch.tensor([0, 2, 1, 0])
+    attended = torch.ones_like(rows)
+    attended[1, :2] = 0
+    settings = GenerationConfig(max_new_tokens=7, do_sample=False, pad_token_id=0, eos_token_id=[11, 13, 20])
+
+    class Kept(RowProcessor):
+        rows = torch.arange(4)
+
+        def __call__(self, input_ids, scores):
+            # Rows of one prompt differ.
+            return scores + torch.linspace(0, 9, 29) * (self.rows == 3)[:, None]
+
+        def keep(self, rows):
+            self.rows = self.rows[rows]
+
+    sampled = decode(model, rows, attended, places, settings, Kept(), segment)
+    for b, place in enumerate(places):
+        prompt = rows[place][attended[place] == 1][None]
+        one = Kept()
+        one.rows = torch.tensor([b])
+        alone = model.generate(prompt, generation_config=settings, logits_processor=[one])[
+            0, prompt.shape[1] :
+        ]
+        assert sampled[b].tolist() == alone.tolist() + [0] * (7 - len(alone))
+    lengths = (sampled != 0).sum(1)
+    assert lengths.min() < lengths.max()
 
 
 def test_a_cache_that_cannot_be_cut_serves_no_sharing():

@@ -207,3 +207,11 @@ def test_it_compiles(backend):
     compiled = torch.compile(make, backend="aot_eager")
     for tokens in (9, 7, 5):  # the second one makes their number symbolic
         assert_same_bits(compiled(t[:tokens]), make(t[:tokens]))
+
+
+def test_a_single_token_of_no_leading_dimension():
+    student, teacher, head = torch.randn(H), torch.randn(H), torch.randn(V, H)
+    cache = cache_forward_kl(teacher, head, head)
+    assert cache.mean.shape == (H,) and cache.token.shape == ()
+    truth = linear_divergence_reference(student, head, teacher, head, **FORWARD)
+    assert_no_worse(linear_cached_forward_kl(student, head, cache), truth, truth)

@@ -19,6 +19,7 @@ from opsd_kernels import (
 )
 from opsd_kernels.objectives import PPOClip, linear_policy_divergence
 from opsd_kernels.testing import assert_no_worse, assert_same_bits
+from opsd_kernels.testing.reference import linear_logprobs_reference
 
 B, T, V, H = 3, 4, 37, 8
 N = B * T
@@ -323,3 +324,15 @@ def test_a_head_narrower_than_its_hidden_states_is_refused():
     x = inputs(frozen=True)
     with pytest.raises(TypeError, match="student_weight: expected dtype torch.float32"):
         linear_divergence(x["h"], x["W"].bfloat16(), x["t"], x["Wt"])
+
+
+def test_labels_may_be_a_column_of_a_larger_tensor(backend):
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    ids = torch.randint(11, (6, 3))
+    for labels in (ids[:, 0], ids[:, 0].contiguous()):
+        logprobs = linear_logprobs(hidden, weight, labels, backend=backend)
+        grads = torch.autograd.grad(logprobs.sum(), (hidden, weight))
+    truth = linear_logprobs_reference(hidden, weight, ids[:, 0])
+    assert_no_worse(logprobs, truth, truth)
+    for mine, exact in zip(grads, torch.autograd.grad(truth.sum(), (hidden, weight)), strict=True):
+        assert_no_worse(mine, exact, exact)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import opsd_kernels
@@ -112,6 +113,37 @@ def test_plan_prints_the_planners_numbers():
     assert json.loads(result.stdout) == expected
     table = opsd("plan", *options).stdout
     assert str(expected["rows"]) in table and cli.readable("peak_bytes", expected["peak_bytes"]) in table
+
+
+def test_plan_of_a_part_of_the_vocabulary():
+    sizes = ["-N", 1024, "-V", 8000, "--hidden", 512, "--json"]
+    fields = json.loads(opsd("plan", *sizes, "--teacher-vocab", 32000).stdout)
+    told = {"shared_head": False, "heads": ("whole", "sliced")}
+    assert fields == planner.plan(1024, 8000, 512, **told).as_dict()
+    whole = json.loads(opsd("plan", *sizes, "--two-heads").stdout)
+    assert fields["scratch_bytes"] == whole["scratch_bytes"] + 8000 * 512 * 2
+    for wrong, says in (
+        (["--teacher-vocab", 7999], "at least --vocab, 8000"),
+        (["--vocab-ranks", 2], "no --v"),
+    ):
+        result = opsd("plan", *sizes, "--teacher-vocab", 32000, *wrong)
+        assert result.exit_code != 0 and says in " ".join(result.output.split())
+
+
+def test_plan_of_heads_in_other_forms():
+    sizes = ["-N", 1024, "-V", 32000, "--hidden", 512, "--frozen", "--json"]
+    fields = json.loads(opsd("plan", *sizes, "--student-head", "quantised").stdout)
+    told = {"trainable_head": False, "heads": ("quantised", "whole")}
+    assert fields == planner.plan(1024, 32000, 512, **told).as_dict()
+    whole = json.loads(opsd("plan", *sizes).stdout)
+    assert fields["scratch_bytes"] == whole["scratch_bytes"] + (8 << 20) + (2 << 20)
+    other = ["--two-heads", "--dtype", "fp32", "--teacher-head", "quantised", "--teacher-dtype", "bf16"]
+    told = {"trainable_head": False, "shared_head": False, "heads": ("whole", "quantised")}
+    expected = planner.plan(1024, 32000, 512, None, torch.float32, teacher_dtype=torch.bfloat16, **told)
+    assert json.loads(opsd("plan", *sizes, *other).stdout) == expected.as_dict()
+    for wrong, says in ((["--teacher-head", "packed"], "'sliced'"), (["--teacher-dtype", "int8"], "'int8'")):
+        result = opsd("plan", *sizes, *wrong)
+        assert result.exit_code != 0 and says in " ".join(result.output.split())
 
 
 def test_plan_predicts_the_time_of_the_row_kernels():

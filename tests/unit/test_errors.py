@@ -65,14 +65,19 @@ BAD = [
         ["student_hidden", "float32", "int64"],
     ),
     (
-        {"student_weight": torch.zeros(V, H, dtype=torch.float64)},
+        {"student_weight": torch.zeros(V, H, dtype=torch.int8)},
         TypeError,
-        ["student_weight", "float32", "float64"],
+        ["student_weight", "float32", "QuantizedHead", "int8"],
     ),
     (
-        {"teacher_hidden": torch.zeros(N, H, dtype=torch.float64)},
+        {"teacher_weight": torch.zeros(V, H, dtype=torch.float8_e4m3fn)},
         TypeError,
-        ["teacher_hidden", "float32", "float64"],
+        ["teacher_weight", "float32", "QuantizedHead", "float8_e4m3fn"],
+    ),
+    (
+        {"teacher_hidden": torch.zeros(N, H, dtype=torch.int16)},
+        TypeError,
+        ["teacher_hidden", "float32", "int16"],
     ),
     ({"teacher_weight": torch.zeros(V, H, device="meta")}, ValueError, ["teacher_weight", "cpu", "meta"]),
     ({"mask": torch.ones(N, device="meta")}, ValueError, ["mask", "cpu", "meta"]),

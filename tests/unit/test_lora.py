@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from lora_cases import WHICH, Adapted, adapted_case, frozen, outcome
+from shapes_made import ShapesMade
 from torch.library import opcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd_kernels import DistillationHead, linear_divergence, linear_logprobs, linear_topk_divergence
 from opsd_kernels._core import library
@@ -163,21 +163,6 @@ def test_gradcheck():
     torch.autograd.gradcheck(loss, leaves)
 
 
-class Largest(TorchDispatchMode):
-    """Notes the shapes of all tensors that are made beside those given."""
-
-    def __init__(self, *known):
-        super().__init__()
-        self.shapes, self.known = set(), {tensor.data_ptr() for tensor in known}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else (made,):
-            if isinstance(tensor, torch.Tensor) and tensor.data_ptr() not in self.known:
-                self.shapes.add(tuple(tensor.shape))
-        return made
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_head_is_never_formed(dtype):
     """With a frozen head no tensor has the head's size."""
@@ -185,7 +170,7 @@ def test_the_head_is_never_formed(dtype):
     h, t, W = torch.randn(N, H), torch.randn(N, H), torch.randn(V, H)
     h, t, W = (x.to(dtype) for x in (h, t, W))
     A, B = (x.to(dtype).requires_grad_() for x in (torch.randn(4, H), torch.randn(V, 4)))
-    with Largest(W) as seen:
+    with ShapesMade(W) as seen:
         h.requires_grad_()
         linear_divergence(h, W, t, W, student_lora=(A, B, 2.0)).backward()
     assert (V, H) not in seen.shapes and (H, V) not in seen.shapes and len(seen.shapes) > 3

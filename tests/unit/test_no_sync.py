@@ -115,7 +115,9 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setenv("OPSD_PACK", "0")
     for module in (autograd, library, loop):
         monkeypatch.setattr(module, "on_host", lambda device: False)
-    extension.gemm_unavailable()  # runs its GEMM once
+    # Each runs its GEMM once.
+    extension.gemm_unavailable()
+    extension.gemm_fp32_serves(torch.float32)
 
 
 def masked_case(dtype=torch.float32, **made):
@@ -148,6 +150,17 @@ def policy_divergence(student, head, teacher, teacher_head, **options):
 
 def topk_divergence(student, head, teacher, teacher_head, *, entries, teacher_bias, **options):
     return linear_topk_divergence(student, head, *entries, **options)
+
+
+# The tokens of the student's head in a vocabulary of twice the size
+PART = torch.randperm(2 * V, generator=torch.Generator().manual_seed(0))[:V]
+
+
+def part_of_the_vocabulary(student, head, teacher, teacher_head, *, teacher_bias, **options):
+    whole = torch.cat([teacher_head, -teacher_head]), torch.cat([teacher_bias, teacher_bias])
+    return linear_divergence(
+        student, head, teacher, whole[0], teacher_bias=whole[1], student_vocab_ids=PART, **options
+    )
 
 
 def token_logprobs(
@@ -204,6 +217,7 @@ CALLS = {
     "several chunks": (linear_divergence, {"workspace_bytes": 12_000}),
     "listed top-k": (topk_divergence, {"tail": "none"}),
     "listed top-k, per token": (topk_divergence, {"reduction": "none"}),
+    "part of the vocabulary": (part_of_the_vocabulary, {"return_stats": True}),
     "policy": (policy_divergence, {"policy": objectives.PPOClip(torch.ones(B, 1), OLD)}),
     "policy of scope index": (
         policy_divergence,

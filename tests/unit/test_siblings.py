@@ -341,3 +341,17 @@ def test_a_distillation_head(backend, bias):
         DistillationHead(torch.nn.ReLU())
     with pytest.raises(TypeError, match="teacher_head: expected a module .*, got list"):
         head(h, [same, wide], [own, other], teacher_index=torch.zeros(2, 5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "mixed_kl"])
+def test_a_bucket_at_its_bound_leaves_the_gradient_of_the_support(backend, divergence):
+    """The student's tail is below 1e-7, so its bucket is constant: the support's q do not sum to 1."""
+    hidden, weight = torch.eye(1).double(), torch.tensor([[20.0], [1.0], [0.0]]).double()
+    ids, logprobs = torch.tensor([[0]]), torch.tensor([[-1e-3]]).double()
+    grads = []
+    for op in (linear_topk_divergence, linear_topk_divergence_reference):
+        h = hidden.clone().requires_grad_()
+        how = {"backend": backend} if op is linear_topk_divergence else {}
+        loss = op(h, weight, ids, logprobs, divergence=divergence, tail="bucket", **how)
+        grads.append(torch.autograd.grad(loss, h)[0])
+    assert_no_worse(*grads, grads[1])

@@ -1,4 +1,4 @@
-"""Several teachers by index against one dense head of all teachers, and against masked calls added up."""
+"""Several teachers by index against the dense logits of each, and against masked calls added up."""
 
 import re
 from dataclasses import replace
@@ -12,11 +12,10 @@ from opsd_kernels import LinearDivergenceLoss, linear_divergence
 from opsd_kernels._core import library
 from opsd_kernels.objectives import PPOClip, linear_policy_divergence
 from opsd_kernels.testing import assert_no_worse, assert_on_target
-from opsd_kernels.testing.heads import by_index
 from opsd_kernels.testing.reference import linear_divergence_reference
+from opsd_kernels.testing.reference_rows import linear_divergence_by_index_reference as dense
 from opsd_kernels.weights import EntropyGate, MeanOne, PrefixDiscrepancy
 
-dense = by_index(linear_divergence_reference)
 ALONE = ("workspace_bytes", "backward", "gradient_tolerance", "backend")
 GRADED = ("loss", "student_hidden", "student_weight", "student_bias")
 
@@ -230,3 +229,19 @@ ADAPTER = (torch.ones(2, 8), torch.ones(67, 2), 1.0)
 def test_errors(hidden, weight, told, error, match):
     with pytest.raises(error, match="^" + re.escape(match)):
         linear_divergence(H, W, hidden, weight, **{"teacher_index": INDEX, **told})
+
+
+def test_a_single_token_of_no_leading_dimension():
+    student, head = torch.randn(4), torch.randn(9, 4)
+    packed = [torch.randn(0, 4), torch.randn(1, 4)]
+    ours = linear_divergence(student, head, packed, [head, head], teacher_index=torch.tensor(1))
+    one = linear_divergence(student, head, packed[1][0], head)
+    assert_no_worse(ours, one, one)
+
+
+def test_a_trainable_bias_under_weights_of_a_sequence(backend):
+    """The weights of a token wait for the statistics of tokens with another teacher."""
+    several = several_case(28, 33, 8, torch.float64, largest_logit=4.0, batch=4)
+    case = replace(several.case, trainable=("student_hidden", "student_bias"), token_weights=None)
+    weighting = PrefixDiscrepancy(0.9, of="divergence")
+    check(replace(several, case=case), backend=backend, token_weights=weighting)

@@ -221,3 +221,18 @@ def test_errors_name_the_argument(name):
     case = replace(hard_case(B * T, V, H, batch=B), labels=None)
     with pytest.raises(error, match=message):
         evaluate(linear_divergence, case, **options)
+
+
+@pytest.mark.parametrize("temperature", [torch.tensor(1.5), torch.tensor([1.5]), PER_TOKEN[0]], ids=str)
+def test_tensors_that_repeat_one_entry_without_a_mask(backend, temperature):
+    """Nothing masks a token here, so the temperatures of the rows are not made anew."""
+    gen = torch.Generator().manual_seed(0)
+    h, t = torch.randn(2, T, H, generator=gen, dtype=torch.float64).split(1)
+    W = torch.randn(V, H, generator=gen, dtype=torch.float64)
+    ours = linear_divergence(h, W, t, W, temperature=temperature, backend=backend)
+    truth = linear_divergence_reference(h, W, t, W, temperature=temperature)
+    assert_no_worse(ours, truth, truth)
+    labels = torch.arange(T)[None]
+    ours = linear_logprobs(h, W, labels, temperature=temperature, backend=backend)
+    truth = linear_logprobs_reference(h, W, labels, temperature=temperature)
+    assert_no_worse(ours, truth, truth)

@@ -237,3 +237,16 @@ def test_schedules_compile_whole_and_others_in_part(backend):
         evaluate(loss(ROW), case),
         evaluate(linear_divergence_reference, case.double(), token_weights=ROW),
     )
+
+
+@pytest.mark.parametrize("rows", [3, 100])
+def test_a_trainable_bias_over_a_frozen_head(backend, rows):
+    """The bias's gradient sums weighted rows: the weights of a sequence wait for all of its rows."""
+    case = hard_case(12, 33, 5, torch.float64, batch=3, largest_logit=4.0)
+    case = replace(case, trainable=("student_hidden", "student_bias"), token_weights=None)
+    told = {"token_weights": weights.PrefixDiscrepancy(0.9, of="divergence")}
+    truth = evaluate(linear_divergence_reference, case, **told)
+    budget = rows * 8 * (2 * 33 + 40)
+    assert_no_worse(
+        evaluate(linear_divergence, case, **told, backend=backend, workspace_bytes=budget), truth, truth
+    )

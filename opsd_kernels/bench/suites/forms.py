@@ -42,13 +42,22 @@ class Form:
 
 
 def _rows(case: Case, dtype: torch.dtype, probs: bool = False) -> Tensor:
-    logits = case.teacher_hidden.float() @ case.teacher_weight.float().T
+    """Return the teacher's rows, rounded once: rows of an fp32 product round like plain PyTorch's."""
+    logits = case.teacher_hidden.double() @ case.teacher_weight.double().T
     return (logits.softmax(-1) if probs else logits).to(dtype)
 
 
 def _to(case: Case, dtype: torch.dtype = torch.float32, probs: bool = False) -> Op:
     target, form = _rows(case, dtype, probs), "probs" if probs else "logits"
     return lambda h, W, *_, **options: linear_divergence_to(h, W, target, target_is=form)
+
+
+def _by_ids(case: Case) -> Op:
+    """Return the op on columns in another order, which must be gathered."""
+    target, V = _rows(case, torch.float32), case.student_weight.shape[0]
+    ids = torch.randperm(V, generator=torch.Generator().manual_seed(0)).to(target.device)
+    target = target[:, ids.argsort()]
+    return lambda h, W, *_, **options: linear_divergence_to(h, W, target, student_vocab_ids=ids)
 
 
 def _to_reference(case: Case, dtype: torch.dtype = torch.float32, probs: bool = False) -> Op:
@@ -97,6 +106,7 @@ FORMS = (
     Form(
         "target of probabilities", "trainable", partial(_to, probs=True), partial(_to_reference, probs=True)
     ),
+    Form("target by ids", "trainable", _by_ids, _to_reference),
     Form("target in place", "frozen", _to, _to_reference),
     Form("cached", "frozen", _cached, _cached_reference),
 )

@@ -60,7 +60,8 @@ def _check(model: Module) -> None:
             f"got {tuple(hidden.shape)} from {type(inner).__name__}"
         )
     _compare(inner, "as they are", _own_logits(model, tokens, 1.0), hidden, head)
-    largest = F.linear(hidden.to(head.weight.device, head.weight.dtype), head.weight).abs().max().item()
+    weight = head.dense(hidden.dtype)
+    largest = F.linear(hidden.to(weight.device, weight.dtype), weight).abs().max().item()
     if 0 < largest < LARGE:
         factor = LARGE / largest
         _compare(inner, "scaled up", _own_logits(model, tokens, factor), hidden * factor, head)

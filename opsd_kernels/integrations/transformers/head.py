@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from opsd_kernels.peft_head import Adapter, base_and_adapter
+from opsd_kernels.quantized import LAYER_SCALES, QuantizedHead, head_of_layer, stored_head
 
 # Config entries that multiply the logits: Cohere, Muse Glimmer, Falcon-H1.
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -29,7 +30,7 @@ ELSEWHERE = {"mpt": ("logit_scale",), "minicpm3": ("logits_scaling",)}
 class Head:
     """The LM head of a model: weight and bias, with the scale and softcap of its config."""
 
-    weight: Tensor  # (V, H)
+    weight: Tensor | QuantizedHead  # (V, H)
     bias: Tensor | None  # (V,)
     logit_scale: float
     softcap: float | None
@@ -40,17 +41,20 @@ class Head:
         """Read the head of a causal language model, inside a peft model too, with its active LoRA adapter.
 
         A sharded (DTensor) weight is gathered, one that accelerate offloaded is loaded as in the model's own
-        forward. Inside `model.disable_adapter()` it is the head without the adapter. Raises ValueError if the
-        output head is not a plain linear map (another parameter beside weight, bias and LoRA, a quantised
-        head, several heads, an adapter with dropout in training mode), and for a scale or softcap in the
-        config that is no number.
+        forward. A frozen weight of torchao's, or in float8 with its scales, is a QuantizedHead. Inside
+        `model.disable_adapter()` it is the head without the adapter. Raises ValueError if the output head is
+        not a plain linear map (another parameter beside weight, bias and LoRA, a head that is quantised in
+        another way, several heads, an adapter with dropout in training mode), and for a scale or softcap in
+        the config that is no number.
         """
         inner = without_adapter(model)
         module, lora = base_and_adapter(output_embedding(inner), "model")
         kind = type(inner).__name__
         scale, softcap = _logit_scale(inner), _number(inner, *SOFTCAPS)
         with _loaded(module):
-            weight, bias = (_plain(kind, name, getattr(module, name, None)) for name in ("weight", "bias"))
+            held = _quantised(module)
+            bias = _plain(kind, "bias", getattr(module, "bias", None))
+            weight = _plain(kind, "weight", getattr(module, "weight", None)) if held is None else held
         # ds_shape is the whole shape of a parameter that ZeRO-3 partitions.
         linear = weight is not None and len(getattr(weight, "ds_shape", weight.shape)) == 2
         if weight is None or not linear:
@@ -59,7 +63,8 @@ class Head:
                 f"got {kind} with {type(module).__name__}"
             )
         # Dory's scale of each token starts at one: the first loss is right, and the scale gets no gradient.
-        further = [name for name, _ in module.named_parameters() if name not in ("weight", "bias")]
+        known = ("weight", "bias") if held is None else ("weight", "bias", *LAYER_SCALES)
+        further = [name for name, _ in module.named_parameters() if name not in known]
         if further:
             raise ValueError(
                 "model: expected a causal language model whose head has a weight and a bias alone, "
@@ -84,10 +89,15 @@ class Head:
             f"{prefix}softcap": self.softcap,
         }
 
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight, a quantised one as a whole in `dtype`, for checks on a few tokens."""
+        return self.weight.dequantize(dtype) if isinstance(self.weight, QuantizedHead) else self.weight
+
     def logprobs(self, hidden: Tensor) -> Tensor:
         """Shape (..., V): log-probs of hidden states (..., H), for checks on a few tokens."""
-        hidden = hidden.to(self.weight.device, self.weight.dtype)
-        logits = F.linear(hidden, self.weight, self.bias)
+        weight = self.dense(hidden.dtype)
+        hidden = hidden.to(weight.device, weight.dtype)
+        logits = F.linear(hidden, weight, self.bias)
         if self.lora is not None:
             A, B, scaling = self.lora
             logits = logits + scaling * F.linear(F.linear(hidden.to(A.dtype), A), B)
@@ -139,6 +149,18 @@ def _loaded(module: Module) -> AbstractContextManager[Any]:
     from accelerate.utils import align_module_device
 
     return align_module_device(module)
+
+
+def _quantised(module: Any) -> QuantizedHead | None:
+    """Return the head of a frozen layer that is quantised in a form that the ops read; None for others."""
+    weight = getattr(module, "weight", None)
+    if weight is None or hasattr(weight, "full_tensor"):
+        return None
+    try:
+        held = stored_head("weight", head_of_layer(module))
+    except (TypeError, ValueError):
+        return None  # refused as a tensor of its type
+    return held if isinstance(held, QuantizedHead) else None
 
 
 def _plain(kind: str, name: str, tensor: Any) -> Tensor | None:

@@ -87,7 +87,7 @@ COMMENTS: dict[str, dict[str, str]] = {
         "weight_decay": "",
         "max_grad_norm": "",
         "micro_batch": "rollouts in a forward; the result does not depend on it",
-        "share_prompts": "a prompt runs once for all its answers; null: with models other than tiny",
+        "share_prompts": "what rows begin with runs once, as a prompt; null: with models other than tiny",
         "gradient_checkpointing": "less memory, more time",
         "lora_rank": "0: every weight trains",
         "lora_alpha": "",

@@ -35,7 +35,10 @@ MAX_LENGTH = 500
 
 
 class TokenData(NamedTuple):
-    """The data of a batch that a scheme may need besides the statistics."""
+    """The data of a batch that a scheme may need besides the statistics.
+
+    Without `old_logprobs_BT` the student is the policy that sampled.
+    """
 
     old_logprobs_BT: Tensor | None
     boundaries_BT: Tensor | None
@@ -94,6 +97,10 @@ def _call(name: str, node: ast.Call) -> Builder:
         positional = [argument(data) for argument in arguments]
         named = {key: argument(data) for key, argument in keywords.items()}
         if name == "ImportanceRatio":
+            if data.old_logprobs_BT is None:
+                # Of the policy that sampled to itself.
+                example = scheme(torch.zeros(1), *positional, **named)
+                return weights.Constant(min(1.0, example.clip))
             return scheme(data.old_logprobs_BT, *positional, **named)
         if name == "SegmentMean":
             return scheme(*positional, data.boundaries_BT, **named)

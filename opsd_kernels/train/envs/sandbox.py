@@ -25,6 +25,16 @@ LIMIT_MESSAGES = {
     "TimeoutError": "TimeoutError: the time limit was exceeded",
     "MemoryError": "MemoryError: the memory limit was exceeded",
 }
+# Run before each program. pydantic-monty 1.4.0 scales to round: its round(2.675, 2) is 2.68 where CPython
+# takes the nearer 2.67. Its formatting is exact. From 323 digits on a float is its own nearest.
+PRELUDE = """
+_round = round
+def round(number, ndigits=None):
+    rounded = _round(number, ndigits)
+    if not isinstance(number, float) or ndigits is None or not 0 <= ndigits < 323 or number - number != 0:
+        return rounded
+    return float(f"{number:.{ndigits}f}")
+"""
 # A program that is repeated sees the same time and the same random numbers.
 POLICY = {"datetime": datetime.datetime(2026, 1, 1), "sleep": "zero", "random_start": {"seed": 0}}
 
@@ -100,6 +110,7 @@ class Sandbox:
             "max_total_sleep_secs": 0.0,
         }
         with self._workers().checkout(limits=limits, os_policy=POLICY) as session:
+            session.feed_run(PRELUDE)
             for code in (program, *calls):
                 results.append(self._fed(session, code))
                 if results[-1].error is not None:
@@ -114,8 +125,8 @@ class Sandbox:
         except library.MontyCrashedError:
             raise
         except (library.MontySyntaxError, library.MontyRuntimeError) as error:
-            # Frames of the program are of the first feed, and the innermost is the last.
-            lines = [f.line for f in error.traceback() if f.filename.endswith(("-0>", "main.py"))]
+            # Frames of the program are of the feed after the prelude, and the innermost is the last.
+            lines = [f.line for f in error.traceback() if f.filename.endswith(("-1>", "main.py"))]
             return Result(error=_message(error), line=lines[-1] if lines else None)
         except (library.MontyError, RecursionError, ValueError, OverflowError) as error:
             # A value that cannot leave the sandbox.

@@ -7,8 +7,6 @@ from the first column, then samples from another distribution, and so does one t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,6 +25,7 @@ from opsd_kernels.integrations.transformers import (
 )
 from opsd_kernels.train.config import ConfigError
 from opsd_kernels.train.distributed.sharding import last_hidden
+from opsd_kernels.train.sampling.decoding import RowProcessor, decode, generating_as
 
 # Prompts that may share a batch: any, those of one length, or none.
 ANY, ONE_LENGTH, ALONE = "any", "one length", "alone"
@@ -59,7 +58,7 @@ def batches(model: PreTrainedModel, pad: int) -> str:
 
 
 def can_share_cache(model: PreTrainedModel, pad: int) -> bool:
-    """Return True if a prompt's cache may serve several answers (`prefill`), tried once per model."""
+    """Return True if the model can `decode`, tried once per model."""
     inner = without_adapter(model)
     if inner not in _shares:
         one, _ = probe_tokens(model)
@@ -67,23 +66,15 @@ def can_share_cache(model: PreTrainedModel, pad: int) -> bool:
     return _shares[inner]
 
 
-@torch.no_grad()
-def prefill(model: PreTrainedModel, rows: Tensor, attended: Tensor, places_B: Tensor) -> dict[str, Any]:
-    """Return an argument of generate on rows[places_B]: the cache of all but their last token.
+class _Seen(RowProcessor):
+    """Keeps the logits of each token."""
 
-    Each of the `rows` (D, L) is read once. `attended` (D, L) is 0 at padding.
-    """
-    settings = GenerationConfig(max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
-    generate: Any = model.generate
-    with generating_as(model, settings):
-        made = generate(rows, attention_mask=attended, generation_config=settings, synced_gpus=False)
-    # Its name until transformers 5.23.
-    name = "cache" if "cache" in made else "past_key_values"
-    cache = made[name]
-    # generate feeds at least one token. transformers 5.24 takes a number to remove alone.
-    cache.crop(rows.shape[1] - 1 - cache.get_seq_length())
-    cache.batch_select_indices(places_B)
-    return {name: cache}
+    def __init__(self) -> None:
+        self.logits: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.logits.append(scores)
+        return scores
 
 
 @torch.no_grad()
@@ -92,7 +83,7 @@ def _disagreement(
 ) -> str | None:
     """Return None, or how log-probs of generate on a batch differ from those of the forward on a row.
 
-    With `shared` the cache of the first prompt, which all have, serves every row.
+    With `shared` all rows have the first prompt, which is read once, and go on after a part of the tokens.
     """
     length = max(map(len, prompts))
     padding = [length - len(prompt) for prompt in prompts]
@@ -102,23 +93,23 @@ def _disagreement(
         max_new_tokens=SAMPLED,
         do_sample=False,
         pad_token_id=pad,
-        output_logits=True,
-        return_dict_in_generate=True,
+        output_logits=not shared,
+        return_dict_in_generate=not shared,
     )
     generate: Any = model.generate
     try:
-        cache = {}
         if shared:
-            first = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
-            cache = prefill(model, rows[:1], present[:1], first)
-        with generating_as(model, settings):
-            made = generate(
-                rows, attention_mask=present, generation_config=settings, synced_gpus=False, **cache
-            )
-        sampled = at_least_float(torch.stack(made.logits, 1)).log_softmax(-1)
+            first, seen = torch.zeros(len(rows), dtype=torch.int64, device=rows.device), _Seen()
+            tokens = decode(model, rows[:1], present[:1], first, settings, seen, SAMPLED - 1)
+            sequences, logits = torch.cat([rows, tokens], 1), seen.logits
+        else:
+            with generating_as(model, settings):
+                made = generate(rows, attention_mask=present, generation_config=settings, synced_gpus=False)
+            sequences, logits = made.sequences, made.logits
+        sampled = at_least_float(torch.stack(list(logits), 1)).log_softmax(-1)
         changes = []
         for row, n in enumerate(padding):
-            hidden, _ = last_hidden(model, made.sequences[row : row + 1, n:-1])
+            hidden, _ = last_hidden(model, sequences[row : row + 1, n:-1])
             scored = Head.of(model).logprobs(hidden[0, -SAMPLED:])
             # A broken model, which the loss reports.
             if scored.isnan().any():
@@ -130,16 +121,3 @@ def _disagreement(
         return f"{type(error).__name__}: {error}"
     change = max(changes)
     return None if change <= allowed_change(hidden.dtype) else f"they differ by {change:.1%} of their range"
-
-
-@contextmanager
-def generating_as(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Replace the model's generation config for a while.
-
-    generate fills in from it, and a penalty in it would change the sampled distribution.
-    """
-    own, model.generation_config = model.generation_config, settings
-    try:
-        yield
-    finally:
-        model.generation_config = own

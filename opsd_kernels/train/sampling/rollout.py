@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from opsd_kernels.train import seeds
 from opsd_kernels.train.config import TrainConfig
@@ -22,6 +22,7 @@ from opsd_kernels.train.distributed.ranks import ALONE, Ranks
 from opsd_kernels.train.distributed.sharding import whole
 from opsd_kernels.train.envs.base import Task
 from opsd_kernels.train.sampling import agreement
+from opsd_kernels.train.sampling.decoding import RowProcessor, decode, generating_as
 from opsd_kernels.train.sampling.prompts import PromptEncoder
 from opsd_kernels.train.sampling.vllm_engine import VllmEngine
 from opsd_kernels.train.types import Context, Prompt, Rollout
@@ -40,7 +41,7 @@ class Request:
     context: Context | None = None
 
 
-class PlacedSampler(LogitsProcessor):
+class PlacedSampler(RowProcessor):
     """A processor that draws the next token and leaves generate a row with one finite entry.
 
     `uniforms_BT` holds the random numbers of the draws.
@@ -56,6 +57,9 @@ class PlacedSampler(LogitsProcessor):
         # Past the end only if scores are NaN, which the loss reports.
         drawn = torch.searchsorted(cumulative, at, right=True).clamp(max=cumulative.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+    def keep(self, rows: Tensor) -> None:
+        self.uniforms_BT = self.uniforms_BT[rows]
 
 
 @dataclass(frozen=True)
@@ -174,22 +178,21 @@ class Sampler:
         greedy = GenerationConfig(
             max_new_tokens=self.max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=sorted(stops)
         )
-        generate: Any = model.generate
-        cache: dict[str, Any] = {}
-        if self.shares_prompts and len(different) < len(prompts) and agreement.can_share_cache(model, pad):
-            cache = agreement.prefill(model, rows, attended, places_B)
-        with agreement.generating_as(model, greedy):
-            # generate syncs the ranks under FSDP by default, but some may have fewer tokens to sample, or
-            # none.
-            out = generate(
-                rows[places_B],
-                attention_mask=attended[places_B],
-                generation_config=greedy,
-                logits_processor=[draw],
-                synced_gpus=False,
-                **cache,
-            )
-        return [_until_stop(row, stops) for row in out[:, length:].tolist()]
+        if self.shares_prompts and agreement.can_share_cache(model, pad):
+            sampled = decode(model, rows, attended, places_B, greedy, draw)
+        else:
+            generate: Any = model.generate
+            with generating_as(model, greedy):
+                # generate syncs the ranks under FSDP by default, but some may have fewer tokens to sample,
+                # or none.
+                sampled = generate(
+                    rows[places_B],
+                    attention_mask=attended[places_B],
+                    generation_config=greedy,
+                    logits_processor=[draw],
+                    synced_gpus=False,
+                )[:, length:]
+        return [_until_stop(row, stops) for row in sampled.tolist()]
 
     def _through_engine(
         self,
