@@ -17,10 +17,11 @@ namespace cpu {
 
 void sweep(const RowArgs& a, Sweep which, int32_t device);
 std::string capability();
-// out (+)= a @ b in fp32, of bf16 matrices with one stride of 1 each.
-void gemm_bf16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate, const std::optional<Tensor>& shift);
-// out (+)= a @ b of fp32 matrices with one stride of 1 each.
-void gemm_fp32_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate);
+// out (+)= a @ [b ; tail] in fp32, the tail's rows as often as a has columns for them, of bf16 matrices with one stride of 1 each.
+void gemm_bf16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate, const std::optional<Tensor>& shift,
+                const std::optional<Tensor>& tail);
+// out (+)= a @ [b ; tail] of fp32 matrices with one stride of 1 each.
+void gemm_fp32_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate, const std::optional<Tensor>& tail);
 // out[i][k] = a[i] . b[columns[i][k]] in fp32, of bf16 matrices with contiguous rows; where gemm_bf16_ can run.
 void dots_bf16_(const Tensor& a, const Tensor& b, const Tensor& columns, const Tensor& out);
 // (V,) sums of (scale G)^2 over the rows of G (n, V), and (blocks, n) sums of G over blocks of columns.

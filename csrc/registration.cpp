@@ -53,8 +53,8 @@ STABLE_TORCH_LIBRARY_IMPL(opsd_kernels, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_FRAGMENT(opsd_kernels, m) {
   OPSD_DEFINE_ROWS(m);
   m.def("cpu_capability() -> str");
-  m.def("gemm_bf16_(Tensor a, Tensor b, Tensor(a!) out, bool accumulate, Tensor? shift=None) -> ()");
-  m.def("gemm_fp32_(Tensor a, Tensor b, Tensor(a!) out, bool accumulate) -> ()");
+  m.def("gemm_bf16_(Tensor a, Tensor b, Tensor(a!) out, bool accumulate, Tensor? shift=None, Tensor? tail=None) -> ()");
+  m.def("gemm_fp32_(Tensor a, Tensor b, Tensor(a!) out, bool accumulate, Tensor? tail=None) -> ()");
   m.def("dots_bf16_(Tensor a, Tensor b, Tensor columns, Tensor(a!) out) -> ()");
   m.def("gemm_unavailable() -> str");
   m.def("gemm_fp32_unavailable() -> str");

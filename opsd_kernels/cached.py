@@ -17,10 +17,11 @@ from torch import Tensor
 from ._core.autograd import cached_forward_kl
 from ._core.forward_cache import Parts, forward_kl_parts
 from ._core.library import check_all
+from ._core.lora import Lora
 from ._core.problem import Problem, Side, of_one_side
 from ._core.reductions import RowWeigher, reads_logprobs, row_scale
 from .quantized import QuantizedHead
-from .spec import LogitTransform, check_number, check_tensor, expect
+from .spec import Adapter, LogitTransform, check_number, check_tensor, expect
 from .weights import TokenWeighting
 
 SAMPLE = 1024  # entries of the head by which another one is recognised
@@ -87,6 +88,8 @@ def cache_forward_kl(
     teacher_temperature: float | None = None,
     teacher_bias: Tensor | None = None,
     student_bias: Tensor | None = None,
+    teacher_lora: Adapter | None = None,
+    student_lora: Adapter | None = None,  # frozen
     teacher_logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
     vocab_size: int | None = None,
@@ -102,9 +105,9 @@ def cache_forward_kl(
     distribution, and its entropy. `linear_cached_forward_kl` takes them in place of the teacher: two GEMM
     passes, not three, and no teacher in memory.
 
-    The options are those of `linear_divergence`; the cache belongs to this `temperature`, `student_weight`
-    and `student_bias`. Two GEMM passes over fp32 logits, the second in fp32 (fp64) for a 16-bit head too;
-    never more than `workspace_bytes` of logits. No gradient. Masked tokens hold zeros.
+    The options are those of `linear_divergence`; the cache belongs to this `temperature`, `student_weight`,
+    `student_bias` and `student_lora`. Two GEMM passes over fp32 logits, the second in fp32 (fp64) for a
+    16-bit head too; never more than `workspace_bytes` of logits. No gradient. Masked tokens hold zeros.
 
     Raises ValueError or TypeError as `linear_divergence` does.
     """
@@ -113,18 +116,19 @@ def cache_forward_kl(
     number = check_number("temperature", temperature, positive=True)
     transform = LogitTransform.parse("teacher", teacher_logit_scale, teacher_softcap, name, given)
     problem = of_one_side(
-        Side(teacher_hidden, teacher_weight, teacher_bias), transform, mask=mask, vocab_size=vocab_size,
-        workspace_bytes=workspace_bytes, backend=backend, group=group, prefixes=("teacher_", ""),
+        Side(teacher_hidden, teacher_weight, teacher_bias, teacher_lora), transform,
+        mask=mask, vocab_size=vocab_size, workspace_bytes=workspace_bytes, backend=backend,
+        group=group, prefixes=("teacher_", ""),
     )  # fmt: skip
-    weight, bias = _frozen_head(problem, student_weight, student_bias, vocab_size)
-    parts = forward_kl_parts(problem, weight, bias)
+    head = _frozen_head(problem, Side(teacher_hidden, student_weight, student_bias, student_lora), vocab_size)
+    parts = forward_kl_parts(problem, head)
     leading = teacher_hidden.shape[:-1]
     shaped = {
         name: getattr(parts, name).reshape((*leading, *getattr(parts, name).shape[1:])) for name in PER_TOKEN
     }
     return ForwardKLCache(
-        **shaped, sample=_sample(weight, bias), temperature=number, vocab_size=problem.vocab,
-        has_bias=bias is not None, group_size=_ranks(problem),
+        **shaped, sample=_sample(head), temperature=number, vocab_size=problem.vocab,
+        has_bias=head.bias is not None, group_size=_ranks(problem),
     )  # fmt: skip
 
 
@@ -135,6 +139,7 @@ def linear_cached_forward_kl(
     *,
     temperature: float | None = None,
     student_bias: Tensor | None = None,
+    student_lora: Adapter | None = None,  # frozen
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     vocab_size: int | None = None,
@@ -168,12 +173,13 @@ def linear_cached_forward_kl(
         expect(same, "temperature", f"{cache.temperature}, that of the cache", temperature)
     transform = LogitTransform.parse("student", student_logit_scale, None, "temperature", cache.temperature)
     problem = of_one_side(
-        Side(student_hidden, student_weight, student_bias), transform, mask=mask,
+        Side(student_hidden, student_weight, student_bias, student_lora), transform, mask=mask,
         vocab_size=cache.vocab_size if vocab_size is None else vocab_size,
         workspace_bytes=workspace_bytes, backend=backend, group=group, prefixes=("student_", ""),
     )  # fmt: skip
     leading = student_hidden.shape[:-1]
-    _check_cache(problem, cache, leading, student_weight, student_bias)
+    head = Side(student_hidden, student_weight, student_bias, problem.student.lora)
+    _check_cache(problem, cache, leading, head)
     problem = replace(problem, rows=replace(problem.rows, labels=cache.token.reshape(-1)))
     reads_logprobs(token_weights, None)
     scale = row_scale(reduction, normalizer, student_hidden, problem.rows.valid)
@@ -186,10 +192,9 @@ def linear_cached_forward_kl(
     return cached_forward_kl(problem, parts, transform.scale / cache.temperature, weigher)
 
 
-def _frozen_head(
-    problem: Problem, weight: Any, bias: Any, vocab_size: int | None
-) -> tuple[Tensor, Tensor | None]:
+def _frozen_head(problem: Problem, side: Side, vocab_size: int | None) -> Side:
     """Check the student's head against the teacher's problem, and return it detached."""
+    weight, bias, lora = side.weight, side.bias, Lora.parse("student_lora", side.lora)
     check_tensor("student_weight", weight)
     rows, columns = problem.student.weight.shape[0], problem.vocab
     columns = columns if problem.shard is None else problem.shard.stop - problem.shard.start
@@ -207,21 +212,24 @@ def _frozen_head(
         expect(
             bias.shape == weight.shape[:1], "student_bias", f"shape ({weight.shape[0]},)", tuple(bias.shape)
         )
-    return weight.detach(), None if bias is None else bias.detach()
+    if lora is not None:
+        lora.check("student_lora", weight.shape, weight.device)
+    return replace(side, lora=lora).detach()
 
 
-def _check_cache(
-    problem: Problem, cache: ForwardKLCache, leading: torch.Size, weight: Tensor, bias: Tensor | None
-) -> None:
-    """Raise ValueError for a call that the cache does not belong to."""
-    check_tensor("student_weight", weight)
+def _check_cache(problem: Problem, cache: ForwardKLCache, leading: torch.Size, head: Side) -> None:
+    """Raise ValueError for a call that the cache does not belong to. `head` is the student's, as given."""
+    check_tensor("student_weight", head.weight)
+    weight, bias, lora = head.weight, head.bias, head.lora
     same = cache.token.shape == leading
     expect(same, "cache", f"tokens of shape {tuple(leading)}, as student_hidden", tuple(cache.token.shape))
     device = problem.student.hidden.device
     expect(cache.token.device == device, "cache", f"tensors on {device}", cache.token.device)
-    trains = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    expected = "a head without a gradient: the cache holds a product with it"
-    expect(not trains, "student_weight", expected, "one that requires a gradient")
+    names = ("student_weight", "student_bias", "student_lora A", "student_lora B")
+    for name, leaf in zip(names, head.leaves[1:], strict=False):
+        trains = torch.is_grad_enabled() and leaf is not None and leaf.requires_grad
+        expected = "no gradient: the cache holds a product with the head"
+        expect(not trains, name, expected, "a tensor that requires one")
     expect(
         problem.vocab == cache.vocab_size,
         "vocab_size",
@@ -235,8 +243,8 @@ def _check_cache(
     expect((bias is not None) == cache.has_bias, "student_bias", expected, came)
     ranks = _ranks(problem)
     expect(ranks == cache.group_size, "group", f"{cache.group_size} ranks, as for the cache", ranks)
-    mine = _sample(weight, bias)
-    check_all("student_weight", "the head that the cache was made with", mine, mine == cache.sample)
+    mine, text = _sample(head), "the head that the cache was made with"
+    check_all("student_weight", f"{text}, with its adapter" if lora else text, mine, mine == cache.sample)
     held, valid = cache.token.reshape(-1), problem.rows.valid
     known = held >= 0 if valid is None else (held >= 0) | ~valid
     check_all("mask", "0 at tokens that the cache was masked at", held, known)
@@ -247,9 +255,13 @@ def _ranks(problem: Problem) -> int:
     return 1 if problem.shard is None else problem.shard.group.size()
 
 
-def _sample(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return SAMPLE entries of the head, (SAMPLE,), spread over its rows, columns and bias."""
+def _sample(head: Side) -> Tensor:
+    """Return SAMPLE entries of the head, (SAMPLE,), spread over its rows, columns, bias and adapter."""
+    weight, bias, lora = head.weight, head.bias, head.lora
     steps = torch.arange(SAMPLE, device=weight.device)
-    rows = steps * weight.shape[0] // SAMPLE
-    sample = weight.detach()[rows, steps * 7919 % weight.shape[1]].float()
+    rows, columns = steps * weight.shape[0] // SAMPLE, steps * 7919 % weight.shape[1]
+    sample = weight.detach()[rows, columns].float()
+    if lora is not None:
+        factors = lora.B.detach()[rows].float() * lora.A.detach().t()[columns].float()
+        sample = sample + lora.scaling * factors.sum(1)
     return sample if bias is None else sample + torch.nan_to_num(bias.detach()[rows].float())

@@ -15,9 +15,9 @@ from ._core.problem import Problem, Side
 from ._core.problem import repeated as repeated
 from ._core.reductions import RowWeigher, reads_logprobs, row_scale
 from ._core.reductions import TokenStats as TokenStats
-from ._core.teachers import OPTIONS, options_of, several
+from ._core.teachers import OPTIONS, of_each_teacher, options_of, several
 from .quantized import QuantizedHead
-from .spec import CLIPS, Divergence, LogitTransform, RowSpec, Support, check_number, expect
+from .spec import CLIPS, Adapter, Divergence, LogitTransform, RowSpec, Support, check_number, expect
 from .weights import TokenWeighting
 
 
@@ -64,10 +64,11 @@ class DivergenceOptions(TypedDict, total=False):
 
     Several teachers (docs/reference/linear-divergence.md):
 
-    * `teacher_index` (...) int64 in [0, K): the teacher of each token. `teacher_hidden` and `teacher_weight`
-      are then sequences of K tensors, of any widths; `teacher_bias`, `teacher_logit_scale` and
-      `teacher_softcap` may be. `teacher_hidden[k]` is (..., H_k), of which only the rows of its own tokens
-      are read, or (n_k, H_k): these rows packed, in the order of the tokens.
+    * `teacher_index`: int64 in [0, K), a tensor that broadcasts to (...): the teacher of each token.
+      `teacher_hidden` and `teacher_weight` are then sequences of K tensors, of any widths; `teacher_bias`,
+      `teacher_lora`, `teacher_logit_scale` and `teacher_softcap` may be. `teacher_hidden[k]` is (..., H_k),
+      of which only the rows of its own tokens are read, or (n_k, H_k): these rows packed, in the order of the
+      tokens.
 
     The tokens and the reduction:
 
@@ -114,8 +115,8 @@ class DivergenceOptions(TypedDict, total=False):
     teacher_temperature: float | None
     student_bias: Tensor | None
     teacher_bias: Tensor | Sequence[Tensor | None] | None
-    student_lora: tuple[Tensor, Tensor, float] | None
-    teacher_lora: tuple[Tensor, Tensor, float] | None
+    student_lora: Adapter | None
+    teacher_lora: Adapter | Sequence[Adapter | None] | None
     student_logit_scale: float
     teacher_logit_scale: float | Sequence[float]
     student_softcap: float | None
@@ -157,8 +158,8 @@ def linear_divergence(
     teacher_temperature: float | None = None,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | Sequence[Tensor | None] | None = None,
-    student_lora: tuple[Tensor, Tensor, float] | None = None,
-    teacher_lora: tuple[Tensor, Tensor, float] | None = None,
+    student_lora: Adapter | None = None,
+    teacher_lora: Adapter | Sequence[Adapter | None] | None = None,
     student_logit_scale: float = 1.0,
     teacher_logit_scale: float | Sequence[float] = 1.0,
     student_softcap: float | None = None,
@@ -242,7 +243,7 @@ def with_defaults(options: DivergenceOptions) -> dict[str, Any]:
 def check_options(options: DivergenceOptions) -> None:
     """Raise ValueError or TypeError for an unknown option, and for a bad one that needs no tensors."""
     given = with_defaults(options)
-    counts = {len(given[name]) for name in OPTIONS if isinstance(given[name], (tuple, list))} or {1}
+    counts = {len(given[name]) for name in OPTIONS if of_each_teacher(name, given[name])} or {1}
     for k in range(max(counts)):
         row_spec(options_of(given, k, max(counts)))
     row_scale(given["reduction"], given["normalizer"], torch.empty(1, 1, 1), None)

@@ -11,7 +11,7 @@ from ._core.autograd import log_probs, log_probs_at
 from ._core.listed import topk
 from ._core.problem import Side, check_list, of_one_side
 from .quantized import QuantizedHead
-from .spec import BACKWARDS, LogitTransform, check_choice, check_tensor, expect
+from .spec import BACKWARDS, Adapter, LogitTransform, check_choice, check_tensor, expect
 
 
 def linear_logprobs(
@@ -21,7 +21,7 @@ def linear_logprobs(
     *,
     temperature: float = 1.0,
     bias: Tensor | None = None,
-    lora: tuple[Tensor, Tensor, float] | None = None,
+    lora: Adapter | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
@@ -86,6 +86,7 @@ def linear_topk(
     *,
     temperature: float = 1.0,
     bias: Tensor | None = None,
+    lora: Adapter | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
@@ -112,7 +113,7 @@ def linear_topk(
     expect(isinstance(k, int) and not isinstance(k, bool), "k", "an int", type(k).__name__, TypeError)
     transform = LogitTransform.parse("", logit_scale, softcap, "temperature", temperature)
     problem = of_one_side(
-        Side(hidden, weight, bias), transform,
+        Side(hidden, weight, bias, lora), transform,
         mask=mask, vocab_size=vocab_size, workspace_bytes=workspace_bytes, backend=backend, group=group,
     )  # fmt: skip
     expect(1 <= k <= problem.vocab, "k", f"at least 1 and at most {problem.vocab}, the vocabulary", k)
@@ -128,6 +129,7 @@ def linear_logprobs_at(
     *,
     temperature: float = 1.0,
     bias: Tensor | None = None,
+    lora: Adapter | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
@@ -138,9 +140,10 @@ def linear_logprobs_at(
 ) -> Tensor:
     """Compute the log-probs of K given tokens at each position under one head, in nats.
 
-    The logits and their memory are those of `linear_topk`. Gradients flow to `hidden`, `weight` and `bias`,
-    for any upstream gradient: one GEMM pass forward, and in backward three with a trainable head and two with
-    a frozen one, because it projects the logits again. An id may occur several times; an id of -1 is none.
+    The logits and their memory are those of `linear_topk`. Gradients flow to `hidden`, `weight`, `bias` and
+    the adapter `lora` (A, B, scaling), for any upstream gradient: one GEMM pass forward, and in backward
+    three with a trainable head and two with a frozen one, because it projects the logits again. An id may
+    occur several times; an id of -1 is none.
 
     Returns (..., K) in fp32 (fp64 for fp64 inputs), 0 for an id of -1 and for masked tokens.
 
@@ -150,7 +153,7 @@ def linear_logprobs_at(
     """
     transform = LogitTransform.parse("", logit_scale, softcap, "temperature", temperature)
     problem = of_one_side(
-        Side(hidden, weight, bias), transform,
+        Side(hidden, weight, bias, lora), transform,
         mask=mask, vocab_size=vocab_size, workspace_bytes=workspace_bytes, backend=backend, group=group,
     )  # fmt: skip
     check_list("ids", ids, hidden.shape[:-1])

@@ -8,11 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .spec import expect
-
-Adapter = tuple[Tensor, Tensor, float]
+from .spec import Adapter, expect
 
 
 def base_and_adapter(head: nn.Module, name: str) -> tuple[Any, Adapter | None]:
@@ -21,7 +19,7 @@ def base_and_adapter(head: nn.Module, name: str) -> tuple[Any, Adapter | None]:
     Of several active adapters A and B are stacked. A disabled or merged one is None: the layer's weight is
     then the whole head. Gradients of A and B flow to peft's parameters. Raises ValueError, with `name` as the
     argument's name, for an adapter that is no plain LoRA: with dropout in training mode, with a bias, or a
-    variant of it such as DoRA.
+    variant of it such as DoRA, or AdaLoRA, whose third factor is no number.
     """
     layer: Any = head
     if hasattr(layer, "modules_to_save") and hasattr(layer, "original_module"):
@@ -31,7 +29,8 @@ def base_and_adapter(head: nn.Module, name: str) -> tuple[Any, Adapter | None]:
     if not hasattr(layer, "base_layer"):
         return layer, None
     expected = "a linear layer, alone or under peft's LoRA"
-    expect(hasattr(layer, "lora_A"), name, expected, type(layer).__name__)
+    kind = f"{type(layer).__module__}.{type(layer).__name__}"  # peft has many a `Linear`
+    expect(hasattr(layer, "lora_A") and not hasattr(layer, "lora_E"), name, expected, kind)
     if layer.disable_adapters:
         expect(not layer.merged, name, "a disabled adapter that is not merged", "a merged one")
         return layer.base_layer, None

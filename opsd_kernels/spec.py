@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter, is_lazy
 
+Adapter = tuple[Tensor, Tensor, float]  # of a head (V, H): A (r, H), B (V, r), scaling
+
 
 class Kind(IntEnum):
     """The divergences. csrc/row_args.h and triton_math.py have the same numbers."""
@@ -162,6 +164,22 @@ def interpolation(beta: float) -> dict[str, Any]:
     return {"divergence": ends[beta]} if beta in ends else {"divergence": "jsd", "beta": beta}
 
 
+def of_tokens(name: str, kind: str, given: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor that broadcasts to the tokens (...) of `hidden` (..., H), flat and detached: (N,).
+
+    A 0-dim tensor may lie on another device. Raises ValueError, where the argument `name` may be a `kind`.
+    """
+    leading, device = hidden.shape[:-1], hidden.device
+    pairs = zip(reversed(given.shape), reversed(leading), strict=False)
+    fits = given.dim() <= len(leading) and all(size in (1, whole) for size, whole in pairs)
+    if not fits or (given.dim() and given.device != device):
+        expected = f"{kind} on {device} that broadcasts to {tuple(leading)}"
+        expect(False, name, expected, f"shape {tuple(given.shape)} on {given.device}")
+    # A copy from the host needs no sync.
+    moved = given.detach().to(device, dtype, non_blocking=given.device.type == "cpu")
+    return moved.expand(leading).reshape(-1).contiguous()  # of a 0-dim one all rows are one entry
+
+
 @dataclass(frozen=True)
 class LogitTransform:
     """Raw logit z -> softcap(scale * (z + bias)) / temperature, with softcap(y) = c * tanh(y / c).
@@ -194,18 +212,10 @@ class LogitTransform:
         It is detached, and 1 where `valid` (N,) is False. Raises ValueError if the argument `name` does not
         broadcast to (...), or is on another device.
         """
-        given, leading = self.temperature, hidden.shape[:-1]
-        if not isinstance(given, Tensor):
+        if not isinstance(self.temperature, Tensor):
             return self
-        pairs = zip(reversed(given.shape), reversed(leading), strict=False)
-        fits = given.dim() <= len(leading) and all(size in (1, whole) for size, whole in pairs)
-        if not fits or (given.dim() and given.device != hidden.device):
-            expected = f"a number, or a tensor on {hidden.device} that broadcasts to {tuple(leading)}"
-            expect(False, name, expected, f"shape {tuple(given.shape)} on {given.device}")
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        # A copy from the host needs no sync.
-        moved = given.detach().to(hidden.device, wide, non_blocking=given.device.type == "cpu")
-        flat = moved.expand(leading).reshape(-1, 1).contiguous()  # of a 0-dim one all rows are one entry
+        flat = of_tokens(name, "a number, or a tensor", self.temperature, hidden, wide)[:, None]
         return replace(self, temperature=flat if valid is None else torch.where(valid[:, None], flat, 1.0))
 
     def at(self, rows: slice | Tensor) -> LogitTransform:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .divergence import DEFAULTS, TokenStats, evaluate, prepare
 from .quantized import QuantizedHead
-from .spec import TAILS, check_choice
+from .spec import TAILS, Adapter, check_choice
 from .weights import TokenWeighting
 
 
@@ -22,7 +22,7 @@ def linear_topk_divergence(
     tail: str = "bucket",
     temperature: float = 1.0,
     student_bias: Tensor | None = None,
-    student_lora: tuple[Tensor, Tensor, float] | None = None,
+    student_lora: Adapter | None = None,
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     vocab_size: int | None = None,
@@ -95,6 +95,7 @@ def linear_divergence_to(
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     student_bias: Tensor | None = None,
+    student_lora: Adapter | None = None,
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
     vocab_size: int | None = None,
@@ -147,8 +148,9 @@ def linear_divergence_to(
         teacher_temperature = 1.0
     options = DEFAULTS | dict(  # noqa: C408 - a literal would name each option twice
         divergence=divergence, beta=beta, temperature=temperature, teacher_temperature=teacher_temperature,
-        student_bias=student_bias, student_logit_scale=student_logit_scale, student_softcap=student_softcap,
-        vocab_size=vocab_size, student_vocab_ids=student_vocab_ids, labels=labels, ignore_index=ignore_index,
+        student_bias=student_bias, student_lora=student_lora, student_logit_scale=student_logit_scale,
+        student_softcap=student_softcap, vocab_size=vocab_size, student_vocab_ids=student_vocab_ids,
+        labels=labels, ignore_index=ignore_index,
         mask=mask, token_weights=token_weights, teacher_mix=teacher_mix, entry_clip=entry_clip,
         token_clip=token_clip, z_loss=z_loss,
         reduction=reduction, normalizer=normalizer, topk=topk, topk_support=topk_support, topk_tail=topk_tail,

@@ -6,7 +6,6 @@
 namespace opsd::avx512 {
 namespace {
 
-constexpr int64_t DEPTH = 1024;   // of a packed tile of b: 128 KiB
 constexpr int64_t GROUP = 1 << 18;  // entries of b packed at once for a narrow result: 512 KiB
 
 // to[i * stride_to + n] = (from[2i][n], from[2i + 1][n]); a missing last row counts as zeros.
@@ -43,15 +42,17 @@ void narrow_tile(const float* c, int64_t rows, int64_t width, const float* shift
 class ColumnPanel {
   const GemmArgs& g_;
   // A narrow result takes all of K at once, so that no fp32 sum leaves the tile.
-  const int64_t depth_ = g_.narrow ? (g_.K + 1) / 2 * 2 : DEPTH;
+  const int64_t depth_ = g_.narrow ? (g_.K + 1) / 2 * 2 : DEPTH + SHORT;
   const int64_t group_ = g_.narrow ? std::clamp<int64_t>(GROUP / (TILE * depth_), 1, 8) : 1;  // packed tiles
   const Buffer<uint32_t> packed_ = allocate<uint32_t>(group_ * TILE * depth_ / 2);
-  const Buffer<uint16_t> padded_ = allocate<uint16_t>(TILE * (DEPTH + 2));
+  const Buffer<uint16_t> padded_ = allocate<uint16_t>(TILE * (DEPTH + SHORT + 2));
 
   void pack(int64_t k, int64_t depth, int64_t n, int64_t width, uint32_t* to) const {
-    const GemmOperand& b = g_.b;
-    if (b.transposed) transpose_pairs(b.data + n * b.stride + k, b.stride, width, depth, to, TILE);
-    else interleave(b.data + k * b.stride + n, b.stride, depth, width, to, TILE);
+    pack_pieces(g_, k, depth, [&](const GemmOperand& b, int64_t first, int64_t rows, int64_t done) {
+      uint32_t* place = to + done / 2 * TILE;
+      if (b.transposed) transpose_pairs(b.data + n * b.stride + first, b.stride, width, rows, place, TILE);
+      else interleave(b.data + first * b.stride + n, b.stride, rows, width, place, TILE);
+    });
   }
 
   // Rows of a; with an odd depth, a copy with a zero after each row.
@@ -78,8 +79,8 @@ class ColumnPanel {
         const int64_t rows = std::min(TILE, m1 - m);
         for (int64_t i = 0; i < tiles; ++i) {
           const int64_t column = n + i * TILE, width = std::min(TILE, n1 - column);
-          for (int64_t k = 0, step = g_.K % 2 ? DEPTH : g_.K; k < g_.K; k += step) {
-            const int64_t depth = std::min(step, g_.K - k);
+          for (int64_t k = 0, depth; k < g_.K; k += depth) {
+            depth = g_.K % 2 ? depth_at(k, g_.K) : g_.K;
             const GemmOperand a = rows_of_a(m, rows, k, depth);
             const uint32_t* b = packed_.get() + (i * depth_ + k) * TILE / 2;
             g_.kernel(rows, width, depth + depth % 2, a.stride, TILE, TILE, k > 0, a.data, reinterpret_cast<const uint16_t*>(b), sum, true);
@@ -91,8 +92,8 @@ class ColumnPanel {
   }
 
   void run(int64_t n0, int64_t n1, int64_t m0, int64_t m1) const {
-    for (int64_t k = 0; k < g_.K; k += DEPTH) {
-      const int64_t depth = std::min(DEPTH, g_.K - k);
+    for (int64_t k = 0, depth; k < g_.K; k += depth) {
+      depth = depth_at(k, g_.K);
       for (int64_t n = n0; n < n1; n += TILE) {
         const int64_t width = std::min(TILE, n1 - n);
         pack(k, depth, n, width, packed_.get());

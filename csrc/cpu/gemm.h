@@ -22,9 +22,19 @@ struct Operand {
 };
 using GemmOperand = Operand<uint16_t>;  // bf16, as bits
 
+// Further rows of b, which lie in a matrix of their own: those of an adapter's factor under a head's. Columns of
+// a beyond them meet them again, from the first one on.
+template <class T>
+struct Tail {
+  Operand<T> rows;
+  int64_t length;  // 0: none
+};
+
 struct GemmArgs {
   int64_t M, N, K;
   GemmOperand a, b;  // (M, K), (K, N); not both transposed
+  Tail<uint16_t> tail;  // the last of the K rows; none where a is transposed
+  int64_t of_b;         // the first of them, even in number above a tail
   float* c;          // (M, N), unit column stride; null with `narrow`
   uint16_t* narrow;  // the same as bf16: a is not transposed, and nothing is accumulated
   const float* shift;  // (M,), subtracted from the rows of `narrow`; null: nothing is
@@ -52,6 +62,8 @@ struct DotArgs {
 struct FloatGemmArgs {
   int64_t M, N, K;
   Operand<float> a, b;  // (M, K), (K, N); not both transposed
+  Tail<float> tail;     // the last of the K rows; none where a is transposed
+  int64_t of_b;         // the first of them
   float* c;             // (M, N), unit column stride
   int64_t stride_c;
   bool accumulate;

@@ -51,9 +51,23 @@ Operand<T> operand(const Tensor& x, const char* argument, ScalarType dtype) {
 
 GemmOperand bf16_operand(const Tensor& x, const char* argument) { return operand<uint16_t>(x, argument, ScalarType::BFloat16); }
 
-void check_inner(int64_t K, const Tensor& b, bool a_transposed, bool b_transposed) {
-  expect(b.size(0) == K, "b", std::to_string(K) + " rows", b.size(0));
+// `tail` are the last of the K rows.
+template <class T>
+void check_inner(int64_t K, const Tensor& b, const Tail<T>& tail, bool a_transposed, bool b_transposed) {
+  const int64_t rows = b.size(0);
+  if (tail.length) expect(rows < K, "b", "fewer than " + std::to_string(K) + " rows above a tail", rows);
+  else expect(rows == K, "b", std::to_string(K) + " rows", rows);
   expect(!a_transposed || !b_transposed, "b", "contiguous columns beside a transposed a", "a transposed one");
+  expect(!a_transposed || !tail.length, "tail", "none beside a transposed a", "one");
+}
+
+template <class T>
+Tail<T> tail_of(const std::optional<Tensor>& tail, int64_t N, ScalarType dtype) {
+  if (!tail) return {};
+  const Operand<T> rows = operand<T>(*tail, "tail", dtype);
+  expect(tail->size(0) >= 1, "tail", "at least one row", tail->size(0));
+  expect(tail->size(1) == N, "tail", std::to_string(N) + " columns, as in b", tail->size(1));
+  return {rows, tail->size(0)};
 }
 
 #if defined(OPSD_X86)
@@ -92,10 +106,15 @@ std::string gemm_fp32_unavailable() {
 #endif
 }
 
-void gemm_bf16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate, const std::optional<Tensor>& shift) {
+void gemm_bf16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate, const std::optional<Tensor>& shift,
+                const std::optional<Tensor>& tail) {
   const bool narrow = out.scalar_type() == ScalarType::BFloat16;
   check_dtype(out, "out", narrow ? ScalarType::BFloat16 : ScalarType::Float);
-  GemmArgs g{a.size(0), b.size(1), a.size(1), bf16_operand(a, "a"), bf16_operand(b, "b"), nullptr, nullptr, nullptr, 0, accumulate, kernel().run};
+  GemmArgs g{a.size(0), b.size(1), a.size(1), bf16_operand(a, "a"), bf16_operand(b, "b"), tail_of<uint16_t>(tail, b.size(1), ScalarType::BFloat16),
+             b.size(0), nullptr, nullptr, nullptr, 0, accumulate, kernel().run};
+  expect(!tail || b.size(0) % 2 == 0, "b", "an even number of rows above a tail", b.size(0));
+  const bool once = !tail || g.K - b.size(0) <= g.tail.length;
+  expect(once || g.tail.length % 2 == 0, "tail", "an even number of rows where they repeat", g.tail.length);
   if (narrow) g.narrow = static_cast<uint16_t*>(out.mutable_data_ptr());
   else g.c = static_cast<float*>(out.mutable_data_ptr());
   check_rows(out, "out", g.M, g.N);
@@ -108,7 +127,7 @@ void gemm_bf16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumu
     g.shift = static_cast<const float*>(shift->const_data_ptr());
   }
   g.stride_c = std::max(out.stride(0), g.N);
-  check_inner(g.K, b, g.a.transposed, g.b.transposed);
+  check_inner(g.K, b, g.tail, g.a.transposed, g.b.transposed);
   expect(gemm_unavailable().empty(), "gemm_bf16_", "a machine that can", gemm_unavailable());
   if (g.M == 0 || g.N == 0) return;
 #if defined(OPSD_X86)
@@ -125,16 +144,17 @@ void gemm_bf16_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumu
 #endif
 }
 
-void gemm_fp32_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate) {
+void gemm_fp32_(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate, const std::optional<Tensor>& tail) {
   check_dtype(out, "out", ScalarType::Float);
   const auto left = operand<float>(a, "a", ScalarType::Float), right = operand<float>(b, "b", ScalarType::Float);
   const int64_t M = a.size(0), N = b.size(1), K = a.size(1);
   check_rows(out, "out", M, N);
-  check_inner(K, b, left.transposed, right.transposed);
+  const auto more = tail_of<float>(tail, N, ScalarType::Float);
+  check_inner(K, b, more, left.transposed, right.transposed);
   expect(gemm_fp32_unavailable().empty(), "gemm_fp32_", "a machine that can", gemm_fp32_unavailable());
   if (M == 0 || N == 0) return;
   expect(K >= 1, "a", "at least one column", K);
-  const FloatGemmArgs g{M, N, K, left, right, static_cast<float*>(out.mutable_data_ptr()), std::max(out.stride(0), N), accumulate};
+  const FloatGemmArgs g{M, N, K, left, right, more, b.size(0), static_cast<float*>(out.mutable_data_ptr()), std::max(out.stride(0), N), accumulate};
 #if defined(OPSD_X86)
   const GemmCut items = cut(g, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, items.items(), 1, [&](int64_t begin, int64_t end) { avx512::run_gemm(g, items, begin, end); });

@@ -7,50 +7,57 @@
 namespace opsd::avx512 {
 namespace {
 
-constexpr int64_t DEPTH = 1024;  // of a packed tile: 256 KiB
 constexpr int64_t SMALL = 1 << 18;  // entries of b: 1 MiB
 constexpr int VECTORS = TILE / LANES, HEIGHT = 6;
+constexpr int THIN_HEIGHT = 8;  // of tiles one register wide, for the thin products of adapters
 
-// c[r][n] (+)= sum over k of a[r][k] * b[k][n] for R rows and up to 64 columns, the lanes of `columns`.
+// c[r][n] (+)= sum over k of a[r][k] * b[k][n] for R rows and up to 16 C columns, the lanes of `columns`.
 struct Step {
   int64_t depth, stride_a, step_a, stride_b, stride_c;  // step_a: from k to k + 1 in a
   __mmask16 columns[VECTORS];
   bool accumulate;
 };
 
-template <int R>
+template <int R, int C>
 void multiply(const Step& s, const float* a, const float* b, float* c) {
-  __m512 sum[R][VECTORS];
-#pragma GCC unroll 6
+  __m512 sum[R][C];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int i = 0; i < VECTORS; ++i) sum[r][i] = _mm512_setzero_ps();
+    for (int i = 0; i < C; ++i) sum[r][i] = _mm512_setzero_ps();
   for (int64_t k = 0; k < s.depth; ++k, a += s.step_a, b += s.stride_b) {
-    __m512 row[VECTORS];
+    __m512 row[C];
 #pragma GCC unroll 4
-    for (int i = 0; i < VECTORS; ++i) row[i] = _mm512_maskz_loadu_ps(s.columns[i], b + i * LANES);
-#pragma GCC unroll 6
+    for (int i = 0; i < C; ++i) row[i] = _mm512_maskz_loadu_ps(s.columns[i], b + i * LANES);
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const __m512 entry = _mm512_set1_ps(a[r * s.stride_a]);
 #pragma GCC unroll 4
-      for (int i = 0; i < VECTORS; ++i) sum[r][i] = _mm512_fmadd_ps(entry, row[i], sum[r][i]);
+      for (int i = 0; i < C; ++i) sum[r][i] = _mm512_fmadd_ps(entry, row[i], sum[r][i]);
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int i = 0; i < VECTORS; ++i) {
+    for (int i = 0; i < C; ++i) {
       float* to = c + r * s.stride_c + i * LANES;
       if (s.accumulate) sum[r][i] = _mm512_add_ps(_mm512_maskz_loadu_ps(s.columns[i], to), sum[r][i]);
       _mm512_mask_storeu_ps(to, s.columns[i], sum[r][i]);
     }
 }
 
-// `rows` rows of c, HEIGHT at a time.
+// `rows` rows of c, as many at a time as registers hold.
 void multiply_rows(const Step& s, int64_t rows, const float* a, const float* b, float* c) {
   using Multiply = void (*)(const Step&, const float*, const float*, float*);
-  constexpr Multiply OF_HEIGHT[HEIGHT] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>};
-  for (int64_t m = 0; m < rows; m += HEIGHT) OF_HEIGHT[std::min<int64_t>(HEIGHT, rows - m) - 1](s, a + m * s.stride_a, b, c + m * s.stride_c);
+  constexpr Multiply WIDE[HEIGHT] = {multiply<1, 4>, multiply<2, 4>, multiply<3, 4>, multiply<4, 4>, multiply<5, 4>, multiply<6, 4>};
+  constexpr Multiply THIN[THIN_HEIGHT] = {multiply<1, 1>, multiply<2, 1>, multiply<3, 1>, multiply<4, 1>,
+                                          multiply<5, 1>, multiply<6, 1>, multiply<7, 1>, multiply<8, 1>};
+  const bool thin = !s.columns[1];
+  const int64_t height = thin ? THIN_HEIGHT : HEIGHT;
+  for (int64_t m = 0; m < rows; m += height) {
+    const int64_t last = std::min(height, rows - m) - 1;
+    (thin ? THIN[last] : WIDE[last])(s, a + m * s.stride_a, b, c + m * s.stride_c);
+  }
 }
 
 Step step(int64_t depth, int64_t width, bool accumulate) {
@@ -72,11 +79,13 @@ void pack(const Operand<float>& b, int64_t k, int64_t depth, int64_t n, int64_t 
 
 // Columns [n0, n1) of c for rows [m0, m1), with b packed tile by tile. Read in place it costs a third more.
 void column_panel(const FloatGemmArgs& g, float* packed, int64_t n0, int64_t n1, int64_t m0, int64_t m1) {
-  for (int64_t k = 0; k < g.K; k += DEPTH) {
-    const int64_t depth = std::min(DEPTH, g.K - k);
+  for (int64_t k = 0, depth; k < g.K; k += depth) {
+    depth = depth_at(k, g.K);
     for (int64_t n = n0; n < n1; n += TILE) {
       const int64_t width = std::min(TILE, n1 - n);
-      pack(g.b, k, depth, n, width, packed);
+      pack_pieces(g, k, depth, [&](const Operand<float>& b, int64_t first, int64_t rows, int64_t done) {
+        pack(b, first, rows, n, width, packed + done * TILE);
+      });
       Step s = step(depth, width, g.accumulate || k > 0);
       s.stride_a = g.a.stride, s.step_a = 1, s.stride_b = TILE, s.stride_c = g.stride_c;
       multiply_rows(s, m1 - m0, g.a.data + m0 * g.a.stride + k, packed, g.c + m0 * g.stride_c + n);
@@ -88,11 +97,11 @@ void column_panel(const FloatGemmArgs& g, float* packed, int64_t n0, int64_t n1,
 void row_panel(const FloatGemmArgs& g, float* packed, int64_t m0, int64_t m1) {
   for (int64_t m = m0; m < m1; m += TILE) {
     const int64_t rows = std::min(TILE, m1 - m);
-    for (int64_t k = 0; k < g.K; k += DEPTH) {
-      const int64_t depth = std::min(DEPTH, g.K - k);
+    for (int64_t k = 0, depth; k < g.K; k += depth) {
+      depth = depth_at(k, g.K);
       pack({g.a.data, g.a.stride, false}, k, depth, m, rows, packed);
       // A small b stays in the cache while whole rows of c are written.
-      const int64_t height = depth * g.N <= SMALL ? HEIGHT : rows;
+      const int64_t height = g.N > TILE && depth * g.N <= SMALL ? HEIGHT : rows;
       for (int64_t row = 0; row < rows; row += height)
         for (int64_t n = 0; n < g.N; n += TILE) {
           Step s = step(depth, g.N - n, g.accumulate || k > 0);
@@ -106,7 +115,7 @@ void row_panel(const FloatGemmArgs& g, float* packed, int64_t m0, int64_t m1) {
 }  // namespace
 
 void run_gemm(const FloatGemmArgs& g, const GemmCut& cut, int64_t begin, int64_t end) {
-  const Buffer<float> packed = allocate<float>(TILE * std::min(DEPTH, g.K));
+  const Buffer<float> packed = allocate<float>(TILE * std::min(DEPTH + SHORT, g.K));
   const int64_t rows = (g.M + cut.splits - 1) / cut.splits;
   for (int64_t i = begin; i < end; ++i) {
     if (g.a.transposed) {

@@ -19,6 +19,22 @@ namespace opsd::avx512 {
 // rows and columns of a micro-kernel call: within 5 % of 32 and 128 in every role
 constexpr int64_t TILE = 64;
 constexpr int64_t LANES = 16;  // 32-bit elements of a register
+constexpr int64_t DEPTH = 1024;  // of a packed tile of b: 128 KiB in bf16, 256 in fp32
+constexpr int64_t SHORT = 128;   // a last step of at most as much joins the one before
+
+// The depth of the step that starts at k.
+inline int64_t depth_at(int64_t k, int64_t K) { return K - k <= DEPTH + SHORT ? K - k : DEPTH; }
+
+// Calls pack(operand, first row, rows, place among the packed ones) for rows [k, k + depth) of b and its tail.
+template <class Args, class Pack>
+void pack_pieces(const Args& g, int64_t k, int64_t depth, const Pack& pack) {
+  for (int64_t done = 0, rows; done < depth; done += rows) {
+    const bool inside = k + done < g.of_b;
+    const int64_t first = inside ? k + done : (k + done - g.of_b) % g.tail.length;
+    rows = std::min(depth - done, (inside ? g.of_b : g.tail.length) - first);
+    pack(inside ? g.b : g.tail.rows, first, rows, done);
+  }
+}
 
 struct Free {
   void operator()(void* p) const { std::free(p); }

@@ -23,7 +23,7 @@ from .._rows.torch_topk import rows_at_once
 from ..spec import LogitTransform
 from . import library, loop
 from .loop import Positions, Walk
-from .problem import Problem
+from .problem import Problem, Side
 from .sizes import SLICE_BYTES
 from .topk_support import Rows
 
@@ -38,27 +38,29 @@ class Parts:
     token: Tensor  # (N,) int64: y, -1 at invalid tokens
 
 
-def forward_kl_parts(problem: Problem, weight: Tensor, bias: Tensor | None) -> Parts:
+def forward_kl_parts(problem: Problem, head: Side) -> Parts:
     """Return `_parts`, outside torch.compile."""
-    return library.eagerly(_parts, problem, weight, bias)
+    return library.eagerly(_parts, problem, head)
 
 
-def _parts(problem: Problem, weight: Tensor, bias: Tensor | None) -> Parts:
+def _parts(problem: Problem, head: Side) -> Parts:
     """Walk the teacher, the problem's student, and multiply its probabilities by the student's head.
 
-    `weight` (V, H_s) and `bias` (V,) are the student's; with a shard, this rank's rows. The product is in
-    fp32 (fp64) whatever the dtype of the head: a cache is made once, and its error would be that of every
-    step. Zeros, and a token of -1, at invalid tokens.
+    `head` is the student's; with a shard, this rank's rows. The product is in fp32 (fp64) whatever the dtype
+    of the head: a cache is made once, and its error would be that of every step. Zeros, and a token of -1, at
+    invalid tokens. Of meta tensors the shapes.
     """
     problem = replace(problem, student=problem.student.detach(), wants=library.NO_GRADIENTS)
-    chunks, backend, rows, _ = library.arrange(problem)
     N, wide, new = problem.tokens, problem.stats_dtype, problem.student.hidden.new_zeros
     parts = Parts(
-        new((N, weight.shape[1]), dtype=wide),
+        new((N, head.weight.shape[1]), dtype=wide),
         new(N, dtype=wide),
         new(N, dtype=wide),
         new(N, dtype=torch.int64),
     )
+    if parts.mean.is_meta:
+        return parts
+    chunks, backend, rows, _ = library.arrange(problem)
 
     def sweep(walk: Walk, chunk: Rows, at: Positions) -> None:
         transform = walk.problem.spec.at(at).student
@@ -66,7 +68,7 @@ def _parts(problem: Problem, weight: Tensor, bias: Tensor | None) -> Parts:
         stats = walk.backend.row_stats(chunk.S, chunk.T, walk.problem.spec.at(at), *biases, True)
         token = stats[:, Column.STUDENT_ARGMAX].long()
         write_difference_(chunk, stats, transform, walk.columns(token))
-        mean, offset = products(chunk.S, weight, bias)
+        mean, offset = products(chunk.S, head)
         if walk.problem.shard is not None:
             dist.all_reduce(mean, group=walk.problem.shard.group)
             dist.all_reduce(offset, group=walk.problem.shard.group)
@@ -92,11 +94,12 @@ def write_difference_(chunk: Rows, stats: Tensor, transform: LogitTransform, tok
     chunk.S[rows, column] -= here.to(chunk.S.dtype)
 
 
-def products(P: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def products(P: Tensor, head: Side) -> tuple[Tensor, Tensor]:
     """Return P @ weight, (n, H), and P @ bias, (n,), in the dtype of P. Slices of the head are cast to it.
 
-    An entry of zero adds nothing, whatever the bias is.
+    The weight includes the adapter. An entry of zero adds nothing, whatever the bias is.
     """
+    weight, bias, lora = head.weight, head.bias, head.lora
     (n, V), H = P.shape, weight.shape[1]
     mean, offset = P.new_zeros(n, H), P.new_zeros(n)
     if weight.dtype == P.dtype:
@@ -105,6 +108,8 @@ def products(P: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
         step = max(64, SLICE_BYTES // (P.dtype.itemsize * H))
         for part in (slice(start, min(start + step, V)) for start in range(0, V, step)):
             mean.addmm_(P[:, part], weight[part].to(P.dtype))
+    if lora is not None:
+        mean.addmm_(P @ lora.B[:V].to(P.dtype), lora.A.to(P.dtype), alpha=lora.scaling)
     if bias is not None:
         finite = bias[:V].to(P.dtype)
         offset = P @ torch.where(finite.isfinite(), finite, 0.0)

@@ -60,10 +60,7 @@ def arrange(
         and side.weight.device == hidden.device
         for side in (problem.student, *sides)
     )
-    ranks = (
-        0 if problem.student.lora is None else problem.student.lora.A.shape[0],
-        0 if teacher is None or teacher.lora is None else teacher.lora.A.shape[0],
-    )
+    ranks = [0 if side.lora is None else side.lora.A.shape[0] for side in (problem.student, *sides)]
     chunks = plan(
         rows.count,
         # The widest shard on every rank: all ranks use the same chunk boundaries.
@@ -312,12 +309,10 @@ def pack(problem: Problem) -> tuple[Any, ...]:
 
 def _pack_heads(problem: Problem) -> tuple[list[float], list[Tensor | None]]:
     """Return numbers and tensors of adapters, quantised heads, the student's ids, and several teachers."""
-    sides = problem.student, problem.teacher
-    adapters = [None if side is None else side.lora for side in sides]
-    numbers = [0.0 if lora is None else lora.scaling for lora in adapters]
-    more = [part for lora in adapters for part in ((None, None) if lora is None else (lora.A, lora.B))]
-    for side in sides:
-        _pack_quantised(side, numbers, more)
+    numbers: list[float] = []
+    more: list[Tensor | None] = []
+    for side in (problem.student, problem.teacher):
+        _pack_head(side, numbers, more)
     more.append(problem.vocab_ids)
     if (teachers := problem.teachers) is not None:
         numbers += [*teachers.scales, *(softcap or 0.0 for softcap in teachers.softcaps)]
@@ -325,43 +320,46 @@ def _pack_heads(problem: Problem) -> tuple[list[float], list[Tensor | None]]:
         # The first one is the problem's teacher.
         for side in teachers.sides[1:]:
             more += [side.hidden, side.weight, side.bias]
-            _pack_quantised(side, numbers, more)
+            _pack_head(side, numbers, more)
     return numbers, more
 
 
-def _pack_quantised(side: Side | None, numbers: list[float], more: list[Tensor | None]) -> None:
-    """Append the block size of a quantised head to `numbers`, its scales and zero points to `more`."""
-    head = None if side is None else side.quantised
+def _pack_head(side: Side | None, numbers: list[float], more: list[Tensor | None]) -> None:
+    """Append scaling and block size to `numbers`, A, B, scales and zero points to `more`."""
+    lora, head = (None, None) if side is None else (side.lora, side.quantised)
+    numbers.append(0.0 if lora is None else lora.scaling)
     numbers += (0.0, 0.0) if head is None else head.block
+    more += (None, None) if lora is None else (lora.A, lora.B)
     more += (None, None) if head is None else (head.scales, head.zero_points)
 
 
-def _unpack_quantised(side: Side, block: Sequence[float], parts: Sequence[Any]) -> Side:
-    if parts[0] is None:
-        return side
-    head = QuantizedHead(side.weight, parts[0], parts[1], (int(block[0]), int(block[1])))
-    return replace(side, quantised=head)
+def _unpack_head(side: Side, numbers: Sequence[float], parts: Sequence[Any]) -> Side:
+    """Return the side with the adapter and the quantised head of `_pack_head`."""
+    A, B, scales, zero_points, *_ = parts
+    scaling, *block = numbers[:3]
+    lora = None if A is None else Lora(A, B, scaling)
+    if scales is None:
+        return replace(side, lora=lora)
+    head = QuantizedHead(side.weight, scales, zero_points, (int(block[0]), int(block[1])))
+    return replace(side, lora=lora, quantised=head)
 
 
 def _unpack_heads(problem: Problem, numbers: Sequence[float], more: Sequence[Any]) -> Problem:
     """Return a problem with the adapters, quantised heads, ids and teachers of `_pack_heads`."""
-    sides: list[Any] = [problem.student, problem.teacher]
-    for k, side in enumerate(sides):
-        if side is not None:
-            A, B = more[2 * k : 2 * k + 2]
-            side = replace(side, lora=None if A is None else Lora(A, B, numbers[k]))
-            sides[k] = _unpack_quantised(side, numbers[2 + 2 * k :], more[4 + 2 * k : 6 + 2 * k])
-    (student, teacher), ids, rows = sides, more[8], problem.rows
+    student, teacher = _unpack_head(problem.student, numbers, more), problem.teacher
+    if teacher is not None:
+        teacher = _unpack_head(teacher, numbers[3:], more[4:])
+    ids, rows = more[8], problem.rows
     if rows.target is not None:
         rows = replace(rows, target=replace(rows.target, ids=ids))
     problem = replace(problem, student=student, teacher=teacher, rows=rows, vocab_ids=ids)
     if len(more) == 9 or teacher is None:
         return problem
-    count = (len(more) - 10) // 5 + 1
-    of_each, blocks = numbers[6 : 6 + 2 * count], numbers[6 + 2 * count :]
+    count = (len(more) - 10) // 7 + 1
+    of_each, forms = numbers[6 : 6 + 2 * count], numbers[6 + 2 * count :]
     others = (
-        _unpack_quantised(Side(*more[at : at + 3]), blocks[2 * k :], more[at + 3 : at + 5])
-        for k, at in enumerate(range(10, len(more), 5))
+        _unpack_head(Side(*more[at : at + 3]), forms[3 * k :], more[at + 3 :])
+        for k, at in enumerate(range(10, len(more), 7))
     )
     softcaps = tuple(softcap or None for softcap in of_each[count:])
     teachers = Teachers(more[9], (teacher, *others), tuple(of_each[:count]), softcaps)

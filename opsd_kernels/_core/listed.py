@@ -25,7 +25,7 @@ SCHEMAS = (
     f"linear_topk({library.PROBLEM}, int k) -> (Tensor ids, Tensor logprobs, Tensor tail)",
     f"linear_logprobs_at({library.PROBLEM}, Tensor ids) -> (Tensor logprobs, Tensor stats)",
     f"linear_logprobs_at_backward({library.PROBLEM}, Tensor ids, Tensor upstream, Tensor stats)"
-    " -> (Tensor dh, Tensor dW, Tensor dbias)",
+    " -> (Tensor dh, Tensor dW, Tensor dbias, Tensor dA, Tensor dB)",
 )
 
 
@@ -133,7 +133,8 @@ def _at_backward(*args: Any) -> tuple[Tensor, ...]:
     saved = stats, stats[:, 0]
     out = loop.run(problem, chunks, backend, rows, metrics=False, saved=saved, sweep=sweep)
     new = problem.student.hidden.new_empty
-    return tuple(new(0) if grad is None else grad for grad in (out.dh, out.dW, out.dbias))
+    gradients = (out.dh, out.dW, out.dbias, out.dA, out.dB)
+    return tuple(new(0) if grad is None else grad for grad in gradients)
 
 
 def sums_of_equal(columns: Tensor, values: Tensor) -> Tensor:
@@ -167,7 +168,7 @@ def _at_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def _at_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     flat = args[:-3]
-    return library.fake_gradients(flat, flat[library.WANTS])[:3]
+    return library.fake_gradients(flat, flat[library.WANTS])
 
 
 library.register(SCHEMAS, (_topk, _at, _at_backward), (_topk_fake, _at_fake, _at_backward_fake))
@@ -175,5 +176,5 @@ library.register(SCHEMAS, (_topk, _at, _at_backward), (_topk_fake, _at_fake, _at
 op_topk = torch.ops.opsd_kernels.linear_topk
 # (*pack(problem), ids) -> logprobs, stats.
 op_at = torch.ops.opsd_kernels.linear_logprobs_at
-# (*pack(problem), ids, upstream, stats) -> dh, dW, dbias.
+# (*pack(problem), ids, upstream, stats) -> gradients.
 op_at_backward = torch.ops.opsd_kernels.linear_logprobs_at_backward

@@ -178,10 +178,12 @@ class Buffers:
         elif self.stack is not None:
             stack = self.stack[: 2 * C]
             stack_difference(student, teacher, stack)
+        beside = stack is not None and self.behind is None and (centre.s is None or centre.t is not None)
+        both = self.pair[start : start + 2 * C] if beside else None
         if self.adapters is not None:
-            self.adapters.fill(problem, student, teacher, S, T, centre, part, stack)
-        elif stack is not None and self.behind is None and (centre.s is None or centre.t is not None):
-            project(stack, head, self.pair[start : start + 2 * C], centre.stacked)
+            self.adapters.fill(problem, student, teacher, S, T, centre, part, stack, both)
+        elif stack is not None and both is not None:
+            project(stack, head, both, centre.stacked)
         else:
             project(student, head, S, centre.s)
             if teacher is not None and other is not None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._rows import extension
 from ..spec import check_number, check_tensor, expect
 from .sizes import ADAPTED_BYTES, COPY_BYTES
 
@@ -78,6 +80,15 @@ def row_slices(x: Tensor) -> Sequence[slice]:
     return [slice(start, start + step) for start in range(0, x.shape[0], step)]
 
 
+def joins(device_type: str, dtype: torch.dtype, H: int) -> bool:
+    """Return True if one GEMM of the extension multiplies rows (n, H) by a head and by B."""
+    if device_type != "cpu":
+        return False
+    if dtype == torch.bfloat16:  # whose entries it reads in pairs
+        return H % 2 == 0 and extension.gemm_unavailable() is None
+    return extension.gemm_fp32_serves(dtype)
+
+
 @dataclass(frozen=True)
 class AdapterPlan:
     """Hold the bytes and operations that adapters add to a call."""
@@ -91,23 +102,35 @@ class AdapterPlan:
     @classmethod
     def of(
         cls,
-        V: int,
-        H_student: int,
-        ranks: tuple[int, int],
-        grad: bool,
+        gemms: Any,
+        ranks: Sequence[int],
         dtype: torch.dtype,
         buffer: torch.dtype,
         device_type: str,
+        whole: bool,
     ) -> AdapterPlan:
-        """Count what adapted.Adapters allocates for matrices of the head's dtype, of these `ranks`."""
+        """Count what adapted.Adapters allocates for matrices of the head's dtype.
+
+        `gemms` are the planner's Products, `ranks` those of the student and of each teacher. `whole`: no head
+        is read by slices.
+        """
+        V, H_student = gemms.V, gemms.H_student
         narrow, wide = dtype.itemsize == 2, torch.promote_types(dtype, torch.float32).itemsize
-        trained, both = ranks[0] * grad, sum(ranks)
-        scratch = (ADAPTED_BYTES[device_type] * (buffer.itemsize == 2) + COPY_BYTES) * narrow
+        trained, theirs = ranks[0] * gemms.grad, max(ranks[1:], default=0)
+        both, one = ranks[0] + theirs, whole and joins(device_type, dtype, H_student)
+        addends = 2 if narrow else 1
+        scratch = (ADAPTED_BYTES[device_type] * (buffer.itemsize == 2 and not one) + COPY_BYTES) * narrow
+        # A matrix for the difference of two adapters, or for an odd number of rows to be repeated
+        copied = narrow * one * both * (theirs > 0 < ranks[0] or any(rank % 2 for rank in ranks))
+        # The rows beside their factors: of one side, or of the stacked rows
+        left = (
+            (max(H_student, gemms.H_teacher) + addends * both) * dtype.itemsize * one * (1 + gemms.difference)
+        )
         # dA, and dB with the products of both addends
-        entries = trained * (H_student + V * (2 if narrow else 1))
+        entries = trained * (H_student + V * addends)
         return cls(
-            per_row=wide * (H_student * (trained > 0) + 3 * trained + 2 * both),
-            scratch=scratch + narrow * wide * V * both,
+            per_row=wide * (H_student * (trained > 0) + 3 * trained + 2 * both) + left,
+            scratch=scratch + addends * dtype.itemsize * V * copied,
             gradients=wide * entries,
             forward=both,
             backward=2 * trained,

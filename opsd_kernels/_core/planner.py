@@ -317,7 +317,7 @@ def plan(
     device_type: str = "cpu", weights_scope: str = "index", longest_sequence: int | None = None,
     policy: bool = False, topk: int = 0, listed: int = 0, target_copied: bool = False, one_sweep: bool = True,
     factor: float = 1.0, softcap: bool = False, sm_count: int = SM_COUNT, threads: int | None = None,
-    gradient_tolerance: float | None = None, ranks: tuple[int, int] = (0, 0),
+    gradient_tolerance: float | None = None, ranks: Sequence[int] = (0, 0),
     heads: tuple[str, str] = ("whole", "whole"), teacher_dtype: torch.dtype | None = None,
 ) -> ChunkPlan:  # fmt: skip
     """Plan `linear_divergence` for N valid tokens, a vocabulary of V and the hidden sizes of both sides.
@@ -328,7 +328,8 @@ def plan(
     * `weights_scope`: scope of the token weights. With "sequence", chunks end at sequence boundaries if a
       chunk holds `longest_sequence` rows (four passes); otherwise a statistics pass goes first (six).
     * `topk`, `listed`, `policy`, `one_sweep`: entries of a support; of a list; an objective; a plain KL.
-    * `factor`, `softcap`, `ranks`: the larger logit scale / temperature; if there is a softcap; of adapters.
+    * `factor`, `softcap`, `ranks`: the larger logit scale / temperature; if there is a softcap; of the
+      adapters of the student and of each teacher, 0 for none.
     * `heads` of student and teacher: "whole"; "sliced", of another dtype than its GEMM, on another device, or
       read by `student_vocab_ids` (`V` of them); or "quantised". `dtype` and `teacher_dtype` are those of the
       GEMMs, the teacher's by default `dtype`.
@@ -358,7 +359,7 @@ def plan(
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
     adapted = AdapterPlan()
     if any(ranks):
-        adapted = AdapterPlan.of(V, H_student, ranks, grad, dtype, buffer, device_type)
+        adapted = AdapterPlan.of(gemms, ranks, dtype, buffer, device_type, sliced is None)
     per_row += adapted.per_row + teacher_row * target_copied
     scratch += adapted.scratch + (KEPT_BYTES + SELECT_BYTES * V) * selects
     if sliced is not None:

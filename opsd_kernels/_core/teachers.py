@@ -15,19 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import check_tensor, expect
+from ..spec import check_tensor, expect, of_tokens
 from .planner import ChunkPlan
-from .problem import ComputedRows, Problem, Side, Teachers, per_token
+from .problem import ComputedRows, Problem, Side, Teachers
 from .shard import shard_of
 
-OPTIONS = ("teacher_bias", "teacher_logit_scale", "teacher_softcap")  # may be one for each teacher
+# May be one for each teacher
+OPTIONS = ("teacher_bias", "teacher_lora", "teacher_logit_scale", "teacher_softcap")
+
+
+def of_each_teacher(name: str, value: Any) -> bool:
+    """Return True for a sequence of an option's values. An adapter is itself one, which starts with A."""
+    several = isinstance(value, (tuple, list))
+    return several and not (name == "teacher_lora" and value and isinstance(value[0], Tensor))
 
 
 def options_of(options: dict[str, Any], k: int, count: int) -> dict[str, Any]:
     """Return the options of a call with teacher `k` of `count` alone."""
     told = {**options, "teacher_index": None}
     for name in OPTIONS:
-        if isinstance(told[name], (tuple, list)):
+        if of_each_teacher(name, told[name]):
             expect(len(told[name]) == count, name, f"{count} values, one per teacher", len(told[name]))
             told[name] = told[name][k]
     return told
@@ -53,8 +60,7 @@ def several(
         raise TypeError(f"teacher_hidden: expected {expected}, got a {type(hidden).__name__}{came}")
     count, leading = len(hidden), student[0].shape[:-1]
     expect(index is not None, "teacher_index", f"a tensor {tuple(leading)} of numbers in [0, {count})", None)
-    expect(options["teacher_lora"] is None, "teacher_lora", "None with several teachers", "an adapter")
-    of_each = ["teacher_hidden", *(name for name in OPTIONS if isinstance(options[name], (tuple, list)))]
+    of_each = ["teacher_hidden", *(name for name in OPTIONS if of_each_teacher(name, options[name]))]
     if isinstance(weights, (tuple, list)):
         of_each.append("teacher_weight")
     else:
@@ -75,9 +81,10 @@ def several(
                 rows = own.detach().to(_teacher(parts[k][0]).hidden.dtype)
                 problem = replace(parts[k][0], teacher=replace(_teacher(parts[k][0]), hidden=rows))
                 parts[k] = problem, parts[k][1]
-    problem = _combined(
-        [problem for problem, _ in parts], per_token("teacher_index", index, leading, student[0].device)
-    )
+    index = check_tensor("teacher_index", index)
+    expect(index.dtype == torch.int64, "teacher_index", "dtype int64", index.dtype, TypeError)
+    index = of_tokens("teacher_index", "a tensor", index, student[0], index.dtype)
+    problem = _combined([problem for problem, _ in parts], index)
     weigher = parts[0][1]
     weigher.problem = problem
     return problem, weigher
@@ -89,7 +96,7 @@ def _numbered(k: int, of_each: list[str]) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        text = re.sub(rf"^({'|'.join(of_each)}):", rf"\1[{k}]:", str(error))
+        text = re.sub(rf"^({'|'.join(of_each)})(?=[: ])", rf"\1[{k}]", str(error))
         raise type(error)(text) from None
 
 
@@ -100,8 +107,8 @@ def _teacher(problem: Problem) -> Side:
 
 def _combined(parts: list[Problem], index: Tensor) -> Problem:
     """Return one problem. The student's head is the teachers' too if it is that of each."""
-    first = parts[0]
-    expect(index.dtype == torch.int64, "teacher_index", "dtype int64", index.dtype, TypeError)
+    # A teacher may need the student's rows in a wider dtype.
+    first = max(parts, key=lambda part: part.student.hidden.dtype.itemsize)
     shared, head = all(part.shared_head for part in parts), first.student.weight.detach()
     sides = tuple(
         replace(_teacher(part), weight=head) if part.shared_head else _teacher(part) for part in parts

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..spec import Adapter
 
-def dense_head(weight: Tensor, lora: tuple[Tensor, Tensor, float] | None) -> Tensor:
+
+def dense_head(weight: Tensor, lora: Adapter | None) -> Tensor:
     """Return W + scaling * B @ A, (V, H), in fp32 or fp64. Differentiable."""
     if lora is None:
         return weight
@@ -24,7 +26,10 @@ def with_dense_heads(reference: Callable[..., Any]) -> Callable[..., Any]:
     def run(hidden: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Any:
         own = options.pop("student_lora", None) or options.pop("lora", None)
         teacher = options.pop("teacher_lora", None)
-        if teacher is not None:
+        if teacher is not None and isinstance(rest[1], (tuple, list)):
+            heads = [dense_head(head, lora) for head, lora in zip(rest[1], teacher, strict=True)]
+            rest = (rest[0], heads, *rest[2:])
+        elif teacher is not None:
             rest = (rest[0], dense_head(rest[1], teacher), *rest[2:])
         return reference(hidden, dense_head(weight, own), *rest, **options)
 

@@ -5,7 +5,7 @@ Every layout and edge, exact products, the same bits on any number of threads.
 
 import pytest
 import torch
-from gemm_cases import LAYOUTS, SHAPES, assert_products, assert_threads_change_no_bit, matrix
+from gemm_cases import LAYOUTS, SHAPES, assert_products, assert_tailed, assert_threads_change_no_bit, matrix
 
 from opsd_kernels._core import cpu_gemm
 from opsd_kernels._rows import extension
@@ -22,10 +22,35 @@ def usable():
 
 
 def multiply(
-    a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool, shift: torch.Tensor | None = None
+    a: torch.Tensor,
+    b: torch.Tensor,
+    out: torch.Tensor,
+    accumulate: bool,
+    shift: torch.Tensor | None = None,
+    tail: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    torch.ops.opsd_kernels.gemm_bf16_(a, b, out, accumulate, shift)
+    torch.ops.opsd_kernels.gemm_bf16_(a, b, out, accumulate, shift, tail)
     return out
+
+
+def test_further_rows_of_b_in_a_matrix_of_their_own():
+    assert_tailed(multiply, BF16)
+
+
+@pytest.mark.parametrize("K, more", [(64, 16), (1024, 33), (3000, 5)])
+def test_a_bf16_result_of_both_is_that_of_one_matrix(K, more):
+    a, b, tail = (
+        matrix(70, K + more, False, 0, BF16),
+        matrix(K, 333, True, 1, BF16),
+        matrix(more, 333, True, 2, BF16),
+    )
+    shift = torch.randn(70)
+    whole = torch.cat([b.t(), tail.t()], 1).t()
+    found, one = (
+        multiply(a, right, torch.empty(70, 333, dtype=BF16), False, shift, rest)
+        for right, rest in ((b, tail), (whole, None))
+    )
+    assert_same_bits(found, one)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -87,6 +112,8 @@ def test_errors_name_the_argument():
         ((a, b, narrow, False, shift[:3]), "shift: expected contiguous, one per row of a, got 3"),
         ((a, b, narrow, False, torch.zeros(8)[::2]), "shift: expected contiguous, one per row of a"),
         ((a, b, out.half(), False), "out: expected Float, got Half"),
+        ((a, b[:1], out, False, None, b[:2]), "b: expected an even number of rows above a tail, got 1"),
+        ((torch.cat([a, a], 1), b[:2], out, False, None, b), "tail: expected an even number of rows where"),
     ):
         with pytest.raises(RuntimeError, match=message):
             multiply(*args)

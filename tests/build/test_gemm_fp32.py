@@ -5,7 +5,7 @@ Every layout and edge, nothing written beside the result, the same bits on any n
 
 import pytest
 import torch
-from gemm_cases import LAYOUTS, SHAPES, assert_products, assert_threads_change_no_bit, matrix
+from gemm_cases import LAYOUTS, SHAPES, assert_products, assert_tailed, assert_threads_change_no_bit, matrix
 
 from opsd_kernels._core import loop
 from opsd_kernels._rows import extension
@@ -21,8 +21,14 @@ def usable():
         pytest.skip(reason)
 
 
-def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
-    torch.ops.opsd_kernels.gemm_fp32_(a, b, out, accumulate)
+def multiply(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    out: torch.Tensor,
+    accumulate: bool = False,
+    tail: torch.Tensor | None = None,
+) -> torch.Tensor:
+    torch.ops.opsd_kernels.gemm_fp32_(a, b, out, accumulate, tail)
     return out
 
 
@@ -30,6 +36,18 @@ def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, accumulate: bo
 @pytest.mark.parametrize("M, N, K", SHAPES)
 def test_products_are_no_worse_than_those_of_torch(M, N, K, layout):
     assert_products(multiply, FP32, layout, M, N, K)
+
+
+def test_further_rows_of_b_in_a_matrix_of_their_own():
+    assert_tailed(multiply, FP32)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("N", [1, 15, 16, 17])
+def test_thin_results(layout, N):
+    """Columns of one register: the products of an adapter."""
+    for M, K in ((1, 5), (7, 2100), (8, 64), (131, 33)):
+        assert_products(multiply, FP32, layout, M, N, K)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -78,6 +96,14 @@ def test_errors_name_the_argument():
         ((torch.ones(8, 6)[::2, ::2], b, out), "a: expected one stride of 1"),
         ((torch.ones(3).expand(4, 3), b, out), "a: expected a stride of at least 3, got 0"),
         ((a, torch.ones(7).as_strided((3, 5), (1, 1)), out), "b: expected a stride of at least 5, got 1"),
+        ((a, b, out, False, torch.ones(2, 5)), "b: expected fewer than 3 rows above a tail, got 3"),
+        ((a, b[:2], out, False, torch.ones(0, 5)), "tail: expected at least one row, got 0"),
+        ((a, b[:2], out, False, torch.ones(1, 4)), "tail: expected 5 columns, as in b, got 4"),
+        ((a, b[:2], out, False, torch.ones(1, 5).double()), "tail: expected Float, got Double"),
+        (
+            (a.t().contiguous().t(), b[:2], out, False, torch.ones(1, 5)),
+            "tail: expected none beside a transposed a",
+        ),
     ):
         with pytest.raises(RuntimeError, match=message):
             multiply(*args)

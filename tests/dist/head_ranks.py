@@ -13,10 +13,17 @@ from launching import join, run_checks
 sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 from lora_cases import WHICH, Adapted, adapted_case, outcome
+from lora_siblings import SIBLINGS
 from teacher_cases import outcome as outcome_of_several
-from teacher_cases import several_case
+from teacher_cases import several_case, with_adapters
 
-from opsd_kernels import VocabShard, linear_divergence
+from opsd_kernels import (
+    VocabShard,
+    cache_forward_kl,
+    linear_cached_forward_kl,
+    linear_divergence,
+    linear_topk,
+)
 from opsd_kernels.testing import assert_no_worse, assert_on_target
 from opsd_kernels.testing.heads import with_dense_heads
 from opsd_kernels.testing.reference import linear_divergence_reference
@@ -78,15 +85,50 @@ def check_adapters(which: str, name: str, dtype: torch.dtype, shared: bool) -> N
             assert_no_worse(value, plain[key], truth[key])
 
 
-def check_teachers(name: str, packed: bool, shared: bool) -> None:
+def check_siblings(name: str) -> None:
+    """The other ops with an adapter on shards: values, and gradients of all leaves."""
+    op, reference = SIBLINGS[name]
+    adapted = adapted_case(28, V, 48, torch.float32, "student", largest_logit=8.0, batch=4)
+    adapted = replace(adapted, case=replace(adapted.case, token_weights=None))
+    told = {"V": V} if name == "at ids" else {}  # a rank's head has fewer rows
+    truth, plain = (outcome(reference, x, **told) for x in (adapted.double(), adapted))
+    shard = VocabShard.from_vocab(V, dist.group.WORLD)
+    found = outcome(op, cut(adapted, shard), group=shard, **told)
+    for key, exact in truth.items():
+        parts = everyone(found[key])
+        value = torch.cat(parts) if key in ("student_weight", "student_bias", "B") else parts[0]
+        assert_no_worse(value, plain[key], exact)
+
+
+def check_list_and_cache() -> None:
+    """One adapter for both sides: ids of the whole vocabulary, and the frozen head's mean over all ranks."""
+    adapted = adapted_case(28, V, 48, torch.float64, "one for both", largest_logit=8.0)
+    shard, case = VocabShard.from_vocab(V, dist.group.WORLD), adapted.case
+    part, h = cut(adapted, shard), torch.nan_to_num(case.student_hidden, 0.1, 0.1, 0.1)
+    own, mine = case.student_weight.detach(), part.case.student_weight.detach()
+    whole = linear_topk(h, own, 9, lora=adapted.student)
+    found = linear_topk(h, mine, 9, lora=part.student, group=shard)
+    assert torch.equal(found.ids, whole.ids)
+    assert_no_worse(found.logprobs, whole.logprobs, whole.logprobs)
+    t = torch.nan_to_num(case.teacher_hidden, 0.1, 0.1, 0.1)
+    losses = []
+    for W, lora, group in ((own, adapted.student, None), (mine, part.student, shard)):
+        cache = cache_forward_kl(t, W, W, teacher_lora=lora, student_lora=lora, group=group)
+        losses.append(linear_cached_forward_kl(h, W, cache, student_lora=lora, group=group))
+    assert_no_worse(losses[1], losses[0], losses[0])
+
+
+def check_teachers(name: str, packed: bool, shared: bool, adapters: bool) -> None:
     several = several_case(
         28, V, 48, torch.float32, packed=packed, shared_head=shared, largest_logit=8.0, batch=4
     )
-    told = OPTIONS[name]
+    several = with_adapters(several) if adapters else several
+    # With the teachers' own top 5 gradients are .003, and one process is off by 8e-8, past the fp32 bound.
+    told = {"topk": 5} if adapters and name == "top 5" else OPTIONS[name]
     if "topk" in told or "token_weights" in told:
         several = replace(several, case=replace(several.case, token_weights=None))
     alone = {k: v for k, v in told.items() if k not in ("workspace_bytes", "backward")}
-    reference = linear_divergence_by_index_reference
+    reference = with_dense_heads(linear_divergence_by_index_reference)
     truth, plain = (outcome_of_several(reference, x, **alone) for x in (several.double(), several))
     shard = VocabShard.from_vocab(V, dist.group.WORLD)
     rows, case = slice(shard.start, shard.stop), several.case
@@ -94,12 +136,16 @@ def check_teachers(name: str, packed: bool, shared: bool) -> None:
     own = replace(case, student_weight=head, student_bias=case.student_bias[rows])
     biases = [None if b is None else b[rows] for b in several.options.get("teacher_bias", [])]
     options = {**several.options, **({"teacher_bias": biases} if biases else {})}
+    if adapters:
+        A, B, scaling = options["student_lora"]
+        options["student_lora"] = A, B[rows], scaling
+        options["teacher_lora"] = [x and (x[0], x[1][rows], x[2]) for x in options["teacher_lora"]]
     weights = tuple(head if shared else weight[rows] for weight in several.weight)
     part = replace(several, case=own, weight=weights, options=options)
     found = outcome_of_several(linear_divergence, part, group=shard, **told)
     for key, exact in truth.items():
         parts = everyone(found[key])
-        value = torch.cat(parts) if key in ("student_weight", "student_bias") else parts[0]
+        value = torch.cat(parts) if key in ("student_weight", "student_bias", "B") else parts[0]
         assert_no_worse(value, plain[key], exact)
 
 
@@ -131,12 +177,21 @@ def checks() -> dict[str, tuple]:
         if (which != "one for both" or shared) and (dtype == torch.float32 or name == "plain")
     }
     teachers = {
-        f"teachers, {name}, packed: {packed}, one head: {shared}": (check_teachers, name, packed, shared)
+        f"teachers, {name}, packed: {packed}, one head: {shared}, adapters: {given}": (
+            check_teachers,
+            name,
+            packed,
+            shared,
+            given,
+        )
         for name in OPTIONS
         for packed in (False, True)
         for shared in (False, True)
+        for given in (False, True)
     }
-    return {**adapters, **teachers, "unreduced": (check_unreduced,)}
+    others = {f"adapter, {name}": (check_siblings, name) for name in SIBLINGS}
+    others |= {"unreduced": (check_unreduced,), "list and cache": (check_list_and_cache,)}
+    return {**adapters, **teachers, **others}
 
 
 def main(rank: str, world: str, rendezvous: str, result: str) -> None:

@@ -40,6 +40,31 @@ def assert_products(multiply: Multiply, dtype: torch.dtype, layout: str, M: int,
     assert_no_worse(multiply(a, b, start.clone(), True), start + peer, start + truth)
 
 
+# M, N, rows of b (even for bf16), rows of the tail: within one step, across two, a step of the tail alone
+TAILED = [(1, 1, 2, 1), (70, 130, 64, 16), (9, 67, 1024, 32), (33, 65, 1150, 3), (5, 200, 2048, 130)]
+
+
+def assert_tailed(multiply: Callable[..., torch.Tensor], dtype: torch.dtype) -> None:
+    """Assert that a @ [b ; tail] is that of one matrix b, whatever the layouts of b and tail."""
+    for M, N, K, more in TAILED:
+        for of_b, of_tail in ((True, True), (False, False), (True, False), (False, True)):
+            a = matrix(M, K + more, False, 0, dtype)
+            b, tail = matrix(K, N, of_b, 1, dtype), matrix(more, N, of_tail, 2, dtype)
+            whole = torch.cat([b, tail])
+            if more % 2 == 0:  # the last columns of a meet the tail's first rows again
+                a = torch.cat([a, matrix(M, more // 2 + 1, False, 3, dtype)], 1)
+                whole = torch.cat([whole, tail[: more // 2 + 1]])
+            truth, peer = a.double() @ whole.double(), a.float() @ whole.float()
+            out, around = inside(M, N, False, torch.float32)
+            assert_no_worse(multiply(a, b, out, False, tail=tail), peer, truth)
+            # Zeros: the same sums as without a tail, and without the last of a's columns
+            alone = multiply(a[:, :K], b, torch.empty(M, N), False)
+            none = multiply(a, b, torch.empty(M, N), False, tail=torch.zeros_like(tail))
+            assert_no_worse(none, alone, alone)
+            out.fill_(torch.nan)
+            assert around.isnan().all(), "nothing beside the view is written"
+
+
 def assert_threads_change_no_bit(run: Callable[[], torch.Tensor]) -> torch.Tensor:
     """Assert that `run` has the same bits on 1, 2 and 7 threads, and return them."""
     before, results = torch.get_num_threads(), []

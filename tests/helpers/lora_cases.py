@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from opsd_kernels.testing import Case, hard_case
+from opsd_kernels.testing import LOGPROB_NATS, Case, assert_no_worse, assert_on_target, hard_case
 
 WHICH = ("student", "teacher", "both", "one for both")
+ALONE = ("workspace_bytes", "backward", "gradient_tolerance", "backend")  # options of no reference
 
 
 @dataclass(frozen=True)
@@ -75,3 +76,17 @@ def outcome(op, adapted: Adapted, **options) -> dict[str, Tensor]:
 def frozen(adapted: Adapted) -> Adapted:
     """Return the case with a frozen head: hidden states and the adapter are trained."""
     return replace(adapted, case=replace(adapted.case, trainable=("student_hidden",)))
+
+
+def check(op, reference, adapted: Adapted, target: str | None = None, **options) -> None:
+    """Compare value, statistics and every gradient with float64, beside plain PyTorch's error."""
+    told = {name: value for name, value in options.items() if name not in ALONE}
+    ours, truth = outcome(op, adapted, **options), outcome(reference, adapted.double(), **told)
+    plain = outcome(reference, adapted, **told) if target is None else {}
+    for name, exact in truth.items():
+        if target is None:
+            assert_no_worse(ours[name], plain[name], exact)
+        elif name in ("loss", "A", "B", "student_hidden", "student_weight", "student_bias"):
+            assert_on_target(ours[name], exact, target)
+        elif name == "student_logprob":
+            assert (ours[name] - exact).abs().max() <= LOGPROB_NATS, name

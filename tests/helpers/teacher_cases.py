@@ -72,6 +72,24 @@ def several_case(
     )
 
 
+def with_adapters(several: Several, student: bool = True, dtype: torch.dtype | None = None) -> Several:
+    """Give all teachers but the first an adapter of its own rank, and the student one."""
+    gen, V = torch.Generator().manual_seed(7), several.case.student_weight.shape[0]
+
+    def adapter(H: int, rank: int, scaling: float) -> tuple[Tensor, Tensor, float]:
+        A = torch.randn(rank, H, generator=gen) / math.sqrt(H)
+        B = torch.randn(V, rank, generator=gen) / (2 * math.sqrt(rank))
+        given = dtype or several.case.student_weight.dtype
+        return A.to(given), B.to(given), scaling
+
+    heads = several.weight
+    theirs = [None, *(adapter(head.shape[1], k + 1, 1.5 / k) for k, head in enumerate(heads[1:], 1))]
+    options = {**several.options, "teacher_lora": theirs}
+    if student:
+        options["student_lora"] = adapter(several.case.student_weight.shape[1], 3, 0.7)
+    return replace(several, options=options)
+
+
 def outcome(op, several: Several, **options) -> dict[str, Tensor]:
     """Return the loss, the gradients of all leaves by name, and the statistics."""
     live = several.case.leaves()
@@ -79,6 +97,10 @@ def outcome(op, several: Several, **options) -> dict[str, Tensor]:
     shared = all(weight is several.case.student_weight for weight in several.weight)
     weights = (live.student_weight,) * len(several.weight) if shared else several.weight
     told = {**live.options(), **several.options, **options}
+    if told.get("student_lora") is not None:
+        A, B, scaling = told["student_lora"]
+        leaves |= {"A": A.detach().requires_grad_(), "B": B.detach().requires_grad_()}
+        told["student_lora"] = leaves["A"], leaves["B"], scaling
     result = op(live.student_hidden, live.student_weight, list(several.hidden), list(weights), **told)
     loss, stats = result if isinstance(result, tuple) else (result, {})
     upstream = live.upstream * torch.linspace(0.25, 1.0, max(loss.numel(), 1), dtype=loss.dtype)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from opsd_kernels import DistillationHead
 from opsd_kernels.integrations.transformers import Head, check_head, on_heads
+from opsd_kernels.testing import assert_no_worse
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -76,6 +78,63 @@ def test_several_adapters_of_a_head_add_up():
     model.merge_adapter()
     assert Head.of(model).lora is None
     check_head(model)
+
+
+@pytest.mark.parametrize(
+    "options, scaling",
+    [
+        ({"lora_alpha": 6}, 3.0),
+        ({"lora_alpha": 6, "use_rslora": True, "r": 4}, 3.0),
+        ({"alpha_pattern": {"lm_head": 7}, "rank_pattern": {"lm_head": 3}}, 7 / 3),
+    ],
+    ids=["alpha", "rank-stabilised", "patterns"],
+)
+def test_the_scaling_is_peft_s(options, scaling):
+    model = adapted(**options)
+    assert Head.of(model).lora[2] == pytest.approx(scaling)
+    check_head(model)
+    model.get_base_model().get_output_embeddings().set_scale("default", 2)  # times alpha / r
+    assert Head.of(model).lora[2] == pytest.approx(2 * scaling)
+    check_head(model)
+
+
+@pytest.mark.parametrize(
+    "names", [["default"], ["other"], ["default", "other"], ["other", "default"]], ids=str
+)
+def test_a_module_trains_all_active_adapters_of_its_head(names):
+    """Value and gradients of peft's own parameters are those of the model's logits."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = adapted(lora_alpha=6)
+    model.add_adapter("other", peft.LoraConfig(**{**PLAIN, "r": 3, "lora_alpha": 1, "use_rslora": True}))
+    model.base_model.set_adapter(names)
+    layer = model.get_base_model().get_output_embeddings()
+    h = torch.randn(9, SHAPE["hidden_size"], requires_grad=True)
+    t = torch.randn(9, SHAPE["hidden_size"])
+    active = [x[name].weight for x in (layer.lora_A, layer.lora_B) for name in names]
+    with model.disable_adapter():
+        of_teacher = layer(t).detach().log_softmax(-1)
+    of_student = layer(h).log_softmax(-1)
+    plain = (of_student.exp() * (of_student - of_teacher)).sum(-1).mean()
+    # The self-teacher is the base model: its head is the layer below the adapters.
+    loss = DistillationHead(layer)(h, t, layer.base_layer)
+    assert_no_worse(loss, plain, plain)
+    found, expected = (torch.autograd.grad(x, [h, *active]) for x in (loss, plain))
+    for ours, exact in zip(found, expected, strict=True):
+        assert_no_worse(ours, exact, exact)
+    with model.disable_adapter():  # both sides are the base then
+        bare = DistillationHead(layer)(h, t)
+    assert torch.equal(bare, DistillationHead(layer.base_layer)(h, t)) and bare != loss
+
+
+def test_another_adapter_method_is_refused_by_name():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    for config in (
+        peft.AdaLoraConfig(init_r=2, target_r=1, target_modules=["lm_head"], total_step=9, tinit=1, tfinal=1),
+        peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]),
+    ):
+        model = peft.get_peft_model(tiny("Llama"), config)
+        with pytest.raises(ValueError, match=r"^model: expected a linear layer, .*LoRA, got peft\.tuners\."):
+            Head.of(model)
 
 
 def test_a_head_that_peft_trains_whole():

@@ -5,12 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from lora_cases import WHICH, Adapted, adapted_case, frozen, outcome
+from lora_cases import check as check_op
 from shapes_made import ShapesMade
 from torch.library import opcheck
 
 from opsd_kernels import DistillationHead, linear_divergence, linear_logprobs, linear_topk_divergence
+from opsd_kernels._core import adapted as adapted_module
 from opsd_kernels._core import library
-from opsd_kernels.testing import LOGPROB_NATS, assert_no_worse, assert_on_target, assert_same_bits
+from opsd_kernels._core import lora as lora_module
+from opsd_kernels.testing import assert_no_worse, assert_on_target, assert_same_bits
 from opsd_kernels.testing.heads import with_dense_heads
 from opsd_kernels.testing.reference import (
     linear_divergence_reference,
@@ -20,21 +23,18 @@ from opsd_kernels.testing.reference import (
 from opsd_kernels.weights import EntropyGate, PrefixDiscrepancy
 
 dense = with_dense_heads(linear_divergence_reference)
-ALONE = ("workspace_bytes", "backward", "gradient_tolerance", "backend")
 
 
 def check(adapted: Adapted, op=linear_divergence, reference=dense, target: str | None = None, **options):
-    """Compare value, statistics and every gradient with float64, beside plain PyTorch's error."""
-    told = {name: value for name, value in options.items() if name not in ALONE}
-    ours, truth = outcome(op, adapted, **options), outcome(reference, adapted.double(), **told)
-    plain = outcome(reference, adapted, **told)
-    for name, exact in truth.items():
-        if target is None:
-            assert_no_worse(ours[name], plain[name], exact)
-        elif name in ("loss", "A", "B", "student_hidden", "student_weight", "student_bias"):
-            assert_on_target(ours[name], exact, target)
-        elif name == "student_logprob":
-            assert (ours[name] - exact).abs().max() <= LOGPROB_NATS, name
+    check_op(op, reference, adapted, target, **options)
+
+
+@pytest.fixture(params=[True, False], ids=["one GEMM", "slices"])
+def joined(request, monkeypatch):
+    """Run with the GEMM of head and adapter, where the machine has one, and with products of slices."""
+    if not request.param:
+        for module in (adapted_module, lora_module):
+            monkeypatch.setattr(module, "joins", lambda device_type, dtype, H: False)
 
 
 def target_of(dtype: torch.dtype, shared: bool) -> str | None:
@@ -45,11 +45,20 @@ def target_of(dtype: torch.dtype, shared: bool) -> str | None:
 @pytest.mark.parametrize("which", WHICH)
 @pytest.mark.parametrize("shared", [False, True], ids=["two heads", "shared head"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_matches_the_dense_heads(backend, dtype, shared, which):
+def test_matches_the_dense_heads(backend, joined, dtype, shared, which):
     if which == "one for both" and not shared:
         which = "both"
-    adapted = adapted_case(31, 203, 24, dtype, which, shared_head=shared, largest_logit=12.0)
-    check(adapted, backend=backend, target=target_of(dtype, shared), return_stats=True)
+    case = adapted_case(31, 203, 24, dtype, which, shared_head=shared, largest_logit=12.0)
+    check(case, backend=backend, target=target_of(dtype, shared), return_stats=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("H", [1, 23])
+def test_an_odd_hidden_size(dtype, H):
+    """Pairs of 16-bit entries: an odd head takes the products of slices."""
+    for shared in (False, True):
+        case = adapted_case(19, 101, H, dtype, "both", shared_head=shared, largest_logit=8.0)
+        check(case, target=target_of(dtype, shared))
 
 
 OPTIONS = {
@@ -92,7 +101,7 @@ def test_weights_of_the_loop_s_own_statistics(scheme, budget):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("other", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_an_adapter_of_another_dtype(dtype, other):
+def test_an_adapter_of_another_dtype(joined, dtype, other):
     """peft keeps adapters of 16-bit models in fp32."""
     for shared in (False, True):
         adapted = adapted_case(

@@ -163,6 +163,45 @@ def test_the_peak_with_an_adapter_is_as_planned(cpp, dtype, shared):
     )
 
 
+SELF_TEACHERS = """
+def make(N, V, H, rank, name, budget):
+    import torch
+    from opsd_kernels import linear_divergence
+
+    def prepared(N, V):
+        dtype, K = getattr(torch, name), 4
+        head, hidden = torch.randn(V, H).to(dtype), torch.randn(N, H).to(dtype).requires_grad_()
+        states = [torch.randn(N // K, H).to(dtype) for _ in range(K)]
+        given = [(torch.randn(rank, H).to(dtype), torch.randn(V, rank).to(dtype), 0.5) for _ in range(K)]
+        return hidden, head, states, torch.arange(N) * K // N, given if rank else None
+
+    def call(hidden, head, states, index, given, budget):
+        told = {"teacher_index": index, "teacher_lora": given, "workspace_bytes": budget, "backend": "cpp"}
+        loss = linear_divergence(hidden, head, states, head, **told)
+        return loss, torch.autograd.grad(loss, hidden)
+
+    call(*prepared(64, 999), 1 << 20)
+    ready = prepared(N, V)
+    return lambda: call(*ready, budget)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_peak_with_adapters_of_four_teachers_is_as_planned(cpp, dtype):
+    """Four adapters of one head: no second head, and a plan as exact as that without adapters."""
+    N, hidden, name = 2048, 256, str(dtype).removeprefix("torch.")
+    told = {"dtype": dtype, "trainable_head": False, "workspace_bytes": BUDGET, "threads": 2}
+    if dtype == torch.float32:
+        told["shared_head"] = False  # the teachers' logits, not their differences, beside adapters
+    plans = [plan(N, V, hidden, ranks=(0, *[rank] * 4), **told).peak_bytes for rank in (0, 64)]
+    peaks = [peak_bytes(SELF_TEACHERS, N, V, hidden, rank, name, BUDGET) for rank in (0, 64)]
+    without, off = (planned / peak - 1 for planned, peak in zip(plans, peaks, strict=True))
+    assert -0.05 <= off <= 0.05 + max(without, 0), (
+        f"planned {plans[1] / 2**20:.1f} MiB, measured {peaks[1] / 2**20:.1f} MiB ({off:+.1%})"
+    )
+
+
 SIDES = """
 def make(N, V, H, forms, budget):
     import torch

@@ -5,19 +5,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from teacher_cases import Several, outcome, several_case
+from shapes_made import ShapesMade
+from teacher_cases import Several, outcome, several_case, with_adapters
 from torch.library import opcheck
 
 from opsd_kernels import LinearDivergenceLoss, linear_divergence
 from opsd_kernels._core import library
 from opsd_kernels.objectives import PPOClip, linear_policy_divergence
 from opsd_kernels.testing import assert_no_worse, assert_on_target
+from opsd_kernels.testing.heads import with_dense_heads
 from opsd_kernels.testing.reference import linear_divergence_reference
-from opsd_kernels.testing.reference_rows import linear_divergence_by_index_reference as dense
+from opsd_kernels.testing.reference_rows import linear_divergence_by_index_reference
 from opsd_kernels.weights import EntropyGate, MeanOne, PrefixDiscrepancy
 
+dense = with_dense_heads(linear_divergence_by_index_reference)
 ALONE = ("workspace_bytes", "backward", "gradient_tolerance", "backend")
-GRADED = ("loss", "student_hidden", "student_weight", "student_bias")
+GRADED = ("loss", "student_hidden", "student_weight", "student_bias", "A", "B")
 
 
 def check(several: Several, target: str | None = None, **options):
@@ -78,6 +81,76 @@ def test_weights_see_the_whole_sequence(scheme, budget, packed):
     several = replace(several, case=replace(several.case, token_weights=None))
     check(several, token_weights=scheme, workspace_bytes=budget)
     check(several, token_weights=scheme, workspace_bytes=budget, reduction="sequence_mean")
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["base student", "adapted student"])
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("shared", [False, True], ids=["own heads", "one head"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_adapters_by_index(backend, dtype, shared, packed, trained):
+    """On one head: self-teachers that are adapters of the student's own weight."""
+    several = several_case(31, 203, 16, dtype, packed=packed, shared_head=shared, largest_logit=8.0)
+    target = None if dtype.itemsize > 2 else "default" if shared else "fp32_logits"
+    check(with_adapters(several, trained), target, backend=backend, return_stats=True)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("shared", [False, True], ids=["own heads", "one head"])
+def test_options_beside_adapters(name, shared):
+    told = OPTIONS[name]
+    made = {"largest_logit": 8.0, "views": False} if "topk" in told else {}  # no ties
+    several = with_adapters(several_case(29, 101, 16, torch.float32, shared_head=shared, **made))
+    if "topk" in told:
+        several = replace(several, case=replace(several.case, token_weights=None))
+    check(several, **told)
+    check(replace(several, case=replace(several.case, trainable=("student_hidden",))), **told)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_of_another_dtype(dtype):
+    """peft keeps adapters of 16-bit models in fp32."""
+    several = several_case(29, 101, 16, dtype, shared_head=True, largest_logit=8.0)
+    check(with_adapters(several, dtype=torch.float32), None if dtype.itemsize > 2 else "default")
+
+
+def test_an_adapter_for_all_teachers_is_given_once():
+    several = with_adapters(several_case(17, 67, 8, torch.float64, shared_head=True), student=False)
+    case, (h, W), adapter = several.case, several.case.inputs()[:2], several.options["teacher_lora"][1]
+    told = {**case.options(), **several.options}
+    each = linear_divergence(h, W, list(several.hidden), W, **{**told, "teacher_lora": [adapter] * 3})
+    once = linear_divergence(h, W, list(several.hidden), W, **{**told, "teacher_lora": adapter})
+    assert torch.equal(each, once)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_second_head_is_made_for_the_adapters(dtype):
+    N, V, H = 13, 503, 40
+    h, W = torch.randn(N, H).to(dtype).requires_grad_(), torch.randn(V, H).to(dtype)
+    adapters = [(torch.randn(4, H).to(dtype), torch.randn(V, 4).to(dtype), 1.0 + k) for k in range(3)]
+    with ShapesMade(W) as seen:
+        states, index = [torch.randn(N, H).to(dtype) for _ in range(3)], torch.arange(N) % 3
+        linear_divergence(h, W, states, W, teacher_index=index, teacher_lora=adapters).backward()
+    assert (V, H) not in seen.shapes and (H, V) not in seen.shapes and len(seen.shapes) > 3
+    assert h.grad is not None
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (7,), (1, 7), ()], ids=str)
+def test_the_index_broadcasts(shape):
+    """As temperatures do: (B, 1) for a teacher of each sequence."""
+    several = several_case(28, 67, 8, torch.float64, batch=4)
+    index = torch.arange(max(1, *shape, 1)).view(shape) % 3 if shape else torch.tensor(2)
+    whole = index.expand(4, 7).contiguous()
+    hidden = [torch.nan_to_num(x, 0.5) for x in several.hidden]
+    found, expected = (
+        outcome(
+            linear_divergence,
+            replace(several, hidden=tuple(hidden), options={**several.options, "teacher_index": given}),
+            return_stats=True,
+        )
+        for given in (index, whole)
+    )
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
 
 
 def masked_calls(student, weight, hidden, weights, *, mask, teacher_index, teacher_softcap, **options):
@@ -159,8 +232,10 @@ def test_a_policy_term_beside_several_teachers():
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("backward", ["in_forward", "recompute"])
-def test_registered_and_compiled(monkeypatch, packed, backward):
+@pytest.mark.parametrize("adapters", [False, True], ids=["plain", "adapters"])
+def test_registered_and_compiled(monkeypatch, packed, backward, adapters):
     several = several_case(13, 67, 8, torch.float32, packed=packed, views=False)
+    several = with_adapters(several) if adapters else several
     torch._dynamo.reset()
     compiled = torch.compile(linear_divergence, fullgraph=True, backend="aot_eager")
     found, expected = (outcome(op, several, backward=backward) for op in (compiled, linear_divergence))
@@ -208,7 +283,13 @@ ADAPTER = (torch.ones(2, 8), torch.ones(67, 2), 1.0)
         ([H, H], [W], {}, ValueError, "teacher_weight: expected 2 tensors"),
         ([H, H], W, {"teacher_index": INDEX + 1}, ValueError, "teacher_index: expected entries in [0, 2)"),
         ([H, H], W, {"teacher_index": INDEX.int()}, TypeError, "teacher_index: expected dtype int64"),
-        ([H, H], W, {"teacher_index": INDEX[:2]}, ValueError, "teacher_index: expected shape (3,)"),
+        (
+            [H, H],
+            W,
+            {"teacher_index": INDEX[:2]},
+            ValueError,
+            "teacher_index: expected a tensor on cpu that broadcasts to (3,), got shape (2,)",
+        ),
         ([H, H[:1]], W, {}, ValueError, "teacher_hidden[1]: expected 2 rows"),
         ([H, torch.ones(3, 7)], W, {}, ValueError, "teacher_hidden[1]: expected (..., 8)"),
         ([H, H], W, {"teacher_softcap": [1.0]}, ValueError, "teacher_softcap: expected 2 values"),
@@ -219,7 +300,16 @@ ADAPTER = (torch.ones(2, 8), torch.ones(67, 2), 1.0)
             TypeError,
             "teacher_logit_scale[1]: expected a number",
         ),
-        ([H, H], W, {"teacher_lora": ADAPTER}, ValueError, "teacher_lora: expected None with several"),
+        ([H, H], W, {"teacher_lora": [ADAPTER]}, ValueError, "teacher_lora: expected 2 values, one per"),
+        ([H, H], W, {"teacher_lora": [None, 3.0]}, TypeError, "teacher_lora[1]: expected None or (A, B, sc"),
+        (
+            [H, H],
+            W,
+            {"teacher_lora": [None, (ADAPTER[0][:, :7], *ADAPTER[1:])]},
+            ValueError,
+            "teacher_lora[1] A: expected shape (r, 8)",
+        ),
+        ([H, H], W, {"teacher_lora": (*ADAPTER[:2], "a")}, TypeError, "teacher_lora scaling: expected a num"),
         # What all teachers share has no number.
         ([H, H], W, {"teacher_temperature": [1.0, 2.0]}, TypeError, "teacher_temperature: expected a number"),
         ([H, H], W[0], {}, ValueError, "teacher_weight: expected shape (V, H)"),
