@@ -1,8 +1,10 @@
 """Time heads of more than one matrix against the plain call, in turns, and print the ratios of the medians.
 
     OMP_NUM_THREADS=2 python benchmarks/heads_time.py
+    OMP_NUM_THREADS=1 python benchmarks/heads_time.py --only draft
 
-Each comparison checks its values before it prints a time.
+Each comparison checks its values before it prints a time. That of one thread is processor time, which a busy
+machine disturbs less.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ from opsd_kernels.testing.heads import dense_head
 def times(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Return the median seconds of each call; the calls take turns."""
     seen: dict[str, list[float]] = {name: [] for name in calls}
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for call in calls.values():
         call()
     for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            seen[name].append(time.perf_counter() - start)
+            seen[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seen.items()}
 
 
@@ -119,12 +122,13 @@ def main() -> None:
     parser.add_argument("--draft-vocab", type=int, default=8000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--only", choices=("adapter", "teachers", "draft"))
     told = parser.parse_args()
     for name in told.dtype:
         sizes = told.tokens, told.hidden, told.vocab
-        adapter(*sizes, getattr(torch, name), told.rank, told.rounds)
-        teachers(*sizes, getattr(torch, name), told.teachers, told.rounds)
-        draft(*sizes, getattr(torch, name), told.draft_vocab, told.rounds)
+        for compare, size in ((adapter, told.rank), (teachers, told.teachers), (draft, told.draft_vocab)):
+            if told.only in (None, compare.__name__):
+                compare(*sizes, getattr(torch, name), size, told.rounds)
 
 
 if __name__ == "__main__":

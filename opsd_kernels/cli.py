@@ -166,7 +166,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(made.as_dict(), indent=2))
         return
-    kernels = row_kernels(tokens, vocab, made.logits_dtype, kind) if device == "cuda" else {}
+    kernels = row_kernels(tokens, vocab, made.logits_dtype, kind) if tokens and device == "cuda" else {}
     show_plan("linear_topk" if listed else "linear_divergence", made.as_dict(), kernels)
 
 
@@ -188,6 +188,8 @@ def show_plan(op: str, fields: dict[str, object], kernels: dict[str, str]) -> No
     """Print a plan, and the texts of a GPU's row kernels, as a table."""
     table = new_table(f"{op}, predicted", "", "")
     for name, value in fields.items():
+        if name == "tile_share" and not fields["tokens"]:
+            continue  # of no products
         table.add_row(PLAN_LABELS.get(name, name.replace("_", " ")), readable(name, value))
     for name, text in kernels.items():
         table.add_row(name, text)

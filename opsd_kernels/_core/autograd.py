@@ -325,7 +325,9 @@ class PerRow(torch.autograd.Function):
             dh, unit, _ = ctx.saved_tensors
             scale = upstream if unit is None else upstream * unit
             others = (None,) * (len(ctx.wants) - 1)
-            return None, None, None, _scaled(dh, scale[:, None], ctx.dtype), *others
+            dh = _scaled(dh, scale[:, None], ctx.dtype)
+            # The divergence of a row of weight zero may be infinite, and its gradient NaN.
+            return None, None, None, dh.masked_fill_((scale == 0)[:, None], 0.0), *others
         return None, None, None, *_project_again(ctx, upstream.contiguous(), None)
 
 

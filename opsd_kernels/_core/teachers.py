@@ -107,7 +107,8 @@ def _teacher(problem: Problem) -> Side:
 
 def _combined(parts: list[Problem], index: Tensor) -> Problem:
     """Return one problem. The student's head is the teachers' too if it is that of each."""
-    first = parts[0]
+    # A teacher may need the student's rows in a wider dtype.
+    first = max(parts, key=lambda part: part.student.hidden.dtype.itemsize)
     shared, head = all(part.shared_head for part in parts), first.student.weight.detach()
     sides = tuple(
         replace(_teacher(part), weight=head) if part.shared_head else _teacher(part) for part in parts

@@ -99,7 +99,7 @@ def resume_command(out: Path) -> str:
 
 
 def reproduce(
-    paper: Annotated[str, typer.Argument(help="sdpo, discovery, mopd, iw_opd or law.")],
+    paper: Annotated[str, typer.Argument(help="sdpo, discovery, mopd, iw_opd, law or variance.")],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -111,6 +111,16 @@ def reproduce(
         bool, typer.Option("--quick", help="One seed and few steps: shows that it runs, proves nothing.")
     ] = False,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes of one thread each.")] = 2,
+    seed: Annotated[
+        int,
+        typer.Option("--seed", min=0, help="Master seed of all base models and runs; another one reruns."),
+    ] = 0,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against", help="JSON of another run of the study: how many intervals hold this run's?"
+        ),
+    ] = None,
 ) -> None:
     """Put the claims of a paper to the test on toys.
 
@@ -120,9 +130,9 @@ def reproduce(
         needs_extra("train", "transformers", "safetensors", "matplotlib", "scipy")
     from .studies import command
 
-    out = out or Path("runs") / f"reproduce-{paper}{'-quick' if quick else ''}"
-    with one_line(ValueError):
-        command.reproduce(paper, out, quick, workers, sys.argv[1:])
+    name = f"reproduce-{paper}{f'-seed-{seed}' if seed else ''}{'-quick' if quick else ''}"
+    with one_line(ValueError, FileNotFoundError):
+        command.reproduce(paper, out or Path("runs") / name, quick, workers, sys.argv[1:], seed, against)
 
 
 def report(

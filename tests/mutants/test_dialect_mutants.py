@@ -6,15 +6,36 @@ from dataclasses import replace
 import pytest
 import torch
 from planting import Mutant, arguments, check, kill, result
+from teacher_cases import outcome as outcome_of_several
+from teacher_cases import several_case
 
-from opsd_kernels import linear_divergence, linear_logprobs, linear_topk_divergence, objectives, weights
-from opsd_kernels._core import autograd, library, loop, reductions, topk_support
+from opsd_kernels import (
+    cache_forward_kl,
+    divergence,
+    linear_cached_forward_kl,
+    linear_divergence,
+    linear_divergence_to,
+    linear_logprobs,
+    linear_logprobs_at,
+    linear_topk_divergence,
+    objectives,
+    weights,
+)
+from opsd_kernels import cached as cached_ops
+from opsd_kernels._core import autograd, library, loop, problem, reductions, teachers, topk_support
+from opsd_kernels._core import listed as listed_ops
 from opsd_kernels._rows import contract, torch_math, torch_rows
+from opsd_kernels.spec import LogitTransform
 from opsd_kernels.testing import assert_no_worse, evaluate, hard_case
 from opsd_kernels.testing.reference import (
     linear_divergence_reference,
     linear_logprobs_reference,
     linear_topk_divergence_reference,
+)
+from opsd_kernels.testing.reference_lists import linear_logprobs_at_reference
+from opsd_kernels.testing.reference_rows import (
+    linear_divergence_by_index_reference,
+    linear_divergence_to_reference,
 )
 
 B, T, V, H = 4, 6, 61, 12
@@ -90,6 +111,58 @@ def mix(policy, **options):
     assert_no_worse(evaluate(whole, case), truth, truth)
 
 
+def by_index(packed=False, **options):
+    """Check several teachers, each token with its own."""
+    several = several_case(B * T, V, H, torch.float64, packed=packed, largest_logit=8.0, batch=B)
+    truth = outcome_of_several(linear_divergence_by_index_reference, several, **options)
+    found = outcome_of_several(linear_divergence, several, **options, **HOW)
+    for name, exact in truth.items():
+        assert_no_worse(found[name], exact, exact)
+
+
+def at_ids():
+    """Check log-probs at ids, of which some are -1 and some come twice."""
+    case = made()
+    ids = torch.randint(-1, V, (B, T, 6), generator=torch.Generator().manual_seed(0))
+    ids[..., 5] = ids[..., 4]
+
+    def run(op, **how):
+        def at(h, W, t, Wt, *, labels, mask, student_bias=None, **rest):
+            return op(h, W, ids, bias=student_bias, mask=mask & (labels != -100), **how)
+
+        return at
+
+    truth = evaluate(run(linear_logprobs_at_reference), case)
+    assert_no_worse(evaluate(run(linear_logprobs_at, **HOW), case), truth, truth)
+
+
+def cached():
+    """Check the forward KL to a cached teacher."""
+    case = replace(made(frozen_head=True), token_weights=None)
+
+    def through(h, W, t, Wt, *, labels, mask, student_bias, teacher_bias):
+        shared = {"student_bias": student_bias, "mask": mask & (labels != -100), **HOW}
+        cache = cache_forward_kl(t, Wt, W, teacher_bias=teacher_bias, **shared)
+        return linear_cached_forward_kl(h, W, cache, **shared)
+
+    truth = evaluate(linear_divergence_reference, case, divergence="forward_kl")
+    assert_no_worse(evaluate(through, case), truth, truth)
+
+
+def to_rows(**options):
+    """Check a teacher given as probabilities."""
+    case = replace(made(), token_weights=None)
+    rows = torch.randn(B, T, V, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(-1)
+
+    def run(op, **how):
+        return lambda h, W, t, Wt, teacher_bias=None, **rest: op(
+            h, W, rows, target_is="probs", **rest, **options, **how
+        )
+
+    truth = evaluate(run(linear_divergence_to_reference), case)
+    assert_no_worse(evaluate(run(linear_divergence_to, **HOW), case), truth, truth)
+
+
 def planned_apart():
     """Check a sequence that does not fit a chunk."""
     dialect(rows=4_000, token_weights=weights.PrefixDiscrepancy(0.5))
@@ -97,6 +170,7 @@ def planned_apart():
 
 ROW, SEQUENCE = weights.ImportanceRatio(OLD), weights.PrefixDiscrepancy(0.5)
 PPO = objectives.PPOClip(ADVANTAGES, OLD)
+PER_TOKEN = 0.6 + torch.rand(B, T, generator=GEN, dtype=torch.float64)
 
 
 def field_zero(*names):
@@ -229,6 +303,74 @@ MUTANTS = {
         check(mix, PPO, topk=5),
     ),
     "old log-probs ignored": Mutant(objectives.PPOClip, "scope", lambda _: "index", check(mix, PPO)),
+    "each token has the next one's teacher": Mutant(
+        teachers,
+        "_combined",
+        arguments(lambda parts, index: (parts, (index + 1) % 3)),
+        check(by_index),
+    ),
+    "the teachers' scales in reverse": Mutant(
+        teachers,
+        "Teachers",
+        arguments(lambda index, sides, scales, caps: (index, sides, scales[::-1], caps)),
+        check(by_index),
+    ),
+    "packed rows one place late": Mutant(
+        teachers,
+        "one_of",
+        arguments(lambda p, k, place: (p, k, place if place is None else (place - 1).clamp(min=0))),
+        check(by_index, packed=True),
+    ),
+    "an id of -1 is the first token": Mutant(
+        listed_ops, "_log_q", result(lambda r, *_: r.nan_to_num() + 1e-3), check(at_ids)
+    ),
+    "an id that comes twice counts once": Mutant(
+        listed_ops, "sums_of_equal", lambda _: lambda columns, values: values, check(at_ids)
+    ),
+    "the cached entropy's sign": Mutant(
+        cached_ops,
+        "forward_kl_parts",
+        result(lambda r, *_: replace(r, negative_entropy=-r.negative_entropy)),
+        check(cached),
+    ),
+    "the cached mean of another token": Mutant(
+        cached_ops,
+        "forward_kl_parts",
+        result(lambda r, *_: replace(r, mean=r.mean.roll(1, 0))),
+        check(cached),
+    ),
+    "the cached bias forgotten": Mutant(
+        cached_ops,
+        "forward_kl_parts",
+        result(lambda r, *_: replace(r, bias=torch.zeros_like(r.bias))),
+        check(cached),
+    ),
+    "probabilities taken for logits": Mutant(
+        problem,
+        "check_target",
+        result(lambda r, *_: replace(r, probs=False)),
+        check(to_rows),
+    ),
+    "a target's temperature is the student's": Mutant(
+        divergence,
+        "RowSpec",
+        arguments(lambda d, s, t: (d, s, replace(t, temperature=s.temperature))),
+        check(to_rows, temperature=0.6),
+    ),
+    "temperatures of the tokens on the other side": Mutant(
+        divergence,
+        "RowSpec",
+        arguments(
+            lambda d, s, t: (d, replace(s, temperature=t.temperature), replace(t, temperature=s.temperature))
+        ),
+        check(dialect, temperature=PER_TOKEN, teacher_temperature=1.3),
+    ),
+    "temperatures one token late": Mutant(
+        LogitTransform,
+        "of_tokens",
+        result(lambda r, *_: replace(r, temperature=r.temperature.roll(1, 0))),
+        check(dialect, temperature=PER_TOKEN, teacher_temperature=PER_TOKEN),
+    ),
     "the entropy's gradient forgotten": Mutant(
         autograd,
         "_project_again",

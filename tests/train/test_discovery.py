@@ -9,10 +9,10 @@ from opsd_kernels.train.studies import pages, study
 from opsd_kernels.train.studies.discover import chance_within, solved_within
 from opsd_kernels.train.studies.lab import Lab
 from opsd_kernels.train.studies.papers import discovery, discovery_cells
-from opsd_kernels.train.studies.papers.discovery import HALF, LAST, first_at, graded_at_most, shares
+from opsd_kernels.train.studies.papers.discovery import HALF, LAST, first_at, shares
 from opsd_kernels.train.studies.papers.discovery_cells import BEST, SELF, UNTOLD, Design
-from opsd_kernels.train.studies.statistics import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Estimate
 
+BASES = np.arange(5)  # of five questions
 GRID = 0.02  # between two of the attempts at which best-of-k is known
 
 
@@ -68,9 +68,11 @@ def test_every_claim_has_a_grade_and_every_method_a_cost(found):
 
 
 def test_no_question_comes_twice_on_a_base_model(monkeypatch):
-    hard = {warm: [[100 * warm + i, 0.001] for i in range(100)] for warm in range(3)}
+    hard = {warm: [[100 * warm + i, 0.001] for i in range(100)] for warm in range(5)}
 
     class Questions:
+        master = 0
+
         def run(self, title, cells):
             return [
                 {
@@ -81,13 +83,13 @@ def test_no_question_comes_twice_on_a_base_model(monkeypatch):
                 for cell in cells
             ]
 
-    design = Design(seeds=5, questions=24, tuning=12)
+    design = Design(bases=5, questions=24, tuned=3, tuning=12)
     asked, spare = discovery_cells.ask(Questions(), discovery.TrainConfig(), design)
-    problems = [problem for seed in asked for problem in asked[seed]] + spare
-    assert len(problems) == len(set(problems)) == 5 * 24 + 12
-    assert all(problem // 100 == seed % 3 for seed in asked for problem in asked[seed]) and {
-        problem // 100 for problem in spare
-    } == {0}
+    problems = [problem for of in (asked, spare) for base in of for problem in of[base]]
+    assert len(problems) == len(set(problems)) == 5 * 24 + 3 * 12
+    for of in (asked, spare):
+        assert all(problem // 100 == base for base in of for problem in of[base])
+    assert list(spare) == [0, 1, 2]
 
 
 def test_shares_of_attempts_at_a_level():
@@ -95,12 +97,12 @@ def test_shares_of_attempts_at_a_level():
     attempts = 30
     mine, theirs = solved_within([2, 4, 6, 8, 10], attempts), solved_within([6, 12, 18, 24, 30], attempts)
     counts = np.arange(1, attempts + 1)
-    other, own, share = shares(mine, theirs, counts, LAST)
+    other, own, share = shares(mine, theirs, BASES, counts, LAST)
     assert (other, own) == (30, 10) and share.value == pytest.approx(1 / 3) and share.count == 5
-    other, own, share = shares(mine, theirs, counts, HALF)
+    other, own, share = shares(mine, theirs, BASES, counts, HALF)
     assert (other, own) == (18, 6) and share.low <= share.value <= share.high
-    assert shares(theirs, mine, counts, LAST)[2].value == pytest.approx(3)
-    never = shares(solved_within([None] * 5, attempts), theirs, counts, HALF)
+    assert shares(theirs, mine, BASES, counts, LAST)[2].value == pytest.approx(3)
+    never = shares(solved_within([None] * 5, attempts), theirs, BASES, counts, HALF)
     assert np.isinf(never[1]) and never[2].value == 1  # at least
 
 
@@ -108,19 +110,17 @@ def test_best_of_k_is_read_beyond_the_budget():
     chances, attempts = [1e-4] * 4, 64
     counts = np.union1d(discovery.FAR, np.arange(1, attempts + 1))
     other, own, share = shares(
-        solved_within([8, 8, 8, None], attempts), chance_within(chances, counts), counts, HALF
+        solved_within([8, 8, 8, None], attempts), chance_within(chances, counts), BASES[:4], counts, HALF
     )
     assert other == pytest.approx(np.log(2) / 1e-4, rel=GRID) and own == 8 and share.value < 0.01
     assert (
-        shares(solved_within([8, 8, 8, None], attempts), chance_within(chances, counts), counts, LAST)[0]
+        shares(
+            solved_within([8, 8, 8, None], attempts), chance_within(chances, counts), BASES[:4], counts, LAST
+        )[0]
         == attempts
     )
 
 
-def test_the_first_attempt_at_a_level_and_grades():
+def test_the_first_attempt_at_a_level():
     curves = np.array([[0.0, 0.2, 0.2, 0.6], [0.5, 0.5, 0.5, 0.5]])
     assert first_at(curves, np.array([[0.2], [0.7]]), np.arange(1, 5), np.inf).tolist() == [2, np.inf]
-    assert graded_at_most(Estimate(0.3, 0.2, 0.45, 120), 0.5) == REPRODUCED
-    assert graded_at_most(Estimate(0.3, 0.2, 0.55, 120), 0.5) == INCONCLUSIVE
-    assert graded_at_most(Estimate(0.8, 0.6, 0.9, 120), 0.5) == NOT_REPRODUCED
-    assert graded_at_most(Estimate(0.1, 0.1, 0.1, 2), 0.5) == INCONCLUSIVE

@@ -13,7 +13,7 @@ from opsd_kernels.train.sampling.rollout import requests
 from opsd_kernels.train.studies import pages
 from opsd_kernels.train.studies.lab import Lab
 from opsd_kernels.train.studies.papers import mopd
-from opsd_kernels.train.studies.statistics import GRADES, INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Estimate
+from opsd_kernels.train.studies.statistics import GRADES
 from opsd_kernels.train.types import Verdict
 
 WRITTEN = 1e-3  # digits of the value in this file
@@ -41,15 +41,6 @@ def test_agreement_within_groups_ignores_how_hard_a_prompt_is():
         "spearman": pytest.approx(0.878, abs=WRITTEN),
     }
     assert set(mopd.agreement(scores, [True] * 6, groups).values()) == {None}
-
-
-@pytest.mark.parametrize(
-    "bounds, grade",
-    [((-0.01, 0.03), REPRODUCED), ((-0.03, 0.03), INCONCLUSIVE), ((-0.09, -0.03), NOT_REPRODUCED)],
-)
-def test_no_worse_means_within_the_margin(bounds, grade):
-    assert mopd.graded_no_worse(Estimate(sum(bounds) / 2, *bounds, 5), 0.02) == grade
-    assert mopd.graded_no_worse(Estimate(sum(bounds) / 2, *bounds, 2), 0.02) == INCONCLUSIVE
 
 
 def test_a_score_is_the_mean_log_prob_of_the_answer_behind_the_other_prompt(

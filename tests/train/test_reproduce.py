@@ -5,7 +5,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from opsd_kernels.train import loop
@@ -21,16 +20,11 @@ from opsd_kernels.train.studies.statistics import (
     REPRODUCED,
     Estimate,
     auc,
-    difference,
-    estimate,
-    graded_ahead,
-    graded_equal,
     spearman,
 )
 from opsd_kernels.train.studies.study import Claim, Panel, Series, Study, Table, load
 
 ROOT = Path(__file__).resolve().parents[2]
-DRAWN = 0.01  # about two standard errors of a mean of 500 draws with deviation .1
 CELLS = """
 import time
 from pathlib import Path
@@ -129,6 +123,8 @@ def test_a_training_cell_is_a_run_with_its_curves_and_costs(tmp_path, config, mo
 class MadeUp:
     """A lab whose runs end at the accuracy of a formula; it records the requests."""
 
+    master = 0
+
     def __init__(self, accuracy):
         self.accuracy, self.asked = accuracy, []
 
@@ -167,14 +163,36 @@ def test_arms_get_the_rate_that_serves_them_and_the_same_seeds():
     lab = MadeUp(
         lambda config: 0.5 - abs(config.learning_rate - best[config.policy_weight]) + config.seed / 1e5
     )
-    found = compare(lab, TrainConfig(), [Arm("distil"), Arm("gradient", {"policy_weight": 1.0})], Design())
+    arms = [Arm("distil"), Arm("gradient", {"policy_weight": 1.0})]
+    found = compare(lab, TrainConfig(), arms, Design(bases=3, seeds=2, tuning=2))
     assert (found["distil"].rate, found["gradient"].rate) == (1e-3, 2e-4)
-    assert found["gradient"].tried[1e-3] == pytest.approx(0.5 - 8e-4 + 0.00999)
+    assert found["gradient"].tried[1e-3] == pytest.approx([0.5 - 8e-4 + seed / 1e5 for seed in (200, 201)])
     tuning, reported = lab.asked
-    assert len(tuning) == 6 and {(c.seed, c.warm_seed) for c in tuning} == {(999, 0)}
-    assert [(c.seed, c.warm_seed) for c in reported] == [(0, 0), (1, 1), (2, 2), (3, 0), (4, 1)] * 2
-    assert [c.learning_rate for c in reported] == [1e-3] * 5 + [2e-4] * 5
-    assert found["distil"].gains() == pytest.approx([0.3 + seed / 1e5 for seed in range(5)])
+    assert len(tuning) == 2 * 3 * 2 and {(c.seed, c.warm_seed) for c in tuning} == {(200, 0), (201, 1)}
+    pairs = [(0, 0), (100, 0), (1, 1), (101, 1), (2, 2), (102, 2)]
+    assert [(c.seed, c.warm_seed) for c in reported] == pairs * 2
+    assert [c.learning_rate for c in reported] == [1e-3] * 6 + [2e-4] * 6
+    assert found["distil"].bases == [0, 0, 1, 1, 2, 2]
+    assert found["distil"].gains() == pytest.approx([0.3 + seed / 1e5 for seed, _ in pairs])
+
+
+def test_no_run_chooses_its_own_rate_and_masters_share_no_seed():
+    design = Design(bases=2, seeds=3, tuning=5)
+    asked = [
+        tuple(seeds.values())
+        for master in (0, 1, 2)
+        for seeds in (*design.runs(master), *design.tuning_runs(master))
+    ]
+    assert len(set(asked)) == len(asked) == 3 * (6 + 5)
+    assert {warm for warm, _ in asked} == {0, 1, 1000, 1001, 2000, 2001}
+
+
+def test_a_rate_is_chosen_by_the_mean_of_several_runs():
+    """Seed 200 alone prefers the high rate by .3; the other two prefer the low one by .2."""
+    lab = MadeUp(lambda config: {2e-4: 0.4, 1e-3: 0.7 if config.seed == 200 else 0.2}[config.learning_rate])
+    for tuning, rate in ((1, 1e-3), (3, 2e-4)):
+        design = Design(bases=3, seeds=2, tuning=tuning, rates=(2e-4, 1e-3))
+        assert compare(lab, TrainConfig(), [Arm("only")], design)["only"].rate == rate
 
 
 def test_one_rate_is_not_tried():
@@ -197,45 +215,7 @@ def test_first_step_at_a_level(level, step):
     assert found is None if step is None else found == pytest.approx(step)
 
 
-# ---------------------------------------------------------------- statistics
-
-
-def test_an_interval_holds_the_mean_and_narrows_with_more_runs():
-    rng = np.random.default_rng(3)
-    few, many = estimate(rng.normal(0.5, 0.1, 5)), estimate(rng.normal(0.5, 0.1, 500))
-    assert few.low < few.value < few.high and few.count == 5
-    assert (many.low, many.high) == pytest.approx(
-        (0.5 - 1.96 * 0.1 / 500**0.5, 0.5 + 1.96 * 0.1 / 500**0.5), abs=DRAWN
-    )
-    assert few.high - few.low > 3 * (many.high - many.low)
-    assert estimate([0.5]) == Estimate(0.5, 0.5, 0.5, 1) and estimate([0.5] * 4) == Estimate(0.5, 0.5, 0.5, 4)
-    assert estimate([1.0, 2.0, 9.0], np.median).value == 2.0
-    assert str(Estimate(0.5, -0.25, 1, 5)) == "0.500 [-0.250, 1.000]"
-
-
-def test_differences_are_paired():
-    """Runs with a scatter of .3 and pairwise differences of .01: the paired difference is certain."""
-    theirs = [0.1, 0.4, 0.7, 0.2, 0.5]
-    found = difference([value + 0.01 for value in theirs], theirs)
-    assert found.low == pytest.approx(0.01) == found.high
-    with pytest.raises(ValueError):
-        difference(theirs, theirs[:4])
-
-
-@pytest.mark.parametrize(
-    "low, high, count, ahead, equal",
-    [
-        (0.01, 0.04, 5, REPRODUCED, REPRODUCED),
-        (0.06, 0.2, 5, REPRODUCED, NOT_REPRODUCED),
-        (-0.01, 0.2, 5, INCONCLUSIVE, INCONCLUSIVE),
-        (-0.2, -0.06, 5, NOT_REPRODUCED, NOT_REPRODUCED),
-        (0.0, 0.05, 5, INCONCLUSIVE, REPRODUCED),
-        (0.01, 0.02, 2, INCONCLUSIVE, INCONCLUSIVE),
-    ],
-)
-def test_grades_can_fail(low, high, count, ahead, equal):
-    found = Estimate((low + high) / 2, low, high, count)
-    assert (graded_ahead(found), graded_equal(found, 0.05)) == (ahead, equal)
+# ---------------------------------------------------------------- statistics (more in test_statistics.py)
 
 
 def test_rank_statistics():
@@ -251,7 +231,9 @@ def trained(**accuracies):
     """Make arms by name whose runs end at the given accuracies."""
     arms = {arm.name: [0.5] * 5 for arm in sdpo.ARMS["secret_op"]} | accuracies
     return {
-        name: Trained(Arm(name), 1e-3, [made_up(value) for value in values], {5e-4: 0.4, 1e-3: 0.5})
+        name: Trained(
+            Arm(name), 1e-3, [made_up(value) for value in values], list(range(5)), {5e-4: [0.4], 1e-3: [0.5]}
+        )
         for name, values in arms.items()
     }
 
@@ -328,7 +310,7 @@ def test_the_quick_study_goes_through(quick, monkeypatch):
 
 def test_an_unknown_paper():
     with pytest.raises(
-        ValueError, match="paper: expected one of sdpo, discovery, mopd, iw_opd, law, got 'sdop'"
+        ValueError, match="paper: expected one of sdpo, discovery, mopd, iw_opd, law, variance, got 'sdop'"
     ):
         command.reproduce("sdop", Path("unused"), True, 0, [])
 
@@ -343,8 +325,8 @@ STUDY = Study(
     "Is it so?",
     ["Two arms."],
     [
-        Claim("It is|so", "a less b", Estimate(0.1, 0.05, 0.15, 5), REPRODUCED, "By luck"),
-        Claim("Or not", "c", Estimate(0.1, -0.2, 0.3, 5), INCONCLUSIVE),
+        Claim("It is|so", "a less b", Estimate(0.1, 0.05, 0.15, 10, 5), REPRODUCED, "By luck"),
+        Claim("Or not", "c", Estimate(0.1, -0.2, 0.3, 10, 5), INCONCLUSIVE),
     ],
     [Table("Numbers", ["arm", "value"], [["a", "1"], ["b", "2"]])],
     [
@@ -373,9 +355,10 @@ def test_a_page_says_what_held(tmp_path):
     assert page == pages.markdown(load(tmp_path / "made_up.json")), "a page follows from the JSON alone"
     rows = [line for line in page.splitlines() if line.startswith(("| It is", "| Or"))]
     assert (
-        rows[0] == "| It is\\|so | a less b | 0.100 [0.050, 0.150] | 5 | **direction reproduced**. By luck |"
+        rows[0]
+        == "| It is\\|so | a less b | 0.100 [0.050, 0.150] | 10 on 5 | **direction reproduced**. By luck |"
     )
-    assert rows[1] == "| Or not | c | 0.100 [-0.200, 0.300] | 5 | **inconclusive** |"
+    assert rows[1] == "| Or not | c | 0.100 [-0.200, 0.300] | 10 on 5 | **inconclusive** |"
     for part in (
         "# A study",
         "Is it so?",
@@ -389,6 +372,40 @@ def test_a_page_says_what_held(tmp_path):
     assert "proves nothing" in pages.markdown(
         dataclasses.replace(STUDY, facts={**STUDY.facts, "quick": True})
     )
+
+
+def test_a_page_compares_a_rerun(tmp_path):
+    moved = [
+        dataclasses.replace(
+            claim, estimate=dataclasses.replace(claim.estimate, value=0.2), grade=INCONCLUSIVE
+        )
+        for claim in STUDY.claims
+    ]
+    second = dataclasses.replace(STUDY, claims=moved, facts={**STUDY.facts, "machine": "another computer"})
+    page = pages.markdown(STUDY, second)
+    assert "1 of 2 estimates of the rerun lie inside the intervals, 1 of 2 grades flipped" in page
+    assert (
+        "| It is\\|so | 0.100 [0.050, 0.150] | 0.200 | **no** | direction reproduced -> **inconclusive** |"
+        in page
+    )
+    assert "another computer; torch 2.0" in page and "## Rerun" not in pages.markdown(STUDY)
+    folder = tmp_path / pages.FOLDER
+    for where, study in ((folder, STUDY), (folder / pages.RERUNS, second)):
+        study.save(where / "made_up.json")
+    assert pages.committed(tmp_path) == {folder / "made_up.md": page}
+
+
+def test_a_page_of_older_code_says_so(monkeypatch):
+    monkeypatch.setattr(pages, "NOT_RERUN", ("made_up",))
+    text = "**Made by older code (commit 0123456789ab, 2026-01-01); not rerun since.**"
+    page = pages.markdown(STUDY)
+    assert text in page and "over few seeds" not in page
+    flat = [
+        dataclasses.replace(claim, estimate=dataclasses.replace(claim.estimate, bases=0))
+        for claim in STUDY.claims
+    ]
+    page = pages.markdown(dataclasses.replace(STUDY, claims=flat))
+    assert text in page and "over few seeds" in page and "| value [95 % over runs] | runs |" in page
 
 
 def test_a_figure_has_a_panel_for_each(tmp_path):

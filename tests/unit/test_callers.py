@@ -320,10 +320,14 @@ def test_a_head_in_fp32_over_a_16_bit_trunk(route):
     assert_same_bits(of_narrow[1], of_wide[1])
 
 
-def test_a_head_narrower_than_its_hidden_states_is_refused():
+def test_a_head_narrower_than_its_hidden_states_is_cast_by_slices():
+    """Floating-point types mix upwards: tests/unit/test_sides.py has the values of every pair."""
     x = inputs(frozen=True)
-    with pytest.raises(TypeError, match="student_weight: expected dtype torch.float32"):
-        linear_divergence(x["h"], x["W"].bfloat16(), x["t"], x["Wt"])
+    narrow = x["W"].bfloat16()
+    losses = [linear_divergence(x["h"], head, x["t"], x["Wt"]) for head in (narrow, narrow.float())]
+    gradients = [torch.autograd.grad(loss, x["h"])[0] for loss in losses]
+    assert_same_bits(*(loss.detach() for loss in losses))
+    assert_same_bits(*gradients)
 
 
 def test_labels_may_be_a_column_of_a_larger_tensor(backend):

@@ -283,3 +283,8 @@ def test_settings_come_from_file_then_overrides_and_on_resume_from_the_run(monke
     assert opsd("train", "my.yaml", "--set", "seed=5", "--out", "a").exit_code == 0
     assert opsd("train", "--out", "run", "--resume").exit_code == 0
     assert seen == [(7, 5, Path("a"), False), (9, 2, Path("run"), True)]
+
+
+def test_a_plan_of_no_tokens_has_no_shares():
+    shown = opsd("plan", "-N", 0, "--device", "cuda")
+    assert shown.exit_code == 0 and "%" not in shown.stdout

@@ -9,7 +9,14 @@ from torch.library import opcheck
 from opsd_kernels import linear_divergence, linear_logprobs
 from opsd_kernels._core import library, sliced_head
 from opsd_kernels._core.sliced_head import MovedRows, SlicedHead
-from opsd_kernels.testing import assert_no_worse, assert_on_target, evaluate, hard_case, plain_outcomes
+from opsd_kernels.testing import (
+    assert_no_worse,
+    assert_on_target,
+    evaluate,
+    hard_case,
+    plain_outcomes,
+    relative_error,
+)
 from opsd_kernels.testing.reference import linear_divergence_reference
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -92,6 +99,39 @@ def test_one_head_under_rows_of_two_dtypes(dtypes, near):
     """Both sides take the widest dtype, and the difference GEMM keeps what the rows differ in."""
     case = mixed_case((*dtypes, dtypes[1]), shared_head=True, near=near)
     check(case, "fp32_logits")
+
+
+@pytest.mark.parametrize("widest", [F64, F32])
+def test_several_teachers_of_different_dtypes(widest):
+    """One teacher's dtype may widen the student's rows for all; its place in the list does not matter."""
+    gen = torch.Generator().manual_seed(0)
+
+    def made(*shape, dtype):
+        return (torch.randn(*shape, generator=gen, dtype=F64) / 2).to(dtype)
+
+    student, index = (made(31, 24, dtype=F32), made(203, 24, dtype=BF16)), torch.arange(31) % 3
+    teachers = [
+        (made(31, 24, dtype=BF16), student[1]),  # the student's head
+        (made(31, 16, dtype=F16), made(203, 16, dtype=BF16)),
+        (made(31, 8, dtype=widest), made(203, 8, dtype=widest)),
+    ]
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        rows, heads = zip(*(teachers[k] for k in order), strict=True)
+        own = torch.tensor([order.index(k) for k in range(3)])[index]
+        leaves = [x.clone().requires_grad_() for x in student]
+        heads = [leaves[1] if head is student[1] else head for head in heads]
+        loss = linear_divergence(*leaves, rows, heads, teacher_index=own, reduction="sum")
+        exact = [x.double().requires_grad_() for x in student]
+        truth = sum(
+            linear_divergence_reference(
+                *exact, h.double(), exact[1].detach() if W is student[1] else W.double(),
+                mask=index == k, reduction="sum",
+            )
+            for k, (h, W) in enumerate(teachers)
+        )  # fmt: skip
+        ours, wanted = (torch.autograd.grad(x, y) for x, y in ((loss, leaves), (truth, exact)))
+        for one, other in zip((loss.detach(), *ours), (truth.detach(), *wanted), strict=True):
+            assert relative_error(one, other) < (3e-3 if one.dtype == BF16 else 1e-5)
 
 
 def test_each_side_is_projected_in_its_own_dtype(monkeypatch):

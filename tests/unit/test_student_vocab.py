@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from draft_cases import Draft, draft_case
+from quantised_cases import QUANTISED
 from shapes_made import ShapesMade
 from torch.library import opcheck
 
@@ -174,6 +175,22 @@ def test_a_label_that_the_student_lacks_is_not_valid(backend):
     assert_same_bits(evaluate(linear_divergence, masked, student_vocab_ids=draft.ids, **told), ours)
 
 
+@pytest.mark.parametrize("leading", [(), (0,), (2, 0), (1, 1), (2, 3, 2)], ids=str)
+def test_any_leading_shape(leading):
+    gen = torch.Generator().manual_seed(0)
+    ids = torch.randperm(23, generator=gen)[:11]
+    h, t = (torch.randn(*leading, 4, generator=gen, dtype=torch.float64) for _ in range(2))
+    W, Wt = (torch.randn(rows, 4, generator=gen, dtype=torch.float64) for rows in (11, 23))
+    labels = torch.randint(23, (*leading, 2), generator=gen)[..., 0]  # not contiguous
+    for told in ({}, {"labels": labels}, {"labels": labels, "temperature": torch.tensor(0.7)}):
+        h.requires_grad_()
+        loss = linear_divergence(h, W, t, Wt, student_vocab_ids=ids, reduction="sum", **told)
+        truth = dense(h, W, t, Wt, student_vocab_ids=ids, reduction="sum", **told)
+        assert_no_worse(loss, truth, truth)
+        ours, exact = (torch.autograd.grad(x, h)[0] for x in (loss, truth))
+        assert_no_worse(ours, exact, exact)
+
+
 def test_all_labels_foreign():
     draft = draft_case(9, 11, 23, 4, torch.float32)
     lacking = next(i for i in range(23) if i not in draft.ids.tolist())
@@ -282,6 +299,23 @@ def test_several_teachers(backend):
             evaluate(run, first, backend=backend, by_hand=by_hand, **how) for by_hand in (False, True)
         )
         assert_no_worse(ours, expected, expected)
+
+
+@pytest.mark.parametrize("form", ["int4 in int8, groups, zero points", "float8_e4m3fn, blocks", "bf16"])
+def test_a_teacher_s_head_in_another_form(backend, form):
+    """The rows of the ids have their own scales."""
+    draft = draft_case(N, V_S, V_T, H, torch.float32)
+    head = draft.case.teacher_weight
+    head = head.bfloat16() if form == "bf16" else QUANTISED[form](head)
+    whole = head.float() if form == "bf16" else head.dequantize()
+    told = {"divergence": "jsd", "backend": backend}
+
+    def run(h, W, t, Wt, **options):
+        return linear_divergence(h, W, t, head, **options)
+
+    ours = evaluate(run, draft.case, student_vocab_ids=draft.ids, **told)
+    expected = evaluate(linear_divergence, replace(draft.restricted, teacher_weight=whole[draft.ids]), **told)
+    assert_no_worse(ours, expected, expected)
 
 
 def test_adapters_of_both_heads():

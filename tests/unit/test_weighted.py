@@ -250,3 +250,13 @@ def test_a_trainable_bias_over_a_frozen_head(backend, rows):
     assert_no_worse(
         evaluate(linear_divergence, case, **told, backend=backend, workspace_bytes=budget), truth, truth
     )
+
+
+def test_an_infinite_divergence_of_weight_zero_over_a_frozen_head(backend):
+    case = hard_case(12, 33, 5, torch.float64, batch=3, masked_entry="teacher", frozen_head=True)
+    case = replace(case, token_weights=None)
+    told = {"token_weights": weights.EntropyGate("student", below=1e-9), "divergence": "reverse_kl"}
+    ours = evaluate(linear_divergence, case, **told, backend=backend)
+    truth = evaluate(linear_divergence_reference, case, **told)
+    assert_no_worse(ours, truth, truth)
+    assert not ours.student_hidden.any()

@@ -10,24 +10,37 @@ from pathlib import Path
 
 from opsd_kernels.provenance import describe_machine, package_version
 from opsd_kernels.train.records.log import Progress
-from opsd_kernels.train.studies import pages
+from opsd_kernels.train.studies import digest, pages, rerun
 from opsd_kernels.train.studies.lab import Lab
-from opsd_kernels.train.studies.study import Study
+from opsd_kernels.train.studies.study import Study, load
 
-PAPERS = ("sdpo", "discovery", "mopd", "iw_opd", "law")
+PAPERS = ("sdpo", "discovery", "mopd", "iw_opd", "law", "variance")
 PACKAGES = ("torch", "transformers", "opsd_kernels")
 
 
-def reproduce(paper: str, out: Path, quick: bool, workers: int, command: Sequence[str]) -> Study:
+def reproduce(
+    paper: str,
+    out: Path,
+    quick: bool,
+    workers: int,
+    command: Sequence[str],
+    master: int = 0,
+    against: Path | None = None,
+) -> Study:
     """Run the study `paper` with its cells in `out`/cells, and write <paper>.json, .png and .md into `out`.
 
-    Raises ValueError for an unknown paper.
+    `master` decides all base models and seeds. With `against`, the JSON of another run of the study, say how
+    many of its intervals hold this run's estimates. Raises ValueError for an unknown paper.
     """
     if paper not in PAPERS:
         raise ValueError(f"paper: expected one of {', '.join(PAPERS)}, got {paper!r}")
-    lab = Lab(Path(out) / "cells", workers, quick, Progress())
+    first = load(Path(against)) if against is not None else None
+    lab = Lab(Path(out) / "cells", workers, quick, master, Progress())
+    module = f"opsd_kernels.train.studies.papers.{paper}"
+    # Before the cells run, since a file may be edited in the meantime.
+    own = digest.modules([module], [])
     try:
-        study = importlib.import_module(f"opsd_kernels.train.studies.papers.{paper}").study(lab)
+        study = importlib.import_module(module).study(lab)
     finally:
         lab.close()
     study.facts = {
@@ -39,9 +52,14 @@ def reproduce(paper: str, out: Path, quick: bool, workers: int, command: Sequenc
         "cell_seconds": round(lab.seconds, 1),
         "workers": workers,
         "quick": quick,
+        "master": master,
+        "modules": dict(sorted({**lab.modules, **own}.items())),
+        "defaults": digest.defaults(),
     }
     pages.write(study, Path(out))
     say_claims(lab.progress, study, Path(out))
+    if first is not None:
+        lab.progress.say(rerun.summary(rerun.pairs(first, study)))
     return study
 
 

@@ -23,8 +23,9 @@ from opsd_kernels.train.records.log import Progress
 from opsd_kernels.train.session import open_run_directory, reproducible
 from opsd_kernels.train.studies import discover as search
 from opsd_kernels.train.studies.discover import Base, Budget, Search
+from opsd_kernels.train.studies.statistics import percentiles, resamples
 
-RESAMPLES, LEVEL = 2000, 0.95
+RESAMPLES = 2000
 COSTS = ("attempts", "generated_answers", "completion_tokens", "context_tokens", "teacher_tokens", "updates")
 
 
@@ -115,23 +116,10 @@ def powers_of_two(attempts: int) -> list[int]:
     return sorted({attempts, *(2**i for i in range(attempts.bit_length()))})
 
 
-def resamples(count: int) -> np.ndarray:
-    """Shape (R, Q), rows sum to 1: the weights of `count` questions in bootstrap samples.
-
-    Equal at every call, so that methods are compared on the same samples.
-    """
-    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
-
-
-def bounds(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the percentile interval, two arrays of shape (...), of resampled values of shape (R, ...)."""
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return low, high
-
-
 def curve(solved: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return discovery@k and its interval over questions, each (K,), from `solved` of shape (Q, K)."""
-    return solved.mean(0), *bounds(resamples(len(solved)) @ solved)
+    # Of one base model, whose questions are independent.
+    return solved.mean(0), *percentiles(resamples(range(len(solved)), RESAMPLES) @ solved)
 
 
 def described(solved: np.ndarray, points: Sequence[int]) -> dict[str, list[float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from opsd_kernels.train.studies.compare import Trained
-from opsd_kernels.train.studies.statistics import Estimate, estimate
+from opsd_kernels.train.studies.statistics import Estimate
 from opsd_kernels.train.studies.study import Panel, Series, Table
 
 
@@ -27,7 +27,7 @@ def accuracies(trained: dict[str, Trained], title: str = "held-out accuracy afte
         "bars",
         "arm",
         "held-out accuracy",
-        [bars("after", {name: estimate(after(arm)) for name, arm in trained.items()})],
+        [bars("after", {name: arm.estimate(after(arm)) for name, arm in trained.items()})],
     )
 
 
@@ -69,7 +69,7 @@ def outcomes(title: str, trained: dict[str, Trained]) -> Table:
                 name,
                 f"{arm.rate:g}",
                 f"{np.mean(arm.values('held_out_accuracy_before')):.3f}",
-                str(estimate(after(arm))),
+                str(arm.estimate(after(arm))),
                 *means,
             ]
         )

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from opsd_kernels.provenance import git_commit
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.records.durable import write_file
 from opsd_kernels.train.records.log import Progress
+from opsd_kernels.train.studies import digest
 
 Result = dict[str, Any]
 # The settings of a base model, besides those named tiny_ and warm_.
@@ -41,8 +43,27 @@ class Cell:
 
     @property
     def key(self) -> str:
-        text = json.dumps([self.function, self.arguments], sort_keys=True)
+        """Return the name of the cell's file: a hash of the call and of the code that decides its result."""
+        text = json.dumps([self.function, self.arguments, self.modules], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    @cached_property
+    def modules(self) -> dict[str, str]:
+        """Return the hashes of the modules that decide the result."""
+        module = self.function.partition(":")[0]
+        envs = {config["env"] for config in _configs(self.arguments)}
+        return digest.modules([module], [name for env in sorted(envs) for name in digest.env_modules(env)])
+
+
+def _configs(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield the trainer's settings within the arguments of a cell."""
+    if isinstance(value, dict):
+        if "env" in value:
+            yield value
+        value = list(value.values())
+    if isinstance(value, list):
+        for one in value:
+            yield from _configs(one)
 
 
 def train_cell(config: TrainConfig) -> Cell:
@@ -70,8 +91,12 @@ class Lab:
     folder: Path
     workers: int = 2
     quick: bool = False
+    # Another number gives other base models and seeds to all cells of a study.
+    master: int = 0
     progress: Progress = field(default_factory=Progress)
     commits: set[str] = field(default_factory=set)
+    # The hashes of the modules that decided the cells' results, by name.
+    modules: dict[str, str] = field(default_factory=dict)
     # Seconds of CPU time by cell.
     spent: dict[str, float] = field(default_factory=dict)
     _pool: ProcessPoolExecutor | None = field(default=None, repr=False)
@@ -106,6 +131,8 @@ class Lab:
         records = {key: json.loads(self._file(key).read_text()) for key in wanted}
         self.commits |= {record["commit"] for record in records.values()}
         self.spent |= {key: record["seconds"] for key, record in records.items()}
+        for cell in wanted.values():
+            self.modules |= cell.modules
         return [records[cell.key]["result"] for cell in cells]
 
     def _compute(self, title: str, cells: Sequence[Cell]) -> None:

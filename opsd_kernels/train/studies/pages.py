@@ -9,15 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from opsd_kernels.train.records.durable import write_file
+from opsd_kernels.train.studies import digest, rerun
 from opsd_kernels.train.studies.study import Panel, Study, Table, load
 
 # <paper>.json, .png and .md of the studies in the docs.
 FOLDER = Path("docs/reproduce")
 PANEL_INCHES = (5.6, 3.8)
+# The second run of a study, with another master seed: <paper>.json.
+RERUNS = "reruns"
+# Studies whose committed results were made by older code. Their pages say so.
+NOT_RERUN = ("sdpo", "discovery", "mopd", "iw_opd", "law", "variance")
 
 
-def markdown(study: Study) -> str:
-    """Return the page: question, claims with their grades, figure, design, tables, notes, and the command."""
+def markdown(study: Study, second: Study | None = None) -> str:
+    """Return the page: question, claims with their grades, figure, design, tables, notes, and the command.
+
+    `second` is a rerun of the study, with which the page compares it.
+    """
     lines = [
         f"# {study.title}",
         "",
@@ -26,18 +34,23 @@ def markdown(study: Study) -> str:
     ]
     if study.facts.get("quick"):
         lines += ["**Made with `--quick`: shows that it runs, proves nothing.**", ""]
+    if study.paper in NOT_RERUN:
+        lines += [older(study), ""]
     lines += [f"Source: {study.source}.", "", study.question, "", "## What held", ""]
+    interval, runs = ("95 % over runs", "runs") if flat(study) else ("95 % of reruns", "runs on base models")
     rows = [
         [
             c.text,
             c.measured,
             str(c.estimate),
-            str(c.estimate.count),
+            f"{c.estimate.count} on {c.estimate.bases}" if c.estimate.bases else str(c.estimate.count),
             f"**{c.grade}**" + (f". {c.remark}" if c.remark else ""),
         ]
         for c in study.claims
     ]
-    lines += _table(Table("", ["claim", "measured here", "value [95 % interval]", "runs", "grade"], rows))
+    lines += _table(Table("", ["claim", "measured here", f"value [{interval}]", runs, "grade"], rows))
+    if second is not None:
+        lines += ["", "## Rerun", "", *compared(study, second)]
     lines += ["", f"![{study.title}]({study.paper}.png)", "", "## Design", ""]
     lines += [f"* {sentence}" for sentence in study.design]
     for table in study.tables:
@@ -47,11 +60,64 @@ def markdown(study: Study) -> str:
     return "\n".join(lines)
 
 
+def older(study: Study) -> str:
+    """Say that a study was made by older code, and what that means for its intervals."""
+    commits = ", ".join(short(commit) for commit in study.facts["commits"])
+    text = f"**Made by older code (commit {commits}, {study.facts['date']}); not rerun since.**"
+    if not flat(study):
+        return text
+    return (
+        f"{text} Its intervals are over few seeds on three base models: a rerun leaves them more often than "
+        "one time in twenty ([why](variance.md)). The design in the code today has more base models."
+    )
+
+
+def flat(study: Study) -> bool:
+    """Return whether a study's intervals are over runs alone, as those of older code are."""
+    return not any(claim.estimate.bases for claim in study.claims)
+
+
+def compared(study: Study, second: Study) -> list[str]:
+    found = rerun.pairs(study, second)
+    return [
+        f"The study run again with other base models and seeds (`{second.facts['command']}`): "
+        f"{rerun.summary(found)}.",
+        "",
+        *_table(rerun.table(found)),
+        "",
+        f"{where(second)}",
+    ]
+
+
+def stale(study: Study) -> list[str]:
+    """Return what decided a study's numbers and is another today: modules, and settings by default."""
+    if "modules" not in study.facts:
+        return ["all modules: the study names none"]
+    return [
+        *digest.changed(study.facts["modules"]),
+        *(f"default of {name}" for name in digest.changed_defaults(study.facts["defaults"])),
+    ]
+
+
+def mended_by(paper: str) -> str:
+    """Return the commands that make the results of a study anew, and what to do where that cannot be done."""
+    return (
+        f"opsd reproduce {paper} && cp runs/reproduce-{paper}/{paper}.json runs/reproduce-{paper}/{paper}.png"
+        f" {FOLDER} && make docs; or list it in NOT_RERUN ({Path(__file__).name}), which its page then says"
+    )
+
+
+def short(commit: str) -> str:
+    """Return the first digits of a commit, and whether the code differed from it."""
+    name, *dirty = commit.split("-")
+    return "-".join([name[:12], *dirty])
+
+
 def where(study: Study) -> str:
     facts = study.facts
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     time = f"{facts['cell_seconds'] / 60:.0f} minutes of CPU time, one thread a cell"
-    commits = ", ".join(commit[:12] for commit in facts["commits"])
+    commits = ", ".join(short(commit) for commit in facts["commits"])
     return f"{facts['machine']}; {versions}; commit {commits}; {facts['date']}; {time}."
 
 
@@ -130,7 +196,11 @@ def write(study: Study, folder: Path) -> None:
 
 def committed(root: Path) -> dict[Path, str]:
     """Return the pages of the studies under `root`, by their paths in the docs."""
-    return {path.with_suffix(".md"): markdown(load(path)) for path in sorted((root / FOLDER).glob("*.json"))}
+    pages = {}
+    for path in sorted((root / FOLDER).glob("*.json")):
+        second = path.parent / RERUNS / path.name
+        pages[path.with_suffix(".md")] = markdown(load(path), load(second) if second.exists() else None)
+    return pages
 
 
 if __name__ == "__main__":

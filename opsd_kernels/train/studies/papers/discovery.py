@@ -12,12 +12,9 @@ from opsd_kernels.train.config.presets import PRESETS
 from opsd_kernels.train.studies.discover import chance_within
 from opsd_kernels.train.studies.discover_run import (
     COSTS,
-    bounds,
-    curve,
-    described,
+    RESAMPLES,
     mean_attempts,
     powers_of_two,
-    resamples,
 )
 from opsd_kernels.train.studies.exhibits import bars
 from opsd_kernels.train.studies.lab import Lab
@@ -32,12 +29,14 @@ from opsd_kernels.train.studies.papers.discovery_cells import (
     turns,
 )
 from opsd_kernels.train.studies.statistics import (
-    INCONCLUSIVE,
-    NOT_REPRODUCED,
-    REPRODUCED,
     Estimate,
-    estimate,
+    equal_weights,
     graded_ahead,
+    graded_at_most,
+    replication,
+    replication_bounds,
+    replication_of,
+    resamples,
 )
 from opsd_kernels.train.studies.study import Claim, Panel, Series, Study, Table
 
@@ -81,8 +80,7 @@ NOTES = [
     "A code of `mastermind` is one string, so that the base model's chance of an attempt is exact, and "
     "best-of-k is 1 - (1 - p)^k without sampling. Self-distillation and multi-turn are sampled, once per "
     "question.",
-    "The intervals come from questions drawn anew; base models are three, and the table by base model shows "
-    "how they differ.",
+    "The table by base model shows how they differ.",
     "The warm start teaches the base model to read the marks of one to four guesses; what it can do with "
     "them is in the table of chances.",
     "What it depends on, first attempt: the teacher. The table by base model has the median ratio of its "
@@ -100,31 +98,35 @@ NOTES = [
 
 def sentences(design: Design) -> list[str]:
     return [
-        f"{design.seeds} seeds on {design.warm_seeds} base models, {design.questions} held-out questions "
-        "for each seed, none asked twice of the same base model: the first that it answers right with an "
+        f"{design.bases} base models, {design.questions} held-out questions of each, none asked twice of "
+        "the same base model: the first that it answers right with an "
         f"exact chance below {design.below:g} in one attempt, in the order of the held-out list.",
         f"{design.attempts} attempts per question and method. Self-distillation takes an optimisation step "
         f"after every {design.batch}; attempts of a batch count in their order up to the first right one. "
         "Weights, optimiser and teacher start anew at every question.",
         "Feedback on an attempt: the guess with its numbers of exact and misplaced symbols, `counts`. "
-        f"Control: `wrong`, and nothing else, on the questions of the first {design.controls} seeds. "
+        f"Control: `wrong`, and nothing else, on the questions of the first {design.controls} base "
+        "models. "
         "Multi-turn shows the base model the marked guesses of its last "
         f"{' or '.join(map(str, design.windows))} failures.",
         "Learning rate of self-distillation, with `counts` and with `wrong`: the best of "
         f"{', '.join(f'{rate:g}' for rate in design.rates)} in discovery@k, averaged over k, on "
-        f"{design.tuning} other questions of the first base model.",
+        f"{design.tuning} other questions of each of the first {design.tuned} base models.",
         "Share of attempts: those that self-distillation takes to a level of discovery, by those that the "
-        "other method takes to the same level, read off both curves, for each bootstrap sample of "
-        "questions. It counts as 1 where self-distillation does not get there within the budget.",
+        "other method takes to the same level, read off both curves, for each bootstrap sample. It counts "
+        "as 1 where self-distillation does not get there within the budget.",
+        "Intervals: where the estimate of a rerun with other base models falls in 95 % of cases, by a "
+        "bootstrap over base models and the questions of each, widened for their number.",
     ]
 
 
 def shares(
-    mine: np.ndarray, theirs: np.ndarray, counts: np.ndarray, level: str
+    mine: np.ndarray, theirs: np.ndarray, bases: np.ndarray, counts: np.ndarray, level: str
 ) -> tuple[float, float, Estimate]:
     """Return the attempts of theirs and of mine to a level, and their ratio with its interval.
 
-    `mine` has shape (Q, K), by 1 ... K attempts; `theirs` has shape (Q, G), by `counts`.
+    `mine` has shape (Q, K), by 1 ... K attempts; `theirs` has shape (Q, G), by `counts`; `bases` (Q,) names
+    the base model of each question.
     """
     attempts = mine.shape[1]
 
@@ -139,9 +141,10 @@ def shares(
         mine_R = first_at(ours_RK, levels_R1, np.arange(1, attempts + 1), np.inf)
         return other_R, mine_R, np.where(np.isinf(mine_R), 1.0, mine_R / other_R)
 
-    other, own, share = (float(value[0]) for value in to_level(np.full((1, len(mine)), 1 / len(mine))))
-    low, high = bounds(to_level(resamples(len(mine)))[2])
-    return other, own, Estimate(share, float(low), float(high), len(mine))
+    other, own, share = (float(value[0]) for value in to_level(equal_weights(bases)[None]))
+    drawn = to_level(resamples(bases, RESAMPLES))[2]
+    found = replication_of(share, drawn, len(mine), len(np.unique(bases)), within=(0.0, np.inf))
+    return other, own, found
 
 
 def first_at(
@@ -158,22 +161,16 @@ def against(
     # The chance of best-of-k is known for any number of attempts.
     if other == BEST:
         counts = beyond(found)
-        return shares(found.solved[mine][rows], chance_within(found.chances[rows], counts), counts, level)
+        theirs = chance_within(found.chances[rows], counts)
+        return shares(found.solved[mine][rows], theirs, found.bases[rows], counts, level)
     # The control has the first questions only.
     rows = slice(len(found.solved[other])) if rows == slice(None) else rows
     counts = np.arange(1, found.design.attempts + 1)
-    return shares(found.solved[mine][rows], found.solved[other][rows], counts, level)
+    return shares(found.solved[mine][rows], found.solved[other][rows], found.bases[rows], counts, level)
 
 
 def beyond(found: Found) -> np.ndarray:
     return np.union1d(FAR, np.arange(1, found.design.attempts + 1))
-
-
-def graded_at_most(share: Estimate, bound: float) -> str:
-    """Grade the claim that a share is at most `bound`."""
-    if share.count < 3:
-        return INCONCLUSIVE
-    return REPRODUCED if share.high <= bound else NOT_REPRODUCED if share.low > bound else INCONCLUSIVE
 
 
 def claims(found: Found) -> list[Claim]:
@@ -183,7 +180,8 @@ def claims(found: Found) -> list[Claim]:
         measured = f"attempts of self-distillation by those of {other}, both to {until}"
         return Claim(text, measured, share, graded_at_most(share, bound))
 
-    gain = mean_gain(found.solved[SELF][: len(found.solved[UNTOLD])], found.solved[UNTOLD])
+    told = len(found.solved[UNTOLD])
+    gain = mean_gain(found.solved[SELF][:told], found.solved[UNTOLD], found.bases[:told])
     third, half = (
         "The same discovery probability with a third of the attempts of",
         "At most half the attempts of",
@@ -204,24 +202,25 @@ def claims(found: Found) -> list[Claim]:
     ]
 
 
-def mean_gain(mine: np.ndarray, theirs: np.ndarray) -> Estimate:
+def mean_gain(mine: np.ndarray, theirs: np.ndarray, bases: np.ndarray) -> Estimate:
     """Estimate the difference of two methods' discovery@k, averaged over k and paired by question."""
-    gains = (mine - theirs).mean(1)
-    low, high = bounds(resamples(len(gains)) @ gains)
-    return Estimate(float(gains.mean()), float(low), float(high), len(gains))
+    return replication((mine - theirs).mean(1), bases)
+
+
+def curve(solved: np.ndarray, bases: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return discovery@k and its interval, each (K,), from `solved` of shape (Q, K)."""
+    values = equal_weights(bases) @ solved
+    drawn = resamples(bases, RESAMPLES) @ solved
+    return values, *replication_bounds(values, drawn, len(np.unique(bases)), (0.0, 1.0))
 
 
 def discovery_table(found: Found) -> Table:
     points = powers_of_two(found.design.attempts)
     rows = []
     for name, solved in found.solved.items():
-        cells = described(solved, points)
-        rows.append(
-            [
-                name + (", exact" if name == BEST else ""),
-                *("{:.3f} [{:.2f}, {:.2f}]".format(*cells[str(k)]) for k in points),
-            ]
-        )
+        lines = curve(solved, found.bases[: len(solved)])
+        cells = ["{:.3f} [{:.2f}, {:.2f}]".format(*(line[k - 1] for line in lines)) for k in points]
+        rows.append([name + (", exact" if name == BEST else ""), *cells])
     return Table("discovery@k", ["method", *(f"k = {k}" for k in points)], rows)
 
 
@@ -248,7 +247,7 @@ def base_table(found: Found) -> Table:
     rows = []
     for base in np.unique(found.bases):
         own = found.bases == base
-        shares_of = [str(against(found, BEST, level, own)[2]) for level in (LAST, HALF)]
+        shares_of = [f"{against(found, BEST, level, own)[2].value:.3f}" for level in (LAST, HALF)]
         ends = [f"{found.solved[name][own, -1].mean():.3f}" for name in (SELF, BEST)]
         rows.append(
             [
@@ -262,7 +261,10 @@ def base_table(found: Found) -> Table:
     if found.other is not None:
         chances, solved = found.other["chances"], found.other["solved"]
         far = chance_within(chances, beyond(found))
-        shares_of = [str(shares(solved, far, beyond(found), level)[2]) for level in (LAST, HALF)]
+        one = np.zeros(len(chances))
+        shares_of = [
+            f"{shares(solved, far, one, beyond(found), level)[2].value:.3f}" for level in (LAST, HALF)
+        ]
         ends = [
             f"{solved[:, -1].mean():.3f}",
             f"{chance_within(chances, found.design.attempts)[:, -1].mean():.3f}",
@@ -293,7 +295,7 @@ def told_table(found: Found) -> Table:
             name,
             f"{np.mean(values):.5f}",
             f"{np.median(values):.5f}",
-            str(estimate(np.array(values) / found.chances)),
+            str(replication(np.array(values) / found.chances, found.bases)),
         ]
         for name, values in found.told.items()
     ]
@@ -328,7 +330,7 @@ def variants_table(found: Found) -> Table:
                 str(len(solved)),
                 f"{solved[:, -1].mean():.3f}",
                 f"{same[:, -1].mean():.3f}",
-                str(mean_gain(solved, same)),
+                str(mean_gain(solved, same, found.bases[: len(solved)])),
             ]
         )
     columns = [
@@ -344,7 +346,7 @@ def variants_table(found: Found) -> Table:
 def discovery_panel(found: Found) -> Panel:
     attempts = list(range(1, found.design.attempts + 1))
     series = [
-        Series(name, attempts, *(line.tolist() for line in curve(solved)))
+        Series(name, attempts, *(line.tolist() for line in curve(solved, found.bases[: len(solved)])))
         for name, solved in found.solved.items()
     ]
     return Panel("discovery@k", "lines", "k, attempts", "share of the questions solved", series)
@@ -365,7 +367,7 @@ def share_panel(found: Found) -> Panel:
 
 
 def told_panel(found: Found) -> Panel:
-    values = {name: estimate(values) for name, values in found.told.items()}
+    values = {name: replication(values, found.bases) for name, values in found.told.items()}
     return Panel(
         "the base model's chance of the right answer",
         "bars",

@@ -20,6 +20,7 @@ from opsd_kernels.train.records.log import Progress
 from opsd_kernels.train.sampling.rollout import requests
 from opsd_kernels.train.session import reproducible
 from opsd_kernels.train.studies import discover
+from opsd_kernels.train.studies.compare import run_seeds
 from opsd_kernels.train.studies.discover import Budget, chance_within, solved_within
 from opsd_kernels.train.studies.discover_run import costs
 from opsd_kernels.train.studies.lab import Cell, Lab, Result, warm_cell
@@ -38,32 +39,32 @@ TOLD_SAMPLES, TOLD_STREAM = 16, 26
 
 @dataclass(frozen=True)
 class Design:
-    """The design. Seed i starts from base model i modulo `warm_seeds` and has questions of its own.
+    """The design: `questions` hard questions of each of `bases` base models.
 
-    The rates are chosen on other questions, of the first base model.
+    The rates are chosen on `tuning` other questions of each of the first `tuned` base models.
     """
 
-    seeds: int = 5
-    warm_seeds: int = 3
-    questions: int = 24
-    tuning: int = 8
+    bases: int = 6
+    questions: int = 16
+    tuned: int = 3
+    tuning: int = 4
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     below: float = 0.01
     attempts: int = 256
     batch: int = 8
     windows: tuple[int, ...] = (3, 1)
-    # Numbers of the first seeds on whose questions the control and the variants run.
-    controls: int = 3
-    varied: int = 1
+    # Numbers of the first base models on whose questions the control and the variants run.
+    controls: int = 4
+    varied: int = 2
     # warm_accuracy of one more base model, with a shorter warm start.
     other: float | None = 0.02
 
     def quick(self) -> Design:
         return dataclasses.replace(
             self,
-            seeds=1,
-            warm_seeds=1,
+            bases=1,
             questions=3,
+            tuned=1,
             rates=self.rates[1:2],
             below=1.0,
             attempts=10,
@@ -82,7 +83,7 @@ class Design:
 class Found:
     """All measurements.
 
-    Rows are the questions of all seeds, in the order of `bases`; columns are numbers of attempts.
+    Rows are the questions of all base models, in their order; columns are numbers of attempts.
     """
 
     design: Design
@@ -100,33 +101,33 @@ class Found:
 
 def measure(lab: Lab, config: TrainConfig, design: Design) -> Found:
     asked, spare = ask(lab, config, design)
-    configs = {seed: seeded(config, design, seed) for seed in asked}
+    configs = {base: seeded(config, lab, base) for base in asked}
     views: dict[str, dict[str, Any]] = {SELF: {}, UNTOLD: {"feedback": "wrong"}}
-    rates, scores = choose(lab, configs[0], design, views, spare)
+    rates, scores = choose(lab, configs, design, views, spare)
 
     def searched(
-        title: str, method: str, seeds: int, settings: dict[str, Any], budget: Budget
+        title: str, method: str, bases: int, settings: dict[str, Any], budget: Budget
     ) -> list[discover.Search]:
         cells = [
-            search_cell(dataclasses.replace(configs[seed], **settings), method, list(asked[seed]), budget)
-            for seed in range(seeds)
+            search_cell(dataclasses.replace(configs[base], **settings), method, list(asked[base]), budget)
+            for base in range(bases)
         ]
         return [discover.Search(**found) for result in lab.run(title, cells) for found in result["searches"]]
 
     searches = {
-        SELF: searched(SELF, "self_distil", design.seeds, {"learning_rate": rates[SELF]}, design.budget())
+        SELF: searched(SELF, "self_distil", design.bases, {"learning_rate": rates[SELF]}, design.budget())
     }
     told = [
         Cell(
             f"{__name__}:told",
-            {"config": asdict(configs[seed]), "problems": list(asked[seed]), "lines": max(design.windows)},
+            {"config": asdict(configs[base]), "problems": list(asked[base]), "lines": max(design.windows)},
         )
-        for seed in asked
+        for base in asked
     ]
     views_told = lab.run("chances with feedback in view", told)
     for window in design.windows:
         searches[turns(window)] = searched(
-            turns(window), "multi_turn", design.seeds, {}, design.budget(window)
+            turns(window), "multi_turn", design.bases, {}, design.budget(window)
         )
     searches[UNTOLD] = searched(
         "self-distillation, not told",
@@ -145,7 +146,7 @@ def measure(lab: Lab, config: TrainConfig, design: Design) -> Found:
             design.budget(batch=batch),
         )
         variants[name] = solved_within([search.first for search in found], design.attempts)
-    chances = np.array([chance for seed in asked for chance in asked[seed].values()])
+    chances = np.array([chance for base in asked for chance in asked[base].values()])
     solved = {
         name: solved_within([search.first for search in found], design.attempts)
         for name, found in searches.items()
@@ -158,7 +159,7 @@ def measure(lab: Lab, config: TrainConfig, design: Design) -> Found:
         design,
         rates,
         scores,
-        np.array([seed % design.warm_seeds for seed in asked for _ in asked[seed]]),
+        np.array([base for base in asked for _ in asked[base]]),
         chances,
         {BEST: chance_within(chances, design.attempts), **solved},
         {name: costs(found) for name, found in searches.items()},
@@ -195,54 +196,61 @@ def other_start(lab: Lab, config: TrainConfig, design: Design) -> dict[str, np.n
     return {"chances": np.array(chances), "solved": solved, "told": np.array(told_by_view[ONE])}
 
 
-def seeded(config: TrainConfig, design: Design, seed: int) -> TrainConfig:
-    return dataclasses.replace(config, seed=seed, warm_seed=seed % design.warm_seeds)
+def seeded(config: TrainConfig, lab: Lab, base: int) -> TrainConfig:
+    return dataclasses.replace(config, **run_seeds(lab.master, base, 0))
 
 
 def turns(window: int) -> str:
     return f"multi-turn, last {window}"
 
 
-def ask(lab: Lab, config: TrainConfig, design: Design) -> tuple[dict[int, dict[int, float]], list[int]]:
-    """Return each seed's questions with their chances, and the questions on which rates are chosen."""
-    bases = [seeded(config, design, warm) for warm in range(design.warm_seeds)]
+def ask(
+    lab: Lab, config: TrainConfig, design: Design
+) -> tuple[dict[int, dict[int, float]], dict[int, list[int]]]:
+    """Return each base model's questions with their chances, and those on which rates are chosen."""
+    bases = [seeded(config, lab, base) for base in range(design.bases)]
     lab.run("base models", [warm_cell(base) for base in bases])
-    rounds = -(-design.seeds // design.warm_seeds)
-    counts = [rounds * design.questions + (design.tuning if base.warm_seed == 0 else 0) for base in bases]
+    counts = [
+        design.questions + (design.tuning if base < design.tuned else 0) for base in range(design.bases)
+    ]
     cells = [
         Cell(f"{__name__}:questions", {"config": asdict(base), "count": n, "below": design.below})
         for base, n in zip(bases, counts, strict=True)
     ]
-    hard = lab.run("questions", cells)
-    asked = {}
-    for seed in range(design.seeds):
-        turn, warm = divmod(seed, design.warm_seeds)
-        asked[seed] = dict(hard[warm]["questions"][turn * design.questions : (turn + 1) * design.questions])
-    return asked, [problem for problem, _ in hard[0]["questions"][rounds * design.questions :]]
+    hard = [result["questions"] for result in lab.run("questions", cells)]
+    asked = {base: dict(found[: design.questions]) for base, found in enumerate(hard)}
+    spare = {base: [problem for problem, _ in hard[base][design.questions :]] for base in range(design.tuned)}
+    return asked, spare
 
 
 def choose(
-    lab: Lab, config: TrainConfig, design: Design, views: dict[str, dict[str, Any]], spare: list[int]
+    lab: Lab,
+    configs: dict[int, TrainConfig],
+    design: Design,
+    views: dict[str, dict[str, Any]],
+    spare: dict[int, list[int]],
 ) -> tuple[dict[str, float], dict[str, dict[float, float]]]:
     """Choose the learning rate of each feedback; return rates and scores."""
     if len(design.rates) == 1:
         return dict.fromkeys(views, design.rates[0]), {}
-    tried = [(name, rate) for name in views for rate in design.rates]
+    tried = [(name, rate, base) for name in views for rate in design.rates for base in spare]
     cells = [
         search_cell(
-            dataclasses.replace(config, learning_rate=rate, **views[name]),
+            dataclasses.replace(configs[base], learning_rate=rate, **views[name]),
             "self_distil",
-            spare,
+            spare[base],
             design.budget(),
         )
-        for name, rate in tried
+        for name, rate, base in tried
     ]
     results = lab.run("learning rates", cells)
-    scores: dict[str, dict[float, float]] = {name: {} for name in views}
-    for (name, rate), result in zip(tried, results, strict=True):
-        scores[name][rate] = float(
-            solved_within([search["first"] for search in result["searches"]], design.attempts).mean()
-        )
+    by_base: dict[str, dict[float, list[float]]] = {name: {} for name in views}
+    for (name, rate, _), result in zip(tried, results, strict=True):
+        solved = solved_within([search["first"] for search in result["searches"]], design.attempts)
+        by_base[name].setdefault(rate, []).append(float(solved.mean()))
+    scores = {
+        name: {rate: float(np.mean(values)) for rate, values in of.items()} for name, of in by_base.items()
+    }
     return {name: max(scores[name], key=scores[name].__getitem__) for name in views}, scores
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from opsd_kernels.train.studies.study import Claim, Study, Table
 BASE = {
     "rehearsal_prompts": 0, "prompts_per_step": 32, "group_size": 4, "steps": 40, "eval_every": 20,
     "probe_samples": 64, "eval_samples": 400, "checkpoint_every": 10_000, "samples_kept": 0,
-    "tensorboard": False,
+    "tensorboard": False, "tiny_hidden": 64,
 }  # fmt: skip
 QUICK = {
     "steps": 1, "prompts_per_step": 4, "group_size": 2, "eval_samples": 8,
@@ -44,6 +44,7 @@ WEIGHTS = {
 EXTERNAL, SELF = "external", "self"
 SAMPLED, FULL = "sampled_token", "full"
 MARGIN = 0.05
+DESIGN = Design()
 TEACHER_WORDS = {EXTERNAL: "another model", SELF: "the privileged self"}
 OBJECTIVE_WORDS = {SAMPLED: "sampled tokens", FULL: "full vocabulary"}
 
@@ -83,11 +84,9 @@ Trials = dict[Block, dict[str, Trained]]
 
 
 def study(lab: Lab) -> Study:
-    design = Design().quick() if lab.quick else Design()
+    design = DESIGN.quick() if lab.quick else DESIGN
     blocks = [block for block in BLOCKS if not lab.quick or block.env == "plan"]
-    trials = trained_blocks(
-        lab, blocks, external_teachers(lab, list(dict.fromkeys(block.env for block in blocks))), design
-    )
+    trials = trained_blocks(lab, blocks, external_teachers(lab, blocks, design), design)
     main = [block for block in blocks if len(block.weights) > 1]
     whole = {block.name: trials[block][ALL] for block in blocks}
     return Study(
@@ -126,26 +125,31 @@ def config_of(lab: Lab, env: str, **changes: Any) -> TrainConfig:
     return TrainConfig(**{"env": env, **ENVS[env], **BASE, **(QUICK if lab.quick else {}), **changes})
 
 
-def external_teachers(lab: Lab, envs: Sequence[str]) -> dict[str, str]:
-    """Return the directory of each environment's external teacher, one for all students.
+def external_teachers(lab: Lab, blocks: Sequence[Block], design: Design) -> dict[tuple[str, int], str]:
+    """Return the directory of each environment's external teacher, by the warm seed of its student.
 
-    Its warm start is longer than theirs; that of `plan` has correct plans almost alone.
+    Every base model has a teacher of its own, so that a rerun varies both. A teacher's warm start is longer
+    than that of the student; that of `plan` has correct plans almost alone.
     """
     configs = {
-        env: config_of(
-            lab, env, **(TEACHERS[env] if not lab.quick else {"warm_share": TEACHERS[env]["warm_share"]})
-        )
-        for env in envs
+        (env, seeds["warm_seed"]): teacher_config(lab, env, seeds["warm_seed"])
+        for env in dict.fromkeys(block.env for block in blocks)
+        for seeds in [*design.runs(lab.master), *design.tuning_runs(lab.master)]
     }
     lab.run("the other teachers", [warm_cell(config) for config in configs.values()])
-    folders = {env: warmstart.cache_folder(config) for env, config in configs.items()}
+    folders = {key: warmstart.cache_folder(config) for key, config in configs.items()}
     for folder in folders.values():
         if not folder.exists():
             raise FileNotFoundError(
                 f"{folder}: expected the teacher that a cell in {lab.folder} made; "
                 "the cache has lost it, so start with another directory"
             )
-    return {env: str(folder) for env, folder in folders.items()}
+    return {key: str(folder) for key, folder in folders.items()}
+
+
+def teacher_config(lab: Lab, env: str, warm_seed: int) -> TrainConfig:
+    changes = TEACHERS[env] if not lab.quick else {"warm_share": TEACHERS[env]["warm_share"]}
+    return config_of(lab, env, warm_seed=warm_seed, **changes)
 
 
 def settings_of(lab: Lab, block: Block, folder: str) -> TrainConfig:
@@ -163,56 +167,54 @@ def settings_of(lab: Lab, block: Block, folder: str) -> TrainConfig:
     )
 
 
-def trained_blocks(lab: Lab, blocks: Sequence[Block], folders: dict[str, str], design: Design) -> Trials:
+def trained_blocks(
+    lab: Lab, blocks: Sequence[Block], folders: dict[tuple[str, int], str], design: Design
+) -> Trials:
     """Train every arm of every block, at its block's rate."""
-    bases = {block: settings_of(lab, block, folders[block.env]) for block in blocks}
-    rates = best_rates(lab, bases, design)
-    cells = [(block, arm, seed) for block in blocks for arm in block.arms() for seed in range(design.seeds)]
-    results = lab.train(
-        "seeds", [seeded(bases[block], arm, rates[block], seed, design) for block, arm, seed in cells]
-    )
+
+    def seeded(block: Block, arm: Arm, rate: float, seeds: dict[str, Any]) -> TrainConfig:
+        base = settings_of(lab, block, folders[block.env, seeds["warm_seed"]])
+        return replace(base, learning_rate=rate, **seeds, **arm.settings)
+
+    rates = best_rates(lab, blocks, seeded, design)
+    cells = [
+        (block, arm, seeds) for block in blocks for arm in block.arms() for seeds in design.runs(lab.master)
+    ]
+    results = lab.train("seeds", [seeded(block, arm, rates[block], seeds) for block, arm, seeds in cells])
     trials: Trials = {
-        block: {arm.name: Trained(arm, rates[block], []) for arm in block.arms()} for block in blocks
+        block: {arm.name: Trained(arm, rates[block], [], design.bases_of_runs()) for arm in block.arms()}
+        for block in blocks
     }
     for (block, arm, _), result in zip(cells, results, strict=True):
         trials[block][arm.name].runs.append(result)
     return trials
 
 
-def best_rates(lab: Lab, bases: dict[Block, TrainConfig], design: Design) -> dict[Block, float]:
+def best_rates(
+    lab: Lab, blocks: Sequence[Block], seeded: Callable[..., TrainConfig], design: Design
+) -> dict[Block, float]:
     """Return each block's best rate in the average of `all` and IW-OPD."""
     if len(design.rates) == 1:
-        return dict.fromkeys(bases, design.rates[0])
-    # A seed of the first base model.
-    seed = design.TUNING - design.TUNING % design.warm_seeds
+        return dict.fromkeys(blocks, design.rates[0])
     tried = [
-        (block, rate, arm)
-        for block in bases
+        (block, arm, rate, seeds)
+        for block in blocks
         for rate in design.rates
         for arm in block.arms()
         if arm.name in (ALL, IW)
+        for seeds in design.tuning_runs(lab.master)
     ]
-    results = lab.train(
-        "learning rates", [seeded(bases[block], arm, rate, seed, design) for block, rate, arm in tried]
-    )
-    scores: dict[tuple[Block, float], float] = dict.fromkeys(((block, rate) for block, rate, _ in tried), 0.0)
-    for (block, rate, _), result in zip(tried, results, strict=True):
-        scores[block, rate] += result["held_out_accuracy_after"]
-
-    def best(block: Block) -> float:
-        return max(design.rates, key=lambda rate: scores[block, rate])
-
-    return {block: best(block) for block in bases}
-
-
-def seeded(base: TrainConfig, arm: Arm, rate: float, seed: int, design: Design) -> TrainConfig:
-    return replace(base, learning_rate=rate, seed=seed, warm_seed=seed % design.warm_seeds, **arm.settings)
+    results = lab.train("learning rates", [seeded(*trial) for trial in tried])
+    scores: dict[Block, dict[float, list[float]]] = {block: {} for block in blocks}
+    for (block, _, rate, _), result in zip(tried, results, strict=True):
+        scores[block].setdefault(rate, []).append(result["held_out_accuracy_after"])
+    return {block: design.chosen(scores[block].__getitem__) for block in blocks}
 
 
 def position_claims(trained: dict[str, Trained], block: Block) -> list[Claim]:
     def less(mine: str, theirs: str) -> tuple[str, Estimate]:
         return f"held-out accuracy after, `{mine}` less `{theirs}`", difference(
-            after(trained[mine]), after(trained[theirs])
+            after(trained[mine]), after(trained[theirs]), trained[mine].bases
         )
 
     def ahead(text: str, mine: str, theirs: str) -> Claim:
@@ -243,7 +245,7 @@ def objective_claims(trials: Trials) -> list[Claim]:
     claims = []
     for env, teacher in dict.fromkeys((env, teacher) for env, teacher, _ in whole):
         full, sampled = (whole[env, teacher, objective] for objective in (FULL, SAMPLED))
-        gain = difference(after(full), after(sampled))
+        gain = difference(after(full), after(sampled), full.bases)
         text = (
             f"{env}, {TEACHER_WORDS[teacher]} as teacher: "
             "the full vocabulary teaches more than the sampled tokens"
@@ -257,7 +259,7 @@ def objective_claims(trials: Trials) -> list[Claim]:
 def against_all(trained: dict[str, Trained], block: Block) -> Table:
     """Make a table of accuracy and forgetting, with each arm's paired difference from equal weights."""
     table = outcomes(f"Accuracy and forgetting: {block.name}", trained)
-    gaps = [str(difference(after(arm), after(trained[ALL]))) for arm in trained.values()]
+    gaps = [str(difference(after(arm), after(trained[ALL]), arm.bases)) for arm in trained.values()]
     return Table(
         table.title,
         [*table.columns, "after, less `all`"],
@@ -269,15 +271,15 @@ def sentences(base: TrainConfig, design: Design) -> list[str]:
     weights = ", ".join(f"{name} `{text}`" for name, text in WEIGHTS.items() if text)
     return [
         f"{base.steps} steps of {base.prompts_per_step} prompts with {base.group_size} answers each in "
-        f"every arm, no rehearsal; {design.seeds} seeds on {design.warm_seeds} base models per environment. "
+        f"every arm, no rehearsal. In each environment: {design.sentence()} "
         "`chain`: 12 running sums; `plan`: a plan, then 8 running sums that follow from it.",
         f"Weights: none (`{ALL}`), {weights}. With the full vocabulary the discrepancy is the token's "
         "divergence.",
         "Another model as teacher, without a privileged context, with sampled tokens as in IW-OPD: one for "
-        f"all students, warm-started to {TEACHERS['chain']['warm_accuracy']:g} accuracy; that of `plan` saw "
-        "right plans almost alone. The self-teacher reads the environment's feedback and siblings that "
+        f"each base model, warm-started to {TEACHERS['chain']['warm_accuracy']:g} accuracy; that of `plan` "
+        "saw right plans almost alone. The self-teacher reads the environment's feedback and siblings that "
         "succeeded, with the full vocabulary as in SDPO.",
         f"Learning rate: one of {', '.join(f'{rate:g}' for rate in design.rates)} per environment, teacher "
-        f"and objective, the one that serves `{ALL}` and `{IW}` best on average on a seed that is not "
-        "reported; not one per weighting, which would cost three times the runs.",
+        f"and objective, the one that serves `{ALL}` and `{IW}` best on average over {design.tuning} "
+        "runs that are not reported; not one per weighting, which would cost three times the runs.",
     ]

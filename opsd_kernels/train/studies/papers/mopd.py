@@ -25,14 +25,11 @@ from opsd_kernels.train.studies.compare import Arm, Design, Trained, compare
 from opsd_kernels.train.studies.exhibits import accuracies, after, bars, costs, curves, outcomes
 from opsd_kernels.train.studies.lab import Cell, Lab, Result
 from opsd_kernels.train.studies.statistics import (
-    INCONCLUSIVE,
-    NOT_REPRODUCED,
-    REPRODUCED,
     Estimate,
     auc,
     difference,
-    estimate,
     graded_ahead,
+    replication,
     spearman,
 )
 from opsd_kernels.train.studies.study import Claim, Panel, Study, Table
@@ -42,7 +39,7 @@ BASE: dict[str, Any] = {
     "env": "secret_op", "context": "positive", "feedback": "none", "rehearsal_prompts": 0,
     "steps": 120, "lr_warmup_steps": 5, "prompts_per_step": 16, "group_size": 8, "eval_every": 40,
     "probe_samples": 128, "eval_samples": 512, "checkpoint_every": 10_000, "samples_kept": 0,
-    "tensorboard": False,
+    "tensorboard": False, "tiny_hidden": 64,
 }  # fmt: skip
 QUICK: dict[str, Any] = {
     "steps": 2, "prompts_per_step": 4, "eval_every": 1, "probe_samples": 8, "eval_samples": 16,
@@ -62,15 +59,17 @@ ARMS = (
 ALONE = "no context"
 VIEWS = {**{arm.name: arm.settings for arm in ARMS}, ALONE: {"context": "none"}}
 SCORES = ("teacher", "teacher less student")
-MEASURES = ("spearman", "auc", "auc_in_group")
+BOUNDS = {"spearman": (-1.0, 1.0), "auc": (0.0, 1.0), "auc_in_group": (0.0, 1.0)}
+MEASURES = tuple(BOUNDS)
 # Prompts, and the stream of random numbers.
 RANKED_GROUPS, RANKED = 256, 15
 MARGIN = 0.02
+DESIGN = Design(rates=(2e-4, 5e-4))
 
 
 def study(lab: Lab) -> Study:
     base = TrainConfig(**{**BASE, **(QUICK if lab.quick else {})})
-    design = Design().quick() if lab.quick else Design()
+    design = DESIGN.quick() if lab.quick else DESIGN
     trained = compare(lab, base, ARMS, design)
     ranked = rankings(lab, base, design)
     found = Study(
@@ -81,9 +80,9 @@ def study(lab: Lab) -> Study:
         "avoid. Do two successes and a failure teach best, do successes teach better than other answers in "
         "as many blocks, and does the teacher's score of a rollout agree with the verifier?",
         sentences(base, design),
-        [*arm_claims(trained), *ranking_claims(ranked)],
-        [outcomes("Accuracy and forgetting", trained), costs(trained), ranking_table(ranked)],
-        [curves("held-out accuracy", trained), accuracies(trained), ranking_panel(ranked)],
+        [*arm_claims(trained), *ranking_claims(ranked, design)],
+        [outcomes("Accuracy and forgetting", trained), costs(trained), ranking_table(ranked, design)],
+        [curves("held-out accuracy", trained), accuracies(trained), ranking_panel(ranked, design)],
         NOTES,
     )
     return found
@@ -103,9 +102,9 @@ def sentences(base: TrainConfig, design: Design) -> list[str]:
         f"`{base.env}`, no feedback, no rehearsal: {base.steps} steps of {base.prompts_per_step} prompts "
         f"with {base.group_size} answers each in every arm, so that siblings that succeeded are there for "
         "most rollouts. A rollout without any stays out of the loss.",
-        f"{design.seeds} seeds on {design.warm_seeds} base models that were taught to read peers. Learning "
-        f"rate of each arm: the best of {', '.join(f'{rate:g}' for rate in design.rates)} on a seed that is "
-        "not reported.",
+        f"{design.sentence()} The base models were taught to read peers. Learning rate of each arm: the "
+        f"best of {', '.join(f'{rate:g}' for rate in design.rates)} on average over {design.tuning} runs "
+        "that are not reported, from as many base models.",
         f"Controls: `{SHUFFLED}` and `{UNRELATED}` fill the blocks of `{TWO}`, the first with any siblings, "
         f"right or wrong, the second with right answers to other prompts where there are any; `{THREE}` "
         f"fills the blocks of `{CONTRASTIVE}`. Blocks and tokens are the same up to a token or two per "
@@ -120,18 +119,18 @@ def sentences(base: TrainConfig, design: Design) -> list[str]:
 
 def arm_claims(trained: dict[str, Trained]) -> list[Claim]:
     def ahead(text: str, mine: str, theirs: str, remark: str = "") -> Claim:
-        gain = difference(after(trained[mine]), after(trained[theirs]))
+        gain = difference(after(trained[mine]), after(trained[theirs]), trained[mine].bases)
         return Claim(
             text, f"held-out accuracy after, `{mine}` less `{theirs}`", gain, graded_ahead(gain), remark
         )
 
-    gap = difference(after(trained[CONTRASTIVE]), after(trained[TWO]))
+    gap = difference(after(trained[CONTRASTIVE]), after(trained[TWO]), trained[TWO].bases)
     return [
         Claim(
             f"Contrastive is no worse than positive (margin {MARGIN:g})",
             f"held-out accuracy after, `{CONTRASTIVE}` less `{TWO}`",
             gap,
-            graded_no_worse(gap, MARGIN),
+            graded_ahead(gap, -MARGIN),
         ),
         ahead("Contrastive is ahead of positive", CONTRASTIVE, TWO),
         ahead("What helps is the failure, not a third block", CONTRASTIVE, THREE),
@@ -142,17 +141,10 @@ def arm_claims(trained: dict[str, Trained]) -> list[Claim]:
     ]
 
 
-def graded_no_worse(gain: Estimate, margin: float) -> str:
-    """Grade the claim that a difference is not below -margin."""
-    if gain.count < 3:
-        return INCONCLUSIVE
-    return REPRODUCED if gain.low > -margin else NOT_REPRODUCED if gain.high < -margin else INCONCLUSIVE
-
-
 def rankings(lab: Lab, base: TrainConfig, design: Design) -> list[Result]:
-    """Return one ranking per base model and seed."""
+    """Return one ranking per run, of its base model."""
     groups = 8 if lab.quick else RANKED_GROUPS
-    configs = [replace(base, seed=seed, warm_seed=seed % design.warm_seeds) for seed in range(design.seeds)]
+    configs = [replace(base, **seeds) for seeds in design.runs(lab.master)]
     cells = [
         Cell("opsd_kernels.train.studies.papers.mopd:ranking", {"config": asdict(config), "groups": groups})
         for config in configs
@@ -246,10 +238,18 @@ def ranked_by(ranked: Sequence[Result], view: str, score: str, measure: str) -> 
     return [float("nan") if value is None else value for value in values]
 
 
-def ranking_claims(ranked: Sequence[Result]) -> list[Claim]:
+def ranked_estimate(
+    ranked: Sequence[Result], design: Design, view: str, score: str, measure: str
+) -> Estimate:
+    values = ranked_by(ranked, view, score, measure)
+    return replication(values, design.bases_of_runs(), within=BOUNDS[measure])
+
+
+def ranking_claims(ranked: Sequence[Result], design: Design) -> list[Claim]:
     def ahead(text: str, mine: str, theirs: str) -> Claim:
         sides = [ranked_by(ranked, view, SCORES[0], "auc_in_group") for view in (mine, theirs)]
-        gain = difference(*sides)
+        left, right = sides
+        gain = difference(left, right, design.bases_of_runs())
         means = " and ".join(f"{np.mean(side):.3f}" for side in sides)
         return Claim(
             text,
@@ -272,9 +272,9 @@ def ranking_claims(ranked: Sequence[Result]) -> list[Claim]:
     ]
 
 
-def ranking_table(ranked: Sequence[Result]) -> Table:
+def ranking_table(ranked: Sequence[Result], design: Design) -> Table:
     rows = [
-        [view, score, *(str(estimate(ranked_by(ranked, view, score, measure))) for measure in MEASURES)]
+        [view, score, *(str(ranked_estimate(ranked, design, view, score, measure)) for measure in MEASURES)]
         for view in VIEWS
         for score in (SCORES if view != ALONE else SCORES[:1])
     ]
@@ -285,8 +285,8 @@ def ranking_table(ranked: Sequence[Result]) -> Table:
     )
 
 
-def ranking_panel(ranked: Sequence[Result]) -> Panel:
-    found = {view: estimate(ranked_by(ranked, view, SCORES[0], "auc_in_group")) for view in VIEWS}
+def ranking_panel(ranked: Sequence[Result], design: Design) -> Panel:
+    found = {view: ranked_estimate(ranked, design, view, SCORES[0], "auc_in_group") for view in VIEWS}
     return Panel(
         "the teacher's score of a rollout against its verdict",
         "bars",
