@@ -328,8 +328,7 @@ def plan(
     * `weights_scope`: scope of the token weights. With "sequence", chunks end at sequence boundaries if a
       chunk holds `longest_sequence` rows (four passes); otherwise a statistics pass goes first (six).
     * `topk`, `listed`, `policy`, `one_sweep`: entries of a support; of a list; an objective; a plain KL.
-    * `factor`, `softcap`, `ranks`: the larger logit scale / temperature; if there is a softcap; of the
-      adapters of the student and of each teacher, 0 for none.
+    * `factor`, `softcap`: the larger scale / temperature; if there is one. `ranks`: of each side's adapter.
     * `heads` of student and teacher: "whole"; "sliced", of another dtype than its GEMM, on another device, or
       read by `student_vocab_ids` (`V` of them); or "quantised". `dtype` and `teacher_dtype` are those of the
       GEMMs, the teacher's by default `dtype`.

@@ -374,6 +374,40 @@ def test_a_page_says_what_held(tmp_path):
     )
 
 
+def test_a_page_compares_a_rerun(tmp_path):
+    moved = [
+        dataclasses.replace(
+            claim, estimate=dataclasses.replace(claim.estimate, value=0.2), grade=INCONCLUSIVE
+        )
+        for claim in STUDY.claims
+    ]
+    second = dataclasses.replace(STUDY, claims=moved, facts={**STUDY.facts, "machine": "another computer"})
+    page = pages.markdown(STUDY, second)
+    assert "1 of 2 estimates of the rerun lie inside the intervals, 1 of 2 grades flipped" in page
+    assert (
+        "| It is\\|so | 0.100 [0.050, 0.150] | 0.200 | **no** | direction reproduced -> **inconclusive** |"
+        in page
+    )
+    assert "another computer; torch 2.0" in page and "## Rerun" not in pages.markdown(STUDY)
+    folder = tmp_path / pages.FOLDER
+    for where, study in ((folder, STUDY), (folder / pages.RERUNS, second)):
+        study.save(where / "made_up.json")
+    assert pages.committed(tmp_path) == {folder / "made_up.md": page}
+
+
+def test_a_page_of_older_code_says_so(monkeypatch):
+    monkeypatch.setattr(pages, "NOT_RERUN", ("made_up",))
+    text = "**Made by older code (commit 0123456789ab, 2026-01-01); not rerun since.**"
+    page = pages.markdown(STUDY)
+    assert text in page and "over few seeds" not in page
+    flat = [
+        dataclasses.replace(claim, estimate=dataclasses.replace(claim.estimate, bases=0))
+        for claim in STUDY.claims
+    ]
+    page = pages.markdown(dataclasses.replace(STUDY, claims=flat))
+    assert text in page and "over few seeds" in page and "| value [95 % over runs] | runs |" in page
+
+
 def test_a_figure_has_a_panel_for_each(tmp_path):
     sizes = []
     for count in (1, 2, 3):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -60,12 +60,6 @@ def modules(roots: Iterable[str], envs: Iterable[str]) -> dict[str, str]:
         found[name] = module_hash(file)
         todo += _imports(name, file)
     return dict(sorted(found.items()))
-
-
-def digest(roots: Iterable[str], envs: Iterable[str]) -> str:
-    """Return one hash of `modules`."""
-    text = "".join(f"{name} {value}\n" for name, value in modules(roots, envs).items())
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def changed(recorded: dict[str, str]) -> list[str]:
@@ -137,14 +131,16 @@ def _file(name: str) -> Path | None:
     return None
 
 
-def _imports(name: str, file: Path) -> Iterator[str]:
-    """Yield the names that a module imports, which may be modules or members of modules."""
+@cache
+def _imports(name: str, file: Path) -> tuple[str, ...]:
+    """Return the names that a module imports, which may be modules or members of modules."""
+    found: list[str] = []
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            found += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return tuple(found)

@@ -18,7 +18,7 @@ PANEL_INCHES = (5.6, 3.8)
 # The second run of a study, with another master seed: <paper>.json.
 RERUNS = "reruns"
 # Studies whose committed results were made by older code. Their pages say so.
-NOT_RERUN = ("sdpo", "discovery", "iw_opd", "law")
+NOT_RERUN = ("sdpo", "discovery", "mopd", "iw_opd", "law", "variance")
 
 
 def markdown(study: Study, second: Study | None = None) -> str:
@@ -37,9 +37,7 @@ def markdown(study: Study, second: Study | None = None) -> str:
     if study.paper in NOT_RERUN:
         lines += [older(study), ""]
     lines += [f"Source: {study.source}.", "", study.question, "", "## What held", ""]
-    flat = not any(claim.estimate.bases for claim in study.claims)
-    interval = "95 % over runs" if flat else "95 % of reruns"
-    runs = "runs" if flat else "runs on base models"
+    interval, runs = ("95 % over runs", "runs") if flat(study) else ("95 % of reruns", "runs on base models")
     rows = [
         [
             c.text,
@@ -65,11 +63,18 @@ def markdown(study: Study, second: Study | None = None) -> str:
 def older(study: Study) -> str:
     """Say that a study was made by older code, and what that means for its intervals."""
     commits = ", ".join(short(commit) for commit in study.facts["commits"])
+    text = f"**Made by older code (commit {commits}, {study.facts['date']}); not rerun since.**"
+    if not flat(study):
+        return text
     return (
-        f"**Made by older code (commit {commits}, {study.facts['date']}); not rerun since.** Its intervals "
-        "are over few seeds on three base models: a rerun leaves them more often than one time in twenty "
-        "([why](variance.md)). The design in the code today has more base models."
+        f"{text} Its intervals are over few seeds on three base models: a rerun leaves them more often than "
+        "one time in twenty ([why](variance.md)). The design in the code today has more base models."
     )
+
+
+def flat(study: Study) -> bool:
+    """Return whether a study's intervals are over runs alone, as those of older code are."""
+    return not any(claim.estimate.bases for claim in study.claims)
 
 
 def compared(study: Study, second: Study) -> list[str]:
@@ -95,10 +100,10 @@ def stale(study: Study) -> list[str]:
 
 
 def mended_by(paper: str) -> str:
-    """Return the commands that make the results of a study anew."""
+    """Return the commands that make the results of a study anew, and what to do where that cannot be done."""
     return (
         f"opsd reproduce {paper} && cp runs/reproduce-{paper}/{paper}.json runs/reproduce-{paper}/{paper}.png"
-        f" {FOLDER} && make docs"
+        f" {FOLDER} && make docs; or list it in NOT_RERUN ({Path(__file__).name}), which its page then says"
     )
 
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.stats import rankdata
 
+from opsd_kernels.train.studies.compare import Trained
 from opsd_kernels.train.studies.lab import Result
+from opsd_kernels.train.studies.papers.law_measured import Measured
 from opsd_kernels.train.studies.probe import MEASURES, Law, coordinates, fit, line
 from opsd_kernels.train.studies.study import Panel, Series, Table
-
-if TYPE_CHECKING:
-    from opsd_kernels.train.studies.compare import Trained
-    from opsd_kernels.train.studies.papers.law_measured import Measured
 
 # An accuracy, one answer of those that measure it, and steps.
 NEAR_FLOOR, LEAST_SHARE, WINDOW = 0.05, 1 / 600, 5
