@@ -81,7 +81,7 @@ PLAN = Setting(
     ),
     Design(3, 1, 0, RATES),
     512,
-    {**QUICK, "max_new_tokens": 10, "warm_accuracy": 1e-9, "warm_max_steps": 25},
+    {**QUICK, "max_new_tokens": 10, "warm_accuracy": 1e-30},
     ("where", "plan", "answer", "siblings"),
 )
 # To test whether wrong beginnings do the harm: the first of ten tokens alone is taught, which names the plan.
