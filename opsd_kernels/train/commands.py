@@ -99,7 +99,9 @@ def resume_command(out: Path) -> str:
 
 
 def reproduce(
-    paper: Annotated[str, typer.Argument(help="sdpo, discovery, mopd, iw_opd, law or variance.")],
+    paper: Annotated[
+        str, typer.Argument(help="sdpo, discovery, mopd, iw_opd, law, variance or law_python (hours).")
+    ],
     out: Annotated[
         Path | None,
         typer.Option(

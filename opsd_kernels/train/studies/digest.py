@@ -39,6 +39,8 @@ LEFT_OUT = (
     f"{TRAIN}.sampling.vllm_engine",
     *(f"{STUDIES}.{name}" for name in ("command", "digest", "exhibits", "lab", "pages", "study")),
 )
+# Modules of environments without a tiny base model.
+LANGUAGE_ENVS = {"python": ("python", "python_problems", "python_tests", "sandbox", "numbers")}
 
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -106,7 +108,9 @@ def env_modules(env: str) -> list[str]:
     # Imported here, since transformers takes seconds to load.
     from opsd_kernels.train.models.warmstart import OWN_SOURCES
 
-    return [module.__name__ for module in OWN_SOURCES[env]]
+    if env in OWN_SOURCES:
+        return [module.__name__ for module in OWN_SOURCES[env]]
+    return [f"{ENVS}.{name}" for name in LANGUAGE_ENVS[env]]
 
 
 def _counts(name: str, envs: set[str]) -> bool:

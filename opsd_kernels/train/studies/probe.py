@@ -1,8 +1,10 @@
-"""Measure the gap of a context, and fit the law that predicts the improvement from it (arXiv:2605.30070).
+"""Measure the gaps of a context, and fit the laws that predict the improvement from them (arXiv:2605.30070).
 
 The gap is the accuracy of the self-teacher with the context minus that of a second try: the student answers
 again, without a context, wherever the teacher would. A second try alone raises the accuracy, by E[p (1 - p)]
 if correct answers have no context and wrong ones are drawn again.
+
+The consensus gap (`measures`) asks for an answer that all contexts of a problem agree on, token by token.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from opsd_kernels.train.sampling import evaluate
 from opsd_kernels.train.sampling.prompts import PromptEncoder
 from opsd_kernels.train.sampling.rollout import Request, Sampler, make_engine
 from opsd_kernels.train.session import reproducible
+from opsd_kernels.train.studies.measures import measure_consensus
 from opsd_kernels.train.studies.statistics import LEVEL, Estimate, estimate
 from opsd_kernels.train.task import checked_task
 from opsd_kernels.train.teacher import Teacher, make_teacher
@@ -42,7 +45,9 @@ from opsd_kernels.train.types import Context, Rollout
 VIEW = ("context", "feedback", "siblings", "successes", "failures", "control")
 SEEDS = ("seed", "warm_seed")
 WATCHING = tuple("eval_every eval_samples probe_samples checkpoint_every samples_every samples_kept".split())
-SCHEMA = 1
+SCHEMA = 2
+# What a law may predict from: the paper's measure, and the one that was chosen on `secret_op`.
+MEASURES = ("gap", "consensus_gap")
 # Squares below are rounding errors: accuracies are multiples of one answer in thousands.
 SAME = 1e-12
 
@@ -87,6 +92,14 @@ class Probe:
     second_try: Estimate
     gap: Estimate  # teacher - second try
     plain_gap: Estimate  # teacher - student
+    # Of measures.ConsensusProbe; None for a model that cannot be asked.
+    consensus: Estimate | None = None
+    consensus_gap: Estimate | None = None
+
+    def measured(self, measure: str) -> float | None:
+        """Return the value of one of MEASURES."""
+        found: Estimate | None = getattr(self, measure)
+        return None if found is None else found.value
 
 
 class Recorder:
@@ -159,7 +172,12 @@ def measure_contexts(configs: Sequence[TrainConfig], samples: int | None, progre
         with reproducible(config):
             if loaded is None or wanted != key:
                 loaded, key = _load(config, task, progress), wanted
-            probes.append(measure_context(*loaded, task, config, samples or config.eval_samples))
+            count = samples or config.eval_samples
+            probe = measure_context(*loaded, task, config, count)
+            agreed = measure_consensus(*loaded, task, config, count)
+        if agreed is not None:
+            probe = dataclasses.replace(probe, consensus=agreed.accuracy, consensus_gap=agreed.gap)
+        probes.append(probe)
     return probes
 
 
@@ -181,7 +199,7 @@ def _load(config: TrainConfig, task: Task, progress: Progress) -> tuple[Sampler,
 
 @dataclass(frozen=True)
 class Point:
-    """A context: its gap before training and the improvement in held-out accuracy. Means over `runs`."""
+    """A context: its measure before training and the improvement in held-out accuracy. Means over `runs`."""
 
     context: str
     gap: float
@@ -200,6 +218,7 @@ class Law:
     scatter: float  # standard deviation of the residuals, n - 2 degrees of freedom
     left_out: tuple[float, ...]  # the prediction for each point by the line through the others
     settings: dict[str, Any] = field(default_factory=dict)  # common to all runs
+    measure: str = "gap"  # one of MEASURES, the points' `gap`
 
     @property
     def error(self) -> float:
@@ -225,14 +244,12 @@ class Law:
     def inside(self, gap: float) -> bool:
         return min(point.gap for point in self.points) <= gap <= max(point.gap for point in self.points)
 
-    def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(
-            path,
-            report_json.dumps(
-                {"schema": SCHEMA, "kind": "law", **asdict(self), "error": self.error, "spread": self.spread}
-            ),
-        )
+
+def save_laws(path: Path, laws: Sequence[Law]) -> None:
+    """Write laws of the same runs, each by its own measure, as one file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = [{**asdict(law), "error": law.error, "spread": law.spread} for law in laws]
+    write_file(path, report_json.dumps({"schema": SCHEMA, "kind": "law", "laws": records}))
 
 
 def coordinates(points: Sequence[Point]) -> tuple[np.ndarray, np.ndarray]:
@@ -266,7 +283,7 @@ def _mean(group: Sequence[Point]) -> Point:
     return Point(group[0].context, gap, improvement, sum(counts))
 
 
-def fit(runs: Sequence[Point], settings: dict[str, Any] | None = None) -> Law:
+def fit(runs: Sequence[Point], settings: dict[str, Any] | None = None, measure: str = "gap") -> Law:
     """Fit the law. Raises ValueError for fewer than three contexts, since a line fits any two."""
     points = by_context(runs)
     if len(points) < 3:
@@ -279,11 +296,11 @@ def fit(runs: Sequence[Point], settings: dict[str, Any] | None = None) -> Law:
     for i, gap in enumerate(gaps):
         rise, start, _ = line(np.delete(gaps, i), np.delete(gains, i))
         left_out.append(float(rise * gap + start))
-    return Law(tuple(points), slope, intercept, r2, float(scatter), tuple(left_out), settings or {})
+    return Law(tuple(points), slope, intercept, r2, float(scatter), tuple(left_out), settings or {}, measure)
 
 
-def load_law(path: Path) -> Law:
-    """Fit a law anew from the points of its file. Raises ValueError for a file of another kind."""
+def load_laws(path: Path) -> list[Law]:
+    """Fit the laws of a file anew from their points. Raises ValueError for a file of another kind."""
     try:
         data = json.loads(Path(path).read_text())
     except ValueError as error:
@@ -293,7 +310,10 @@ def load_law(path: Path) -> Law:
             "law: expected a file of opsd probe --fit or of opsd reproduce law (fits/law.json), "
             f"got {path}, which is another"
         )
-    return fit([Point(**point) for point in data["points"]], data["settings"])
+    return [
+        fit([Point(**point) for point in law["points"]], law["settings"], law["measure"])
+        for law in data["laws"]
+    ]
 
 
 def common_settings(config: TrainConfig) -> dict[str, Any]:
@@ -313,8 +333,8 @@ def differences(settings: dict[str, Any], others: dict[str, Any]) -> list[str]:
     ]
 
 
-def fit_runs(folders: Sequence[Path], samples: int | None, progress: Progress) -> Law:
-    """Fit the law to finished runs of `opsd train`, whose gaps are probed on their base models.
+def fit_runs(folders: Sequence[Path], samples: int | None, progress: Progress) -> list[Law]:
+    """Fit a law by each measure to finished runs of `opsd train`, which are probed on their base models.
 
     Raises ValueError for a directory without a finished run, and for runs that differ in more than context
     and seeds.
@@ -337,67 +357,91 @@ def fit_runs(folders: Sequence[Path], samples: int | None, progress: Progress) -
         summary["held_out_accuracy_after"] - summary["held_out_accuracy_before"] for summary in summaries
     ]
     probes = measure_contexts(configs, samples, progress)
-    return fit(
-        [Point(probe.context, probe.gap.value, gain) for probe, gain in zip(probes, gains, strict=True)],
-        common_settings(configs[0]) if configs else {},
-    )
+    laws = []
+    for measure in MEASURES:
+        values = [probe.measured(measure) for probe in probes]
+        points = [
+            Point(probe.context, value, gain)
+            for probe, value, gain in zip(probes, values, gains, strict=True)
+            if value is not None
+        ]
+        # A law of some of the runs could not be compared with the other.
+        if len(points) == len(probes):
+            laws.append(fit(points, common_settings(configs[0]) if configs else {}, measure))
+    return laws
 
 
 def probe_command(
     configs: Sequence[TrainConfig], samples: int | None, law_file: Path | None, out: Path | None
 ) -> None:
-    """`opsd probe`: print a table of the contexts, with the law's predictions if there is a law."""
-    progress, law = Progress(), load_law(law_file) if law_file else None
+    """`opsd probe`: print a table of the contexts, with the laws' predictions if there are laws."""
+    progress, laws = Progress(), load_laws(law_file) if law_file else []
     probes = measure_contexts(configs, samples, progress)
-    predictions = [law.predict(probe.gap.value) for probe in probes] if law else []
-    show_probes(progress.console, probes, law)
-    for difference in differences(law.settings, common_settings(configs[0])) if law else ():
+    show_probes(progress.console, probes, laws)
+    for difference in differences(laws[0].settings, common_settings(configs[0])) if laws else ():
         progress.say(f"the law's runs differ from this configuration in {difference}")
     if out is not None:
         record = {
             "schema": SCHEMA,
             "kind": "probes",
             "probes": [asdict(probe) for probe in probes],
-            "predictions": [asdict(one) for one in predictions],
+            "predictions": [
+                {
+                    law.measure: asdict(law.predict(value))
+                    for law in laws
+                    if (value := probe.measured(law.measure)) is not None
+                }
+                for probe in probes
+            ],
         }
         write_file(out, report_json.dumps(record))
 
 
-def show_probes(console: Console, probes: Sequence[Probe], law: Law | None) -> None:
-    table = Table(title="accuracy before training [95 % over problems]")
-    columns = ["context", "student", "self-teacher", "second try", "gap"]
-    for column in [*columns, *(["predicted improvement [95 %]"] if law else [])]:
-        table.add_column(column)
-    for probe in probes:
-        predicted = (
-            [str(law.predict(probe.gap.value)) + ("" if law.inside(probe.gap.value) else " *")] if law else []
-        )
-        table.add_row(
-            probe.context,
-            *(str(value) for value in (probe.student, probe.teacher, probe.second_try, probe.gap)),
-            *predicted,
-        )
-    console.print(table)
-    if law is not None and not all(law.inside(probe.gap.value) for probe in probes):
+def show_probes(console: Console, probes: Sequence[Probe], laws: Sequence[Law]) -> None:
+    """Print a table for each measure, so that a terminal of 80 columns has room."""
+    shown = {"gap": ("student", "teacher", "second_try"), "consensus_gap": ("consensus",)}
+    by_measure, beyond = {law.measure: law for law in laws}, False
+    for measure, accuracies in shown.items():
+        law, names = by_measure.get(measure), (*accuracies, measure)
+        table = Table(title=f"{spoken(measure)} before training [95 % over problems]")
+        for column in ("context", *map(spoken, names), *(["predicted improvement [95 %]"] if law else [])):
+            table.add_column(column)
+        for probe in probes:
+            cells = [str(getattr(probe, name) or "not measured") for name in names]
+            value = probe.measured(measure)
+            if law is not None and value is not None:
+                outside = not law.inside(value)
+                cells.append(f"{law.predict(value)}{' *' if outside else ''}")
+                beyond |= outside
+            table.add_row(probe.context, *cells)
+        console.print(table)
+    if beyond:
         console.print("* beyond the gaps that the law was fitted on", markup=False)
 
 
+def spoken(name: str) -> str:
+    """Write a field of Probe in words."""
+    return "self-teacher" if name == "teacher" else name.replace("_", " ")
+
+
 def fit_command(folders: Sequence[Path], samples: int | None, out: Path | None) -> None:
-    """`opsd probe --fit`: fit the law of finished runs, print its table and write a file for `--law`."""
+    """`opsd probe --fit`: fit the laws of finished runs, print their tables and write a file for `--law`."""
     progress = Progress()
-    law = fit_runs(folders, samples, progress)
-    table = Table(title="the law, by context")
-    for column in ("context", "runs", "gap", "improvement", "as predicted by the others"):
-        table.add_column(column)
-    for point, left in zip(law.points, law.left_out, strict=True):
-        table.add_row(
-            point.context, str(point.runs), f"{point.gap:.3f}", f"{point.improvement:.3f}", f"{left:.3f}"
+    laws = fit_runs(folders, samples, progress)
+    for law in laws:
+        measure = spoken(law.measure)
+        table = Table(title=f"the law by the {measure}, by context")
+        for column in ("context", "runs", measure, "improvement", "as predicted by the others"):
+            table.add_column(column)
+        for point, left in zip(law.points, law.left_out, strict=True):
+            table.add_row(
+                point.context, str(point.runs), f"{point.gap:.3f}", f"{point.improvement:.3f}", f"{left:.3f}"
+            )
+        progress.console.print(table)
+        progress.say(f"improvement = {law.slope:.3f} {measure} {law.intercept:+.3f}, R^2 {law.r2:.3f}")
+        progress.say(
+            f"error on a context that was left out {law.error:.3f}, without the {measure} {law.spread:.3f} "
+            "(root mean square)"
         )
-    progress.console.print(table)
-    progress.say(f"improvement = {law.slope:.3f} gap {law.intercept:+.3f}, R^2 {law.r2:.3f}")
-    progress.say(
-        f"error on a context that was left out {law.error:.3f}, without the gap {law.spread:.3f} "
-        "(root mean square)"
-    )
     if out is not None:
-        law.save(out)
+        save_laws(out, laws)

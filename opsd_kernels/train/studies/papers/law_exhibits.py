@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 from scipy.stats import rankdata
 
+from opsd_kernels.train.studies.compare import Trained
 from opsd_kernels.train.studies.lab import Result
 from opsd_kernels.train.studies.papers.law_measured import Measured
-from opsd_kernels.train.studies.probe import Law, coordinates, fit, line
+from opsd_kernels.train.studies.probe import MEASURES, Law, coordinates, fit, line
 from opsd_kernels.train.studies.study import Panel, Series, Table
 
 # An accuracy, one answer of those that measure it, and steps.
@@ -58,24 +59,108 @@ def contexts_table(main: Measured, law: Law) -> Table:
     return Table(f"Contexts, hidden {main.hidden}", columns, rows)
 
 
-def fits_table(measured: dict[int, Measured], laws: dict[int, Law], plain: dict[int, Law]) -> Table:
-    columns = [
-        "fit",
-        "points",
-        "slope",
-        "intercept",
-        "R^2",
-        "error, context left out",
-        "error of the others' mean",
+FITTED = ["points", "slope", "intercept", "R^2", "error, context left out", "error of the others' mean"]
+
+
+def fitted(law: Law) -> list[str]:
+    numbers = (law.slope, law.intercept, law.r2, law.error, law.spread)
+    return [str(len(law.points)), *(f"{number:.3f}" for number in numbers)]
+
+
+def measures_table(found: Sequence[Measured], not_run: bool) -> Table:
+    """Compare the measures by environment. With `not_run` there is a line for `python`."""
+    rows = [
+        [one.name, measure.replace("_", " "), *fitted(fit(one.points(measure)))]
+        for one in found
+        for measure in MEASURES
     ]
+    if not_run:
+        rows.append(["`python`, SmolLM2-135M", "both", "**not run**: `opsd reproduce law_python`", *[""] * 5])
+    return Table("Two measures", ["environment", "measure", *FITTED], rows)
 
+
+def prefixes_table(elsewhere: Measured, first: dict[str, Trained]) -> Table:
+    """Compare training on all tokens of `plan` and on the first alone, which decides the plan."""
+    points = {point.context: point for point in elsewhere.points("consensus_gap")}
+    rows = []
+    for name, runs in first.items():
+        everything = elsewhere.trained[name]
+        gain = everything.estimate(np.subtract(runs.gains(), everything.gains()).tolist())
+        rows.append(
+            [
+                f"`{name}`",
+                f"{points[name].gap:.3f}",
+                str(everything.estimate(everything.gains())),
+                str(runs.estimate(runs.gains())),
+                str(gain),
+            ]
+        )
+    columns = ["context", "consensus gap", "improvement, all tokens", "first token alone", "difference"]
+    return Table(f"Explanation: wrong beginnings, {elsewhere.name}", columns, rows)
+
+
+def ceilings_table(*found: Measured) -> Table:
+    """Compare R^2 with the largest that the scatter of the runs allows."""
+    rows = []
+    for one in found:
+        spread = [float(np.std(runs.gains(), ddof=1)) for runs in one.trained.values() if len(runs.runs) > 1]
+        fits = [fit(one.points(measure)).r2 for measure in MEASURES]
+        rows.append(
+            [
+                one.name,
+                f"{np.sqrt(np.mean(np.square(spread))) if spread else np.nan:.3f}",
+                f"{max(spread, default=np.nan):.3f}",
+                f"{one.ceiling:.3f}",
+                *(f"{r2:.3f}" for r2 in fits),
+            ]
+        )
+    columns = ["environment", "scatter of a context's runs", "largest", "R^2 of an exact measure"]
+    return Table(
+        "Explanation: chance", [*columns, *(f"R^2 of the {m.replace('_', ' ')}" for m in MEASURES)], rows
+    )
+
+
+def gaps_table(one: Measured) -> Table:
+    """Compare the measures' predictions for contexts that were left out."""
+    laws = [fit(one.points(measure)) for measure in MEASURES]
+    places = sorted(range(len(one.trained)), key=lambda place: -laws[1].points[place].gap)
+    rows = []
+    for place in places:
+        name = laws[0].points[place].context
+        runs = one.trained[name]
+        cells = [f"{number:.3f}" for law in laws for number in (law.points[place].gap, law.left_out[place])]
+        accuracies = [
+            np.mean(runs.values(f"{whose}_accuracy_{when}"))
+            for whose in ("held_out", "self_teacher")
+            for when in ("before", "after")
+        ]
+        rows.append(
+            [
+                f"`{name}`",
+                *cells,
+                str(runs.estimate(runs.gains())),
+                *(f"{accuracy:.3f}" for accuracy in accuracies),
+            ]
+        )
+    columns = ["context"]
+    for measure in MEASURES:
+        columns += [measure.replace("_", " "), "the others predict"]
+    accuracies_of = ["held-out before", "after", "self-teacher before", "after"]
+    return Table(f"Both measures, {one.name}", [*columns, "improvement", *accuracies_of], rows)
+
+
+def fits_table(
+    measured: dict[int, Measured], laws: dict[int, Law], plain: dict[int, Law], agreed: dict[int, Law]
+) -> Table:
     def row(name: str, law: Law) -> list[str]:
-        numbers = (law.slope, law.intercept, law.r2, law.error, law.spread)
-        return [name, str(len(law.points)), *(f"{number:.3f}" for number in numbers)]
+        return [name, *fitted(law)]
 
-    rows = [row(f"hidden {hidden}", laws[hidden]) for hidden in sorted(laws)]
-    rows += [row(f"hidden {hidden}, plain gap", plain[hidden]) for hidden in sorted(plain)]
-    everything, law = [point for one in measured.values() for point in one.points()], laws[max(laws)]
+    rows = [
+        row(f"hidden {hidden}{suffix}", some[hidden])
+        for some, suffix in ((laws, ""), (plain, ", plain gap"), (agreed, ", consensus gap"))
+        for hidden in sorted(some)
+    ]
+    law = laws[max(laws)]
     odd, _ = max(
         zip(law.points, law.left_out, strict=True), key=lambda pair: abs(pair[0].improvement - pair[1])
     )
@@ -85,14 +170,16 @@ def fits_table(measured: dict[int, Measured], laws: dict[int, Law], plain: dict[
             fit([point for point in law.points if point is not odd]),
         )
     )
-    for name, points in (
-        ("all sizes, one line", everything),
-        (f"hidden {max(laws)}, single runs", measured[max(measured)].runs()),
-    ):
+    pooled = []
+    for measure, suffix in zip(MEASURES, ("", ", consensus gap"), strict=True):
+        points = [point for one in measured.values() for point in one.points(measure)]
+        pooled.append((f"all sizes, one line{suffix}", points))
+        pooled.append((f"hidden {max(laws)}, single runs{suffix}", measured[max(measured)].runs(measure)))
+    for name, points in pooled:
         rows.append(
             [name, str(len(points)), *(f"{number:.3f}" for number in line(*coordinates(points))), "", ""]
         )
-    return Table("Lines", columns, rows)
+    return Table("Lines", ["fit", *FITTED], rows)
 
 
 def bent_table(main: Measured) -> Table:
@@ -164,47 +251,53 @@ def sizes_table(measured: dict[int, Measured]) -> Table:
     return Table("Gap and improvement by size", ["context", *(f"hidden {size}" for size in by_size)], rows)
 
 
-def dotted(law: Law) -> Series:
+def dotted(law: Law, of: str = "") -> Series:
     """Return a line as points, for a panel of points."""
     gaps = [point.gap for point in law.points]
     along = np.linspace(min(gaps), max(gaps), 50)
-    name = f"{law.slope:.2f} gap {law.intercept:+.2f}, R^2 {law.r2:.2f}"
+    name = f"{of}{law.slope:.2f} gap {law.intercept:+.2f}, R^2 {law.r2:.2f}"
     return Series(name, along.tolist(), (law.slope * along + law.intercept).tolist())
 
 
-def scattered(one: Measured, gap: str = "gap") -> Series:
+def scattered(one: Measured, gap: str, name: str) -> Series:
     points, spans = one.points(gap), [runs.estimate(runs.gains()) for runs in one.trained.values()]
     gaps, gains = (array.tolist() for array in coordinates(points))
     lows, highs = [span.low for span in spans], [span.high for span in spans]
-    return Series(f"hidden {one.hidden}", gaps, gains, lows, highs)
+    return Series(name, gaps, gains, lows, highs)
 
 
 def points_panel(gap: str, measured: dict[int, Measured], laws: dict[int, Law]) -> Panel:
-    series = [*(scattered(measured[hidden], gap) for hidden in sorted(measured)), dotted(laws[max(laws)])]
+    series = [scattered(measured[hidden], gap, f"hidden {hidden}") for hidden in sorted(measured)]
+    title, main = gap.replace("_", " "), measured[max(measured)]
     return Panel(
-        f"improvement against {gap.replace('_', ' ')}",
+        f"`{main.env}`: improvement against the {title}",
         "points",
-        f"{gap.replace('_', ' ')} before training",
+        f"{title} before training",
         "improvement",
-        series,
+        [*series, dotted(laws[max(laws)])],
     )
 
 
-def left_out_panel(laws: dict[int, Law]) -> Panel:
-    series = [
-        Series(
-            f"hidden {hidden}",
-            list(laws[hidden].left_out),
-            [point.improvement for point in laws[hidden].points],
-        )
-        for hidden in sorted(laws)
-    ]
-    everywhere = [
-        place
-        for law in laws.values()
-        for place in (*law.left_out, *(point.improvement for point in law.points))
-    ]
-    same = np.linspace(min(everywhere), max(everywhere), 50).tolist()
+def elsewhere_panel(one: Measured) -> Panel:
+    """Draw both measures of an environment into one panel."""
+    series = []
+    for measure in MEASURES:
+        title = measure.replace("_", " ")
+        series += [scattered(one, measure, title), dotted(fit(one.points(measure)), f"{title}: ")]
+    return Panel(
+        f"{one.name}: improvement against both gaps", "points", "before training", "improvement", series
+    )
+
+
+def left_out_panel(*found: Measured) -> Panel:
+    series = []
+    for one in found:
+        for measure in MEASURES:
+            law = fit(one.points(measure))
+            gains = [point.improvement for point in law.points]
+            series.append(Series(f"`{one.env}`, {measure.replace('_', ' ')}", list(law.left_out), gains))
+    ends = [place for one in series for place in (*one.x, *one.y)]
+    same = np.linspace(min(ends), max(ends), 50).tolist()
     series.append(Series("equal", same, same))
     return Panel(
         "contexts that the line has not seen",
