@@ -107,8 +107,10 @@ def _teacher(problem: Problem) -> Side:
 
 def _combined(parts: list[Problem], index: Tensor) -> Problem:
     """Return one problem. The student's head is the teachers' too if it is that of each."""
-    # A teacher may need the student's rows in a wider dtype.
-    first = max(parts, key=lambda part: part.student.hidden.dtype.itemsize)
+    first = parts[0]
+    for part in parts:
+        # A teacher may need the student's rows in a wider dtype.
+        first = part if part.student.hidden.dtype.itemsize > first.student.hidden.dtype.itemsize else first
     shared, head = all(part.shared_head for part in parts), first.student.weight.detach()
     sides = tuple(
         replace(_teacher(part), weight=head) if part.shared_head else _teacher(part) for part in parts

@@ -119,10 +119,10 @@ class Gathers(TorchDispatchMode):
 def counting(plain: Any, calls: list[tuple[int, int]]) -> Any:
     """Wrap `gradients` to record its micro-batches and the all-gathers of the root (embedding and head)."""
 
-    def gradients(student: Any, teacher: Any, batch: Any, config: Any, *rest: Any, ranks: Any) -> Any:
+    def gradients(student: Any, teacher: Any, batch: Any, config: Any, *rest: Any, ranks: Any, **known: Any) -> Any:
         sharding.release(student)  # computing old log-probs leaves it unsharded
         with Gathers() as gathers:
-            result = plain(student, teacher, batch, config, *rest, ranks=ranks)
+            result = plain(student, teacher, batch, config, *rest, ranks=ranks, **known)
         inside = {id(p) for unit in sharding.units(student)[1:] for p in unit.parameters()}
         padded = [
             -(-p.shape[0] // ranks.world) * ranks.world * p.numel() // p.shape[0]

@@ -85,8 +85,8 @@ FLAWS = {
     "one head too many": Flaw(
         "teacher_weight", lambda c: {3: [*c.arguments[3], c.arguments[3][0]]}, ("several",)
     ),
-    "teacher's adapter": Flaw(
-        "teacher_lora", lambda c: {"teacher_lora": (torch.ones(1, 3), torch.ones(2, 1), 1.0)}, ("several",)
+    "one adapter too many": Flaw(
+        "teacher_lora", lambda c: {"teacher_lora": [None] * (len(c.arguments[2]) + 1)}, ("several",)
     ),
     "target's width": Flaw("target", lambda c: {2: c.arguments[2][..., 1:], "vocab_size": None}, ("target",)),
     "target's form": Flaw("target_is", lambda c: {"target_is": "odds"}, ("target",)),

@@ -370,7 +370,7 @@ MUTANTS = {
     "labels do not mask": Mutant(
         problem,
         "valid_tokens",
-        result(lambda r, h, labels, i, mask: (mask, r[1].clamp(min=0))),
+        result(lambda r, h, labels, i, mask, *_: (mask, r[1].clamp(min=0))),
         check(against_truth),
     ),
     "masked rows counted": Mutant(
