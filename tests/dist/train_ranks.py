@@ -119,7 +119,9 @@ class Gathers(TorchDispatchMode):
 def counting(plain: Any, calls: list[tuple[int, int]]) -> Any:
     """Wrap `gradients` to record its micro-batches and the all-gathers of the root (embedding and head)."""
 
-    def gradients(student: Any, teacher: Any, batch: Any, config: Any, *rest: Any, ranks: Any, **known: Any) -> Any:
+    def gradients(
+        student: Any, teacher: Any, batch: Any, config: Any, *rest: Any, ranks: Any, **known: Any
+    ) -> Any:
         sharding.release(student)  # computing old log-probs leaves it unsharded
         with Gathers() as gathers:
             result = plain(student, teacher, batch, config, *rest, ranks=ranks, **known)
