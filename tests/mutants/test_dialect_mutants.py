@@ -321,7 +321,7 @@ MUTANTS = {
         arguments(lambda p, k, place: (p, k, place if place is None else (place - 1).clamp(min=0))),
         check(by_index, packed=True),
     ),
-    "an id of -1 is the first token": Mutant(
+    "log-probs at ids are off by a thousandth": Mutant(
         listed_ops, "_log_q", result(lambda r, *_: r.nan_to_num() + 1e-3), check(at_ids)
     ),
     "an id that comes twice counts once": Mutant(
