@@ -309,9 +309,8 @@ def test_the_quick_study_goes_through(quick, monkeypatch):
 
 
 def test_an_unknown_paper():
-    with pytest.raises(
-        ValueError, match="paper: expected one of sdpo, discovery, mopd, iw_opd, law, variance, got 'sdop'"
-    ):
+    papers = "sdpo, discovery, mopd, iw_opd, law, variance, law_python"
+    with pytest.raises(ValueError, match=f"paper: expected one of {papers}, got 'sdop'"):
         command.reproduce("sdop", Path("unused"), True, 0, [])
 
 
