@@ -18,32 +18,39 @@ struct Step {
   bool accumulate;
 };
 
+// Sums of at most CHAIN products are added up: the error of one long chain grows with the root of its length, and
+// with 1024 is 2.3 times that of a product of MKL's. The tile of c stays in the cache of the core meanwhile.
+constexpr int64_t CHAIN = 256;
+
 template <int R, int C>
 void multiply(const Step& s, const float* a, const float* b, float* c) {
-  __m512 sum[R][C];
+  for (int64_t done = 0, end = 0; done < s.depth; done = end) {
+    end = std::min(done + CHAIN, s.depth);
+    __m512 sum[R][C];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int i = 0; i < C; ++i) sum[r][i] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < s.depth; ++k, a += s.step_a, b += s.stride_b) {
-    __m512 row[C];
+      for (int i = 0; i < C; ++i) sum[r][i] = _mm512_setzero_ps();
+    for (int64_t k = done; k < end; ++k, a += s.step_a, b += s.stride_b) {
+      __m512 row[C];
 #pragma GCC unroll 4
-    for (int i = 0; i < C; ++i) row[i] = _mm512_maskz_loadu_ps(s.columns[i], b + i * LANES);
+      for (int i = 0; i < C; ++i) row[i] = _mm512_maskz_loadu_ps(s.columns[i], b + i * LANES);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const __m512 entry = _mm512_set1_ps(a[r * s.stride_a]);
+      for (int r = 0; r < R; ++r) {
+        const __m512 entry = _mm512_set1_ps(a[r * s.stride_a]);
 #pragma GCC unroll 4
-      for (int i = 0; i < C; ++i) sum[r][i] = _mm512_fmadd_ps(entry, row[i], sum[r][i]);
+        for (int i = 0; i < C; ++i) sum[r][i] = _mm512_fmadd_ps(entry, row[i], sum[r][i]);
+      }
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < C; ++i) {
+        float* to = c + r * s.stride_c + i * LANES;
+        if (s.accumulate || done) sum[r][i] = _mm512_add_ps(_mm512_maskz_loadu_ps(s.columns[i], to), sum[r][i]);
+        _mm512_mask_storeu_ps(to, s.columns[i], sum[r][i]);
+      }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int i = 0; i < C; ++i) {
-      float* to = c + r * s.stride_c + i * LANES;
-      if (s.accumulate) sum[r][i] = _mm512_add_ps(_mm512_maskz_loadu_ps(s.columns[i], to), sum[r][i]);
-      _mm512_mask_storeu_ps(to, s.columns[i], sum[r][i]);
-    }
 }
 
 // `rows` rows of c, as many at a time as registers hold.

@@ -9,7 +9,7 @@ from gemm_cases import LAYOUTS, SHAPES, assert_products, assert_tailed, assert_t
 
 from opsd_kernels._core import loop
 from opsd_kernels._rows import extension
-from opsd_kernels.testing import assert_no_worse
+from opsd_kernels.testing import assert_no_worse, relative_error
 
 FP32 = torch.float32
 
@@ -36,6 +36,15 @@ def multiply(
 @pytest.mark.parametrize("M, N, K", SHAPES)
 def test_products_are_no_worse_than_those_of_torch(M, N, K, layout):
     assert_products(multiply, FP32, layout, M, N, K)
+
+
+def test_the_error_of_long_sums_is_that_of_short_ones():
+    """Sums are cut into chains of 256 products. In chains of 1024 it is twice as large."""
+    errors = {}
+    for K in (256, 1024, 4096):
+        a, b = matrix(64, K, False, 0, FP32), matrix(K, 512, False, 1, FP32)
+        errors[K] = relative_error(multiply(a, b, torch.empty(64, 512)), a.double() @ b.double())
+    assert max(errors[1024], errors[4096]) < 1.5 * errors[256]
 
 
 def test_further_rows_of_b_in_a_matrix_of_their_own():
