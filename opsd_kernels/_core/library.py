@@ -82,7 +82,8 @@ def arrange(
         policy=weigher is not None and weigher.policy is not None,
         topk=0 if problem.support is None else problem.support.k,
         listed=listed,
-        target_copied=target is not None and target.copied(problem.logits_dtype, rows.index is not None),
+        target_copied=target is not None
+        and target.copied(problem.logits_dtype, rows.index is not None, problem.vocab_ids),
         one_sweep=problem.spec.one_sweep,
         gradient_tolerance=problem.gradient_tolerance,
         ranks=ranks,
@@ -349,10 +350,7 @@ def _unpack_heads(problem: Problem, numbers: Sequence[float], more: Sequence[Any
     student, teacher = _unpack_head(problem.student, numbers, more), problem.teacher
     if teacher is not None:
         teacher = _unpack_head(teacher, numbers[3:], more[4:])
-    ids, rows = more[8], problem.rows
-    if rows.target is not None:
-        rows = replace(rows, target=replace(rows.target, ids=ids))
-    problem = replace(problem, student=student, teacher=teacher, rows=rows, vocab_ids=ids)
+    problem = replace(problem, student=student, teacher=teacher, vocab_ids=more[8])
     if len(more) == 9 or teacher is None:
         return problem
     count = (len(more) - 10) // 7 + 1

@@ -236,9 +236,7 @@ class Problem:
     def with_target(self, target: object, form: object, leading: torch.Size, exact: bool) -> Problem:
         """Return the problem with a teacher given as rows (..., V): see `check_target`."""
         columns = self.vocab if self.shard is None else self.shard.stop - self.shard.start
-        checked = check_target(
-            target, form, leading, columns, exact and self.vocab_ids is None, self.vocab_ids
-        )
+        checked = check_target(target, form, leading, columns, exact and self.vocab_ids is None)
         hidden = self.student.hidden
         expected = f"a tensor on {hidden.device}, as student_hidden"
         expect(checked.values.device == hidden.device, "target", expected, checked.values.device)
@@ -271,10 +269,10 @@ class Problem:
         if (rows.dtype, rows.device) != (dtype, device):
             moved = MovedRows(rows, dtype, device)
             rows = moved if len(moved) else moved[:]
-        head: Any = SlicedHead(weight, side.quantised, 0, columns, dtype, device, ids)
-        if student is not None and self.shared_head:
-            head = student.weight
-        elif not sliced:
+        head: Any = None if student is None or not self.shared_head else student.weight
+        if head is None and sliced:
+            head = SlicedHead(weight, side.quantised, 0, columns, dtype, device, ids)
+        elif head is None:
             head = (weight if lies[1] else weight.contiguous())[:columns]
         bias = None if side.bias is None else side.bias.to(device)[used].to(self.stats_dtype).contiguous()
         twin = None if student is None or ids is not None else student.bias

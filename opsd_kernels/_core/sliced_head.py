@@ -45,8 +45,7 @@ class SlicedHead:
     @property
     def step(self) -> int:
         """Return the number of rows of a slice."""
-        rows = SLICED_BYTES[device_kind(self.device.type)] // (self.values.shape[1] * self.dtype.itemsize)
-        return min(max(rows, LEAST_ROWS), self.shape[0])
+        return slice_rows(*self.shape, self.dtype, self.device.type)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -166,6 +165,12 @@ def _float8_to(out: Tensor, values: Tensor, bits: Tensor, sign: Tensor, nan: Ten
     return 256.0
 
 
+def slice_rows(V: int, H: int, dtype: torch.dtype, device_type: str) -> int:
+    """Return the number of rows of a slice of a head (V, H)."""
+    rows = SLICED_BYTES[device_kind(device_type)] // (H * dtype.itemsize)
+    return min(max(rows, LEAST_ROWS), V)
+
+
 def device_kind(device_type: str) -> str:
     return "cpu" if device_type == "cpu" else "cuda"
 
@@ -200,7 +205,7 @@ class SlicePlan:
         kind, scratch = device_kind(device_type), 0
         for H, head, dtype in zip(widths, heads, both, strict=True):
             if head != "whole" and H:
-                rows = min(V, max(SLICED_BYTES[kind] // (H * dtype.itemsize), LEAST_ROWS))
+                rows = slice_rows(V, H, dtype, device_type)
                 scratch += rows * H * dtype.itemsize + 2 * COPIED_BYTES[kind] * (head == "quantised")
                 if shared:
                     break

@@ -25,16 +25,18 @@ class Target:
 
     values: Tensor  # (N, columns of these heads, or more)
     probs: bool
-    ids: Tensor | None = None  # (V,) the columns to take: student_vocab.py
 
-    def copied(self, logits_dtype: torch.dtype, packed: bool) -> bool:
+    def copied(self, logits_dtype: torch.dtype, packed: bool, ids: Tensor | None) -> bool:
         """Return True if rows must be copied: as some columns, in another dtype, through a logarithm."""
         x = self.values
         lies = x.stride(1) == 1 and (x.stride(0) >= x.shape[1] or x.shape[0] == 1)
-        return self.probs or packed or not lies or x.dtype != logits_dtype or self.ids is not None
+        return self.probs or packed or not lies or x.dtype != logits_dtype or ids is not None
 
-    def rows(self, at: slice | Tensor, S: Tensor, buffer: Tensor | None) -> Tensor:
-        """Return T for the logits S, (C, V), of the positions `at`; in `buffer` where it is given."""
+    def rows(self, at: slice | Tensor, S: Tensor, buffer: Tensor | None, ids: Tensor | None) -> Tensor:
+        """Return T for the logits S, (C, V), of the positions `at`; in `buffer` where it is given.
+
+        `ids` (V,) are the columns to take, None for the first ones.
+        """
         (C, V), x = S.shape, self.values
         if buffer is None:
             return x[at, :V]
@@ -43,20 +45,16 @@ class Target:
         for start in range(0, C, step):
             part = slice(start, min(start + step, C))
             # A slice of a slice is a view; an index gathers a few rows at a time.
-            if self.ids is not None:
-                rows = x[at][part, self.ids] if isinstance(at, slice) else x[at[part][:, None], self.ids]
+            if ids is not None:
+                rows = x[at][part, ids] if isinstance(at, slice) else x[at[part][:, None], ids]
             else:
                 rows = x[at][part, :V] if isinstance(at, slice) else x[at[part], :V]
             T[part].copy_(rows.to(wide).log() if self.probs else rows)
         return T
 
 
-def check_target(
-    target: Any, form: object, leading: torch.Size, columns: int, exact: bool, ids: Tensor | None
-) -> Target:
+def check_target(target: Any, form: object, leading: torch.Size, columns: int, exact: bool) -> Target:
     """Return the target (..., V) of tokens (...) as rows. `exact`: `columns` is their number, else the least.
-
-    `ids` are the columns to take, None for the first ones.
 
     Raises ValueError or TypeError for a bad argument.
     """
@@ -68,14 +66,15 @@ def check_target(
     if not good:  # torch.compile does not trace the text
         more = ", or with vocab_size more columns" if exact else " or more columns"
         expect(False, "target", f"shape {(*leading, columns)}{more}", tuple(target.shape))
-    return Target(target.detach().reshape(-1, target.shape[-1]), form == "probs", ids)
+    return Target(target.detach().reshape(-1, target.shape[-1]), form == "probs")
 
 
 def comparing(sweep: Callable[..., Any], target: Target, copied: bool) -> Callable[..., Any]:
     """Return the sweep with the target's rows as the teacher's logits, `copied` into the chunk's buffer."""
 
     def run(walk: Any, chunk: Any, at: slice | Tensor) -> Tensor | None:
-        T, label = target.rows(at, chunk.S, chunk.T if copied else None), chunk.at_label
+        T = target.rows(at, chunk.S, chunk.T if copied else None, walk.problem.vocab_ids)
+        label = chunk.at_label
         if label is not None:
             label = label[0], T.gather(1, walk.label_columns(at)[:, None].clamp(min=0)).to(label[0].dtype)
         return sweep(walk, chunk._replace(T=T, at_label=label), at)
