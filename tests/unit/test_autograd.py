@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.library import opcheck
+from operators import check_operators
 
-import opsd_kernels._core.library  # noqa: F401 - registers the ops
 from opsd_kernels import linear_divergence
+from opsd_kernels._core import library
 from opsd_kernels.testing import (
     assert_no_worse,
     assert_on_target,
@@ -133,39 +133,17 @@ def test_double_backward_is_an_error_not_a_zero(backend):
 # ---------------------------------------------------------------- registration
 
 
-def recorded_calls(monkeypatch, run):
-    """Return the arguments with which `run` calls the two ops."""
-    from opsd_kernels._core import library
-
-    calls = []
-    for name in ("op", "op_backward"):
-        op = getattr(library, name)
-        monkeypatch.setattr(library, name, lambda *args, op=op: calls.append((op, args)) or op(*args))
-    run()
-    return calls
-
-
 @pytest.mark.parametrize("options", [*ROUTES, {"z_loss": 0.03}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_opcheck(backend, monkeypatch, options, dtype):
+def test_opcheck(backend, options, dtype):
     case = replace(
         hard_case(13, 67, 8, dtype, padding=3, views=False), mask=None, labels=None, token_weights=None
     )
     case = replace(
         case, student_hidden=torch.randn(13, 8).to(dtype), teacher_hidden=torch.randn(13, 8).to(dtype)
     )
-    calls = recorded_calls(
-        monkeypatch,
-        lambda: evaluate(
-            linear_divergence, case, backend=backend, return_stats="z_loss" not in options, **options
-        ),
-    )
-    assert calls
-    for op, args in calls:
-        plain = tuple(arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args)
-        opcheck(
-            op.default, plain, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
-        )
+    told = {"backend": backend, "return_stats": "z_loss" not in options, **options}
+    check_operators(library, ("op", "op_backward"), lambda: evaluate(linear_divergence, case, **told))
 
 
 @pytest.mark.slow
