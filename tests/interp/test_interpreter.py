@@ -11,15 +11,8 @@ import pytest
 pytest.importorskip("triton")
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-# Processes side by side: the tests of rows_interpreted.py that each runs.
-PARTS = {
-    "values": "test_loss_and_gradient",
-    "the rest": "TestRowContract and not test_loss_and_gradient",
-    "options": "TestRowOptions",
-    "columns": "TestColumns",
-}
-# Tests that must pass: an empty selection must not look green.
-AT_LEAST = {"values": 45, "the rest": 70, "options": 75, "columns": 32}
+# Tests of each class that must pass: an empty selection must not look green.
+AT_LEAST = {"TestRowContract": 170, "TestRowOptions": 95, "TestColumns": 30}
 
 pytestmark = pytest.mark.interp
 
@@ -38,27 +31,15 @@ def interpreted(*arguments: str) -> subprocess.Popen:
     )
 
 
-@pytest.fixture(scope="module")
-def runs():
-    command = ("-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider")
-    started = {
-        part: interpreted(*command, str(HERE / "rows_interpreted.py"), "-k", selected)
-        for part, selected in PARTS.items()
-    }
-    yield started
-    for process in started.values():
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("part", PARTS)
-def test_the_row_contract(runs, part):
-    output, _ = runs[part].communicate(timeout=900)
-    assert runs[part].returncode == 0, output[-6000:]
-    passed = re.search(r"(\d+) passed", output)
-    assert passed and int(passed[1]) >= AT_LEAST[part], output[-2000:]
+def test_the_row_contract():
+    command = ("-m", "pytest", "-q", "-rfp", "-p", "no:cacheprovider", str(HERE / "rows_interpreted.py"))
+    process = interpreted(*command)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output[-6000:]
+    for name, least in AT_LEAST.items():
+        passed = re.findall(rf"^PASSED .*::{name}::", output, re.MULTILINE)
+        assert len(passed) >= least, f"{name}: {len(passed)} passed\n{output[-2000:]}"
 
 
 LOSS = """

@@ -4,8 +4,9 @@ class TestRowContract(RowContract):
     @pytest.fixture
     def row_backend(self): return the_backend
 
-Every result is compared with float64 of the same rounded inputs. A subclass may set `SHAPES`, `DTYPES` and
-`FORMS`, in its fixtures too (each test has an instance of its own), and set a test to None to leave it out.
+Every result is compared with float64 of the same rounded inputs. A subclass may set `SHAPES`, `DTYPES`,
+`FORMS` and `EACH_ROUTE`, in its fixtures too (each test has an instance of its own), and set a test to None
+to leave it out. covering_part.py has a base class that runs a part of the matrix.
 """
 
 import math
@@ -50,6 +51,7 @@ class RowChecks:
 
     INTERPRETER = False  # True where bf16 results are truncated, as by Triton's interpreter
     DTYPES = DTYPES  # those of tests that loop over all
+    EACH_ROUTE = ("apart", "fused")
 
     @pytest.fixture
     def row_backend(self, backend: str) -> RowBackend:
@@ -86,7 +88,7 @@ class RowContract(RowChecks):
     def check_loss_and_gradient(self, row_backend, kind, form, dtype):
         for n, V in self.SHAPES:
             rows, truth = hard_rows(n, V, dtype, form, kind)
-            for route in ("apart", "fused"):
+            for route in self.EACH_ROUTE:
                 _, loss, gradient = run_rows(row_backend, rows.copy(), route)
                 assert loss.dtype == torch.promote_types(dtype, torch.float32)
                 self.check_loss(rows, loss, truth)
@@ -284,7 +286,7 @@ class RowContract(RowChecks):
             rows = make_rows(6, 130, dtype, form, kind)
             rows.S[4], rows.T[5] = rubbish, rubbish
             rows.factor[4:] = 0
-            for route in ("apart", "fused"):
+            for route in self.EACH_ROUTE:
                 _, _, G = run_rows(row_backend, rows.copy(), route)
                 assert_same_bits(G[4:], torch.zeros_like(G[4:]))
                 assert G[[0, 1, 3]].isfinite().all()
@@ -316,7 +318,7 @@ class RowContract(RowChecks):
         endless = {"teacher": (Kind.REVERSE_KL, Kind.MIXED_KL), "student": (Kind.FORWARD_KL, Kind.MIXED_KL)}
         infinite = kind in endless.get(side, ())
         assert (truth.loss == math.inf).all() if infinite else truth.loss.isfinite().all()
-        for route in ("apart", "fused"):
+        for route in self.EACH_ROUTE:
             _, loss, G = run_rows(row_backend, rows.copy(), route)
             self.check_loss(rows, loss, truth)
             if not infinite:
@@ -358,7 +360,7 @@ class RowContract(RowChecks):
     @EACH_DTYPE
     def test_a_row_alone_has_the_bits_it_has_in_a_batch(self, row_backend, kind, dtype):
         rows = make_rows(13, 1003, dtype, "difference, linear", kind)
-        for route in ("apart", "fused"):
+        for route in self.EACH_ROUTE:
             batch = run_rows(row_backend, rows.copy(), route)
             for row in (0, 1, 2, 7, 12):
                 alone = run_rows(row_backend, rows.copy().take(slice(row, row + 1)), route)
