@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from covering_part import CoveringPart
 from row_cases import hard_rows, run_rows
 from row_contract import RowContract
 from row_options_contract import RowOptionsContract, make_rows
@@ -17,33 +18,21 @@ extension.load()
 torch.ops.load_library(os.environ["OPSD_EMULATED_LIBRARY"])
 
 IN_FLOAT64 = ("test_an_infinite_term_is_clipped", "test_a_teacher_of_one_row_for_all")
-# Each device runs every kind and form in bf16; fp32 and fp16 meet every kind in one form.
-ONE_FORM = {torch.float32: "difference, softcap", torch.float16: "pair"}
-COVERED = ("test_loss_and_gradient", "test_statistics")
 
 
-class OnEmulator:
+class OnEmulator(CoveringPart):
     @pytest.fixture
     def row_backend(self):
         return backends.CompiledRows(torch.ops.opsd_emulated)
 
-    @pytest.fixture(autouse=True)
-    def covering_part(self, request):
-        test, params = (
-            request.node.originalname,
-            getattr(getattr(request.node, "callspec", None), "params", {}),
-        )
-        dtype, form = params.get("dtype"), params.get("form")
-        if dtype == torch.float64 or test in IN_FLOAT64:
-            pytest.skip("the CUDA kernels have no float64")
-        if test in COVERED and form != ONE_FORM.get(dtype, form):
-            pytest.skip("not in the part of the matrix that the emulator runs")
-        if test == "test_a_temperature_for_each_row" and dtype != torch.bfloat16:
-            pytest.skip("not in the part of the matrix that the emulator runs")
+    def served(self, test: str, params: dict) -> bool:
+        """The CUDA kernels have no float64."""
+        return params.get("dtype") != torch.float64 and test not in IN_FLOAT64
 
 
 class TestRowContract(OnEmulator, RowContract):
     SHAPES = [(1, 1), (3, 7), (6, 1003), (1, 2065)]
+    HARD = (6, 1003)
 
     @pytest.mark.parametrize("kind", [Kind.REVERSE_KL, Kind.JSD, Kind.MIXED_KL])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
