@@ -20,7 +20,7 @@ from opsd_kernels.testing.reference import (
 )
 
 many = settings(
-    max_examples=1100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=500, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 some = settings(many, max_examples=200)
 

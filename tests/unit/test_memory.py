@@ -3,6 +3,8 @@
 It stays within the byte budget at any N, and within the planner's prediction.
 """
 
+import functools
+
 import pytest
 import torch
 
@@ -79,8 +81,17 @@ def test_a_backward_pass_over_some_columns_is_as_planned(cpp, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("threads", [1, 4, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "threads, dtype",
+    [
+        (1, torch.bfloat16),
+        (4, torch.float32),
+        (8, torch.float32),
+        (8, torch.bfloat16),
+        (8, torch.float16),
+    ],
+    ids=str,
+)
 def test_scratch_of_other_numbers_of_threads_is_counted(cpp, dtype, threads):
     """The prediction holds with the scratch per thread of library and sweeps: 48 MiB at 8 threads in fp32."""
     assert_as_planned("cpp", 1024, dtype, threads)
@@ -151,7 +162,7 @@ def make(N, V, H, rank, name, shared, budget):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_peak_with_an_adapter_is_as_planned(cpp, dtype, shared):
     """A plan may be above the peak by as much as the plan without an adapter is, an upper estimate."""
-    N, hidden, name = 2048, 256, str(dtype).removeprefix("torch.")
+    N, hidden, name = 512, 256, str(dtype).removeprefix("torch.")
     told = {"dtype": dtype, "shared_head": shared, "trainable_head": False, "workspace_bytes": BUDGET}
     # Of rank 64 an adapter adds 14 % to the peak, which a plan without it would lack.
     plans = [plan(N, V, hidden, threads=2, ranks=(rank, 0), **told).peak_bytes for rank in (0, 64)]
@@ -233,14 +244,6 @@ FORMS = {  # (dtype of the rows, head) of student and teacher, whether the stude
         (("bfloat16", "bfloat16"), ("bfloat16", "int8"), False),
         {"dtype": torch.bfloat16, "heads": ("whole", "quantised")},
     ),
-    "fp32, an int8 teacher": (
-        (("float32", "float32"), ("float32", "int8"), False),
-        {"dtype": torch.float32, "heads": ("whole", "quantised")},
-    ),
-    "bf16, int8 for both": (
-        (("bfloat16", "int8"), ("bfloat16", "shared"), False),
-        {"dtype": torch.bfloat16, "heads": ("quantised", "quantised"), "shared_head": True},
-    ),
     "fp32, int8 for both": (
         (("float32", "int8"), ("float32", "shared"), False),
         {"dtype": torch.float32, "heads": ("quantised", "quantised"), "shared_head": True},
@@ -260,6 +263,11 @@ FORMS = {  # (dtype of the rows, head) of student and teacher, whether the stude
 }
 
 
+@functools.cache
+def peak_of_dense_heads(N: int, hidden: int, dtype: str, second: str, trained: bool) -> int:
+    return peak_bytes(SIDES, N, V, hidden, ((dtype, dtype), (dtype, second), trained), BUDGET)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_heads_read_by_slices_are_as_planned(cpp, name):
@@ -272,7 +280,7 @@ def test_heads_read_by_slices_are_as_planned(cpp, name):
     plain = {**options, "heads": ("whole", "whole"), "teacher_dtype": None}
     dtype = str(told["dtype"]).removeprefix("torch.")
     second = "shared" if options["shared_head"] else dtype
-    dense = peak_bytes(SIDES, N, V, hidden, ((dtype, dtype), (dtype, second), forms[2]), BUDGET)
+    dense = peak_of_dense_heads(N, hidden, dtype, second, forms[2])
     above = plan(N, V, hidden, **plain).peak_bytes / dense - 1
     off = planned.peak_bytes / peak - 1
     assert -0.05 <= off <= 0.05 + max(above, 0), (
