@@ -89,10 +89,10 @@ def check(provider: Provider, setting: Setting) -> Verdict:
 
 @functools.cache
 def _checked(provider: Provider, setting: Setting) -> Verdict:
-    return _verdict(lambda: _own(provider, setting) if provider.exact else _peer(provider, setting))
+    return verdict_of(lambda: _own(provider, setting) if provider.exact else _peer(provider, setting))
 
 
-def _verdict(run: Callable[[], Verdict]) -> Verdict:
+def verdict_of(run: Callable[[], Verdict]) -> Verdict:
     """Return the result of a check; where it raises, the failure."""
     try:
         return run()
@@ -182,7 +182,7 @@ def check_label_loss(provider: Provider, setting: Setting) -> Verdict:
             errors(setting.at(dtype="float32"))
         return errors(setting)
 
-    return _verdict(run)
+    return verdict_of(run)
 
 
 # ---------------------------------------------------------------- gradient_tolerance
@@ -206,7 +206,7 @@ def check_tolerance(setting: Setting, case: Case, tolerance: float) -> Verdict:
     that one is at most the tolerance. dh is no further from the truth than the products of the kept columns
     alone, which lack the correction by the mean row.
     """
-    return _verdict(lambda: _within_tolerance(setting, part_of(case, slice(TOKENS)), tolerance))
+    return verdict_of(lambda: _within_tolerance(setting, part_of(case, slice(TOKENS)), tolerance))
 
 
 def _within_tolerance(setting: Setting, case: Case, tolerance: float) -> Verdict:
