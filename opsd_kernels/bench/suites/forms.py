@@ -145,8 +145,8 @@ def compare_forms(setting: Setting, effort: Effort) -> list[Row]:
             rows.append(replace(row, reason=found.failure))
             continue
         variants[form.name] = Variant(stepper(form.make(case), case, setting))
-        errors = {"gradient_error": found.gradient_error, "loss_error": found.loss_error}
-        rows.append(replace(row, target=target, **errors))
+        row = replace(row, gradient_error=found.gradient_error, loss_error=found.loss_error)
+        rows.append(replace(row, target=target))
     interleave(variants, BASE, setting.device, **effort)
     done = [row if row.reason else part_row(row, variants, row.variant or BASE, BASE) for row in rows]
     del variants, case
