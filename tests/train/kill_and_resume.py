@@ -3,15 +3,17 @@
     python kill_and_resume.py SETTINGS_JSON FOLDER [SEED | short]
 
 Without a seed signals come at given moments; with one, a run in FOLDER/hurt is killed at random moments until
-it completes. `short` is for a large model: two steps, two events.
+it completes. `short` is for a large model: two steps, three events.
 Forking after the imports saves a second of start-up per attempt. Prints JSON: an object of moments that hit
 and exit codes, or the list of exit codes.
 """
 
 import dataclasses
+import errno
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -21,23 +23,36 @@ from pathlib import Path
 from opsd_kernels.train import loop
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.loop import train
-from opsd_kernels.train.types import TrainingInterrupted
+from opsd_kernels.train.types import CheckpointError, TrainingInterrupted
 
 KILL, CTRL_C, TERM = signal.SIGKILL, signal.SIGINT, signal.SIGTERM
+# A limit on the size of a file stands for a full disk: logs fit, weights do not.
+ROOM = 1 << 20
 
 
-def attempt(config: TrainConfig, out: Path, moment: Callable[[], bool] | None, number: int = KILL) -> int:
+def attempt(
+    config: TrainConfig,
+    out: Path,
+    moment: Callable[[], bool] | None,
+    number: int = KILL,
+    full_disk: bool = False,
+) -> int:
     """Train in a child process and send it a signal once `moment()` is true.
 
-    Returns its exit code, negative for a signal; 130 is TrainingInterrupted.
+    Returns its exit code, negative for a signal; 130 is TrainingInterrupted, ENOSPC CheckpointError.
     """
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if full_disk:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # EFBIG instead of a signal, like ENOSPC
+            resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, resource.RLIM_INFINITY))
         try:
             train(config, out, resume=out.exists())
         except TrainingInterrupted:
             os._exit(130)
+        except CheckpointError:
+            os._exit(errno.ENOSPC)
         os._exit(0)
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -86,7 +101,7 @@ def moments(out: Path, cache: Path) -> dict[str, tuple[Callable[[], bool], int]]
 
 
 def short(config: TrainConfig, root: Path) -> dict[str, tuple[int, str]]:
-    """Make an undisturbed run of two steps, and one that is disturbed twice.
+    """Make an undisturbed run of two steps, and one that is disturbed three times.
 
     Returns by event the exit code and the newest checkpoint.
     """
@@ -101,10 +116,11 @@ def short(config: TrainConfig, root: Path) -> dict[str, tuple[int, str]]:
     loop.one_step = one_step
     for name, moment, number in (
         ("SIGTERM in a step", later(begun.exists, 0.1), TERM),
+        ("full disk", None, KILL),
         ("writing a checkpoint", pending(folder, "step_000002"), KILL),
         ("last", None, KILL),
     ):
-        code = attempt(config, out, moment, number)
+        code = attempt(config, out, moment, number, full_disk=name == "full disk")
         found[name] = code, max(path.name for path in folder.glob("step_*"))
     return found
 

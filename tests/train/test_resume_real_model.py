@@ -1,5 +1,6 @@
 """A run of a language model that is killed and stopped ends with the bits of an undisturbed one."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -34,10 +35,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory, shared_cache):
-    """Make two runs: `whole`, and `hurt`, which two events end.
-
-    test_resume.py has more of them, test_promises.py a full disk.
-    """
+    """Make two runs: `whole`, and `hurt`, which three events end. test_resume.py has more of them."""
     root = tmp_path_factory.mktemp("runs")
     settings = {**SETTINGS, "cache_dir": str(shared_cache)}
     done = subprocess.run(
@@ -55,6 +53,7 @@ def test_each_event_leaves_the_last_checkpoint(ended):
     _, found = ended
     assert found == {
         "SIGTERM in a step": [130, "step_000001"],
+        "full disk": [errno.ENOSPC, "step_000001"],
         "writing a checkpoint": [-signal.SIGKILL, "step_000001"],
         "last": [0, "step_000002"],
     }
