@@ -23,7 +23,7 @@ ALIGNED_ROWS = 1024  # limit to which a chunk may grow to hold a whole sequence
 SUPPORT_BYTES = 96  # per entry of a support: a dozen numbers, each in its own tensor
 # Of one head whose entries are listed: per thread (on 8 in fp32 1 MiB, where others take 25); per output
 LIST_SCRATCH, LISTED_BYTES = 1 << 20, 12
-# fp32 copies in one product of fp16 matrices, where the CPU has no units for bf16, or of a forward-KL cache
+# fp32 copies in one product of fp16 matrices, and of bf16 ones where the CPU has no units for them
 SLICE_BYTES = 8 << 20
 # Slices of fp32 logits to which an adapter's part is added while they are in the cache of a CPU. At 256 rows,
 # V = 32000 and rank 16 both products of the gradient take 17 ms of one thread in slices, and 31 without. On
