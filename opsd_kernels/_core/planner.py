@@ -32,6 +32,7 @@ from .sizes import (
     LISTED_BYTES,
     NARROWING_BYTES,
     QUEUE_BYTES,
+    ROW_BYTES,
     ROW_LIMITS,
     SELECT_BYTES,
     SLICE_BYTES,
@@ -301,6 +302,8 @@ def _cpu_scratch(
     own = dtype.itemsize == 2 or extension.gemm_fp32_serves(dtype)
     columns = QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one)
     slices = SLICE_BYTES * sliced
+    if own and not (alone or tiled or sliced):
+        return n * V * (columns + ROW_BYTES)
     if alone and not tiled:
         # With this package's GEMMs. With gradients the heap keeps a second slice.
         if own and not (sliced and grad):

@@ -6,9 +6,9 @@ import torch
 
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 ROW_MULTIPLE = 16
-# Scratch bytes of the math library and the row sweeps on a CPU, per process and per thread. Measured on an
-# AMD EPYC at V = 151936 with H = 64 on 1, 2, 4, 8 and 16 threads: fp32 3.9, 9.7, 20, 48 and 96 MiB, bf16 6.3,
-# 8.7, 11.6, 24 and 48 MiB. oneDNN packs more of 16-bit operands for tile units (AMX): 14.8 MiB on two threads
+# Scratch bytes of the math library and the row sweeps on a CPU, per process and per thread, where a product
+# is the library's. Measured on an AMD EPYC at V = 151936 with H = 64 on 1, 2, 4, 8 and 16 threads: fp32 3.9,
+# 9.7, 20, 48 and 96 MiB. oneDNN packs more of 16-bit operands for tile units (AMX): 14.8 MiB on two threads
 # under torch 2.13, 16.6 under 2.15. Scratch takes at most half of a budget, and always leaves the bytes of
 # one row.
 CPU_SCRATCH_BYTES, CPU_SCRATCH_PER_THREAD, CPU_SCRATCH_PER_THREAD_AMX = 2 << 20, 6 << 20, 9 << 20
@@ -37,9 +37,10 @@ COPY_BYTES = 1 << 20  # an fp32 copy of rows of 16-bit hidden states
 SELECT_BYTES = 48  # per column: its norm, share, group and index
 KEPT_BYTES = 16 << 20  # a slice of the kept columns: of the gradient, of the head and of dW
 QUEUE_BYTES = 16  # per column and thread while torch.topk runs
-# Per column and thread for a divergence of two sweeps, which keep four rows (csrc/cpu/rows.cpp); others keep
-# one or two.
-SWEEP_BYTES = 16
+# Per column and thread: a sweep's rows of scratch (csrc/cpu/rows.cpp), and as much again for a divergence of
+# two sweeps. With this package's GEMMs there is little else: at V = 151936 on 2 and 8 threads 4 and 16 MiB in
+# fp32, up to 7 and 19 in bf16, 32 for two sweeps on 8; at V = 32000 4 on 8.
+ROW_BYTES, SWEEP_BYTES = 16, 16
 # The same for a gradient that is narrowed to 16 bits in the buffer of fp32 logits: a copy of the row, for
 # which the heap grows a few times. Without a second head 4.7, 9.2 and 18 MiB on 1, 2 and 4 threads at
 # V = 151936.
