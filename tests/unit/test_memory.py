@@ -87,7 +87,7 @@ def test_a_backward_pass_over_some_columns_is_as_planned(cpp, dtype):
 @pytest.mark.parametrize("threads", [1, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_scratch_of_other_numbers_of_threads_is_counted(cpp, dtype, threads):
-    """The prediction holds with the scratch per thread of library and sweeps: 48 MiB at 8 threads in fp32."""
+    """The prediction holds with the scratch per thread of library and sweeps: 16 MiB at 8 threads in fp32."""
     assert_as_planned("cpp", 1024, dtype, threads)
 
 
