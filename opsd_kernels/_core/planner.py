@@ -30,6 +30,7 @@ from .sizes import (
     LARGEST_FACTOR,
     LIST_SCRATCH,
     LISTED_BYTES,
+    NARROW_BYTES,
     NARROWING_BYTES,
     QUEUE_BYTES,
     ROW_BYTES,
@@ -295,8 +296,8 @@ def _cpu_scratch(
 ) -> tuple[int, int]:  # fmt: skip
     """Return the scratch bytes of the math library and the sweeps on a CPU, on top of the logits buffers.
 
-    And the bytes of the budget to leave beside them, for kernels that oneDNN keeps of 16-bit products: three
-    teachers' heads of different widths take 15 MiB where one takes 7.
+    And the bytes of the budget to leave beside them, for more of the same: in bf16 three teachers take 15 MiB
+    where one takes 7.
 
     `alone`: without a second head. `wide`: of 16-bit inputs the buffers are in fp32.
     """
@@ -316,7 +317,7 @@ def _cpu_scratch(
     library = CPU_SCRATCH_BYTES + slices + n * (per_thread + V * columns)
     if alone or tiled or sliced or not own:
         return library, 0
-    rows = n * V * (columns + ROW_BYTES)
+    rows = n * V * (columns + ROW_BYTES) + NARROW_BYTES * (dtype.itemsize == 2)
     return rows, max(library - rows, 0)
 
 

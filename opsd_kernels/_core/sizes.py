@@ -41,6 +41,7 @@ QUEUE_BYTES = 16  # per column and thread while torch.topk runs
 # two sweeps. With this package's GEMMs there is little else: at V = 151936 on 2 and 8 threads 4 and 16 MiB in
 # fp32, up to 7 and 19 in bf16, 32 for two sweeps on 8; at V = 32000 4 on 8.
 ROW_BYTES, SWEEP_BYTES = 16, 16
+NARROW_BYTES = 4 << 20  # more for 16-bit inputs: one head takes 0 to 4 MiB, three teachers' 10
 # The same for a gradient that is narrowed to 16 bits in the buffer of fp32 logits: a copy of the row, for
 # which the heap grows a few times. Without a second head 4.7, 9.2 and 18 MiB on 1, 2 and 4 threads at
 # V = 151936.

@@ -208,8 +208,7 @@ class SlicePlan:
         for H, head, dtype in zip(widths, heads, both, strict=True):
             if head != "whole" and H:
                 rows = slice_rows(V, H, dtype, device_type)
-                own = rows * H * dtype.itemsize + 2 * COPIED_BYTES[kind] * (head == "quantised")
-                scratch = max(scratch, own)
+                scratch = max(scratch, rows * H * dtype.itemsize + 2 * COPIED_BYTES[kind])
         # Sums of dh over slices are in fp32; packed rows of the teacher
         sums = 4 * widths[0] * (heads[0] != "whole" and both[0].itemsize == 2)
         return cls(both[0], widest, sums + widths[1] * (both[1].itemsize - both[0].itemsize), scratch)

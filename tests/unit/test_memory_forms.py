@@ -53,7 +53,8 @@ def make(N, V, H, K, widths, name, form, budget):
             if form == "int8, cached":
                 cache = op.cache_forward_kl(rows(H), W, W, **told)
                 return op.linear_cached_forward_kl, (h, W, cache), told
-            told["student_lora"] = torch.randn(16, H).to(dtype), torch.randn(V, 16).to(dtype), 0.1
+            A, B = (torch.randn(size).to(dtype).requires_grad_() for size in ((16, H), (V, 16)))
+            told["student_lora"] = A, B, 0.1
             return op.linear_divergence, (h, W, rows(H), W), told
         if form == "top-k list":
             made = ids, torch.full((N, K), -5.0)
@@ -83,7 +84,8 @@ def make(N, V, H, K, widths, name, form, budget):
 
     def call(function, inputs, told):
         result = function(*inputs, **told)
-        leaves = [x for x in inputs[:2] if getattr(x, "requires_grad", False)]
+        leaves = [*inputs[:2], *told.get("student_lora", ())]
+        leaves = [x for x in leaves if getattr(x, "requires_grad", False)]
         if not leaves:
             return result
         return result, torch.autograd.grad(result.sum(), leaves)
