@@ -4,58 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from opsd_kernels import QuantizedHead, cache_forward_kl, linear_cached_forward_kl, linear_divergence
 from opsd_kernels.testing import Case, hard_case
+from opsd_kernels.testing.heads import quantise
 
 BLOCK = (32, 10)  # divides neither side of the heads below
-FLOAT8 = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 
 
-def _scales(weight: Tensor, block: tuple[int, int], largest: float) -> tuple[Tensor, Tensor]:
-    """Return the scale of each block, and of each entry."""
-    (V, H), (b, c) = weight.shape, block
-    rows, columns = -(-V // b), -(-H // c)
-    padded = weight.new_zeros(rows * b, columns * c)
-    padded[:V, :H] = weight.abs()
-    scales = padded.view(rows, b, columns, c).amax((1, 3)).clamp(min=1e-3) / largest
-    return scales, scales.repeat_interleave(b, 0)[:V].repeat_interleave(c, 1)[:, :H]
-
-
-def float8(dtype: torch.dtype, by_blocks: bool, scale_dtype: torch.dtype = torch.float32):
-    def make(weight: Tensor) -> QuantizedHead:
-        block = BLOCK if by_blocks else (1, weight.shape[1])
-        scales, entries = _scales(weight.float(), block, FLOAT8[dtype])
-        scales, entries = scales.to(scale_dtype), entries.to(scale_dtype).float()
-        values = (weight.float() / entries).clamp(-FLOAT8[dtype], FLOAT8[dtype]).to(dtype)
-        return QuantizedHead(values, scales if by_blocks else scales[:, 0], block_size=block)
-
-    return make
-
-
-def int8(bits: int, block_columns: int | None, zero_points: bool):
-    def make(weight: Tensor) -> QuantizedHead:
-        block = (1, block_columns or weight.shape[1])
-        largest = 2 ** (bits - 1) - 1
-        scales, entries = _scales(weight.float(), block, largest)
-        values = (weight.float() / entries).round().clamp(-largest, largest).to(torch.int8)
-        zeros = None
-        if zero_points:
-            zeros = torch.arange(scales.numel()).view(scales.shape).remainder(5).sub(2).to(torch.int8)
-        return QuantizedHead(values, scales, zeros, block)
-
-    return make
+def _quantised(weight: Tensor, zero_points: bool = False, **how) -> QuantizedHead:
+    values, scales, block = quantise(weight.float(), **how)
+    zeros = torch.arange(scales.numel()).view(scales.shape).remainder(5).sub(2).to(torch.int8)
+    scales = scales if "block" in how else scales[:, 0]
+    return QuantizedHead(values, scales, zeros if zero_points else None, block)
 
 
 QUANTISED: dict[str, Callable[[Tensor], QuantizedHead]] = {
-    "float8_e4m3fn, rows": float8(torch.float8_e4m3fn, False),
-    "float8_e4m3fn, blocks": float8(torch.float8_e4m3fn, True),
-    "float8_e5m2, rows, bf16 scales": float8(torch.float8_e5m2, False, torch.bfloat16),
-    "int8, rows": int8(8, None, False),
-    "int4 in int8, groups, zero points": int8(4, 8, True),
+    "float8_e4m3fn, rows": partial(_quantised, dtype=torch.float8_e4m3fn),
+    "float8_e4m3fn, blocks": partial(_quantised, dtype=torch.float8_e4m3fn, block=BLOCK),
+    "float8_e5m2, rows, bf16 scales": partial(
+        _quantised, dtype=torch.float8_e5m2, scale_dtype=torch.bfloat16
+    ),
+    "int8, rows": partial(_quantised, dtype=torch.int8),
+    "int4 in int8, groups, zero points": partial(
+        _quantised, dtype=torch.int8, block=(1, 8), bits=4, zero_points=True
+    ),
 }
 
 
