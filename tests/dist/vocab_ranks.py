@@ -37,6 +37,7 @@ from opsd_kernels.testing.reference import (
 from opsd_kernels.weights import EntropyGate, MeanOne, PrefixDiscrepancy
 
 V = 211
+OF_TOKENS = torch.linspace(0.6, 1.6, 28)
 TRANSFORM = {
     "temperature": 0.7,
     "teacher_temperature": 1.4,
@@ -67,6 +68,17 @@ CASES |= {
     "recompute": ({}, {"divergence": "jsd"}, {"backward": "recompute"}),
     "per token": ({}, {"divergence": "forward_kl", "reduction": "none"}, {}),
     "sequences": ({"batch": 4}, {"reduction": "sequence_mean"}, {}),
+    "temperatures of tokens": ({"shared_head": True, "near": 1e-2}, {"temperature": OF_TOKENS}, {}),
+    "temperatures of tokens on each side, recompute": (
+        {},
+        {"divergence": "jsd", "temperature": OF_TOKENS, "teacher_temperature": OF_TOKENS.flip(0)},
+        {"backward": "recompute"},
+    ),
+    "temperatures of tokens, top 5": (
+        {"largest_logit": 8.0},
+        {"temperature": OF_TOKENS, "topk": 5, "topk_support": "teacher"},
+        {},
+    ),
     "gate": ({"batch": 4}, {"token_weights": EntropyGate("student", below=2.0)}, {}),
     "z-loss": ({}, {"z_loss": 0.03, "token_clip": 0.6}, {}),
     "z-loss, recompute": ({}, {"z_loss": 0.03, "divergence": "mixed_kl"}, {"backward": "recompute"}),
@@ -88,6 +100,7 @@ LOGPROBS: dict[str, tuple[dict, dict, dict]] = {
     "frozen head": ({"frozen_head": True}, {}, {}),
     "frozen head, recompute": ({"frozen_head": True}, {}, {"backward": "recompute"}),
     "entropy": ({"largest_logit": 8.0}, {"return_entropy": True}, {}),
+    "temperatures of tokens": ({}, {"temperature": OF_TOKENS, "return_entropy": True}, {}),
     "padded, transforms": (
         {"padding": 3},
         {"temperature": 0.7, "logit_scale": 1.2, "softcap": 25.0, "return_entropy": True},
@@ -104,6 +117,7 @@ LISTS |= {
     "z-loss": (SMOOTH, {"z_loss": 0.03, "token_clip": 0.6, "divergence": "mixed_kl"}, {}),
     "recompute": (SMOOTH, {"tail": "none"}, {"backward": "recompute"}),
     "per token": (SMOOTH, {"reduction": "none"}, {}),
+    "temperatures of tokens": (SMOOTH, {"temperature": OF_TOKENS, "divergence": "jsd"}, {}),
     "gate, padded": (
         {**SMOOTH, "batch": 4, "padding": 3},
         {"token_weights": EntropyGate("student", below=2.0), "temperature": 0.7},
@@ -312,7 +326,8 @@ def check_group_alone() -> None:
 def check_communication() -> None:
     """A chunk communicates a few numbers per row, and dh.
 
-    They are the statistics, the results of the second sweep, three per entry of a list, and two per label.
+    They are the statistics, the results of the second sweep, three per entry of a list and the statistics
+    outside it, and two per label.
     """
     N, H, K, rows = 32, 48, 9, 8
     case = replace(hard_case(N, V, H, views=False), mask=None, labels=torch.arange(N), token_weights=None)
@@ -337,7 +352,7 @@ def check_communication() -> None:
             case,
             {},
             1,
-            [("gather", 8), ("sum", 3 * K), ("sum", 2), ("sum", H)],
+            [("gather", 8), ("sum", 3 * K), ("gather", 8), ("sum", 2), ("sum", H)],
         ),
         (logprobs_of(linear_logprobs), frozen, {}, 1, [("gather", 8), ("sum", 2), ("sum", H)]),
     )

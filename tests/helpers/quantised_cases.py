@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from opsd_kernels import QuantizedHead, linear_divergence
+from opsd_kernels import QuantizedHead, cache_forward_kl, linear_cached_forward_kl, linear_divergence
 from opsd_kernels.testing import Case, hard_case
 from opsd_kernels.testing.heads import quantise
 
@@ -45,19 +45,46 @@ def quantised_case(
     """
     shape = {"N": 31, "V": 203, "H": 24, **made}
     case = hard_case(*(shape.pop(name) for name in "NVH"), dtype, shared_head=role == "shared", **shape)
+    case, head = with_quantised_head(case, kind, role)
+    return case, on_head(linear_divergence, role, head), head
+
+
+def with_quantised_head(case: Case, kind: str, role: str) -> tuple[Case, QuantizedHead]:
+    """Return the case with the dequantised head in place of one or both, and the head.
+
+    A quantised head of the student has no gradient.
+    """
     field = "teacher_weight" if role == "teacher" else "student_weight"
     head = QUANTISED[kind](getattr(case, field))
-    dense = head.dequantize(dtype)
+    dense = head.dequantize(case.student_hidden.dtype)
     fields = ("student_weight", "teacher_weight") if role == "shared" else (field,)
     case = replace(case, **dict.fromkeys(fields, dense))
     if role != "teacher":
         case = replace(case, trainable=tuple(name for name in case.trainable if name != "student_weight"))
+    return case, head
 
-    def op(student_hidden, student_weight, teacher_hidden, teacher_weight, **options):
-        weights = [
-            student_weight if role == "teacher" else head,
-            teacher_weight if role == "student" else head,
-        ]
-        return linear_divergence(student_hidden, weights[0], teacher_hidden, weights[1], **options)
 
-    return case, op, head
+def on_head(op: Callable[..., Tensor], role: str, head: QuantizedHead) -> Callable[..., Tensor]:
+    """Return an op in the signature of linear_divergence with the quantised head in its place."""
+
+    def run(student_hidden, student_weight, teacher_hidden, teacher_weight, **options):
+        student = student_weight if role == "teacher" else head
+        teacher = teacher_weight if role == "student" else head
+        return op(student_hidden, student, teacher_hidden, teacher, **options)
+
+    return run
+
+
+def through_cache(role: str, head: QuantizedHead) -> Callable[..., Tensor]:
+    """Return a call through a fresh cache, in the signature of linear_divergence."""
+
+    def run(
+        h, W, t, Wt, *, labels, mask, divergence, token_weights=None, student_bias=None, teacher_bias=None,
+        **options,
+    ):  # fmt: skip
+        W, Wt = W if role == "teacher" else head, Wt if role == "student" else head
+        told = {"mask": mask & (labels != -100), "student_bias": student_bias, **options}
+        cache = cache_forward_kl(t, Wt, W, teacher_bias=teacher_bias, **told)
+        return linear_cached_forward_kl(h, W, cache, token_weights=token_weights, **told)
+
+    return run
