@@ -17,11 +17,10 @@ from torch import Tensor
 from ._core.autograd import cached_forward_kl
 from ._core.forward_cache import Parts, forward_kl_parts
 from ._core.library import check_all
-from ._core.lora import Lora
-from ._core.problem import Problem, Side, of_one_side
+from ._core.problem import Problem, Side, checked, of_one_side
 from ._core.reductions import RowWeigher, reads_logprobs, row_scale
 from .quantized import QuantizedHead
-from .spec import Adapter, LogitTransform, check_number, check_tensor, expect
+from .spec import Adapter, LogitTransform, check_number, expect
 from .weights import TokenWeighting
 
 SAMPLE = 1024  # entries of the head by which another one is recognised
@@ -82,7 +81,7 @@ PER_TOKEN = ("mean", "bias", "negative_entropy", "token")
 def cache_forward_kl(
     teacher_hidden: Tensor,  # (..., H_t)
     teacher_weight: Tensor | QuantizedHead,  # (V_t, H_t)
-    student_weight: Tensor,  # (V_s, H_s), frozen
+    student_weight: Tensor | QuantizedHead,  # (V_s, H_s), frozen
     *,
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
@@ -107,7 +106,9 @@ def cache_forward_kl(
 
     The options are those of `linear_divergence`; the cache belongs to this `temperature`, `student_weight`,
     `student_bias` and `student_lora`. Two GEMM passes over fp32 logits, the second in fp32 (fp64) for a
-    16-bit head too; never more than `workspace_bytes` of logits. No gradient. Masked tokens hold zeros.
+    16-bit head too; never more than `workspace_bytes` of logits. A quantised student head is rounded to the
+    dtype of `teacher_hidden`, as the student's GEMM rounds it to that of its rows. No gradient. Masked tokens
+    hold zeros.
 
     Raises ValueError or TypeError as `linear_divergence` does.
     """
@@ -134,7 +135,7 @@ def cache_forward_kl(
 
 def linear_cached_forward_kl(
     student_hidden: Tensor,  # (..., H_s)
-    student_weight: Tensor,  # (V_s, H_s), frozen
+    student_weight: Tensor | QuantizedHead,  # (V_s, H_s), frozen
     cache: ForwardKLCache,  # of tokens (...)
     *,
     temperature: float | None = None,
@@ -156,9 +157,9 @@ def linear_cached_forward_kl(
     Equal to `linear_divergence(divergence="forward_kl")` on the teacher of the cache, in two GEMM passes (one
     without a gradient). The gradient flows to `student_hidden` alone, for any upstream gradient per token.
     Mask, token weights of scope "index", reductions and `normalizer` are those of `linear_divergence`; a
-    token that the cache was masked at must be masked here too. In 16 bits the rounding of the gradient
-    is that of the student's distribution, not of its difference from the teacher's: in bf16 an error of 1 %
-    at .1 nats from the teacher and 3 % at .01 nats, where `linear_divergence` keeps .2 %.
+    token that the cache was masked at must be masked here too. In 16 bits the rounding of the gradient is
+    that of the student's distribution, not of its difference from the teacher's: in bf16 an error of 2 % at
+    .1 nats from the teacher and 8 % at .01 nats, where `linear_divergence` keeps .3 %.
 
     Refused by name: a head that requires a gradient, another head than the cache's (by its shape and a sample
     of 1024 entries), another `temperature` or `vocab_size`, a bias where the cache has none or the reverse,
@@ -172,14 +173,13 @@ def linear_cached_forward_kl(
         same = check_number("temperature", temperature) == cache.temperature
         expect(same, "temperature", f"{cache.temperature}, that of the cache", temperature)
     transform = LogitTransform.parse("student", student_logit_scale, None, "temperature", cache.temperature)
+    given = checked("student_", Side(student_hidden, student_weight, student_bias, student_lora), None)
     problem = of_one_side(
-        Side(student_hidden, student_weight, student_bias, student_lora), transform, mask=mask,
-        vocab_size=cache.vocab_size if vocab_size is None else vocab_size,
+        given, transform, mask=mask, vocab_size=cache.vocab_size if vocab_size is None else vocab_size,
         workspace_bytes=workspace_bytes, backend=backend, group=group, prefixes=("student_", ""),
     )  # fmt: skip
     leading = student_hidden.shape[:-1]
-    head = Side(student_hidden, student_weight, student_bias, problem.student.lora)
-    _check_cache(problem, cache, leading, head)
+    _check_cache(problem, cache, leading, given)
     problem = replace(problem, rows=replace(problem.rows, labels=cache.token.reshape(-1)))
     reads_logprobs(token_weights, None)
     scale = row_scale(reduction, normalizer, student_hidden, problem.rows.valid)
@@ -194,19 +194,19 @@ def linear_cached_forward_kl(
 
 def _frozen_head(problem: Problem, side: Side, vocab_size: int | None) -> Side:
     """Check the student's head against the teacher's problem, and return it detached."""
-    weight, bias, lora = side.weight, side.bias, Lora.parse("student_lora", side.lora)
-    check_tensor("student_weight", weight)
+    side = checked("student_", side, None)
+    weight, bias, lora = side.weight, side.bias, side.lora
     rows, columns = problem.student.weight.shape[0], problem.vocab
     columns = columns if problem.shard is None else problem.shard.stop - problem.shard.start
     good = weight.dim() == 2 and (weight.shape[0] >= columns if vocab_size else weight.shape[0] == rows)
     expected = f"shape ({columns} or more, H)" if vocab_size else f"shape ({rows}, H), or vocab_size"
     expect(good, "student_weight", expected, tuple(weight.shape))
-    heads = {"student_weight": weight}
-    if bias is not None:
-        heads["student_bias"] = check_tensor("student_bias", bias, "a tensor or None")
     device = problem.student.hidden.device
-    for name, value in heads.items():
-        expect(value.is_floating_point(), name, "a floating-point tensor", value.dtype, TypeError)
+    for name, value in (("student_weight", weight), ("student_bias", bias)):
+        if value is None:
+            continue
+        numbers = value.is_floating_point() or (value is weight and side.quantised is not None)
+        expect(numbers, name, "a floating-point tensor", value.dtype, TypeError)
         expect(value.device == device, name, f"a tensor on {device}, as teacher_hidden", value.device)
     if bias is not None:
         expect(
@@ -214,12 +214,11 @@ def _frozen_head(problem: Problem, side: Side, vocab_size: int | None) -> Side:
         )
     if lora is not None:
         lora.check("student_lora", weight.shape, weight.device)
-    return replace(side, lora=lora).detach()
+    return side.detach()
 
 
 def _check_cache(problem: Problem, cache: ForwardKLCache, leading: torch.Size, head: Side) -> None:
     """Raise ValueError for a call that the cache does not belong to. `head` is the student's, as given."""
-    check_tensor("student_weight", head.weight)
     weight, bias, lora = head.weight, head.bias, head.lora
     same = cache.token.shape == leading
     expect(same, "cache", f"tokens of shape {tuple(leading)}, as student_hidden", tuple(cache.token.shape))
@@ -260,7 +259,10 @@ def _sample(head: Side) -> Tensor:
     weight, bias, lora = head.weight, head.bias, head.lora
     steps = torch.arange(SAMPLE, device=weight.device)
     rows, columns = steps * weight.shape[0] // SAMPLE, steps * 7919 % weight.shape[1]
-    sample = weight.detach()[rows, columns].float()
+    if head.quantised is not None:
+        sample = head.quantised.entries(rows, columns)
+    else:
+        sample = weight.detach()[rows, columns].float()
     if lora is not None:
         factors = lora.B.detach()[rows].float() * lora.A.detach().t()[columns].float()
         sample = sample + lora.scaling * factors.sum(1)

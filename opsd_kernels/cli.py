@@ -254,8 +254,8 @@ def bench(
         list[str] | None,
         typer.Option(
             "--suite",
-            help="ratios, latency, memory, accuracy, masked, weights, sparse, logprobs, forms, sweeps, "
-            "scaling, step.",
+            help="ratios, latency, memory, accuracy, masked, weights, sparse, logprobs, forms, heads, "
+            "sweeps, scaling, step.",
         ),
     ] = None,
     shapes: Annotated[

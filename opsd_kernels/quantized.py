@@ -85,6 +85,14 @@ class QuantizedHead:
     def device(self) -> torch.device:
         return self.values.device
 
+    def entries(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return the entries at (rows, columns), (n,) each, in fp32."""
+        height, width = self.block
+        at = rows.div(height, rounding_mode="floor"), columns.div(width, rounding_mode="floor")
+        values = self.values[rows, columns].float()
+        values = values if self.zero_points is None else values - self.zero_points[at].float()
+        return values * self.scales[at].float()
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the whole head (V, H), rounded once to `dtype`. The ops never form it."""
         (V, H), (rows, columns) = self.shape, self.block

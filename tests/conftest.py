@@ -1,5 +1,6 @@
 """Set up the whole suite."""
 
+import functools
 import json
 import os
 import platform
@@ -65,6 +66,16 @@ def nan_filled_allocations():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def gguf_read_once():
+    """Parse a GGUF file once: a load of a model does so four times, each for three seconds at 93 MB."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed (`make test` does)")
+    read = functools.cache(gguf.GGUFReader)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", lambda path: read(str(path)))
+        yield
 
 
 @pytest.fixture(params=["torch", "cpp"])

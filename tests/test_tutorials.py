@@ -63,6 +63,7 @@ def without_numbers(text: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("gguf_read_once")
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (`make test-all` does)")
 def test_real_model(tmp_path, monkeypatch):
     """The page shows its own output, up to numbers. Both losses agree; the fused one needs less memory."""

@@ -24,7 +24,7 @@ from ..spec import LogitTransform
 from . import library, loop
 from .loop import Positions, Walk
 from .problem import Problem, Side
-from .sizes import SLICE_BYTES
+from .sliced_head import SlicedHead
 from .topk_support import Rows
 
 
@@ -61,6 +61,11 @@ def _parts(problem: Problem, head: Side) -> Parts:
     if parts.mean.is_meta:
         return parts
     chunks, backend, rows, _ = library.arrange(problem)
+    if head.quantised is not None or head.weight.dtype != wide:
+        # The student's GEMM rounds a quantised head to the dtype of its rows.
+        dtype = wide if head.quantised is None else problem.student.hidden.dtype
+        height, device = head.weight.shape[0], head.weight.device
+        head = replace(head, weight=SlicedHead(head.weight, head.quantised, 0, height, dtype, device))
 
     def sweep(walk: Walk, chunk: Rows, at: Positions) -> None:
         transform = walk.problem.spec.at(at).student
@@ -95,19 +100,19 @@ def write_difference_(chunk: Rows, stats: Tensor, transform: LogitTransform, tok
 
 
 def products(P: Tensor, head: Side) -> tuple[Tensor, Tensor]:
-    """Return P @ weight, (n, H), and P @ bias, (n,), in the dtype of P. Slices of the head are cast to it.
+    """Return P @ weight, (n, H), and P @ bias, (n,), in the dtype of P.
 
-    The weight includes the adapter. An entry of zero adds nothing, whatever the bias is.
+    The weight is a tensor of that dtype, or a SlicedHead, and includes the adapter. An entry of zero adds
+    nothing, whatever the bias is.
     """
     weight, bias, lora = head.weight, head.bias, head.lora
     (n, V), H = P.shape, weight.shape[1]
     mean, offset = P.new_zeros(n, H), P.new_zeros(n)
-    if weight.dtype == P.dtype:
+    if isinstance(weight, Tensor):
         loop.project(P, weight[:V].t(), mean)
     else:
-        step = max(64, SLICE_BYTES // (P.dtype.itemsize * H))
-        for part in (slice(start, min(start + step, V)) for start in range(0, V, step)):
-            mean.addmm_(P[:, part], weight[part].to(P.dtype))
+        for part, rows in weight[:V].slices():
+            mean.addmm_(P[:, part], rows.to(P.dtype))
     if lora is not None:
         mean.addmm_(P @ lora.B[:V].to(P.dtype), lora.A.to(P.dtype), alpha=lora.scaling)
     if bias is not None:

@@ -30,8 +30,10 @@ from .sizes import (
     LARGEST_FACTOR,
     LIST_SCRATCH,
     LISTED_BYTES,
+    NARROW_BYTES,
     NARROWING_BYTES,
     QUEUE_BYTES,
+    ROW_BYTES,
     ROW_LIMITS,
     SELECT_BYTES,
     SLICE_BYTES,
@@ -289,12 +291,17 @@ def _most_rows(
 
 
 def _cpu_scratch(
-    dtype: torch.dtype, V: int, topk: int, listed: int, one: bool, alone: bool, grad: bool, wide: bool, n: int
-) -> int:  # fmt: skip
+    dtype: torch.dtype, V: int, topk: int, listed: int, one: bool, alone: bool, grad: bool, wide: bool,
+    threads: int | None,
+) -> tuple[int, int]:  # fmt: skip
     """Return the scratch bytes of the math library and the sweeps on a CPU, on top of the logits buffers.
 
-    `alone`: without a second head. `wide`: of 16-bit inputs the buffers are in fp32. `n`: threads.
+    And the bytes of the budget to leave beside them, for more of the same: in bf16 three teachers take 15 MiB
+    where one takes 7.
+
+    `alone`: without a second head. `wide`: of 16-bit inputs the buffers are in fp32.
     """
+    n = threads or torch.get_num_threads()
     tiled = dtype.itemsize == 2 and extension.has_amx()
     per_thread = CPU_SCRATCH_PER_THREAD_AMX if tiled else CPU_SCRATCH_PER_THREAD
     sliced = dtype.itemsize == 2 and (not extension.mm_has_units(dtype) or cpu_gemm.slices(dtype))
@@ -307,7 +314,11 @@ def _cpu_scratch(
             per_thread = LIST_SCRATCH if listed or (wide and grad) else per_thread // 2
         columns += NARROWING_BYTES * (wide and grad)
         slices *= 1 + grad
-    return CPU_SCRATCH_BYTES + slices + n * (per_thread + V * columns)
+    library = CPU_SCRATCH_BYTES + slices + n * (per_thread + V * columns)
+    if alone or tiled or sliced or not own:
+        return library, 0
+    rows = n * V * (columns + ROW_BYTES) + NARROW_BYTES * (dtype.itemsize == 2)
+    return rows, max(library - rows, 0)
 
 
 def plan(
@@ -353,8 +364,8 @@ def plan(
     selects = grad and gradient_tolerance is not None
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V) + listed, device_type, selects)
     teacher_row = row_stride(V, buffer, device_type) * buffer.itemsize * (H_teacher > 0 or target_copied)
-    of_call, count = (not H_teacher, grad, buffer != dtype), threads or torch.get_num_threads()
-    scratch = _cpu_scratch(dtype, V, topk, listed, one_sweep, *of_call, count) if device_type == "cpu" else 0
+    of_call = V, topk, listed, one_sweep, not H_teacher, grad, buffer != dtype, threads
+    scratch, left = _cpu_scratch(dtype, *of_call) if device_type == "cpu" else (0, 0)
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
     adapted = AdapterPlan()
     if any(ranks):
@@ -365,7 +376,7 @@ def plan(
         per_row += sliced.per_row
         scratch += sliced.scratch
     held, again, small = held_dtype(dtype, buffer), backward == "recompute" and grad, 4 * V * bias_grad
-    room = budget - min(scratch, budget // 2, max(budget - per_row, 0))
+    room = budget - min(scratch + left, budget // 2, max(budget - per_row, 0))
     by_slices, longest = sliced is not None and sliced.scratch > 0, longest_sequence or 0
     most_rows = partial(_most_rows, N, gemms, dtype, held, device_type, longest, by_slices)
     most, accumulator = most_rows(room, per_row)

@@ -244,16 +244,17 @@ class Problem:
 
     def for_gemms(self) -> Problem:
         """Cut the heads to the columns in use, make rows contiguous, cast biases to the statistics' dtype."""
-        student = self._operands(self.student)
+        scratch: dict[str, Tensor] = {}
+        student = self._operands(self.student, scratch)
         if self.teacher is None:
             return replace(self, student=student)
-        done = replace(self, student=student, teacher=self._operands(self.teacher, student))
+        done = replace(self, student=student, teacher=self._operands(self.teacher, scratch, student))
         if self.teachers is None:
             return done
-        sides = tuple(self._operands(side, student) for side in self.teachers.sides)
+        sides = tuple(self._operands(side, scratch, student) for side in self.teachers.sides)
         return replace(done, teachers=replace(self.teachers, sides=sides))
 
-    def _operands(self, side: Side, student: Side | None = None) -> Side:
+    def _operands(self, side: Side, scratch: dict[str, Tensor], student: Side | None = None) -> Side:
         """Return the operands of a side; `student` are those of the student, for a teacher's."""
         columns = self.vocab if self.shard is None else self.shard.stop - self.shard.start
         dtype, device = self.student.hidden.dtype, self.student.hidden.device
@@ -271,7 +272,7 @@ class Problem:
             rows = moved if len(moved) else moved[:]
         head: Any = None if student is None or not self.shared_head else student.weight
         if head is None and sliced:
-            head = SlicedHead(weight, side.quantised, 0, columns, dtype, device, ids)
+            head = SlicedHead(weight, side.quantised, 0, columns, dtype, device, ids, scratch)
         elif head is None:
             head = (weight if lies[1] else weight.contiguous())[:columns]
         bias = None if side.bias is None else side.bias.to(device)[used].to(self.stats_dtype).contiguous()

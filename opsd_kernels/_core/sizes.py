@@ -6,9 +6,9 @@ import torch
 
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 ROW_MULTIPLE = 16
-# Scratch bytes of the math library and the row sweeps on a CPU, per process and per thread. Measured on an
-# AMD EPYC at V = 151936 with H = 64 on 1, 2, 4, 8 and 16 threads: fp32 3.9, 9.7, 20, 48 and 96 MiB, bf16 6.3,
-# 8.7, 11.6, 24 and 48 MiB. oneDNN packs more of 16-bit operands for tile units (AMX): 14.8 MiB on two threads
+# Scratch bytes of the math library and the row sweeps on a CPU, per process and per thread, where a product
+# is the library's. Measured on an AMD EPYC at V = 151936 with H = 64 on 1, 2, 4, 8 and 16 threads: fp32 3.9,
+# 9.7, 20, 48 and 96 MiB. oneDNN packs more of 16-bit operands for tile units (AMX): 14.8 MiB on two threads
 # under torch 2.13, 16.6 under 2.15. Scratch takes at most half of a budget, and always leaves the bytes of
 # one row.
 CPU_SCRATCH_BYTES, CPU_SCRATCH_PER_THREAD, CPU_SCRATCH_PER_THREAD_AMX = 2 << 20, 6 << 20, 9 << 20
@@ -23,7 +23,7 @@ ALIGNED_ROWS = 1024  # limit to which a chunk may grow to hold a whole sequence
 SUPPORT_BYTES = 96  # per entry of a support: a dozen numbers, each in its own tensor
 # Of one head whose entries are listed: per thread (on 8 in fp32 1 MiB, where others take 25); per output
 LIST_SCRATCH, LISTED_BYTES = 1 << 20, 12
-# fp32 copies in one product of fp16 matrices, where the CPU has no units for bf16, or of a forward-KL cache
+# fp32 copies in one product of fp16 matrices, and of bf16 ones where the CPU has no units for them
 SLICE_BYTES = 8 << 20
 # Slices of fp32 logits to which an adapter's part is added while they are in the cache of a CPU. At 256 rows,
 # V = 32000 and rank 16 both products of the gradient take 17 ms of one thread in slices, and 31 without. On
@@ -37,9 +37,11 @@ COPY_BYTES = 1 << 20  # an fp32 copy of rows of 16-bit hidden states
 SELECT_BYTES = 48  # per column: its norm, share, group and index
 KEPT_BYTES = 16 << 20  # a slice of the kept columns: of the gradient, of the head and of dW
 QUEUE_BYTES = 16  # per column and thread while torch.topk runs
-# Per column and thread for a divergence of two sweeps, which keep four rows (csrc/cpu/rows.cpp); others keep
-# one or two.
-SWEEP_BYTES = 16
+# Per column and thread: a sweep's rows of scratch (csrc/cpu/rows.cpp), and as much again for a divergence of
+# two sweeps. With this package's GEMMs there is little else: at V = 151936 on 2 and 8 threads 4 and 16 MiB in
+# fp32, up to 7 and 19 in bf16, 32 for two sweeps on 8; at V = 32000 4 on 8.
+ROW_BYTES, SWEEP_BYTES = 16, 16
+NARROW_BYTES = 4 << 20  # more for 16-bit inputs: one head takes 0 to 4 MiB, three teachers' 10
 # The same for a gradient that is narrowed to 16 bits in the buffer of fp32 logits: a copy of the row, for
 # which the heap grows a few times. Without a second head 4.7, 9.2 and 18 MiB on 1, 2 and 4 threads at
 # V = 151936.

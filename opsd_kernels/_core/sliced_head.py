@@ -36,7 +36,7 @@ class SlicedHead:
     dtype: torch.dtype
     device: torch.device
     ids: Tensor | None = None  # int64: row v of the head is row ids[v] of the values; None: v itself
-    scratch: dict[str, Tensor] = field(default_factory=dict)  # shared by the slices of a head
+    scratch: dict[str, Tensor] = field(default_factory=dict)  # uint8, shared by slices, and by heads in turn
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -68,12 +68,14 @@ class SlicedHead:
             yield part, rows
 
     def _buffer(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
-        """Return a buffer (rows or more, H) of the whole head's."""
+        """Return scratch (rows, H). One head is read after another, each by its slices."""
+        nbytes = rows * self.values.shape[1] * dtype.itemsize
         held = self.scratch.get(name)
-        if held is None or held.shape[0] < rows:
-            held = torch.empty((rows, self.values.shape[1]), dtype=dtype, device=self.device)
+        if held is None or held.numel() < nbytes:
+            self.scratch.pop(name, None)  # freed before it is replaced
+            held = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
             self.scratch[name] = held
-        return held[:rows]
+        return held[:nbytes].view(dtype).view(rows, -1)
 
     def write(self, at: slice | Tensor, out: Tensor) -> None:
         """Write rows of the head, [start, stop) or by their numbers (n,), into `out` (n, H)."""
@@ -206,9 +208,7 @@ class SlicePlan:
         for H, head, dtype in zip(widths, heads, both, strict=True):
             if head != "whole" and H:
                 rows = slice_rows(V, H, dtype, device_type)
-                scratch += rows * H * dtype.itemsize + 2 * COPIED_BYTES[kind] * (head == "quantised")
-                if shared:
-                    break
+                scratch = max(scratch, rows * H * dtype.itemsize + 2 * COPIED_BYTES[kind])
         # Sums of dh over slices are in fp32; packed rows of the teacher
         sums = 4 * widths[0] * (heads[0] != "whole" and both[0].itemsize == 2)
         return cls(both[0], widest, sums + widths[1] * (both[1].itemsize - both[0].itemsize), scratch)

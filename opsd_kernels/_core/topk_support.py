@@ -2,23 +2,26 @@
 
 The support is small, so its computation is plain torch on (n, K) tensors. Two steps are dense, and both reuse
 sweeps: the statistics, and the gradient outside the support, which is a multiple of q and so a policy term
-without a label.
+without a label. The mass of a bucket comes from a third step, statistics of the row without its support: 1
+minus the mass inside has no digits where that mass is nearly all.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._rows import torch_rows
-from .._rows.contract import GAP_BOUNDS, Column, RowBackend, clip_tokens
+from .._rows.contract import GAP_BOUNDS, SPREAD_LIMIT, Column, RowBackend, clip_tokens
 from .._rows.torch_math import transform_slope
 from ..spec import RowSpec, Support
 from .late_gradients import pull
 
-LEAST_TAIL = 1e-7  # the mass outside the support is taken for at least this, as -log of the mass inside
+# The mass outside the support is taken for at least this: that of a support whose log-mass is -1e-7
+LEAST_TAIL = -math.expm1(-1e-7)
 
 
 class Rows(NamedTuple):
@@ -59,6 +62,14 @@ class Entries(NamedTuple):
     p: Tensor  # (n, K) teacher
     delta: Tensor  # (n, K) log p - log q
     log_q: Tensor  # (n, K), which keeps its digits where q underflows
+
+
+class Rest(NamedTuple):
+    """Hold what n rows have outside the support, (n, 1) each, to its own relative accuracy."""
+
+    q: Tensor  # mass of the student
+    p: Tensor | None  # of the teacher; None where it is known by its entries alone
+    log_ratio: Tensor | None  # log p - log q
 
 
 class Restricted(NamedTuple):
@@ -118,9 +129,59 @@ def _log_ratio(excess: Tensor, mass_p: Tensor, mass_q: Tensor) -> Tensor:
     return torch.where(close, torch.log1p(torch.where(close, x, 0.0)), mass_p.log() - mass_q.log())
 
 
-def _tail(mass: Tensor) -> Tensor:
-    """Return the mass outside the support, (n, 1)."""
-    return -torch.expm1(mass.log().clamp(max=-LEAST_TAIL))
+def without_support(
+    backend: RowBackend, rows: Rows, stats: Tensor, spec: RowSpec, at: Entries, listed: bool
+) -> Rest | None:
+    """Sweep the rows without their support, of which `at` holds this rank's columns. None under a softcap.
+
+    The support's logits are -inf meanwhile; a softcap would make a number of that. `listed`: T is not the
+    teacher's logits, or not ours to write.
+    """
+    if spec.student.softcap is not None or not (listed or spec.teacher.softcap is None):
+        return None
+    sides = [rows.S] if listed or spec.difference else [rows.S, rows.T]
+    chosen = at.live.any(1, keepdim=True)  # else `columns` names one that is none of the support
+    for side, raw in zip(sides, (at.raw.S, at.raw.T), strict=False):
+        write_entries_(side, at.columns, torch.where(chosen, -torch.inf, raw))
+    rest = backend.row_stats(rows.S, rows.T, spec, rows.bias_s, rows.bias_t, False)
+    for side, raw in zip(sides, (at.raw.S, at.raw.T), strict=False):
+        write_entries_(side, at.columns, raw)
+    own, all_of = ({c: x[:, c, None].double() for c in Column} for x in (rest, stats))
+
+    def mass(largest: Column, logsum: Column) -> Tensor:
+        log = (own[largest] - all_of[largest]) + (own[logsum] - all_of[logsum])
+        return torch.where(own[largest] == -torch.inf, 0.0, log.exp())
+
+    q = mass(Column.STUDENT_MAX, Column.STUDENT_LOGSUM)
+    if listed:
+        return Rest(q.to(stats.dtype), None, None)
+    # L of the rest minus L of the row: contract.py
+    linear = spec.linear_difference(rows.bias_s is rows.bias_t)
+    c, c_all = (
+        (x[:, Column.TEACHER_MAX, None] - x[:, Column.STUDENT_MAX, None]).double()
+        if linear
+        else of[Column.TEACHER_MAX] - of[Column.STUDENT_MAX]
+        for x, of in ((rest, own), (stats, all_of))
+    )
+    ratio = (c - c_all) + (own[Column.GAP] - all_of[Column.GAP])
+    near = all_of[Column.SPREAD] <= SPREAD_LIMIT
+    p = torch.where(near, q * ratio.exp(), mass(Column.TEACHER_MAX, Column.TEACHER_LOGSUM))
+    return Rest(*(x.to(stats.dtype) for x in (q, p, ratio)))
+
+
+def _bucket(mass_q: Tensor, mass_p: Tensor, excess: Tensor, rest: Rest | None) -> tuple[Tensor, ...]:
+    """Return q, p and delta of the bucket, (n, 1) each, and whether the student's is at its bound."""
+    tail_q, tail_p = 1 - mass_q, 1 - mass_p
+    if rest is not None:
+        # NaN where a side has nothing outside the support
+        tail_q = torch.where(rest.q.isnan(), tail_q, rest.q)
+        tail_p = tail_p if rest.p is None else torch.where(rest.p.isnan(), tail_p, rest.p)
+    saturated, either = tail_q < LEAST_TAIL, (tail_q < LEAST_TAIL) | (tail_p < LEAST_TAIL)
+    tail_q, tail_p = tail_q.clamp(min=LEAST_TAIL), tail_p.clamp(min=LEAST_TAIL)
+    ratio = _log_ratio(torch.where(either, tail_p - tail_q, -excess), tail_p, tail_q)
+    if rest is not None and rest.log_ratio is not None:
+        ratio = torch.where(either | rest.log_ratio.isnan(), ratio, rest.log_ratio)
+    return tail_q, tail_p, ratio, saturated
 
 
 def _renormalised(at: Entries, mass_q: Tensor, mass_p: Tensor, excess: Tensor) -> tuple[Tensor, ...]:
@@ -145,19 +206,17 @@ def _share(log_probs: Tensor, log_mass: Tensor) -> Tensor:
     return torch.where(log_mass == -torch.inf, 0.0, torch.exp(log_probs - log_mass))
 
 
-def restricted(at: Entries, stats: Tensor, spec: RowSpec, tail: str) -> Restricted:
-    """Compute value and gradient on the support. Writes stats[CLIPPED]."""
+def restricted(at: Entries, stats: Tensor, spec: RowSpec, tail: str, rest: Rest | None) -> Restricted:
+    """Compute value and gradient on the support. `rest` serves a bucket. Writes stats[CLIPPED]."""
     q, p, delta = at.q, at.p, at.delta
     mass_q, mass_p = q.sum(1, keepdim=True), p.sum(1, keepdim=True)
     excess = torch.where(q > 0, q * torch.expm1(delta), p).sum(1, keepdim=True)
     if tail == "renormalize":
         q, p, delta = _renormalised(at, mass_q, mass_p, excess)
-    saturated = mass_q.log() > -LEAST_TAIL
+    saturated = torch.zeros_like(mass_q, dtype=torch.bool)
     if tail == "bucket":
-        tail_q, tail_p = _tail(mass_q), _tail(mass_p)
-        exact = ~saturated & ~(mass_p.log() > -LEAST_TAIL)
-        ratio = _log_ratio(torch.where(exact, -excess, tail_p - tail_q), tail_p, tail_q)
-        q, p, delta = (torch.cat(pair, 1) for pair in ((q, tail_q), (p, tail_p), (delta, ratio)))
+        *bucket, saturated = _bucket(mass_q, mass_p, excess, rest)
+        q, p, delta = (torch.cat(pair, 1) for pair in zip((q, p, delta), bucket, strict=True))
     f, u, clipped = torch_rows.terms(q, p, delta, spec)
     live = at.live if tail != "bucket" else torch.cat([at.live, torch.ones_like(saturated)], 1)
     f, u, clipped = torch.where(live, f, 0.0), torch.where(live, u, 0.0), clipped & live
@@ -170,6 +229,9 @@ def restricted(at: Entries, stats: Tensor, spec: RowSpec, tail: str) -> Restrict
         u[:, -1:] = torch.where(saturated, 0.0, u[:, -1:])
     missing = torch_rows.missing(stats)
     loss, A = f.sum(1) + missing, u.sum(1) + missing
+    if tail == "bucket":
+        # The q sum to 1 but for their rounding, which near a teacher is all that u and q * A differ by.
+        A = A / torch.where(saturated, 1.0, q.sum(1, keepdim=True))[:, 0]
     stats[:, Column.CLIPPED] = clipped.sum(1) / live.sum(1).clamp(min=1)
     loss = clip_tokens(loss, stats, spec)
     K = at.q.shape[1]
@@ -261,7 +323,11 @@ def top_k(walk: Any, chunk: Rows, at: slice | Tensor) -> None:
         every = own = entries(chunk, stats, spec, support, ids, logprobs)
     else:
         every, own = problem.shard.entries(chunk, stats, spec, support, ids, logprobs)
-    result = restricted(every, stats, spec, support.tail)
+    rest = None
+    if support.tail == "bucket":
+        listed = ids is not None or problem.rows.target is not None
+        rest = without_support(walk.backend, chunk, stats, spec, own, listed)
+    result = restricted(every, stats, spec, support.tail, rest)
     if not walk.saved:
         walk.keep(at, stats, result.loss, result.A, exact)
     if walk.wants_gradient:

@@ -27,7 +27,7 @@ from .shapes import PEER_DIVERGENCES, Setting
 
 # Of TRL and Liger; both treat the two ends as special cases.
 PEER_BETA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
-BASE = "gemms"
+BASE, CACHED = "gemms", "opsd-cached"
 # Chunk rows of the GEMMs that no planner has cut; larger chunks gain nothing.
 WHOLE_ROWS = {"cpu": 1024, "cuda": 8192}
 Op = Callable[..., Tensor]
@@ -300,6 +300,7 @@ LABEL_PROVIDERS = {
     )
 }
 LABELS = {name: provider.label for name, provider in (PROVIDERS | LABEL_PROVIDERS).items()} | {
+    CACHED: "opsd_kernels, cached",
     BASE: "bare GEMMs",
     "whole": "bare GEMMs, chunks as large as pays",
 }

@@ -17,6 +17,7 @@ from .report.results import Report, new_report
 from .shapes import DEVICES, parse_shape
 from .suites.accuracy import accuracy
 from .suites.forms import forms
+from .suites.heads import heads
 from .suites.latency import latency, masked, ratios
 from .suites.logprobs import logprobs
 from .suites.space import memory_suite, scaling
@@ -35,6 +36,7 @@ SUITES: dict[str, Callable[[Context], list[Task]]] = {
     "sparse": sparse,
     "logprobs": logprobs,
     "forms": forms,
+    "heads": heads,
     "sweeps": sweeps,
     "scaling": scaling,
     "step": step,

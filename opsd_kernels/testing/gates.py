@@ -24,17 +24,21 @@ LOGPROB_NATS = 2e-2
 # Of a log-sum-exp whose row has no label, or an unlikely one. With sampled tokens it is LOGPROB_NATS.
 LOGSUMEXP_NATS = 5e-2
 
-Checkable = Tensor | Outcome
+Checkable = Tensor | Outcome | dict[str, Tensor]
 
 
 def _named(*checked: Checkable) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
-    """Yield (name, the tensors of that name), for tensors and outcomes alike."""
+    """Yield (name, the tensors of that name), for tensors, outcomes and dicts of tensors alike."""
     tensors = tuple(value for value in checked if isinstance(value, Tensor))
     if tensors:
         assert len(tensors) == len(checked), "expected tensors or outcomes, got both"
         yield "tensor", tensors
         return
-    columns = [dict(outcome.named()) for outcome in checked if isinstance(outcome, Outcome)]
+    columns = [
+        dict(outcome.named()) if isinstance(outcome, Outcome) else outcome
+        for outcome in checked
+        if not isinstance(outcome, Tensor)
+    ]
     for column in columns[1:]:
         assert column.keys() == columns[0].keys(), (
             f"one outcome has {sorted(columns[0])}, another {sorted(column)}"

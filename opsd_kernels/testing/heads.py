@@ -20,6 +20,29 @@ def dense_head(weight: Tensor, lora: Adapter | None) -> Tensor:
     return weight.to(wide) + scaling * (B.to(wide) @ A.to(wide))
 
 
+def quantise(
+    weight: Tensor,
+    dtype: torch.dtype,
+    block: tuple[int, int] | None = None,
+    bits: int = 8,
+    scale_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Return values, scales and block size of a QuantizedHead, by the largest magnitude of each block.
+
+    `dtype` is int8, with values of `bits` bits, or one of float8. Without `block` each row has a scale.
+    """
+    (V, H), (b, c) = weight.shape, block or (1, weight.shape[1])
+    largest = 2.0 ** (bits - 1) - 1 if dtype == torch.int8 else torch.finfo(dtype).max
+    rows, columns = -(-V // b), -(-H // c)
+    padded = weight.new_zeros(rows * b, columns * c, dtype=torch.float32)
+    padded[:V, :H] = weight.abs()
+    scales = padded.view(rows, b, columns, c).amax((1, 3)).clamp(min=1e-12).div(largest).to(scale_dtype)
+    del padded
+    values = weight / scales.float().repeat_interleave(b, 0)[:V].repeat_interleave(c, 1)[:, :H]
+    values = values.round() if dtype == torch.int8 else values
+    return values.clamp(-largest, largest).to(dtype), scales, (b, c)
+
+
 def with_dense_heads(reference: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a reference of an op so that it takes `student_lora`, `teacher_lora` and `lora`."""
 

@@ -149,6 +149,7 @@ def test_a_wider_head_continues_the_tail():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("gguf_read_once")
 def test_the_recorded_rows_are_the_first_of_the_recipe():
     """Compare two answers: the same tokens, and the states of a bf16 model as versions of it round.
 

@@ -11,4 +11,5 @@ def launching():
     spec = importlib.util.spec_from_file_location("launching", Path(__file__).with_name("launching.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    yield module
+    module.end_forks()

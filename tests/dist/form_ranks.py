@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from launching import join, run_checks
+from launching import join, once, run_checks
 from quantised_cases import quantised_case
 from vocab_ranks import cut
 from vocab_ranks import whole as whole_outcome
@@ -76,8 +76,8 @@ def check_logprobs_at(softcap: float | None) -> None:
         return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(dtype))]
 
     every = slice(None)
-    truth, plain = (
-        run(linear_logprobs_at_reference, dtype, every) for dtype in (torch.float64, torch.float32)
+    truth, plain = once(
+        lambda: [run(linear_logprobs_at_reference, dtype, every) for dtype in (torch.float64, torch.float32)]
     )
     for shard in shards():
         rows = slice(shard.start, shard.stop)
@@ -91,7 +91,12 @@ def check_target(divergence: str, topk: int | None) -> None:
     """Each rank holds the columns of its slice of a target, here logits in float64."""
     case = replace(hard_case(28, V, 48, torch.float32, largest_logit=8.0), token_weights=None)
     told = {"divergence": divergence, "topk": topk, "topk_support": "teacher"}
-    truth, plain = evaluate(linear_divergence_reference, case.double(), **told), plain_outcomes(case, **told)
+    truth, plain = once(
+        lambda: (
+            evaluate(linear_divergence_reference, case.double(), **told),
+            plain_outcomes(case, **told),
+        )
+    )
     target = case.teacher_hidden.double() @ case.teacher_weight.double().T + case.teacher_bias.double()
 
     for shard in shards():
@@ -108,7 +113,12 @@ def check_cached(frozen_bias: bool) -> None:
     case = hard_case(28, V, 48, torch.float32, largest_logit=8.0, frozen_head=True, bias=frozen_bias)
     case = replace(case, token_weights=None)
     told = {"divergence": "forward_kl"}
-    truth, plain = evaluate(linear_divergence_reference, case.double(), **told), plain_outcomes(case, **told)
+    truth, plain = once(
+        lambda: (
+            evaluate(linear_divergence_reference, case.double(), **told),
+            plain_outcomes(case, **told),
+        )
+    )
     for shard in shards():
 
         def run(h, W, t, Wt, *, labels, mask, divergence, shard=shard, **biases):
@@ -123,7 +133,7 @@ def check_cached(frozen_bias: bool) -> None:
 def check_quantised(role: str) -> None:
     """Each rank holds the values and scales of its rows."""
     case, _, head = quantised_case("int4 in int8, groups, zero points", role, torch.float32, V=V, N=28)
-    truth, plain = evaluate(linear_divergence_reference, case.double()), plain_outcomes(case)
+    truth, plain = once(lambda: (evaluate(linear_divergence_reference, case.double()), plain_outcomes(case)))
     for shard in shards():
         rows = slice(shard.start, shard.stop)
         own = QuantizedHead(head.values[rows], head.scales[rows], head.zero_points[rows], head.block_size)

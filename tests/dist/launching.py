@@ -1,14 +1,15 @@
-"""Runs a script of this directory in several gloo processes, one thread each."""
+"""Runs a module of this directory in several gloo processes, one thread each."""
 
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,35 +21,48 @@ def launch(
     script: str, world: int, folder: Path, *arguments: str, timeout_s: float = TIMEOUT_S
 ) -> list[dict]:
     """What each rank wrote as its result. Fails with the output of a rank that failed."""
-    paths = os.pathsep.join((str(HERE.parents[1]), str(HERE.parent / "helpers")))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     places = [(folder / f"rank{rank}.json", folder / f"rank{rank}.log") for rank in range(world)]
-    processes = []
-    for rank, (result, log) in enumerate(places):
-        command = [
-            sys.executable,
-            str(HERE / script),
-            str(rank),
-            str(world),
-            str(folder / "rendezvous"),
-            str(result),
-            *arguments,
-        ]
-        with log.open("w") as file:
-            processes.append(
-                subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-            )
-    try:
-        codes = [process.wait(timeout_s) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    ranks = [
+        ((str(rank), str(world), str(folder / "rendezvous"), str(result), *arguments), str(log))
+        for rank, (result, log) in enumerate(places)
+    ]
+    request = {"module": script.removesuffix(".py"), "ranks": ranks, "timeout_s": timeout_s}
+    codes = forked(json.dumps(request))
     assert not any(codes), "\n".join(
         f"rank {rank} ended with {code}:\n{places[rank][1].read_text()[-3000:]}"
         for rank, code in enumerate(codes)
         if code
     )
     return [json.loads(result.read_text()) for result, _ in places]
+
+
+def forked(request: str) -> list[int]:
+    """Return the exit codes of the ranks of a request to forks.py."""
+    process = forks()
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(request + "\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    assert answer, f"forks.py ended with {process.wait()}"
+    return json.loads(answer)
+
+
+@functools.cache
+def forks() -> subprocess.Popen[str]:
+    """Start the process that forks all ranks of this session, until `end_forks`."""
+    paths = os.pathsep.join((str(HERE.parents[1]), str(HERE.parent / "helpers")))
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "forks.py")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end_forks() -> None:
+    if forks.cache_info().currsize:
+        forks().communicate(timeout=10)
 
 
 def join(rank: str, world: str, rendezvous: str, timeout_s: float = 240.0) -> None:
@@ -64,6 +78,23 @@ def join(rank: str, world: str, rendezvous: str, timeout_s: float = 240.0) -> No
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=int(rank), world_size=int(world), timeout=timeout
     )
+
+
+def once(make: Callable[[], Any]) -> Any:
+    """Return what rank 0 makes, on every rank: references that all ranks would compute alike."""
+    import torch.distributed as dist
+
+    made, error = None, None
+    if dist.get_rank() == 0:
+        try:
+            made = make()
+        except Exception as raised:  # told to the others, which would wait
+            error = raised
+    told = [made, error]
+    dist.broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
 
 
 def run_checks(world: str, result: str, checks: Mapping[str, Sequence[Any]]) -> NoReturn:

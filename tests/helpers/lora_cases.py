@@ -11,6 +11,21 @@ from torch import Tensor
 from opsd_kernels.testing import LOGPROB_NATS, Case, assert_no_worse, assert_on_target, hard_case
 
 WHICH = ("student", "teacher", "both", "one for both")
+OPTIONS = {
+    "chunks": {"workspace_bytes": 12000},
+    "recompute": {"backward": "recompute"},
+    "per token": {"reduction": "none"},
+    "top 5": {"topk": 5},
+    "jsd, softcap, temperatures": {
+        "divergence": "jsd",
+        "student_softcap": 9.0,
+        "temperature": 0.7,
+        "teacher_temperature": 1.3,
+    },
+    "scales": {"student_logit_scale": 0.5, "teacher_logit_scale": 1.4, "divergence": "tvd"},
+    "mix, clips": {"teacher_mix": 0.3, "entry_clip": 0.05, "token_clip": 0.6},
+    "no tolerance": {"gradient_tolerance": 0.0},
+}
 ALONE = ("workspace_bytes", "backward", "gradient_tolerance", "backend")  # options of no reference
 
 
@@ -71,6 +86,11 @@ def outcome(op, adapted: Adapted, **options) -> dict[str, Tensor]:
         else {name: value for name, value in vars(stats).items() if value is not None}
     )
     return {"loss": loss.detach(), **stats, **dict(zip(leaves, gradients, strict=True))}
+
+
+def target_of(dtype: torch.dtype, shared: bool) -> str | None:
+    """The gradient of 16-bit inputs is rounded to 16 bits in the logits, which plain PyTorch's is not."""
+    return None if dtype.itemsize > 2 else "default" if shared else "fp32_logits"
 
 
 def frozen(adapted: Adapted) -> Adapted:

@@ -1,7 +1,7 @@
 """TRL's documented example of each trainer, with one import changed: the same losses step by step.
 
 Names of models become those of tiny models on the disk, servers become stand-ins; the configs get a few
-settings for a short run on a CPU.
+settings for a short run on a CPU. GOLD's example is run without `use_uld_loss`, which is refused.
 """
 
 import queue
@@ -16,6 +16,7 @@ import torch
 from trl_served import COMMON, Client, K, asynchronous, batch_for, datasets, needs_async, transformers
 from trl_trainers import GPU_ONLY, SHAPE, tokenizers
 
+from opsd_kernels.integrations import trl as trainers
 from opsd_kernels.testing import assert_on_target
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
@@ -52,23 +53,30 @@ trainer = GOLDTrainer(
     "SDFTTrainer": """
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 train_dataset = Dataset.from_dict({"prompt": PROMPTS, "privileged_context": PROMPTS[::-1]})
-training_args = SDFTConfig(output_dir="out", **SHORT)
+training_args = SDFTConfig(
+    output_dir="out", distillation_alpha=0.5, distillation_mode="topk_logits", distillation_topk=5, **SHORT
+)
 trainer = SDFTTrainer(model="student", args=training_args, train_dataset=train_dataset)
 """,
     "SDPOTrainer": """
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 train_dataset = Dataset.from_dict({"prompt": PROMPTS, "privileged_context": PROMPTS[::-1]})
+training_args = SDPOConfig(
+    output_dir="out", distillation_mode="topk_logits", distillation_topk=100,
+    include_environment_feedback=True, **SHORT,
+)
 trainer = SDPOTrainer(
-    model="student", reward_funcs=REWARD, args=SDPOConfig(output_dir="out", **SHORT),
-    train_dataset=train_dataset,
+    model="student", reward_funcs=REWARD, args=training_args, train_dataset=train_dataset,
 )
 """,
     "IWOPDTrainer": """
 from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
 train_dataset = Dataset.from_dict({"messages": CHATS})
+training_args = IWOPDConfig(
+    output_dir="out", distillation_objective="iw_opd", iw_opd_gamma=0.5, **SHORT
+)
 trainer = IWOPDTrainer(
-    model="student", teacher_model="teacher", args=IWOPDConfig(output_dir="out", **SHORT),
-    train_dataset=train_dataset,
+    model="student", teacher_model="teacher", train_dataset=train_dataset, args=training_args,
 )
 """,
     "ServerDistillationTrainer": """
@@ -88,8 +96,8 @@ trainer = AsyncDistillationTrainer(
 # fmt: on
 SHORT = {
     "GKDTrainer": {"max_new_tokens": 6},
-    "SDPOTrainer": {"num_generations": 4, "distillation_mode": "full_logits"},
-    "SDFTTrainer": {"distillation_mode": "full_logits", "num_generations": 1},
+    "SDPOTrainer": {"num_generations": 4},
+    "SDFTTrainer": {"num_generations": 1},
     "AsyncDistillationTrainer": {
         "teacher_server_urls": {"one": "http://a"},
         "teacher_top_k": K,
@@ -207,6 +215,10 @@ def losses(name, disk, monkeypatch, fused):
         trainer.train()
     values = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return torch.tensor(values), torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def test_every_trainer_has_its_example():
+    assert set(EXAMPLES) == set(trainers.__all__) - {"FusedLoss"}
 
 
 @pytest.mark.parametrize(

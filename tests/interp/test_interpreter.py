@@ -59,11 +59,72 @@ case = hard_case(48, 300, 16, torch.float16, shared_head=True, near=1e-2, larges
 assert_invariant(functools.partial(opsd_kernels.linear_divergence, backend="triton"), case)
 print("on logits of any offset")
 """
+# What gives the kernels other arguments than a whole chunk of two heads: logits of -inf beside a softmax of
+# all (the sweep of a bucket), a few rows of a chunk with their own teacher, softcap and temperatures, a
+# teacher's rows with a stride of their own, and one row for all teachers.
+FORMS = """
+import functools
+import torch
+import opsd_kernels as op
+from opsd_kernels.testing import assert_no_worse, evaluate, hard_case
+from opsd_kernels.testing import reference, reference_rows
+
+def check(ours, exact, inputs):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    wide = [x.double().requires_grad_() for x in inputs]
+    results = []
+    for run, given in ((ours, leaves), (exact, leaves), (exact, wide)):
+        loss = run(*given)
+        results.append([loss.detach(), *torch.autograd.grad(loss, given)])
+    for found, plain, truth in zip(*results):
+        assert_no_worse(found, plain, truth)
+
+for made in ({"shared_head": True, "near": 1e-2}, {}):
+    case = hard_case(7, 203, 8, largest_logit=8.0, views=False, **made)
+    told = {"topk": 5, "divergence": "jsd"}
+    plain, truth = (evaluate(reference.linear_divergence_reference, c, **told) for c in (case, case.double()))
+    assert_no_worse(evaluate(op.linear_divergence, case, backend="triton", **told), plain, truth)
+
+gen = torch.Generator().manual_seed(0)
+h, W, *teachers = (torch.randn(n, 8, generator=gen) for n in (7, 203, 7, 7))
+heads = [torch.randn(203, 8, generator=gen) for _ in teachers]
+told = {
+    "teacher_index": torch.tensor([0, 0, 1, 0, 0, 0, 0]), "teacher_softcap": [None, 5.0],
+    "teacher_logit_scale": [1.0, 0.5], "temperature": torch.rand(7, generator=gen) + 0.5,
+}
+
+def several(run, h, W, **how):
+    wide = lambda x: [y.to(h.dtype) for y in x]
+    given = {k: v.to(h.dtype) if k == "temperature" else v for k, v in told.items()}
+    return run(h, W, wide(teachers), wide(heads), **given, **how)
+
+by_index = reference_rows.linear_divergence_by_index_reference
+ours = functools.partial(several, op.linear_divergence, backend="triton")
+check(ours, functools.partial(several, by_index), (h, W))
+
+rows = torch.randn(7, 301, generator=gen)[:, 50:253]
+check(
+    lambda h, W: op.linear_divergence_to(h, W, rows, backend="triton"),
+    lambda h, W: reference_rows.linear_divergence_to_reference(h, W, rows.to(h.dtype)), (h, W),
+)
+
+def cached(h):
+    made = op.cache_forward_kl(teachers[0], heads[0], W, backend="triton")
+    return op.linear_cached_forward_kl(h, W, made, backend="triton")
+
+def dense(h):
+    t, U = teachers[0].to(h.dtype), heads[0].to(h.dtype)
+    return reference.linear_divergence_reference(h, W.to(h.dtype), t, U, divergence="forward_kl")
+
+check(cached, dense, (h,))
+print("in other forms")
+"""
 
 
 def test_through_the_public_op():
-    output, _ = interpreted("-c", LOSS).communicate(timeout=300)
-    assert "through the op" in output and "on logits of any offset" in output, output[-4000:]
+    output, _ = interpreted("-c", LOSS + FORMS).communicate(timeout=300)
+    for printed in ("through the op", "on logits of any offset", "in other forms"):
+        assert printed in output, output[-4000:]
 
 
 def test_without_the_interpreter_a_cpu_is_refused_with_the_reason():

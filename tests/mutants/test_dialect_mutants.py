@@ -76,6 +76,14 @@ def listed(**options):
     assert_no_worse(evaluate(run(linear_topk_divergence, **HOW), case), truth, truth)
 
 
+def little_outside():
+    """Check fp32 buckets whose mass is down to 1e-6, by the bound of float64."""
+    case = hard_case(30, 203, 24, largest_logit=20.0, widths=(1.0, 0.8), views=False)
+    case, told = replace(case, token_weights=None), {"topk": 20, "divergence": "forward_kl"}
+    truth = evaluate(linear_divergence_reference, case.double(), **told)
+    assert_no_worse(evaluate(linear_divergence, case, **told, backend="torch"), truth, truth)
+
+
 def log_probs(frozen=False, entropy=True):
     case = made(frozen_head=frozen)
 
@@ -230,7 +238,21 @@ MUTANTS = {
         check(dialect, topk=4, topk_tail="bucket", divergence="jsd"),
     ),
     "the bucket's mass is the support's": Mutant(
-        topk_support, "_tail", lambda _: lambda mass: mass, check(dialect, topk=4, topk_tail="bucket")
+        topk_support,
+        "_bucket",
+        arguments(lambda q, p, excess, rest: (1 - q, 1 - p, excess, None)),
+        check(dialect, topk=4, topk_tail="bucket"),
+    ),
+    "the bucket's mass is 1 minus the support's": Mutant(
+        topk_support, "without_support", lambda _: lambda *_: None, check(little_outside)
+    ),
+    "the support's logits stay where it was": Mutant(
+        topk_support,
+        "write_entries_",
+        lambda write: (
+            lambda G, columns, values: None if values.isneginf().any() else write(G, columns, values)
+        ),
+        check(dialect, topk=4, topk_tail="bucket"),
     ),
     "tails not renormalised": Mutant(
         topk_support,

@@ -8,7 +8,7 @@ from draft_cases import draft_case
 from planting import Mutant, arguments, check, kill, result
 
 from opsd_kernels import linear_divergence, linear_divergence_to, linear_topk_divergence
-from opsd_kernels._core import problem, sliced_head, student_vocab, targets
+from opsd_kernels._core import library, problem, sliced_head, student_vocab, targets
 from opsd_kernels.testing import assert_no_worse, evaluate
 from opsd_kernels.testing.heads import with_student_vocab
 from opsd_kernels.testing.reference import linear_divergence_reference, linear_topk_divergence_reference
@@ -51,11 +51,36 @@ def rows_given():
     assert_no_worse(linear_divergence_to(h, W, target, student_vocab_ids=ids), truth, truth)
 
 
+def outside(column: int, token: int):
+    """Check that an id outside the teacher's vocabulary is refused by its name."""
+    draft = draft_case(N, V_S, V_T, H, torch.float64, largest_logit=8.0)
+    ids = draft.ids.clone()
+    ids[column] = token
+    try:
+        evaluate(linear_divergence, draft.case, student_vocab_ids=ids, backend="torch")
+    except (ValueError, IndexError, RuntimeError) as error:
+        refused = str(error).startswith(f"student_vocab_ids: expected entries in [0, {V_T})")
+        assert refused, f"an id of {token}: {error}"
+    else:
+        raise AssertionError(f"an id of {token} is taken")
+
+
+def with_bounds(least: int, above: int):
+    """Change the bounds of the ids alone."""
+
+    def changed(name, otherwise, entries, valid, stop):
+        if name != student_vocab.NAME:
+            return name, otherwise, entries, valid, stop
+        return name, otherwise, entries, valid, stop + above, least
+
+    return arguments(changed)
+
+
 def in_order(call, *rest):
     return (replace(call, vocab_ids=call.vocab_ids.sort().values), *rest)
 
 
-def first_bias(side, call, own, student=None):
+def first_bias(side, call, own, scratch, student=None):
     """Give the teacher the biases of its first rows."""
     if student is None or own.bias is None:
         return side
@@ -103,6 +128,10 @@ MUTANTS = {
         result(lambda found, ids, listed, logprobs: (found[0], logprobs)),
         check(listed),
     ),
+    "an id of -1 is the last row": Mutant(
+        library, "check_entries", with_bounds(-1, 0), check(outside, 3, -1)
+    ),
+    "an id of V": Mutant(library, "check_entries", with_bounds(0, 1), check(outside, 3, V_T)),
     "the first columns of a target": Mutant(
         targets.Target,
         "rows",

@@ -1,5 +1,7 @@
 """Fixtures: a trainer of 5 thousand parameters with a warm start of a second, made once per session."""
 
+import os
+
 import pytest
 
 from opsd_kernels.train.config import TrainConfig
@@ -22,6 +24,13 @@ SMALL = {
 def small(tmp_path_factory):
     """Return the settings of the smallest run that covers every feature."""
     return {**SMALL, "cache_dir": str(tmp_path_factory.mktemp("cache"))}
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory):
+    """Return a cache directory of all processes of this session, for a converted language model."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lora_cases import WHICH, Adapted, adapted_case, frozen, outcome
+from lora_cases import OPTIONS, WHICH, Adapted, adapted_case, frozen, outcome, target_of
 from lora_cases import check as check_op
 from operators import check_operators
 from shapes_made import ShapesMade
@@ -37,11 +37,6 @@ def joined(request, monkeypatch):
             monkeypatch.setattr(module, "joins", lambda device_type, dtype, H: False)
 
 
-def target_of(dtype: torch.dtype, shared: bool) -> str | None:
-    """The gradient of 16-bit inputs is rounded to 16 bits in the logits, which plain PyTorch's is not."""
-    return None if dtype.itemsize > 2 else "default" if shared else "fp32_logits"
-
-
 @pytest.mark.parametrize("which", WHICH)
 @pytest.mark.parametrize("shared", [False, True], ids=["two heads", "shared head"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -59,23 +54,6 @@ def test_an_odd_hidden_size(dtype, H):
     for shared in (False, True):
         case = adapted_case(19, 101, H, dtype, "both", shared_head=shared, largest_logit=8.0)
         check(case, target=target_of(dtype, shared))
-
-
-OPTIONS = {
-    "chunks": {"workspace_bytes": 12000},
-    "recompute": {"backward": "recompute"},
-    "per token": {"reduction": "none"},
-    "top 5": {"topk": 5},
-    "jsd, softcap, temperatures": {
-        "divergence": "jsd",
-        "student_softcap": 9.0,
-        "temperature": 0.7,
-        "teacher_temperature": 1.3,
-    },
-    "scales": {"student_logit_scale": 0.5, "teacher_logit_scale": 1.4, "divergence": "tvd"},
-    "mix, clips": {"teacher_mix": 0.3, "entry_clip": 0.05, "token_clip": 0.6},
-    "no tolerance": {"gradient_tolerance": 0.0},
-}
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -3,23 +3,28 @@
 It stays within the byte budget at any N, and within the planner's prediction.
 """
 
-import functools
-
 import pytest
 import torch
 
-from opsd_kernels import plan
+from opsd_kernels import ChunkPlan, plan
 from opsd_kernels._rows import backends
 from opsd_kernels.testing import peak_bytes
 
 V, H, BUDGET = 151936, 64, 256 << 20
-SCRATCH_OF_TWO = 14 << 20
 
 
 @pytest.fixture
 def cpp():
     if reason := backends.explain("cpu")["cpp"]:
         pytest.skip(reason)
+
+
+def assert_planned(planned: ChunkPlan, peak: int, slack: float = 0.0) -> None:
+    """Assert a plan within 5 % of the measured peak, in bytes."""
+    off = planned.peak_bytes / peak - 1
+    says = f"planned {planned.peak_bytes / 2**20:.1f} MiB, measured {peak / 2**20:.1f} MiB ({off:+.1%})"
+    print(says)
+    assert -0.05 <= off <= 0.05 + slack, says
 
 
 CALL = """
@@ -55,11 +60,9 @@ def assert_as_planned(
     assert above <= BUDGET, (
         f"{above / 2**20:.1f} MiB above inputs, outputs and gradients; budget {BUDGET / 2**20:.0f} MiB"
     )
-    off = expected.peak_bytes / peak - 1
-    slack = (expected.scratch_bytes - SCRATCH_OF_TWO) / peak  # more threads: scratch is an upper estimate
-    assert -0.05 <= off <= 0.05 + slack, (
-        f"planned {expected.peak_bytes / 2**20:.1f} MiB, measured {peak / 2**20:.1f} MiB ({off:+.1%})"
-    )
+    of_two = plan(N, V, H, dtype=dtype, **{**options, "threads": 2})
+    # More threads: scratch is an upper estimate.
+    assert_planned(expected, peak, (expected.scratch_bytes - of_two.scratch_bytes) / peak)
 
 
 @pytest.mark.slow
@@ -93,7 +96,7 @@ def test_a_backward_pass_over_some_columns_is_as_planned(cpp, dtype):
     ids=str,
 )
 def test_scratch_of_other_numbers_of_threads_is_counted(cpp, dtype, threads):
-    """The prediction holds with the scratch per thread of library and sweeps: 48 MiB at 8 threads in fp32."""
+    """The prediction holds with the scratch per thread of library and sweeps: 16 MiB at 8 threads in fp32."""
     assert_as_planned("cpp", 1024, dtype, threads)
 
 
@@ -161,17 +164,11 @@ def make(N, V, H, rank, name, shared, budget):
 @pytest.mark.parametrize("shared", [True, False], ids=["shared head", "two heads"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_peak_with_an_adapter_is_as_planned(cpp, dtype, shared):
-    """A plan may be above the peak by as much as the plan without an adapter is, an upper estimate."""
-    N, hidden, name = 512, 256, str(dtype).removeprefix("torch.")
+    """Of rank 64 an adapter adds 14 % to the peak, which a plan without it would lack."""
+    N, hidden, name = 2048, 256, str(dtype).removeprefix("torch.")
     told = {"dtype": dtype, "shared_head": shared, "trainable_head": False, "workspace_bytes": BUDGET}
-    # Of rank 64 an adapter adds 14 % to the peak, which a plan without it would lack.
-    plans = [plan(N, V, hidden, threads=2, ranks=(rank, 0), **told).peak_bytes for rank in (0, 64)]
-    peaks = [peak_bytes(ADAPTED, N, V, hidden, rank, name, shared, BUDGET) for rank in (0, 64)]
-    without, off = (planned / peak - 1 for planned, peak in zip(plans, peaks, strict=True))
-    assert -0.05 <= off <= 0.05 + max(without, 0), (
-        f"planned {plans[1] / 2**20:.1f} MiB, measured {peaks[1] / 2**20:.1f} MiB ({off:+.1%}; "
-        f"{without:+.1%} without an adapter)"
-    )
+    planned = plan(N, V, hidden, threads=2, ranks=(64, 0), **told)
+    assert_planned(planned, peak_bytes(ADAPTED, N, V, hidden, 64, name, shared, BUDGET))
 
 
 SELF_TEACHERS = """
@@ -200,17 +197,13 @@ def make(N, V, H, rank, name, budget):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_peak_with_adapters_of_four_teachers_is_as_planned(cpp, dtype):
-    """Four adapters of one head: no second head, and a plan as exact as that without adapters."""
+    """Four adapters of one head: no second head."""
     N, hidden, name = 2048, 256, str(dtype).removeprefix("torch.")
     told = {"dtype": dtype, "trainable_head": False, "workspace_bytes": BUDGET, "threads": 2}
     if dtype == torch.float32:
         told["shared_head"] = False  # the teachers' logits, not their differences, beside adapters
-    plans = [plan(N, V, hidden, ranks=(0, *[rank] * 4), **told).peak_bytes for rank in (0, 64)]
-    peaks = [peak_bytes(SELF_TEACHERS, N, V, hidden, rank, name, BUDGET) for rank in (0, 64)]
-    without, off = (planned / peak - 1 for planned, peak in zip(plans, peaks, strict=True))
-    assert -0.05 <= off <= 0.05 + max(without, 0), (
-        f"planned {plans[1] / 2**20:.1f} MiB, measured {peaks[1] / 2**20:.1f} MiB ({off:+.1%})"
-    )
+    planned = plan(N, V, hidden, ranks=(0, *[64] * 4), **told)
+    assert_planned(planned, peak_bytes(SELF_TEACHERS, N, V, hidden, 64, name, BUDGET))
 
 
 SIDES = """
@@ -263,11 +256,6 @@ FORMS = {  # (dtype of the rows, head) of student and teacher, whether the stude
 }
 
 
-@functools.cache
-def peak_of_dense_heads(N: int, hidden: int, dtype: str, second: str, trained: bool) -> int:
-    return peak_bytes(SIDES, N, V, hidden, ((dtype, dtype), (dtype, second), trained), BUDGET)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_heads_read_by_slices_are_as_planned(cpp, name):
@@ -275,18 +263,7 @@ def test_heads_read_by_slices_are_as_planned(cpp, name):
     N, hidden, (forms, told) = 2048, 256, FORMS[name]
     options = {"shared_head": False, "trainable_head": False, "workspace_bytes": BUDGET, "threads": 2, **told}
     planned = plan(N, V, hidden, **options)
-    peak = peak_bytes(SIDES, N, V, hidden, forms, BUDGET)
-    # The plan of the same call with dense heads is above its peak too: an upper estimate of scratch.
-    plain = {**options, "heads": ("whole", "whole"), "teacher_dtype": None}
-    dtype = str(told["dtype"]).removeprefix("torch.")
-    second = "shared" if options["shared_head"] else dtype
-    dense = peak_of_dense_heads(N, hidden, dtype, second, forms[2])
-    above = plan(N, V, hidden, **plain).peak_bytes / dense - 1
-    off = planned.peak_bytes / peak - 1
-    assert -0.05 <= off <= 0.05 + max(above, 0), (
-        f"planned {planned.peak_bytes / 2**20:.1f} MiB, measured {peak / 2**20:.1f} MiB ({off:+.1%}; "
-        f"{above:+.1%} of dense heads)"
-    )
+    assert_planned(planned, peak_bytes(SIDES, N, V, hidden, forms, BUDGET))
 
 
 @pytest.mark.slow
@@ -328,18 +305,9 @@ def make(N, V, H, name, whole, budget, form):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_peak_with_a_part_of_the_vocabulary_is_as_planned(cpp, dtype):
-    """A plan may be above the peak by as much as that of a head of the student's size, an upper estimate.
-
-    Rows of the teacher's head gathered whole would take another 62 (31) MiB: 31 % (16 %) of the peak.
-    """
+    """Rows of the teacher's head gathered whole would take another 62 (31) MiB: 31 % (16 %) of the peak."""
     N, part, hidden, name = 1024, 32000, 512, str(dtype).removeprefix("torch.")
     told = {"dtype": dtype, "shared_head": False, "one_sweep": False, "workspace_bytes": BUDGET}
-    planned = {
-        form: plan(N, part, hidden, threads=2, heads=("whole", head), **told).peak_bytes
-        for form, head in (("own head", "whole"), ("by ids", "sliced"))
-    }
-    found = {form: peak_bytes(PART, N, part, hidden, name, 128000, BUDGET, form) for form in planned}
-    without, off = (planned[form] / found[form] - 1 for form in ("own head", "by ids"))
-    says = ", ".join(f"{form} {planned[form] / 2**20:.1f} / {found[form] / 2**20:.1f}" for form in planned)
-    print(says)
-    assert -0.05 <= off <= 0.05 + max(without, 0), f"planned / measured MiB: {says}"
+    for form, head in (("own head", "whole"), ("by ids", "sliced")):
+        planned = plan(N, part, hidden, threads=2, heads=("whole", head), **told)
+        assert_planned(planned, peak_bytes(PART, N, part, hidden, name, 128000, BUDGET, form))

@@ -14,6 +14,7 @@ from opsd_kernels.testing import peak_bytes
 
 N, V, H, K, BUDGET = 2048, 151936, 32, 64, 256 << 20
 WIDTHS = (16, 64, 32)
+WIDE = 192  # of heads in eight bits or read by ids: 56 MiB of 16-bit entries, 111 MiB in fp32
 
 CALL = """
 def make(N, V, H, K, widths, name, form, budget):
@@ -33,6 +34,28 @@ def make(N, V, H, K, widths, name, form, budget):
         if form == "several, one head":
             told |= {"teacher_index": torch.arange(N) % len(widths)}
             return op.linear_divergence, (h, W, [rows(H) for x in widths], [W for x in widths]), told
+        if form.startswith("by ids"):
+            whole, told["student_vocab_ids"] = 5 * V // 4, torch.randperm(5 * V // 4)[:V]
+            other = lambda width: (torch.randn(whole, width) / 8).to(dtype)
+            if form == "by ids, several":
+                told |= {"teacher_index": torch.arange(N) % 3}
+                return op.linear_divergence, (h, W, [rows(H)] * 3, [other(H) for _ in range(3)]), told
+            if form == "by ids, rows":
+                return op.linear_divergence_to, (h, W, torch.rand(N, whole, dtype=torch.float16)), told
+            return op.linear_divergence, (h, W, rows(H), other(H)), told
+        if form.startswith("int8"):
+            made = torch.randint(-100, 100, (V, H), dtype=torch.int8)
+            W = op.QuantizedHead(made, torch.rand(V) / 1000)
+            if form == "int8, list":
+                return op.linear_topk, (h.detach(), W, K), told
+            if form == "int8, at ids":
+                return op.linear_logprobs_at, (h, W, ids), told
+            if form == "int8, cached":
+                cache = op.cache_forward_kl(rows(H), W, W, **told)
+                return op.linear_cached_forward_kl, (h, W, cache), told
+            A, B = (torch.randn(size).to(dtype).requires_grad_() for size in ((16, H), (V, 16)))
+            told["student_lora"] = A, B, 0.1
+            return op.linear_divergence, (h, W, rows(H), W), told
         if form == "top-k list":
             made = ids, torch.full((N, K), -5.0)
             return op.linear_topk_divergence, (h, W, *made), told
@@ -61,7 +84,8 @@ def make(N, V, H, K, widths, name, form, budget):
 
     def call(function, inputs, told):
         result = function(*inputs, **told)
-        leaves = [x for x in inputs[:2] if x.requires_grad]
+        leaves = [*inputs[:2], *told.get("student_lora", ())]
+        leaves = [x for x in leaves if getattr(x, "requires_grad", False)]
         if not leaves:
             return result
         return result, torch.autograd.grad(result.sum(), leaves)
@@ -72,6 +96,7 @@ def make(N, V, H, K, widths, name, form, budget):
 """
 ALONE: dict[str, Any] = {"H_teacher": 0, "shared_head": False}
 PER_ROW = {"backward": "recompute", "logits_dtype": "float32"}
+FROZEN = {"heads": ("quantised", "quantised"), "trainable_head": False}
 # What a form tells `plan`.
 FORMS: dict[str, dict[str, Any]] = {
     "several": {"H_teacher": max(WIDTHS), "shared_head": False},
@@ -84,6 +109,13 @@ FORMS: dict[str, dict[str, Any]] = {
     "target cast": {**ALONE, "target_copied": True},
     "making a cache": {**ALONE, "grad": False, "logits_dtype": "float32"},
     "cached": {**ALONE, "trainable_head": False, "logits_dtype": "float32"},
+    "by ids": {"shared_head": False, "heads": ("whole", "sliced")},
+    "by ids, several": {"shared_head": False, "heads": ("whole", "sliced")},
+    "by ids, rows": {**ALONE, "target_copied": True},
+    "int8, list": {**ALONE, **FROZEN, "grad": False, "listed": K, "logits_dtype": "float32"},
+    "int8, at ids": {**ALONE, **PER_ROW, **FROZEN, "listed": K},
+    "int8, cached": {**ALONE, **FROZEN, "logits_dtype": "float32"},
+    "int8, an adapter": {**FROZEN, "ranks": (16, 0)},
     "mixed KL": {},
     "z-loss": {},
     "temperature per token": {"logits_dtype": "float32"},
@@ -99,9 +131,10 @@ CASES = [(form, torch.bfloat16) for form in FORMS] + [(form, torch.float32) for 
 def test_peak_is_within_the_budget_and_as_planned(form, dtype):
     if reason := backends.explain("cpu")["cpp"]:
         pytest.skip(reason)
-    expected = plan(N, V, H, dtype=dtype, workspace_bytes=BUDGET, threads=2, **FORMS[form])
+    width = WIDE if form.startswith(("by ids", "int8")) else H
+    expected = plan(N, V, width, dtype=dtype, workspace_bytes=BUDGET, threads=2, **FORMS[form])
     name = str(dtype).removeprefix("torch.")
-    peak = peak_bytes(CALL, N, V, H, K, WIDTHS, name, form, BUDGET)
+    peak = peak_bytes(CALL, N, V, width, K, WIDTHS, name, form, BUDGET)
     # A cache is an output that the plan of its teacher does not count.
     made = N * (4 * H + 16) if form == "making a cache" else 0
     above = peak - expected.gradient_bytes - expected.vector_bytes - made

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from operators import TESTS, check_operators
-from quantised_cases import QUANTISED, quantised_case
+from quantised_cases import QUANTISED, quantised_case, through_cache
 
 import opsd_kernels
 from opsd_kernels import (
     QuantizedHead,
+    cache_forward_kl,
+    linear_cached_forward_kl,
     linear_divergence,
     linear_divergence_to,
     linear_logprobs,
@@ -156,20 +158,6 @@ def test_gradient_tolerance(tolerance):
     assert relative_error(some.student_hidden, exact.student_hidden) <= 2 * tolerance + 1e-5
 
 
-def test_an_adapter_over_a_quantised_head():
-    case, op, head = quantised_case("int8, rows", "shared", torch.float32)
-    A, B = torch.randn(3, 24) / 5, torch.randn(203, 3) / 5
-    results = []
-    for run in (op, linear_divergence):
-        leaves = [x.clone().requires_grad_() for x in (case.student_hidden, A, B)]
-        lora = (leaves[1], leaves[2], 0.5)
-        options = {"student_lora": lora, **case.options()}
-        loss = run(leaves[0], case.student_weight, case.teacher_hidden, case.teacher_weight, **options)
-        results.append([loss, *torch.autograd.grad(loss, leaves)])
-    for ours, dense in zip(*results, strict=True):
-        assert relative_error(ours, dense) < 1e-5
-
-
 def test_sibling_ops():
     case, _, head = quantised_case(
         "float8_e4m3fn, rows", "shared", torch.float32, largest_logit=8.0, views=False
@@ -195,6 +183,34 @@ def test_sibling_ops():
 
     for ours, truth in zip(results(head), results(dense), strict=True):
         assert relative_error(ours, truth) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_cached_forward_kl(dtype, role, kind):
+    """Making the cache and using it, both on the quantised head, in several chunks."""
+    case, _, head = quantised_case(
+        kind, role, dtype, largest_logit=8.0, frozen_head=True, masked_entry=None, padding=3
+    )
+    told = {"divergence": "forward_kl"}
+    truth = evaluate(linear_divergence_reference, case.double(), **told)
+    ours = evaluate(through_cache(role, head), case, workspace_bytes=20000, **told)
+    if dtype.itemsize > 2:
+        assert_no_worse(ours, plain_outcomes(case, **told), truth)
+    else:
+        assert_on_target(ours, truth, "default")
+
+
+def test_a_cache_knows_its_quantised_head():
+    _, _, head = quantised_case("int4 in int8, groups, zero points", "shared", torch.float32)
+    h, t = torch.randn(5, 24), torch.randn(5, 24)
+    cache = cache_forward_kl(t, head, head)
+    dense = linear_cached_forward_kl(h, head.dequantize(), cache)
+    assert relative_error(linear_cached_forward_kl(h, head, cache), dense) < 1e-6
+    moved = QuantizedHead(head.values, head.scales * 1.01, head.zero_points, head.block_size)
+    with pytest.raises(ValueError, match="^student_weight: expected the head that the cache was made with"):
+        linear_cached_forward_kl(h, moved, cache)
 
 
 def test_several_teachers_with_quantised_heads():
@@ -249,6 +265,22 @@ def test_compiled_as_one_graph(dtype):
         h = case.student_hidden.detach().clone().requires_grad_()
         loss = run(h, head)
         results.append((loss, torch.autograd.grad(loss, h)[0]))
+    for eager, traced in zip(*results, strict=True):
+        assert torch.equal(eager, traced)
+
+
+def test_the_cached_forward_kl_is_registered_and_compiles():
+    case, _, head = quantised_case(KINDS[-1], "shared", torch.float32, frozen_head=True, masked_entry=None)
+    cache = cache_forward_kl(case.teacher_hidden.nan_to_num(0, 0, 0), head, head)
+
+    def call(h):
+        return linear_cached_forward_kl(h, head, cache)
+
+    results, h = [], case.student_hidden.nan_to_num(0, 0, 0).requires_grad_()
+    assert check_operators(library, ("op",), lambda: call(h)) == 1
+    for run in (call, torch.compile(call, backend="aot_eager")):
+        loss = run(h)
+        results.append((loss.detach(), torch.autograd.grad(loss, h)[0]))
     for eager, traced in zip(*results, strict=True):
         assert torch.equal(eager, traced)
 

@@ -89,10 +89,10 @@ def check(provider: Provider, setting: Setting) -> Verdict:
 
 @functools.cache
 def _checked(provider: Provider, setting: Setting) -> Verdict:
-    return _verdict(lambda: _own(provider, setting) if provider.exact else _peer(provider, setting))
+    return verdict_of(lambda: _own(provider, setting) if provider.exact else _peer(provider, setting))
 
 
-def _verdict(run: Callable[[], Verdict]) -> Verdict:
+def verdict_of(run: Callable[[], Verdict]) -> Verdict:
     """Return the result of a check; where it raises, the failure."""
     try:
         return run()
@@ -117,10 +117,10 @@ def _own(provider: Provider, setting: Setting) -> Verdict:
         assert_on_target(actual, truth, "default" if buffer.itemsize == 2 else "fp32_logits")
     else:
         assert_no_worse(actual, plain, truth)
-    return _errors(actual, truth)
+    return errors_of(actual, truth)
 
 
-def _errors(actual: Outcome, truth: Outcome) -> Verdict:
+def errors_of(actual: Outcome, truth: Outcome) -> Verdict:
     """Return the error of the loss and the largest error of a gradient."""
     named, true = dict(actual.named()), dict(truth.named())
     gradients = [relative_error(named[name], true[name]) for name in named if name != "loss"]
@@ -149,7 +149,7 @@ def _peer(provider: Provider, setting: Setting) -> Verdict:
         outcome_of(provider.make(narrow), case), outcome_of(reference(narrow), case.double()), "fp32_logits"
     )
     case, truth, _ = _truth_and_peer(setting)
-    return _errors(outcome_of(provider.make(setting), case), truth)
+    return errors_of(outcome_of(provider.make(setting), case), truth)
 
 
 # ---------------------------------------------------------------- losses of labels
@@ -175,14 +175,14 @@ def check_label_loss(provider: Provider, setting: Setting) -> Verdict:
             assert_no_worse(found, outcome_of(label_loss, case), truth)
         elif provider.exact or setting.torch_dtype.itemsize > 2:
             assert_on_target(found, truth, "fp32_logits")
-        return _errors(found, truth)
+        return errors_of(found, truth)
 
     def run() -> Verdict:
         if not provider.exact:
             errors(setting.at(dtype="float32"))
         return errors(setting)
 
-    return _verdict(run)
+    return verdict_of(run)
 
 
 # ---------------------------------------------------------------- gradient_tolerance
@@ -206,7 +206,7 @@ def check_tolerance(setting: Setting, case: Case, tolerance: float) -> Verdict:
     that one is at most the tolerance. dh is no further from the truth than the products of the kept columns
     alone, which lack the correction by the mean row.
     """
-    return _verdict(lambda: _within_tolerance(setting, part_of(case, slice(TOKENS)), tolerance))
+    return verdict_of(lambda: _within_tolerance(setting, part_of(case, slice(TOKENS)), tolerance))
 
 
 def _within_tolerance(setting: Setting, case: Case, tolerance: float) -> Verdict:

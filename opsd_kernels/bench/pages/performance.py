@@ -59,6 +59,9 @@ ABOUT = {
     "projection, hidden gradient, and the head's gradient where the head is trained.",
     "forms": "Lists of the 64 most likely tokens, log-probs at 64 ids, teachers given as rows, and a cached "
     "teacher, over the GEMMs that they cannot avoid.",
+    "heads": "Heads that are more than one dense matrix of the rows' dtype, over the same call with plain "
+    "heads, or with the teacher's rows gathered beforehand. Another dtype: fp32 beside bf16 rows, bf16 "
+    "beside fp32 rows.",
     "scaling": "Time over the bare GEMMs by N, each call under a memory limit: on a CPU 256 MiB (quick) or 1 "
     "GiB (full).",
     "step": "A step of a randomly initialised Qwen3 that is its own teacher. *of the step*: share of the "

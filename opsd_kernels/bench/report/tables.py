@@ -172,6 +172,10 @@ COLUMNS: dict[str, tuple[str, list[Column]]] = {
         "Lists, teachers as rows and cached teachers, against the bare GEMMs",
         [*SETTING[:2], SETTING[3], *WHO, variant("form"), *TIME, *ERRORS, *VERDICT, *NOTE],
     ),
+    "heads": (
+        "Adapters, several teachers, parts of the vocabulary and quantised heads, against plain heads",
+        [*SETTING[:4], variant("heads"), *TIME, *ERRORS, *VERDICT, *NOTE],
+    ),
     "step": (
         "Where a training step goes",
         [variant("part"), *SETTING[:2], ("loss head by", WHO[0][1]), TIME[0], ("of the step", times), *NOTE],

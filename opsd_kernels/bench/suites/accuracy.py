@@ -6,11 +6,14 @@ import functools
 import math
 from dataclasses import replace
 
+from torch import Tensor
+
+from ...cached import cache_forward_kl, linear_cached_forward_kl
 from ...testing import Case, hard_case, relative_error
 from ..measure.context import Context, Task, blank, describe
 from ..measure.gate import outcome_of, reference
 from ..measure.timing import reason_of
-from ..providers import PROVIDERS, SLOW, Provider
+from ..providers import CACHED, LABELS, PROVIDERS, SLOW, Op, Provider
 from ..report.results import Row
 from ..shapes import Setting
 
@@ -18,6 +21,17 @@ KLS = (2.0, 1e-1, 1e-2, 1e-3, 1e-4)
 WIDTHS = {"normal": 4.0, "wide": 16.0}  # largest |logit|
 N, H = 48, 64
 VOCABULARY = {True: 2048, False: 16384}
+
+
+def _cached(setting: Setting) -> Op:
+    def op(h: Tensor, W: Tensor, t: Tensor, Wt: Tensor, labels: Tensor | None = None) -> Tensor:
+        return linear_cached_forward_kl(h, W, cache_forward_kl(t, Wt, W))
+
+    return op
+
+
+# Beside this package's own ops, for the forward KL alone.
+THROUGH_CACHE = Provider(CACHED, LABELS[CACHED], _cached, lambda setting: None, exact=True)
 
 
 @functools.lru_cache(maxsize=4)
@@ -94,6 +108,7 @@ def errors(setting: Setting, providers: tuple[Provider, ...], kl: float, width: 
 def accuracy(context: Context) -> list[Task]:
     """Return a task for each setting, width of the logits, and KL."""
     providers = (*context.without(*SLOW, "cce", "opsd-fp32"), PROVIDERS["opsd-fp32"])
+    own = (*(provider for provider in providers if provider.exact), THROUGH_CACHE)
     size = Setting(N, H, VOCABULARY[context.quick], device=context.device)
     cases = [("bfloat16", "shared")] + (
         [] if context.quick else [("bfloat16", "two heads"), ("float32", "shared")]
@@ -102,10 +117,13 @@ def accuracy(context: Context) -> list[Task]:
     for dtype, head in cases:
         if context.dtypes and dtype not in context.dtypes:
             continue
-        for divergence in ("reverse_kl",) if context.quick else ("reverse_kl", "jsd"):
+        for divergence in (
+            ("reverse_kl", "forward_kl") if context.quick else ("reverse_kl", "jsd", "forward_kl")
+        ):
             setting = size.at(dtype=dtype, head=head, divergence=divergence)
+            served = own if divergence == "forward_kl" else providers
             for width in WIDTHS:
                 for kl in KLS:
                     label = f"KL {kl:g}, {width}, {describe(setting)}"
-                    tasks.append(Task(label, functools.partial(errors, setting, providers, kl, width)))
+                    tasks.append(Task(label, functools.partial(errors, setting, served, kl, width)))
     return tasks

@@ -13,14 +13,14 @@ from torch import Tensor
 from ...cached import cache_forward_kl, linear_cached_forward_kl
 from ...logprobs import linear_logprobs_at, linear_topk
 from ...spec import Divergence
-from ...testing import Case, Outcome, assert_no_worse, assert_on_target, evaluate, relative_error
+from ...testing import Case, assert_no_worse, assert_on_target, evaluate
 from ...testing.reference import linear_divergence_reference, reference_divergence
 from ...testing.reference_lists import linear_logprobs_at_reference, linear_topk_reference
 from ...topk import linear_divergence_to
 from ..measure.context import Context, Effort, Task, blank, describe, free
-from ..measure.gate import TOKENS
+from ..measure.gate import TOKENS, Verdict, errors_of, verdict_of
 from ..measure.rows import part_row
-from ..measure.timing import Variant, interleave, reason_of
+from ..measure.timing import Variant, interleave
 from ..providers import BASE, WHOLE_ROWS, bare_gemms, stepper
 from ..report.results import Row
 from ..shapes import Setting, make_case
@@ -112,19 +112,25 @@ FORMS = (
 )
 
 
-def gate(form: Form, setting: Setting) -> tuple[Outcome, Outcome]:
-    """Return outcome and float64 truth on TOKENS tokens. Raises AssertionError for a wrong one."""
-    case = make_case(setting.at(N=TOKENS))
-    # The rows of the truth are those that the op reads, rounded alike.
-    ours, truth = evaluate(form.make(case), case), evaluate(form.reference(case.double()), case.double())
-    if form.name == "cached":
-        # In 16 bits its gradient is less exact near the teacher (linear_cached_forward_kl): shown, not gated.
-        assert_on_target(ours.value(), truth.value(), "default")
-    elif setting.dtype == "float32":
-        assert_no_worse(ours, evaluate(form.reference(case), case), truth)
-    else:
-        assert_on_target(ours, truth, "default")
-    return ours, truth
+def gate(form: Form, setting: Setting) -> Verdict:
+    """Compare loss and gradients of TOKENS tokens with dense float64; errors, or the failure."""
+
+    def run() -> Verdict:
+        case = make_case(setting.at(N=TOKENS))
+        # The rows of the truth are those that the op reads, rounded alike.
+        ours, truth = evaluate(form.make(case), case), evaluate(form.reference(case.double()), case.double())
+        if form.name == "cached" and setting.torch_dtype.itemsize == 2:
+            # Its gradient is less exact near the teacher (linear_cached_forward_kl): shown, not gated.
+            assert_on_target(ours.value(), truth.value(), "default")
+        elif form.name == "cached":
+            assert_on_target(ours, truth, "fp32_logits")
+        elif setting.dtype == "float32":
+            assert_no_worse(ours, evaluate(form.reference(case), case), truth)
+        else:
+            assert_on_target(ours, truth, "default")
+        return errors_of(ours, truth)
+
+    return verdict_of(run)
 
 
 def compare_forms(setting: Setting, effort: Effort) -> list[Row]:
@@ -134,17 +140,13 @@ def compare_forms(setting: Setting, effort: Effort) -> list[Row]:
     rows = [blank("forms", BASE, setting)]
     for form in (form for form in FORMS if form.mode == setting.mode):
         target = TARGETS.get(form.name) if setting.device == "cpu" else None
-        row = replace(blank("forms", "opsd", setting), variant=form.name, target=target)
-        try:
-            ours, truth = gate(form, setting)
-        except Exception as error:
-            rows.append(replace(row, reason=reason_of(error), target=None))
+        row, found = blank("forms", "opsd", setting, variant=form.name), gate(form, setting)
+        if found.failure is not None:
+            rows.append(replace(row, reason=found.failure))
             continue
-        row = replace(row, loss_error=relative_error(ours.loss, truth.loss))
-        if ours.student_hidden is not None and truth.student_hidden is not None:
-            row = replace(row, gradient_error=relative_error(ours.student_hidden, truth.student_hidden))
         variants[form.name] = Variant(stepper(form.make(case), case, setting))
-        rows.append(row)
+        row = replace(row, gradient_error=found.gradient_error, loss_error=found.loss_error)
+        rows.append(replace(row, target=target))
     interleave(variants, BASE, setting.device, **effort)
     done = [row if row.reason else part_row(row, variants, row.variant or BASE, BASE) for row in rows]
     del variants, case
