@@ -4,10 +4,12 @@ A row sweep is bound by memory only while it issues few enough instructions. Thi
 compiled kernels, finds their loops over entries in the control flow, and prints the instructions of an
 iteration over the entries that it handles.
 
-python tests/build/sass_budget.py --write    # all kernels, minutes
+python tests/build/sass_budget.py            # all kernels, minutes
 python tests/build/sass_budget.py --backend cuda --types bfloat16 --architectures 90
 python tests/build/sass_budget.py --binary rows.cubin --types bfloat16    # compiled with -lineinfo
 python tests/build/sass_budget.py --against COMMIT    # both commits side by side
+
+compile_kernels.py --write and cuda_resources.py --write write its table, each the lines of its backend.
 """
 
 from __future__ import annotations
@@ -132,10 +134,20 @@ def read_table() -> list[list[str]]:
     return [line.split("\t") for line in TABLE.read_text().splitlines()[1:]]
 
 
-def changes(rows: list[list[str]], backend: str) -> list[str]:
-    """Return the lines of a backend that are not in the table, and those of the table that are not there."""
-    now, before = {tuple(row) for row in rows}, {tuple(row) for row in read_table() if row[0] == backend}
+def changes(rows: list[list[str]], backend: str, keys: set[tuple[str, ...]] | None = None) -> list[str]:
+    """Return the lines of a backend that are not in the table, and those of the table that are not there.
+
+    `keys`: the first four cells of the kernels that were counted; None stands for all of the backend.
+    """
+    table = {tuple(row) for row in read_table() if row[0] == backend}
+    now, before = {tuple(row) for row in rows}, {row for row in table if keys is None or row[:4] in keys}
     return [("now    " if row in now else "before ") + "\t".join(row) for row in sorted(now ^ before)]
+
+
+def write(rows: list[list[str]], backend: str) -> None:
+    """Replace the table's lines of a backend."""
+    kept = [row for row in read_table() if row[0] != backend]
+    TABLE.write_text("".join("\t".join(line) + "\n" for line in [list(HEADER), *sorted(kept + rows)]))
 
 
 def of_commit(commit: str, words: list[str]) -> list[list[str]]:
@@ -201,17 +213,10 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--binary", type=Path, help="a cubin or an object with one, compiled with -lineinfo")
-    parser.add_argument("--write", action="store_true", help="replace the table's lines of the backends")
     parser.add_argument("--against", metavar="COMMIT", help="print this and another commit's sums")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = every_row(arguments, Path(folder))
-    if arguments.write:
-        kept = (
-            [] if arguments.backend is None else [row for row in read_table() if row[0] != arguments.backend]
-        )
-        TABLE.write_text("".join("\t".join(line) + "\n" for line in [list(HEADER), *sorted(kept + rows)]))
-        return
     if arguments.against:
         words = ["--types", *arguments.types, "--architectures", *arguments.architectures]
         words += ["--backend", arguments.backend] if arguments.backend else []
