@@ -1,19 +1,30 @@
 """Call the functions of triton_rows as on a GPU, up to the launch itself.
 
-Arguments are bound and specialised, and kernels compiled for sm_90. A fake driver of an sm_90 GPU replaces
-Triton's. Prints one line per compiled kernel.
+Arguments are bound and specialised for sm_90. What a plain call binds is what compile_kernels.py compiles;
+rarer calls are compiled here. A fake driver of an sm_90 GPU replaces Triton's. Prints a line per kernel.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 import triton
+import triton.compiler
 from triton.backends.compiler import GPUTarget
 
-from opsd_kernels._rows import triton_rows
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import compile_kernels
+from compile_kernels import TYPES, Variant
+
+from opsd_kernels._rows import triton_launch, triton_rows
+from opsd_kernels._rows.triton_columns import COLUMN_KERNELS
 from opsd_kernels.spec import Divergence, Kind, LogitTransform, RowSpec
+
+NAMES = {name: kernel.fn.__name__ for name, kernel in triton_rows.KERNELS.items()}
 
 
 class AbsentGpu:
@@ -27,18 +38,47 @@ class AbsentGpu:
         return GPUTarget("cuda", 90, 32)
 
 
-class WarmUp:
-    """A kernel whose call stops short of the launch."""
+def stop_short(kernel: triton.runtime.JITFunction, grid: tuple[int, ...]) -> Callable[..., None]:
+    """Stand for `kernel[grid]`: bind and compile."""
 
-    def __init__(self, kernel: triton.runtime.JITFunction) -> None:
-        self.kernel = kernel
+    def call(**arguments: object) -> None:
+        kernel.warmup(grid=grid, **arguments)
 
-    def __getitem__(self, grid: tuple[int, ...]):
-        def call(**arguments: object) -> None:
-            compiled = self.kernel.warmup(grid=grid, **arguments)
-            print(self.kernel.fn.__name__, compiled.metadata.num_warps, flush=True)
+    return call
 
-        return call
+
+class Compiler:
+    """Stands for Triton's: keeps each source with its options, and compiles those in `wanted`."""
+
+    def __init__(self) -> None:
+        self.wanted: tuple[str, ...] = ()
+        self.real = triton.compiler.compile
+        self.bound: dict[str, tuple[object, dict[str, object]]] = {}
+
+    def __call__(self, source, target=None, options=None, **rest):
+        self.bound[source.name] = source, options
+        compiled = source.name in self.wanted
+        print(source.name, "compiled" if compiled else "bound", flush=True)
+        return self.real(source, target=target, options=options, **rest) if compiled else None
+
+
+def binding(source) -> tuple[dict, dict, dict]:
+    """Return what decides the code of a source: types, constants, and what is known of the others."""
+    constants = dict(source.constants)
+    known = {place: facts for place, facts in source.attrs.items() if facts and place not in constants}
+    return source.signature, constants, known
+
+
+def check_bound(compiler: Compiler, variants: list[Variant]) -> None:
+    """Fail where compile_kernels.py compiles a kernel for other arguments than a call gives it."""
+    for variant in variants:
+        make = (
+            compile_kernels.column_source if variant.kernel in COLUMN_KERNELS else compile_kernels.row_source
+        )
+        (source, num_warps, PACK), (bound, options) = make(variant), compiler.bound[NAMES[variant.kernel]]
+        assert binding(source) == binding(bound), (variant, binding(source), binding(bound))
+        told = {"num_warps": num_warps, **triton_launch.compiler_options(TYPES[variant.dtype], PACK)}
+        assert told == {name: options[name] for name in told}, (variant, told, options)
 
 
 def sweep(
@@ -57,23 +97,24 @@ def sweep(
 
 if __name__ == "__main__":
     triton.runtime.driver.set_active(AbsentGpu())
-    triton_rows.KERNELS = {name: WarmUp(kernel) for name, kernel in triton_rows.KERNELS.items()}
+    triton.runtime.JITFunction.__getitem__ = stop_short
+
+    # A plain call: the variants of the tables.
+    triton.compiler.compile = compiler = Compiler()  # which a kernel keeps from its first call on
     sweep(4, 151936, torch.bfloat16, RowSpec(Divergence(Kind.JSD, 0.3), difference=True), None)
+    base = Variant(90, "fused", "bf16", int(Kind.JSD))
+    plain = [replace(base, kernel=kernel) for kernel in ("stats", "dot", "grad")]
+    columns = [replace(base, kernel=kernel, kind=0, form="plain") for kernel in ("norms", "gather")]
+    check_bound(compiler, [replace(base, metrics=True), *plain, *columns])
+
+    # Rows that are not aligned, with all options but one row's own temperature.
+    compiler.wanted = tuple(NAMES.values())
     options = {"teacher_mix": 0.1, "entry_clip": 0.05, "token_clip": 2.0}
-    sweep(
-        4,
-        1003,
-        torch.float32,
-        RowSpec(Divergence(Kind.REVERSE_KL), **options),
-        None,
-        torch.ones(4),
-        torch.zeros(4, dtype=torch.int64),
-    )
-    sweep(
-        1,
-        1,
-        torch.float32,
-        RowSpec(Divergence(Kind.TVD), LogitTransform(1.0, 30.0, 0.7), LogitTransform()),
-        torch.zeros(1),
-    )  # 1 is specialised
+    spec, labels = RowSpec(Divergence(Kind.REVERSE_KL), **options), torch.zeros(4, dtype=torch.int64)
+    sweep(4, 1003, torch.float32, spec, None, torch.ones(4), labels)
+
+    # Triton takes a size or stride of 1 as a constant. The fused kernel holds the other sweeps.
+    compiler.wanted = tuple(NAMES[name] for name in ("fused", *COLUMN_KERNELS))
+    spec = RowSpec(Divergence(Kind.TVD), LogitTransform(1.0, 30.0, 0.7), LogitTransform())
+    sweep(1, 1, torch.float32, spec, torch.zeros(1))
     sys.exit(torch.cuda.is_initialized())

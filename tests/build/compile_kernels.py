@@ -1,19 +1,23 @@
 """Compile the Triton kernels for GPUs that need not be present.
 
-Prints a JSON line for each kernel: its variant, registers, stack and vector loads.
+python tests/build/compile_kernels.py --sample # a JSON line for each variant that the slow tests compile
+python tests/build/compile_kernels.py --check  # all variants: how they differ from the tables
+python tests/build/compile_kernels.py --write  # all variants: triton_registers.tsv and sass_budget.tsv
 
-python tests/build/compile_kernels.py 0 1     # shard 0 of 1: all
-python tests/build/compile_kernels.py --write # triton_registers.tsv, the table of test_triton_compile.py
-python tests/build/compile_kernels.py --write norms gather # its lines of these kernels alone
+The tables hold for the kernels whose digest is in the first line of triton_registers.tsv, and for one version
+of Triton. --check and --write take five minutes of a core.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -23,12 +27,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "helpers"))
 import sass_budget
+from covering import covering
 from sass_loops import disassemble
 
-from opsd_kernels._rows import triton_launch, triton_rows
+from opsd_kernels._rows import contract, triton_launch, triton_rows
 from opsd_kernels._rows.triton_columns import COLUMN_KERNELS
 from opsd_kernels.spec import Divergence, Kind
+from opsd_kernels.train.studies.digest import module_hash
 
 # The cache knows a kernel by its text: its binary may have the lines and paths of another checkout.
 triton.knobs.compilation.always_compile = True
@@ -36,12 +43,9 @@ triton.knobs.compilation.always_compile = True
 TYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WIDE_V = 151936
 TABLE = Path(__file__).with_name("triton_registers.tsv")
-USED = (
-    "REG",
-    "STACK",
-    "LOCAL",
-    "shared",
-)  # registers and bytes of stack and spills per thread, bytes of shared memory per block
+# Registers and bytes of stack and spills per thread, bytes of shared memory per block, 16-byte loads in PTX.
+USED = ("REG", "STACK", "LOCAL", "shared", "vector_loads")
+MODULES = ("columns", "kernels", "launch", "math", "statistics", "tiles")
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ class Variant:
     dtype: str
     kind: int
     # "pair"; "linear": the linear difference; "capped": the other difference, with softcaps and biases;
-    # "mixed": "capped" with a mix; of the column norms, "scaled": with a scale of the rows, or "plain"
+    # "mixed": "capped" with a mix and with temperatures of rows; of the column norms, "scaled": with a scale
+    # of the rows, or "plain"
     form: str = "linear"
     metrics: bool = False
     narrowed: bool = False
@@ -92,6 +97,16 @@ def variants() -> list[Variant]:
         replace(jsd, dtype="fp64", form="pair", metrics=True),
     ]
     return found
+
+
+def sample() -> list[Variant]:
+    """Return variants that hold every two values that meet in any variant, but for those of the kind.
+
+    Every kind is there. The fused kernels, a third of these, hold what the others do.
+    """
+    every = variants()
+    names = [field.name for field in fields(Variant)]
+    return [every[n] for n in covering(list(map(asdict, every)), [("kind", name) for name in names])]
 
 
 def options(base: Variant) -> list[Variant]:
@@ -160,6 +175,7 @@ def constants(variant: Variant, BLOCK_V: int, num_warps: int) -> dict[str, objec
     }
     flags |= {"CLIP": variant.clip, "HAS_POLICY": variant.policy, "NARROWED": variant.narrowed}
     absent = ([] if capped else ["BiasS", "BiasT"]) + ([] if variant.policy else ["Policy", "Labels"])
+    absent += [] if variant.form == "mixed" else ["TemperatureS", "TemperatureT"]
     PACK = triton_launch.pack(variant.aligned, TYPES[variant.dtype], BLOCK_V, num_warps)
     return {**flags, "BLOCK_V": BLOCK_V, "PACK": PACK, **dict.fromkeys(absent)}
 
@@ -211,16 +227,26 @@ def budgeted(variant: Variant) -> bool:
     return common and variant.dtype in ("bf16", "fp32") and variant.arch in (90, 100)
 
 
+def label(variant: Variant) -> str:
+    """Return a variant's name in sass_budget.py's table."""
+    metrics = "metrics" if variant.metrics else ""
+    return " ".join(filter(None, (variant.kernel, Kind(variant.kind).name.lower(), variant.form, metrics)))
+
+
 def sweeps(variant: Variant, cubin: bytes) -> list[list[str]]:
     """Return the rows of sass_budget.py's table."""
     type = str(TYPES[variant.dtype]).removeprefix("torch.")
-    metrics = "metrics" if variant.metrics else ""
-    label = " ".join(filter(None, (variant.kernel, Kind(variant.kind).name.lower(), variant.form, metrics)))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         ((_, code),) = disassemble(Path(file.name))
-    return list(sass_budget.rows_of("triton", label, type, str(variant.arch), code, variant.form == "capped"))
+    biases = variant.form == "capped"
+    return list(sass_budget.rows_of("triton", label(variant), type, str(variant.arch), code, biases))
+
+
+def budget_key(variant: Variant) -> tuple[str, ...]:
+    """Return the first cells of a variant's rows in sass_budget.py's table."""
+    return ("triton", label(variant), variant.dtype, str(variant.arch))
 
 
 def measure(variant: Variant) -> dict[str, object]:
@@ -242,32 +268,80 @@ def key(row: dict[str, object]) -> tuple[str, ...]:
     return tuple(str(row[field.name]) for field in fields(Variant))
 
 
-def read_table() -> tuple[str, dict[tuple[str, ...], tuple[int, ...]]]:
-    """(version of Triton, what each variant uses)."""
-    version, _, *lines = TABLE.read_text().splitlines()
+def used(row: dict[str, object]) -> tuple[int, ...]:
+    return tuple(int(str(row[name])) for name in USED)
+
+
+def digest() -> str:
+    """Return the digest of what decides the kernels' code beside Triton: comments and docstrings do not.
+
+    The modules that hold the kernels, and what they take from contract.py and spec.
+    """
+    folder = Path(triton_rows.__file__).parent
+    parts = [module_hash(folder / f"triton_{name}.py") for name in MODULES]
+    numbers = [[(one.name, int(one)) for one in names] for names in (contract.Column, Kind)]
+    taken = repr((parts, numbers, contract.SPREAD_LIMIT, contract.GAP_BOUNDS))
+    return hashlib.sha256(taken.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Table:
+    """triton_registers.tsv: the version of Triton, the digest of the kernels, what each variant uses."""
+
+    triton: str
+    kernels: str
+    used: dict[tuple[str, ...], tuple[int, ...]]
+
+
+def read_table() -> Table:
+    head, _, *lines = TABLE.read_text().splitlines()
     cells = [line.split("\t") for line in lines]
-    return version.removeprefix("# triton "), {
-        tuple(row[: -len(USED)]): tuple(map(int, row[-len(USED) :])) for row in cells
-    }
+    found = re.fullmatch(r"# triton (\S+), kernels (\w+)", head)
+    assert found, f"{TABLE.name}: {head}"
+    width = len(USED)
+    return Table(found[1], found[2], {tuple(row[:-width]): tuple(map(int, row[-width:])) for row in cells})
 
 
-def write_table(kernels: list[str]) -> None:
-    """Write the table, or of some kernels the lines."""
-    version, found = read_table() if kernels else (triton.__version__, {})
-    if version != triton.__version__:
-        sys.exit(f"the table is of triton {version}, this is {triton.__version__}: write all of it")
-    found = {name: used for name, used in found.items() if name[1] not in kernels}
-    rows = map(measure, (variant for variant in variants() if not kernels or variant.kernel in kernels))
-    found |= {key(row): tuple(row[name] for name in USED) for row in rows}
-    head = f"# triton {version}", "\t".join([*(field.name for field in fields(Variant)), *USED])
-    lines = sorted("\t".join([*name, *map(str, used)]) for name, used in found.items())
-    TABLE.write_text("\n".join([*head, *lines, ""]))
+def measure_all() -> list[dict[str, object]]:
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(measure, variants()))
+
+
+def changes(rows: list[dict[str, object]], whole: bool) -> list[str]:
+    """Return what the variants use and the tables do not say; of `whole` tables also lines of no variant."""
+    table, now = read_table().used, {key(row): used(row) for row in rows}
+    names = table.keys() | now.keys() if whole else now.keys()
+    found = [
+        f"{' '.join(name)}: {table.get(name)} -> {now.get(name)}"
+        for name in sorted(names)
+        if table.get(name) != now.get(name)
+    ]
+    chosen = [Variant(**{field.name: row[field.name] for field in fields(Variant)}) for row in rows]
+    keys = {budget_key(variant) for variant in chosen if budgeted(variant)}
+    lines = [line for row in rows for line in row["sweeps"]]
+    return found + sass_budget.changes(lines, "triton", None if whole else keys)
+
+
+def write_tables(rows: list[dict[str, object]]) -> None:
+    head = f"# triton {triton.__version__}, kernels {digest()}"
+    names = "\t".join([*(field.name for field in fields(Variant)), *USED])
+    lines = sorted("\t".join([*key(row), *map(str, used(row))]) for row in rows)
+    TABLE.write_text("\n".join([head, names, *lines, ""]))
+    sass_budget.write([line for row in rows for line in row["sweeps"]], "triton")
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--sample"]:
+        for variant in sample():
+            print(json.dumps(measure(variant)), flush=True)
+    elif sys.argv[1:] == ["--write"]:
+        write_tables(measure_all())
+    elif sys.argv[1:] == ["--check"]:
+        found = changes(measure_all(), whole=True)
+        sys.exit("\n".join(found) if found else 0)
+    else:
+        sys.exit(__doc__)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--write"]:
-        write_table(sys.argv[2:])
-    else:
-        shard, shards = map(int, sys.argv[1:])
-        for chosen in variants()[shard::shards]:
-            print(json.dumps(measure(chosen)), flush=True)
+    main()

@@ -4,12 +4,12 @@ A row sweep is bound by memory only while it issues few enough instructions. Thi
 compiled kernels, finds their loops over entries in the control flow, and prints the instructions of an
 iteration over the entries that it handles.
 
-python tests/build/sass_budget.py --write    # all kernels, minutes
+python tests/build/sass_budget.py            # all kernels, minutes
 python tests/build/sass_budget.py --backend cuda --types bfloat16 --architectures 90
 python tests/build/sass_budget.py --binary rows.cubin --types bfloat16    # compiled with -lineinfo
 python tests/build/sass_budget.py --against COMMIT    # both commits side by side
 
-cuda_resources.py --write writes the lines of the CUDA kernels too.
+compile_kernels.py --write and cuda_resources.py --write write its table, each the lines of its backend.
 """
 
 from __future__ import annotations
@@ -214,14 +214,9 @@ def main() -> None:
     parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--binary", type=Path, help="a cubin or an object with one, compiled with -lineinfo")
     parser.add_argument("--against", metavar="COMMIT", help="print this and another commit's sums")
-    parser.add_argument("--write", action="store_true", help="replace the table's lines of the backends")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = every_row(arguments, Path(folder))
-    if arguments.write:
-        for backend in {row[0] for row in rows}:
-            write([row for row in rows if row[0] == backend], backend)
-        return
     if arguments.against:
         words = ["--types", *arguments.types, "--architectures", *arguments.architectures]
         words += ["--backend", arguments.backend] if arguments.backend else []

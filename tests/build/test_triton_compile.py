@@ -1,50 +1,85 @@
 """The Triton kernels compile for sm_80, sm_90 and sm_100 without a GPU.
 
 None spills, and aligned rows are read 16 bytes at a time. Kept columns are read one entry at a time.
+
+compile_kernels.py --write has compiled all variants for its tables; the slow tests compile a sample of them.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton")
-SCRIPT = Path(__file__).resolve().parent / "compile_kernels.py"
-ROOT = SCRIPT.parent.parent.parent
-SHARDS = 2
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import compile_kernels
+import sass_budget
+import triton
 
-pytestmark = [pytest.mark.build, pytest.mark.slow]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+MENDED_BY = "look at what changed and why, then: python tests/build/compile_kernels.py --write"
+
+pytestmark = pytest.mark.build
 
 
-def start(*command: object) -> subprocess.Popen:
+def run(*command: object) -> list[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=900
     )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done.stdout.splitlines()
+
+
+# ---------------------------------------------------------------- the tables
+
+
+def test_the_table_is_of_these_kernels():
+    table = compile_kernels.read_table()
+    assert table.kernels == compile_kernels.digest(), f"the kernels have changed; {MENDED_BY}"
+    variants = compile_kernels.variants()
+    named = {compile_kernels.key(vars(variant)) for variant in variants}
+    assert table.used.keys() == named, MENDED_BY
+    counted = {
+        compile_kernels.budget_key(variant) for variant in variants if compile_kernels.budgeted(variant)
+    }
+    lines = {tuple(row[:4]) for row in sass_budget.read_table() if row[0] == "triton"}
+    assert lines == counted, MENDED_BY
+
+
+def rows_of_the_table() -> list[dict]:
+    """Return the lines as compile_kernels.py measured them."""
+    types = {field.name: field.type for field in fields(compile_kernels.Variant)}
+    cast = {"int": int, "bool": "True".__eq__, "str": str}
+    return [
+        {
+            **{name: cast[types[name]](cell) for name, cell in zip(types, key, strict=True)},
+            **dict(zip(compile_kernels.USED, used, strict=True)),
+        }
+        for key, used in compile_kernels.read_table().used.items()
+    ]
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    started = [start(SCRIPT, shard, SHARDS) for shard in range(SHARDS)]
-    rows = []
-    for process in started:
-        output, errors = process.communicate(timeout=900)
-        assert process.returncode == 0, errors[-6000:]
-        rows += [json.loads(line) for line in output.splitlines()]
-    return rows
+def sample() -> list[dict]:
+    return [json.loads(line) for line in run(HERE / "compile_kernels.py", "--sample")]
 
 
-def test_every_kernel_kind_and_architecture_is_there(compiled):
-    seen = {(row["arch"], row["kernel"], row["kind"]) for row in compiled}
+@pytest.fixture(params=["table", pytest.param("sample", marks=pytest.mark.slow)])
+def compiled(request) -> list[dict]:
+    """All variants under the table's version of Triton, then some under the installed one."""
+    return rows_of_the_table() if request.param == "table" else request.getfixturevalue("sample")
+
+
+def test_every_kernel_kind_and_architecture_is_there():
+    rows = rows_of_the_table()
+    seen = {(row["arch"], row["kernel"], row["kind"]) for row in rows}
     assert {(arch, "fused", kind) for arch in (80, 90, 100) for kind in range(7)} <= seen
     assert {(90, "grad", kind) for kind in range(7)} | {(90, "dot", kind) for kind in range(2, 6)} | {
         (90, "stats", kind) for kind in (0, 1, 2, 6)
@@ -52,47 +87,10 @@ def test_every_kernel_kind_and_architecture_is_there(compiled):
     assert {(arch, kernel, 0) for arch in (80, 90, 100) for kernel in ("norms", "gather")} <= seen
     options = {
         (row["arch"], row["kind"])
-        for row in compiled
+        for row in rows
         if row["kernel"] == "fused" and row["clip"] and row["policy"] and row["form"] == "mixed"
     }
     assert options == {(arch, kind) for arch in (80, 90, 100) for kind in range(7)}
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("compile_kernels", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
-
-def test_resources_are_those_of_the_table(compiled, script):
-    """Compare under the Triton version that wrote the table; the tests below cover the others.
-
-    Look at a change, then write it: compile_kernels.py --write. Names of kernels after it: these alone.
-    """
-    version, table = script.read_table()
-    if version != triton.__version__:
-        pytest.skip(f"the table is of triton {version}, this is {triton.__version__}")
-    found = {script.key(row): tuple(row[name] for name in script.USED) for row in compiled}
-    changed = [
-        f"{' '.join(key)}: {table.get(key)} -> {found.get(key)}"
-        for key in sorted(table.keys() | found.keys())
-        if table.get(key) != found.get(key)
-    ]
-    assert not changed, (
-        f"{', '.join(script.USED)} differ from {script.TABLE.name} "
-        "(python tests/build/compile_kernels.py --write):\n" + "\n".join(changed)
-    )
-
-
-def test_instructions_are_those_of_the_table(compiled, script):
-    version, _ = script.read_table()
-    if version != triton.__version__:
-        pytest.skip(f"the table is of triton {version}, this is {triton.__version__}")
-    changed = script.sass_budget.changes([line for row in compiled for line in row["sweeps"]], "triton")
-    assert not changed, "python tests/build/sass_budget.py --write, and say why:\n" + "\n".join(changed[:40])
 
 
 def test_no_kernel_spills(compiled):
@@ -116,10 +114,26 @@ def test_aligned_rows_are_read_in_vectors(compiled):
     assert not any(row["vector_loads"] for row in compiled if not row["aligned"])
 
 
+# ---------------------------------------------------------------- compiled here
+
+
+@pytest.mark.slow
+def test_resources_and_instructions_are_those_of_the_tables(sample):
+    """Under the version of Triton that wrote them; the tests above take the sample under any other."""
+    table = compile_kernels.read_table()
+    if table.triton != triton.__version__:
+        pytest.skip(f"the table is of triton {table.triton}, this is {triton.__version__}")
+    assert {row["kind"] for row in sample} == set(range(7))
+    assert {row["kernel"] for row in sample} == {"fused", "stats", "dot", "grad", "norms", "gather"}
+    changed = compile_kernels.changes(sample, whole=False)
+    assert not changed, MENDED_BY + "\n" + "\n".join(changed[:40])
+
+
+@pytest.mark.slow
 def test_the_launches_bind_their_arguments():
-    process = start(SCRIPT.with_name("bind_kernels.py"))
-    output, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors[-6000:]
-    names = [line.split()[0] for line in output.splitlines()]
+    lines = [line.split() for line in run(HERE / "bind_kernels.py")]
     sweeps = ["_row_fused_kernel", "_row_stats_kernel", "_row_dot_kernel", "_row_grad_kernel"]
-    assert names == [*sweeps, "_column_norms_kernel", "_gather_columns_kernel"] * 3
+    columns = ["_column_norms_kernel", "_gather_columns_kernel"]
+    assert [name for name, _ in lines] == [*sweeps, *columns] * 3
+    compiled = [name for name, how in lines if how == "compiled"]
+    assert compiled == [*sweeps, *columns, sweeps[0], *columns]
