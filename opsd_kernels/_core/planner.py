@@ -292,31 +292,32 @@ def _most_rows(
 
 def _cpu_scratch(
     dtype: torch.dtype, V: int, topk: int, listed: int, one: bool, alone: bool, grad: bool, wide: bool,
-    threads: int | None,
+    whole: bool, threads: int | None,
 ) -> tuple[int, int]:  # fmt: skip
     """Return the scratch bytes of the math library and the sweeps on a CPU, on top of the logits buffers.
 
     And the bytes of the budget to leave beside them, for more of the same: in bf16 three teachers take 15 MiB
     where one takes 7.
 
-    `alone`: without a second head. `wide`: of 16-bit inputs the buffers are in fp32.
+    `alone`: without a second head. `wide`: of 16-bit inputs the buffers are in fp32. `whole`: the student's
+    head is not read by slices.
     """
     n = threads or torch.get_num_threads()
     tiled = dtype.itemsize == 2 and extension.has_amx()
     per_thread = CPU_SCRATCH_PER_THREAD_AMX if tiled else CPU_SCRATCH_PER_THREAD
     sliced = dtype.itemsize == 2 and (not extension.mm_has_units(dtype) or cpu_gemm.slices(dtype))
     own = dtype.itemsize == 2 or extension.gemm_fp32_serves(dtype)
-    columns = QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one)
-    slices = SLICE_BYTES * sliced
+    columns, slices, left = QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one), SLICE_BYTES * sliced, 0
     if alone and not tiled:
         # With this package's GEMMs. With gradients the heap keeps a second slice.
         if own and not (sliced and grad):
             per_thread = LIST_SCRATCH if listed or (wide and grad) else per_thread // 2
-        columns += NARROWING_BYTES * (wide and grad)
+        growth = NARROWING_BYTES * (wide and grad)
+        columns, left = columns + growth * whole, n * V * growth * (not whole)
         slices *= 1 + grad
     library = CPU_SCRATCH_BYTES + slices + n * (per_thread + V * columns)
     if alone or tiled or sliced or not own:
-        return library, 0
+        return library, left
     rows = n * V * (columns + ROW_BYTES) + NARROW_BYTES * (dtype.itemsize == 2)
     return rows, max(library - rows, 0)
 
@@ -364,7 +365,7 @@ def plan(
     selects = grad and gradient_tolerance is not None
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V) + listed, device_type, selects)
     teacher_row = row_stride(V, buffer, device_type) * buffer.itemsize * (H_teacher > 0 or target_copied)
-    of_call = V, topk, listed, one_sweep, not H_teacher, grad, buffer != dtype, threads
+    of_call = V, topk, listed, one_sweep, not H_teacher, grad, buffer != dtype, heads[0] == "whole", threads
     scratch, left = _cpu_scratch(dtype, *of_call) if device_type == "cpu" else (0, 0)
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
     adapted = AdapterPlan()
