@@ -35,7 +35,7 @@ def _named(*checked: Checkable) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
         yield "tensor", tensors
         return
     columns = [
-        dict(outcome.named()) if isinstance(outcome, Outcome) else outcome
+        outcome if isinstance(outcome, dict) else dict(outcome.named())
         for outcome in checked
         if not isinstance(outcome, Tensor)
     ]

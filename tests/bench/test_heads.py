@@ -27,7 +27,7 @@ def test_every_form_passes_its_gate(form, setting, dtype):
     assert 0 < verdict.gradient_error < (1e-5 if dtype == "float32" else 0.02)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form, setting", CASES)
 def test_a_wrong_gradient_gets_no_number(form, setting, dtype):
     """The loss is right, and every gradient 4 % too large."""
@@ -91,6 +91,7 @@ def test_an_op_without_the_form_gets_no_number(form, setting, op):
     assert "no number" in heads.gate(form, setting, op).failure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "head, mode, forms", heads.GROUPS, ids=lambda x: x if isinstance(x, str) else x[-1].name
 )
@@ -114,6 +115,7 @@ def test_a_form_that_fails_its_gate_is_a_row():
     assert rows[1].reason is None and rows[1].ratio.median > 0
 
 
+@pytest.mark.slow
 def test_limits_at_the_size_that_they_are_stated_at(monkeypatch):
     monkeypatch.setattr(heads, "STATED_AT", SHAPES["tiny"])
     found = {}
