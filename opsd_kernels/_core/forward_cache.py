@@ -24,6 +24,7 @@ from ..spec import LogitTransform
 from . import library, loop
 from .loop import Positions, Walk
 from .problem import Problem, Side
+from .sizes import WIDENED_BYTES
 from .sliced_head import SlicedHead
 from .topk_support import Rows
 
@@ -111,8 +112,10 @@ def products(P: Tensor, head: Side) -> tuple[Tensor, Tensor]:
     if isinstance(weight, Tensor):
         loop.project(P, weight[:V].t(), mean)
     else:
-        for part, rows in weight[:V].slices():
-            mean.addmm_(P[:, part], rows.to(P.dtype))
+        step = max(64, WIDENED_BYTES // (P.dtype.itemsize * H))
+        for start in range(0, V, step):
+            for part, rows in weight[start : min(start + step, V)].slices():
+                mean.addmm_(P[:, start + part.start : start + part.stop], rows.to(P.dtype))
     if lora is not None:
         mean.addmm_(P @ lora.B[:V].to(P.dtype), lora.A.to(P.dtype), alpha=lora.scaling)
     if bias is not None:
