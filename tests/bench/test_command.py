@@ -29,9 +29,8 @@ SLOWER = ("memory", "scaling", "step", "accuracy")
 TIMED = [name for name in runner.SUITES if name not in SLOWER]
 
 
-@pytest.mark.parametrize(
-    "suite", [name if name == "ratios" else pytest.param(name, marks=pytest.mark.slow) for name in TIMED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", TIMED)
 def test_a_suite_prints_and_writes(suite, tmp_path):
     file = tmp_path / "a.json"
     result = opsd("bench", "--suite", suite, *QUICK, "--shape", TINY, *TWO_PROVIDERS, "--json", file)

@@ -20,7 +20,7 @@ EFFORT = {"rounds": (3, 3), "seconds": 0.1}
 RECORDED = Path(__file__).parents[1] / "captured" / "smollm2-135m.safetensors"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", ["trainable", "frozen"])
 def test_rows_of_all_tolerances(dtype, mode):
     setting = SMALL.at(dtype=dtype, mode=mode)
