@@ -50,7 +50,6 @@ from opsd_kernels.train.session import (
     open_run_directory,
     peak_memory,
     reproducible,
-    return_freed_memory,
     stop_signals,
 )
 from opsd_kernels.train.step import Rehearsal, Trainer
@@ -277,7 +276,6 @@ def run_steps(run: Run, stop: StopRequest) -> None:
                 "gap": metrics["sampled_logprob_gap"],
             }
             bar.update(state.step, **shown, tokens_per_second=metrics["tokens_per_second"])
-            return_freed_memory()
             # After the log, so that the checkpoint's offset covers the line of this step.
             stopping = max(run.ranks.together([stop.number]))
             if state.step % config.checkpoint_every == 0 or state.step == config.steps or stopping:

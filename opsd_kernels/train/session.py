@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import signal
@@ -133,17 +132,6 @@ def peak_memory() -> int | None:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def return_freed_memory() -> None:
-    """Give the C heap's freed pages back to the system, where the C library is glibc.
-
-    Lengths differ from step to step, and their tensors leave holes: SmolLM2-135M in bf16 grows from 3.0 to
-    8.1 GiB in 48 steps, of which 2 are in use after a step.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 class StopRequest:
