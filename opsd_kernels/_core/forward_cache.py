@@ -25,7 +25,7 @@ from . import library, loop
 from .loop import Positions, Walk
 from .problem import Problem, Side
 from .sizes import WIDENED_BYTES
-from .sliced_head import SlicedHead
+from .sliced_head import SlicedHead, device_kind
 from .topk_support import Rows
 
 
@@ -112,7 +112,7 @@ def products(P: Tensor, head: Side) -> tuple[Tensor, Tensor]:
     if isinstance(weight, Tensor):
         loop.project(P, weight[:V].t(), mean)
     else:
-        step = max(64, WIDENED_BYTES // (P.dtype.itemsize * H))
+        step = max(64, WIDENED_BYTES[device_kind(P.device.type)] // (P.dtype.itemsize * H))
         for start in range(0, V, step):
             for part, rows in weight[start : min(start + step, V)].slices():
                 mean.addmm_(P[:, start + part.start : start + part.stop], rows.to(P.dtype))

@@ -33,7 +33,8 @@ ADAPTED_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 # that are multiplied by their scales at a time.
 SLICED_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 COPIED_BYTES = {"cpu": 1 << 20, "cuda": 16 << 20}
-WIDENED_BYTES = 2 << 20  # a slice of the student's head in fp32, to make a forward-KL cache
+# A slice of the student's head in fp32, to make a forward-KL cache.
+WIDENED_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 COPY_BYTES = 1 << 20  # an fp32 copy of rows of 16-bit hidden states
 SELECT_BYTES = 48  # per column: its norm, share, group and index
 KEPT_BYTES = 16 << 20  # a slice of the kept columns: of the gradient, of the head and of dW

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from types import SimpleNamespace
 
+import lora_cases
 import pytest
 import torch
 from draft_cases import Draft, draft_case
@@ -87,22 +88,10 @@ def test_matches_the_restricted_heads(backend, dtype, divergence):
 
 
 OPTIONS = {
-    "chunks": {"workspace_bytes": 12000},
-    "recompute": {"backward": "recompute"},
-    "per token": {"reduction": "none"},
-    "top 5": {"topk": 5},
+    **lora_cases.OPTIONS,
     "top 5 of the teacher": {"topk": 5, "topk_support": "teacher", "topk_tail": "renormalize"},
-    "softcaps, temperatures": {
-        "divergence": "jsd",
-        "student_softcap": 9.0,
-        "teacher_softcap": 12.0,
-        "temperature": 0.7,
-        "teacher_temperature": 1.3,
-    },
-    "scales": {"student_logit_scale": 0.5, "teacher_logit_scale": 1.4, "divergence": "tvd"},
-    "mix, clips": {"teacher_mix": 0.3, "entry_clip": 0.05, "token_clip": 0.6},
+    "softcap of the teacher": {"divergence": "jsd", "teacher_softcap": 12.0},
     "z-loss": {"z_loss": 0.02},
-    "no tolerance": {"gradient_tolerance": 0.0},
 }
 
 
