@@ -60,6 +60,11 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    """Libraries bound by nanobind call what is still frozen at the exit a leak."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def threads():
     """Use OMP_NUM_THREADS threads, by default two as in CI.
