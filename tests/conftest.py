@@ -10,12 +10,14 @@ import signal
 # busy cores (62 s against 4.6 s for the row tests).
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+import measured
 import pytest
 import torch
 from _pytest.junitxml import xml_key
 
 from opsd_kernels import provenance, tested_versions
 from opsd_kernels._rows import backends
+from opsd_kernels.testing import memory
 
 pytest.register_assert_rewrite("row_contract", "row_options_contract", "column_contract")
 
@@ -76,6 +78,18 @@ def gguf_read_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf, "GGUFReader", lambda path: read(str(path)))
         yield
+
+
+@pytest.fixture(scope="session")
+def forks_of_peaks():
+    yield measured
+    measured.end()
+
+
+@pytest.fixture
+def forked_peaks(monkeypatch, forks_of_peaks):
+    """Measure peaks in forks of one process. The tests of `peak_bytes` itself use fresh ones too."""
+    monkeypatch.setattr(memory, "_run", forks_of_peaks.run)
 
 
 @pytest.fixture(params=["torch", "cpp"])

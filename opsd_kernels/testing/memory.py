@@ -58,9 +58,13 @@ def peak_bytes(make: Callable | str, *args: object, device: str = "cpu", threads
     program = _CHILD.format(
         path=sys.path, source=make, threads=threads, args=pickle.dumps(args).hex(), cuda=device == "cuda"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = _run(program)
     if done.returncode or not done.stdout.startswith("peak"):
         raise RuntimeError(
             f"the measured process ended with status {done.returncode}:\n{done.stdout}{done.stderr}"
         )
     return int(done.stdout.split()[1])
+
+
+def _run(program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

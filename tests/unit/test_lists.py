@@ -295,6 +295,7 @@ def make(N, V, H, K, name, budget, gradient):
 """
 
 
+@pytest.mark.usefixtures("forked_peaks")
 @pytest.mark.slow
 @pytest.mark.parametrize("gradient", [False, True], ids=["list", "log-probs at ids"])
 def test_the_peak_of_long_batches_is_within_the_budget_and_as_planned(gradient):

@@ -10,6 +10,7 @@ from opsd_kernels import ChunkPlan, plan
 from opsd_kernels._rows import backends
 from opsd_kernels.testing import peak_bytes
 
+pytestmark = pytest.mark.usefixtures("forked_peaks")
 V, H, BUDGET = 151936, 64, 256 << 20
 
 
