@@ -72,11 +72,15 @@ def nan_filled_allocations():
 
 @pytest.fixture(scope="session")
 def gguf_read_once():
-    """Parse a GGUF file once: a load of a model does so four times, each for three seconds at 93 MB."""
+    """Parse a GGUF file once: a load of a model does so four times, each for three seconds at 93 MB.
+
+    transformers 5.24 also makes the map of the names of all tensors anew for each module, in four seconds.
+    """
     gguf = pytest.importorskip("gguf", reason="gguf is not installed (`make test` does)")
     read = functools.cache(gguf.GGUFReader)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf, "GGUFReader", lambda path: read(str(path)))
+        patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
         yield
 
 
@@ -89,7 +93,7 @@ def forks_of_peaks():
 @pytest.fixture
 def forked_peaks(monkeypatch, forks_of_peaks):
     """Measure peaks in forks of one process. The tests of `peak_bytes` itself use fresh ones too."""
-    monkeypatch.setattr(memory, "_run", forks_of_peaks.run)
+    monkeypatch.setattr(memory, "in_child", forks_of_peaks.run)
 
 
 @pytest.fixture(params=["torch", "cpp"])

@@ -23,7 +23,7 @@ def forks() -> Forks:
 
 
 def run(program: str) -> subprocess.CompletedProcess[str]:
-    """Take the place of `_run` in opsd_kernels/testing/memory.py."""
+    """Take the place of `in_child` in opsd_kernels/testing/memory.py."""
     with tempfile.TemporaryDirectory() as folder:
         output, errors = (Path(folder, name) for name in ("output", "errors"))
         [code] = forks().run("measured", [((program, str(output)), str(errors))], TIMEOUT_S)
