@@ -1,6 +1,7 @@
 """Set up the whole suite."""
 
 import functools
+import gc
 import json
 import os
 import platform
@@ -50,6 +51,15 @@ def pytest_sessionstart(session):
     }
     for name, value in facts.items():
         report.add_global_property(f"opsd_{name}", json.dumps(value))
+
+
+def pytest_collection_finish(session):
+    """Leave the tests themselves out of later garbage collections.
+
+    The benchmark's code collects between measurements: .6 s each time beside 10 000 tests, .05 s without.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -108,7 +108,7 @@ class TestRowOptions(OnDevice, RowOptionsContract):
         every = {"policy": True, "teacher_mix": 0.25, "entry_clip": 0.05, "token_clip": 0.3}
         for V in OPTION_VOCABULARIES:
             for form in self.FORMS:
-                self.check(row_backend, make_option_rows(4, V, dtype, form, kind, **every), route)
+                self.check(row_backend, make_option_rows(4, V, dtype, form, kind, **every), [route])
 
 
 class TestColumns(OnDevice, ColumnContract):

@@ -1,6 +1,7 @@
 """The row contract's clips, teacher mix and policy term as a test class: see row_contract.py."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -105,52 +106,57 @@ class RowOptionsContract(RowChecks):
     FORMS = FORMS
     SHAPES = [(1, 1), (4, 7), (9, 64), (9, 1003), (2, 4099)]
 
-    def check(self, backend: RowBackend, rows: Rows, route: str, narrow: torch.dtype | None = None) -> None:
-        truth, work = truth_of(rows), replace(rows, S=rows.S.clone())
-        G = work.S if narrow is None else narrowed(work.S, narrow)
-        stats, loss, _ = run_rows(backend, work, route, G)
+    def check(
+        self, backend: RowBackend, rows: Rows, routes: Sequence[str], narrow: torch.dtype | None = None
+    ) -> None:
+        truth = truth_of(rows)
         # 40: through a transform, logits of that size are rounded to fp32
         largest = truth.loss.abs().clamp(min=1) * (40 if rows.spec.student.softcap else 1)
-        self.assert_one_rounding(loss, truth.loss, loss.dtype, magnitude=largest, name="loss")
-        self.assert_one_rounding(stats[:, Column.CLIPPED], truth.clipped, stats.dtype, name="clipped share")
         scale = rows.factor.double().abs() + (0 if rows.policy is None else rows.policy.double().abs())
         magnitude = (2 * scale * largest)[:, None]
-        self.assert_one_rounding(G, truth.gradient, G.dtype, magnitude=magnitude, name="gradient")
+        for route in routes:
+            work = replace(rows, S=rows.S.clone())
+            G = work.S if narrow is None else narrowed(work.S, narrow)
+            stats, loss, _ = run_rows(backend, work, route, G)
+            self.assert_one_rounding(loss, truth.loss, loss.dtype, magnitude=largest, name=f"loss, {route}")
+            clipped = stats[:, Column.CLIPPED]
+            self.assert_one_rounding(clipped, truth.clipped, stats.dtype, name=f"clipped share, {route}")
+            self.assert_one_rounding(
+                G, truth.gradient, G.dtype, magnitude=magnitude, name=f"gradient, {route}"
+            )
 
     @KINDS
-    @ROUTES
     @pytest.mark.parametrize("clip", CLIPS)
     @EACH_DTYPE
-    def test_clips(self, row_backend, kind, route, clip, dtype):
+    def test_clips(self, row_backend, kind, clip, dtype):
         for form in self.FORMS:
             for n, V in self.SHAPES:
-                self.check(row_backend, make_rows(n, V, dtype, form, kind, **CLIPS[clip]), route)
+                self.check(row_backend, make_rows(n, V, dtype, form, kind, **CLIPS[clip]), self.EACH_ROUTE)
 
     @KINDS
-    @ROUTES
     @EACH_DTYPE
-    def test_teacher_mix(self, row_backend, kind, route, dtype):
+    def test_teacher_mix(self, row_backend, kind, dtype):
         for form in self.FORMS:
             for n, V in self.SHAPES:
-                self.check(row_backend, make_rows(n, V, dtype, form, kind, teacher_mix=0.25), route)
+                self.check(row_backend, make_rows(n, V, dtype, form, kind, teacher_mix=0.25), self.EACH_ROUTE)
 
     @KINDS
-    @ROUTES
     @EACH_DTYPE
     @pytest.mark.parametrize("clip", [{}, CLIPS["both"]], ids=["whole", "clipped"])
-    def test_policy(self, row_backend, kind, route, dtype, clip):
+    def test_policy(self, row_backend, kind, dtype, clip):
         for form in self.FORMS:
             for n, V in self.SHAPES:
-                self.check(row_backend, make_rows(n, V, dtype, form, kind, policy=True, **clip), route)
+                self.check(
+                    row_backend, make_rows(n, V, dtype, form, kind, policy=True, **clip), self.EACH_ROUTE
+                )
 
     @KINDS
-    @ROUTES
-    def test_policy_into_a_narrowed_view(self, row_backend, kind, route):
+    def test_policy_into_a_narrowed_view(self, row_backend, kind):
         for n, V in self.SHAPES:
             self.check(
                 row_backend,
                 make_rows(n, V, torch.float32, "pair", kind, policy=True, teacher_mix=0.5, entry_clip=0.05),
-                route,
+                self.EACH_ROUTE,
                 torch.bfloat16,
             )
 

@@ -7,6 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd_kernels.train import seeds
 from opsd_kernels.train.batch import make_batch
@@ -54,6 +55,29 @@ def test_generation_follows_the_full_forward(sampler, model, task, asked):
             seeds.uniforms(5, 1, request.group, request.sample, np.arange(len(rollout.tokens)))
         )[:, None]
         assert torch.searchsorted(probs, at, right=True)[:, 0].tolist() == list(rollout.tokens)
+
+
+class Products(TorchDispatchMode):
+    """Notes how many heads an operator that multiplies by a head, given as (V, H), has in its operand."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head, self.heads = head, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if len(args) == 2 and getattr(args[1], "shape", ())[-2:] == self.head.shape[::-1]:
+            self.heads.add(args[1].numel() // self.head.numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shares_prompts", [True, False])
+def test_a_frozen_head_is_not_copied_for_each_prompt(sampler, model, task, asked, shares_prompts):
+    """A batch of products copies a 16-bit head for each prompt on a CPU."""
+    model.requires_grad_(False)
+    sampler = dataclasses.replace(sampler, shares_prompts=shares_prompts)
+    with Products(model.get_output_embeddings().weight) as products:
+        sampler.sample(model, task, asked, 0, 1)
+    assert products.heads == {1}
 
 
 def test_the_models_own_generation_settings_stay_out(sampler, model, task, asked):

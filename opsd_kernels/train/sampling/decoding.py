@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 # A call of generate costs about as much beside its tokens as a fifth of a token of a batch of 16 on a CPU.
@@ -101,12 +102,23 @@ def _listed(tokens: int | Sequence[int] | None) -> list[int]:
 
 @contextmanager
 def generating_as(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Replace the model's generation config for a while.
+    """Replace the model's generation config for a while, and let its head read contiguous rows.
 
-    generate fills in from it, and a penalty in it would change the sampled distribution.
+    generate fills in from its config, and a penalty in it would change the sampled distribution. Of a prompt
+    it gives the head the last rows, a slice. torch 2.13 multiplies a slice by a head without gradient as a
+    batch of products, on a copy of the head for each prompt: 16 prompts in bf16, V=49152 H=576, took 866 MiB
+    and 1.8 s, and 12 ms as contiguous rows.
     """
     own, model.generation_config = model.generation_config, settings
+    head = model.get_output_embeddings()
+    hook = None if head is None else head.register_forward_pre_hook(_contiguous_first)
     try:
         yield
     finally:
         model.generation_config = own
+        if hook is not None:
+            hook.remove()
+
+
+def _contiguous_first(_: Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return args[0].contiguous(), *args[1:]
