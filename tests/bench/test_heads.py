@@ -92,7 +92,14 @@ def test_an_op_without_the_form_gets_no_number(form, setting, op):
     assert "no number" in heads.gate(form, setting, op).failure
 
 
+@pytest.fixture
+def open_gate(monkeypatch):
+    """Save the time of gates: test_every_form_passes_its_gate and the test of a failing form have them."""
+    monkeypatch.setattr(heads, "gate", lambda form, setting: Verdict(0.0, 0.0))
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("open_gate")
 @pytest.mark.parametrize(
     "head, mode, forms", heads.GROUPS, ids=lambda x: x if isinstance(x, str) else x[-1].name
 )
@@ -117,10 +124,9 @@ def test_a_form_that_fails_its_gate_is_a_row():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("open_gate")
 def test_limits_at_the_size_that_they_are_stated_at(monkeypatch):
-    """All gates are open: test_every_form_passes_its_gate has them."""
     monkeypatch.setattr(heads, "STATED_AT", SHAPES["tiny"])
-    monkeypatch.setattr(heads, "gate", lambda form, setting: Verdict(0.0, 0.0))
     found = {}
     for head, mode, forms in heads.GROUPS:
         for row in heads.compare_heads(TINY.at(head=head, mode=mode), forms, {**QUICK, "rounds": (1, 1)}):

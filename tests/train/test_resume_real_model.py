@@ -20,8 +20,8 @@ WORKER = Path(__file__).with_name("kill_and_resume.py")
 SETTINGS = {
     **PRESETS["python"],
     "env": "python", "threads": 1, "dtype": "float32", "teacher": "ema", "tensorboard": False,
-    "steps": 2, "prompts_per_step": 1, "group_size": 2, "max_new_tokens": 3, "eval_samples": 1,
-    "probe_samples": 1, "checkpoint_every": 1, "samples_every": 1,
+    "steps": 2, "prompts_per_step": 1, "group_size": 2, "max_new_tokens": 6, "eval_samples": 1,
+    "probe_samples": 2, "checkpoint_every": 1, "samples_every": 1,
 }  # fmt: skip
 
 pytestmark = [
