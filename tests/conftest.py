@@ -11,12 +11,14 @@ import signal
 # busy cores (62 s against 4.6 s for the row tests).
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+import measured
 import pytest
 import torch
 from _pytest.junitxml import xml_key
 
 from opsd_kernels import provenance, tested_versions
 from opsd_kernels._rows import backends
+from opsd_kernels.testing import memory
 
 pytest.register_assert_rewrite("row_contract", "row_options_contract", "column_contract")
 
@@ -85,12 +87,28 @@ def nan_filled_allocations():
 
 @pytest.fixture(scope="session")
 def gguf_read_once():
-    """Parse a GGUF file once: a load of a model does so four times, each for three seconds at 93 MB."""
+    """Parse a GGUF file once: a load of a model does so four times, each for three seconds at 93 MB.
+
+    transformers 5.24 also makes the map of the names of all tensors anew for each module, in four seconds.
+    """
     gguf = pytest.importorskip("gguf", reason="gguf is not installed (`make test` does)")
     read = functools.cache(gguf.GGUFReader)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gguf, "GGUFReader", lambda path: read(str(path)))
+        patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
         yield
+
+
+@pytest.fixture(scope="session")
+def forks_of_peaks():
+    yield measured
+    measured.end()
+
+
+@pytest.fixture
+def forked_peaks(monkeypatch, forks_of_peaks):
+    """Measure peaks in forks of one process. The tests of `peak_bytes` itself use fresh ones too."""
+    monkeypatch.setattr(memory, "in_child", forks_of_peaks.run)
 
 
 @pytest.fixture(params=["torch", "cpp"])

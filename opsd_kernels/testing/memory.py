@@ -58,9 +58,14 @@ def peak_bytes(make: Callable | str, *args: object, device: str = "cpu", threads
     program = _CHILD.format(
         path=sys.path, source=make, threads=threads, args=pickle.dumps(args).hex(), cuda=device == "cuda"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = in_child(program)
     if done.returncode or not done.stdout.startswith("peak"):
         raise RuntimeError(
             f"the measured process ended with status {done.returncode}:\n{done.stdout}{done.stderr}"
         )
     return int(done.stdout.split()[1])
+
+
+def in_child(program: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python program in a fresh process, and return its exit code and what it printed."""
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

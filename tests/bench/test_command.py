@@ -49,6 +49,7 @@ SHAPES = {"memory": ("--shape", TINY), "scaling": ("--shape", "N=512,H=32,V=8001
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_peaks")
 @pytest.mark.parametrize("suite", SLOWER)
 def test_the_slower_suites(suite, tmp_path, monkeypatch):
     monkeypatch.setitem(step.MODELS, ("cpu", True), step.Model(64, 501, 1, 2, 4, 4))

@@ -67,6 +67,7 @@ def make(setting, provider, limit):
 """
 
 
+@pytest.mark.usefixtures("forked_peaks")
 @pytest.mark.slow
 def test_an_added_copy_of_the_logits_is_found():
     """Found by the planner's prediction and by the earlier report."""

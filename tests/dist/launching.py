@@ -6,12 +6,12 @@ import datetime
 import functools
 import json
 import os
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from forks import Forks
 
 HERE = Path(__file__).parent
 TIMEOUT_S = 300
@@ -26,8 +26,7 @@ def launch(
         ((str(rank), str(world), str(folder / "rendezvous"), str(result), *arguments), str(log))
         for rank, (result, log) in enumerate(places)
     ]
-    request = {"module": script.removesuffix(".py"), "ranks": ranks, "timeout_s": timeout_s}
-    codes = forked(json.dumps(request))
+    codes = forks().run(script.removesuffix(".py"), ranks, timeout_s)
     assert not any(codes), "\n".join(
         f"rank {rank} ended with {code}:\n{places[rank][1].read_text()[-3000:]}"
         for rank, code in enumerate(codes)
@@ -36,33 +35,15 @@ def launch(
     return [json.loads(result.read_text()) for result, _ in places]
 
 
-def forked(request: str) -> list[int]:
-    """Return the exit codes of the ranks of a request to forks.py."""
-    process = forks()
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(request + "\n")
-    process.stdin.flush()
-    answer = process.stdout.readline()
-    assert answer, f"forks.py ended with {process.wait()}"
-    return json.loads(answer)
-
-
 @functools.cache
-def forks() -> subprocess.Popen[str]:
+def forks() -> Forks:
     """Start the process that forks all ranks of this session, until `end_forks`."""
-    paths = os.pathsep.join((str(HERE.parents[1]), str(HERE.parent / "helpers")))
-    return subprocess.Popen(
-        [sys.executable, str(HERE / "forks.py")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    return Forks("imported", HERE, OMP_NUM_THREADS="1")
 
 
 def end_forks() -> None:
     if forks.cache_info().currsize:
-        forks().communicate(timeout=10)
+        forks().end()
 
 
 def join(rank: str, world: str, rendezvous: str, timeout_s: float = 240.0) -> None:

@@ -21,6 +21,8 @@ IN_FLOAT64 = ("test_an_infinite_term_is_clipped", "test_a_teacher_of_one_row_for
 
 
 class OnEmulator(CoveringPart):
+    ROWS = 6
+
     @pytest.fixture
     def row_backend(self):
         return backends.CompiledRows(torch.ops.opsd_emulated)

@@ -22,6 +22,7 @@ class OnInterpreter(CoveringPart):
     """The whole matrix would take the interpreter half an hour."""
 
     INTERPRETER = True
+    ROWS = 6
 
     @pytest.fixture
     def row_backend(self):

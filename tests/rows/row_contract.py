@@ -52,6 +52,7 @@ class RowChecks:
     INTERPRETER = False  # True where bf16 results are truncated, as by Triton's interpreter
     DTYPES = DTYPES  # those of tests that loop over all
     EACH_ROUTE = ("apart", "fused")
+    ROWS = 11  # of tests with one shape that compare two calls; six hold every teacher
 
     @pytest.fixture
     def row_backend(self, backend: str) -> RowBackend:
@@ -176,7 +177,7 @@ class RowContract(RowChecks):
 
     @KINDS
     def test_without_metrics_the_losses_are_the_same(self, row_backend, kind):
-        rows, truth = hard_rows(11, 1003, torch.float32, "difference, linear", kind)
+        rows, truth = hard_rows(self.ROWS, 1003, torch.float32, "difference, linear", kind)
         stats = row_backend.row_stats(rows.S, rows.T, rows.spec, *rows.biases, False)
         loss, _ = row_backend.row_dot(rows.S, rows.T, stats, rows.spec, *rows.biases)
         keep = rows.live
@@ -251,7 +252,7 @@ class RowContract(RowChecks):
     @EACH_DTYPE
     @ROUTES
     def test_a_buffer_of_its_own_gets_the_same_bits(self, row_backend, dtype, route):
-        rows = make_rows(11, 1003, dtype, "pair, transformed", Kind.SKEW_REVERSE_KL)
+        rows = make_rows(self.ROWS, 1003, dtype, "pair, transformed", Kind.SKEW_REVERSE_KL)
         over_S, beside = rows.copy(), rows.copy()
         _, _, expected = run_rows(row_backend, over_S, route)
         G = strided(torch.zeros_like(rows.S), 3, 1)

@@ -207,10 +207,10 @@ class RowOptionsContract(RowChecks):
     def test_a_teacher_of_one_row_for_all(self, row_backend, kind):
         """Row stride 0, the uniform teacher of entropies, gives the bits of a repeated row."""
         for dtype in self.DTYPES:
-            rows = make_rows(9, 1003, dtype, "pair", kind, policy=True)
+            rows = make_rows(self.ROWS, 1003, dtype, "pair", kind, policy=True)
             one = torch.zeros(1, 1003, dtype=dtype)
             results = []
-            for T in (one.expand(9, 1003), one.repeat(9, 1)):
+            for T in (one.expand(self.ROWS, 1003), one.repeat(self.ROWS, 1)):
                 work = replace(rows, S=rows.S.clone(), T=T)
                 results.append(run_rows(row_backend, work, "fused"))
             for got, expected in zip(*results, strict=True):
@@ -220,8 +220,8 @@ class RowOptionsContract(RowChecks):
     @ROUTES
     def test_without_options_nothing_changes(self, row_backend, route, kind):
         """Policy slopes of zero, a mix of 0 and clips of inf give the bits of the call without them."""
-        rows = make_rows(9, 1003, torch.bfloat16, "difference, linear", kind)
-        zeros = replace(rows, policy=torch.zeros(9), labels=torch.zeros(9, dtype=torch.int64))
+        rows, n = make_rows(self.ROWS, 1003, torch.bfloat16, "difference, linear", kind), self.ROWS
+        zeros = replace(rows, policy=torch.zeros(n), labels=torch.zeros(n, dtype=torch.int64))
         results = []
         for given in (rows, zeros):
             work = replace(given, S=given.S.clone())

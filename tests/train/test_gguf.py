@@ -17,7 +17,7 @@ from opsd_kernels.train.config.presets import PRESETS
 from opsd_kernels.train.loop import train
 from opsd_kernels.train.models import gguf_file, pretrained
 from opsd_kernels.train.records.log import Progress
-from opsd_kernels.train.studies import discover_run, probe
+from opsd_kernels.train.studies import discover, discover_run, probe
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed (`make test` does)")
 pytest.importorskip("accelerate")
@@ -140,8 +140,9 @@ SMALL = {"steps": 1, "max_new_tokens": 4, "prompts_per_step": 2, "micro_batch": 
 
 
 @pytest.mark.slow
-def test_probe_and_discover_take_the_same_path(file, tmp_path):
+def test_probe_and_discover_take_the_same_path(file, tmp_path, monkeypatch):
     pytest.importorskip("pydantic_monty")
+    monkeypatch.setattr(discover, "PROBED", 2)  # problems, 64 attempts each: the first is hard
     settings = {"env": "python", "model": str(file), "cache_dir": str(tmp_path / "cache"), **SMALL}
     config = TrainConfig(**{**PRESETS["python"], **settings})
     views = [probe.with_context(config, kind) for kind in ("error", "answer")]

@@ -113,6 +113,7 @@ def make(which):
 """
 
 
+@pytest.mark.usefixtures("forked_peaks")
 @pytest.mark.parametrize("which", ["logits", "dh", "dW"])
 def test_slices_take_little_memory(which):
     """The peak excludes whole fp32 copies: 74 MiB for the logits, 37 MiB for the head."""

@@ -218,6 +218,7 @@ def make(N, V, H, budget):
 """
 
 
+@pytest.mark.usefixtures("forked_peaks")
 @pytest.mark.slow
 def test_the_peak_of_probabilities_is_within_the_budget_and_as_planned():
     """test_memory_forms.py has logits, in place and cast."""

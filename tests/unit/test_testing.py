@@ -164,15 +164,27 @@ def make(before, peak, after):
 """
 
 
-def test_peak_bytes_counts_what_comes_on_top():
+@pytest.fixture(params=["fresh", "forked"])
+def process(request):
+    """A process as users measure in, and one as test_memory.py does."""
+    if request.param == "forked":
+        request.getfixturevalue("forked_peaks")
+
+
+def test_peak_bytes_counts_what_comes_on_top(process):
     mib = 1 << 20
     peak = peak_bytes(HOLDS, 50 * mib, 120 * mib, 40 * mib)
     assert 119 * mib < peak < 124 * mib, peak / mib
 
 
-def test_peak_bytes_reports_a_failing_call():
-    with pytest.raises(RuntimeError, match="(?s)status 1.*no such luck"):
-        peak_bytes("def make():\n    raise OSError('no such luck')")
+def test_peak_bytes_reports_a_failing_call(process):
+    with pytest.raises(RuntimeError, match="(?s)status 1.*so far.*no such luck"):
+        peak_bytes("def make():\n    print('so far')\n    raise OSError('no such luck')")
+
+
+def test_peak_bytes_reports_a_process_that_is_killed(process):
+    with pytest.raises(RuntimeError, match="status -9"):
+        peak_bytes("def make():\n    import os\n    os.kill(os.getpid(), 9)")
 
 
 # ---------------------------------------------------------------- reference

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...testing import peak_bytes
+from ...testing import memory, peak_bytes
 from ..providers import BASE, PROVIDERS, bare_gemms, stepper
 from ..shapes import Setting, make_case
 from .timing import Variant, interleave
@@ -117,14 +115,14 @@ def time_pair(
 
 
 _CHILD = """
-import json, sys
+import json
 import torch
 from opsd_kernels.bench import shapes
 from opsd_kernels.bench.measure import memory
-setting, provider, limit, rounds, seconds, threads = json.loads(sys.argv[1])
+setting, provider, limit, rounds, seconds, threads = json.loads({arguments!r})
 torch.set_num_threads(threads)
 variants = memory.time_pair(shapes.Setting(**setting), provider, limit, tuple(rounds), seconds)
-print("RESULT" + json.dumps({name: [v.times, v.failure] for name, v in variants.items()}))
+print("RESULT" + json.dumps({{name: [v.times, v.failure] for name, v in variants.items()}}))
 """
 
 
@@ -135,9 +133,7 @@ def time_under_limit(
     if setting.device == "cuda":
         return time_pair(setting, provider, None, rounds, seconds)
     arguments = json.dumps([setting.as_dict(), provider, limit, rounds, seconds, torch.get_num_threads()])
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD, arguments], capture_output=True, text=True, check=False
-    )
+    done = memory.in_child(_CHILD.format(arguments=arguments))
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
     if line is None:
         raise _out_of_memory(f"status {done.returncode} {done.stderr}", limit) or RuntimeError(
