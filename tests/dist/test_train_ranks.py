@@ -209,7 +209,7 @@ def test_launchers(config, alone, tmp_path, shard, launcher):
         "--out",
         str(out),
     ]
-    path = os.pathsep.join([str(HERE), str(HERE.parents[1])])
+    path = os.pathsep.join(map(str, (HERE, HERE.parent / "helpers", HERE.parents[1])))
     done = subprocess.run(
         command,
         capture_output=True,
