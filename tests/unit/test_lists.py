@@ -299,10 +299,10 @@ def make(N, V, H, K, name, budget, gradient):
 @pytest.mark.slow
 @pytest.mark.parametrize("gradient", [False, True], ids=["list", "log-probs at ids"])
 def test_the_peak_of_long_batches_is_within_the_budget_and_as_planned(gradient):
-    """The lists take 18 MiB at this N. test_memory_forms.py has fewer tokens, in fp32 too."""
+    """The lists take 24 MiB at this N. test_memory_forms.py has fewer tokens, in fp32 too."""
     if reason := backends.explain("cpu")["cpp"]:
         pytest.skip(reason)
-    N, V, H, K, dtype, budget = 16384, 151936, 64, 96, torch.bfloat16, 256 << 20
+    N, V, H, K, dtype, budget = 32768, 151936, 64, 64, torch.bfloat16, 256 << 20
     name = str(dtype).removeprefix("torch.")
     expected = plan(
         N, V, H, 0, dtype, grad=gradient, backward="recompute", shared_head=False, logits_dtype="float32",

@@ -50,22 +50,16 @@ def make(N, V, H, name, budget, backend, tolerance):
 
 
 def assert_as_planned(
-    backend: str,
-    N: int,
-    dtype: torch.dtype,
-    threads: int,
-    tolerance: float | None = None,
-    V: int = V,
-    budget: int = BUDGET,
+    backend: str, N: int, dtype: torch.dtype, threads: int, tolerance: float | None = None
 ) -> None:
-    options = {"workspace_bytes": budget, "threads": threads, "gradient_tolerance": tolerance}
+    options = {"workspace_bytes": BUDGET, "threads": threads, "gradient_tolerance": tolerance}
     expected = plan(N, V, H, dtype=dtype, **options)
     name = str(dtype).removeprefix("torch.")
-    peak = peak_bytes(CALL, N, V, H, name, budget, backend, tolerance, threads=threads)
+    peak = peak_bytes(CALL, N, V, H, name, BUDGET, backend, tolerance, threads=threads)
     gradients = expected.gradient_bytes
     above = peak - gradients - expected.vector_bytes
-    assert above <= budget, (
-        f"{above / 2**20:.1f} MiB above inputs, outputs and gradients; budget {budget / 2**20:.0f} MiB"
+    assert above <= BUDGET, (
+        f"{above / 2**20:.1f} MiB above inputs, outputs and gradients; budget {BUDGET / 2**20:.0f} MiB"
     )
     of_two = plan(N, V, H, dtype=dtype, **{**options, "threads": 2})
     # More threads: scratch is an upper estimate.
@@ -73,15 +67,14 @@ def assert_as_planned(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("N, V, budget", [(2048, V, BUDGET), (32768, 32000, 64 << 20)])
+@pytest.mark.parametrize("N", [2048, 32768])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_peak_is_within_the_budget_and_as_planned(cpp, N, V, budget, dtype):
+def test_peak_is_within_the_budget_and_as_planned(cpp, N, dtype):
     """The peak is the budget and N-sized vectors (losses, statistics), as documented.
 
-    Of many tokens 110 bytes each would show, as the budget is small. The torch backend is left out, because
-    its sweeps hold a few dozen rows of temporaries.
+    The torch backend is left out, because its sweeps hold a few dozen rows of temporaries.
     """
-    assert_as_planned("cpp", N, dtype, threads=2, V=V, budget=budget)
+    assert_as_planned("cpp", N, dtype, threads=2)
 
 
 @pytest.mark.slow
@@ -173,7 +166,7 @@ def make(N, V, H, rank, name, shared, budget):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_peak_with_an_adapter_is_as_planned(cpp, dtype, shared):
     """Of rank 64 an adapter adds 14 % to the peak, which a plan without it would lack."""
-    N, hidden, name = 1024, 256, str(dtype).removeprefix("torch.")
+    N, hidden, name = 2048, 256, str(dtype).removeprefix("torch.")
     told = {"dtype": dtype, "shared_head": shared, "trainable_head": False, "workspace_bytes": BUDGET}
     planned = plan(N, V, hidden, threads=2, ranks=(64, 0), **told)
     assert_planned(planned, peak_bytes(ADAPTED, N, V, hidden, 64, name, shared, BUDGET))
@@ -206,7 +199,7 @@ def make(N, V, H, rank, name, budget):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_peak_with_adapters_of_four_teachers_is_as_planned(cpp, dtype):
     """Four adapters of one head: no second head."""
-    N, hidden, name = 1024, 256, str(dtype).removeprefix("torch.")
+    N, hidden, name = 2048, 256, str(dtype).removeprefix("torch.")
     told = {"dtype": dtype, "trainable_head": False, "workspace_bytes": BUDGET, "threads": 2}
     if dtype == torch.float32:
         told["shared_head"] = False  # the teachers' logits, not their differences, beside adapters
@@ -268,7 +261,7 @@ FORMS = {  # (dtype of the rows, head) of student and teacher, whether the stude
 @pytest.mark.parametrize("name", FORMS)
 def test_heads_read_by_slices_are_as_planned(cpp, name):
     """A head in another form makes no copy of its size: 148 MiB in fp32, of a budget of 256."""
-    N, hidden, (forms, told) = 1024, 256, FORMS[name]
+    N, hidden, (forms, told) = 2048, 256, FORMS[name]
     options = {"shared_head": False, "trainable_head": False, "workspace_bytes": BUDGET, "threads": 2, **told}
     planned = plan(N, V, hidden, **options)
     assert_planned(planned, peak_bytes(SIDES, N, V, hidden, forms, BUDGET))

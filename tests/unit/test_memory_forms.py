@@ -13,7 +13,7 @@ from opsd_kernels._rows import backends
 from opsd_kernels.testing import peak_bytes
 
 pytestmark = pytest.mark.usefixtures("forked_peaks")
-N, V, H, K, BUDGET = 1024, 151936, 32, 64, 256 << 20
+N, V, H, K, BUDGET = 2048, 151936, 32, 64, 256 << 20
 WIDTHS = (16, 64, 32)
 WIDE = 192  # of heads in eight bits or read by ids: 56 MiB of 16-bit entries, 111 MiB in fp32
 
