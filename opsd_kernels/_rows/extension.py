@@ -178,7 +178,10 @@ def _wrong_product(gemm: Callable[[Tensor, Tensor, Tensor, bool], None], dtype: 
         a, b = random(M, K), random(K, N)
         for left, right in ((a, b), (a, b.t().contiguous().t()), (a.t().contiguous().t(), b)):
             out = torch.ones(M, N, dtype=torch.float32, device="cpu")
-            gemm(left, right, out, True)
+            try:
+                gemm(left, right, out, True)
+            except RuntimeError:  # of oneDNN, where ONEDNN_MAX_CPU_ISA takes its units away
+                return "a first try failed"
             if not torch.allclose(out.double(), 1 + a.double() @ b.double(), rtol=1e-4, atol=1e-4):
                 return "a first try gave a wrong product"
     return None

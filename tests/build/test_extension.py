@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -332,7 +333,7 @@ def test_a_compiler_that_fails_leaves_a_checkout_that_works(checkout, when):
     fails = checkout / "c++"
     fails.write_text(f"#!/bin/sh\n{script}\n")
     fails.chmod(0o755)
-    said = build(checkout, CXX=str(fails))
+    said = build(checkout, CXX=shlex.quote(str(fails)))
     assert "without its C++ kernels" in said and str(fails) in said and expected in said
     assert "not built" in reason_in(checkout)
 

@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -181,11 +182,15 @@ def fake_torch(folder: Path, version: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("why", ["no compiler", "a compiler without C++20", "an old torch", "not wanted"])
 def test_a_wheel_without_kernels_says_so_in_its_name(sources, tmp_path, why):
-    (tmp_path / "old_c++").write_text('#!/bin/sh\necho "error: unrecognized option -std=c++20" >&2\nexit 1\n')
-    (tmp_path / "old_c++").chmod(0o755)
+    old = tmp_path / "old_c++"
+    old.write_text('#!/bin/sh\necho "error: unrecognized option -std=c++20" >&2\nexit 1\n')
+    old.chmod(0o755)
     variables, said = {
         "no compiler": (NO_COMPILER, "'/nonexistent/c++' is not there"),
-        "a compiler without C++20": ({"CXX": str(tmp_path / "old_c++")}, "unrecognized option -std=c++20"),
+        "a compiler without C++20": (
+            {"CXX": shlex.quote(str(old))},
+            "unrecognized option -std=c++20",
+        ),
         "an old torch": (fake_torch(tmp_path / "old", "2.9.1+cpu"), "torch >= 2.10 is needed, got 2.9.1"),
         "not wanted": ({"OPSD_BUILD_CPU": "0"}, "OPSD_BUILD_CPU=0"),
     }[why]
@@ -214,9 +219,8 @@ def test_a_wheel_with_kernels_holds_them_and_no_excuse(sources):
 def test_kernels_that_fail_after_the_metadata_promised_them_are_an_error(checkout):
     (checkout / "c++").write_text('#!/bin/sh\ncase "$*" in *probe.cpp*) exec g++ "$@";; esac\nexit 1\n')
     (checkout / "c++").chmod(0o755)
-    done = run(
-        sys.executable, "setup.py", "-q", "bdist_wheel", cwd=checkout, check=False, CXX=str(checkout / "c++")
-    )
+    compiler = shlex.quote(str(checkout / "c++"))
+    done = run(sys.executable, "setup.py", "-q", "bdist_wheel", cwd=checkout, check=False, CXX=compiler)
     assert done.returncode != 0 and not (checkout / "dist").exists()
     assert "OPSD_BUILD_CPU=0 installs without them" in done.stderr.splitlines()[-1]
 

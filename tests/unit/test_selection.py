@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shlex
 import sys
 import warnings
 from dataclasses import replace
@@ -281,8 +282,9 @@ def test_the_warning_survives_compilation(unbuilt):
         torch.compile(loss, backend="eager")()
 
 
-PIP = f"{sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir"
-UV = f"uv pip install --python {sys.executable} --no-build-isolation --reinstall --no-deps --no-cache"
+PYTHON = shlex.quote(sys.executable)
+PIP = f"{PYTHON} -m pip install --force-reinstall --no-deps --no-cache-dir"
+UV = f"uv pip install --python {PYTHON} --no-build-isolation --reinstall --no-deps --no-cache"
 FOLDER = "file:///src/my%20copy"
 
 
@@ -312,7 +314,8 @@ def test_the_command_that_builds_installs_from_where_it_came(monkeypatch, tmp_pa
     assert extension.build_command() == command
     (tmp_path / "csrc").mkdir()
     (tmp_path / "setup.py").touch()
-    assert extension.build_command() == f"cd {tmp_path} && {sys.executable} setup.py build_ext --inplace"
+    here = shlex.quote(str(tmp_path))
+    assert extension.build_command() == f"cd {here} && {PYTHON} setup.py build_ext --inplace"
 
 
 def test_no_library_no_import_error(monkeypatch, tmp_path):
