@@ -56,6 +56,17 @@ def test_the_environment_limits_the_instruction_set(built, level):
     assert capability(level) == min(level, capability(""), key=LEVELS.index)
 
 
+def test_a_limit_of_onednn_leaves_another_gemm(built):
+    """Its bf16 micro-kernel needs the units that the limit takes away."""
+    code = (
+        "import torch, opsd_kernels\n"
+        "h, W = torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(5, 3, dtype=torch.bfloat16)\n"
+        "print(opsd_kernels.linear_divergence(h, W, h, W).item())"
+    )
+    outcome = run_python(code, ONEDNN_MAX_CPU_ISA="AVX2")
+    assert outcome.returncode == 0 and float(outcome.stdout) == 0, outcome.stderr
+
+
 def test_an_unknown_instruction_set_is_an_error(built):
     outcome = run_python(CAPABILITY, OPSD_CPU_CAPABILITY="sse9")
     assert outcome.returncode != 0
