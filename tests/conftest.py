@@ -17,6 +17,7 @@ import torch
 from _pytest.junitxml import xml_key
 
 from opsd_kernels import provenance, tested_versions
+from opsd_kernels._core import cpu_gemm
 from opsd_kernels._rows import backends
 from opsd_kernels.testing import memory
 
@@ -109,6 +110,12 @@ def forks_of_peaks():
 def forked_peaks(monkeypatch, forks_of_peaks):
     """Measure peaks in forks of one process. The tests of `peak_bytes` itself use fresh ones too."""
     monkeypatch.setattr(memory, "in_child", forks_of_peaks.run)
+
+
+@pytest.fixture
+def narrow_slices(monkeypatch):
+    """Let no slice that is widened on CPUs without 16-bit products hold a whole head of a test."""
+    monkeypatch.setattr(cpu_gemm, "SLICE_BYTES", 1)
 
 
 @pytest.fixture(params=["torch", "cpp"])

@@ -189,7 +189,7 @@ def test_opcheck(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_second_head_is_made(dtype):
+def test_no_second_head_is_made(narrow_slices, dtype):
     N, V, H = 13, 503, 40
     h, W = torch.randn(N, H).to(dtype).requires_grad_(), torch.randn(V, H).to(dtype)
     A, B = (x.to(dtype).requires_grad_() for x in (torch.randn(4, H), torch.randn(V, 4)))

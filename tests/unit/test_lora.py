@@ -151,7 +151,7 @@ def test_gradcheck():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_head_is_never_formed(dtype):
+def test_the_head_is_never_formed(narrow_slices, dtype):
     """With a frozen head no tensor has the head's size."""
     N, V, H = 13, 503, 40
     h, t, W = torch.randn(N, H), torch.randn(N, H), torch.randn(V, H)

@@ -123,7 +123,7 @@ def test_an_adapter_for_all_teachers_is_given_once():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_second_head_is_made_for_the_adapters(dtype):
+def test_no_second_head_is_made_for_the_adapters(narrow_slices, dtype):
     N, V, H = 13, 503, 40
     h, W = torch.randn(N, H).to(dtype).requires_grad_(), torch.randn(V, H).to(dtype)
     adapters = [(torch.randn(4, H).to(dtype), torch.randn(V, 4).to(dtype), 1.0 + k) for k in range(3)]

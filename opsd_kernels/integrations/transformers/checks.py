@@ -199,11 +199,14 @@ def _reading(model: Module) -> str:
     padded = torch.cat([filler.expand(-1, PADDED), row], 1)
     attended = torch.cat([torch.zeros_like(filler).expand(-1, PADDED), torch.ones_like(row)], 1)
     alone = hidden_states(model, input_ids=row, attention_mask=torch.ones_like(row))
+    # A last norm in fp32 hides the rounding of autocast's products.
+    kind = alone.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else alone.dtype
     for how, more in ((IGNORED, {}), (POSITIONS, {"position_ids": _positions(attended)})):
         if more and "position_ids" not in inspect.signature(inner.forward).parameters:
             continue
         states = hidden_states(model, input_ids=padded, attention_mask=attended, **more)[:, PADDED:]
-        if range_change(head.logprobs(alone), head.logprobs(states)) <= allowed_change(alone.dtype):
+        if range_change(head.logprobs(alone), head.logprobs(states)) <= allowed_change(dtype):
             return how
     return READ
 
