@@ -61,7 +61,7 @@ for dtype in (torch.bfloat16, torch.float32):
             print(f"{dtype} requires_grad={trained} contiguous={rows.is_contiguous()}: {product}, "
                   f"{1000 * took:.0f} ms, {more:.0f} MiB more at the peak")
 expected = {key: "mm" if key[1] or key[2] else "bmm" for key in seen}
-units = torch.backends.cpu.get_cpu_capability() in ("AVX512", "AMX")
+units = torch.cpu._is_avx512_bf16_supported()
 copied = seen[torch.bfloat16, False, False][1] > 400 or not units
 sys.exit(0 if {key: value[0] for key, value in seen.items()} == expected and copied else 1)
 PY

@@ -187,10 +187,7 @@ def test_a_wheel_without_kernels_says_so_in_its_name(sources, tmp_path, why):
     old.chmod(0o755)
     variables, said = {
         "no compiler": (NO_COMPILER, "'/nonexistent/c++' is not there"),
-        "a compiler without C++20": (
-            {"CXX": shlex.quote(str(old))},
-            "unrecognized option -std=c++20",
-        ),
+        "a compiler without C++20": ({"CXX": shlex.quote(str(old))}, "unrecognized option -std=c++20"),
         "an old torch": (fake_torch(tmp_path / "old", "2.9.1+cpu"), "torch >= 2.10 is needed, got 2.9.1"),
         "not wanted": ({"OPSD_BUILD_CPU": "0"}, "OPSD_BUILD_CPU=0"),
     }[why]

@@ -65,7 +65,7 @@ def _check(model: Module) -> None:
     if 0 < largest < LARGE:
         factor = LARGE / largest
         _compare(inner, "scaled up", _own_logits(model, tokens, factor), hidden * factor, head)
-    _check_causal(inner, head.logprobs(hidden), hidden.dtype)
+    _check_causal(inner, head.logprobs(hidden), _multiplied_in(hidden))
 
 
 def probe_tokens(model: Module) -> Tensor:
@@ -155,6 +155,12 @@ def allowed_change(dtype: torch.dtype) -> float:
     return EXACT if dtype.itemsize >= 4 else ROUNDED
 
 
+def _multiplied_in(states: Tensor) -> torch.dtype:
+    """Return the dtype of the products behind hidden states: autocast's, which a last norm in fp32 hides."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+
+
 def padded_inputs(model: Module, inputs: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Return inputs under which padding on the left of `input_ids` changes no hidden state.
 
@@ -199,14 +205,11 @@ def _reading(model: Module) -> str:
     padded = torch.cat([filler.expand(-1, PADDED), row], 1)
     attended = torch.cat([torch.zeros_like(filler).expand(-1, PADDED), torch.ones_like(row)], 1)
     alone = hidden_states(model, input_ids=row, attention_mask=torch.ones_like(row))
-    # A last norm in fp32 hides the rounding of autocast's products.
-    kind = alone.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else alone.dtype
     for how, more in ((IGNORED, {}), (POSITIONS, {"position_ids": _positions(attended)})):
         if more and "position_ids" not in inspect.signature(inner.forward).parameters:
             continue
         states = hidden_states(model, input_ids=padded, attention_mask=attended, **more)[:, PADDED:]
-        if range_change(head.logprobs(alone), head.logprobs(states)) <= allowed_change(dtype):
+        if range_change(head.logprobs(alone), head.logprobs(states)) <= allowed_change(_multiplied_in(alone)):
             return how
     return READ
 
