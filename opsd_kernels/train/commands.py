@@ -100,7 +100,10 @@ def resume_command(out: Path) -> str:
 
 def reproduce(
     paper: Annotated[
-        str, typer.Argument(help="sdpo, discovery, mopd, iw_opd, law, variance or law_python (hours).")
+        str,
+        typer.Argument(
+            help="sdpo, discovery, mopd, iw_opd, law, variance, or for hours sdpo_python or law_python."
+        ),
     ],
     out: Annotated[
         Path | None,

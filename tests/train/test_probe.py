@@ -14,6 +14,7 @@ from opsd_kernels import cli
 from opsd_kernels.train.config import ConfigError, TrainConfig
 from opsd_kernels.train.records.log import Progress
 from opsd_kernels.train.sampling import evaluate
+from opsd_kernels.train.sampling.rollout import Sampler
 from opsd_kernels.train.studies import probe
 from opsd_kernels.train.studies.probe import (
     Point,
@@ -129,6 +130,20 @@ def test_agrees_with_the_trainers_own_measurement(config, task, sampler, model):
     )
     nothing = measure_context(sampler, model, teacher, task, dataclasses.replace(config, context="none"), 60)
     assert nothing.answered == 1 and (nothing.gap.value, nothing.gap.low, nothing.gap.high) == (0, 0, 0)
+
+
+def test_contexts_share_what_the_student_answers(config, monkeypatch):
+    """With the results of each context alone: the attempts are equal, and second tries without siblings."""
+    views = [with_context(config, f"{kind},siblings=false") for kind in ("answer", "wrong")]
+    generated = []
+    generate = Sampler._generate
+    monkeypatch.setattr(
+        Sampler, "_generate", lambda self, *args: generated.append(1) or generate(self, *args)
+    )
+    apart = [found for view in views for found in probe.measure_contexts([view], 24, Progress())]
+    alone = len(generated)
+    assert probe.measure_contexts(views, 24, Progress()) == apart
+    assert len(generated) - alone < alone * 3 / 4
 
 
 def noisy(rng, count, slope=0.8, intercept=-0.1, noise=0.05):

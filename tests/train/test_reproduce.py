@@ -309,7 +309,7 @@ def test_the_quick_study_goes_through(quick, monkeypatch):
 
 
 def test_an_unknown_paper():
-    papers = "sdpo, discovery, mopd, iw_opd, law, variance, law_python"
+    papers = "sdpo, discovery, mopd, iw_opd, law, variance, sdpo_python, law_python"
     with pytest.raises(ValueError, match=f"paper: expected one of {papers}, got 'sdop'"):
         command.reproduce("sdop", Path("unused"), True, 0, [])
 

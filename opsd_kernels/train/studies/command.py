@@ -16,7 +16,7 @@ from opsd_kernels.train.studies.study import Study, load
 
 PAPERS = ("sdpo", "discovery", "mopd", "iw_opd", "law", "variance")
 # With a language model: hours on CPUs, and no committed page.
-LARGE = ("law_python",)
+LARGE = ("sdpo_python", "law_python")
 PACKAGES = ("torch", "transformers", "opsd_kernels")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from opsd_kernels.train.records.durable import write_file
 from opsd_kernels.train.studies import digest, rerun
-from opsd_kernels.train.studies.study import Panel, Study, Table, load
+from opsd_kernels.train.studies.study import BASE_MODELS, Panel, Study, Table, load
 
 # <paper>.json, .png and .md of the studies in the docs.
 FOLDER = Path("docs/reproduce")
@@ -37,13 +37,15 @@ def markdown(study: Study, second: Study | None = None) -> str:
     if study.paper in NOT_RERUN:
         lines += [older(study), ""]
     lines += [f"Source: {study.source}.", "", study.question, "", "## What held", ""]
-    interval, runs = ("95 % over runs", "runs") if flat(study) else ("95 % of reruns", "runs on base models")
+    interval = "95 % over runs" if flat(study) else "95 % of reruns"
+    named = not flat(study) and study.over == BASE_MODELS
+    runs = "runs on base models" if named else "runs"
     rows = [
         [
             c.text,
             c.measured,
             str(c.estimate),
-            f"{c.estimate.count} on {c.estimate.bases}" if c.estimate.bases else str(c.estimate.count),
+            f"{c.estimate.count} on {c.estimate.bases}" if named else str(c.estimate.count),
             f"**{c.grade}**" + (f". {c.remark}" if c.remark else ""),
         ]
         for c in study.claims

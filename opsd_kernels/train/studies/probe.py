@@ -102,6 +102,29 @@ class Probe:
         return None if found is None else found.value
 
 
+@dataclass(frozen=True)
+class KeepingSampler(Sampler):
+    """A sampler that answers a question it has answered before from memory.
+
+    The student's attempts, and most of its second tries, are the same for several contexts.
+    """
+
+    kept: dict[tuple[Any, ...], list[tuple[int, ...]]] = field(default_factory=dict)
+
+    def _generate(
+        self,
+        model: PreTrainedModel,
+        prompts: list[tuple[int, ...]],
+        requests: Sequence[Request],
+        key: tuple[int, ...],
+    ) -> list[tuple[int, ...]]:
+        places = tuple((request.group, request.sample) for request in requests)
+        asked = (id(model), tuple(prompts), places, key)
+        if asked not in self.kept:
+            self.kept[asked] = super()._generate(model, prompts, requests, key)
+        return self.kept[asked]
+
+
 class Recorder:
     """A sampler that records requests, rollouts and keys."""
 
@@ -185,7 +208,7 @@ def _load(config: TrainConfig, task: Task, progress: Progress) -> tuple[Sampler,
     model, tokenizer = pretrained.load_student(loop.base_of(config, task, progress), None, config)
     teacher = make_teacher(model, config, loop.external_teacher(config, task, tokenizer, progress))
     encoder, vocab = PromptEncoder(tokenizer, task.template), pretrained.vocabulary(tokenizer)
-    sampler = Sampler(
+    sampler = KeepingSampler(
         encoder,
         config.max_new_tokens,
         config.rollout_temperature,

@@ -13,6 +13,7 @@ from opsd_kernels.train.records.durable import write_file
 from opsd_kernels.train.studies.statistics import Estimate
 
 SCHEMA = 1
+BASE_MODELS, SEEDS = "base models", "seeds"
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Study:
     # Machine, versions, commits, command, date, seconds, quick.
     facts: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
+    # What intervals are over: base models, or seeds of one.
+    over: str = BASE_MODELS
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

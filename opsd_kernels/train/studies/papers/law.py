@@ -79,7 +79,7 @@ def study(lab: Lab) -> Study:
         sentences(lab.quick),
         [*claims(measured, laws, plain), *claims_elsewhere(elsewhere)],
         [
-            measures_table([measured[MAIN], elsewhere], not_run=True),
+            measures_table(measured[MAIN], elsewhere),
             contexts_table(measured[MAIN], laws[MAIN]),
             gaps_table(measured[MAIN]),
             gaps_table(elsewhere),
@@ -114,7 +114,8 @@ NOTES = [
     "The consensus of the contexts at a problem is the distribution that is least far on average from their "
     "teachers: for reverse KL the geometric mean, normalised. Its gap was chosen on `secret_op` at hidden 96 "
     "among the measures that the log lists, by the improvements of five runs, before any other environment "
-    "was measured (commit f7da212).",
+    "was measured (commit f7da212). A third environment, `python` with a language model, is a study of its "
+    "own, `law_python`.",
     "The contexts of an environment are of one task, and several are parts of the same answer: they are "
     "fewer independent ones than they look.",
 ]

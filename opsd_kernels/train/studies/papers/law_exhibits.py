@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -67,15 +67,13 @@ def fitted(law: Law) -> list[str]:
     return [str(len(law.points)), *(f"{number:.3f}" for number in numbers)]
 
 
-def measures_table(found: Sequence[Measured], not_run: bool) -> Table:
-    """Compare the measures by environment. With `not_run` there is a line for `python`."""
+def measures_table(*found: Measured) -> Table:
+    """Compare the measures by environment."""
     rows = [
         [one.name, measure.replace("_", " "), *fitted(fit(one.points(measure)))]
         for one in found
         for measure in MEASURES
     ]
-    if not_run:
-        rows.append(["`python`, SmolLM2-135M", "both", "**not run**: `opsd reproduce law_python`", *[""] * 5])
     return Table("Two measures", ["environment", "measure", *FITTED], rows)
 
 

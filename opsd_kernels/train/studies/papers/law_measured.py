@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from opsd_kernels.train.config import TrainConfig
-from opsd_kernels.train.studies.compare import Arm, Design, Trained, compare
+from opsd_kernels.train.studies.compare import MASTER_STEP, Arm, Design, Trained, compare
 from opsd_kernels.train.studies.lab import Cell, Lab, Result
 from opsd_kernels.train.studies.papers.law_settings import Setting
 from opsd_kernels.train.studies.probe import Point, coordinates, line, measure_contexts
@@ -87,23 +88,45 @@ def measure(lab: Lab, base: TrainConfig, contexts: Sequence[Arm], design: Design
 
     The base models are made with the runs.
     """
-    samples = base.eval_samples if lab.quick else samples
-    # Another seed than the run's, so that the gap is independent of its first measurement.
-    configs = [
-        [
-            replace(base, **{**seeds, "seed": PROBE_SEED + seeds["seed"]}, **context.settings)
-            for context in contexts
-        ]
-        for seeds in design.runs(lab.master)
-    ]
     trained = compare(lab, base, contexts, design)
-    cells = [
-        Cell(f"{__name__}:probe_cell", {"configs": [asdict(config) for config in row], "samples": samples})
-        for row in configs
-    ]
-    found: list[Any] = lab.run("gaps", cells)
-    probes = {context.name: [probes[place] for probes in found] for place, context in enumerate(contexts)}
+    probes = measure_gaps(lab, base, contexts, design, samples)
     return Measured(base.tiny_hidden, trained, probes, base.env, base.model)
+
+
+def measure_gaps(
+    lab: Lab, base: TrainConfig, contexts: Sequence[Arm], design: Design, samples: int
+) -> dict[str, list[Result]]:
+    """Return a probe of each context for each run: of its base model, of a language model once for all.
+
+    A probe has another seed than any run, so that a gap is independent of the run's first measurement.
+    """
+    samples = base.eval_samples if lab.quick else samples
+    seeds = [
+        {**run, "seed": PROBE_SEED + run["seed"]}
+        if base.model == "tiny"
+        else {"seed": PROBE_SEED + MASTER_STEP * lab.master}
+        for run in design.runs(lab.master)
+    ]
+    # Contexts of a cell share the student's answers. Two cells, so that two workers have something to do.
+    halves = [
+        half
+        for shown in (False, True)
+        if (half := [arm for arm in contexts if replace(base, **arm.settings).siblings is shown])
+    ]
+    cells = [
+        Cell(
+            f"{__name__}:probe_cell",
+            {"configs": [asdict(replace(base, **run, **arm.settings)) for arm in half], "samples": samples},
+        )
+        for run in seeds
+        for half in halves
+    ]
+    probes: dict[str, list[Result]] = {arm.name: [] for arm in contexts}
+    results: list[Any] = lab.run("gaps", cells)
+    for (_, half), found in zip(itertools.product(seeds, halves), results, strict=True):
+        for arm, probe in zip(half, found, strict=True):
+            probes[arm.name].append(probe)
+    return probes
 
 
 def probe_cell(arguments: dict[str, Any], folder: Path) -> list[Result]:

@@ -1,28 +1,35 @@
 """Test the law with a language model, SmolLM2-135M, on `python` (arXiv:2605.30070).
 
-Neither measure was chosen here. Eight contexts of three runs take hours on two CPU cores.
+Neither measure was chosen here. The runs are those of `sdpo_python`, and with the same `--out` are made once:
+hours on two CPU cores.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from opsd_kernels.train.studies.lab import Lab
 from opsd_kernels.train.studies.papers.law import LEAST_R2, claims_elsewhere
 from opsd_kernels.train.studies.papers.law_exhibits import (
+    ceilings_table,
     elsewhere_panel,
     gaps_table,
     left_out_panel,
     measures_table,
 )
-from opsd_kernels.train.studies.papers.law_measured import measure_setting, over_contexts
-from opsd_kernels.train.studies.papers.law_settings import PYTHON
+from opsd_kernels.train.studies.papers.law_measured import Measured, measure_gaps, over_contexts
+from opsd_kernels.train.studies.papers.python_runs import GRPO, PYTHON, SIBLINGS, sentences, trained
 from opsd_kernels.train.studies.probe import MEASURES, common_settings, fit, line, save_laws
 from opsd_kernels.train.studies.statistics import graded_ahead
-from opsd_kernels.train.studies.study import Claim, Study
+from opsd_kernels.train.studies.study import SEEDS, Claim, Study
 
 
 def study(lab: Lab) -> Study:
-    found, base = measure_setting(lab, PYTHON), PYTHON.config(lab.quick)
-    settings = common_settings(base)
+    base, runs = PYTHON.config(lab.quick), trained(lab)
+    contexts = {name: arm for name, arm in runs.items() if name != GRPO.name}
+    probes = measure_gaps(lab, base, PYTHON.arms(lab.quick), PYTHON.runs(lab.quick), PYTHON.samples)
+    found = Measured(base.tiny_hidden, contexts, probes, base.env, base.model)
+    settings = common_settings(replace(base, learning_rate=contexts[SIBLINGS].rate))
     save_laws(
         lab.folder.parent / "fits" / "law_python.json",
         [fit(found.points(measure), settings, measure) for measure in MEASURES],
@@ -35,11 +42,10 @@ def study(lab: Lab) -> Study:
         "Does the gap before training, or the consensus gap, say what training SmolLM2-135M on `python` "
         "with a context will bring?",
         [
-            f"`python`: {base.steps} steps of {base.prompts_per_step} prompts with {base.group_size} answers "
-            f"each, learning rate {base.learning_rate:g}, a frozen teacher. The runs of a context differ in "
-            "their seeds; there is one base model, which `bases` counts as many.",
-            f"Gaps: about {PYTHON.samples} attempts at held-out problems, with a seed that no run has. "
-            f"Improvement: {base.eval_samples} answers before and after.",
+            *sentences(runs, lab.quick),
+            f"Gaps: about {PYTHON.samples} attempts at held-out problems, with a seed that no run has, once "
+            "for all runs of a context. "
+            f"Improvement: {base.eval_samples} answers before and after, the mean over the runs.",
         ],
         [
             Claim(
@@ -50,7 +56,8 @@ def study(lab: Lab) -> Study:
             ),
             *claims_elsewhere(found),
         ],
-        [measures_table([found], not_run=False), gaps_table(found)],
+        [measures_table(found), ceilings_table(found), gaps_table(found)],
         [elsewhere_panel(found), left_out_panel(found)],
         ["The contexts are of one task and one model."],
+        over=SEEDS,
     )

@@ -90,12 +90,3 @@ FIRST_TOKEN = tuple(
     for arm in PLAN.contexts
     if arm.name in ("answer", "siblings")
 )
-# A language model. One base model, so that its runs differ in their seeds alone.
-PYTHON = Setting(
-    {"env": "python", **PRESETS["python"], "prompts_per_step": 4, "group_size": 4, **UNWATCHED},
-    (*told("answer", "error", "test", "wrong"), *told_beside_siblings("answer", "error", "test")),
-    Design(3, 1, 0, (PRESETS["python"]["learning_rate"],)),
-    256,
-    {"steps": 1, "prompts_per_step": 1, "group_size": 2, "max_new_tokens": 4, "eval_samples": 2},
-    ("answer", "wrong", "siblings"),
-)
