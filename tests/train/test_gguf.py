@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -119,6 +120,22 @@ def test_numbers_are_split_into_digits(file, tmp_path):
     untouched = direct(file)
     gguf_file.repair(untouched, "llama-bpe")
     assert "Ġ1" in untouched.tokenize(text)
+
+
+@pytest.mark.parametrize("pre", ["deepseek-v3", "smollm", "gpt-2", "llama-bpe", None])
+def test_a_pre_tokenizer_that_nobody_knows_is_a_warning(pre, file, monkeypatch):
+    """transformers splits text as GPT-2 does for a name that it does not know, where llama.cpp stops."""
+    pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    monkeypatch.setattr(gguf_file, "pretokenizer", lambda file: pre)
+    expected = pytest.warns(UserWarning, match="small.gguf: expected a pre-tokenizer .*, got 'deepseek-v3'")
+    with expected if pre == "deepseek-v3" else warnings.catch_warnings():
+        if pre != "deepseek-v3":
+            warnings.simplefilter("error", UserWarning)
+        gguf_file.read(file)
+
+
+def test_the_pre_tokenizer_is_read_from_the_file(file):
+    assert gguf_file.pretokenizer(file) == "smollm"
 
 
 def test_it_trains_and_its_checkpoint_is_a_plain_model(file, tmp_path):

