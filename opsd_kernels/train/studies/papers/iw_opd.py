@@ -44,7 +44,8 @@ WEIGHTS = {
 EXTERNAL, SELF = "external", "self"
 SAMPLED, FULL = "sampled_token", "full"
 MARGIN = 0.05
-DESIGN = Design()
+# Two base models chose an unstable rate in the study of SDPO. Each has a run of two arms.
+DESIGN = Design(tuning=4)
 TEACHER_WORDS = {EXTERNAL: "another model", SELF: "the privileged self"}
 OBJECTIVE_WORDS = {SAMPLED: "sampled tokens", FULL: "full vocabulary"}
 
