@@ -17,6 +17,7 @@ from opsd_kernels.train.studies import rerun
 from opsd_kernels.train.studies.pages import FOLDER, RERUNS
 from opsd_kernels.train.studies.statistics import (
     GRADES,
+    LEVEL,
     Estimate,
     graded_ahead,
     graded_at_most,
@@ -26,7 +27,7 @@ from opsd_kernels.train.studies.statistics import (
 from opsd_kernels.train.studies.study import Claim, load
 
 DRAWS = 2000
-NORMAL = stats.norm.ppf(0.975)
+NORMAL = stats.norm.ppf((1 + LEVEL) / 2)
 
 
 def rule(claim: Claim):
@@ -52,15 +53,22 @@ def rule(claim: Claim):
     return graded
 
 
-def expected(claim: Claim, bases: int, rng: np.random.Generator) -> tuple[float, float]:
-    """Return the chances that the grades of two runs differ, and that the second value is inside."""
+def half_width(bases: int) -> float:
+    """Return half an interval, in standard deviations between base models, of one run from each."""
+    return widening(bases) * NORMAL * np.sqrt(bases - 1) / bases
+
+
+def expected(claim: Claim, bases: int, rng: np.random.Generator, width: float = 1.0) -> tuple[float, float]:
+    """Return the chances that the grades of two runs differ, and that the second value is inside.
+
+    `width` multiplies the intervals.
+    """
     graded, one = rule(claim), claim.estimate
-    # The standard deviation between base models, by the width of the interval.
-    spread = (one.high - one.low) / 2 / (widening(one.bases) * NORMAL) * one.bases / np.sqrt(one.bases - 1)
+    spread = (one.high - one.low) / 2 / half_width(one.bases)
     true = one.value + spread / np.sqrt(one.bases) * rng.standard_t(one.bases - 1, DRAWS)
     value_2D = true + spread / np.sqrt(bases) * rng.standard_normal((2, DRAWS))
     seen_2D = spread * np.sqrt(rng.chisquare(bases - 1, (2, DRAWS)) / (bases - 1))
-    half_2D = widening(bases) * NORMAL * seen_2D * np.sqrt(bases - 1) / bases
+    half_2D = width * half_width(bases) * seen_2D
     low_2D, high_2D = value_2D - half_2D, value_2D + half_2D
     grades = [
         [
@@ -76,6 +84,7 @@ def expected(claim: Claim, bases: int, rng: np.random.Generator) -> tuple[float,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bases", type=int, nargs="+", default=[6, 12, 24, 48, 96])
+    parser.add_argument("--width", type=float, default=1.0, help="of the intervals, in that of the studies")
     parser.add_argument("--root", type=Path, default=Path(__file__).parents[1], help="of the repository")
     args = parser.parse_args()
     claims = []
@@ -86,7 +95,7 @@ def main() -> None:
     print("base models | grades flipped, expected | estimates inside, expected")
     for bases in args.bases:
         rng = np.random.default_rng(0)
-        found = np.array([expected(claim, bases, rng) for claim in claims])
+        found = np.array([expected(claim, bases, rng, args.width) for claim in claims])
         print(f"{bases} | {found[:, 0].mean():.1%} | {found[:, 1].mean():.1%}")
 
 

@@ -125,13 +125,16 @@ def test_numbers_are_split_into_digits(file, tmp_path):
 @pytest.mark.parametrize("pre", ["deepseek-v3", "smollm", "gpt-2", "llama-bpe", None])
 def test_a_pre_tokenizer_that_nobody_knows_is_a_warning(pre, file, monkeypatch):
     """transformers splits text as GPT-2 does for a name that it does not know, where llama.cpp stops."""
-    pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    if not hasattr(mapping, "GGUF_PRE_TOKENIZER_SPLITS"):
+        pytest.skip("this transformers does not list the names that it knows")
     monkeypatch.setattr(gguf_file, "pretokenizer", lambda file: pre)
-    expected = pytest.warns(UserWarning, match="small.gguf: expected a pre-tokenizer .*, got 'deepseek-v3'")
-    with expected if pre == "deepseek-v3" else warnings.catch_warnings():
-        if pre != "deepseek-v3":
-            warnings.simplefilter("error", UserWarning)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         gguf_file.read(file)
+    said = [str(one.message) for one in caught if "expected a pre-tokenizer" in str(one.message)]
+    assert len(said) == (pre == "deepseek-v3")
+    assert all(text.startswith("small.gguf: ") and "got 'deepseek-v3'" in text for text in said)
 
 
 def test_the_pre_tokenizer_is_read_from_the_file(file):

@@ -314,6 +314,24 @@ def test_an_unknown_paper():
         command.reproduce("sdop", Path("unused"), True, 0, [])
 
 
+def test_sdpos_rates_are_chosen_by_all_base_models(tmp_path, monkeypatch):
+    """And for the arms of claims alone; the others have that of SDPO."""
+    asked = []
+
+    def train(lab, title, configs):
+        asked.extend(configs)
+        return [{"held_out_accuracy_after": -abs(config.learning_rate - 5e-4)} for config in configs]
+
+    monkeypatch.setattr(Lab, "train", train)
+    found = sdpo.train(Lab(tmp_path, workers=0), "secret_op", sdpo.DESIGN)
+    assert list(found) == [arm.name for arm in sdpo.ARMS["secret_op"]]
+    assert {arm.rate for arm in found.values()} == {5e-4}
+    assert {name for name, arm in found.items() if arm.tried} == set(sdpo.NEEDED)
+    tuning = {config.warm_seed for config in asked if config.learning_rate != 5e-4}
+    reported = {config.warm_seed for config in asked if config.seed == config.warm_seed}
+    assert tuning == reported == set(range(sdpo.DESIGN.bases))
+
+
 # ---------------------------------------------------------------- pages
 
 

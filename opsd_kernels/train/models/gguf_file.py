@@ -122,7 +122,10 @@ def pretokenizer(file: Path) -> str | None:
 
 
 def known(pre: str | None) -> bool:
-    """True if text is split as in the model's training, by transformers or after `repair`."""
+    """True if text is split as in the model's training, by transformers or after `repair`.
+
+    True as well where transformers does not list the names that it knows, as 5.17 does not.
+    """
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
     except ImportError:
