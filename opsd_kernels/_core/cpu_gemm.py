@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def sliced_mm_(
     shift = (out.new_zeros(1, dtype=torch.float32) if centre is None else centre)[:, None].expand(M, N)
     if K >= max(M, N):
         total, step = (_scratch(M, N) if narrow else out), _slice_length(M + N)
-        buffer = _scratch((M + N) * min(step, K))
+        buffer = _slice_buffer((M + N) * min(step, K))
         for k in range(0, K, step):
             left = _widened(a[:, k : k + step], buffer)
             right = _widened(b[k : k + step], buffer[left.numel() :])
@@ -90,7 +91,7 @@ def sliced_mm_(
         a, b, out, shift = b.t(), a.t(), out.t(), shift.t()
     (M, K), N = a.shape, b.shape[1]
     step = _slice_length(K + M * narrow)
-    left, buffer = a.float(), _scratch((K + M * narrow) * min(step, N))
+    left, buffer = a.float(), _slice_buffer((K + M * narrow) * min(step, N))
     for n in range(0, N, step):
         part = out[:, n : n + step]
         right = _widened(b[:, n : n + step], buffer)
@@ -105,6 +106,23 @@ def sliced_mm_(
 
 def _slice_length(width: int) -> int:
     return max(64, SLICE_BYTES // (4 * width))
+
+
+_of_thread = threading.local()
+
+
+def _slice_buffer(size: int) -> Tensor:
+    """Return `size` fp32 entries, from memory that a thread keeps where they fit SLICE_BYTES.
+
+    Products of different shapes would allocate and free different sizes, which leave holes in the heap. A
+    storage is kept, since a tensor made in inference mode could not be written outside of it.
+    """
+    if 4 * size > SLICE_BYTES:
+        return _scratch(size)
+    kept = getattr(_of_thread, "slices", None)
+    if kept is None or kept.nbytes() < 4 * size:
+        kept = _of_thread.slices = torch.UntypedStorage(SLICE_BYTES, device="cpu")
+    return _scratch(0).set_(kept, 0, (size,), (1,))
 
 
 def _scratch(*shape: int) -> Tensor:

@@ -26,12 +26,15 @@ from .sizes import (
     CUDA_ROW_BYTES,
     DEFAULT_WORKSPACE_BYTES,
     DTYPES,
+    HOLES_BYTES,
     KEPT_BYTES,
     LARGEST_FACTOR,
     LIST_SCRATCH,
     LISTED_BYTES,
     NARROW_BYTES,
     NARROWING_BYTES,
+    PACKED_COLUMNS,
+    PACKED_WIDTH,
     QUEUE_BYTES,
     ROW_BYTES,
     ROW_LIMITS,
@@ -291,34 +294,37 @@ def _most_rows(
 
 
 def _cpu_scratch(
-    dtype: torch.dtype, V: int, topk: int, listed: int, one: bool, alone: bool, grad: bool, wide: bool,
-    whole: bool, threads: int | None,
+    dtype: torch.dtype, V: int, widths: tuple[int, int], topk: int, listed: int, one: bool, grad: bool,
+    wide: bool, whole: bool, threads: int | None,
 ) -> tuple[int, int]:  # fmt: skip
     """Return the scratch bytes of the math library and the sweeps on a CPU, on top of the logits buffers.
 
     And the bytes of the budget to leave beside them, for more of the same: in bf16 three teachers take 15 MiB
     where one takes 7.
 
-    `alone`: without a second head. `wide`: of 16-bit inputs the buffers are in fp32. `whole`: the student's
-    head is not read by slices.
+    `widths`: hidden sizes of student and teacher, 0 without a second head. `wide`: of 16-bit inputs the
+    buffers are in fp32. `whole`: the student's head is not read by slices.
     """
-    n = threads or torch.get_num_threads()
-    tiled = dtype.itemsize == 2 and extension.has_amx()
-    per_thread = CPU_SCRATCH_PER_THREAD_AMX if tiled else CPU_SCRATCH_PER_THREAD
-    sliced = dtype.itemsize == 2 and (not extension.mm_has_units(dtype) or cpu_gemm.slices(dtype))
-    own = dtype.itemsize == 2 or extension.gemm_fp32_serves(dtype)
-    columns, slices, left = QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one), SLICE_BYTES * sliced, 0
+    width, alone = max(widths), not widths[1]
+    n, narrow = threads or torch.get_num_threads(), dtype.itemsize == 2
+    tiled = narrow and extension.has_amx()
+    sliced = narrow and (not extension.mm_has_units(dtype) or cpu_gemm.slices(dtype))
+    columns = QUEUE_BYTES * (topk > 0) + SWEEP_BYTES * (not one)
+    if sliced or not (narrow or extension.gemm_fp32_serves(dtype)):  # products of the library, MKL
+        packed = max(dtype.itemsize, 4) * min(V, n * PACKED_COLUMNS) * min(width, PACKED_WIDTH)
+        if sliced:
+            packed = min(packed, SLICE_BYTES * min(width, 2 * PACKED_WIDTH) // width) + SLICE_BYTES
+        columns += ROW_BYTES * (not listed)
+        return CPU_SCRATCH_BYTES + packed + n * V * columns, n * HOLES_BYTES
+    per_thread, left = CPU_SCRATCH_PER_THREAD_AMX if tiled else CPU_SCRATCH_PER_THREAD, 0
     if alone and not tiled:
-        # With this package's GEMMs. With gradients the heap keeps a second slice.
-        if own and not (sliced and grad):
-            per_thread = LIST_SCRATCH if listed or (wide and grad) else per_thread // 2
+        per_thread = LIST_SCRATCH if listed or (wide and grad) else per_thread // 2
         growth = NARROWING_BYTES * (wide and grad)
         columns, left = columns + growth * whole, n * V * growth * (not whole)
-        slices *= 1 + grad
-    library = CPU_SCRATCH_BYTES + slices + n * (per_thread + V * columns)
-    if alone or tiled or sliced or not own:
+    library = CPU_SCRATCH_BYTES + n * (per_thread + V * columns)
+    if alone or tiled:
         return library, left
-    rows = n * V * (columns + ROW_BYTES) + NARROW_BYTES * (dtype.itemsize == 2)
+    rows = n * V * (columns + ROW_BYTES) + NARROW_BYTES * narrow
     return rows, max(library - rows, 0)
 
 
@@ -365,8 +371,8 @@ def plan(
     selects = grad and gradient_tolerance is not None
     per_row = row_bytes(V, H_student, H_teacher, dtype, buffer, min(topk, V) + listed, device_type, selects)
     teacher_row = row_stride(V, buffer, device_type) * buffer.itemsize * (H_teacher > 0 or target_copied)
-    of_call = V, topk, listed, one_sweep, not H_teacher, grad, buffer != dtype, heads[0] == "whole", threads
-    scratch, left = _cpu_scratch(dtype, *of_call) if device_type == "cpu" else (0, 0)
+    use = (H_student, H_teacher), topk, listed, one_sweep, grad, buffer != dtype, heads[0] == "whole", threads
+    scratch, left = _cpu_scratch(dtype, V, *use) if device_type == "cpu" else (0, 0)
     gemms = Products(V, H_student, H_teacher, difference, grad, trainable_head and grad)
     adapted = AdapterPlan()
     if any(ranks):

@@ -6,11 +6,10 @@ import torch
 
 DEFAULT_WORKSPACE_BYTES = 1 << 30
 ROW_MULTIPLE = 16
-# Scratch bytes of the math library and the row sweeps on a CPU, per process and per thread, where a product
-# is the library's. Measured on an AMD EPYC at V = 151936 with H = 64 on 1, 2, 4, 8 and 16 threads: fp32 3.9,
-# 9.7, 20, 48 and 96 MiB. oneDNN packs more of 16-bit operands for tile units (AMX): 14.8 MiB on two threads
-# under torch 2.13, 16.6 under 2.15. Scratch takes at most half of a budget, and always leaves the bytes of
-# one row.
+# Scratch bytes of the math library and the row sweeps on a CPU, per process and per thread. Measured on an
+# AMD EPYC at V = 151936 with H = 64 on 1, 2, 4, 8 and 16 threads: fp32 3.9, 9.7, 20, 48, 96 MiB. oneDNN packs
+# more of 16-bit operands for tile units (AMX): 14.8 MiB on two threads under torch 2.13, 16.6 under 2.15.
+# Scratch takes at most half of a budget, and always leaves the bytes of one row.
 CPU_SCRATCH_BYTES, CPU_SCRATCH_PER_THREAD, CPU_SCRATCH_PER_THREAD_AMX = 2 << 20, 6 << 20, 9 << 20
 # Rows per chunk beyond which a call gains nothing. A trainable head reads and writes the fp32 dW once per
 # chunk. On two AVX-512 cores with bf16 inputs, 256, 512 and 1024 rows take 1.19, 1.13 and 1.05 of the time of
@@ -25,6 +24,11 @@ SUPPORT_BYTES = 96  # per entry of a support: a dozen numbers, each in its own t
 LIST_SCRATCH, LISTED_BYTES = 1 << 20, 12
 # fp32 copies in one product of fp16 matrices, and of bf16 ones where the CPU has no units for them
 SLICE_BYTES = 8 << 20
+# Where products are MKL's, in fp32, it packs columns of a head, per thread and up to this width: 9.9 MiB on
+# two threads from a hidden size of 128 on, 3.5 at 64, 2.0 at 32; on 1, 4 and 8 threads 5.2, 14.8 and 38.4
+# (V = 151936, 160 rows, an AMD EPYC with AVX2 alone). Of a slice up to twice the width: 10.3 MiB at 192, 3.9
+# at 1024. The heap keeps up to HOLES_BYTES more per thread: the budget leaves it, no plan counts it.
+PACKED_COLUMNS, PACKED_WIDTH, HOLES_BYTES = 9 << 10, 128, 4 << 20
 # Slices of fp32 logits to which an adapter's part is added while they are in the cache of a CPU. At 256 rows,
 # V = 32000 and rank 16 both products of the gradient take 17 ms of one thread in slices, and 31 without. On
 # CUDA 16-bit logits alone are made in slices.

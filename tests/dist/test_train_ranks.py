@@ -366,12 +366,14 @@ def test_ranks_in_bf16_go_on_as_if_nothing_happened(launching, settings, tmp_pat
         assert (whole / f"{name}.safetensors").read_bytes() == (part / f"{name}.safetensors").read_bytes()
     moved, weights = load_file(whole / "optimizer.safetensors"), load_file(whole / "model.safetensors")
     start_weights = load_file(Path(settings["model"]) / "model.safetensors")
+    distances = {}
     for name, weight in weights.items():
         master = moved[f"master/{name}"]
         assert weight.dtype == torch.bfloat16 and master.to(torch.bfloat16).equal(weight)
-        # Four steps of at most 1e-6, which nearly all entries take.
-        distance = (master - start_weights[name].to(torch.bfloat16).float()).abs()
-        assert distance.max() < 5e-6 and distance.gt(5e-7).float().mean() > 0.7, name
+        distances[name] = (master - start_weights[name].to(torch.bfloat16).float()).abs()
+        assert distances[name].max() < 5e-6, name
+    # Four steps of at most 1e-6, which nearly all entries take; a norm has 8, whose gradients change sign.
+    assert torch.cat([distance.flatten() for distance in distances.values()]).gt(5e-7).float().mean() > 0.7
 
 
 @pytest.mark.slow

@@ -145,4 +145,8 @@ def test_peak_is_within_the_budget_and_as_planned(form, dtype):
         f"{expected.peak_bytes / 2**20:.1f}, measured {peak / 2**20:.1f} MiB ({off:+.1%})"
     )
     assert above <= BUDGET, f"{above / 2**20:.1f} MiB above inputs, outputs and gradients"
-    assert -0.05 <= off <= 0.05, f"planned {expected.peak_bytes / 2**20:.1f}, measured {peak / 2**20:.1f} MiB"
+    # The call that made a cache leaves its slices and MKL's buffers to this one.
+    left = expected.scratch_bytes / peak if form.endswith("cached") else 0.0
+    assert -0.05 <= off <= 0.05 + left, (
+        f"planned {expected.peak_bytes / 2**20:.1f}, measured {peak / 2**20:.1f} MiB"
+    )

@@ -1,5 +1,7 @@
 """Test the sliced fp32 GEMMs of a CPU without units for 16-bit dtypes: exact, with little memory."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -25,6 +27,25 @@ def test_slices_are_exact(monkeypatch, shape, dtype, accumulate):
     cpu_gemm.sliced_mm_(a, b, out, accumulate)
     rest = start if accumulate else torch.zeros_like(start)
     assert_no_worse(out, rest + a.float() @ b.float(), rest.double() + a.double() @ b.double())
+
+
+def test_threads_have_their_own_slices_in_any_mode():
+    """The memory of slices is kept: made in inference mode, it serves outside of it."""
+    a, b = matrix(64, 512, torch.float16, 0), matrix(512, 64, torch.float16, 1)
+    pairs = [(a * scale, b) for scale in range(8)]
+
+    def multiply(pair, mode):
+        out = torch.empty(64, 64)
+        with torch.inference_mode(mode):
+            for _ in range(20):
+                cpu_gemm.sliced_mm_(*pair, out.data)
+        cpu_gemm.sliced_mm_(*pair, out)
+        return out
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(multiply, pairs, [True, False] * 4))
+    for (left, right), out in zip(pairs, results, strict=True):
+        assert out.equal(left.float() @ right.float())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
