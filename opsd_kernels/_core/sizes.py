@@ -28,7 +28,7 @@ SLICE_BYTES = 8 << 20
 # two threads from a hidden size of 128 on, 3.5 at 64, 2.0 at 32; on 1, 4 and 8 threads 5.2, 14.8 and 38.4
 # (V = 151936, 160 rows, an AMD EPYC with AVX2 alone). Of a slice up to twice the width: 10.3 MiB at 192, 3.9
 # at 1024. The heap keeps up to HOLES_BYTES more per thread: the budget leaves it, no plan counts it.
-PACKED_COLUMNS, PACKED_WIDTH, HOLES_BYTES = 9 << 10, 128, 4 << 20
+PACKED_COLUMNS, PACKED_WIDTH, HOLES_BYTES = 9 << 10, 128, 6 << 20
 # Slices of fp32 logits to which an adapter's part is added while they are in the cache of a CPU. At 256 rows,
 # V = 32000 and rank 16 both products of the gradient take 17 ms of one thread in slices, and 31 without. On
 # CUDA 16-bit logits alone are made in slices.

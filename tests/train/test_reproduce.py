@@ -11,7 +11,7 @@ from opsd_kernels.train import loop
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.studies import command, pages
 from opsd_kernels.train.studies.compare import Arm, Design, Trained, compare, first_step_at
-from opsd_kernels.train.studies.lab import Cell, Lab
+from opsd_kernels.train.studies.lab import LARGEST_FAILURES, Cell, Lab, warm_cell
 from opsd_kernels.train.studies.papers import sdpo
 from opsd_kernels.train.studies.statistics import (
     GRADES,
@@ -115,6 +115,24 @@ def test_a_training_cell_is_a_run_with_its_curves_and_costs(tmp_path, config, mo
     assert {"held_out_accuracy_before", "untrained_skill_after", "steps"} <= set(runs[0])
     monkeypatch.setattr(loop, "train", None)
     assert Lab(tmp_path / "cells", workers=0).train("runs", [config]) == runs[:1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_base_model_that_does_not_learn_gives_its_place_to_another(tmp_path, config, workers):
+    never = dataclasses.replace(config, warm_max_steps=1, warm_accuracy=0.99)
+    with pytest.raises(RuntimeError, match=r"warm start: expected held-out accuracy 0\.99"):
+        Lab(tmp_path / "never", workers=0).train("runs", [never])
+    assert len(list((tmp_path / "never").glob("*.json"))) == LARGEST_FAILURES
+    lab = Lab(tmp_path / "cells", workers=workers)
+    failed = warm_cell(dataclasses.replace(config, warm_seed=7))
+    record = {"result": {"not_learned": "warm start: expected more"}, "seconds": 2.5, "commit": "c"}
+    lab.folder.mkdir()
+    (lab.folder / f"{failed.key}.json").write_text(json.dumps(record))
+    asked = [dataclasses.replace(config, warm_seed=seed, steps=1) for seed in (7, 107)]
+    replaced, given = lab.train("runs", asked)
+    assert replaced["held_out_accuracy_after"] == given["held_out_accuracy_after"]
+    assert lab.not_learned == {failed.key: "warm start: expected more"} and lab.spent[failed.key] == 2.5
+    lab.close()
 
 
 # ---------------------------------------------------------------- arms

@@ -52,6 +52,7 @@ def reproduce(
         "command": "opsd " + " ".join(command),
         "date": time.strftime("%Y-%m-%d"),
         "cell_seconds": round(lab.seconds, 1),
+        "not_learned": sorted(lab.not_learned.values()),
         "workers": workers,
         "quick": quick,
         "master": master,

@@ -7,6 +7,7 @@ directory, in any order and for any study; its JSON file holds the result and th
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import importlib
 import json
@@ -15,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ from opsd_kernels.train.studies import digest
 Result = dict[str, Any]
 # The settings of a base model, besides those named tiny_ and warm_.
 DECIDING_BASE = ("env", "context", "threads", "cache_dir")
+# The function that makes a base model, how its error begins where one has not learned in `warm_max_steps`,
+# and what is then added to `warm_seed`: a study's other seeds differ by less than 100 or by thousands.
+MAKES_BASE, NOT_LEARNED, NEXT_SEED = "opsd_kernels.train.studies.cells:warm", "warm start: expected", 100
+LARGEST_FAILURES = 3
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def warm_cell(config: TrainConfig) -> Cell:
         for name, value in asdict(config).items()
         if name.startswith(("tiny_", "warm_")) or name in DECIDING_BASE
     }
-    return Cell("opsd_kernels.train.studies.cells:warm", asdict(TrainConfig(**kept)))
+    return Cell(MAKES_BASE, asdict(TrainConfig(**kept)))
 
 
 @dataclass
@@ -99,6 +104,8 @@ class Lab:
     modules: dict[str, str] = field(default_factory=dict)
     # Seconds of CPU time by cell.
     spent: dict[str, float] = field(default_factory=dict)
+    # Base models that did not learn, and whose place one of another seed took, by cell: their errors.
+    not_learned: dict[str, str] = field(default_factory=dict)
     _pool: ProcessPoolExecutor | None = field(default=None, repr=False)
 
     @property
@@ -108,10 +115,10 @@ class Lab:
 
     def train(self, title: str, configs: Sequence[TrainConfig]) -> list[Result]:
         """Return one result per configuration. Base models are made first, each once."""
-        distinct: dict[Path, TrainConfig] = {}
+        warm: dict[Path, Cell] = {}
         for config in (config for config in configs if config.model == "tiny"):
-            distinct.setdefault(_base_folder(config), config)
-        warm = {folder: warm_cell(config) for folder, config in distinct.items()}
+            cell = self._with_learned(warm_cell(config))
+            warm.setdefault(_base_folder(TrainConfig(**cell.arguments)), cell)
         # A base model that this study made earlier counts in its costs, one from the cache does not.
         self.run(
             f"{title}: base models",
@@ -122,9 +129,11 @@ class Lab:
     def run(self, title: str, cells: Sequence[Cell]) -> list[Result]:
         """Return the cells' results, in their order. Results in the directory are not computed again.
 
+        A base model that does not learn gives its place to one of another seed, in cells that follow too.
         Raises the exception of a cell that failed.
         """
-        wanted = {cell.key: cell for cell in cells}
+        learned = [self._with_learned(cell) for cell in cells]
+        wanted = {cell.key: cell for cell in learned}
         missing = [cell for key, cell in wanted.items() if not self._file(key).exists()]
         if missing:
             self._compute(title, missing)
@@ -133,7 +142,32 @@ class Lab:
         self.spent |= {key: record["seconds"] for key, record in records.items()}
         for cell in wanted.values():
             self.modules |= cell.modules
-        return [records[cell.key]["result"] for cell in cells]
+        if any("not_learned" in record["result"] for record in records.values()):
+            return self.run(title, cells)
+        return [records[cell.key]["result"] for cell in learned]
+
+    def _with_learned(self, cell: Cell) -> Cell:
+        """Return the cell with the seeds of base models that have learned, as far as is known.
+
+        Raises RuntimeError where as many as LARGEST_FAILURES in a row have not.
+        """
+        arguments = copy.deepcopy(cell.arguments)
+        for config in _configs(arguments):
+            failures = 0
+            while config.get("model") == "tiny" and (error := self._failure(config)):
+                failures += 1
+                if failures == LARGEST_FAILURES:
+                    raise RuntimeError(error)
+                config["warm_seed"] += NEXT_SEED
+        return replace(cell, arguments=arguments)
+
+    def _failure(self, config: dict[str, Any]) -> str | None:
+        """Return the error of a configuration's base model, if it was made here and has not learned."""
+        file = self._file(key := warm_cell(TrainConfig(**config)).key)
+        record = json.loads(file.read_text()) if file.exists() else {"result": {}}
+        if error := record["result"].get("not_learned"):
+            self.not_learned[key], self.spent[key] = error, record["seconds"]
+        return error
 
     def _compute(self, title: str, cells: Sequence[Cell]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -194,7 +228,12 @@ def compute(cell: Cell, folder: Path) -> Result:
     log = folder / f"{cell.key}.log"
     began = time.process_time()
     with tempfile.TemporaryDirectory(dir=folder, prefix="cell-") as own, _redirected(log):
-        result = function(cell.arguments, Path(own))
+        try:
+            result = function(cell.arguments, Path(own))
+        except RuntimeError as error:
+            if cell.function != MAKES_BASE or not str(error).startswith(NOT_LEARNED):
+                raise
+            result = {"not_learned": str(error)}
     log.unlink(missing_ok=True)
     return {"result": result, "seconds": time.process_time() - began}
 

@@ -55,6 +55,10 @@ def markdown(study: Study, second: Study | None = None) -> str:
         lines += ["", "## Rerun", "", *compared(study, second)]
     lines += ["", f"![{study.title}]({study.paper}.png)", "", "## Design", ""]
     lines += [f"* {sentence}" for sentence in study.design]
+    if replaced := study.facts.get("not_learned"):
+        lines.append(
+            f"* Base models that did not learn and gave their places to others: {'; '.join(replaced)}."
+        )
     for table in study.tables:
         lines += ["", f"## {table.title}", "", *_table(table)]
     lines += ["", "## To judge this by", ""] + [f"* {note}" for note in study.notes]
