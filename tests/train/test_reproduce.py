@@ -407,6 +407,10 @@ def test_a_page_says_what_held(tmp_path):
     assert "proves nothing" in pages.markdown(
         dataclasses.replace(STUDY, facts={**STUDY.facts, "quick": True})
     )
+    replaced = dataclasses.replace(STUDY, facts={**STUDY.facts, "not_learned": ["got 0.000"]})
+    assert "* Base models that did not learn and gave their places to others: got 0.000." in pages.markdown(
+        replaced
+    )
 
 
 def test_a_page_compares_a_rerun(tmp_path):
