@@ -371,7 +371,7 @@ def test_ranks_in_bf16_go_on_as_if_nothing_happened(launching, settings, tmp_pat
         master = moved[f"master/{name}"]
         assert weight.dtype == torch.bfloat16 and master.to(torch.bfloat16).equal(weight)
         distances[name] = (master - start_weights[name].to(torch.bfloat16).float()).abs()
-        assert distances[name].max() < 5e-6, name
+        assert 5e-7 < distances[name].max() < 5e-6, name
     # Four steps of at most 1e-6, which nearly all entries take; a norm has 8, whose gradients change sign.
     assert torch.cat([distance.flatten() for distance in distances.values()]).gt(5e-7).float().mean() > 0.7
 

@@ -121,7 +121,7 @@ def test_a_training_cell_is_a_run_with_its_curves_and_costs(tmp_path, config, mo
 def test_a_base_model_that_does_not_learn_gives_its_place_to_another(tmp_path, config, workers):
     never = dataclasses.replace(config, warm_max_steps=1, warm_accuracy=0.99)
     with pytest.raises(RuntimeError, match=r"warm start: expected held-out accuracy 0\.99"):
-        Lab(tmp_path / "never", workers=0).train("runs", [never])
+        Lab(tmp_path / "never", workers=workers).train("runs", [never])
     assert len(list((tmp_path / "never").glob("*.json"))) == LARGEST_FAILURES
     lab = Lab(tmp_path / "cells", workers=workers)
     failed = warm_cell(dataclasses.replace(config, warm_seed=7))

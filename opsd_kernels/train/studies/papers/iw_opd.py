@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from opsd_kernels.train.config import TrainConfig
 from opsd_kernels.train.config.presets import PRESETS
-from opsd_kernels.train.models import warmstart
 from opsd_kernels.train.studies.compare import Arm, Design, Trained
 from opsd_kernels.train.studies.exhibits import accuracies, after, costs, curves, outcomes
 from opsd_kernels.train.studies.lab import Lab, warm_cell
@@ -137,8 +137,8 @@ def external_teachers(lab: Lab, blocks: Sequence[Block], design: Design) -> dict
         for env in dict.fromkeys(block.env for block in blocks)
         for seeds in [*design.runs(lab.master), *design.tuning_runs(lab.master)]
     }
-    lab.run("the other teachers", [warm_cell(config) for config in configs.values()])
-    folders = {key: warmstart.cache_folder(config) for key, config in configs.items()}
+    made = lab.run("the other teachers", [warm_cell(config) for config in configs.values()])
+    folders = {key: Path(result["folder"]) for key, result in zip(configs, made, strict=True)}
     for folder in folders.values():
         if not folder.exists():
             raise FileNotFoundError(
