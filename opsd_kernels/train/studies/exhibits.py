@@ -46,22 +46,23 @@ def curves(title: str, trained: dict[str, Trained], curve: str = "held_out_accur
 
 
 def outcomes(title: str, trained: dict[str, Trained]) -> Table:
-    """Make a table of accuracies by arm: means over the seeds, and an interval for the trained skill."""
-    columns = [
-        "arm",
-        "learning rate",
-        "held-out before",
-        "held-out after",
-        "self-teacher before",
-        "after",
-        "untrained before",
-        "after",
-    ]
+    """Make a table of accuracies by arm: means over the seeds, and an interval for the trained skill.
+
+    Runs of a language model do not measure the self-teacher.
+    """
+    measured = next(iter(trained.values())).runs[0]
+    beside = {
+        name: key
+        for name, key in (("self-teacher", "self_teacher_accuracy"), ("untrained", "untrained_skill"))
+        if f"{key}_before" in measured
+    }
+    columns = ["arm", "learning rate", "held-out before", "held-out after"]
+    columns += [column for name in beside for column in (f"{name} before", "after")]
     rows = []
     for name, arm in trained.items():
         means = [
-            f"{np.mean(arm.values(f'{what}_{when}')):.3f}"
-            for what in ("self_teacher_accuracy", "untrained_skill")
+            f"{np.mean(arm.values(f'{key}_{when}')):.3f}"
+            for key in beside.values()
             for when in ("before", "after")
         ]
         rows.append(

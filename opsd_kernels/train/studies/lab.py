@@ -72,8 +72,9 @@ def _configs(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def train_cell(config: TrainConfig) -> Cell:
-    """Return the cell of a whole run of the trainer: summary.json, the measured curves, and the costs."""
-    return Cell("opsd_kernels.train.studies.cells:train", asdict(config))
+    """Return the cell of a whole run of the trainer: accuracies, the measured curves, and the costs."""
+    module = "cells" if config.model == "tiny" else "language_cells"
+    return Cell(f"opsd_kernels.train.studies.{module}:train", asdict(config))
 
 
 def warm_cell(config: TrainConfig) -> Cell:
