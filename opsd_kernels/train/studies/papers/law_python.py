@@ -64,7 +64,7 @@ def study(lab: Lab) -> Study:
 
 
 def contexts_table(found: Measured) -> Table:
-    """Show what was measured before training, what each measure predicts from it, and what came of training."""
+    """Show what was measured before training, what each measure predicts from it, and what training did."""
     laws = [fit(found.points(measure)) for measure in MEASURES]
     rows = []
     for place in sorted(range(len(found.trained)), key=lambda place: -laws[-1].points[place].gap):
