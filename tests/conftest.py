@@ -88,10 +88,7 @@ def nan_filled_allocations():
 
 @pytest.fixture(scope="session")
 def gguf_read_once():
-    """Parse a GGUF file once: a load of a model does so four times, each for three seconds at 93 MB.
-
-    transformers 5.24 also makes the map of the names of all tensors anew for each module, in four seconds.
-    """
+    """Parse a GGUF file, and make the map of its tensors' names, once for transformers' own loads too."""
     gguf = pytest.importorskip("gguf", reason="gguf is not installed (`make test` does)")
     read = functools.cache(gguf.GGUFReader)
     with pytest.MonkeyPatch.context() as patch:

