@@ -4,7 +4,7 @@
 #
 # Expected: one map for a file.
 # Seen: for a Llama of 4, 8 and 16 layers 59, 111 and 215 maps, one for each module, so that the work grows with the square of
-# the depth: for 64 layers of 30 kB, 839 maps, 62 of the 64 s of processor time that the model takes to load.
+# the depth: for 64 layers of 30 kB, 839 maps, 62 of the 64 s of processor time of a load.
 #
 # Ends with status 1 where this is no longer so.
 set -euo pipefail
