@@ -18,7 +18,7 @@ PANEL_INCHES = (5.6, 3.8)
 # The second run of a study, with another master seed: <paper>.json.
 RERUNS = "reruns"
 # Studies whose committed results were made by older code. Their pages say so.
-NOT_RERUN = ("iw_opd",)
+NOT_RERUN: tuple[str, ...] = ()
 
 
 def markdown(study: Study, second: Study | None = None) -> str:
