@@ -48,11 +48,11 @@ train: install
 
 # bf16 where the processor multiplies it: three times the speed of fp32 there.
 DTYPE ?= $(shell grep -qwE 'avx512_bf16|amx_bf16|bf16' /proc/cpuinfo 2>/dev/null && echo bfloat16 || echo float32)
-# In fp32 a step takes 27 s on two cores with AVX2: 48 of them, half an hour.
+# In fp32 a step takes 27 s on two cores with AVX2: 48 of them and the evaluations, half an hour.
 SHORTER = $(if $(filter float32,$(DTYPE)),--set steps=16 --set eval_samples=48)
 
 demo: install $(DONE)/model
-	@echo "==> opsd train --set env=python: SmolLM2-135M learns to write Python functions, $(DTYPE)"
+	@echo "==> opsd train --set env=python: SmolLM2-135M learns to write Python functions, $(DTYPE) $(SHORTER)"
 	@$(VENV)/bin/opsd train --set env=python --set dtype=$(DTYPE) $(SHORTER) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 # Two processes, whole files each, so that what a file makes once is made once. Tests that compare times run alone afterwards.

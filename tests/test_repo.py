@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -481,3 +482,17 @@ def test_version_check_finds(tmp_path):
         "CITATION.cff": "cff-version: 1.2.0\nversion: 0.9",
     }
     assert versions(plant(tmp_path, files)) == {"1.0", "none in CHANGELOG.md", "0.9"}
+
+
+@pytest.mark.parametrize("dtype, shorter", [("float32", True), ("bfloat16", False)])
+def test_the_demo_is_shorter_in_fp32_unless_asked_otherwise(dtype, shorter):
+    said = subprocess.run(
+        ["make", "--dry-run", "demo", f"DTYPE={dtype}", "ARGS=--set steps=7"],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    steps = re.findall(r"--set (steps=\d+)", said.splitlines()[-1])
+    assert steps == (["steps=16", "steps=7"] if shorter else ["steps=7"])
