@@ -16,7 +16,7 @@ SETTINGS: dict[str, Any] = {
     "eval_samples": 128, **UNWATCHED,
 }  # fmt: skip
 # At 1.5e-4 the divergence doubled in eight steps.
-DESIGN = Design(bases=5, seeds=1, tuning=1, rates=(2e-5, 5e-5, 1e-4))
+DESIGN = Design(bases=4, seeds=1, tuning=1, rates=(2e-5, 5e-5, 1e-4))
 # Of the base model, which is measured once.
 ANSWERS_BEFORE = 512
 PYTHON = Setting(
