@@ -1,6 +1,6 @@
 """Distil on-policy in TRL with the fused loss: a tiny student learns a tiny teacher's distribution.
 
-    pip install trl opsd_kernels
+    pip install . trl    # in a checkout of the repository
     python examples/trl_distillation.py
 
 Takes under a minute on a CPU, offline. With real models only the last lines are needed: pass model names

@@ -223,7 +223,7 @@ def probe(
 def discover(
     config: Annotated[
         Path | None,
-        typer.Argument(help="JSON or YAML file; without it and without --set, the environment mastermind."),
+        typer.Argument(help="JSON or YAML file; without it, the environment mastermind unless --set says."),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting. Repeatable.")
@@ -262,7 +262,7 @@ def discover(
     from .types import NonFiniteLoss
 
     with one_line(ValueError, TypeError, OSError):
-        parsed = load_config(config, overrides or ([] if config else ["env=mastermind"]))
+        parsed = load_config(config, [*([] if config else ["env=mastermind"]), *(overrides or [])])
     from .studies import discover_run
 
     budget = discover_run.Budget(attempts, batch, window)

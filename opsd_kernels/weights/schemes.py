@@ -101,7 +101,7 @@ class ExponentialDecay(Schedule):
 class Sigmoid(Schedule):
     """w_min + (1 - w_min) * sigmoid((u - center) / width) with u = (t - 1/2) / T.
 
-    The position weights of PW-OPD (arXiv:2605.21606). 0 <= w_min <= 1. A positive `width` favours late
+    The position weights of PW-OPSD (arXiv:2605.21606). 0 <= w_min <= 1. A positive `width` favours late
     tokens, a negative one early tokens.
     """
 

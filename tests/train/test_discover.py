@@ -299,6 +299,7 @@ def test_the_command_leaves_a_table_a_figure_and_a_json(settings, tmp_path):
     [
         (["--set", "evn=mastermind"], "did you mean 'env'"),
         (["--set", "env=mastermind", "--set", "feedback=marks"], "feedback: expected one of"),
+        (["--set", "feedback=marks"], "feedback: expected one of"),
         (["--attempts", "0"], "--attempts"),
         (["missing.json"], "config: expected an existing JSON or YAML file"),
     ],

@@ -73,6 +73,7 @@ REASONS = (
     ("not installed", "absent"),
     ("needs an NVIDIA GPU", "GPU only"),
     ("has no", "none"),
+    ("target", "too inexact"),
     ("not written", "none"),
 )
 Show = Callable[[Row], str]
@@ -164,7 +165,7 @@ def section(report: Report) -> list[str]:
     for suite in report.suites:
         rows = [row for row in report.rows if row.suite == suite]
         if rows:
-            one_dtype = len({row.dtype for row in rows}) == 1 and suite == "ratios"
+            one_dtype = len({row.dtype for row in rows}) == 1 and suite in ("ratios", "memory")
             heading = f"### {suite}" + (f", {report.rows[0].dtype}" if one_dtype else "")
             where = f"{report.where}. `{report.command}`"
             out += [heading, "", ABOUT[suite], "", suite_table(suite, rows).markdown(), "", where, ""]
@@ -219,5 +220,8 @@ def readme_block(results: Path) -> str:
                 made = pivot(rows, [SETTING[1], SETTING[4]], times)
                 out += [made.markdown(), "", f"{size(rows[0])}; {report.where}. `{report.command}`", ""]
     if not (results / GPU).is_dir():
-        out.append("Nothing in this version has been timed on a GPU.")
+        out.append(
+            "No kernel of this version has run on a GPU: those of Triton and CUDA were checked without one "
+            "([how](docs/guides/cuda.md))."
+        )
     return "\n".join(out).strip()

@@ -19,6 +19,27 @@ PANEL_INCHES = (5.6, 3.8)
 RERUNS = "reruns"
 # Studies whose committed results were made by older code. Their pages say so.
 NOT_RERUN: tuple[str, ...] = ()
+# Below every table of claims.
+GRADES = (
+    "A grade says where the whole interval lies: *direction reproduced* on the claim's side of a bound, "
+    "*not reproduced* on the other, *inconclusive* on both. The bound is 0, or the share, the R^2 or the "
+    "margin that the claim names; *as well as* asks for an interval within the margin. Intervals are wide "
+    "where there are few base models, and not cut where an accuracy ends: one that goes beyond 0 or 1 says "
+    "that the number is hardly known."
+)
+# What the committed results show beside the claims, by paper.
+REMARKS = {
+    "iw_opd": (
+        "In `plan` with the self-teacher every arm ends below the accuracy at which it starts: the grades "
+        "there compare which weights do least harm.",
+    ),
+    "law": (
+        "*the others predict*: the improvement that the line through the other contexts gives.",
+        "*Wrong beginnings*: if a wrong first token spoiled the rest of an answer, training that token alone "
+        "would do better on `plan`. *Chance*: the R^2 that a perfect measure would reach, since runs of one "
+        "context scatter.",
+    ),
+}
 
 
 def markdown(study: Study, second: Study | None = None) -> str:
@@ -51,6 +72,7 @@ def markdown(study: Study, second: Study | None = None) -> str:
         for c in study.claims
     ]
     lines += _table(Table("", ["claim", "measured here", f"value [{interval}]", runs, "grade"], rows))
+    lines += ["", GRADES]
     if second is not None:
         lines += ["", "## Rerun", "", *compared(study, second)]
     lines += ["", f"![{study.title}]({study.paper}.png)", "", "## Design", ""]
@@ -61,7 +83,9 @@ def markdown(study: Study, second: Study | None = None) -> str:
         )
     for table in study.tables:
         lines += ["", f"## {table.title}", "", *_table(table)]
-    lines += ["", "## To judge this by", ""] + [f"* {note}" for note in study.notes]
+    lines += ["", "## To judge this by", ""] + [
+        f"* {note}" for note in (*study.notes, *REMARKS.get(study.paper, ()))
+    ]
     lines += [f"* {where(study)}", ""]
     return "\n".join(lines)
 
