@@ -222,6 +222,15 @@ def test_the_log_is_cut_at_the_checkpoint(tmp_path):
     assert [line["step"] for line in read_metrics(path)] == [1, 2]
 
 
+def test_an_infinite_metric_is_null(tmp_path):
+    """One at a token outside the loss does not end the run."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write({"step": 1, "divergence": math.inf, "divergence_by_position": [0.5, math.nan], "loss": 0.25})
+    log.close()
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line == {"step": 1, "divergence": None, "divergence_by_position": [0.5, None], "loss": 0.25}
+
+
 def test_defaults_are_the_promised_ones():
     config = TrainConfig()
     assert (config.env, config.device, config.divergence, config.teacher, config.siblings) == (

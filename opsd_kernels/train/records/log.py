@@ -94,7 +94,7 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: StepMetrics) -> None:
-        self._file.write(json.dumps(metrics, allow_nan=False) + "\n")
+        self._file.write(json.dumps(_finite(metrics), allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> int:
@@ -105,6 +105,18 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with null for infinities and NaN, which JSON lacks.
+
+    A divergence may be infinite at a token that weights or a clip keep out of the loss.
+    """
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Scalars:
