@@ -1,6 +1,6 @@
 """Every environment variable of the package: name, default, meaning.
 
-No other module reads OPSD_*. `make docs` writes docs/environment.md from this table.
+No other module reads OPSD_*. `make docs` writes docs/reference/environment.md from this table.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def cache_dir() -> Path:
 
 
 def markdown() -> str:
-    """Return the text of docs/environment.md."""
+    """Return the text of docs/reference/environment.md."""
     rows = [
         f"| `{v.name}` | {', '.join(f'`{c}`' for c in v.choices) or 'any'} | {v.default} | {v.meaning} |"
         for v in VARIABLES

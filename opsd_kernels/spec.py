@@ -190,6 +190,7 @@ class LogitTransform:
     scale: float = 1.0
     softcap: float | None = None
     temperature: float | Tensor = 1.0
+    temperature_name: str = field(default="temperature", compare=False)  # of the argument, for errors
 
     @classmethod
     def parse(
@@ -203,19 +204,21 @@ class LogitTransform:
         if isinstance(temperature, Tensor):
             real = temperature.dtype != torch.bool and not temperature.is_complex()
             expect(real, temperature_name, "a tensor of real numbers", temperature.dtype, TypeError)
-            return cls(scale, softcap, check_tensor(temperature_name, temperature))
-        return cls(scale, softcap, check_number(temperature_name, temperature, positive=True))
+            return cls(scale, softcap, check_tensor(temperature_name, temperature), temperature_name)
+        number = check_number(temperature_name, temperature, positive=True)
+        return cls(scale, softcap, number, temperature_name)
 
-    def of_tokens(self, name: str, hidden: Tensor, valid: Tensor | None = None) -> LogitTransform:
+    def of_tokens(self, hidden: Tensor, valid: Tensor | None = None) -> LogitTransform:
         """Return the transform of the tokens (...) of `hidden` (..., H): a tensor of temperatures as (N, 1).
 
-        It is detached, and 1 where `valid` (N,) is False. Raises ValueError if the argument `name` does not
-        broadcast to (...), or is on another device.
+        It is detached, and 1 where `valid` (N,) is False. Raises ValueError if it does not broadcast to
+        (...), or is on another device.
         """
         if not isinstance(self.temperature, Tensor):
             return self
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        flat = of_tokens(name, "a number, or a tensor", self.temperature, hidden, wide)[:, None]
+        name, kind = self.temperature_name, "a number, or a tensor"
+        flat = of_tokens(name, kind, self.temperature, hidden, wide)[:, None]
         return replace(self, temperature=flat if valid is None else torch.where(valid[:, None], flat, 1.0))
 
     def at(self, rows: slice | Tensor) -> LogitTransform:
@@ -300,11 +303,11 @@ class RowSpec:
         """Return the arguments for the tokens of `hidden` (..., H): see LogitTransform.of_tokens."""
         if not self.of_rows:
             return self
-        student = self.student.of_tokens("temperature", hidden, valid)
+        student = self.student.of_tokens(hidden, valid)
         if self.teacher.temperature is self.student.temperature:
             teacher = replace(self.teacher, temperature=student.temperature)
         else:
-            teacher = self.teacher.of_tokens("teacher_temperature", hidden, valid)
+            teacher = self.teacher.of_tokens(hidden, valid)
         return replace(self, student=student, teacher=teacher)
 
     def at(self, rows: slice | Tensor) -> RowSpec:
@@ -351,9 +354,9 @@ class RowSpec:
         of_student, of_teacher = temperatures
         tensors = of_student, of_student if of_teacher is None else of_teacher
         student, teacher = (
-            LogitTransform(scale, softcap or None, number if tensor is None or number else tensor)
-            for (scale, softcap, number), tensor in zip(
-                (transforms[:3], transforms[3:]), tensors, strict=True
+            LogitTransform(scale, softcap or None, number if tensor is None or number else tensor, name)
+            for (scale, softcap, number), tensor, name in zip(
+                (transforms[:3], transforms[3:]), tensors, ("temperature", "teacher_temperature"), strict=True
             )
         )
         divergence = Divergence(Kind(int(kind)), beta)

@@ -1,12 +1,13 @@
-"""Route a call through autograd, by one of three Functions.
+"""Route a call through autograd, by one of five Functions.
 
 `WeightedSum` has its row factors in the forward pass and computes the gradients there (four GEMM passes,
 three with a frozen head). `PerRow` returns a loss per row and accepts any upstream gradient per row: with a
 frozen head it scales the rows of a dh computed in forward; with a trainable one it projects again in backward
-(six passes). `LogProbs` and `LogProbsAt` do the same for log-probs of one side. Each takes the problem, and
-after it the leaves of its student: hidden states, weight, bias, and A and B of an adapter. Backward works out
-of place if the graph is retained, so that it may run twice. There are no second derivatives: see
-`first_order`.
+(six passes). `LogProbs` does the same for log-probs of labels, and `LogProbsAt`, which always projects again,
+for those of given ids. Each takes the problem, and at the end the leaves of its student: hidden states,
+weight, bias, and A and B of an adapter. `CachedForwardKL` has a frozen head and a loss per row; its leaf, the
+hidden states, comes first. Backward works out of place if the graph is retained, so that it may run twice.
+There are no second derivatives: see `first_order`.
 """
 
 from __future__ import annotations
@@ -26,11 +27,7 @@ from . import library, listed
 from .forward_cache import Parts
 from .loop import empty, on_host
 from .problem import Problem
-from .reductions import RowWeigher, TokenStats, token_stats
-
-# For fp16 the row factors are scaled so that the largest is 64, and backward undoes it: the 1 / N of a mean
-# would underflow (1e-4 / 8192), and 64 * |log p - log q| does not overflow.
-FP16_ROW_FACTOR = 64.0
+from .reductions import RowWeigher, TokenStats, fp16_units, token_stats
 
 
 class Route(Enum):
@@ -165,22 +162,6 @@ def _times(factor: Tensor, D: Tensor) -> Tensor:
     return torch.where(factor == 0, torch.zeros_like(factor), factor * D)
 
 
-def _fp16_units(
-    dtype: torch.dtype, factor: Tensor | None, slope: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Scale row factors for fp16. Returns them and the unit that the caller must still apply, or None."""
-    assert factor is not None, "a gradient needs row factors"
-    if dtype != torch.float16:
-        return factor, slope, None
-    factors = [x for x in (factor, slope) if x is not None]
-    if factor.numel():
-        largest = torch.stack([x.abs().amax() for x in factors]).amax()
-    else:
-        largest = factor.new_ones(())
-    unit = torch.where(largest > 0, largest, torch.ones_like(largest)) / FP16_ROW_FACTOR
-    return factor / unit, None if slope is None else slope / unit, unit
-
-
 def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return grad * scale in `dtype`.
 
@@ -202,6 +183,16 @@ def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     unchanged = scale.numel() == 1 and scale.item() == 1
     scaled = grad if unchanged else grad.mul_(scale)
     return scaled if scaled.dtype == dtype else empty(tuple(scaled.shape), dtype, scaled.device).copy_(scaled)
+
+
+def _scaled_rows(ctx: Any, upstream: Tensor) -> Tensor:
+    """Return the dh of the forward pass times the upstream gradients of its rows, (N,).
+
+    A row of upstream gradient 0 gets 0: its divergence may be infinite, or its hidden states NaN.
+    """
+    dh, unit, _ = ctx.saved_tensors
+    scale = upstream if unit is None else upstream * unit
+    return _scaled(dh, scale[:, None], ctx.dtype).masked_fill_((scale == 0)[:, None], 0.0)
 
 
 def _save(ctx: Any, problem: Problem, *results: Tensor) -> None:
@@ -238,7 +229,7 @@ def _to_leaves(ctx: Any, gradients: Iterable[Tensor], scale: Tensor) -> tuple[Te
 def _project_again(ctx: Any, factor: Tensor, slope: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return the leaves' gradients in recompute mode, with row factors from the upstream gradient."""
     flat, (stats, A, _) = _saved(ctx)
-    factor, slope, unit = _fp16_units(ctx.dtypes[0], factor, slope)
+    factor, slope, unit = fp16_units(ctx.dtypes[0], factor, slope)
     grads = library.op_backward(*library.with_factors(flat, factor, slope), stats, A)
     scale = factor.new_ones(()) if unit is None else unit
     return _to_leaves(ctx, grads, scale)
@@ -258,12 +249,12 @@ class WeightedSum(torch.autograd.Function):
         problem = replace(problem, student=problem.student.with_leaves(*leaves))
         if weigher is None:
             factor = problem.rows.factor
-            *scaled, unit = _fp16_units(leaves[0].dtype, factor, problem.rows.policy_slope)
+            *scaled, unit = fp16_units(leaves[0].dtype, factor, problem.rows.policy_slope)
             problem = problem.with_factors(*scaled)
             loss, _, stats, logprobs, dropped, *gradients = library.op(*library.pack(problem), metrics, False)
         else:
-            out = library.run_weighted(problem, weigher)
-            factor, unit = weigher.factor(out), weigher.unit
+            out, unit = library.run_weighted(problem, weigher)
+            factor = weigher.factor(out)
             loss, stats, dropped = out.loss, out.stats, out.dropped
             gradients = out.dh, out.dW, out.dbias, out.dA, out.dB
             logprobs = loss.new_empty(0) if out.logprobs is None else out.logprobs
@@ -297,7 +288,7 @@ class PerRow(torch.autograd.Function):
         problem = replace(problem, student=problem.student.with_leaves(*leaves))
         factors, unit = [None], None
         if not recompute:
-            *factors, unit = _fp16_units(leaves[0].dtype, problem.rows.factor, problem.rows.policy_slope)
+            *factors, unit = fp16_units(leaves[0].dtype, problem.rows.factor, problem.rows.policy_slope)
         problem = problem.with_factors(*factors)
         loss, A, stats, logprobs, dropped, dh, *_ = library.op(*library.pack(problem), metrics, recompute)
         if recompute and problem.gradient_tolerance is not None:
@@ -322,12 +313,7 @@ class PerRow(torch.autograd.Function):
         if upstream is None:
             return (None,) * (3 + len(ctx.wants))
         if not ctx.recompute:
-            dh, unit, _ = ctx.saved_tensors
-            scale = upstream if unit is None else upstream * unit
-            others = (None,) * (len(ctx.wants) - 1)
-            dh = _scaled(dh, scale[:, None], ctx.dtype)
-            # The divergence of a row of weight zero may be infinite, and its gradient NaN.
-            return None, None, None, dh.masked_fill_((scale == 0)[:, None], 0.0), *others
+            return None, None, None, _scaled_rows(ctx, upstream), *(None,) * (len(ctx.wants) - 1)
         return None, None, None, *_project_again(ctx, upstream.contiguous(), None)
 
 
@@ -346,7 +332,7 @@ class LogProbs(torch.autograd.Function):
         ctx.in_forward, ctx.dtype = problem.rows.policy_slope is not None, leaves[0].dtype
         ctx.wants, unit = problem.wants, None
         if ctx.in_forward:
-            *factors, unit = _fp16_units(leaves[0].dtype, problem.rows.factor, problem.rows.policy_slope)
+            *factors, unit = fp16_units(leaves[0].dtype, problem.rows.factor, problem.rows.policy_slope)
             problem = problem.with_factors(*factors)
         _, A, stats, logprobs, _, dh, *_ = library.op(*library.pack(problem), metrics, not ctx.in_forward)
         anchor = stats.new_empty(0)
@@ -361,12 +347,8 @@ class LogProbs(torch.autograd.Function):
     @first_order
     def backward(ctx, of_logprob, of_entropy, _):
         if ctx.in_forward:
-            dh, unit, _ = ctx.saved_tensors
-            others = (None,) * (len(ctx.wants) - 1)
-            if of_logprob is None:
-                return None, None, None, *others
-            scale = -(of_logprob if unit is None else of_logprob * unit)
-            return None, None, _scaled(dh, scale[:, None], ctx.dtype), *others
+            dh = None if of_logprob is None else _scaled_rows(ctx, -of_logprob)
+            return None, None, dh, *(None,) * (len(ctx.wants) - 1)
         _, (_, A, _) = _saved(ctx)
         nothing = torch.zeros_like(A)
         factor, slope = (nothing if grad is None else -grad.contiguous() for grad in (of_entropy, of_logprob))
@@ -392,7 +374,7 @@ class LogProbsAt(torch.autograd.Function):
             return (None,) * (2 + len(ctx.wants))
         flat, (ids, stats, _) = _saved(ctx)
         # A row of G is at most the sum of its upstream gradients.
-        sums, _, unit = _fp16_units(ctx.dtypes[0], upstream.abs().sum(1), None)
+        sums, _, unit = fp16_units(ctx.dtypes[0], upstream.abs().sum(1), None)
         scale = sums.new_ones(()) if unit is None else unit
         upstream = upstream.contiguous() if unit is None else upstream / unit
         return None, None, *_to_leaves(ctx, listed.op_at_backward(*flat, ids, upstream, stats), scale)
@@ -410,7 +392,7 @@ class CachedForwardKL(torch.autograd.Function):
         problem = replace(problem, student=replace(problem.student, hidden=hidden))
         ctx.dtype, unit = hidden.dtype, None
         if problem.rows.policy_slope is not None:
-            *factors, unit = _fp16_units(hidden.dtype, problem.rows.factor, problem.rows.policy_slope)
+            *factors, unit = fp16_units(hidden.dtype, problem.rows.factor, problem.rows.policy_slope)
             problem = problem.with_factors(*factors)
         _, _, _, logprobs, _, dh, *_ = library.op(*library.pack(problem), False, False)
         product = torch.bmm(hidden.to(parts.mean.dtype)[:, None], parts.mean[:, :, None])[:, 0, 0]
@@ -429,9 +411,7 @@ class CachedForwardKL(torch.autograd.Function):
     def backward(ctx, upstream, _):
         if upstream is None:
             return (None,) * 4
-        dh, unit, _ = ctx.saved_tensors
-        scale = upstream if unit is None else upstream * unit
-        return _scaled(dh, scale[:, None], ctx.dtype), None, None, None
+        return _scaled_rows(ctx, upstream), None, None, None
 
 
 def cached_forward_kl(problem: Problem, parts: Parts, factor: float, weigher: RowWeigher) -> Tensor:
@@ -457,11 +437,17 @@ def log_probs(problem: Problem, in_forward: bool, entropy: bool) -> tuple[Tensor
         slope = hidden.new_ones(problem.tokens, dtype=wide) if valid is None else valid.to(wide)
         problem = problem.with_factors(torch.zeros_like(slope), slope)
     logprobs, entropies, _ = LogProbs.apply(problem, entropy, *problem.student.leaves)
-    return logprobs, entropies
+    if problem.rows.valid is None:
+        return logprobs, entropies
+    # Zeros already: this stops the upstream gradients of invalid tokens, which may be NaN.
+    invalid = ~problem.rows.valid
+    return logprobs.masked_fill(invalid, 0.0), entropies.masked_fill(invalid, 0.0)
 
 
 def log_probs_at(problem: Problem, ids: Tensor) -> Tensor:
     """Return log-probs of ids (N, K) in nats, 0 for an id of -1 and for invalid tokens."""
     if not any(problem.wants):
         return listed.op_at(*library.pack(problem), ids)[0]
-    return LogProbsAt.apply(problem, ids, *problem.student.leaves)[0]
+    nowhere = ids < 0 if problem.rows.valid is None else (ids < 0) | ~problem.rows.valid[:, None]
+    # As in `log_probs`.
+    return LogProbsAt.apply(problem, ids, *problem.student.leaves)[0].masked_fill(nowhere, 0.0)

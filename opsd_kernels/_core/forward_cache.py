@@ -62,7 +62,7 @@ def _parts(problem: Problem, head: Side) -> Parts:
     if parts.mean.is_meta:
         return parts
     chunks, backend, rows, _ = library.arrange(problem)
-    if head.quantised is not None or head.weight.dtype != wide:
+    if head.quantised is not None or head.weight.dtype != wide or not head.weight.is_contiguous():
         # The student's GEMM rounds a quantised head to the dtype of its rows.
         dtype = wide if head.quantised is None else problem.student.hidden.dtype
         height, device = head.weight.shape[0], head.weight.device
@@ -103,8 +103,8 @@ def write_difference_(chunk: Rows, stats: Tensor, transform: LogitTransform, tok
 def products(P: Tensor, head: Side) -> tuple[Tensor, Tensor]:
     """Return P @ weight, (n, H), and P @ bias, (n,), in the dtype of P.
 
-    The weight is a tensor of that dtype, or a SlicedHead, and includes the adapter. An entry of zero adds
-    nothing, whatever the bias is.
+    The weight is a contiguous tensor of that dtype, or a SlicedHead, and includes the adapter. An entry of
+    zero adds nothing, whatever the bias is.
     """
     weight, bias, lora = head.weight, head.bias, head.lora
     (n, V), H = P.shape, weight.shape[1]

@@ -26,7 +26,7 @@ from .lora import Lora
 from .merged_rows import ShardedRows
 from .planner import SM_COUNT, ChunkPlan, held_dtype, plan
 from .problem import ComputedRows, Outputs, Problem, RowSelection, Side, Teachers, repeated
-from .reductions import RowWeigher
+from .reductions import RowWeigher, fp16_units
 from .shard import VocabShard
 from .sliced_head import HEADS
 from .targets import Target
@@ -132,8 +132,10 @@ def align(lengths: list[int], rows: int) -> list[slice]:
     return [*bounds, slice(start, stop)] if stop > start else bounds
 
 
-def run_weighted(problem: Problem, weigher: RowWeigher) -> Outputs:
+def run_weighted(problem: Problem, weigher: RowWeigher) -> tuple[Outputs, Tensor]:
     """Return losses, statistics and gradients where row factors depend on the statistics themselves.
+
+    The gradients are in units of the second result.
 
     An operator's schema holds no weigher, so under torch.compile this function runs eagerly.
     """
@@ -141,9 +143,13 @@ def run_weighted(problem: Problem, weigher: RowWeigher) -> Outputs:
     if chunks.weighting == "own pass" or weigher.has_collectives:
         known = loop.run(replace(problem, wants=NO_GRADIENTS), chunks, backend, rows, metrics=True)
         with torch.autocast(problem.student.hidden.device.type, enabled=False):
-            problem = problem.with_factors(*weigher(known, slice(None)))
-        return loop.run(problem, chunks, backend, rows, metrics=True)
-    return loop.run(problem, chunks, backend, rows, metrics=True, weigher=weigher, bounds=bounds)
+            factor, slope = weigher(known, slice(None))
+        factor, slope, unit = fp16_units(problem.student.hidden.dtype, factor, slope)
+        problem = problem.with_factors(factor, slope)
+        out = loop.run(problem, chunks, backend, rows, metrics=True)
+        return out, weigher.unit if unit is None else weigher.unit * unit
+    out = loop.run(problem, chunks, backend, rows, metrics=True, weigher=weigher, bounds=bounds)
+    return out, weigher.unit
 
 
 def eagerly(function: Callable[..., Any], *args: Any) -> Any:
@@ -180,11 +186,8 @@ def _computed_rows(problem: Problem, count: int | None = None) -> ComputedRows:
     if rows.topk_ids is not None:
         listed = " wherever teacher_topk_logprobs is above -inf"  # elsewhere ids are 0
         check_entries("teacher_topk_ids", listed, rows.topk_ids, None, problem.vocab)
-    student, teacher = problem.spec.student.of_rows, problem.spec.teacher.of_rows
-    if student is not None:
-        _check_temperatures("temperature", student)
-    if teacher is not None and problem.spec.teacher.temperature is not problem.spec.student.temperature:
-        _check_temperatures("teacher_temperature", teacher)
+    if problem.spec.of_rows:
+        _check_temperatures(problem.spec)
     if rows.valid is None or not packs(problem):
         return ComputedRows(N, valid=rows.valid)
     index = (rows.valid.nonzero() if count is None else rows.valid.nonzero_static(size=count)).squeeze(1)
@@ -221,10 +224,13 @@ def _check_vocab_ids(problem: Problem, ids: Tensor) -> int | None:
     return min(sizes, default=None)
 
 
-def _check_temperatures(name: str, temperatures: Tensor) -> None:
+def _check_temperatures(spec: RowSpec) -> None:
     """Raise ValueError unless all temperatures are positive and finite; on CUDA as `check_entries`."""
-    good = (temperatures > 0) & (temperatures < torch.inf)
-    check_all(name, "positive finite numbers", temperatures, good)
+    shared = spec.teacher.temperature is spec.student.temperature
+    for transform in (spec.student,) if shared else (spec.student, spec.teacher):
+        if (of_rows := transform.of_rows) is not None:
+            good = (of_rows > 0) & (of_rows < torch.inf)
+            check_all(transform.temperature_name, "positive finite numbers", of_rows, good)
 
 
 def check_all(name: str, expected: str, values: Tensor, good: Tensor) -> None:

@@ -226,13 +226,17 @@ def logit_bytes(
     return sides * buffer.itemsize * (1 + reads) + gradient.itemsize * (1 + products) * (products > 0)
 
 
-def _when_weighted(scope: str, longest: int | None, most: int, in_loop: bool) -> tuple[str, str]:
+def _when_weighted(
+    scope: str, longest: int | None, most: int, in_loop: bool, dtype: torch.dtype
+) -> tuple[str, str]:
     """Return when token weights that read statistics are computed, and why.
 
     `in_loop`: the gradients that need them are computed in the forward pass.
     """
     if not in_loop:
         return "after", "the rows of the gradient are scaled then, or backward projects again"
+    if dtype == torch.float16:
+        return "own pass", "gradients in fp16 are scaled by the largest of all weights"
     if scope == "row":
         return "chunk", "they need a token's own statistics"
     if longest is None:
@@ -392,7 +396,7 @@ def plan(
     if weights_scope != "index":
         weighed = gemms.trainable or bias_grad or policy or selects or ranks[0] > 0
         in_loop = weighed and grad and not again
-        weighting, reason = _when_weighted(weights_scope, longest_sequence, most, in_loop)
+        weighting, reason = _when_weighted(weights_scope, longest_sequence, most, in_loop, dtype)
     rows = part = max(min(N, most), 1)
     waves = (gemms, dtype.itemsize, sm_count) if device_type == "cuda" else None
     if weighting != "aligned" and N > most:

@@ -163,7 +163,7 @@ class Problem:
         if vocab_ids is not None:
             check_alone(vocab_size, group)
         budget = workspace_budget(workspace_bytes)
-        shard = None if group is None else shard_of(group, student.weight)
+        shard = None if group is None else shard_of(group, student.weight, f"{prefixes[0]}weight")
         sides = [student] if teacher is None else [student, teacher]
         sides = [checked(prefix, side, shard) for prefix, side in zip(prefixes, sides, strict=False)]
         compiling = torch.compiler.is_compiling()
@@ -280,7 +280,11 @@ class Problem:
         if twin is not None and side.bias is not None and same_storage(side.bias, self.student.bias):
             # One object: the sweeps take a common bias for a linear difference.
             bias = twin
-        lora = side.lora and replace(side.lora, B=side.lora.B[used])
+        lora = side.lora
+        if student is not None and lora is not None and ids is None and same_adapter(self.student.lora, lora):
+            lora = student.lora
+        elif lora is not None:
+            lora = replace(lora, B=lora.B[used].contiguous())
         return Side(rows, head, bias, lora, side.rows)
 
 

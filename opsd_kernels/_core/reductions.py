@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from .._rows.contract import Column
-from ..spec import REDUCTIONS, check_choice, check_number, check_tensor, expect
+from ..spec import REDUCTIONS, SCOPES, check_choice, check_number, check_tensor, expect
 from ..weights.base import check_weighting, check_weights
 from .problem import Outputs, Problem, per_token
+
+# For fp16 the row factors are scaled so that the largest is 64, and backward undoes it: the 1 / N of a mean
+# would underflow (1e-4 / 8192), and 64 * |log p - log q| does not overflow.
+FP16_ROW_FACTOR = 64.0
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,13 @@ def token_stats(
 
 
 def reads_logprobs(token_weights: Any, policy: Any) -> bool:
-    """Check token weights; return True if they or a policy term read the label's log-prob."""
+    """Check token weights and policy; return True if they read the label's log-prob."""
     if token_weights is not None and not isinstance(token_weights, Tensor):
         expected = "a tensor, a weighting (see opsd_kernels.weights) or None"
         expect(callable(token_weights), "token_weights", expected, type(token_weights).__name__, TypeError)
         check_weighting(token_weights)
+    if policy is not None:
+        check_choice("policy.scope", policy.scope, SCOPES)
     return policy is not None or getattr(token_weights, "needs_labels", False)
 
 
@@ -151,6 +157,43 @@ def _share(normalizer: float | Tensor | None, hidden: Tensor, valid: Tensor | No
     return 1.0 / valid.sum().clamp(min=1).to(wide)
 
 
+def fp16_units(
+    dtype: torch.dtype, factor: Tensor | None, slope: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scale row factors for fp16. Returns them and the unit that the caller must still apply, or None."""
+    assert factor is not None, "a gradient needs row factors"
+    if dtype != torch.float16:
+        return factor, slope, None
+    factors = [x for x in (factor, slope) if x is not None]
+    if factor.numel():
+        largest = torch.stack([x.abs().amax() for x in factors]).amax()
+    else:
+        largest = factor.new_ones(())
+    unit = torch.where(largest > 0, largest, torch.ones_like(largest)) / FP16_ROW_FACTOR
+    return factor / unit, None if slope is None else slope / unit, unit
+
+
+def _exchanges(part: Any) -> bool:
+    """Return True if calling a weighting or policy term, or one that it is made of, issues a collective."""
+    if getattr(part, "exchanges", False):
+        return True
+    if isinstance(part, (list, tuple)):
+        return any(map(_exchanges, part))
+    inner = getattr(part, "__dict__", {}).values() if hasattr(part, "scope") else ()
+    return any(_exchanges(one) for one in inner)
+
+
+def _check_losses(losses: Any, mask: Tensor) -> Tensor:
+    """Return the losses of a policy term, a floating-point tensor of the mask's shape."""
+    came = type(losses).__name__
+    expect(isinstance(losses, Tensor), "policy", "a policy term that returns a tensor", came, TypeError)
+    expected = "a policy term that returns floating-point numbers"
+    expect(losses.is_floating_point(), "policy", expected, losses.dtype, TypeError)
+    expected = f"a policy term that returns shape {tuple(mask.shape)}"
+    expect(losses.shape == mask.shape, "policy", expected, tuple(losses.shape))
+    return losses
+
+
 class RowWeigher:
     """Compute row factors from the token weights, the policy term and the reduction of a call.
 
@@ -180,9 +223,11 @@ class RowWeigher:
         self.needs_metrics = any(
             part.scope != "index" and getattr(part, "needs_metrics", True) for part in parts
         )
-        # True if calling the weigher issues a collective. It is then called once and not per chunk, because
-        # ranks may use different chunk boundaries.
-        self.has_collectives = any(getattr(part, "exchanges", False) for part in parts)
+        # It is then called once and not per chunk, because ranks may use different chunk boundaries.
+        self.has_collectives = any(map(_exchanges, parts))
+        # Of the sequences in a packed row, if all that read whole sequences agree on them.
+        lengths = [getattr(part, "lengths", None) for part in parts if part.scope == self.scope]
+        self.packed = lengths[0] if lengths and all(one == lengths[0] for one in lengths) else None
         # (B, T): a leading shape of one dimension is one sequence.
         self.shape = torch.Size((leading[:-1].numel(), leading[-1])) if leading else torch.Size((1, 1))
 
@@ -233,10 +278,13 @@ class RowWeigher:
         logprob = torch.where(mask, known.to(wide), 0.0).detach()
         if any(self.problem.wants):
             with torch.enable_grad():
-                losses = torch.where(mask, self.policy(logprob.requires_grad_(), stats, mask), 0.0)
+                given = _check_losses(self.policy(logprob.requires_grad_(), stats, mask), mask)
+                expected = "a policy term whose losses depend on the log-probs, through autograd"
+                expect(given.requires_grad, "policy", expected, "losses without a gradient")
+                losses = torch.where(mask, given, 0.0)
                 (slope,) = torch.autograd.grad(losses.sum(), logprob)
         else:
-            losses = torch.where(mask, self.policy(logprob, stats, mask), 0.0)
+            losses = torch.where(mask, _check_losses(self.policy(logprob, stats, mask), mask), 0.0)
             slope = torch.zeros_like(logprob)
         shared, slope = self.policy_weight * losses.detach(), -self.policy_weight * slope
         return shared.to(wide).reshape(-1), slope.to(wide).reshape(-1)
@@ -263,8 +311,7 @@ class RowWeigher:
     def lengths(self, valid: bool) -> list[int]:
         """Return the rows of each sequence; if `valid`, the valid ones alone, which syncs with a GPU."""
         B, T = self.shape
-        # A packed row holds sequences of several lengths.
-        whole = list(getattr(self.scheme, "lengths", (T,) * B))
+        whole = [T] * B if self.packed is None else list(self.packed)
         expected = f"lengths that add up to the {B * T} tokens of the packed row"
         expect(sum(whole) == B * T, "lengths", expected, sum(whole))
         if not valid:

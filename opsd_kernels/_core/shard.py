@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -17,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._rows import torch_rows
-from ..spec import RowSpec, Support, check_choice, expect
+from ..quantized import QuantizedHead, stored_head
+from ..spec import RowSpec, Support, check_choice, check_tensor, expect
 from . import topk_support
 from .topk_support import Entries, Rows
 
@@ -31,8 +33,8 @@ class VocabShard:
 
     `bounds` are the starts of all shards and the end of the last. With `reduce_hidden_grad` the gradient of
     the hidden states is summed over the group; without it each rank keeps its partial sum, for a caller that
-    sums or scatters it. Raises ValueError for bounds that do not fit the group, or that leave a rank without
-    rows.
+    sums or scatters it. Raises TypeError for other things than numbers and a process group, ValueError for
+    bounds that do not fit the group, or that leave a rank without rows.
     """
 
     bounds: tuple[int, ...]
@@ -40,7 +42,10 @@ class VocabShard:
     reduce_hidden_grad: bool = True
 
     def __post_init__(self) -> None:
-        world, widths = self.group.size(), [b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
+        world = check_group(self.group).size()
+        whole = isinstance(self.bounds, (tuple, list)) and all(map(is_whole, self.bounds))
+        expect(whole, "bounds", "ints", repr(self.bounds), TypeError)
+        widths = [b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
         expected = f"{world + 1} numbers for a group of {world} ranks"
         expect(len(widths) == world, "bounds", expected, self.bounds)
         expected = "ascending numbers from 0, at least one row for each rank"
@@ -52,7 +57,8 @@ class VocabShard:
 
         Raises ValueError for fewer rows than ranks.
         """
-        each, more = divmod(V, group.size())
+        expect(is_whole(V), "V", "an int", type(V).__name__, TypeError)
+        each, more = divmod(V, check_group(group).size())
         bounds = tuple(rank * each + min(rank, more) for rank in range(group.size() + 1))
         return cls(bounds, group, reduce_hidden_grad)
 
@@ -195,16 +201,31 @@ class VocabShard:
         return own._replace(live=live, q=q, p=p, delta=delta, log_q=log_q), own
 
 
-def shard_of(group: object, weight: Tensor) -> VocabShard:
-    """Return the shard of the head of which `weight` is this rank's part.
+def is_whole(value: object) -> bool:
+    """Return True for an int, numpy's and those of torch.compile included."""
+    return isinstance(value, (int, Integral, torch.SymInt)) and not isinstance(value, bool)
 
-    `group` is a VocabShard or a process group. Raises TypeError for anything else.
+
+def check_group(group: object, expected: str = "a torch.distributed process group") -> dist.ProcessGroup:
+    """Return a process group. Raises TypeError for anything else."""
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: expected {expected}, got {type(group).__name__}")
+    return group
+
+
+def shard_of(group: object, weight: Any, name: str) -> VocabShard:
+    """Return the shard of the head of which `weight`, the argument `name`, is this rank's part.
+
+    `group` is a VocabShard or a process group. Raises TypeError for anything else, and TypeError or
+    ValueError for a weight without rows, before a collective would wait for the other ranks.
     """
     if isinstance(group, VocabShard):
         return group
-    if not isinstance(group, dist.ProcessGroup):
-        expected = "a torch.distributed process group, a VocabShard or None"
-        raise TypeError(f"group: expected {expected}, got {type(group).__name__}")
+    group = check_group(group, "a torch.distributed process group, a VocabShard or None")
+    weight = stored_head(name, weight)
+    if not (isinstance(weight, QuantizedHead) or is_dtensor(weight)):
+        check_tensor(name, weight)
+    expect(len(weight.shape) == 2, name, "shape (V, H) with V, H >= 1", tuple(weight.shape))
     if is_dtensor(weight):  # bounds as those of torch.chunk
         each = -(-weight.shape[0] // group.size())
         return VocabShard(tuple(min(rank * each, weight.shape[0]) for rank in range(group.size() + 1)), group)

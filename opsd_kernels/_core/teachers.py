@@ -58,7 +58,7 @@ def several(
         expected = "a sequence of K tensors, one per teacher, beside teacher_index, else a tensor"
         came = "" if not listed else " of no tensor" if not hidden else " of other things"
         raise TypeError(f"teacher_hidden: expected {expected}, got a {type(hidden).__name__}{came}")
-    count, leading = len(hidden), student[0].shape[:-1]
+    count, leading = len(hidden), check_tensor("student_hidden", student[0]).shape[:-1]
     expect(index is not None, "teacher_index", f"a tensor {tuple(leading)} of numbers in [0, {count})", None)
     of_each = ["teacher_hidden", *(name for name in OPTIONS if of_each_teacher(name, options[name]))]
     if isinstance(weights, (tuple, list)):
@@ -67,7 +67,7 @@ def several(
         weights = [weights] * count
     expect(len(weights) == count, "teacher_weight", f"{count} tensors, one per teacher_hidden", len(weights))
     if options["group"] is not None:
-        options = {**options, "group": shard_of(options["group"], student[1])}
+        options = {**options, "group": shard_of(options["group"], student[1], "student_weight")}
     parts: list[tuple[Problem, Any]] = []
     for k in range(count):
         told = options_of(options, k, count)

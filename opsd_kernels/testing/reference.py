@@ -23,7 +23,15 @@ from .reference_terms import reference_divergence as reference_divergence
 from .reference_terms import reference_terms as reference_terms
 
 # Arguments that change how the op computes, not its value.
-HOW = {"backend", "backward", "logits_dtype", "workspace_bytes"}
+HOW = {"backend", "backward", "gradient_tolerance", "logits_dtype", "workspace_bytes"}
+# Arguments that a reference takes as None alone, and what serves in their place.
+_DENSE = "wrap it in opsd_kernels.testing.heads.with_dense_heads"
+LACKING = {
+    "group": "give it whole heads",
+    **dict.fromkeys(("lora", "student_lora", "teacher_lora"), _DENSE),
+    "student_vocab_ids": "wrap it in opsd_kernels.testing.heads.with_student_vocab",
+    "teacher_index": "call opsd_kernels.testing.reference_rows.linear_divergence_by_index_reference",
+}
 
 # ---------------------------------------------------------------- the divergence under its clips
 
@@ -113,7 +121,7 @@ def _packed_logits(
     """
     packed = hidden.reshape(-1, hidden.shape[-1])[rows].to(wide)
     raw = packed[:, :vocab_size] if weight is None else packed @ weight[:vocab_size].to(wide).T
-    transform = transform.of_tokens("temperature", hidden).at(rows)
+    transform = transform.of_tokens(hidden).at(rows)
     return reference_logits(raw, transform, None if bias is None else bias[:vocab_size].to(wide))
 
 
@@ -207,9 +215,14 @@ def _reduce(values: Tensor, valid: Tensor, reduction: str, normalizer: float | T
     return (values.sum(-1) / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
 
 
-def _check_how(how: dict[str, object], op: str) -> None:
-    unknown = set(how) - HOW
+def _check_how(how: dict[str, object], op: str, *lacking: str) -> None:
+    """Raise TypeError for no argument of `op`, ValueError for one of those `lacking` that is not None."""
+    lacking = ("group", *lacking)
+    unknown = set(how) - HOW - set(lacking)
     expect(not unknown, ", ".join(sorted(unknown)), f"an argument of {op}", "an unknown name", TypeError)
+    for name in lacking:
+        value, expected = how.get(name), f"None, since the reference lacks it: {LACKING[name]}"
+        expect(value is None, name, expected, type(value).__name__)
 
 
 @dataclass(frozen=True)
@@ -283,11 +296,11 @@ def linear_divergence_reference(
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Compute `linear_divergence` by its definition.
 
-    Takes the same arguments; those of execution (`backend`, `backward`, ...) change nothing. Returns the
-    reduced divergence in nats, float64 for float64 inputs and else float32, and with `return_stats` a dict of
-    the fields of TokenStats.
+    Takes the same arguments, with heads that are tensors. Those of execution (`HOW`) change nothing, and what
+    the reference lacks (`LACKING`) must be None. Returns the reduced divergence in nats, float64 for float64
+    inputs and else float32, and with `return_stats` a dict of the fields of TokenStats.
     """
-    _check_how(how, "linear_divergence")
+    _check_how(how, "linear_divergence", "student_lora", "teacher_lora", "student_vocab_ids", "teacher_index")
     check_choice("topk_support", topk_support, ("student", "teacher"))
     check_choice("topk_tail", topk_tail, tuple(TAILS))
     expect(
@@ -348,8 +361,11 @@ def linear_topk_divergence_reference(
     return_stats: bool = False,
     **how: object,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """Compute `linear_topk_divergence` by its definition. The statistics are those of the student."""
-    _check_how(how, "linear_topk_divergence")
+    """Compute `linear_topk_divergence` by its definition, as `linear_divergence_reference` its op.
+
+    The statistics are those of the student.
+    """
+    _check_how(how, "linear_topk_divergence", "student_lora", "student_vocab_ids")
     check_choice("tail", tail, tuple(TAILS))
     loss = _Loss(
         Divergence.parse(divergence, beta),
@@ -388,12 +404,12 @@ def linear_logprobs_reference(
     return_entropy: bool = False,
     **how: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute `linear_logprobs` by its definition.
+    """Compute `linear_logprobs` by its definition, as `linear_divergence_reference` its op.
 
     Returns log-probs (...) of the labels in nats, 0 at invalid tokens; with `return_entropy` the entropies
     too.
     """
-    _check_how(how, "linear_logprobs")
+    _check_how(how, "linear_logprobs", "lora")
     tokens = _Tokens(hidden, mask, labels, ignore_index)
     transform = LogitTransform.parse("", logit_scale, softcap, "temperature", temperature)
     log_q = _packed_logits(

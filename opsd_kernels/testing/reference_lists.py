@@ -25,7 +25,7 @@ def linear_topk_reference(
     **how: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `linear_topk` by its definition, with a whole stable sort of the logits."""
-    _check_how(how, "linear_topk")
+    _check_how(how, "linear_topk", "lora")
     tokens = _Tokens(hidden, mask, None, -100)
     transform = LogitTransform.parse("", logit_scale, softcap, "temperature", temperature)
     side = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
@@ -53,7 +53,7 @@ def linear_logprobs_at_reference(
     **how: object,
 ) -> Tensor:
     """Compute `linear_logprobs_at` by its definition: (..., K) log-probs in nats, 0 for an id of -1."""
-    _check_how(how, "linear_logprobs_at")
+    _check_how(how, "linear_logprobs_at", "lora")
     tokens = _Tokens(hidden, mask, None, -100)
     transform = LogitTransform.parse("", logit_scale, softcap, "temperature", temperature)
     logits = _packed_logits(hidden, weight, bias, tokens.rows, vocab_size, transform, _wide(hidden))

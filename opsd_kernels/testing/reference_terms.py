@@ -126,7 +126,13 @@ def largest_entries(student: Tensor, teacher: Tensor, topk: int | None, side: st
 
 
 def listed_entries(student: Tensor, ids: Tensor, logprobs: Tensor, tail: str) -> LogProbs:
-    """Return the entries (n, K) of a teacher's list. A log-prob of -inf means padding, of any id."""
+    """Return the entries (n, K) of a teacher's list.
+
+    A log-prob of -inf means padding, of any id. An id that comes again is padding too.
+    """
     listed = logprobs > -math.inf
+    same = (ids[:, :, None] == ids[:, None, :]) & listed[:, None, :]
+    listed = listed & ~same.tril(-1).any(-1)
     log_q = student.log_softmax(-1).gather(-1, torch.where(listed, ids, 0))
-    return _on_support(torch.where(listed, log_q, -math.inf), logprobs, tail, listed.sum(-1))
+    log_q, log_p = (torch.where(listed, x, -math.inf) for x in (log_q, logprobs))
+    return _on_support(log_q, log_p, tail, listed.sum(-1))

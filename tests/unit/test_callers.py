@@ -18,8 +18,9 @@ from opsd_kernels import (
     weights,
 )
 from opsd_kernels.objectives import PPOClip, linear_policy_divergence
+from opsd_kernels.spec import TAILS
 from opsd_kernels.testing import assert_no_worse, assert_same_bits
-from opsd_kernels.testing.reference import linear_logprobs_reference
+from opsd_kernels.testing.reference import linear_logprobs_reference, linear_topk_divergence_reference
 
 B, T, V, H = 3, 4, 37, 8
 N = B * T
@@ -154,6 +155,26 @@ def test_an_id_counts_once(tail, divergence, backend):
             for got, expected in pairs:
                 assert_no_worse(got.detach(), expected.detach(), expected.detach())
             once = listed(x, **how, backward=backward)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "tvd"])
+def test_repeated_ids_are_those_of_the_reference(tail, divergence, backend):
+    """An id that comes again has another log-prob, or comes after padding of the same id."""
+    x = inputs()
+    order = [0, 0, 1, 2, 1, 3, 0]
+    x |= {"ids": x["ids"][..., order], "logprobs": x["logprobs"][..., order] - torch.linspace(0, 1, 7)}
+    x["logprobs"][..., 0] = -math.inf
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in x.items()}
+    how = {"divergence": divergence, "tail": tail, "token_weights": None}
+    loss = listed(x, **how, backend=backend)
+    outcomes = [(loss, *gradients(loss, x))]
+    for given in (x, wide):
+        tensors = given["h"], given["W"], given["ids"], given["logprobs"]
+        loss = linear_topk_divergence_reference(*tensors, mask=given["mask"], **how)
+        outcomes.append((loss, *gradients(loss, given)))
+    for ours, peer, truth in zip(*outcomes, strict=True):
+        assert_no_worse(ours, peer, truth)
 
 
 def test_padding_may_repeat_ids():

@@ -6,7 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opsd_kernels import linear_divergence, linear_logprobs
+from opsd_kernels import (
+    cache_forward_kl,
+    linear_cached_forward_kl,
+    linear_divergence,
+    linear_logprobs,
+    linear_logprobs_at,
+)
 from opsd_kernels.spec import KIND_NAMES
 from opsd_kernels.testing import (
     Case,
@@ -222,6 +228,83 @@ def test_an_infinite_token_of_weight_zero_spoils_nothing(backend):
     case.student_hidden.copy_(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
     case.teacher_hidden.copy_(torch.randn(6, 4, generator=torch.Generator().manual_seed(1)))
     assert zeros(evaluate(linear_divergence, case, divergence="reverse_kl", backend=backend))
+
+
+# ---------------------------------------------------------------- upstream gradients
+
+GEN = torch.Generator().manual_seed(2)
+ROWS, HEAD = torch.randn(6, 8, generator=GEN), torch.randn(17, 8, generator=GEN)
+IDS = torch.arange(6)
+COUNTS = IDS > 1
+# Outputs of the tokens. Two are ignored, and of a list of three ids the second is none.
+PER_TOKEN = {
+    "log-probs": lambda h, W, **how: linear_logprobs(h, W, torch.where(COUNTS, IDS, -100), **how),
+    "entropies": lambda h, W, **how: linear_logprobs(h, W, IDS, mask=COUNTS, return_entropy=True, **how)[1],
+    "log-probs at ids": lambda h, W, **how: linear_logprobs_at(
+        h, W, torch.stack([IDS, torch.full_like(IDS, -1), IDS], 1), mask=COUNTS, **how
+    ),
+    "divergences": lambda h, W, **how: linear_divergence(
+        h, W, ROWS.roll(1).to(h), W.detach(), mask=COUNTS, reduction="none", **how
+    ),
+}
+
+
+def assert_zeros_have_no_gradient(outputs_of, leaves, upstream: float, keeps=(True, False)) -> None:
+    """Assert that `upstream` at outputs that are 0 changes no bit of the gradients, in each backward."""
+    outputs = outputs_of(*leaves)
+    zero = (outputs == 0).detach()
+    assert zero[:2].all() and not zero.all()
+    spoilt, clean = (torch.ones_like(outputs).masked_fill(zero, value) for value in (upstream, 0.0))
+    expected = torch.autograd.grad(outputs_of(*leaves), leaves, clean)
+    for keep in keeps:
+        ours = torch.autograd.grad(outputs, leaves, spoilt, retain_graph=keep)
+        for mine, other in zip(ours, expected, strict=True):
+            assert other.isfinite().all() and other.any()
+            assert_same_bits(mine, other)
+
+
+@pytest.mark.parametrize("upstream", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("trained", [1, 2], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_upstream_gradients_of_ignored_tokens_reach_nothing(
+    backend, monkeypatch, name, trained, dtype, upstream
+):
+    """Such as those of exp(log-prob - old) where the old log-prob of padding is -inf."""
+    leaves = [x.to(dtype, copy=True).requires_grad_(k < trained) for k, x in enumerate((ROWS, HEAD))]
+    for how in [{}] if "at ids" in name else [{}, {"backward": "recompute"}]:
+        for pack in ("1", "0"):
+            monkeypatch.setenv("OPSD_PACK", pack)
+            assert_zeros_have_no_gradient(
+                lambda *live, how=how: PER_TOKEN[name](*live, *leaves[trained:], backend=backend, **how),
+                leaves[:trained],
+                upstream,
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_garbage_in_a_cache_at_an_ignored_token_reaches_nothing(backend, dtype):
+    """The teacher had NaN at a token that only the student's call masks."""
+    head, teacher = HEAD.to(dtype), ROWS.roll(1).to(dtype).index_fill(0, torch.tensor(0), math.nan)
+    cache = cache_forward_kl(teacher, head, head, backend=backend)
+    told = {"mask": COUNTS, "reduction": "none", "backend": backend}
+    leaf = ROWS.to(dtype, copy=True).requires_grad_()
+    for upstream in (1.0, math.nan):
+        assert_zeros_have_no_gradient(
+            lambda h: linear_cached_forward_kl(h, head, cache, **told), [leaf], upstream
+        )
+
+
+@pytest.mark.parametrize("name", ["log-probs", "log-probs at ids"])
+def test_the_same_compiled(backend, name):
+    torch._dynamo.reset()
+
+    def run(h):
+        return PER_TOKEN[name](h, HEAD, backend=backend)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    # torch keeps no compiled graph for a second backward.
+    assert_zeros_have_no_gradient(compiled, [ROWS.clone().requires_grad_()], math.nan, keeps=(False,))
 
 
 # ---------------------------------------------------------------- 16 bits

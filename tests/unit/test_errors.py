@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opsd_kernels import linear_divergence, plan, weights
+from opsd_kernels import VocabShard, linear_divergence, linear_logprobs, plan, weights
 from opsd_kernels.testing import hard_case
 
 N, V, H = 5, 11, 4
@@ -170,6 +170,41 @@ def test_a_group_is_a_process_group_or_a_shard():
         TypeError, match="group: expected a torch.distributed process group, a VocabShard or None, got object"
     ):
         call(group=object())
+
+
+ALONE = torch.distributed.ProcessGroup(0, 1)  # no collective is reached
+
+
+@pytest.mark.parametrize("group", [ALONE, VocabShard((0, V), ALONE)], ids=["group", "shard"])
+@pytest.mark.parametrize(
+    "weight, error, got",
+    [([1.0], TypeError, "list"), (None, TypeError, "NoneType"), (torch.tensor(1.0), ValueError, r"\(\)")],
+)
+def test_a_head_of_a_group_is_a_tensor(weight, error, got, group):
+    with pytest.raises(error, match=f"^student_weight: expected .*, got {got}$"):
+        call(student_weight=weight, group=group)
+    several = {"teacher_hidden": [torch.ones(N, H)] * 2, "teacher_index": LABELS}
+    with pytest.raises(error, match=f"^student_weight: expected .*, got {got}$"):
+        call(student_weight=weight, group=group, **several)
+    with pytest.raises(error, match=f"^weight: expected .*, got {got}$"):
+        linear_logprobs(torch.ones(N, H), weight, LABELS, group=group)
+
+
+@pytest.mark.parametrize(
+    "make, error, match",
+    [
+        (lambda: VocabShard((0, 3), None), TypeError, "group: expected a .* process group, got NoneType"),
+        (lambda: VocabShard.from_vocab(3, "all"), TypeError, "group: expected a .* process group, got str"),
+        (lambda: VocabShard.from_vocab("3", ALONE), TypeError, "V: expected an int, got str"),
+        (lambda: VocabShard("ab", ALONE), TypeError, "bounds: expected ints, got 'ab'"),
+        (lambda: VocabShard((0, 3.5), ALONE), TypeError, r"bounds: expected ints, got \(0, 3.5\)"),
+        (lambda: VocabShard((1, 3), ALONE), ValueError, "bounds: expected ascending numbers from 0"),
+        (lambda: VocabShard((), ALONE), ValueError, "bounds: expected 2 numbers for a group of 1 ranks"),
+    ],
+)
+def test_bad_shards(make, error, match):
+    with pytest.raises(error, match=f"^{match}"):
+        make()
 
 
 def test_in_forward_cannot_know_a_later_gradient():

@@ -126,6 +126,15 @@ def test_a_module_trains_all_active_adapters_of_its_head(names):
     assert torch.equal(bare, DistillationHead(layer.base_layer)(h, t)) and bare != loss
 
 
+def test_errors_name_the_head_of_the_side():
+    layer = adapted(lora_dropout=0.1).train().get_base_model().get_output_embeddings()
+    h, expected = torch.randn(9, SHAPE["hidden_size"]), r"expected an adapter without dropout"
+    with pytest.raises(ValueError, match=f"^lm_head: {expected}"):
+        DistillationHead(layer)
+    with pytest.raises(ValueError, match=f"^teacher_head: {expected}"):
+        DistillationHead(layer.base_layer)(h, h, layer)
+
+
 def test_another_adapter_method_is_refused_by_name():
     peft = pytest.importorskip("peft", reason="peft is not installed")
     for config in (

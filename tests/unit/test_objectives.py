@@ -130,6 +130,30 @@ def test_16_bit_inputs(backend, dtype):
         assert_on_target(evaluate(mix(TERMS[term], 0.5, backend=backend), case), truth, "fp32_logits")
 
 
+@pytest.mark.parametrize("size", [1e-7, 1e4])
+def test_fp16_holds_for_factors_of_any_size(backend, size):
+    case = replace(hard_case(B * T, V, H, torch.float16, batch=B, largest_logit=8.0), upstream=1 / size)
+    case = replace(case, token_weights=None)
+    options = {"token_weights": size * weights.TrustGate(0.2) * weights.LinearDecay(0.5)}
+    share = min(size, 0.5)
+    truth = evaluate(reference(TERMS["k1"], share), case.double(), **options)
+    ours = evaluate(mix(TERMS["k1"], share, backend=backend), case, **options)
+    assert_on_target(ours, truth, "fp32_logits")
+
+
+def test_a_policy_reads_the_whole_row_beside_packed_weights(backend):
+    """Chunks end with the packed sequences only if the policy term needs no more than those."""
+    case = hard_case(B * T, V, H, torch.float64, batch=1, largest_logit=8.0)
+    flat = [x.reshape(1, -1) for x in (ADVANTAGES.expand(B, T), OLD)]
+    term = PPOClip(*flat, low=0.9, high=0.9, per_sequence=True)
+    for inner in (weights.FirstFraction(0.5), weights.PrefixDiscrepancy(0.5, of="divergence")):
+        options = {"token_weights": weights.PackedSequences(inner, (T,) * B)}
+        truth = evaluate(reference(term, 0.4), case, **options)
+        for budget in (70_000, 10**7):
+            ours = evaluate(mix(term, 0.4, backend=backend, workspace_bytes=budget), case, **options)
+            assert_no_worse(ours, truth, truth)
+
+
 def test_a_mix_costs_no_gemm(backend, monkeypatch):
     calls = []
     for name in ("project", "accumulate_weight_grad"):
@@ -282,6 +306,33 @@ def test_errors_name_the_argument(changes, error, message):
         linear_policy_divergence(
             *case.inputs(), **{**case.options(), "policy": PPOClip(torch.ones(4)), **changes}
         )
+
+
+class Own:
+    """A policy term of a user."""
+
+    def __init__(self, losses, scope="row"):
+        self.losses, self.scope = losses, scope
+
+    def __call__(self, logprob, stats, mask):
+        return self.losses(logprob)
+
+
+@pytest.mark.parametrize(
+    "term, error, message",
+    [
+        (Own(lambda x: -x, "token"), ValueError, "policy.scope: expected one of .*got 'token'"),
+        (Own(lambda x: -x.sum()), ValueError, r"policy: .*returns shape \(1, 4\), got \(\)"),
+        (Own(lambda x: [-x]), TypeError, "policy: .*returns a tensor, got list"),
+        (Own(lambda x: (x < 0).long()), TypeError, "policy: .*floating-point numbers, got torch.int64"),
+        (Own(torch.zeros_like), ValueError, "policy: .*depend on the log-probs.*losses without a gradient"),
+    ],
+    ids=["scope", "shape", "list", "integers", "constant"],
+)
+def test_a_term_of_a_user_is_checked(term, error, message):
+    case = hard_case(4, 11, 3)
+    with pytest.raises(error, match=message):
+        evaluate(mix(term, 0.5), case)
 
 
 def test_terms_refuse_what_they_cannot_be():

@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from opsd_kernels._core import cpu_gemm, loop
+from opsd_kernels import cache_forward_kl, linear_cached_forward_kl, linear_divergence
+from opsd_kernels._core import adapted, cpu_gemm, loop, lora
 from opsd_kernels._rows import extension
 from opsd_kernels.testing import assert_no_worse, assert_one_rounding, peak_bytes
 
@@ -114,6 +115,70 @@ def test_projections_keep_the_digits_relative_to_a_centre(monkeypatch, dtype, wa
     out = torch.full(truth.shape, torch.nan, dtype=dtype)
     loop.project(h, W, out, centre)
     assert_one_rounding(out, truth, dtype, magnitude=300.0)
+
+
+@pytest.fixture
+def fp32_gemm(monkeypatch):
+    """Take the extension's fp32 GEMM on every processor: its own checks of the operands, torch's products."""
+    if reason := extension.load():
+        pytest.skip(reason)
+    checked = torch.ops.opsd_kernels.gemm_fp32_
+
+    def multiply(a, b, out, accumulate, tail=None):
+        if extension.gemm_fp32_unavailable() is not None:
+            with pytest.raises(RuntimeError, match="gemm_fp32_: expected a machine that can"):
+                checked(a, b, out, accumulate, tail)
+        if tail is not None:
+            rows = torch.arange(a.shape[1] - len(b)) % len(tail)
+            b = torch.cat([b, tail[rows]])
+        out.copy_(a @ b + out if accumulate else a @ b)
+
+    monkeypatch.setattr(torch.ops.opsd_kernels, "gemm_fp32_", multiply)
+    monkeypatch.setattr(extension, "gemm_fp32_serves", lambda dtype: dtype == torch.float32)
+
+
+LAYOUTS = {
+    "every second": lambda x: x.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2],
+    "transposed": lambda x: x.t().contiguous().t(),
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
+def cached(h, W, A, B):
+    teacher, told = h.detach().roll(1), {"student_lora": (A.detach(), B.detach(), 0.5)}
+    cache = cache_forward_kl(teacher, W.detach().roll(1), W.detach(), **told)
+    return linear_cached_forward_kl(h, W.detach(), cache, **told)
+
+
+def adapted_student(h, W, A, B):
+    return linear_divergence(h, W, h.detach().roll(1), W.detach().roll(1), student_lora=(A, B, 0.5))
+
+
+def one_adapter(h, W, A, B):
+    """Of a teacher so near that only the difference of the logits has its digits."""
+    rows = h.detach().float()
+    teacher = (rows + 1e-4 * rows.roll(1)).to(h.dtype)
+    return linear_divergence(h, W, teacher, W, student_lora=(A, B, 0.5), teacher_lora=(A, B, 0.5))
+
+
+@pytest.mark.parametrize("joined", [True, False], ids=["one GEMM", "slices"])
+@pytest.mark.parametrize("call", [cached, adapted_student, one_adapter])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_at_the_fp32_gemm(fp32_gemm, monkeypatch, layout, call, joined):
+    """It takes only matrices of contiguous rows or columns; callers may bring others."""
+    if not joined:
+        for module in (adapted, lora):
+            monkeypatch.setattr(module, "joins", lambda device_type, dtype, H: False)
+    shapes = (5, 12), (40, 12), (3, 12), (40, 3)
+    strange = [LAYOUTS[layout](matrix(*shape, torch.float32, k)) for k, shape in enumerate(shapes)]
+    plain = [x.clone(memory_format=torch.contiguous_format) for x in strange]
+    outcomes = []
+    for given in (strange, plain, [x.double() for x in plain]):
+        leaves = [x.detach().requires_grad_() for x in given]
+        loss = call(*leaves)
+        outcomes.append([loss, *torch.autograd.grad(loss, leaves, materialize_grads=True)])
+    for ours, peer, truth in zip(*outcomes, strict=True):
+        assert_no_worse(ours, peer, truth)
 
 
 MAKE = """

@@ -240,6 +240,25 @@ def test_padding_of_a_list_influences_nothing(divergence, tail):
     assert (loss == 0).all() and (grad == 0).all()
 
 
+@DIVERGENCES
+@TAILS
+def test_an_id_that_comes_again_counts_once(divergence, tail):
+    """With its first log-prob; one of -inf does not count as an occurrence."""
+    S, T = logits()
+    logprobs, ids = T.log_softmax(-1).topk(K)
+    again = torch.tensor([0, *range(K), 1, 0])
+    others = logprobs[:, again] - torch.linspace(0, 1, len(again))
+    others[:, 0], others[:, 1 : K + 1] = -math.inf, logprobs
+    options = {"divergence": divergence, "tail": tail, "entry_clip": 0.05}
+    repeated = value_and_gradient(lambda s: judge_listed(s, ids[:, again], others, **options), S)
+    assert_equal(repeated, value_and_gradient(lambda s: judge_listed(s, ids, logprobs, **options), S))
+    fractions = [
+        judge_listed(S, *listed, **options, return_stats=True)[1]["clipped_fraction"]
+        for listed in ((ids[:, again], others), (ids, logprobs))
+    ]
+    assert_same_bits(*fractions)
+
+
 def test_a_masked_token_may_list_anything():
     S, T = logits()
     logprobs, ids = T.log_softmax(-1).topk(K)

@@ -343,6 +343,30 @@ def test_a_distillation_head(backend, bias):
         head(h, [same, wide], [own, other], teacher_index=torch.zeros(2, 5, dtype=torch.int64))
 
 
+class OtherBias(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(H, V)
+        self.bias = torch.nn.Parameter(torch.zeros(V + 1))
+
+
+@pytest.mark.parametrize(
+    "make, got",
+    [
+        (torch.nn.ReLU, "ReLU without them"),
+        (lambda: torch.nn.Embedding(V, H), "Embedding without them"),
+        (lambda: torch.nn.Conv1d(H, V, 1), rf"Conv1d of weight \({V}, {H}, 1\) and bias \({V},\)"),
+        (OtherBias, rf"OtherBias of weight \({V}, {H}\) and bias \({V + 1},\)"),
+    ],
+)
+def test_a_head_that_is_no_linear_layer(make, got):
+    head, h = DistillationHead(torch.nn.Linear(H, V)), torch.randn(2, 5, H)
+    expected = r"expected a linear layer with weight \(V, H\) and bias \(V,\) or None, got"
+    with pytest.raises(TypeError, match=f"^lm_head: {expected} {got}$"):
+        DistillationHead(make())
+    with pytest.raises(TypeError, match=f"^teacher_head: {expected} {got}$"):
+        head(h, h, make())
+
+
 @pytest.mark.parametrize("divergence", ["reverse_kl", "mixed_kl"])
 def test_a_bucket_at_its_bound_leaves_the_gradient_of_the_support(backend, divergence):
     """The student's tail is below 1e-7, so its bucket is constant: the support's q do not sum to 1."""

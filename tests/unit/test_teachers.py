@@ -309,6 +309,12 @@ def test_errors(hidden, weight, told, error, match):
         linear_divergence(H, W, hidden, weight, **{"teacher_index": INDEX, **told})
 
 
+@pytest.mark.parametrize("hidden", [None, [H, H]])
+def test_a_student_that_is_no_tensor(hidden):
+    with pytest.raises(TypeError, match="^student_hidden: expected a tensor, got "):
+        linear_divergence(hidden, W, [H, H], W, teacher_index=INDEX)
+
+
 def test_a_single_token_of_no_leading_dimension():
     student, head = torch.randn(4), torch.randn(9, 4)
     packed = [torch.randn(0, 4), torch.randn(1, 4)]

@@ -11,7 +11,9 @@ import torch
 from opsd_kernels import (
     DistillationHead,
     LinearDivergenceLoss,
+    cache_forward_kl,
     linear_divergence,
+    linear_divergence_to,
     linear_logprobs,
     linear_topk_divergence,
     weights,
@@ -221,6 +223,33 @@ def test_errors_name_the_argument(name):
     case = replace(hard_case(B * T, V, H, batch=B), labels=None)
     with pytest.raises(error, match=message):
         evaluate(linear_divergence, case, **options)
+
+
+OF_A_TEACHER = {
+    "heads": lambda h, W, **told: linear_divergence(h, W, h, W, **told),
+    "rows": lambda h, W, **told: linear_divergence_to(h, W, h @ W.T, **told),
+    "cache": lambda h, W, **told: cache_forward_kl(h, W, W, **told),
+    "reference": lambda h, W, **told: linear_divergence_reference(h, W, h, W, **told),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_TEACHER)
+def test_errors_name_the_temperature_of_a_teacher(name):
+    call, inputs = OF_A_TEACHER[name], (torch.randn(B, T, H), torch.randn(V, H))
+    wrong = {
+        "a positive finite number": -1.0,
+        "a tensor of real numbers": torch.ones(B, T, dtype=torch.bool),
+        "a number, or a tensor .* that broadcasts": PER_TOKEN.t(),
+        "positive finite numbers": -PER_TOKEN,
+    }
+    if name == "reference":  # it does not read them
+        del wrong["positive finite numbers"]
+    for expected, given in wrong.items():
+        with pytest.raises((TypeError, ValueError), match=f"^teacher_temperature: expected {expected}"):
+            call(*inputs, teacher_temperature=given)
+        if name != "cache":  # whose student has a number
+            with pytest.raises((TypeError, ValueError), match=f"^temperature: expected {expected}"):
+                call(*inputs, temperature=given)
 
 
 @pytest.mark.parametrize("temperature", [torch.tensor(1.5), torch.tensor([1.5]), PER_TOKEN[0]], ids=str)

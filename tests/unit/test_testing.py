@@ -1,10 +1,12 @@
 """The testing module: gates that fail, the promises of the hard case, peak memory, the reference by hand."""
 
+import inspect
 import math
 
 import pytest
 import torch
 
+import opsd_kernels
 from opsd_kernels.testing import (
     Outcome,
     assert_no_growth,
@@ -17,7 +19,14 @@ from opsd_kernels.testing import (
     peak_bytes,
 )
 from opsd_kernels.testing.gates import FP64_ARITHMETIC
-from opsd_kernels.testing.reference import linear_divergence_reference
+from opsd_kernels.testing.reference import (
+    LACKING,
+    linear_divergence_reference,
+    linear_logprobs_reference,
+    linear_topk_divergence_reference,
+)
+from opsd_kernels.testing.reference_lists import linear_logprobs_at_reference, linear_topk_reference
+from opsd_kernels.testing.reference_rows import linear_divergence_to_reference
 
 # ---------------------------------------------------------------- gates
 
@@ -230,6 +239,44 @@ def test_the_logit_transform_has_its_order():
     q = 1 / (1 + math.exp(-logit))
     loss = linear_divergence_reference(one, head, 0 * one, head, divergence="tvd", **options)
     assert abs(loss.item() - (q - 0.5)) <= FP64_ARITHMETIC
+
+
+ROWS, COLUMNS = torch.randn(3, 2), torch.randn(5, 2)
+IDS = torch.zeros(3, dtype=torch.int64)
+# ops, their references, and the arguments without a default
+REFERENCES = {
+    "linear_divergence": (linear_divergence_reference, (ROWS, COLUMNS, ROWS, COLUMNS)),
+    "linear_divergence_to": (linear_divergence_to_reference, (ROWS, COLUMNS, torch.randn(3, 5))),
+    "linear_topk_divergence": (
+        linear_topk_divergence_reference,
+        (ROWS, COLUMNS, IDS[:, None], -torch.ones(3, 1)),
+    ),
+    "linear_logprobs": (linear_logprobs_reference, (ROWS, COLUMNS, IDS)),
+    "linear_topk": (linear_topk_reference, (ROWS, COLUMNS, 2)),
+    "linear_logprobs_at": (linear_logprobs_at_reference, (ROWS, COLUMNS, IDS[:, None])),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_a_reference_has_the_arguments_of_its_op(name):
+    """It takes the op's names and defaults, changes nothing by HOW, and says what it lacks."""
+    op, (reference, inputs) = getattr(opsd_kernels, name), REFERENCES[name]
+    parameters, own = (inspect.signature(function).parameters for function in (op, reference))
+    assert list(own)[: len(inputs)] == list(parameters)[: len(inputs)]
+    every = {key: x.default for key, x in parameters.items() if x.default is not x.empty}
+    for key in every.keys() & own.keys():
+        assert own[key].default == every[key], key
+    given = {"gradient_tolerance": 0.1, "backward": "recompute", "workspace_bytes": 1000}
+    for told in (every, every | {key: value for key, value in given.items() if key in every}):
+        loss, expected = reference(*inputs, **told), reference(*inputs)
+        for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (loss, expected)), strict=True):
+            assert_same_bits(one, other)
+    for key in LACKING.keys() & parameters.keys():
+        with pytest.raises(ValueError, match=f"^{key}: expected None, since the reference lacks it: .*, got"):
+            reference(*inputs, **{key: object()})
+    for key in (LACKING.keys() - parameters.keys()) | {"chunk"}:
+        with pytest.raises((TypeError, ValueError), match=f"^{key}: expected"):
+            reference(*inputs, **{key: object()})
 
 
 def test_the_reference_refuses_unknown_names():

@@ -18,6 +18,7 @@ from opsd_kernels.testing import (
     plain_outcomes,
 )
 from opsd_kernels.testing.reference import linear_divergence_reference
+from opsd_kernels.weights.base import Scheme
 
 B, T, V, H = 4, 7, 211, 24
 SEQUENCE = weights.PrefixDiscrepancy(0.5)
@@ -80,6 +81,53 @@ def test_16_bit_inputs(backend, weighting, shared_head, dtype):
     )
 
 
+@pytest.mark.parametrize("size", [1e-7, 1e5])
+@pytest.mark.parametrize("weighting", [ROW, SEQUENCE], ids=["row", "sequence"])
+def test_fp16_holds_for_weights_of_any_size(backend, weighting, size):
+    """Weights of 1e-7 and an upstream gradient of 1e7: neither their product nor the weights are rounded."""
+    case = replace(weighted_case(torch.float16), upstream=1 / size)
+    options = {"token_weights": size * weighting, "reduction": "sum"}
+    ours = evaluate(
+        linear_divergence, case, **options, backend=backend, workspace_bytes=budget_of(8, torch.float16)
+    )
+    assert_on_target(ours, evaluate(linear_divergence_reference, case.double(), **options), "fp32_logits")
+
+
+@dataclass(frozen=True)
+class Exchanging(Scheme):
+    """Uniform weights that count their calls, each of which would issue a collective."""
+
+    calls: list
+    scope = "row"
+    exchanges = True
+
+    def values(self, stats, mask):
+        self.calls.append(mask.shape)
+        return mask.double()
+
+
+@pytest.mark.parametrize(
+    "composed",
+    [
+        lambda inner: inner,
+        lambda inner: 0.5 * inner,
+        lambda inner: weights.MeanOne(weights.LinearDecay(0.5) * inner),
+        lambda inner: weights.PackedSequences(inner, (T,) * B),
+    ],
+    ids=["alone", "times", "mean one", "packed"],
+)
+def test_collectives_are_as_many_for_any_number_of_chunks(composed):
+    """Else ranks with other numbers of tokens would wait for each other."""
+    case, counts = weighted_case(), []
+    case = case._map(lambda x: x.reshape(1, B * T, *x.shape[2:]) if x.shape[:2] == (B, T) else x)
+    for rows in (3, 8, 100):
+        inner = Exchanging([])
+        told = {"token_weights": composed(inner), "workspace_bytes": budget_of(rows, torch.float32)}
+        evaluate(linear_divergence, case, **told)
+        counts.append(len(inner.calls))
+    assert counts[0] == counts[1] == counts[2] > 0
+
+
 def test_passes_of_the_gemms(backend, projected):
     """Rows are projected once for row weights and aligned sequences, twice if a sequence exceeds a chunk."""
     case = weighted_case()
@@ -113,6 +161,8 @@ def test_the_planner_says_when_and_why():
         == "after"
     )
     assert plan(**shape).weighting == "before"
+    half = plan(**{**shape, "dtype": torch.float16}, weights_scope="row")
+    assert (half.weighting, half.passes) == ("own pass", 6) and "fp16" in half.weighting_reason
 
 
 def test_chunks_end_with_sequences():
