@@ -28,6 +28,7 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
 )
 
+MOST_THREADS = 4096  # torch does not survive a hundred thousand
 BYTE_UNITS = {
     "": 1,
     "b": 1,
@@ -92,9 +93,9 @@ for command in commands.ALL:
 def plan(
     tokens: Annotated[int, typer.Option("--tokens", "-N", help="Valid tokens in one call.")] = 8192,
     vocab: Annotated[int, typer.Option("--vocab", "-V", help="Rows of the LM head.")] = 151936,
-    hidden: Annotated[int, typer.Option("--hidden", help="Hidden size of the student.")] = 4096,
+    hidden: Annotated[int, typer.Option("--hidden", min=1, help="Hidden size of the student.")] = 4096,
     teacher_hidden: Annotated[
-        int | None, typer.Option("--teacher-hidden", help="Hidden size of the teacher, if another.")
+        int | None, typer.Option("--teacher-hidden", min=1, help="Hidden size of the teacher, if another.")
     ] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", help="bfloat16, float16, float32 or float64.")
@@ -110,7 +111,7 @@ def plan(
     ] = "reverse_kl",
     softcap: Annotated[bool, typer.Option("--softcap/--no-softcap", help="Logits have a softcap.")] = False,
     factor: Annotated[float, typer.Option("--factor", help="The larger logit scale / temperature.")] = 1.0,
-    gradient_tolerance: Annotated[float | None, typer.Option(help="Share that may be left out.")] = None,
+    gradient_tolerance: Annotated[float | None, typer.Option(min=0, max=1, help="Share left out.")] = None,
     student_rank: Annotated[int, typer.Option("--student-rank", min=0, help="Rank of its adapter.")] = 0,
     teacher_rank: Annotated[int, typer.Option("--teacher-rank", min=0, help="Rank of its adapter.")] = 0,
     teacher_vocab: Annotated[int | None, typer.Option(help="Its head's rows, if --vocab are ids.")] = None,
@@ -135,7 +136,7 @@ def plan(
     """
     from . import plan as make_plan
     from .doctor import row_kernels
-    from .spec import Divergence
+    from .spec import Divergence, check_number
 
     with one_line(ValueError, TypeError):
         budget = None if workspace is None else parse_bytes(workspace)
@@ -159,7 +160,7 @@ def plan(
             listed=listed,
             one_sweep=kind.one_sweep,
             softcap=softcap,
-            factor=factor,
+            factor=check_number("--factor", factor, positive=True),
             gradient_tolerance=gradient_tolerance,
             ranks=(student_rank, teacher_rank),
         )
@@ -198,7 +199,7 @@ def show_plan(op: str, fields: dict[str, object], kernels: dict[str, str]) -> No
 
 def parse_bytes(text: str) -> int:
     """Return the bytes of a size such as 268435456, 256MiB or 1.5GiB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if not match or match[2] not in BYTE_UNITS:
         raise ValueError(
             f"--workspace: expected a number of bytes such as 268435456, 256MiB or 1.5GiB, got {text!r}"
@@ -285,7 +286,9 @@ def bench(
             "--profile", help="Instead of measuring, write a torch.profiler trace into this directory."
         ),
     ] = None,
-    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads.")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, max=MOST_THREADS, help="CPU threads.")
+    ] = None,
     commit: Annotated[
         str | None, typer.Option("--commit", help="Commit to record in a copy without git.")
     ] = None,

@@ -13,6 +13,24 @@ from .quantized import QuantizedHead, head_of_layer
 from .spec import expect
 
 
+def _shape(parameter: Tensor) -> tuple[int, ...]:
+    """Return a parameter's shape. ZeRO-3 leaves an empty tensor of one that it has partitioned."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _linear(head: nn.Module, name: str) -> tuple[Any, Any]:
+    """Return the linear layer of a head, and its adapter or None. Raises TypeError for another module."""
+    layer, adapter = base_and_adapter(head, name)
+    weight, bias, came = getattr(layer, "weight", None), getattr(layer, "bias", False), "without them"
+    if isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor)):
+        shape, other = _shape(weight), None if bias is None else _shape(bias)
+        if len(shape) == 2 and other in (None, shape[:1]):
+            return layer, adapter
+        came = f"of weight {shape} and bias {other}"
+    expected = "a linear layer with weight (V, H) and bias (V,) or None"
+    raise TypeError(f"{name}: expected {expected}, got {type(layer).__name__} {came}")
+
+
 def _text(options: DivergenceOptions) -> str:
     return ", ".join(
         f"{name}={'...' if isinstance(value, Tensor) else repr(value)}" for name, value in options.items()
@@ -64,21 +82,13 @@ class DistillationHead(nn.Module):
     active adapter is read at each call. Its parameters receive gradients; those of the teacher's head never
     do. A frozen layer may be quantised: by torchao, or to float8 with `weight_scale_inv` or `weight_scale`
     beside the weight. For a teacher without the adapter give its layer, `lm_head.base_layer`, as the
-    teacher's head. The constructor raises TypeError for another module and for an unknown option, and a call
-    ValueError for an adapter that is no plain LoRA (peft_head.py).
+    teacher's head. Constructor and call raise TypeError for a head that is another module, and ValueError for
+    an adapter that is no plain LoRA (peft_head.py); the constructor raises TypeError for an unknown option.
     """
 
     def __init__(self, lm_head: nn.Module, **options: Unpack[DivergenceOptions]) -> None:
         super().__init__()
-        weight = getattr(base_and_adapter(lm_head, "lm_head")[0], "weight", None)
-        linear = isinstance(weight, Tensor) and weight.dim() == 2
-        expect(
-            linear,
-            "lm_head",
-            "a linear layer with a weight (V, H)",
-            type(lm_head).__name__ if weight is None else f"a weight of shape {tuple(weight.shape)}",
-            TypeError,
-        )
+        _linear(lm_head, "lm_head")
         self.lm_head = lm_head
         check_options(options)
         self.options = options
@@ -94,9 +104,8 @@ class DistillationHead(nn.Module):
         teacher = self.lm_head if teacher_head is None else teacher_head
         expected = "a module (for heads of several teachers call linear_divergence)"
         expect(isinstance(teacher, nn.Module), "teacher_head", expected, type(teacher).__name__, TypeError)
-        layers, adapters = zip(
-            *(base_and_adapter(head, "lm_head") for head in (self.lm_head, teacher)), strict=True
-        )
+        heads = (self.lm_head, "lm_head"), (teacher, "lm_head" if teacher_head is None else "teacher_head")
+        layers, adapters = zip(*(_linear(*head) for head in heads), strict=True)
         student = self._whole(head_of_layer(layers[0]), layers[0].bias)
         # One object for one layer: so a shared head is known as such under torch.compile too.
         one = layers[0] is layers[1]

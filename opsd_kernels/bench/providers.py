@@ -58,13 +58,13 @@ def installed(module: str) -> bool:
 
 
 def _mean(losses: Tensor, labels: Tensor | None, setting: Setting) -> Tensor:
-    """Reduce per-token losses as a user would: to the mean over valid tokens, or not at all."""
-    if setting.mode == "recompute":
-        return losses
+    """Reduce per-token losses as a user would: to the mean over valid tokens, or to 0 at the others."""
+    recompute = setting.mode == "recompute"
     if labels is None:
-        return losses.mean()
+        return losses if recompute else losses.mean()
     valid = labels != -100
-    return torch.where(valid, losses, 0.0).sum() / valid.sum()
+    kept = torch.where(valid, losses, 0.0)
+    return kept if recompute else kept.sum() / valid.sum()
 
 
 # ---------------------------------------------------------------- this package

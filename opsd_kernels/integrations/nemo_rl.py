@@ -22,6 +22,16 @@ from ..spec import check_choice, check_number, expect
 from ..topk import linear_topk_divergence
 
 KL_TYPES = ("forward", "reverse", "mixed")
+# Arguments of the ops that the shim sets, each with the reason.
+DECIDED = {
+    "divergence": "kl_type of the config decides",
+    "beta": "mixed_kl_weight of the config decides",
+    "tail": "zero_outside_topk of the config decides",
+    "mask": "token_mask and sample_mask of data decide",
+    "normalizer": "global_valid_toks decides",
+    "teacher_index": "teacher_index of data decides",
+    "return_stats": "the result is (loss, metrics)",
+}
 
 
 class DistillationLossFn:
@@ -69,11 +79,17 @@ class DistillationLossFn:
             (B, S, K), in rows as the hidden states. With several teachers `teacher_index`, (B,) or (B, S)
             int64, chooses each row's.
         global_valid_toks: the divisor, of all ranks; None: the valid tokens of this micro-batch.
-        options: further arguments of linear_divergence or, for a list, of linear_topk_divergence.
+        options: further arguments of linear_divergence or, for a list, of linear_topk_divergence; those of
+            tokens are (B, S - 1). Raises ValueError for one of DECIDED, which config and data set.
 
-        Without masks all rows but the last of each sequence count. `global_valid_seqs` is not read, as in
-        NeMo-RL for a loss of tokens.
+        Unless data has both masks all rows but the last of each sequence count. `global_valid_seqs` is not
+        read, as in NeMo-RL for a loss of tokens.
         """
+        for name, reason in DECIDED.items():
+            came = "a tensor" if isinstance(options.get(name), Tensor) else repr(options.get(name))
+            expect(name not in options, name, f"no argument, since {reason}", came)
+        alone = teacher_hidden is None and teacher_weight is not None
+        expect(not alone, "teacher_hidden", "hidden states beside teacher_weight", None)
         mask = torch.ones(student_hidden.shape[:2], device=student_hidden.device)
         if "token_mask" in data and "sample_mask" in data:
             mask = data["token_mask"] * data["sample_mask"][:, None]

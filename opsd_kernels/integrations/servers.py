@@ -78,15 +78,17 @@ def teacher_lists(
     otherwise (vLLM's `logprobs_mode`). Compare the student at the same temperature.
 
     Raises ValueError for a reply whose token at a position is not the label, with position, expected and
-    actual token; for a position without a distribution; for a number of replies that is not B; and for values
-    that are not log-probs.
+    actual token; for a position without a distribution; for a number of replies or starts that is not B; and
+    for values that are not log-probs. Raises TypeError for starts or a k that are no ints.
     """
     check_tensor("labels", labels)
     expect(labels.dim() == 2, "labels", "a tensor (B, T)", f"shape {tuple(labels.shape)}")
+    whole = k is None or (isinstance(k, int) and not isinstance(k, bool))
+    expect(whole, "k", "an int or None", type(k).__name__, TypeError)
     expect(k is None or k >= 1, "k", "at least 1, or None", k)
+    firsts = _firsts(starts, len(labels))
     sequences = [one for number, raw in enumerate(replies) for one in _sequences(raw, f"replies[{number}]")]
     expect(len(sequences) == len(labels), "replies", f"{len(labels)} sequences, as labels", len(sequences))
-    firsts = torch.as_tensor(starts).expand(len(labels)).tolist()
     rows: list[list[tuple[int, float]]] = []
     own: list[float] = []
     # -100 in the host's copy alone: one sync.
@@ -121,6 +123,21 @@ def read_jsonl(path: str | Path) -> list[Reply]:
                 raise ValueError(f"{where}: expected a JSON value, got {error}") from None
             found.extend(_sequences(raw, where))
     return found
+
+
+def _firsts(starts: Any, count: int) -> list[int]:
+    """Return the starts of `count` sequences."""
+    expected, whole = f"one int, or {count} of them", False
+    try:
+        given = torch.as_tensor(starts)
+        kind = given.dtype
+        whole = not (kind.is_floating_point or kind.is_complex or kind == torch.bool) or not given.numel()
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    if not whole:
+        raise TypeError(f"starts: expected {expected}, got {starts!r:.80}")
+    expect(given.shape in ((), (count,)), "starts", expected, f"shape {tuple(given.shape)}")
+    return given.expand(count).tolist()
 
 
 def _padded(rows: list[list[tuple[int, float]]], own: list[float], labels: Tensor) -> TeacherLists:

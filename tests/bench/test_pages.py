@@ -154,7 +154,7 @@ def test_every_table_carries_machine_versions_commit_and_command(results):
 def test_a_gpu_without_results_says_so(results):
     assert performance.NOT_YET in performance.performance(
         results
-    ) and "timed on a GPU" in performance.readme_block(results)
+    ) and "has run on a GPU" in performance.readme_block(results)
     (results / "h200").mkdir()
     (results / "some-cpu" / "ratios.json").rename(results / "h200" / "ratios.json")
     assert performance.NOT_YET not in performance.performance(

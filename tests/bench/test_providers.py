@@ -164,6 +164,30 @@ def test_a_provider_that_raises_is_a_row():
     assert gate.check(broken, TINY).failure == "out of memory"
 
 
+@pytest.mark.parametrize("exact", [True, False], ids=["ours", "a peer"])
+@pytest.mark.parametrize("mode", ["trainable", "recompute", "statistics"])
+def test_a_provider_that_counts_masked_tokens_gets_no_number(mode, exact):
+    ours, setting = PROVIDERS["opsd"], TINY.at(mode=mode)
+    blind = replace(ours, make=lambda s: lambda *heads, labels=None: ours.make(s)(*heads), exact=exact)
+    assert gate.check(blind, setting).failure is None
+    row = compare_providers("masked", setting.at(masked=0.5), [blind], **QUICK)[-1]
+    assert "no number" in row.reason and row.ms is None
+
+
+@pytest.mark.parametrize("mode", ["trainable", "recompute"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "name", ["opsd", "opsd-torch", "opsd-fp32", "torch", "trl", "liger-chunked", "unsloth"]
+)
+def test_every_provider_leaves_masked_tokens_out(name, dtype, mode):
+    """At the largest share of the suite, which leaves as many tokens as the gate has without a mask."""
+    setting = TINY.at(masked=0.9, mode=mode, dtype=dtype)
+    if PROVIDERS[name].unsupported(setting):
+        pytest.skip(PROVIDERS[name].unsupported(setting))
+    verdict = gate.check(PROVIDERS[name], setting)
+    assert verdict.failure is None and verdict.gradient_error > 0, verdict.failure
+
+
 def test_masked_tokens_are_ignored_labels():
     case = make_case(TINY.at(masked=0.5))
     assert int((case.labels == -100).sum()) == 32 == TINY.N - TINY.at(masked=0.5).valid

@@ -180,6 +180,30 @@ def test_bad_teacher_index():
         shim(made, CONFIGS[0], None, 2)
 
 
+@pytest.mark.parametrize("whole", [0, 1, 2])
+@pytest.mark.parametrize(
+    "name, value, decides",
+    [
+        ("divergence", "jsd", "kl_type of the config decides, got 'jsd'"),
+        ("beta", 0.1, "mixed_kl_weight of the config decides, got 0.1"),
+        ("tail", "bucket", "zero_outside_topk of the config decides, got 'bucket'"),
+        ("mask", torch.zeros(B, S - 1), "token_mask and sample_mask of data decide, got a tensor"),
+        ("normalizer", 1e9, "global_valid_toks decides, got 1000000000.0"),
+        ("teacher_index", torch.zeros(B, S - 1).long(), "teacher_index of data decides, got a tensor"),
+        ("return_stats", True, "the result is (loss, metrics), got True"),
+    ],
+)
+def test_options_that_the_shim_sets_are_refused(name, value, decides, whole):
+    with pytest.raises(ValueError, match=re.escape(f"{name}: expected no argument, since {decides}")):
+        shim(batch(torch.float32), CONFIGS[0], None, whole, **{name: value})
+
+
+def test_a_teacher_s_head_without_its_hidden_states_is_refused():
+    made = batch(torch.float32)
+    with pytest.raises(ValueError, match="^teacher_hidden: expected hidden states beside teacher_weight"):
+        shim(made, CONFIGS[0], None, teacher_weight=made.weight)
+
+
 def test_the_page_runs():
     made = batch(torch.float32)
     (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)

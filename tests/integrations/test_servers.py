@@ -246,6 +246,28 @@ def test_bad_arguments(rollouts):
         teacher_lists(replies, rollouts.labels, STARTS, k=0)
 
 
+@pytest.mark.parametrize(
+    "told, error, match",
+    [
+        ({"starts": [3, 6]}, ValueError, r"starts: expected one int, or 3 of them, got shape \(2,\)"),
+        ({"starts": [3]}, ValueError, r"starts: expected one int, or 3 of them, got shape \(1,\)"),
+        ({"starts": torch.ones(3, 1).long()}, ValueError, r"starts: .*, got shape \(3, 1\)"),
+        ({"starts": 1.0}, TypeError, "starts: expected one int, or 3 of them, got 1.0$"),
+        ({"starts": True}, TypeError, "starts: expected one int, or 3 of them, got True$"),
+        ({"starts": torch.ones(3)}, TypeError, r"starts: expected one int, or 3 of them, got tensor\("),
+        ({"starts": [3, 6.0, 4]}, TypeError, r"starts: .*, got \[3, 6.0, 4\]"),
+        ({"starts": "3"}, TypeError, "starts: expected one int, or 3 of them, got '3'"),
+        ({"starts": None}, TypeError, "starts: expected one int, or 3 of them, got None"),
+        ({"k": "2"}, TypeError, "k: expected an int or None, got str"),
+        ({"k": 2.5}, TypeError, "k: expected an int or None, got float"),
+        ({"k": True}, TypeError, "k: expected an int or None, got bool"),
+    ],
+)
+def test_starts_and_k_are_ints(rollouts, told, error, match):
+    with pytest.raises(error, match=f"^{match}"):
+        teacher_lists(rollouts.each(sglang), rollouts.labels, **{"starts": STARTS, **told})
+
+
 def test_no_sequence_and_no_label():
     empty = teacher_lists([], torch.empty(0, 4, dtype=torch.long), 0)
     assert empty.ids.shape == (0, 4, 1)

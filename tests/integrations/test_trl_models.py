@@ -260,6 +260,13 @@ def test_models_without_a_fused_loss_are_refused(home):
         )
 
 
+@pytest.mark.parametrize("value", [True, False])
+def test_the_trainer_decides_whether_the_op_returns_statistics(home, value):
+    told = type("Told", (fused.DistillationTrainer,), {"loss_options": {"return_stats": value}})
+    with pytest.raises(ValueError, match="^loss_options: expected options without return_stats"):
+        build(told, "DistillationTrainer", home)
+
+
 def test_options_of_the_op_are_within_reach(home):
     """A subclass sets options that TRL's config lacks."""
     limited = type(

@@ -47,7 +47,8 @@ ABOUT = {
     "accuracy": "Relative error of the hidden states' gradient against float64, as the teacher approaches "
     "the student.",
     "masked": "Ignored tokens, against the bare GEMMs over all tokens.",
-    "weights": "Time of each dialect over that of the same call with a plain tensor of weights.",
+    "weights": "Time of each dialect over that of the same call with a plain tensor of weights. Top-k of "
+    "16-bit inputs is checked with fp32 logits, since 16-bit ones tie.",
     "sweeps": "Bytes of logits per second; *of ceiling* is the share of the copy bandwidth measured in the "
     "same run.",
     "sparse": "Hidden states of SmolLM2-135M-Instruct on its own samples, teacher with a hint, under its "

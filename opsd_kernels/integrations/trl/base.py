@@ -30,7 +30,7 @@ class FusedLoss:
     """Base of the trainers.
 
     `loss_options` are further arguments of linear_divergence, e.g. {"workspace_bytes": 2**28}; they override
-    those of TRL's config.
+    those of TRL's config. Raises ValueError for `return_stats` among them, which each trainer sets.
     """
 
     loss_options: ClassVar[dict[str, Any]] = {}
@@ -52,6 +52,9 @@ class FusedLoss:
         # checked first: TRL's constructor waits for the server
         server = any(getattr(x, "use_teacher_server", None) is True for x in (*args, *kwargs.values()))
         expect(not server, "use_teacher_server", "False: the loss reads the teacher's hidden states", server)
+        told = ", ".join(self.loss_options)
+        expected = "options without return_stats, which the trainer sets"
+        expect("return_stats" not in self.loss_options, "loss_options", expected, told)
         super().__init__(*args, **kwargs)
         self._redirect = _ForwardRedirection()
         teacher = self.teacher_model if self.local_teacher else None

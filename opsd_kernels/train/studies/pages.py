@@ -24,8 +24,8 @@ GRADES = (
     "A grade says where the whole interval lies: *direction reproduced* on the claim's side of a bound, "
     "*not reproduced* on the other, *inconclusive* on both. The bound is 0, or the share, the R^2 or the "
     "margin that the claim names; *as well as* asks for an interval within the margin. Intervals are wide "
-    "where there are few base models, and not cut where an accuracy ends: one that goes beyond 0 or 1 says "
-    "that the number is hardly known."
+    "where there are few runs, and not cut where an accuracy ends: one that goes beyond 0 or 1 says that the "
+    "number is hardly known."
 )
 # What the committed results show beside the claims, by paper.
 REMARKS = {
