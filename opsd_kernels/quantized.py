@@ -113,7 +113,8 @@ def stored_head(name: str, weight: Any) -> Any:
     argument's name, for one whose parts are packed for the kernels of a device.
     """
     kind = type(weight)
-    if not kind.__module__.startswith("torchao."):
+    # First, since torch.compile cannot read the module of a parameter's class.
+    if kind in (Tensor, torch.nn.Parameter) or not kind.__module__.startswith("torchao."):
         return weight
     expected = "a tensor, a QuantizedHead or a torchao tensor of int8 or float8 values and scales"
     parts: Any = getattr(weight, "qdata", None), getattr(weight, "scale", None)

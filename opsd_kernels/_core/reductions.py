@@ -226,8 +226,8 @@ class RowWeigher:
         # It is then called once and not per chunk, because ranks may use different chunk boundaries.
         self.has_collectives = any(map(_exchanges, parts))
         # Of the sequences in a packed row, if all that read whole sequences agree on them.
-        lengths = [getattr(part, "lengths", None) for part in parts if part.scope == self.scope]
-        self.packed = lengths[0] if lengths and all(one == lengths[0] for one in lengths) else None
+        lengths = {tuple(getattr(part, "lengths", None) or ()) for part in parts if part.scope == self.scope}
+        self.packed = next(iter(lengths)) if len(lengths) == 1 else ()
         # (B, T): a leading shape of one dimension is one sequence.
         self.shape = torch.Size((leading[:-1].numel(), leading[-1])) if leading else torch.Size((1, 1))
 
@@ -311,7 +311,7 @@ class RowWeigher:
     def lengths(self, valid: bool) -> list[int]:
         """Return the rows of each sequence; if `valid`, the valid ones alone, which syncs with a GPU."""
         B, T = self.shape
-        whole = [T] * B if self.packed is None else list(self.packed)
+        whole = list(self.packed) or [T] * B
         expected = f"lengths that add up to the {B * T} tokens of the packed row"
         expect(sum(whole) == B * T, "lengths", expected, sum(whole))
         if not valid:

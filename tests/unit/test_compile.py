@@ -5,7 +5,13 @@ from inspect import isfunction
 import pytest
 import torch
 
-from opsd_kernels import linear_divergence, linear_logprobs, linear_topk_divergence, weights
+from opsd_kernels import (
+    DistillationHead,
+    linear_divergence,
+    linear_logprobs,
+    linear_topk_divergence,
+    weights,
+)
 from opsd_kernels.testing import assert_no_worse
 
 V, H = 50, 8
@@ -90,3 +96,17 @@ def test_two_graphs_at_most(name):
         for a, b in zip(got, one, strict=True):
             assert_no_worse(a, b, b)
     assert count.graphs <= 2
+
+
+@pytest.mark.parametrize("teacher", [False, True], ids=["shared", "two heads"])
+def test_heads_that_are_parameters_compile_whole(teacher):
+    student, other = (torch.nn.Linear(H, V, bias=bias) for bias in (True, False))
+    head, x = DistillationHead(student), tensors(6, 6)
+
+    def call():
+        return head(x["hidden"], x["teacher"], teacher_head=other if teacher else None)
+
+    torch._dynamo.reset()
+    backend = Counting()
+    compiled = torch.compile(call, fullgraph=True, backend=backend)()
+    assert backend.graphs == 1 and torch.equal(compiled, call())

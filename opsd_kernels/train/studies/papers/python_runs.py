@@ -15,8 +15,8 @@ SETTINGS: dict[str, Any] = {
     "env": "python", **PRESETS["python"], "threads": 1, "steps": 16, "prompts_per_step": 4, "group_size": 4,
     "eval_samples": 128, **UNWATCHED,
 }  # fmt: skip
-# At 1.5e-4 the divergence doubled in eight steps.
-DESIGN = Design(bases=4, seeds=1, tuning=1, rates=(2e-5, 5e-5, 1e-4))
+# At 1e-4 GRPO ended at an accuracy of .02, SDPO with siblings at .05.
+DESIGN = Design(bases=4, seeds=1, tuning=1, rates=(1e-5, 2e-5, 5e-5))
 # Of the base model, which is measured once.
 ANSWERS_BEFORE = 512
 PYTHON = Setting(
