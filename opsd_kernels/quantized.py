@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .spec import check_tensor, expect
+from .spec import PLAIN, check_tensor, expect
 
 VALUES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 _NAMES = "float8_e4m3fn, float8_e5m2 or int8"
@@ -113,8 +113,7 @@ def stored_head(name: str, weight: Any) -> Any:
     argument's name, for one whose parts are packed for the kernels of a device.
     """
     kind = type(weight)
-    # First, since torch.compile cannot read the module of a parameter's class.
-    if kind in (Tensor, torch.nn.Parameter) or not kind.__module__.startswith("torchao."):
+    if kind in PLAIN or not kind.__module__.startswith("torchao."):
         return weight
     expected = "a tensor, a QuantizedHead or a torchao tensor of int8 or float8 values and scales"
     parts: Any = getattr(weight, "qdata", None), getattr(weight, "scale", None)

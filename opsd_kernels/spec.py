@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import Parameter, is_lazy
+from torch.nn.parameter import Buffer, Parameter, is_lazy
 
 Adapter = tuple[Tensor, Tensor, float]  # of a head (V, H): A (r, H), B (V, r), scaling
 
@@ -46,6 +46,8 @@ def expect(
         raise error(f"{argument}: expected {expected}, got {got}")
 
 
+# Classes of plain tensors. torch.compile sees a buffer in one of its own, and reads little of the last two.
+PLAIN = (Tensor, Parameter, Buffer)
 # Subclasses with a dispatch of their own that stand for plain tensors: of tracing, and of collectives.
 _STAND_INS = ("torch._subclasses.", "torch.distributed._functional_collectives")
 
@@ -59,7 +61,7 @@ def check_tensor(argument: str, value: object, expected: str = "a tensor") -> Te
     came = None
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected {expected}, got {kind.__name__}")
-    if kind is not Tensor and kind is not Parameter and is_lazy(value):
+    if kind not in PLAIN and is_lazy(value):
         came = kind.__name__
     elif kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not kind.__module__.startswith(
         _STAND_INS

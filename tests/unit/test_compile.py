@@ -98,9 +98,15 @@ def test_two_graphs_at_most(name):
     assert count.graphs <= 2
 
 
-@pytest.mark.parametrize("teacher", [False, True], ids=["shared", "two heads"])
-def test_heads_that_are_parameters_compile_whole(teacher):
+@pytest.mark.parametrize(
+    "teacher, buffer", [(False, False), (True, False), (True, True)], ids=["shared", "two heads", "a buffer"]
+)
+def test_heads_that_are_parameters_compile_whole(teacher, buffer):
     student, other = (torch.nn.Linear(H, V, bias=bias) for bias in (True, False))
+    if buffer:
+        other.weight, frozen = None, other.weight.detach()
+        del other.weight
+        other.weight = torch.nn.Buffer(frozen)
     head, x = DistillationHead(student), tensors(6, 6)
 
     def call():
