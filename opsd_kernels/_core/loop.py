@@ -1,9 +1,9 @@
 """Walk the rows in chunks: project, sweep, and turn logit gradients into dh, dW and dbias.
 
-Logits go into reused buffers, the head's gradient into an fp32 accumulator. The only module that allocates
-tensors with a vocabulary dimension; none outlives the loop. The same loop computes gradients during the
-forward pass, statistics alone and, from saved statistics, the gradients of recompute mode. A plan may split
-the projections and sweeps of a chunk into parts, which share the teacher's buffer.
+Logits go into reused buffers, which end with the loop, the head's gradient into an fp32 accumulator. The
+same loop computes gradients during the forward pass, statistics alone and, from saved statistics, the
+gradients of recompute mode. A plan may split the projections and sweeps of a chunk into parts, which share
+the teacher's buffer.
 
 A sweep of a divergence has one of four forms, chosen before the loop. `fused` reads the logits once and
 overwrites them with the gradient. `late_gradients.two_pass` sweeps for statistics first, where row factors or

@@ -97,7 +97,7 @@ def token_stats(
 
 
 def reads_logprobs(token_weights: Any, policy: Any) -> bool:
-    """Check token weights and policy; return True if they read the label's log-prob."""
+    """Check token weights and a policy term; return True if either reads the label's log-prob."""
     if token_weights is not None and not isinstance(token_weights, Tensor):
         expected = "a tensor, a weighting (see opsd_kernels.weights) or None"
         expect(callable(token_weights), "token_weights", expected, type(token_weights).__name__, TypeError)

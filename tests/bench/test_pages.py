@@ -151,6 +151,14 @@ def test_every_table_carries_machine_versions_commit_and_command(results):
     assert "1.05" in block and "commit c0ffee" in block
 
 
+def test_a_row_that_failed_its_gate_says_so():
+    reason = "gradient of student_weight: relative error 2.467%, target 2.00%"
+    row = Row(
+        "memory", "opsd", 512, 64, 151936, "bfloat16", "shared", "trainable", "reverse_kl", reason=reason
+    )
+    assert performance.short(row, str) == "too inexact"
+
+
 def test_a_gpu_without_results_says_so(results):
     assert performance.NOT_YET in performance.performance(
         results

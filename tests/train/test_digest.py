@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,13 @@ def test_committed_studies_are_of_this_code_or_say_so(path):
 def test_the_papers_are_all_committed():
     assert {path.stem for path in committed()} == set(command.PAPERS)
     assert set(pages.NOT_RERUN) <= set(command.PAPERS)
+
+
+def test_remarks_have_the_numbers_of_the_results():
+    """Else a rerun would leave them behind."""
+    for paper, remarks in pages.REMARKS.items():
+        results = "".join(path.read_text() for path in committed() if path.stem == paper)
+        assert all(number in results for number in re.findall(r"\d*\.\d+", " ".join(remarks)))
 
 
 def test_a_stale_study_is_found(tmp_path):

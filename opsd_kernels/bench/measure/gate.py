@@ -215,7 +215,8 @@ def _within_tolerance(setting: Setting, case: Case, tolerance: float) -> Verdict
     options = {"divergence": setting.divergence, "return_stats": True, "workspace_bytes": 1 << 36}
     found = evaluate(linear_divergence, case, gradient_tolerance=tolerance, **options)
     assert found.student_weight is not None and found.student_hidden is not None
-    kept, dropped = found.student_weight.ne(0).any(1), found.stats.gradient_dropped.item()  # type: ignore[attr-defined]
+    kept = found.student_weight.ne(0).any(1)
+    dropped = found.stats.gradient_dropped.item()  # type: ignore[attr-defined]
     wide = case.double()
     logits = (wide.student_hidden @ wide.student_weight.t()).requires_grad_()
     teacher = wide.teacher_hidden @ wide.teacher_weight.t()

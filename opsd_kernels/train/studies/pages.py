@@ -20,7 +20,7 @@ RERUNS = "reruns"
 # Studies whose committed results were made by older code. Their pages say so.
 NOT_RERUN: tuple[str, ...] = ()
 # Below every table of claims.
-GRADES = (
+LEGEND = (
     "A grade says where the whole interval lies: *direction reproduced* on the claim's side of a bound, "
     "*not reproduced* on the other, *inconclusive* on both. The bound is 0, or the share, the R^2 or the "
     "margin that the claim names; *as well as* asks for an interval within the margin. Intervals are wide "
@@ -76,7 +76,7 @@ def markdown(study: Study, second: Study | None = None) -> str:
         for c in study.claims
     ]
     lines += _table(Table("", ["claim", "measured here", f"value [{interval}]", runs, "grade"], rows))
-    lines += ["", GRADES]
+    lines += ["", LEGEND]
     if second is not None:
         lines += ["", "## Rerun", "", *compared(study, second)]
     lines += ["", f"![{study.title}]({study.paper}.png)", "", "## Design", ""]
