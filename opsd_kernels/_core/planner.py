@@ -347,9 +347,8 @@ def plan(
     * `H_teacher`: defaults to `H_student`; 0 means no teacher's head. `target_copied`: but rows to be cast.
     * `shared_head`: of both sides. `trainable_head`, `grad`, `bias_grad`: a gradient of it, any, of the bias.
     * `backward`, `logits_dtype`, `gradient_tolerance`: as in `linear_divergence`.
-    * `weights_scope`: scope of the token weights. With "sequence", chunks end at sequence boundaries if a
-      chunk holds `longest_sequence` rows (four passes); otherwise, and in fp16 with "row" too, a statistics
-      pass goes first (six).
+    * `weights_scope`: of the token weights. "sequence": chunks end where sequences do if one chunk holds
+      `longest_sequence` rows (four passes). Otherwise, and for "row" in fp16, statistics go first (six).
     * `topk`, `listed`, `policy`, `one_sweep`: entries of a support; of a list; an objective; a plain KL.
     * `factor`, `softcap`: the larger scale / temperature; if there is one. `ranks`: of each side's adapter.
     * `heads` of student and teacher: "whole"; "sliced", of another dtype than its GEMM, on another device, or

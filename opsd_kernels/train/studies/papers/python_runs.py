@@ -16,7 +16,7 @@ SETTINGS: dict[str, Any] = {
     "eval_samples": 128, **UNWATCHED,
 }  # fmt: skip
 # At 1e-4 GRPO ended at an accuracy of .02, SDPO with siblings at .05.
-DESIGN = Design(bases=4, seeds=1, tuning=1, rates=(1e-5, 2e-5, 5e-5))
+DESIGN = Design(bases=3, seeds=1, tuning=1, rates=(1e-5, 2e-5, 5e-5))
 # Of the base model, which is measured once.
 ANSWERS_BEFORE = 512
 PYTHON = Setting(
