@@ -258,7 +258,9 @@ def workspace_budget(workspace_bytes: int | None) -> int:
 
 def _check(dtype: torch.dtype, backward: str, weights_scope: str, **sizes: int) -> None:
     for name, value in sizes.items():
-        expect(isinstance(value, int) and value >= (name == "V"), name, "a size", repr(value))
+        least = 1 if name in ("V", "H_student") else 0
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        expect(whole and value >= least, name, f"a whole number of at least {least}", repr(value))
     check_choice("weights_scope", weights_scope, SCOPES)
     expect(dtype in DTYPES, "dtype", "float64, float32, bfloat16 or float16", dtype, TypeError)
     check_choice("backward", backward, BACKWARDS)
