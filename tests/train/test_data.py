@@ -77,6 +77,13 @@ def test_a_string_holds_any_sign(tmp_path, sign, escaped):
     assert task.rows == rows and task.env(0, 0).prompt().text == f"a{sign}b"
 
 
+def test_an_answer_keeps_its_type_whatever_the_other_rows_have(tmp_path):
+    answers = ["007", 2, "2024-01-01", "true", "null", 12345678901234567890123, 1.0, "1"]
+    rows = [{"prompt": "a", "answer": answer} for answer in answers]
+    read = task_of(written(tmp_path, "\n".join(map(json.dumps, rows)))).rows
+    assert [repr(row["answer"]) for row in read] == [repr(answer) for answer in answers]
+
+
 def test_an_optional_key_may_be_null(tmp_path):
     rows = [{**GOOD[0], "feedback": None, "split": None, "source": None}, *GOOD]
     task = task_of(written(tmp_path, "\n".join(map(json.dumps, rows))))
