@@ -14,9 +14,9 @@ from opsd_kernels.train.studies import digest, pages, rerun
 from opsd_kernels.train.studies.lab import Lab
 from opsd_kernels.train.studies.study import Study, load
 
-PAPERS = ("sdpo", "discovery", "mopd", "iw_opd", "law", "variance")
+PAPERS = ("sdpo", "sdpo_python", "discovery", "mopd", "iw_opd", "law", "variance")
 # With a language model: hours on CPUs, and no committed page.
-LARGE = ("sdpo_python", "law_python")
+LARGE = ("law_python",)
 PACKAGES = ("torch", "transformers", "opsd_kernels")
 
 

@@ -43,6 +43,9 @@ REMARKS = {
         "would do better on `plan`. *Chance*: the R^2 that a perfect measure would reach, since runs of one "
         "context scatter.",
     ),
+    "sdpo_python": (
+        "GRPO did best at the lowest of its rates, SDPO at the middle one; one run of each rate decides.",
+    ),
 }
 
 
