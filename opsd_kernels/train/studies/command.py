@@ -14,7 +14,7 @@ from opsd_kernels.train.studies import digest, pages, rerun
 from opsd_kernels.train.studies.lab import Lab
 from opsd_kernels.train.studies.study import Study, load
 
-PAPERS = ("sdpo", "sdpo_python", "discovery", "mopd", "iw_opd", "law", "variance")
+PAPERS = ("sdpo", "discovery", "mopd", "iw_opd", "law", "variance", "sdpo_python")
 # With a language model: hours on CPUs, and no committed page.
 LARGE = ("law_python",)
 PACKAGES = ("torch", "transformers", "opsd_kernels")
