@@ -14,7 +14,9 @@
 #   3 ranks, MAX, NaN on rank 1: [0.0, 0.0, nan, nan]
 #   3 ranks, MAX, NaN on rank 2: [1.0, 1.0, 1.0, 1.0]
 #
-# Ends with status 1 where every NaN is kept.
+# and a single number: NaN on rank 0 is kept, on rank 1 of two it becomes 0.0, on rank 2 of three 1.0
+#
+# Ends with status 1 where a tensor of four keeps every NaN, or a single number one of the last rank.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -30,10 +32,10 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OPS = {"MAX": (dist.ReduceOp.MAX, torch.maximum), "MIN": (dist.ReduceOp.MIN, torch.minimum)}
 
 
-def dropped(rank, world, name, failed, dtype):
+def dropped(rank, world, name, failed, dtype, size=4):
     """Return how many places have lost the NaN of the rank `failed`."""
     over_ranks, here = OPS[name]
-    tensors = [torch.full((4,), float("nan") if r == failed else float(r), dtype=dtype) for r in range(world)]
+    tensors = [torch.full((size,), float("nan") if r == failed else float(r), dtype=dtype) for r in range(world)]
     expected = tensors[0]
     for tensor in tensors[1:]:
         expected = here(expected, tensor)
@@ -51,6 +53,8 @@ def dropped(rank, world, name, failed, dtype):
 def main(rank, world, store):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     lost = [dropped(rank, world, name, failed, dtype) for name in OPS for dtype in DTYPES for failed in range(world)]
+    lost.append(dropped(rank, world, "MAX", 0, torch.float32, 1) == 0)
+    lost.append(dropped(rank, world, "MAX", world - 1, torch.float32, 1))
     dist.destroy_process_group()
     if 0 in lost:
         sys.exit(1)
