@@ -14,10 +14,7 @@ from opsd_kernels.train.studies import digest, pages, rerun
 from opsd_kernels.train.studies.lab import Lab
 from opsd_kernels.train.studies.study import Study, load
 
-# With committed results.
-PAPERS = ("sdpo", "discovery", "mopd", "iw_opd", "law", "variance", "sdpo_python")
-# Not run in full yet.
-UNPUBLISHED = ("law_python",)
+PAPERS = ("sdpo", "discovery", "mopd", "iw_opd", "law", "variance", "sdpo_python", "law_python")
 PACKAGES = ("torch", "transformers", "opsd_kernels")
 
 
@@ -35,8 +32,8 @@ def reproduce(
     `master` decides all base models and seeds. With `against`, the JSON of another run of the study, say how
     many of its intervals hold this run's estimates. Raises ValueError for an unknown paper.
     """
-    if paper not in (*PAPERS, *UNPUBLISHED):
-        raise ValueError(f"paper: expected one of {', '.join((*PAPERS, *UNPUBLISHED))}, got {paper!r}")
+    if paper not in PAPERS:
+        raise ValueError(f"paper: expected one of {', '.join(PAPERS)}, got {paper!r}")
     first = load(Path(against)) if against is not None else None
     lab = Lab(Path(out) / "cells", workers, quick, master, Progress())
     module = f"opsd_kernels.train.studies.papers.{paper}"
