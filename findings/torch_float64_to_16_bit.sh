@@ -2,8 +2,8 @@
 # torch 2.13.0 (CPU): float64 -> fp16, bf16 or float8 is rounded twice, to fp32 on the way, and so is int64 -> bf16. A number
 # a little above the middle of two 16-bit ones becomes that middle in fp32, and the second rounding takes it to the even
 # neighbour below, which is not the nearest. numpy (fp16) and ml_dtypes 0.7.0 (bf16, float8) round once. So a float64
-# reference that torch casts down is not the correctly rounded result, and differs from one that numpy casts by a unit in
-# the last place, in about one number of 17 thousand.
+# reference that torch casts down is not always the nearest number: in fp16 about one of 17 thousand is another than numpy's,
+# by a unit in the last place.
 #
 # Expected: one rounding, the nearest number, as numpy and ml_dtypes do.
 # Seen:

@@ -175,6 +175,30 @@ def test_remarks_have_the_numbers_of_the_results():
         assert all(number in results for number in re.findall(r"\d*\.\d+", " ".join(remarks)))
 
 
+def test_the_laws_of_three_environments_are_those_of_the_studies():
+    """The table of docs/results/trainer.md, which is written by hand."""
+    section = (
+        (ROOT / "docs/results/trainer.md").read_text().split("## The predictive law\n")[1].split("\n## ")[0]
+    )
+    found = [
+        [cell.strip() for cell in line.split("|")[2:-1]] for line in section.splitlines() if "| ." in line
+    ]
+    expected = []
+    for paths in (["law", "reruns/law"], ["law_python"]):
+        tables = [
+            {table.title: table.rows for table in load(ROOT / pages.FOLDER / f"{path}.json").tables}
+            for path in paths
+        ]
+        for place in range(len(tables[0]["Explanation: chance"])):
+            for one in tables:
+                gap, agreed = one["Two measures"][2 * place : 2 * place + 2]
+                exact = one["Explanation: chance"][place][3]
+                r2 = [f"{float(number):.2f}".removeprefix("0") for number in (gap[5], agreed[5], exact)]
+                errors = [number.removeprefix("0") for number in (gap[6], agreed[6], gap[7])]
+                expected.append([gap[2], *r2, *errors])
+    assert found == expected
+
+
 def test_a_stale_study_is_found(tmp_path):
     fresh = load(ROOT / pages.FOLDER / "variance.json")
     modules = dict(fresh.facts["modules"])
